@@ -1,0 +1,75 @@
+# make test, make demo: both set up their environment by themselves. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= test,demo
+
+BIN := $(VENV)/bin
+# Written last: an environment whose installation failed half-way has no stamp and is not used.
+STAMP := $(VENV)/.installed
+
+# One thread: the networks here are small, and idle OpenMP threads that spin slow everything down.
+export OMP_NUM_THREADS := 1
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help venv lint format typecheck pytest test demo clean distclean
+
+# An environment that stands is kept, so an interpreter that was asked for by name has to be its own.
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(BIN)/python),)
+version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifneq ($(call version,$(PYTHON)),$(call version,$(BIN)/python))
+ifeq ($(filter clean distclean help,$(MAKECMDGOALS)),)
+$(error $(VENV) holds Python $(call version,$(BIN)/python), PYTHON=$(PYTHON) is $(or $(call version,$(PYTHON)),not to be found): run `make distclean` first, or choose another folder with VENV=)
+endif
+endif
+endif
+endif
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.12   the interpreter that the environment is made with (default: python3)"
+	@echo "  VENV=.venv-3.12     the environment's folder (default: .venv)"
+
+venv: $(STAMP)  ## make the virtual environment and install the package with what tests and demo need
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "nad_attr needs Python 3.10 or later; choose one with PYTHON=..." >&2; exit 1; }
+	@echo "Installing into $(VENV): about 3 minutes and 6 GB of disk the first time, nearly all of it PyTorch."
+	@rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch $@
+
+lint: $(STAMP)  ## check style and formatting
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(STAMP)  ## format the code and mend what ruff can mend
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+typecheck: $(STAMP)  ## check the types
+	$(BIN)/python -m mypy
+
+pytest: $(STAMP)  ## run the tests and the examples in the docstrings only; ARGS= goes to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+test: $(STAMP)  ## run every check: style, types, tests
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(STAMP)  ## explain a real ImageNet network on real photos
+	$(BIN)/nad-attr demo $(ARGS)
+
+clean:  ## remove caches and build output
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find nad_attr tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## remove the virtual environment as well
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Measurements on real data; no part of the library."""

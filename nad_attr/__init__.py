@@ -1,0 +1,32 @@
+"""Which channels of a network does it need for a class, and is that true?"""
+
+from nad_attr._version import __version__
+from nad_attr.architecture import SubArchitecture
+from nad_attr.attribution import NADAttribution
+from nad_attr.gates import Task, TaskGates
+from nad_attr.gating import GatingError, gated, recorded
+from nad_attr.history import History
+from nad_attr.learning import learn_gates
+from nad_attr.recipe import PaperRecipe, Recipe
+from nad_attr.sites import GateSite, SiteError, find_gate_sites, paper_sites
+from nad_attr.store import GateStoreError
+
+__all__ = [
+    "GateSite",
+    "GateStoreError",
+    "GatingError",
+    "History",
+    "NADAttribution",
+    "PaperRecipe",
+    "Recipe",
+    "SiteError",
+    "SubArchitecture",
+    "Task",
+    "TaskGates",
+    "__version__",
+    "find_gate_sites",
+    "gated",
+    "learn_gates",
+    "paper_sites",
+    "recorded",
+]

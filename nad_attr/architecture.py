@@ -1,0 +1,446 @@
+"""The sub-architecture: the channels one task needs, as a yes or no for each channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from os import PathLike
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nad_attr.gating import gated
+from nad_attr.sites import GateSite
+
+__all__ = [
+    "SubArchitecture",
+    "Task",
+    "as_task",
+    "jaccard",
+    "kappa",
+    "n_channels",
+    "top_k_masks",
+]
+
+#: A class index, or several class indices that count as one task (a superclass).
+Task: TypeAlias = "int | tuple[int, ...]"
+
+
+def as_task(value: object) -> Task:
+    """A class index as int, a group of class indices as sorted tuple.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If an index is negative or a group is empty.
+
+    Example:
+        >>> as_task(torch.tensor(3)), as_task([5, 2])
+        (3, (2, 5))
+    """
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (bool, str, bytes, float)):
+        raise TypeError(f"a task is a class index or a group of class indices, not {value!r}.")
+    if hasattr(value, "__index__"):
+        index = int(value.__index__())
+        if index < 0:
+            raise ValueError(f"a task is a class index from 0 on, not {index}.")
+        return index
+    if isinstance(value, Iterable):
+        members = [as_task(item) for item in value]
+        if not members:
+            raise ValueError("a task of no classes: name at least one class index.")
+        if not all(isinstance(member, int) for member in members):
+            raise TypeError(f"a task is a class index or a flat group of them, not {value!r}.")
+        return tuple(sorted({m for m in members if isinstance(m, int)}))
+    raise TypeError(
+        f"a task is a class index or a group of class indices, not {type(value).__name__}."
+    )
+
+
+def n_channels(sites: Sequence[GateSite]) -> int:
+    """Number of channels of all sites together."""
+    return sum(site.n_channels for site in sites)
+
+
+def budget(size: float, sites: Sequence[GateSite]) -> int:
+    """Number of channels that a size keeps: ``round(size * all channels)``, at least one.
+
+    Raises:
+        ValueError: If ``size`` is not a number in (0, 1].
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size <= 1:
+        raise ValueError(f"size must be a share of the channels in (0, 1], not {size!r}.")
+    return max(1, round(size * n_channels(sites)))
+
+
+def split_sites(flat: Tensor, sites: Sequence[GateSite]) -> dict[str, Tensor]:
+    """Cut a (..., all channels) tensor into ``{site name: (..., C)}``."""
+    parts = flat.split([site.n_channels for site in sites], dim=-1)
+    return {site.name: part for site, part in zip(sites, parts, strict=True)}
+
+
+def top_k_masks(
+    scores: Mapping[str, Tensor], sites: Sequence[GateSite], k: int
+) -> dict[str, Tensor]:
+    """Keep exactly the ``k`` highest scores over all sites together.
+
+    Equal scores are kept in site and channel order, so the result is a function of the scores.
+
+    Args:
+        scores: ``{site name: (..., C)}``, higher is more important; leading axes (tasks) are
+            treated one by one.
+        sites: Gate sites in forward order.
+        k: Channels to keep, over all sites.
+
+    Returns:
+        ``{site name: bool (..., C)}`` with ``k`` True in each row.
+
+    Example:
+        >>> sites = [GateSite("a", 2, 1), GateSite("b", 2, 1)]
+        >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([1.0, 2.0])}
+        >>> masks = top_k_masks(scores, sites, 3)
+        >>> masks["a"].tolist(), masks["b"].tolist()
+        ([True, True], [False, True])
+    """
+    flat = torch.cat([scores[site.name] for site in sites], dim=-1)
+    order = flat.argsort(dim=-1, descending=True, stable=True)
+    mask = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order[..., :k], True)
+    return split_sites(mask, sites)
+
+
+def jaccard(a: Tensor, b: Tensor) -> float:
+    """|A and B| / |A or B| of two boolean masks; 1 if both are empty."""
+    union = int((a | b).sum())
+    return int((a & b).sum()) / union if union else 1.0
+
+
+def kappa(a: Tensor, b: Tensor) -> float:
+    """Overlap corrected for chance, ``(J - E J) / (1 - E J)``; 0 for random, 1 for equal masks.
+
+    ``E J = e / (|A| + |B| - e)`` with ``e = |A| |B| / C`` the expected intersection of random
+    masks of these sizes. 0/0 is 1 (both full or both empty).
+
+    Args:
+        a: Boolean mask (C,).
+        b: Boolean mask (C,).
+
+    Example:
+        >>> a = torch.tensor([True, True, False, False])
+        >>> kappa(a, a)
+        1.0
+        >>> round(kappa(a, torch.tensor([True, False, True, False])), 6)
+        0.0
+    """
+    n_a, n_b = int(a.sum()), int(b.sum())
+    both = n_a * n_b / a.numel()
+    union = n_a + n_b - both
+    expected = both / union if union else 1.0
+    if expected == 1.0:
+        return 1.0
+    return (jaccard(a, b) - expected) / (1 - expected)
+
+
+class SubArchitecture:
+    """The channels that are kept for one task, at each gate site.
+
+    Args:
+        masks: ``{site name: bool (C,)}``, True = kept.
+        sites: The gate sites, in forward order.
+        task: The class index, or tuple of class indices, that it was found for, if any.
+        means: ``{site name: (C,)}``, what replaces a closed channel; None: zero.
+
+    Attributes:
+        sites: The gate sites, in forward order.
+        task: As given.
+        means: As given.
+
+    Raises:
+        TypeError: If a mask is not boolean.
+        ValueError: If masks and sites do not fit.
+
+    Example:
+        >>> site = GateSite("layer1", 4, 1)
+        >>> arch = SubArchitecture({"layer1": torch.tensor([True, False, True, False])}, [site])
+        >>> arch.size, arch.kept["layer1"].tolist()
+        (0.5, [0, 2])
+        >>> arch
+        SubArchitecture(2 of 4 channels (50.0 %) at 1 site, closed channels zero)
+        >>> arch | ~arch == SubArchitecture.full([site])
+        True
+    """
+
+    __slots__ = ("_masks", "means", "sites", "task")
+
+    def __init__(
+        self,
+        masks: Mapping[str, Tensor],
+        sites: Sequence[GateSite],
+        *,
+        task: Task | None = None,
+        means: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.sites = tuple(sites)
+        if not self.sites:
+            raise ValueError("a sub-architecture needs at least one gate site.")
+        names = [site.name for site in self.sites]
+        if set(names) != set(masks):
+            raise ValueError(f"masks are for {sorted(masks)}, the sites are {sorted(names)}.")
+        self._masks: dict[str, Tensor] = {}
+        for site in self.sites:
+            mask = torch.as_tensor(masks[site.name])
+            if mask.dtype != torch.bool:
+                raise TypeError(
+                    f"mask of {site.name!r} has dtype {mask.dtype}, not bool; binarise gates with "
+                    "TaskGates.sub_architecture(task) or a comparison."
+                )
+            if mask.shape != (site.n_channels,):
+                raise ValueError(
+                    f"mask of {site.name!r} has shape {tuple(mask.shape)}, "
+                    f"expected ({site.n_channels},)."
+                )
+            self._masks[site.name] = mask.detach().cpu().clone()
+        self.task: Task | None = None if task is None else as_task(task)
+        self.means = check_means(means, self.sites)
+
+    @classmethod
+    def full(cls, sites: Sequence[GateSite]) -> SubArchitecture:
+        """The whole network: every channel kept."""
+        return cls({s.name: torch.ones(s.n_channels, dtype=torch.bool) for s in sites}, sites)
+
+    @classmethod
+    def from_kept(
+        cls,
+        kept: Mapping[str, Sequence[int] | Tensor],
+        sites: Sequence[GateSite],
+        *,
+        task: Task | None = None,
+        means: Mapping[str, Tensor] | None = None,
+    ) -> SubArchitecture:
+        """Make one from channel numbers; sites that are not named keep nothing.
+
+        Raises:
+            ValueError: If a channel or site does not exist.
+
+        Example:
+            >>> sites = [GateSite("a", 3, 1), GateSite("b", 2, 1)]
+            >>> SubArchitecture.from_kept({"a": [0, 2]}, sites).sizes["b"]
+            0.0
+        """
+        unknown = set(kept) - {site.name for site in sites}
+        if unknown:
+            raise ValueError(f"no gate site {sorted(unknown)[0]!r}.")
+        masks = {}
+        for site in sites:
+            mask = torch.zeros(site.n_channels, dtype=torch.bool)
+            channels = torch.as_tensor(kept.get(site.name, []), dtype=torch.long)
+            if channels.numel() and not (
+                int(channels.min()) >= 0 and int(channels.max()) < site.n_channels
+            ):
+                raise ValueError(
+                    f"{site.name!r} has channels 0 to {site.n_channels - 1}, not "
+                    f"{channels.tolist()}."
+                )
+            mask[channels] = True
+            masks[site.name] = mask
+        return cls(masks, sites, task=task, means=means)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The mask of a site: bool (C,), True = kept."""
+        try:
+            return self._masks[name].clone()
+        except KeyError:
+            raise KeyError(f"no gate site {name!r}; there are {list(self._masks)}.") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """``{site name: bool (C,)}`` in forward order (copies)."""
+        return {name: mask.clone() for name, mask in self._masks.items()}
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """``{site name: channel numbers that are kept, int64}``."""
+        return {name: mask.nonzero().flatten() for name, mask in self._masks.items()}
+
+    @property
+    def n_kept(self) -> int:
+        """Kept channels over all sites."""
+        return sum(int(mask.sum()) for mask in self._masks.values())
+
+    @property
+    def n_channels(self) -> int:
+        """Channels over all sites."""
+        return n_channels(self.sites)
+
+    @property
+    def size(self) -> float:
+        """Kept channels / all channels, over all sites."""
+        return self.n_kept / self.n_channels
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """``{site name: kept / all channels}``."""
+        return {name: int(mask.sum()) / mask.numel() for name, mask in self._masks.items()}
+
+    def gates(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The masks as numbers 0 and 1, ``{site name: (C,)}``."""
+        return {name: mask.to(dtype) for name, mask in self._masks.items()}
+
+    def applied(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Run the network as this sub-architecture inside a ``with`` block.
+
+        Args:
+            model: The network; unchanged afterwards.
+
+        Raises:
+            GatingError: If a site does not fire or has another shape.
+            SiteError: If the network has no such site.
+        """
+        return gated(model, self)
+
+    def with_means(self, means: Mapping[str, Tensor] | None) -> SubArchitecture:
+        """The same channels with another ablation value: per-channel means, or None for zero."""
+        return SubArchitecture(self._masks, self.sites, task=self.task, means=means)
+
+    def _gating(
+        self, tasks: object
+    ) -> tuple[Mapping[str, Tensor], tuple[GateSite, ...], Mapping[str, Tensor] | None]:
+        if tasks is not None:
+            raise ValueError("a sub-architecture is for one task already; leave out tasks=.")
+        return self.gates(), self.sites, self.means
+
+    # -- set algebra ---------------------------------------------------------------------------
+
+    def _check_same_sites(self, other: SubArchitecture) -> None:
+        if not isinstance(other, SubArchitecture):
+            raise TypeError(f"expected a SubArchitecture, not {type(other).__name__}.")
+        if self.sites != other.sites:
+            raise ValueError("the two sub-architectures have different gate sites.")
+
+    def _combined(
+        self, other: SubArchitecture, function: Callable[[Tensor, Tensor], Tensor]
+    ) -> SubArchitecture:
+        self._check_same_sites(other)
+        masks = {name: function(mask, other._masks[name]) for name, mask in self._masks.items()}
+        task = self.task if self.task == other.task else None
+        return SubArchitecture(masks, self.sites, task=task, means=self.means)
+
+    def __or__(self, other: SubArchitecture) -> SubArchitecture:
+        """Channels kept by either."""
+        return self._combined(other, torch.logical_or)
+
+    def __and__(self, other: SubArchitecture) -> SubArchitecture:
+        """Channels kept by both."""
+        return self._combined(other, torch.logical_and)
+
+    def __sub__(self, other: SubArchitecture) -> SubArchitecture:
+        """Channels kept by this one and not by the other."""
+        return self._combined(other, lambda a, b: a & ~b)
+
+    def __invert__(self) -> SubArchitecture:
+        """The complement: channels that this one closes."""
+        masks = {name: ~mask for name, mask in self._masks.items()}
+        return SubArchitecture(masks, self.sites, task=self.task, means=self.means)
+
+    def overlaps(
+        self, other: SubArchitecture, *, chance_corrected: bool = False
+    ) -> dict[str, float]:
+        """Overlap with another sub-architecture at each site.
+
+        Args:
+            other: Of the same sites.
+            chance_corrected: :func:`kappa` (0 = what random channels of these sizes share) in
+                place of |A and B| / |A or B|.
+
+        Returns:
+            ``{site name: overlap}``.
+
+        Raises:
+            ValueError: If the sites differ.
+        """
+        self._check_same_sites(other)
+        measure = kappa if chance_corrected else jaccard
+        return {name: measure(mask, other._masks[name]) for name, mask in self._masks.items()}
+
+    def overlap(self, other: SubArchitecture, *, chance_corrected: bool = False) -> float:
+        """Mean over sites of the overlap with another sub-architecture (the paper's similarity).
+
+        Large sub-architectures overlap by chance alone: two random ones of size 0.8 have 0.67.
+        Compare with ``chance_corrected=True``, which is 0 for them.
+
+        Args:
+            other: Of the same sites.
+            chance_corrected: See :meth:`overlaps`.
+
+        Raises:
+            ValueError: If the sites differ.
+        """
+        values = self.overlaps(other, chance_corrected=chance_corrected).values()
+        return sum(values) / len(values)
+
+    # -- identity, display, files --------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SubArchitecture):
+            return NotImplemented
+        return self.sites == other.sites and all(
+            torch.equal(mask, other._masks[name]) for name, mask in self._masks.items()
+        )
+
+    def __hash__(self) -> int:
+        bits = b"".join(mask.numpy().tobytes() for mask in self._masks.values())
+        return hash((self.sites, bits))
+
+    def __repr__(self) -> str:
+        sites = f"{len(self.sites)} site" + ("s" if len(self.sites) > 1 else "")
+        task = "" if self.task is None else f"task {self.task}: "
+        closed = "zero" if self.means is None else "at their mean"
+        return (
+            f"SubArchitecture({task}{self.n_kept:,} of {self.n_channels:,} channels "
+            f"({100 * self.size:.1f} %) at {sites}, closed channels {closed})"
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write to an HDF5 file, see :mod:`nad_attr.store`."""
+        from nad_attr.store import write_sub_architecture
+
+        write_sub_architecture(self, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> SubArchitecture:
+        """Read from a file written by :meth:`save`; no code in the file is ever run.
+
+        Raises:
+            GateStoreError: If the file is not such a file.
+        """
+        from nad_attr.store import read_sub_architecture
+
+        return read_sub_architecture(path)
+
+
+def check_means(
+    means: Mapping[str, Tensor] | None, sites: Sequence[GateSite]
+) -> dict[str, Tensor] | None:
+    """Copies of per-channel means as float32 (C,) on the CPU, checked; None stays None."""
+    if means is None:
+        return None
+    checked = {}
+    for site in sites:
+        if site.name not in means:
+            raise ValueError(f"means lack gate site {site.name!r}.")
+        mean = torch.as_tensor(means[site.name]).detach().cpu().float().clone()
+        if mean.shape != (site.n_channels,) or not bool(torch.isfinite(mean).all()):
+            raise ValueError(
+                f"means of {site.name!r} must be {site.n_channels} finite numbers, got shape "
+                f"{tuple(mean.shape)}."
+            )
+        checked[site.name] = mean
+    return checked

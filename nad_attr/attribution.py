@@ -1,0 +1,739 @@
+"""Captum's face of the method: task gates times activations, as a layer attribution."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from captum.attr import LayerAttribution
+from captum.log import log_usage
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from nad_attr.architecture import SubArchitecture
+from nad_attr.data import Data, TensorSource, as_source
+from nad_attr.gates import TaskGates
+from nad_attr.gating import check_eval, expand, multiply, recorded
+from nad_attr.learning import learn_gates
+from nad_attr.recipe import Recipe
+from nad_attr.sites import GateSite, SiteError, find_gate_sites, unwrap
+
+__all__ = ["NADAttribution"]
+
+#: A layer as Captum takes it (a module), by name, or with its channel axis spelt out.
+Layer: TypeAlias = "nn.Module | str | GateSite"
+Target: TypeAlias = "int | Sequence[int] | Tensor"
+
+#: A path of one image is learned from this many versions of it ...
+_N_COPIES = 32
+#: ... the noisy ones with Gaussian noise of this share of the image's range.
+_NOISE = 0.1
+#: How learn_gates begins its warning that there are no other images.
+_ONE_CLASS = r"task \d+ has own images only"
+
+
+class NADAttribution(LayerAttribution):  # type: ignore[misc]
+    """Attribute a network's output to the channels that its class needs, as a Captum method.
+
+    A channel's attribution is its activation times the gate of the target class: what is left of
+    the layer inside the class's sub-architecture. Without :meth:`learn`, :meth:`attribute` learns
+    the gates of the targets from the very images it explains; with it, attributing is a look-up
+    and one forward pass.
+
+    Works wherever Captum's layer methods do: under ``NoiseTunnel`` (with one layer; call
+    :meth:`learn` first, or gates are learned from the noisy images of each draw), in ``TCAV``, and
+    with ``interpolate``, which resizes an attribution to the image.
+
+    Args:
+        forward_func: The network, in eval mode, whose output is (N, K), one column per class;
+            or any function of the inputs that calls it, if ``layer`` is given as modules.
+            DataParallel and ``torch.compile`` wrappers are looked through: the network inside
+            does the work, on its own device.
+        layer: Where the gates stand: a module, a site's name or a :class:`~nad_attr.GateSite`
+            (then ``attribute`` returns a tensor), or a list of these (then a list, **in forward
+            order**, see ``sites``). None: all gate sites that the data flow shows (a list).
+        device_ids: As in Captum. A function that spreads its batch over several devices is
+            refused; the DataParallel network itself is not.
+        recipe: How gates are learned; None: the default :class:`~nad_attr.Recipe`.
+        scope: "task": one set of gates for each class. "example": one for each image, its
+            path through the network, as in Distillation Guided Routing; see :meth:`attribute`.
+        multiply_by_inputs: True: gate times activation. False: the bare gate, expanded to the
+            layer's size.
+        channel_dim: Channel axis of the layers (1 for convolutions, -1 for tokens), or
+            ``{name: axis}``, where the data flow does not tell.
+        seed: All randomness of learning comes from it.
+        gates: Task gates learned before, in place of :meth:`learn`.
+        n_copies: ``scope="example"`` only: from how many versions of an image its path is learned.
+
+    Attributes:
+        task_gates: What :meth:`learn` learned or ``gates`` brought; None before.
+
+    Raises:
+        TypeError: If ``forward_func`` or ``layer`` is something else, or scripted or traced.
+        ValueError: If options are unknown or do not go together.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+        >>> images, labels = torch.randn(8, 1, 4, 4), torch.tensor([0, 1] * 4)
+        >>> nad = NADAttribution(net.eval(), net[1], recipe=Recipe(steps=5))
+        >>> nad.attribute(images, target=labels).shape  # learns from these images
+        torch.Size([8, 4, 2, 2])
+        >>> attributions = nad.learn((images, labels)).attribute(images, target=1)  # looks up
+        >>> nad.gates(1)["1"].shape
+        torch.Size([4])
+        >>> nad.sub_architecture(1).n_channels
+        4
+        >>> nad.interpolate(attributions, (4, 4)).shape
+        torch.Size([8, 4, 4, 4])
+
+    Source:
+        Hu et al., Architecture Disentanglement for Deep Neural Networks, ICCV 2021
+        (arXiv:2003.13268). The interface is Captum's. The idea of a path for each image: Wang et
+        al., Interpret Neural Networks by Identifying Critical Data Routing Paths, CVPR 2018;
+        here it is learned by the recipe.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: Layer | Sequence[Layer] | None = None,
+        device_ids: list[int] | None = None,
+        *,
+        recipe: Recipe | None = None,
+        scope: Literal["task", "example"] = "task",
+        multiply_by_inputs: bool = True,
+        channel_dim: int | Mapping[str, int] | None = None,
+        seed: int = 0,
+        gates: TaskGates | None = None,
+        n_copies: int = _N_COPIES,
+    ) -> None:
+        if scope not in ("task", "example"):
+            raise ValueError(f"scope must be 'task' or 'example', not {scope!r}.")
+        if gates is not None and not isinstance(gates, TaskGates):
+            raise TypeError(
+                "gates must be TaskGates (from learn_gates or TaskGates.load), not "
+                f"{type(gates).__name__}."
+            )
+        if gates is not None and scope == "example":
+            raise ValueError(
+                "scope='example' learns the gates of each image from that image; leave out "
+                "gates=, or use scope='task'."
+            )
+        if n_copies < 2:
+            raise ValueError(f"n_copies must be at least 2, not {n_copies}.")
+        _check_forward_func(forward_func, layer, device_ids)
+        super().__init__(forward_func, layer, device_ids)
+        self.recipe = recipe
+        self.scope = scope
+        self.channel_dim = channel_dim
+        self.seed = seed
+        self.n_copies = n_copies
+        self.task_gates = gates
+        self._multiply_by_inputs = multiply_by_inputs
+        # Of the latest attribute() that learned: one for all classes, or one for each image.
+        self._latest: TaskGates | list[TaskGates] | None = None
+        # What the sites were looked for with, and the sites.
+        self._found: tuple[object, tuple[GateSite, ...]] | None = None
+
+    # -- learning ------------------------------------------------------------------------------
+
+    def learn(
+        self,
+        data: Data,
+        tasks: Sequence[object] | Mapping[str, object] | None = None,
+        recipe: Recipe | None = None,
+        *,
+        attribute_to_layer_input: bool = False,
+        **options: Any,
+    ) -> NADAttribution:
+        """Learn the gates once and keep them in ``task_gates``.
+
+        Args:
+            data: Images with labels, as :func:`~nad_attr.learn_gates` takes them.
+            tasks: Class indices, groups of them, or named groups; None: all that the labels name.
+            recipe: In place of the one given to the constructor, for this call.
+            attribute_to_layer_input: Put the gates on the inputs of the layers.
+            **options: Further arguments of :func:`~nad_attr.learn_gates` (``seed``, ``device``,
+                ``batch_size``, ...). ``additional_forward_args`` are the same for all images; an
+                argument with a value for each image is one more of the data's inputs.
+
+        Returns:
+            This object.
+
+        Raises:
+            SiteError, TypeError, ValueError: As ``learn_gates``; also if ``scope`` is
+                "example". Errors of the network itself come out as they are.
+        """
+        if self.scope == "example":
+            raise ValueError(
+                "scope='example' learns the gates of each image in attribute(); use scope='task' "
+                "to learn them beforehand."
+            )
+        if "forward_func" in options:
+            raise TypeError("forward_func is given to the constructor, not to learn().")
+        _check_forward_func(self.forward_func, self.layer, self.device_ids)
+        example: tuple[Tensor, ...] = ()
+        look = self.channel_dim is not None or attribute_to_layer_input
+        if look or not isinstance(self.forward_func, nn.Module):
+            example, data = _first_images(data)
+        root, layers = self._root(example)
+        check_eval(root)
+        sites: Sequence[Layer] | None = layers  # learn_gates finds or checks them
+        if look:
+            place = next(root.parameters(), None)
+            if place is not None:
+                example = tuple(item.to(place.device) for item in example)
+            extra = _as_tuple(options.get("additional_forward_args"))
+            sites = self._find(root, layers, example, extra, attribute_to_layer_input)
+        if not isinstance(self.forward_func, nn.Module):
+            # Says that the network behind it cannot be copied to another device.
+            options["forward_func"] = root
+        options.setdefault("seed", self.seed)
+        with _own_errors():
+            self.task_gates = learn_gates(
+                root, data, tasks, recipe or self.recipe, sites, **options
+            )
+        self._found = self._key(attribute_to_layer_input), self.task_gates.sites
+        self._latest = None
+        return self
+
+    def _learn_from(
+        self,
+        root: nn.Module,
+        sites: Sequence[GateSite],
+        inputs: tuple[Tensor, ...],
+        extra: tuple[Any, ...],
+        own: Sequence[int],
+        targets: Sequence[int],
+    ) -> TaskGates:
+        """Learn the gates of the targets that occur, from exactly these images.
+
+        ``own`` says which of the extra arguments have a value for each image.
+        """
+        # A tensor made in inference mode cannot take part in learning.
+        with torch.inference_mode(False):
+            tensors, forward = _bind(root, inputs, extra, own)
+            return learn_gates(
+                root,
+                (tensors, torch.tensor(targets)),
+                sorted(set(targets)),
+                self.recipe,
+                list(sites),
+                seed=self.seed,
+                forward_func=forward,
+            )
+
+    def _learn_paths(
+        self,
+        root: nn.Module,
+        sites: Sequence[GateSite],
+        inputs: tuple[Tensor, ...],
+        extra: tuple[Any, ...],
+        own: Sequence[int],
+        targets: Sequence[int],
+    ) -> list[TaskGates]:
+        """Learn the gates of each image from versions of that image alone."""
+        paths = []
+        n = self.n_copies
+        for i, target in enumerate(targets):
+            copies = _copies(tuple(item[i : i + 1].detach() for item in inputs), n, self.seed)
+            args = list(extra)
+            for k in own:
+                args[k] = extra[k][i : i + 1].expand(n, *extra[k].shape[1:])
+            with warnings.catch_warnings():
+                # That there are own images only is the point here.
+                warnings.filterwarnings("ignore", message=_ONE_CLASS)
+                paths.append(self._learn_from(root, sites, copies, tuple(args), own, [target] * n))
+        return paths
+
+    # -- attributing ---------------------------------------------------------------------------
+
+    @log_usage(part_of_slo=True)  # type: ignore[untyped-decorator]
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Target | None = None,
+        additional_forward_args: object = None,
+        attribute_to_layer_input: bool = False,
+    ) -> Tensor | list[Tensor]:
+        """Attribute the target outputs to the channels of the layers.
+
+        With ``scope="task"`` and no gates learned before, the gates of the targets that occur
+        are learned from these images, each taken as an own image of its target and an other image
+        of the rest: a function of network, images, targets, recipe and seed alone, forgotten by
+        the next call. A single image, or a single target, gives little to learn from (a warning
+        says so): learn from more images with :meth:`learn`.
+
+        With ``scope="example"``, each image is a task of its own: its gates are learned for its
+        target output from ``n_copies`` versions of it, half of them with Gaussian noise of 10 %
+        of its range (and one without), half of them scaled by factors evenly spread from 0 to 1,
+        so that the output varies. Inputs that are no floating-point numbers stay as they are. An
+        image's result depends on nothing else in the batch. This learns as many times as there
+        are images: choose a short recipe.
+
+        Args:
+            inputs: Images, dim 0 = examples; a tuple for a network of several inputs.
+            target: Class index for all images (int or tensor of one element), or one for each
+                image (list of int, or tensor (N,)).
+            additional_forward_args: Passed to ``forward_func`` after the inputs. Tensors with
+                N on dim 0 belong to the images one by one.
+            attribute_to_layer_input: Gate the inputs of the layers in place of their outputs.
+
+        Returns:
+            Gate times activation, of the layer's output size, dtype and device; one tensor for
+            one layer, otherwise a list, one tensor for each of ``sites``, in forward order.
+
+        Raises:
+            AssertionError: If the target is None, a tuple, or no class index of the output.
+            KeyError: If gates were learned before, but not of this target.
+            SiteError: If a layer cannot be gated.
+            TypeError: If inputs or outputs are no tensors.
+            ValueError: If the network is in train mode, or the images do not go together.
+        """
+        _check_forward_func(self.forward_func, self.layer, self.device_ids)
+        images, extra = _check_inputs(inputs), _as_tuple(additional_forward_args)
+        targets = _read_target(target, len(images[0]))
+        if isinstance(self.forward_func, nn.DataParallel) and self.forward_func.device_ids:
+            # It would have scattered them from wherever they are.
+            home = self.forward_func.src_device_obj
+            images = tuple(item.to(home) for item in images)
+            extra = tuple(arg.to(home) if isinstance(arg, Tensor) else arg for arg in extra)
+        root, layers = self._root(images)
+        check_eval(root)
+        if self.layer is None and self.task_gates is not None:
+            sites = self.task_gates.sites
+        else:
+            sites = self._find(root, layers, images, extra, attribute_to_layer_input)
+        with torch.no_grad(), recorded(root, sites) as activations:
+            outputs = root(*images, *extra)
+        _check_outputs(outputs, targets)
+        if self.task_gates is not None:
+            at_input = attribute_to_layer_input if self.layer is None else None
+            _check_learned(self.task_gates, sites, targets, at_input)
+
+        own = [i for i, arg in enumerate(extra) if _is_per_image(arg, len(images[0]))]
+        if self.task_gates is not None:
+            gates = _rows(self.task_gates, sites, targets)
+        elif self.scope == "task":
+            self._latest = self._learn_from(root, sites, images, extra, own, targets)
+            gates = _rows(self._latest, sites, targets)
+        else:
+            self._latest = self._learn_paths(root, sites, images, extra, own, targets)
+            gates = {s.name: torch.cat([path[s.name] for path in self._latest]) for s in sites}
+
+        attributions = []
+        with torch.no_grad():
+            for site in sites:
+                activation = activations[site.name]
+                gate = gates[site.name].to(activation.device)
+                if self._multiply_by_inputs:
+                    attributions.append(multiply(site, activation, gate, None))
+                else:
+                    full = expand(gate, site, activation).expand_as(activation)
+                    attributions.append(full.to(activation.dtype, copy=True).contiguous())
+        return attributions if _is_many(self.layer) else attributions[0]
+
+    # -- results -------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> tuple[GateSite, ...]:
+        """The gate sites of the latest call, in forward order; empty before the first."""
+        if self.layer is None and self.task_gates is not None:
+            return self.task_gates.sites
+        return () if self._found is None else self._found[1]
+
+    def gates(self, target: object) -> dict[str, Tensor]:
+        """The gates behind the attributions: ``{site name: float32 (C,)}``.
+
+        Args:
+            target: A task that was learned (class index, group of them, or its name); for
+                ``scope="example"`` the position of the image in the latest batch.
+
+        Raises:
+            KeyError: If no gates were learned for it.
+            RuntimeError: If nothing has been learned yet.
+        """
+        of_task, task = self._gates_behind(target)
+        return of_task.gates_of(task)
+
+    def sub_architecture(self, target: object, size: float | None = None) -> SubArchitecture:
+        """The channels that a target keeps, as yes or no.
+
+        Args:
+            target: As for :meth:`gates`.
+            size: As for :meth:`TaskGates.sub_architecture <nad_attr.TaskGates.sub_architecture>`.
+
+        Raises:
+            KeyError: If no gates were learned for it.
+            RuntimeError: If nothing has been learned yet.
+            ValueError: If ``size`` is not in (0, 1].
+        """
+        of_task, task = self._gates_behind(target)
+        return of_task.sub_architecture(task, size)
+
+    def _gates_behind(self, target: object) -> tuple[TaskGates, object]:
+        latest = self._latest if self.task_gates is None else self.task_gates
+        if latest is None:
+            raise RuntimeError("no gates yet; call learn(data), or attribute(images, target).")
+        if isinstance(latest, TaskGates):
+            return latest, target
+        try:
+            number = operator.index(target)  # type: ignore[arg-type]
+            path = latest[number]
+        except (TypeError, IndexError):
+            raise KeyError(
+                f"no gates for image {target!r}; the latest batch had images 0 to "
+                f"{len(latest) - 1} (scope='example')."
+            ) from None
+        return path, path.tasks[0]
+
+    # -- Captum's questions ----------------------------------------------------------------------
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether attributions are gate times activation, not the bare gate."""
+        return self._multiply_by_inputs
+
+    def has_convergence_delta(self) -> bool:
+        """False: gated activations need not sum to the output."""
+        return False
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The method's name in plots and tables."""
+        return "NAD"
+
+    # -- where the gates stand -------------------------------------------------------------------
+
+    def _root(self, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, list[Layer] | None]:
+        """The module that is run and hooked, and the layers as it knows them."""
+        layers = _as_layers(self.layer)
+        if isinstance(self.forward_func, nn.Module):
+            return unwrap(self.forward_func), layers
+        function = _Function(self.forward_func, layers or [], inputs)
+        return function, [f"layer{i}" for i in range(len(layers or []))]
+
+    def _key(self, at_input: bool) -> object:
+        """What the sites depend on; TCAV changes ``layer`` between calls."""
+        # Modules and functions are equal only to themselves, and the key keeps them alive.
+        layers = _as_layers(self.layer)
+        of_layers = None if layers is None else tuple(layers)
+        return self.forward_func, of_layers, self.channel_dim, at_input
+
+    def _find(
+        self,
+        root: nn.Module,
+        layers: list[Layer] | None,
+        inputs: tuple[Tensor, ...],
+        extra: tuple[Any, ...],
+        at_input: bool,
+    ) -> tuple[GateSite, ...]:
+        """The sites, looked for only if what they depend on has changed."""
+        key = self._key(at_input)
+        if self._found is None or self._found[0] != key:
+            with _own_errors():
+                sites = find_gate_sites(
+                    root,
+                    inputs,
+                    layers=layers,
+                    channel_dim=self.channel_dim,
+                    at_input=at_input,
+                    additional_forward_args=extra or None,
+                )
+            self._found = key, tuple(sites)
+        return self._found[1]
+
+
+class _Function(nn.Module):
+    """A function with the layers it calls, as the module that sites, hooks and learning need.
+
+    Nothing about the layers changes; their names are ``layer0``, ``layer1``, ... as given.
+    """
+
+    place: Tensor | None
+
+    def __init__(
+        self, function: Callable[..., Any], layers: Sequence[Layer], inputs: tuple[Tensor, ...]
+    ) -> None:
+        super().__init__()
+        self.function = function
+        for i, layer in enumerate(layers):
+            assert isinstance(layer, nn.Module)
+            self.add_module(f"layer{i}", layer)
+        floating = [item for item in inputs if item.is_floating_point()]
+        if floating and next(self.parameters(), None) is None:
+            # Layers without parameters do not tell device and dtype of the network: the images do.
+            nothing = torch.empty(0, dtype=floating[0].dtype, device=floating[0].device)
+            self.register_parameter("place", nn.Parameter(nothing, requires_grad=False))
+        # Its own flag only: eval() would reach into the layers.
+        self.training = False
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Let an error of the network itself come out as it is, as from any of Captum's methods."""
+    try:
+        yield
+    except SiteError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from error
+
+
+def _check_forward_func(forward_func: object, layer: object, device_ids: object) -> None:
+    if isinstance(forward_func, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise TypeError(
+            "forward_func is scripted or traced by torch.jit, where hooks do not work; pass the "
+            "original nn.Module."
+        )
+    if not callable(forward_func):
+        raise TypeError(
+            f"forward_func must be a network or a function, not {type(forward_func).__name__}."
+        )
+    layers = _as_layers(layer)  # type: ignore[arg-type]
+    for item in layers or []:
+        if isinstance(item, torch.jit.ScriptModule):
+            raise TypeError(
+                "layer is scripted or traced by torch.jit, where hooks do not work; script "
+                "nothing before attributing."
+            )
+    if isinstance(forward_func, nn.Module):
+        return
+    if layers is None:
+        raise TypeError(
+            "forward_func is a function, which does not show its layers; pass the network itself, "
+            "or name the layers with layer=[model.layer3, ...]."
+        )
+    if not all(isinstance(item, nn.Module) for item in layers):
+        raise TypeError(
+            "forward_func is a function, which knows no layers by name; pass them as modules, "
+            "layer=model.layer3."
+        )
+    if isinstance(device_ids, Sequence) and len(device_ids) > 1:
+        raise ValueError(
+            f"device_ids={list(device_ids)}: a function that spreads its batch over several "
+            "devices calls each layer once on each of them; pass the DataParallel network itself."
+        )
+
+
+def _is_many(layer: object) -> bool:
+    return layer is None or not isinstance(layer, (nn.Module, str, GateSite))
+
+
+def _as_layers(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
+    if layer is None:
+        return None
+    if isinstance(layer, (nn.Module, str, GateSite)):
+        return [layer]
+    if not isinstance(layer, Sequence) or not all(
+        isinstance(item, (nn.Module, str, GateSite)) for item in layer
+    ):
+        raise TypeError(
+            "layer must be a module, a site's name, a GateSite or a list of these, "
+            f"not {layer!r:.80}."
+        )
+    if not layer:
+        raise ValueError("layer is an empty list; leave it out to take all gate sites.")
+    return list(layer)
+
+
+def _as_tuple(args: object) -> tuple[Any, ...]:
+    if args is None:
+        return ()
+    return args if isinstance(args, tuple) else (args,)
+
+
+def _check_inputs(inputs: object) -> tuple[Tensor, ...]:
+    images = _as_tuple(inputs)
+    if not images or not all(isinstance(item, Tensor) for item in images):
+        kinds = ", ".join(type(item).__name__ for item in images) or "nothing"
+        raise TypeError(f"inputs must be a tensor or a tuple of tensors, not {kinds}.")
+    if any(item.ndim == 0 or len(item) != len(images[0]) for item in images):
+        raise ValueError(
+            "all inputs need the same number of images on dim 0, got shapes "
+            f"{[tuple(item.shape) for item in images]}."
+        )
+    if len(images[0]) == 0:
+        raise ValueError("inputs hold no images.")
+    return images
+
+
+def _read_target(target: object, n: int) -> list[int]:
+    """One class index for each of n images."""
+    if target is None:
+        raise AssertionError(
+            "target is None; say which output is explained, as in target=7. A network with one "
+            "output for each image must return it as (N, 1); then target=0."
+        )
+    if isinstance(target, tuple) or (
+        isinstance(target, list) and any(isinstance(item, tuple) for item in target)
+    ):
+        raise AssertionError(
+            f"target={target!r:.60} picks from an output of more than two axes; let forward_func "
+            "return (N, classes), for example lambda x: model(x)[:, :, 0], and give the class "
+            "index."
+        )
+    if isinstance(target, Tensor):
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise AssertionError(f"target must hold class indices, not {target.dtype}.")
+        if target.numel() == 1:
+            return [int(target)] * n
+        if target.ndim != 1 or len(target) != n:
+            raise AssertionError(
+                f"target has shape {tuple(target.shape)} for {n} images; give one class index, "
+                "or a tensor (N,) with one for each image."
+            )
+        return [int(index) for index in target.tolist()]
+    if isinstance(target, list):
+        if len(target) != n:
+            raise AssertionError(f"target lists {len(target)} class indices for {n} images.")
+        return [_index(item) for item in target]
+    return [_index(target)] * n
+
+
+def _index(value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise AssertionError(
+            f"target must be a class index, a list of them or a tensor of them; {value!r:.60} is "
+            f"{type(value).__name__}."
+        )
+    return operator.index(value)
+
+
+def _check_outputs(outputs: object, targets: Sequence[int]) -> None:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"forward_func returned a {type(outputs).__name__}; let it return the tensor (N, "
+            "classes) that is explained, for example lambda x: model(x).logits (then name the "
+            "layers with layer=)."
+        )
+    if outputs.ndim != 2 or len(outputs) != len(targets):
+        raise AssertionError(
+            f"forward_func returned shape {tuple(outputs.shape)} for {len(targets)} images; a "
+            "target needs an output of shape (N, classes)."
+        )
+    wrong = [index for index in targets if not 0 <= index < outputs.shape[1]]
+    if wrong:
+        raise AssertionError(
+            f"target {wrong[0]} is none of the network's {outputs.shape[1]} outputs, "
+            f"0 to {outputs.shape[1] - 1}."
+        )
+
+
+def _check_learned(
+    gates: TaskGates, sites: Sequence[GateSite], targets: Sequence[int], at_input: bool | None
+) -> None:
+    """Refuse what the learned gates do not cover; ``at_input`` None: as the sites say."""
+    learned = {site.name: site for site in gates.sites}
+    for site in sites:
+        if site.name not in learned:
+            raise ValueError(
+                f"no gates were learned at {site.name!r}, only at {', '.join(learned)}; call "
+                "learn() with this layer."
+            )
+        known = learned[site.name]
+        if known.at_input != (site.at_input if at_input is None else at_input):
+            raise ValueError(
+                f"the gates at {site.name!r} were learned for the layer's "
+                f"{'input' if known.at_input else 'output'}; call attribute() and learn() with "
+                "the same attribute_to_layer_input."
+            )
+        if known.n_channels != site.n_channels:
+            raise ValueError(
+                f"the gates at {site.name!r} are for {known.n_channels} channels, the layer has "
+                f"{site.n_channels}; they were learned on another network."
+            )
+    missing = sorted(set(targets) - set(gates.tasks))
+    if missing:
+        known_tasks = ", ".join(map(str, gates.tasks[:20])) + (
+            " ..." if len(gates.tasks) > 20 else ""
+        )
+        raise KeyError(
+            f"no gates for target {missing[0]}; learned tasks are {known_tasks}. "
+            "Name it among the tasks of learn()."
+        )
+
+
+def _rows(gates: TaskGates, sites: Sequence[GateSite], targets: Sequence[int]) -> dict[str, Tensor]:
+    """``{site name: (C,) for all images, or (N, C)}``."""
+    one = len(set(targets)) == 1
+    rows: Any = gates.index(targets[0]) if one else [gates.index(index) for index in targets]
+    return {site.name: gates[site.name][rows] for site in sites}
+
+
+def _is_per_image(value: object, n: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
+
+
+def _bind(
+    root: nn.Module, inputs: tuple[Tensor, ...], extra: tuple[Any, ...], own: Sequence[int]
+) -> tuple[tuple[Tensor, ...], Callable[..., Any] | None]:
+    """All that differs from image to image, and the function of just that (None: the network)."""
+    if not extra:
+        return inputs, None
+    fixed = [
+        arg.detach().clone() if isinstance(arg, Tensor) and i not in own else arg
+        for i, arg in enumerate(extra)
+    ]
+
+    def forward(*tensors: Tensor) -> Any:
+        args = list(fixed)
+        for i, tensor in zip(own, tensors[len(inputs) :], strict=True):
+            args[i] = tensor
+        return root(*tensors[: len(inputs)], *args)
+
+    return (*inputs, *(extra[i] for i in own)), forward
+
+
+def _copies(image: tuple[Tensor, ...], n: int, seed: int) -> tuple[Tensor, ...]:
+    """``n`` versions of one image: (1, ...) to (n, ...) for each input."""
+    if not any(item.is_floating_point() for item in image):
+        raise ValueError(
+            "scope='example' varies the image itself, but no input is a floating-point tensor; "
+            "use scope='task', or attribute from the embedding on."
+        )
+    n_scaled = n // 2
+    scale = torch.ones(n, dtype=torch.float64)
+    scale[n - n_scaled :] = (torch.arange(n_scaled, dtype=torch.float64) + 0.5) / n_scaled
+    generator = torch.Generator().manual_seed(seed)
+    copies = []
+    for item in image:
+        shape = [n] + [1] * (item.ndim - 1)
+        if not item.is_floating_point():
+            copies.append(item.expand(n, *item.shape[1:]))
+            continue
+        noise = torch.randn((n, *item.shape[1:]), generator=generator)
+        noise[0] = 0
+        noise[n - n_scaled :] = 0
+        spread = _NOISE * (item.max() - item.min())
+        copies.append(scale.reshape(shape).to(item) * item + spread * noise.to(item))
+    return tuple(copies)
+
+
+def _first_images(data: Data) -> tuple[tuple[Tensor, ...], Data]:
+    """One or two images, to find the sites with, and the data to learn from."""
+    dataset = data.dataset if isinstance(data, DataLoader) else data
+    if (
+        isinstance(dataset, Dataset)
+        and not isinstance(dataset, (IterableDataset, TensorDataset))
+        and hasattr(dataset, "__len__")
+    ):
+        few = Subset(dataset, range(min(2, len(dataset))))
+        if isinstance(data, DataLoader):
+            source = as_source(DataLoader(few, collate_fn=data.collate_fn))
+        else:
+            source = as_source(few)
+    else:
+        source = as_source(data)
+        if isinstance(source, TensorSource):
+            # What could be read only once has been read now.
+            data = source.inputs, source.labels
+    draws = [(number, 0) for number in range(min(2, len(source.labels)))]
+    return next(iter(source.batches([draws]))), data

@@ -1,0 +1,100 @@
+"""BatchNorm layers of a frozen network, without keeping what only their weights' gradients need.
+
+In eval mode a BatchNorm multiplies each channel by a constant and adds another, so the gradient of
+its input needs that constant alone. PyTorch nevertheless keeps the layer's whole input, in most
+networks about half of all that a backward pass holds. Hooks alone, undone at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["lean_batchnorm"]
+
+#: Not their subclasses, which may do something else.
+_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _Scaled(torch.autograd.Function):
+    """``output``, made of ``x`` without a graph, gets one: its gradient times a constant."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, output: Tensor, scale: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(scale)
+        # The very tensor is handed on; a view of it would forbid an in-place ReLU behind.
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors
+        shape = (1, -1, *[1] * (grad.ndim - 2))
+        return grad * scale.to(grad.dtype).view(shape), None, None
+
+
+@contextmanager
+def lean_batchnorm(model: nn.Module) -> Iterator[None]:
+    """Let frozen BatchNorm layers in eval mode keep nothing for the backward pass.
+
+    Outputs stay the same bit for bit, gradients up to rounding; only first derivatives with
+    respect to the layers' inputs are possible inside. Layers that are in train mode, have no
+    running statistics or have weights that want a gradient are left alone. Enter it after other
+    hooks on the layers' inputs, so that those see the graph.
+
+    Args:
+        model: The network.
+
+    Example:
+        >>> net = nn.BatchNorm2d(2).eval().requires_grad_(False)
+        >>> net.running_var.fill_(4.0)
+        tensor([4., 4.])
+        >>> x = torch.ones(1, 2, 1, 1, requires_grad=True)
+        >>> with lean_batchnorm(net):
+        ...     y = net(x)
+        >>> torch.autograd.grad(y.sum(), x)[0].flatten()
+        tensor([0.5, 0.5])
+    """
+    waiting: dict[nn.Module, Tensor] = {}
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        waiting.pop(module, None)
+        if len(args) != 1 or not isinstance(args[0], Tensor) or not args[0].requires_grad:
+            return None
+        if (
+            not torch.is_grad_enabled()
+            or module.training
+            or module.running_var is None
+            or any(p.requires_grad for p in module.parameters(recurse=False))
+        ):
+            return None
+        waiting[module] = args[0]
+        return (args[0].detach(),)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        x = waiting.pop(module, None)
+        if x is None:
+            return None
+        assert isinstance(module, _KINDS)
+        assert module.running_var is not None
+        scale = (module.running_var.detach() + module.eps).rsqrt()
+        if module.weight is not None:
+            scale = scale * module.weight.detach()
+        return _Scaled.apply(x, output, scale)  # type: ignore[no-untyped-call]
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module) in _KINDS:
+                stack.callback(module.register_forward_pre_hook(before).remove)
+                # First of all, so that a gate on the layer's output stands behind it.
+                handle = module.register_forward_hook(after, prepend=True)
+                stack.callback(handle.remove)
+        yield

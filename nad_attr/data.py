@@ -1,0 +1,293 @@
+"""What learning and evaluation draw images from: one face for tensors, datasets and loaders.
+
+Every draw is a function of a seed alone. Random transforms of a dataset read the global random
+states, so each item is fetched with those states seeded for it and put back afterwards: neither
+the caller's random numbers nor the number of loader workers change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data.sampler import RandomSampler, SequentialSampler
+
+__all__ = ["Data", "Draw", "Inputs", "Source", "as_source", "isolated_rng", "seed_of"]
+
+#: What learning and evaluation accept.
+Data: TypeAlias = "DataLoader[Any] | Dataset[Any] | tuple[Any, Any] | list[Any]"
+#: One image to fetch: its number, and the seed of its random transforms.
+Draw: TypeAlias = "tuple[int, int]"
+#: The network's inputs for a batch; axis 0 of each is the image.
+Inputs: TypeAlias = "tuple[Tensor, ...]"
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from anything with a stable ``repr``: equal on every machine and run."""
+    digest = hashlib.sha256("/".join(map(repr, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU random states, and put them back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+class Source(Protocol):
+    """Images with labels, drawn by number."""
+
+    #: int64 (N,)
+    labels: Tensor
+    #: Whether an image may look different each time it is drawn.
+    augmented: bool
+
+    def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
+        """The inputs of each list of draws, in order, on the CPU or where they are."""
+        ...
+
+
+def _check_labels(labels: Any, n: int | None = None) -> Tensor:
+    tensor = torch.as_tensor(labels)
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
+        raise ValueError(
+            f"labels must be class indices, an integer tensor of shape (N,), not "
+            f"{tensor.dtype} of shape {tuple(tensor.shape)}."
+        )
+    if tensor.dtype == torch.bool:
+        raise ValueError("labels must be class indices, not True and False.")
+    if n is not None and len(tensor) != n:
+        raise ValueError(f"{n} inputs came with {len(tensor)} labels.")
+    if len(tensor) == 0:
+        raise ValueError("data is empty: there is not a single image to learn from.")
+    if int(tensor.min()) < 0:
+        raise ValueError(f"labels must be class indices from 0 on, got {int(tensor.min())}.")
+    return tensor.detach().to("cpu", torch.int64)
+
+
+def check_finite(inputs: Inputs) -> Inputs:
+    """Refuse NaN and infinity, which would spread over all gates of the batch."""
+    for i, value in enumerate(inputs):
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad = (~torch.isfinite(value.flatten(1)).all(1)).nonzero().flatten().tolist()
+            which = f"input {i}: " if len(inputs) > 1 else ""
+            raise ValueError(
+                f"{which}image(s) {bad[:5]} of a batch of {len(value)} hold NaN or infinity; "
+                "clean or leave out those images."
+            )
+    return inputs
+
+
+def _as_inputs(value: Any) -> Inputs:
+    inputs = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not inputs or not all(isinstance(item, Tensor) for item in inputs):
+        kinds = ", ".join(type(item).__name__ for item in inputs) or "nothing"
+        raise TypeError(
+            f"a batch's inputs must be a tensor or a tuple of tensors, not {kinds}; let the "
+            "dataset's transform end in tensors (torchvision's ToTensor, for example)."
+        )
+    if any(item.ndim == 0 or len(item) != len(inputs[0]) for item in inputs):
+        raise ValueError(
+            "all inputs need the same number of images on axis 0, got shapes "
+            f"{[tuple(item.shape) for item in inputs]}."
+        )
+    return inputs
+
+
+class TensorSource:
+    """Images that lie in memory."""
+
+    augmented = False
+
+    def __init__(self, inputs: Any, labels: Any) -> None:
+        # Tensors made in the caller's inference mode cannot be saved for backward; a copy can.
+        with torch.inference_mode(False):
+            self.inputs = tuple(
+                item.clone() if item.is_inference() else item for item in _as_inputs(inputs)
+            )
+        self.labels = _check_labels(labels, len(self.inputs[0]))
+        check_finite(self.inputs)
+
+    def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
+        """The inputs of each list of draws, in order."""
+        for chosen in draws:
+            index = torch.tensor([number for number, _ in chosen], dtype=torch.long)
+            yield tuple(item.detach()[index.to(item.device)] for item in self.inputs)
+
+
+class _SeededItems(Dataset[Any]):
+    """Items addressed by (number, seed), so that augmentation depends on nothing else."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        number, seed = key
+        with isolated_rng(seed):
+            return self.dataset[number]
+
+
+class DatasetSource:
+    """Images that a map-style dataset makes on demand."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        numbers: Sequence[int] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        n_workers: int = 0,
+        augmented: bool = True,
+    ) -> None:
+        self.dataset, self.collate, self.n_workers = dataset, collate, n_workers
+        self.augmented = augmented
+        n = len(dataset)  # type: ignore[arg-type]
+        self.numbers = range(n) if numbers is None else list(numbers)
+        self.labels = self._labels()
+
+    def _labels(self) -> Tensor:
+        known = _known_labels(self.dataset)
+        if known is not None:
+            return _check_labels(known[torch.as_tensor(list(self.numbers), dtype=torch.long)])
+        if len(self.numbers) == 0:
+            return _check_labels(torch.zeros(0, dtype=torch.long))
+        # Nothing says the labels but the items themselves: read them all once.
+        every = ([(i, 0)] for i in range(len(self.numbers)))
+        return _check_labels(torch.cat([_check_labels(label) for _, label in self._load(every)]))
+
+    def _load(self, draws: Iterable[Sequence[Draw]]) -> Iterator[tuple[Any, Any]]:
+        loader: DataLoader[Any] = DataLoader(
+            _SeededItems(self.dataset),
+            batch_sampler=([(self.numbers[i], s) for i, s in chosen] for chosen in draws),
+            collate_fn=self.collate,
+            num_workers=self.n_workers,
+            generator=torch.Generator().manual_seed(0),  # never the global one
+        )
+        for batch in loader:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+                raise TypeError(
+                    f"the dataset must yield (input, label) pairs; got {type(batch).__name__}"
+                    f"{length}. Wrap it in one that does."
+                )
+            yield batch[0], batch[1]
+
+    def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
+        """The inputs of each list of draws, in order, loaded by the workers."""
+        for inputs, _ in self._load(draws):
+            yield check_finite(_as_inputs(inputs))
+
+
+def _known_labels(dataset: Any) -> Tensor | None:
+    """Labels that a dataset tells without loading an image (``targets``, as torchvision's)."""
+    if isinstance(dataset, Subset):
+        inner = _known_labels(dataset.dataset)
+        return None if inner is None else inner[torch.as_tensor(list(dataset.indices))]
+    # A target transform may turn the listed labels into others.
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
+    targets = getattr(dataset, "targets", None)
+    try:
+        known = torch.as_tensor(targets)
+        if known.ndim == 1 and len(known) == len(dataset) and not known.is_floating_point():
+            return known
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    return None
+
+
+def as_source(data: Any, *, augmented: bool | None = None) -> Source:
+    """Make a source of a pair of tensors, a dataset, or a loader.
+
+    Args:
+        data: ``(inputs, labels)`` with ``inputs`` a tensor or tuple of tensors (axis 0 = images);
+            a map-style dataset of (input, label); or a DataLoader, whose dataset, collate
+            function, workers and choice of images are used. Loaders without random access
+            (iterable datasets, or any other iterable of batches) are read into memory once.
+        augmented: Whether an image may look different each time it is drawn. None: True for
+            datasets (their transforms may be random), False for tensors.
+
+    Raises:
+        TypeError: If data is something else or yields something else.
+        ValueError: If there are no images, or labels are no class indices.
+
+    Example:
+        >>> source = as_source((torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])))
+        >>> [x[0].shape for x in source.batches([[(0, 0), (1, 0)], [(3, 0)]])]
+        [torch.Size([2, 3, 8, 8]), torch.Size([1, 3, 8, 8])]
+    """
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        return _loader_source(data, augmented)
+    if isinstance(data, TensorDataset):
+        if len(data.tensors) < 2:
+            raise TypeError("a TensorDataset needs inputs and labels.")
+        return TensorSource(data.tensors[:-1], data.tensors[-1])
+    if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data, Dataset):
+        if isinstance(data[0], (Tensor, tuple, list)) and isinstance(
+            data[1], (Tensor, list, np.ndarray)
+        ):
+            return TensorSource(*data)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        if not hasattr(data, "__len__"):
+            raise TypeError(f"{type(data).__name__} has no length; wrap it in a DataLoader.")
+        return DatasetSource(data, augmented=True if augmented is None else augmented)
+    if isinstance(data, (DataLoader, IterableDataset)) or (
+        isinstance(data, Iterable) and not isinstance(data, (Tensor, str, bytes, dict, tuple, list))
+    ):
+        return _read(data)
+    raise TypeError(
+        "data must be a pair (inputs, labels) of tensors, a Dataset of (input, label) or a "
+        f"DataLoader of such, not {type(data).__name__}."
+    )
+
+
+def _loader_source(loader: DataLoader[Any], augmented: bool | None) -> Source:
+    numbers = None
+    if isinstance(loader.dataset, TensorDataset) and loader.collate_fn is not None:
+        augmented = False if augmented is None else augmented
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler.sampler  # type: ignore[attr-defined]
+    if not isinstance(sampler, (SequentialSampler, RandomSampler)):
+        # A sampler that leaves images out (SubsetRandomSampler, say) means it.
+        with isolated_rng(0):
+            numbers = sorted({int(i) for i in sampler})
+    return DatasetSource(
+        loader.dataset,
+        numbers=numbers,
+        collate=loader.collate_fn,
+        n_workers=loader.num_workers,
+        augmented=True if augmented is None else augmented,
+    )
+
+
+def _read(batches: Iterable[Any]) -> TensorSource:
+    inputs: list[Inputs] = []
+    labels: list[Tensor] = []
+    with isolated_rng(0):
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise TypeError(
+                    f"the loader must yield (inputs, labels) batches, not {type(batch).__name__}."
+                )
+            inputs.append(_as_inputs(batch[0]))
+            labels.append(_check_labels(batch[1], len(inputs[-1][0])))
+    if not inputs:
+        raise ValueError("data is empty: there is not a single image to learn from.")
+    return TensorSource(
+        tuple(torch.cat(parts) for parts in zip(*inputs, strict=True)), torch.cat(labels)
+    )

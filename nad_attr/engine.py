@@ -1,0 +1,282 @@
+"""What learning runs on: a frozen network with gates, and the images of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nad_attr.architecture import split_sites
+from nad_attr.batchnorm import lean_batchnorm
+from nad_attr.data import Draw, Inputs, Source, seed_of
+from nad_attr.gates import Task
+from nad_attr.gating import channel_shape, installed, multiply
+from nad_attr.objective import own_task_output
+from nad_attr.sites import GateSite
+
+__all__ = ["Batch", "Chunk", "CleanOutputs", "Learned", "Network", "TaskImages"]
+
+
+class Network:
+    """A frozen network with gates for its channels: clean and gated passes.
+
+    Args:
+        model: The network, in eval mode.
+        sites: Its gate sites.
+        forward: What is called with the inputs; None: the model.
+        extra: Further arguments for each call.
+        amp: Autocast dtype, or None for none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[GateSite],
+        *,
+        forward: Callable[..., Any] | None = None,
+        extra: tuple[Any, ...] = (),
+        amp: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.sites, self.extra, self.amp = model, tuple(sites), extra, amp
+        self.forward = model if forward is None else forward
+        parameter = next((p for p in model.parameters()), None)
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+        # Gates are float32 (float64 for a float64 network), whatever the activations are.
+        self.dtype = (
+            torch.float64
+            if parameter is not None and parameter.dtype == torch.float64
+            else torch.float32
+        )
+        self.means: dict[str, Tensor] | None = None
+
+    def set_means(self, means: Mapping[str, Tensor]) -> None:
+        """Let closed channels be at their mean."""
+        self.means = {k: v.to(self.device, self.dtype) for k, v in means.items()}
+
+    def to_device(self, inputs: Inputs) -> Inputs:
+        """The inputs where the network is."""
+        return tuple(item.to(self.device, non_blocking=True) for item in inputs)
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The network's outputs (B, K) in the gates' dtype, through whatever hooks are on it."""
+        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+            outputs = self.forward(*inputs, *self.extra)
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(inputs[0]):
+            what = (
+                f"a tensor of shape {tuple(outputs.shape)}"
+                if isinstance(outputs, Tensor)
+                else f"a {type(outputs).__name__}"
+            )
+            raise ValueError(
+                f"the network returned {what} for {len(inputs[0])} images; a (images, classes) "
+                "tensor is needed. Choose it with forward_func=, for example "
+                "lambda x: model(x).logits."
+            )
+        return outputs.to(self.dtype)
+
+    @torch.no_grad()
+    def clean(self, inputs: Inputs) -> Tensor:
+        """Outputs (B, K) of the whole network."""
+        return self(inputs)
+
+    @torch.no_grad()
+    def clean_recorded(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Outputs of the whole network, and copies of what its sites hold."""
+        kept: dict[str, Tensor] = {}
+
+        def record(site: GateSite, tensor: Tensor) -> None:
+            channel_shape(site, tensor)
+            kept[site.name] = tensor.clone()  # the network may write into it in place
+
+        with installed(self.model, self.sites, record):
+            return self(inputs), kept
+
+    def gated(self, inputs: Inputs, gates: Tensor) -> Tensor:
+        """Outputs (B, K) under one gate vector per image.
+
+        Args:
+            inputs: B images.
+            gates: (B, all channels).
+        """
+        parts = split_sites(gates, self.sites)
+
+        def gate(site: GateSite, tensor: Tensor) -> Tensor:
+            mean = None if self.means is None else self.means[site.name]
+            return multiply(site, tensor, parts[site.name], mean)
+
+        with installed(self.model, self.sites, gate), lean_batchnorm(self.model):
+            return self(inputs)
+
+    def output_and_gradient(
+        self, inputs: Inputs, gates: Tensor, classes: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Each image's task output, and its gradient with respect to that image's gates.
+
+        Args:
+            inputs: B images.
+            gates: (B, all channels).
+            classes: int64 (B, M), see :func:`own_task_output`.
+            valid: bool (B, M).
+
+        Returns:
+            (B,) and (B, all channels), detached.
+        """
+        leaf = gates.detach().requires_grad_(True)
+        output = own_task_output(self.gated(inputs, leaf), classes, valid)
+        (gradient,) = torch.autograd.grad(output.sum(), leaf)
+        return output.detach(), gradient
+
+
+class TaskImages:
+    """An endless, seeded sequence of draws for one task: own and other images.
+
+    The sequence depends on the labels, the task and the seed alone, not on other tasks.
+    """
+
+    def __init__(self, labels: Tensor, task: Task, seed: int) -> None:
+        classes = torch.tensor([task] if isinstance(task, int) else task)
+        own = torch.isin(labels, classes)
+        self.pools = {"own": own.nonzero().flatten(), "other": (~own).nonzero().flatten()}
+        self._key = (seed, task)
+        self._generators = {
+            kind: torch.Generator().manual_seed(seed_of(seed, task, kind)) for kind in self.pools
+        }
+        self._queues: dict[str, list[int]] = {kind: [] for kind in self.pools}
+        self._drawn = dict.fromkeys(self.pools, 0)
+
+    def take(self, kind: str, n: int) -> list[Draw]:
+        """The next ``n`` draws; every image comes once before any comes again."""
+        queue, pool = self._queues[kind], self.pools[kind]
+        while len(queue) < n:
+            order = torch.randperm(len(pool), generator=self._generators[kind])
+            queue.extend(pool[order].tolist())
+        numbers, self._queues[kind] = queue[:n], queue[n:]
+        first = self._drawn[kind]
+        self._drawn[kind] += n
+        return [(i, seed_of(*self._key, kind, first + j)) for j, i in enumerate(numbers)]
+
+    def epoch(self, kind: str, batch: int) -> list[list[Draw]]:
+        """One pass over the images of a kind in random order, cut into batches."""
+        draws = self.take(kind, len(self.pools[kind]))
+        return [draws[i : i + batch] for i in range(0, len(draws), batch)]
+
+
+class Learned(NamedTuple):
+    """What a recipe hands back for the tasks of one chunk."""
+
+    #: (R, all channels) in [0, 1]; a channel is kept iff its gate is above one half
+    gates: Tensor
+    #: (R, all channels), the gates' logits
+    logits: Tensor
+    #: Each (steps, R), NaN where a task took no step
+    curves: dict[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """The images of one step."""
+
+    inputs: Inputs
+    #: int64 (B,), the row of the task that each image was drawn for
+    rows: Tensor
+    #: int64 (B,), each image's own class
+    labels: Tensor
+    #: Image numbers, on the CPU
+    numbers: list[int]
+
+
+class CleanOutputs:
+    """The whole network's outputs, computed once per image where images never change.
+
+    Args:
+        network: The network.
+        source: The data.
+    """
+
+    #: Numbers kept at most (float32: 256 MB); above that they are computed anew each time.
+    LIMIT = 2**26
+
+    def __init__(self, network: Network, source: Source) -> None:
+        self.network = network
+        self.n_images = 0 if source.augmented else len(source.labels)
+        self._known: Tensor | None = None
+        self._have = [False] * self.n_images
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Outputs (B, K) for a batch."""
+        if not self.n_images:
+            return self.network.clean(batch.inputs)
+        new = {number: i for i, number in enumerate(batch.numbers) if not self._have[number]}
+        if new:
+            at = list(new.values())
+            outputs = self.network.clean(tuple(item[at] for item in batch.inputs))
+            if self._known is None:
+                if self.n_images * outputs.shape[1] > self.LIMIT:
+                    self.n_images = 0
+                    return self.network.clean(batch.inputs)
+                self._known = outputs.new_zeros(self.n_images, outputs.shape[1])
+            self._known[list(new)] = outputs
+            for number in new:
+                self._have[number] = True
+        assert self._known is not None
+        return self._known[batch.numbers]
+
+
+class Chunk:
+    """Some tasks that are learned together, and the images they are learned from.
+
+    Args:
+        network: The network.
+        source: The data.
+        tasks: R tasks.
+        seed: Of the run.
+        clean: The whole network's outputs; shared by the chunks of a run.
+        advance: Called with a number of task steps that are done, for the progress bar.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        source: Source,
+        tasks: Sequence[Task],
+        seed: int,
+        *,
+        clean: CleanOutputs | None = None,
+        advance: Callable[[int], object] = lambda n: None,
+    ) -> None:
+        self.network, self.source, self.tasks, self.seed = network, source, list(tasks), seed
+        self.clean = CleanOutputs(network, source) if clean is None else clean
+        self.advance = advance
+        self.images = [TaskImages(source.labels, task, seed) for task in tasks]
+        members = [[task] if isinstance(task, int) else list(task) for task in tasks]
+        width = max(map(len, members))
+        padded = [m + [m[0]] * (width - len(m)) for m in members]
+        valid = [[True] * len(m) + [False] * (width - len(m)) for m in members]
+        self.classes = torch.tensor(padded, device=network.device)
+        self.valid = torch.tensor(valid, device=network.device)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def batches(self, plan: Sequence[Sequence[Sequence[Draw]]]) -> Iterator[Batch]:
+        """Fetch what each step needs.
+
+        Args:
+            plan: The draws of each row for each step; none for a row that is done.
+        """
+        device = self.network.device
+        joined = [[draw for row in step for draw in row] for step in plan]
+        for step, draws, inputs in zip(plan, joined, self.source.batches(joined), strict=True):
+            rows = [r for r, row in enumerate(step) for _ in row]
+            numbers = [number for number, _ in draws]
+            yield Batch(
+                self.network.to_device(inputs),
+                torch.tensor(rows, device=device),
+                self.source.labels[numbers].to(device),
+                numbers,
+            )
+
+    def own_output(self, outputs: Tensor, rows: Tensor) -> Tensor:
+        """The task output of each image for the task it was drawn for: (B,)."""
+        return own_task_output(outputs, self.classes[rows], self.valid[rows])

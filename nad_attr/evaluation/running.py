@@ -1,0 +1,146 @@
+"""Run images through a network for evaluation: where, in what batches, and with what checks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nad_attr.data import Inputs, Source, check_finite, seed_of
+from nad_attr.gates import Task
+from nad_attr.gating import check_eval
+from nad_attr.sites import unwrap
+
+__all__ = ["Runner", "check_batch_size", "check_classes", "chunks"]
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse what is no whole number from 1 on.
+
+    Raises:
+        ValueError: Names it.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number from 1 on, not {batch_size!r}.")
+
+
+def chunks(n: int, size: int) -> Iterator[range]:
+    """0 to n - 1, cut into ranges of at most ``size``.
+
+    Example:
+        >>> list(chunks(5, 2))
+        [range(0, 2), range(2, 4), range(4, 5)]
+    """
+    for start in range(0, n, size):
+        yield range(start, min(n, start + size))
+
+
+def check_classes(labels: Tensor, tasks: Sequence[Task], n_classes: int) -> None:
+    """Refuse labels and tasks that the network has no output for.
+
+    Raises:
+        ValueError: Names the highest one.
+    """
+    named = [m for task in tasks for m in (task if isinstance(task, tuple) else (task,))]
+    for what, highest in (("label", int(labels.max())), ("task", max(named))):
+        if highest >= n_classes:
+            raise ValueError(
+                f"there is a {what} {highest}, but the network has {n_classes} outputs "
+                f"(classes 0 to {n_classes - 1})."
+            )
+
+
+class Runner:
+    """A network in eval mode with the device it runs on and the way it is called.
+
+    Args:
+        model: The network. Wrappers that spread a batch over devices are looked through: one gate
+            vector per image cannot be spread.
+        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
+        forward_func: Called with the inputs in place of the network; has to run the network.
+        additional_forward_args: Further arguments of every call, the same for all images.
+
+    Attributes:
+        model: The network to put hooks on.
+        device: Where the inputs are sent.
+
+    Raises:
+        ValueError: If the network is in train mode, or cannot be run where it should.
+
+    Example:
+        >>> runner = Runner(torch.nn.Linear(2, 3).eval())
+        >>> runner((torch.ones(4, 2),)).shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        forward_func: Callable[..., Any] | None = None,
+        additional_forward_args: Any = None,
+    ) -> None:
+        check_eval(model)
+        root = unwrap(model)
+        places = [t.device for ts in (root.parameters(), root.buffers()) for t in ts]
+        here = places[0] if places else torch.device("cpu")
+        self.device = here if device is None else torch.device(device)
+        # "cuda" is wherever on CUDA the network is.
+        same = here.type == self.device.type and self.device.index in (None, here.index)
+        if same:
+            self.device = here
+        elif self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device.")
+        elif forward_func is not None and places:
+            raise ValueError(
+                f"forward_func runs the network where it is, not on {device!r}; move the network "
+                "there with model.to(...) and leave out device=."
+            )
+        elif places:
+            root = copy.deepcopy(root).to(self.device)
+        self.model = root if forward_func is None else model
+        self._run = root if forward_func is None else forward_func
+        extra = additional_forward_args
+        if extra is None:
+            extra = ()
+        self._extra = tuple(extra) if isinstance(extra, (tuple, list)) else (extra,)
+
+    def to_device(self, inputs: Inputs) -> Inputs:
+        """The inputs where the network is, without their graph."""
+        return tuple(x.detach().to(self.device) for x in inputs)
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The network's outputs (B, K), at least float32: float16 has few values to rank by.
+
+        Raises:
+            TypeError: If the network returns no floating-point tensor.
+            ValueError: If it returns another shape.
+        """
+        outputs = self._run(*inputs, *self._extra)
+        if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+            raise TypeError(
+                f"the network returned {type(outputs).__name__}, not a tensor of outputs; give a "
+                "forward_func that picks it, such as lambda x: model(x).logits."
+            )
+        if outputs.ndim != 2 or len(outputs) != len(inputs[0]):
+            raise ValueError(
+                f"the network returned shape {tuple(outputs.shape)} for {len(inputs[0])} images; "
+                "expected (images, classes). Give a forward_func that returns that."
+            )
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+    def draw(self, source: Source, numbers: Sequence[Sequence[int]]) -> Iterator[Inputs]:
+        """The images of each list of numbers, where the network is.
+
+        A random transform gives the same image in every evaluation.
+
+        Raises:
+            ValueError: If an image holds NaN or infinity.
+        """
+        draws = [[(i, seed_of("evaluation", i)) for i in chosen] for chosen in numbers]
+        for inputs in source.batches(draws):
+            yield self.to_device(check_finite(inputs))

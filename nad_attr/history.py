@@ -1,0 +1,84 @@
+"""How learning went: one number per step and task for everything that was watched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["History"]
+
+
+class History(Mapping[str, npt.NDArray[np.float32]]):
+    """Learning curves, ``{quantity: float32 (steps, T)}``.
+
+    A task that takes fewer steps than others has NaN in the rest of its column.
+
+    Args:
+        curves: The curves, all of one shape.
+
+    Raises:
+        ValueError: If the curves have different shapes.
+
+    Example:
+        >>> history = History({"loss": np.array([[1.0, 2.0], [0.5, 1.5]])})
+        >>> history["loss"][-1].tolist()
+        [0.5, 1.5]
+        >>> history
+        History(2 steps, 2 tasks: loss)
+    """
+
+    def __init__(self, curves: Mapping[str, npt.ArrayLike]) -> None:
+        self._curves = {
+            name: np.atleast_2d(np.asarray(curve, np.float32)) for name, curve in curves.items()
+        }
+        shapes = {curve.shape for curve in self._curves.values()}
+        if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
+            raise ValueError(f"curves must all have shape (steps, tasks), got {sorted(shapes)}.")
+
+    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
+        return self._curves[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._curves)
+
+    def __len__(self) -> int:
+        return len(self._curves)
+
+    def select(self, rows: Sequence[int]) -> History:
+        """The curves of some of the tasks."""
+        return History({name: curve[:, list(rows)] for name, curve in self._curves.items()})
+
+    def plot(self) -> Figure:
+        """One panel per quantity, one line per task, the mean in black.
+
+        Returns:
+            A matplotlib figure, not shown.
+
+        Raises:
+            ImportError: If matplotlib is missing (``pip install nad-attr[demo]``).
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError("plotting needs matplotlib: pip install 'nad-attr[demo]'") from None
+        figure = Figure(figsize=(4 * max(1, len(self)), 3), layout="constrained")
+        for i, (name, curve) in enumerate(self._curves.items()):
+            axes = figure.add_subplot(1, len(self), i + 1)
+            axes.plot(curve, color="0.75", linewidth=0.8)
+            # A column of NaN (a task without steps) must not turn the mean into a warning.
+            seen = np.isfinite(curve)
+            n = np.maximum(seen.sum(axis=1), 1)
+            axes.plot(np.where(seen, curve, 0).sum(axis=1) / n, color="black", linewidth=1.5)
+            axes.set_xlabel("step")
+            axes.set_title(name.replace("_", " "))
+        return figure
+
+    def __repr__(self) -> str:
+        steps, tasks = next(iter(self._curves.values())).shape if self._curves else (0, 0)
+        return f"History({steps} steps, {tasks} tasks: {', '.join(self._curves)})"

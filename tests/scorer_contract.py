@@ -1,0 +1,253 @@
+"""What every channel scorer has to do, whatever it measures."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nad_attr.evaluation.baselines import ChannelScorer
+from nad_attr.gating import GatingError
+from nad_attr.sites import GateSite, SiteError
+from tests import helpers
+
+NETWORKS = {
+    "cnn": (helpers.TinyCNN, [GateSite("relu1", 6, 1), GateSite("relu2", 8, 1)]),
+    "cnn, inputs": (
+        helpers.TinyCNN,
+        [GateSite("conv2", 6, 1, at_input=True), GateSite("linear", 8, 1, at_input=True)],
+    ),
+    # Sites before and after in-place ReLUs.
+    "resnet": (
+        helpers.TinyResNet,
+        [GateSite("bn1", 4, 1), GateSite("layer1.0", 4, 1), GateSite("layer2.0", 6, 1)],
+    ),
+    "tokens": (helpers.TinyViT, [GateSite("blocks.0", 8, -1), GateSite("blocks.1", 8, -1)]),
+}
+
+
+def assert_same(
+    first: dict[str, Tensor], second: dict[str, Tensor], *, tolerance: float = 1e-10
+) -> None:
+    assert list(first) == list(second)
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=tolerance, atol=tolerance)
+
+
+class ScorerContract:
+    """Subclass, name the scorer, and every test here holds it to the contract."""
+
+    scorer: ClassVar[type[ChannelScorer]]
+    #: Whether the scores depend on the images at all.
+    sees_images: ClassVar[bool] = True
+    #: Whether the scores depend on gradients.
+    needs_gradients: ClassVar[bool] = True
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        return self.scorer(model, sites)
+
+    @pytest.fixture(params=list(NETWORKS))
+    def network(self, request: pytest.FixtureRequest) -> tuple[nn.Module, list[GateSite]]:
+        make, sites = NETWORKS[request.param]
+        return helpers.build(make), sites
+
+    @pytest.fixture
+    def data(self) -> tuple[Tensor, Tensor]:
+        return helpers.labelled_images(10)
+
+    @pytest.fixture
+    def score(self) -> ChannelScorer:
+        make, sites = NETWORKS["cnn"]
+        return self.make(helpers.build(make), sites)
+
+    def test_shape_type_and_order(self, network, data) -> None:
+        model, sites = network
+        scores = self.make(model, sites)(*data)
+        assert list(scores) == [site.name for site in sites]
+        for site in sites:
+            assert scores[site.name].shape == (3, site.n_channels)
+            assert scores[site.name].dtype == torch.float32
+            assert scores[site.name].device.type == "cpu"
+            assert not scores[site.name].requires_grad
+            assert scores[site.name].std() > 0
+
+    def test_rows_follow_the_tasks(self, score, data) -> None:
+        every = score(*data, dtype=torch.float64)
+        some = score(*data, tasks=[2, 0], dtype=torch.float64)
+        assert_same(some, {name: value[[2, 0]] for name, value in every.items()})
+
+    def test_groups_of_classes(self, score, data) -> None:
+        scores = score(*data, tasks=[(0, 2), 1])
+        assert scores["relu1"].shape == (2, 6)
+
+    def test_group_of_one_is_the_class(self, score, data) -> None:
+        if self.sees_images:
+            one = score(*data, tasks=[(1,)], dtype=torch.float64)
+            assert_same(one, score(*data, tasks=[1], dtype=torch.float64))
+
+    @pytest.mark.parametrize("include_others", [False, True])
+    def test_model_untouched(self, network, data, include_others: bool) -> None:
+        model, sites = network
+        scorer = self.make(model, sites)
+        next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+        list(model.parameters())[-1].requires_grad_(False)
+        with helpers.assert_model_untouched(model, *data):
+            scorer(*data, include_others=include_others, batch_size=3)
+
+    def test_model_untouched_after_an_error(self, score, data) -> None:
+        images, labels = data
+        bad = images.clone()
+        bad[-1, 0, 0, 0] = torch.nan
+        with helpers.assert_model_untouched(score.model), pytest.raises(ValueError, match="NaN"):
+            score(bad, labels, batch_size=3)
+
+        def breaks(x: Tensor) -> Tensor:
+            score.model(x)
+            raise ZeroDivisionError
+
+        if self.sees_images:
+            with helpers.assert_model_untouched(score.model), pytest.raises(ZeroDivisionError):
+                score(images, labels, forward_func=breaks)
+
+    @pytest.mark.parametrize("include_others", [False, True])
+    def test_batches_and_order_do_not_matter(self, network, data, include_others: bool) -> None:
+        model, sites = network
+        images, labels = data
+        scorer = self.make(model, sites)
+        options = {"include_others": include_others, "dtype": torch.float64}
+        whole = scorer(images, labels, **options)
+        assert_same(whole, scorer(images, labels, batch_size=1, **options))
+        assert_same(whole, scorer(images, labels, batch_size=4, **options))
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+        assert_same(whole, scorer(images[order], labels[order], batch_size=3, **options))
+
+    def test_same_again(self, score, data) -> None:
+        first, again = score(*data), score(*data)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+    def test_other_images_count_only_if_asked(self, score, data) -> None:
+        images, labels = data
+        other = images.clone()
+        other[labels != 1] += 1
+        before = score(images, labels, tasks=[1], dtype=torch.float64)
+        assert_same(before, score(other, labels, tasks=[1], dtype=torch.float64))
+        if self.sees_images:
+            before = score(images, labels, tasks=[1], include_others=True)
+            after = score(other, labels, tasks=[1], include_others=True)
+            assert not torch.allclose(before["relu1"], after["relu1"])
+
+    def test_own_and_others_weigh_the_same(self, score, data) -> None:
+        """Twice as many other images, each twice: nothing changes."""
+        images, labels = data
+        others = labels != 1
+        more = torch.cat([images, images[others]]), torch.cat([labels, labels[others]])
+        options = {"tasks": [1], "include_others": True, "dtype": torch.float64}
+        assert_same(score(images, labels, **options), score(*more, **options))
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_inside_no_grad(self, score, data, mode) -> None:
+        expected = score(*data, dtype=torch.float64)
+        with mode():
+            images, labels = data[0] * 1.0, data[1] + 0
+            found = score(images, labels, dtype=torch.float64)
+        assert_same(expected, {name: value.clone() for name, value in found.items()})
+
+    def test_images_that_require_gradients(self, score, data) -> None:
+        images = data[0].clone().requires_grad_()
+        assert_same(score(images, data[1]), score(*data), tolerance=1e-6)
+        assert images.grad is None
+
+    def test_several_inputs_and_arguments(self, score, data) -> None:
+        images, labels = data
+        seen = []
+
+        def forward(a: Tensor, b: Tensor, factor: float) -> Tensor:
+            seen.append(factor)
+            return score.model(a + factor * b)
+
+        found = score(
+            (images / 2, images / 4),
+            labels,
+            forward_func=forward,
+            additional_forward_args=2.0,
+            dtype=torch.float64,
+        )
+        assert_same(found, score(images, labels, dtype=torch.float64))
+        assert set(seen) == ({2.0} if self.sees_images else set())
+
+    def test_float32(self, data) -> None:
+        make, sites = NETWORKS["resnet"]
+        exact = self.make(helpers.build(make), sites)(*data)
+        found = self.make(helpers.build(make).float(), sites)(data[0].float(), data[1])
+        assert_same(exact, found, tolerance=1e-3)
+
+    # -- bad input -----------------------------------------------------------------------------
+
+    def test_bad_sites(self) -> None:
+        model = helpers.build(helpers.TinyCNN)
+        with pytest.raises(SiteError, match="relu9"):
+            self.make(model, [GateSite("relu9", 6, 1)])
+        with pytest.raises(ValueError, match="no gate site"):
+            self.make(model, [])
+
+    def test_wrong_number_of_channels(self, data) -> None:
+        scorer = self.make(helpers.build(helpers.TinyCNN), [GateSite("relu1", 5, 1)])
+        if self.sees_images:
+            with pytest.raises(GatingError, match="5 channels"):
+                scorer(*data)
+
+    def test_train_mode(self, score, data) -> None:
+        score.model.train()
+        with helpers.assert_model_untouched(score.model), pytest.raises(ValueError, match=r"eval"):
+            score(*data)
+
+    @pytest.mark.parametrize(
+        ("change", "options", "error", "message"),
+        [
+            (lambda x, y: (x, y[:-1]), {}, ValueError, "10 inputs came with 9 labels"),
+            (lambda x, y: (x, y.double()), {}, ValueError, "integer"),
+            (lambda x, y: (x, y - 1), {}, ValueError, "from 0 on"),
+            (lambda x, y: (x[:0], y[:0]), {}, ValueError, "empty"),
+            (lambda x, y: (x / 0, y), {}, ValueError, "infinity"),
+            (lambda x, y: ("images", y), {}, TypeError, "data must be|tensor"),
+            (lambda x, y: (x, y), {"tasks": [7]}, ValueError, "no own image for task 7"),
+            (lambda x, y: (x, y), {"tasks": []}, ValueError, "no task"),
+            (lambda x, y: (x, y), {"tasks": [1, 1]}, ValueError, "twice"),
+            (lambda x, y: (x, y), {"tasks": ["cat"]}, TypeError, "task"),
+            (
+                lambda x, y: (x, y),
+                {"tasks": [(0, 1, 2)], "include_others": True},
+                ValueError,
+                "no other image",
+            ),
+            (lambda x, y: (x, y), {"batch_size": 0}, ValueError, "batch_size"),
+        ],
+    )
+    def test_bad_input(self, score, data, change, options, error, message: str) -> None:
+        with helpers.assert_model_untouched(score.model), pytest.raises(error, match=message):
+            score(*change(*data), **options)
+
+    def test_class_without_an_output(self, score, data) -> None:
+        images, labels = data
+        if self.sees_images and self.needs_gradients:
+            labels = torch.where(labels == 2, 5, labels)
+            with pytest.raises(ValueError, match="label 5, but the network has 3 outputs"):
+                score(images, labels)
+
+    def test_other_outputs(self, score, data) -> None:
+        if not self.sees_images:
+            return
+        with pytest.raises(ValueError, match="shape"):
+            score(*data, forward_func=lambda x: score.model(x)[:, 0])
+        with pytest.raises(TypeError, match="tuple"):
+            score(*data, forward_func=lambda x: (score.model(x),))
+
+    def test_outputs_without_gradients(self, score, data) -> None:
+        if self.sees_images and self.needs_gradients:
+            with pytest.raises(GatingError, match="no gradient"):
+                score(*data, forward_func=lambda x: score.model(x).detach())
+
+    def test_repr(self, score) -> None:
+        assert repr(score) == f"{type(score).__name__}(2 sites, 14 channels)"
