@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.cifar import SharedMissingError, add_shared_arguments, load_cifar10, load_resnet
 from nad_attr import GateSite, Recipe, SubArchitecture, TaskGates, find_gate_sites, learn_gates
 from nad_attr.evaluation import (
+    ChannelScorer,
     EnergyScorer,
     GradientXActivationScorer,
     NeuronMCTScorer,
@@ -77,6 +78,11 @@ class Benchmark:
         """One row for each method, variant, size and ablation value."""
         scored = per_class(*self.train, self.args.score_images, seed)
         paper = {beta: self._paper(beta, seed) for beta in self.args.betas}
+        scored_by = {
+            (name, others): self._scores(make(self.model, self.sites), scored, others)
+            for name, make in SCORERS.items()
+            for others in (False, True)
+        }
         for ablation in self.args.ablations:
             for size in self.args.sizes:
                 start = time.perf_counter()
@@ -88,8 +94,8 @@ class Benchmark:
                     recipe,
                     self.sites,
                     seed=seed,
-                    batch_size=self.args.batch,
-                )
+                    batch_size=self.args.batch, amp=self.args.amp,
+                )  # fmt: skip
                 seconds = time.perf_counter() - start
                 self.means = gates.means or self.means
                 means = None if ablation == "zero" else self.means
@@ -105,24 +111,14 @@ class Benchmark:
                         **common, "method": "NAD (paper)", "variant": f"beta {beta:g}",
                         "image_passes": n, "seconds": round(spent, 1), **self.measured(archs),
                     }  # fmt: skip
-                for name, make in SCORERS.items():
-                    scorer = make(self.model, self.sites)
-                    for others in (False, True):
-                        start = time.perf_counter()
-                        scores = scorer(
-                            *scored,
-                            tasks=self.tasks,
-                            include_others=others,
-                            batch_size=self.args.batch,
-                        )
-                        spent = time.perf_counter() - start
-                        archs = top_k(scores, self.sites, self.tasks, size, means=means)
-                        n = len(scored[1]) * (len(self.tasks) if others else 1)
-                        yield {
-                            **common, "method": name,
-                            "variant": "own and other" if others else "own",
-                            "image_passes": n, "seconds": round(spent, 1), **self.measured(archs),
-                        }  # fmt: skip
+                for (name, others), (scores, spent) in scored_by.items():
+                    archs = top_k(scores, self.sites, self.tasks, size, means=means)
+                    n = len(scored[1]) * (len(self.tasks) if others else 1)
+                    yield {
+                        **common, "method": name,
+                        "variant": "own and other" if others else "own",
+                        "image_passes": n, "seconds": round(spent, 1), **self.measured(archs),
+                    }  # fmt: skip
                 for draw in range(self.args.random_draws):
                     scores = RandomScorer(self.model, self.sites, seed=1000 * seed + draw)(
                         *scored, tasks=self.tasks
@@ -133,13 +129,23 @@ class Benchmark:
                         "image_passes": 0, "seconds": 0.0, **self.measured(archs),
                     }  # fmt: skip
 
+    def _scores(
+        self, scorer: ChannelScorer, images: tuple[Tensor, Tensor], others: bool
+    ) -> tuple[dict[str, Tensor], float]:
+        start = time.perf_counter()
+        scores = scorer(
+            *images, tasks=self.tasks, include_others=others, batch_size=self.args.batch
+        )
+        return scores, time.perf_counter() - start
+
     def _paper(self, beta: float, seed: int) -> tuple[TaskGates, int, float]:
         data = per_class(*self.train, self.args.paper_images, seed)
         recipe = Recipe.paper(beta=beta, epochs=self.args.paper_epochs)
         start = time.perf_counter()
         gates = learn_gates(
-            self.model, data, self.tasks, recipe, self.sites, seed=seed, batch_size=self.args.batch
-        )
+            self.model, data, self.tasks, recipe, self.sites, seed=seed,
+            batch_size=self.args.batch, amp=self.args.amp,
+        )  # fmt: skip
         kept = [arch.size for arch in gates.sub_architectures()]
         natural = self.measured(gates)
         print(
@@ -212,8 +218,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--paper-epochs", type=int, default=20)
     parser.add_argument("--score-images", type=int, default=300, help="per class, for scores")
     parser.add_argument("--val-per-class", type=int, default=100)
-    parser.add_argument("--random-draws", type=int, default=5)
+    parser.add_argument("--random-draws", type=int, default=3)
     parser.add_argument("--batch", type=int, default=200, help="images in one pass")
+    parser.add_argument(
+        "--amp", action="store_true", help="learn in bfloat16 (all measures float32)"
+    )
     parser.add_argument("--json", metavar="PATH", help="write all rows here; - for stdout")
     add_shared_arguments(parser)
     args = parser.parse_args(argv)

@@ -116,7 +116,6 @@ class Trace:
         sources: Nodes of the inputs.
         sinks: Nodes of the output.
         batch_size: Length of the first axis of the first input.
-        real: Whether the pass had to be run on real tensors.
     """
 
     nodes: list[Node]
@@ -124,7 +123,6 @@ class Trace:
     sources: tuple[int, ...]
     sinks: tuple[int, ...]
     batch_size: int
-    real: bool
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -178,8 +176,8 @@ def trace(
     on_meta = device.type == "meta" and all(p.is_meta for p in parameters)
     if on_meta:
         arguments = tuple(_map(arguments, lambda t: t.to("meta")))
-    values = not any(tensor.is_meta for tensor in tensors_in(arguments))
-    try:
+
+    def on_fake_tensors() -> Trace:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
 
         def faked(tensor: Tensor) -> Tensor:
@@ -190,10 +188,20 @@ def trace(
             return fake.from_tensor(tensor)
 
         return _run(model, tuple(_map(arguments, faked)), len(inputs), fake)
+
+    def as_given() -> Trace:
+        # Copies, since the model may write into its inputs.
+        copies = tuple(_map(arguments, lambda tensor: tensor.detach().clone()))
+        return _run(model, copies, len(inputs), None)
+
+    # Meta tensors have no values either, and go through a meta model faster than fake ones.
+    first, second = (as_given, on_fake_tensors) if on_meta else (on_fake_tensors, as_given)
+    try:
+        return first()
     except Exception:
-        if not values:
+        if not on_meta and any(tensor.is_meta for tensor in tensors_in(arguments)):
             raise
-        return _run(model, arguments, len(inputs), None)
+        return second()
 
 
 def _map(value: object, function: Callable[[Tensor], Tensor]) -> Any:
@@ -219,7 +227,7 @@ def _run(
         for tensor in tensors_in(arguments[:n_inputs])
     )
     with ExitStack() as stack:
-        stack.enter_context(_unchanged(model, buffers=fake is None))
+        stack.enter_context(_unchanged(model))
         stack.enter_context(_random_state_kept())
         stack.enter_context(_no_attention_fast_path())
         # Inference mode would hand over composite operators undissolved.
@@ -235,7 +243,7 @@ def _run(
     first = next(tensors_in(arguments[:n_inputs]))
     batch_size = first.shape[0] if first.dim() else 1
     calls = [call for call in recorder.calls if call.returned >= 0]
-    return Trace(recorder.nodes, calls, sources, sinks, batch_size, fake is None)
+    return Trace(recorder.nodes, calls, sources, sinks, batch_size)
 
 
 def _main_output(output: object) -> object:
@@ -593,11 +601,12 @@ def _words(value: object) -> str:
 
 
 @contextmanager
-def _unchanged(model: nn.Module, *, buffers: bool) -> Iterator[None]:
+def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts back what a forward pass leaves on the modules.
 
     A pass on fake tensors must not leave one behind (a cached mask, a stored feature), so every
-    attribute is put back as it was; with ``buffers``, so are the values of buffers written to.
+    attribute is put back as it was. So are the values of buffers written to: among fake tensors,
+    operators that read real ones only are run for real.
     """
     kept = []
     for module in model.modules():
@@ -608,7 +617,7 @@ def _unchanged(model: nn.Module, *, buffers: bool) -> Iterator[None]:
             if type(value) in (dict, OrderedDict, list, set)
         }
         kept.append((module, attributes, inner))
-    values = [(b, b._version, b.detach().clone()) for b in model.buffers()] if buffers else []
+    values = [(b, b._version, b.detach().clone()) for b in model.buffers()]
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nad_attr.gating import gated
+from nad_attr.gating import as_tensor, check_mapping, check_sites, gated
 from nad_attr.sites import GateSite
 
 __all__ = [
@@ -63,6 +63,20 @@ def as_task(value: object) -> Task:
 def n_channels(sites: Sequence[GateSite]) -> int:
     """Number of channels of all sites together."""
     return sum(site.n_channels for site in sites)
+
+
+def distinct_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
+    """The sites, none of them there twice.
+
+    Raises:
+        TypeError: If they are something else.
+        ValueError: If one is there twice.
+    """
+    names = [site.name for site in check_sites(sites)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"gate site {name!r} is there twice.")
+    return tuple(sites)
 
 
 def budget(size: float, sites: Sequence[GateSite]) -> int:
@@ -158,7 +172,7 @@ class SubArchitecture:
         means: As given.
 
     Raises:
-        TypeError: If a mask is not boolean.
+        TypeError: If a mask is not boolean, or an argument is of another kind.
         ValueError: If masks and sites do not fit.
 
     Example:
@@ -182,15 +196,16 @@ class SubArchitecture:
         task: Task | None = None,
         means: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.sites = tuple(sites)
+        self.sites = distinct_sites(sites)
         if not self.sites:
             raise ValueError("a sub-architecture needs at least one gate site.")
+        check_mapping(masks, "masks")
         names = [site.name for site in self.sites]
         if set(names) != set(masks):
-            raise ValueError(f"masks are for {sorted(masks)}, the sites are {sorted(names)}.")
+            raise ValueError(f"masks are for {list(masks)}, the sites are {names}.")
         self._masks: dict[str, Tensor] = {}
         for site in self.sites:
-            mask = torch.as_tensor(masks[site.name])
+            mask = as_tensor(masks[site.name], f"masks of {site.name!r}")
             if mask.dtype != torch.bool:
                 raise TypeError(
                     f"mask of {site.name!r} has dtype {mask.dtype}, not bool; binarise gates with "
@@ -222,6 +237,7 @@ class SubArchitecture:
         """Make one from channel numbers; sites that are not named keep nothing.
 
         Raises:
+            TypeError: If channels are not whole numbers.
             ValueError: If a channel or site does not exist.
 
         Example:
@@ -229,13 +245,20 @@ class SubArchitecture:
             >>> SubArchitecture.from_kept({"a": [0, 2]}, sites).sizes["b"]
             0.0
         """
+        check_mapping(kept, "kept")
         unknown = set(kept) - {site.name for site in sites}
         if unknown:
             raise ValueError(f"no gate site {sorted(unknown)[0]!r}.")
         masks = {}
         for site in sites:
             mask = torch.zeros(site.n_channels, dtype=torch.bool)
-            channels = torch.as_tensor(kept.get(site.name, []), dtype=torch.long)
+            channels = as_tensor(kept.get(site.name, []), f"kept channels of {site.name!r}")
+            if channels.numel() == 0:
+                channels = channels.long()
+            if channels.is_floating_point() or channels.dtype == torch.bool:
+                raise TypeError(
+                    f"kept channels of {site.name!r} are {channels.dtype}, not whole numbers."
+                )
             if channels.numel() and not (
                 int(channels.min()) >= 0 and int(channels.max()) < site.n_channels
             ):
@@ -243,7 +266,7 @@ class SubArchitecture:
                     f"{site.name!r} has channels 0 to {site.n_channels - 1}, not "
                     f"{channels.tolist()}."
                 )
-            mask[channels] = True
+            mask[channels.long()] = True
             masks[site.name] = mask
         return cls(masks, sites, task=task, means=means)
 
@@ -432,11 +455,15 @@ def check_means(
     """Copies of per-channel means as float32 (C,) on the CPU, checked; None stays None."""
     if means is None:
         return None
+    check_mapping(means, "means")
     checked = {}
     for site in sites:
         if site.name not in means:
             raise ValueError(f"means lack gate site {site.name!r}.")
-        mean = torch.as_tensor(means[site.name]).detach().cpu().float().clone()
+        mean = as_tensor(means[site.name], f"means of {site.name!r}").detach().cpu()
+        if mean.is_complex():
+            raise ValueError(f"means of {site.name!r} are complex.")
+        mean = mean.float().clone()
         if mean.shape != (site.n_channels,) or not bool(torch.isfinite(mean).all()):
             raise ValueError(
                 f"means of {site.name!r} must be {site.n_channels} finite numbers, got shape "

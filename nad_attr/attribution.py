@@ -39,10 +39,10 @@ _ONE_CLASS = r"task \d+ has own images only"
 class NADAttribution(LayerAttribution):  # type: ignore[misc]
     """Attribute a network's output to the channels that its class needs, as a Captum method.
 
-    A channel's attribution is its activation times the gate of the target class: what is left of
-    the layer inside the class's sub-architecture. Without :meth:`learn`, :meth:`attribute` learns
-    the gates of the targets from the very images it explains; with it, attributing is a look-up
-    and one forward pass.
+    A channel's attribution is its activation times the gate of the target class, a number in
+    [0, 1] that is above one half for the channels that the class's sub-architecture keeps. Without
+    :meth:`learn`, :meth:`attribute` learns the gates of the targets from the very images it
+    explains; with it, attributing is a look-up and one forward pass.
 
     Works wherever Captum's layer methods do: under ``NoiseTunnel`` (with one layer; call
     :meth:`learn` first, or gates are learned from the noisy images of each draw), in ``TCAV``, and
@@ -78,7 +78,9 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
-        >>> images, labels = torch.randn(8, 1, 4, 4), torch.tensor([0, 1] * 4)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> images = torch.randn(8, 1, 4, 4, generator=generator)
+        >>> labels = torch.tensor([0, 1] * 4)
         >>> nad = NADAttribution(net.eval(), net[1], recipe=Recipe(steps=5))
         >>> nad.attribute(images, target=labels).shape  # learns from these images
         torch.Size([8, 4, 2, 2])

@@ -24,25 +24,23 @@ class _Scaled(torch.autograd.Function):
     """``output``, made of ``x`` without a graph, gets one: its gradient times a constant."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, output: Tensor, scale: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, output: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
         # The very tensor is handed on; a view of it would forbid an in-place ReLU behind.
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (scale,) = ctx.saved_tensors
         shape = (1, -1, *[1] * (grad.ndim - 2))
         return grad * scale.to(grad.dtype).view(shape), None, None
 
 
 @contextmanager
-def lean_batchnorm(model: nn.Module) -> Iterator[None]:
+def lean_batchnorm(
+    model: nn.Module, scales: dict[nn.Module, Tensor] | None = None
+) -> Iterator[None]:
     """Let frozen BatchNorm layers in eval mode keep nothing for the backward pass.
 
     Outputs stay the same bit for bit, gradients up to rounding; only first derivatives with
@@ -52,6 +50,8 @@ def lean_batchnorm(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: The network.
+        scales: Where the layers' constants are kept from one use to the next, as long as the
+            network does not change; None: they are computed anew.
 
     Example:
         >>> net = nn.BatchNorm2d(2).eval().requires_grad_(False)
@@ -64,6 +64,7 @@ def lean_batchnorm(model: nn.Module) -> Iterator[None]:
         tensor([0.5, 0.5])
     """
     waiting: dict[nn.Module, Tensor] = {}
+    known = {} if scales is None else scales
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         waiting.pop(module, None)
@@ -84,11 +85,14 @@ def lean_batchnorm(model: nn.Module) -> Iterator[None]:
         if x is None:
             return None
         assert isinstance(module, _KINDS)
-        assert module.running_var is not None
-        scale = (module.running_var.detach() + module.eps).rsqrt()
-        if module.weight is not None:
-            scale = scale * module.weight.detach()
-        return _Scaled.apply(x, output, scale)  # type: ignore[no-untyped-call]
+        scale = known.get(module)
+        if scale is None:
+            assert module.running_var is not None
+            scale = (module.running_var.detach() + module.eps).rsqrt()
+            if module.weight is not None:
+                scale = scale * module.weight.detach()
+            known[module] = scale
+        return _Scaled.apply(x, output, scale)
 
     with ExitStack() as stack:
         for module in model.modules():

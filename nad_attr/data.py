@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
-from torch.utils.data.sampler import RandomSampler, SequentialSampler
+from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
 __all__ = ["Data", "Draw", "Inputs", "Source", "as_source", "isolated_rng", "seed_of"]
 
@@ -64,7 +64,10 @@ class Source(Protocol):
 
 
 def _check_labels(labels: Any, n: int | None = None) -> Tensor:
-    tensor = torch.as_tensor(labels)
+    try:
+        tensor = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"labels must be class indices, not {labels!r:.60}: {error}.") from None
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
         raise ValueError(
             f"labels must be class indices, an integer tensor of shape (N,), not "
@@ -179,7 +182,7 @@ class DatasetSource:
             num_workers=self.n_workers,
             generator=torch.Generator().manual_seed(0),  # never the global one
         )
-        for batch in loader:
+        for batch in self._collated(loader):
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
                 raise TypeError(
@@ -187,6 +190,18 @@ class DatasetSource:
                     f"{length}. Wrap it in one that does."
                 )
             yield batch[0], batch[1]
+
+    @staticmethod
+    def _collated(loader: DataLoader[Any]) -> Iterator[Any]:
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "stack expects each tensor to be equal size" not in str(error):
+                raise
+            raise ValueError(
+                "the dataset's images differ in shape and cannot go into one batch; let its "
+                "transform crop them to one size."
+            ) from error
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws, in order, loaded by the workers."""
@@ -232,7 +247,11 @@ def as_source(data: Any, *, augmented: bool | None = None) -> Source:
         >>> [x[0].shape for x in source.batches([[(0, 0), (1, 0)], [(3, 0)]])]
         [torch.Size([2, 3, 8, 8]), torch.Size([1, 3, 8, 8])]
     """
-    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+    if (
+        isinstance(data, DataLoader)
+        and not isinstance(data.dataset, IterableDataset)
+        and data.batch_sampler is not None  # else the dataset's items are batches
+    ):
         return _loader_source(data, augmented)
     if isinstance(data, TensorDataset):
         if len(data.tensors) < 2:
@@ -261,11 +280,14 @@ def _loader_source(loader: DataLoader[Any], augmented: bool | None) -> Source:
     numbers = None
     if isinstance(loader.dataset, TensorDataset) and loader.collate_fn is not None:
         augmented = False if augmented is None else augmented
-    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler.sampler  # type: ignore[attr-defined]
-    if not isinstance(sampler, (SequentialSampler, RandomSampler)):
+    batches: Any = loader.batch_sampler
+    if type(batches) is not BatchSampler:
+        with isolated_rng(0):
+            numbers = sorted({int(i) for batch in batches for i in batch})
+    elif not isinstance(batches.sampler, (SequentialSampler, RandomSampler)):
         # A sampler that leaves images out (SubsetRandomSampler, say) means it.
         with isolated_rng(0):
-            numbers = sorted({int(i) for i in sampler})
+            numbers = sorted({int(i) for i in batches.sampler})
     return DatasetSource(
         loader.dataset,
         numbers=numbers,
@@ -288,6 +310,12 @@ def _read(batches: Iterable[Any]) -> TensorSource:
             labels.append(_check_labels(batch[1], len(inputs[-1][0])))
     if not inputs:
         raise ValueError("data is empty: there is not a single image to learn from.")
+    kinds = {tuple((x.shape[1:], x.dtype) for x in batch) for batch in inputs}
+    if len(kinds) > 1:
+        raise ValueError(
+            "the loader's batches hold inputs of different number, shape or type: "
+            f"{[tuple(x.shape) for x in inputs[0]]} and others."
+        )
     return TensorSource(
         tuple(torch.cat(parts) for parts in zip(*inputs, strict=True)), torch.cat(labels)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from nad_attr.architecture import split_sites
 from nad_attr.batchnorm import lean_batchnorm
 from nad_attr.data import Draw, Inputs, Source, seed_of
 from nad_attr.gates import Task
-from nad_attr.gating import channel_shape, installed, multiply
+from nad_attr.gating import GatingError, channel_shape, installed, multiply
 from nad_attr.objective import own_task_output
 from nad_attr.sites import GateSite
 
@@ -50,6 +51,11 @@ class Network:
             else torch.float32
         )
         self.means: dict[str, Tensor] | None = None
+        self._scales: dict[nn.Module, Tensor] = {}
+
+    def lean_batchnorm(self) -> AbstractContextManager[None]:
+        """See :func:`nad_attr.batchnorm.lean_batchnorm`."""
+        return lean_batchnorm(self.model, self._scales)
 
     def set_means(self, means: Mapping[str, Tensor]) -> None:
         """Let closed channels be at their mean."""
@@ -106,7 +112,7 @@ class Network:
             mean = None if self.means is None else self.means[site.name]
             return multiply(site, tensor, parts[site.name], mean)
 
-        with installed(self.model, self.sites, gate), lean_batchnorm(self.model):
+        with installed(self.model, self.sites, gate), self.lean_batchnorm():
             return self(inputs)
 
     def output_and_gradient(
@@ -125,6 +131,11 @@ class Network:
         """
         leaf = gates.detach().requires_grad_(True)
         output = own_task_output(self.gated(inputs, leaf), classes, valid)
+        if not output.requires_grad:
+            raise GatingError(
+                "no gradient leads from the outputs back to the gates: the network (or "
+                "forward_func) detaches its outputs, or runs without gradients itself."
+            )
         (gradient,) = torch.autograd.grad(output.sum(), leaf)
         return output.detach(), gradient
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from nad_attr.architecture import (
     as_task,
     budget,
     check_means,
+    distinct_sites,
     n_channels,
     top_k_masks,
 )
+from nad_attr.gating import as_tensor, check_mapping
+from nad_attr.history import History
+from nad_attr.recipe import Recipe
 from nad_attr.sites import GateSite
-
-if TYPE_CHECKING:
-    from nad_attr.history import History
-    from nad_attr.recipe import Recipe
 
 __all__ = ["Task", "TaskGates", "as_task"]
 
@@ -55,6 +55,7 @@ class TaskGates:
         info: As given.
 
     Raises:
+        TypeError: If an argument is of another kind.
         ValueError: If shapes do not fit, a task is there twice or gates leave [0, 1].
 
     Example:
@@ -81,15 +82,30 @@ class TaskGates:
         task_names: Sequence[str] | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        self.sites = tuple(sites)
+        self.sites = distinct_sites(sites)
+        if not isinstance(tasks, Iterable) or isinstance(tasks, (str, bytes)):
+            raise TypeError(f"tasks must be a list of tasks, not {tasks!r}.")
         self.tasks: tuple[Task, ...] = tuple(as_task(task) for task in tasks)
         if not self.sites or not self.tasks:
             raise ValueError("task gates need at least one site and one task.")
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"a task is there twice: {self.tasks}.")
+        if isinstance(task_names, str):
+            raise TypeError(f"task_names must be a list of names, not {task_names!r}.")
         self.task_names = None if task_names is None else tuple(str(name) for name in task_names)
         if self.task_names is not None and len(self.task_names) != len(self.tasks):
             raise ValueError(f"{len(self.task_names)} names for {len(self.tasks)} tasks.")
+        for name in self.task_names or ():
+            if self.task_names.count(name) > 1:  # type: ignore[union-attr]
+                raise ValueError(f"the name {name!r} is there twice.")
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe must be a Recipe, not {type(recipe).__name__}.")
+        if history is not None and not isinstance(history, History):
+            raise TypeError(f"history must be a History, not {type(history).__name__}.")
+        if any(curve.shape[1] != len(self.tasks) for curve in (history or {}).values()):
+            raise ValueError(f"the history is not one of {len(self.tasks)} tasks.")
+        if info is not None and not isinstance(info, Mapping):
+            raise TypeError(f"info must be a dictionary, not {type(info).__name__}.")
         self._gates = self._checked(gates, "gates")
         for name, gate in self._gates.items():
             if not bool(((gate >= 0) & (gate <= 1)).all()):
@@ -101,12 +117,16 @@ class TaskGates:
         self.info: dict[str, Any] = dict(info or {})
 
     def _checked(self, values: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+        check_mapping(values, what)
         names = [site.name for site in self.sites]
         if set(values) != set(names):
-            raise ValueError(f"{what} are for {sorted(values)}, the sites are {sorted(names)}.")
+            raise ValueError(f"{what} are for {list(values)}, the sites are {names}.")
         checked = {}
         for site in self.sites:
-            value = torch.as_tensor(values[site.name]).detach().cpu().float().clone()
+            value = as_tensor(values[site.name], f"{what} of {site.name!r}").detach().cpu()
+            if value.is_complex():
+                raise ValueError(f"{what} of {site.name!r} are complex.")
+            value = value.float().clone()
             expected = (len(self.tasks), site.n_channels)
             if tuple(value.shape) != expected:
                 raise ValueError(
@@ -205,6 +225,8 @@ class TaskGates:
         Raises:
             KeyError: If these gates hold no such task.
         """
+        if not isinstance(tasks, Iterable) or isinstance(tasks, (str, bytes)):
+            raise TypeError(f"tasks must be a list of tasks, not {tasks!r}.")
         rows = [self.index(task) for task in tasks]
         return TaskGates(
             {name: gate[rows] for name, gate in self._gates.items()},
@@ -236,7 +258,11 @@ class TaskGates:
         # task per image.
         if isinstance(tasks, (int, str)) or (isinstance(tasks, tuple) and tasks in self.tasks):
             return self.gates_of(tasks), self.sites, self.means
+        if not isinstance(tasks, Iterable):
+            raise TypeError(f"tasks must be a task or a list of tasks, not {tasks!r}.")
         rows = [self.index(task) for task in tasks]
+        if not rows:
+            raise ValueError("tasks is empty; name one task, or one for each image.")
         return {name: gate[rows] for name, gate in self._gates.items()}, self.sites, self.means
 
     def __eq__(self, other: object) -> bool:

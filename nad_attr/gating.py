@@ -7,7 +7,8 @@ because an in-place ReLU may write into the tensor that a hook has just seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,85 @@ class GatingError(RuntimeError):
     """A gate could not do its work: it did not fire, fired twice, or does not fit its site."""
 
 
+def check_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
+    """The sites, if that is what they are.
+
+    Raises:
+        TypeError: If they are something else.
+    """
+    if not isinstance(sites, Iterable) or not all(isinstance(s, GateSite) for s in (*sites,)):
+        raise TypeError(
+            f"sites must be a list of GateSite, as find_gate_sites returns it, not {sites!r:.80}."
+        )
+    return tuple(sites)
+
+
+def as_tensor(value: Any, what: str) -> Tensor:
+    """A tensor of what was given for one site.
+
+    Raises:
+        TypeError: If it is no tensor and cannot be made one.
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} are no tensor: {error}.") from None
+
+
+def check_mapping(values: Any, what: str) -> None:
+    """Refuse what is no ``{site name: ...}``.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} must be {{site name: tensor}}, not {type(values).__name__}.")
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: If there is no such kind of device.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"device must be 'cpu', 'cuda' or the like, not {device!r}.") from None
+
+
+def copied_to(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of the network on another device.
+
+    Raises:
+        ValueError: If that device is not there.
+    """
+    try:
+        return copy.deepcopy(model).to(device)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        raise ValueError(f"the network cannot be copied to device {device}: {error}") from error
+
+
+@contextmanager
+def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Say which inputs a network was given that cannot be run on them.
+
+    Raises:
+        ValueError: In place of the errors that torch raises for wrong shapes and types.
+    """
+    try:
+        yield
+    except (GatingError, torch.cuda.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError) as error:
+        kinds = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
+        raise ValueError(
+            f"the network cannot be run on inputs of shape {kinds}: {type(error).__name__}: {error}"
+        ) from error
+
+
 def site_modules(model: nn.Module, sites: Sequence[GateSite]) -> dict[str, nn.Module]:
     """The module of each gate site.
 
@@ -43,12 +123,14 @@ def site_modules(model: nn.Module, sites: Sequence[GateSite]) -> dict[str, nn.Mo
     Raises:
         SiteError: If a name is not a module of the network (close matches are named) or two
             sites share a name.
+        TypeError: If the network is no module or the sites are no gate sites.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
         >>> site_modules(net, [GateSite("1", 4, 1)])
         {'1': ReLU()}
     """
+    check_sites(sites)
     known = dict(unwrap(model).named_modules(remove_duplicate=False))
     canonical = {id(module): name for name, module in unwrap(model).named_modules()}
     modules: dict[str, nn.Module] = {}
@@ -292,7 +374,7 @@ def _as_mapping(
             "a mapping of gates needs sites= as well (from find_gate_sites), which says where "
             "each site's channels lie."
         )
-    by_name = {site.name: site for site in sites}
+    by_name = {site.name: site for site in check_sites(sites)}
     unknown = [name for name in gates if name not in by_name]
     if unknown:
         raise ValueError(
@@ -304,14 +386,13 @@ def _as_mapping(
 def _checked(
     gates: Mapping[str, Tensor], sites: Sequence[GateSite], what: str, dims: tuple[int, ...]
 ) -> dict[str, Tensor]:
+    check_mapping(gates, what)
     checked = {}
     for site in sites:
         try:
-            value = torch.as_tensor(gates[site.name])
+            value = as_tensor(gates[site.name], f"{what} of {site.name!r}")
         except KeyError:
             raise ValueError(f"{what} lack gate site {site.name!r}.") from None
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{what} of {site.name!r} are no tensor: {error}") from None
         if value.ndim not in dims or value.shape[-1] != site.n_channels:
             shapes = " or ".join("(C,)" if d == 1 else "(B, C)" for d in dims)
             raise ValueError(

@@ -23,7 +23,8 @@ class History(Mapping[str, npt.NDArray[np.float32]]):
         curves: The curves, all of one shape.
 
     Raises:
-        ValueError: If the curves have different shapes.
+        TypeError: If they are no mapping.
+        ValueError: If the curves have different shapes or hold no numbers.
 
     Example:
         >>> history = History({"loss": np.array([[1.0, 2.0], [0.5, 1.5]])})
@@ -34,9 +35,14 @@ class History(Mapping[str, npt.NDArray[np.float32]]):
     """
 
     def __init__(self, curves: Mapping[str, npt.ArrayLike]) -> None:
-        self._curves = {
-            name: np.atleast_2d(np.asarray(curve, np.float32)) for name, curve in curves.items()
-        }
+        if not isinstance(curves, Mapping):
+            raise TypeError(f"curves must be {{quantity: numbers}}, not {type(curves).__name__}.")
+        self._curves = {}
+        for name, curve in curves.items():
+            try:
+                self._curves[name] = np.atleast_2d(np.asarray(curve, np.float32))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"curve {name!r} is no table of numbers: {error}.") from None
         shapes = {curve.shape for curve in self._curves.values()}
         if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
             raise ValueError(f"curves must all have shape (steps, tasks), got {sorted(shapes)}.")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from typing import Any
@@ -19,7 +18,14 @@ from nad_attr.architecture import split_sites
 from nad_attr.data import Data, Inputs, Source, as_source, seed_of
 from nad_attr.engine import Chunk, CleanOutputs, Learned, Network
 from nad_attr.gates import Task, TaskGates, as_task
-from nad_attr.gating import check_eval, frozen
+from nad_attr.gating import (
+    as_device,
+    check_eval,
+    check_mapping,
+    copied_to,
+    frozen,
+    network_errors,
+)
 from nad_attr.history import History
 from nad_attr.means import channel_means
 from nad_attr.paper import learn_paper, paper_steps
@@ -116,6 +122,8 @@ def learn_gates(
         raise TypeError(f"seed must be a whole number, not {seed!r}.")
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number from 1 on, not {batch_size!r}.")
+    if forward_func is not None and not callable(forward_func):
+        raise TypeError(f"forward_func must be a function, not {forward_func!r:.60}.")
     extra = () if additional_forward_args is None else additional_forward_args
     extra = extra if isinstance(extra, tuple) else (extra,)
     root = unwrap(model)
@@ -264,7 +272,7 @@ def _placed(
 ) -> tuple[nn.Module, Callable[..., Any] | None]:
     if device is None:
         return root, forward_func
-    target = torch.device(device)
+    target = as_device(device)
     here = {p.device for p in root.parameters()}
     same = {d.type for d in here} == {target.type} and (
         target.index is None or {d.index for d in here} == {target.index}
@@ -278,7 +286,7 @@ def _placed(
             f"forward_func runs the network where it is, not on {device!r}; move the network "
             "there with model.to(...) and leave out device=."
         )
-    return copy.deepcopy(root).to(target), None
+    return copied_to(root, target), None
 
 
 def _sites(
@@ -288,7 +296,11 @@ def _sites(
     extra: tuple[Any, ...],
 ) -> list[GateSite]:
     if sites is not None:
-        sites = [sites] if isinstance(sites, (str, nn.Module, GateSite)) else list(sites)
+        if isinstance(sites, (str, nn.Module, GateSite)):
+            sites = [sites]
+        if not isinstance(sites, Iterable):
+            raise TypeError(f"sites must be a list of gate sites, not {sites!r}.")
+        sites = list(sites)
         if not sites:
             raise ValueError("sites is empty; leave it out to have them found.")
         if all(isinstance(site, GateSite) for site in sites):
@@ -307,7 +319,8 @@ def _check_classes(
     network: Network, example: Inputs, tasks: Sequence[Task], labels: Tensor
 ) -> None:
     """One real pass: do sites, inputs and outputs fit, before hours are spent?"""
-    outputs, _ = network.clean_recorded(network.to_device(example))
+    with network_errors(example):
+        outputs, _ = network.clean_recorded(network.to_device(example))
     n_classes = outputs.shape[1]
     highest = max(int(_members(task).max()) for task in tasks)
     if highest >= n_classes:
@@ -339,10 +352,13 @@ def _start(
             "initial_logits is a start for the paper's recipe; the default recipe starts from the "
             "whole network."
         )
+    check_mapping(logits, "initial_logits")
     parts = []
     for site in sites:
         expected = (len(tasks), site.n_channels)
         value = logits.get(site.name)
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"initial_logits of {site.name!r} are no tensor.")
         if value is None or tuple(value.shape) != expected:
             shape = None if value is None else tuple(value.shape)
             raise ValueError(

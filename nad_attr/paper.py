@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from nad_attr.architecture import n_channels
-from nad_attr.batchnorm import lean_batchnorm
 from nad_attr.data import seed_of
 from nad_attr.engine import Chunk, Learned
 from nad_attr.gating import expand, installed
@@ -83,7 +82,7 @@ def learn_paper(chunk: Chunk, recipe: PaperRecipe, start: Tensor | None = None) 
             differences.append(difference)  # noqa: B023
             return gated
 
-        with installed(network.model, sites, gate), lean_batchnorm(network.model):
+        with installed(network.model, sites, gate), network.lean_batchnorm():
             outputs = network(batch.inputs)
         loss, active = paper_loss(
             outputs,

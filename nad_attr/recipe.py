@@ -65,12 +65,12 @@ class Recipe:
 
     Example:
         >>> Recipe(size=0.3)
-        Recipe(size=0.3, ablation='mean', steps=150, images_per_step=20)
+        Recipe(size=0.3, ablation='mean', steps=100, images_per_step=20)
     """
 
     size: float = 0.5
     ablation: Literal["mean", "zero"] = "mean"
-    steps: int = 150
+    steps: int = 100
     images_per_step: int = 20
     removal: float = field(default=0.6, repr=False)
     memory: float = field(default=0.9, repr=False)
@@ -114,7 +114,7 @@ class Recipe:
         """
         rectified: tuple[str, ...] = ()
         if architecture is not None:
-            key = (architecture.lower(), dataset.lower())
+            key = (str(architecture).lower(), str(dataset).lower())
             if key not in _PAPER_BETA:
                 known = ", ".join(f"{a} / {d}" for a, d in _PAPER_BETA)
                 raise ValueError(
@@ -148,7 +148,10 @@ class Recipe:
             >>> Recipe.from_json(Recipe(size=0.3).to_json()) == Recipe(size=0.3)
             True
         """
-        fields = json.loads(text)
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a recipe written by nad_attr: {error}.") from None
         kinds: dict[str, type[Recipe]] = {"Recipe": Recipe, "PaperRecipe": PaperRecipe}
         if not isinstance(fields, dict) or fields.get("kind") not in kinds:
             raise ValueError("not a recipe written by nad_attr.")
@@ -212,4 +215,7 @@ class PaperRecipe(Recipe):
         _check_number("beta", self.beta, 0)
         _check_number("learning_rate", self.learning_rate, 0)
         _check_count("epochs", self.epochs)
+        names = self.rectified_sites
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"recipe: rectified_sites must be a tuple of names, not {names!r}.")
         _check_count("images_per_step", self.images_per_step)

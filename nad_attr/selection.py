@@ -25,7 +25,7 @@ __all__ = ["QuadraticModel", "budgets", "learn_selection"]
 
 #: Steps whose images the quadratic model holds; older ones hardly count any more.
 MEMORY = 30
-#: Steps before the first channel closes: fewer images than that are no base for a choice.
+#: Steps before the first channel closes, at most: fewer images are no base for a choice.
 WAIT = 5
 #: Swaps of an open for a closed channel in each step (one in the last fifth of the steps).
 SWAPS = 4
@@ -37,20 +37,26 @@ GROUPS = 8
 JUMP = 5
 RELAXED_ITERATIONS = 60
 POWER_ITERATIONS = 8
+#: Images of the quadratic model that are squared at a time.
+BLOCK = 32
 #: Stands in for the variance of a task output that is the same for all images.
 TINY = 1e-12
 
 
 def budgets(recipe: Recipe, n: int, k: int) -> list[int]:
-    """Channels that may stay open after each step: from ``n`` quadratically down to ``k``.
+    """Channels that are open after each step: from ``n`` geometrically down to ``k``.
+
+    The first steps close nothing. What they leave open is not made up for at once: the gradients
+    are good for a small change of the network only.
 
     Example:
-        >>> budgets(Recipe(steps=5, removal=0.8), 100, 20)
-        [65, 40, 25, 20, 20]
+        >>> budgets(Recipe(steps=10, removal=0.8), 100, 10)
+        [75, 56, 42, 32, 24, 18, 13, 10, 10, 10]
     """
-    last = max(1, recipe.removal * recipe.steps)
-    left = [(1 - min(1.0, (t + 1) / last)) ** 2 for t in range(recipe.steps)]
-    return [round(k + (n - k) * share) for share in left]
+    first = max(1, min(WAIT, recipe.steps // 10)) - 1
+    last = max(first + 1, round(recipe.removal * recipe.steps))
+    done = [min(max((t + 1 - first) / (last - first), 0.0), 1.0) for t in range(recipe.steps)]
+    return [round(n * (k / n) ** share) for share in done]
 
 
 class QuadraticModel:
@@ -98,20 +104,31 @@ class QuadraticModel:
     def begin(self) -> None:
         """Compute what a round of flips needs, once."""
         self._share = self.weights / self.weights.sum()
-        self._weighted = self.gradients * self._share[None, :, None]
-        self._square = (self._weighted * self.gradients).sum(1)
-        self._slope = torch.einsum("rm,rmn->rn", self.residuals, self._weighted)
+        # A few images at a time: a second buffer as large as the gradients is never made.
+        self._square = torch.zeros_like(self.gates)
+        for share, part in zip(
+            self._share.split(BLOCK), self.gradients.split(BLOCK, dim=1), strict=True
+        ):
+            self._square += torch.einsum("m,rmn->rn", share, part.square())
+        self._slope = self._over_images(self.residuals)
         self._origin = self.gates.clone()
         self._origin_residuals = self.residuals.clone()
+        self._curvature = self._charged()
+
+    def _over_images(self, values: Tensor) -> Tensor:
+        """Weighted mean over images of a value times the gradients: (R, M) to (R, n)."""
+        return torch.bmm((values * self._share)[:, None, :], self.gradients)[:, 0]
+
+    def _charged(self) -> Tensor:
+        """Each channel's own squared effect, with what distrust adds to the next flip: (R, n)."""
+        # A flip back to where the gradients were taken has nothing to distrust.
+        moved = (self.gates != self._origin).to(self.gates.dtype)
+        return self._square * (1 + self.trust * (1 - 2 * moved))
 
     def cost(self, opening: bool) -> Tensor:
         """Predicted change of the loss for each flip of one gate: (R, n), inf where impossible."""
-        direction = 1.0 if opening else -1.0
-        # A flip back to where the gradients were taken has nothing to distrust.
-        moved = (self.gates != self._origin).to(self.gates.dtype)
-        cost = 2 * direction * self._slope + self._square * (1 + self.trust * (1 - 2 * moved))
-        impossible = self.gates == (1.0 if opening else 0.0)
-        return cost.masked_fill(impossible, math.inf)
+        cost = torch.add(self._curvature, self._slope, alpha=2 if opening else -2)
+        return cost.masked_fill_(self.gates == (1.0 if opening else 0.0), math.inf)
 
     def flip(self, channels: Tensor) -> None:
         """Flip some gates in each row.
@@ -121,36 +138,50 @@ class QuadraticModel:
         """
         step = 1 - 2 * self.gates.gather(1, channels)
         self.gates.scatter_add_(1, channels, step)
+        # What was a charge for the flip is a discount for the flip back, and the other way round.
+        turned = 2 * self._square.gather(1, channels) - self._curvature.gather(1, channels)
+        self._curvature.scatter_(1, channels, turned)
         over_images = channels[:, None, :].expand(-1, self.residuals.shape[1], -1)
-        change = (self.gradients.gather(2, over_images) * step[:, None, :]).sum(2)
+        change = torch.bmm(self.gradients.gather(2, over_images), step[:, :, None])[:, :, 0]
         self.residuals += change
-        self._slope += torch.einsum("rm,rmn->rn", change, self._weighted)
+        self._slope += self._over_images(change)
 
     def close(self, n: int) -> None:
         """Close the ``n`` gates of each row that cost least, by small groups."""
         while n > 0:
             group = max(1, n // GROUPS)
             # A stable sort: channels that cost exactly the same close in their order.
-            cheapest = self.cost(opening=False).argsort(dim=1, stable=True)
-            self.flip(cheapest[:, :group])
+            cheapest = self.cost(opening=False).argsort(dim=1, stable=True)[:, :group]
+            # As flip() does, but all in one direction.
+            self.gates.scatter_(1, cheapest, 0.0)
+            over_images = cheapest[:, None, :].expand(-1, self.residuals.shape[1], -1)
+            change = self.gradients.gather(2, over_images).sum(2)
+            self.residuals -= change
+            self._slope -= self._over_images(change)
             n -= group
+        self._curvature = self._charged()
 
-    def swap(self, least_gain: Tensor) -> None:
+    def swap(self, least_gain: Tensor) -> bool:
         """Open one gate and close another in each row, where that gains more than a minimum.
 
         Args:
             least_gain: (R,), in squared units of the task output.
+
+        Returns:
+            Whether any row swapped. If none did, another try would end the same way.
         """
-        before = self.gates.clone(), self.residuals.clone(), self._slope.clone()
-        total = torch.zeros_like(least_gain)
-        for opening in (True, False):
-            cost, channel = self.cost(opening).min(dim=1)
-            total = total + cost
+        before = [x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature)]
+        opened, channel = self.cost(opening=True).min(dim=1)
+        self.flip(channel[:, None])
+        closed, channel = self.cost(opening=False).min(dim=1)
+        keep = (opened + closed < -least_gain)[:, None]
+        swapped = bool(keep.any())
+        if swapped:
             self.flip(channel[:, None])
-        keep = (total < -least_gain)[:, None]
-        self.gates = torch.where(keep, self.gates, before[0])
-        self.residuals = torch.where(keep, self.residuals, before[1])
-        self._slope = torch.where(keep, self._slope, before[2])
+            after = (self.gates, self.residuals, self._slope, self._curvature)
+            before = [torch.where(keep, new, old) for new, old in zip(after, before, strict=True)]
+        self.gates, self.residuals, self._slope, self._curvature = before
+        return swapped
 
     def relaxed(self, k: int) -> Tensor:
         """Gates in [0, 1] with sum ``k`` that the model likes best: (R, n).
@@ -158,13 +189,11 @@ class QuadraticModel:
         A convex problem, solved by accelerated projected gradient descent. Unlike closing one by
         one it sees that channels which cancel each other can go together.
         """
-        gradients, weighted = self.gradients, self._weighted
+        gradients = self.gradients
         # The largest eigenvalue of the quadratic bounds the step (power iteration, with a margin).
         vector = torch.ones_like(self.gates)
         for _ in range(POWER_ITERATIONS):
-            vector = torch.einsum(
-                "rm,rmn->rn", torch.einsum("rmn,rn->rm", gradients, vector), weighted
-            )
+            vector = self._over_images(torch.einsum("rmn,rn->rm", gradients, vector))
             norm = vector.norm(dim=1, keepdim=True).clamp(min=TINY)
             vector = vector / norm
         step = 1 / (1.5 * norm)
@@ -172,7 +201,7 @@ class QuadraticModel:
         momentum = 1.0
         for _ in range(RELAXED_ITERATIONS):
             residual = self.residuals + torch.einsum("rmn,rn->rm", gradients, look - self.gates)
-            new = project(look - step * torch.einsum("rm,rmn->rn", residual, weighted), k)
+            new = project(look - step * self._over_images(residual), k)
             next_momentum = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
             look = new + (momentum - 1) / next_momentum * (new - gates)
             gates, momentum = new, next_momentum
@@ -192,7 +221,8 @@ class QuadraticModel:
         better = self._loss(residuals) < self._loss(self.residuals) - least_gain
         self.gates = torch.where(better[:, None], gates, self.gates)
         self.residuals = torch.where(better[:, None], residuals, self.residuals)
-        self._slope = torch.einsum("rm,rmn->rn", self.residuals, self._weighted)
+        self._slope = self._over_images(self.residuals)
+        self._curvature = self._charged()
 
     def _loss(self, residuals: Tensor) -> Tensor:
         # Here trust is charged on the joint effect: channels that cancel have a large one each.
@@ -201,19 +231,34 @@ class QuadraticModel:
 
 
 def project(values: Tensor, k: int) -> Tensor:
-    """The nearest point in [0, 1] with sum ``k`` in each row, by bisection.
+    """The nearest point in [0, 1] with sum ``k`` in each row.
+
+    That is ``clamp(values - t, 0, 1)`` for the t that makes the sum right. The sum falls with t,
+    linearly between the values and the values less one, so t is computed and not searched: an
+    iterative search would cost a GPU more in launches than all the rest of a step.
 
     Example:
         >>> project(torch.tensor([[2.0, 1.0, 0.5, -1.0]]), 2)
         tensor([[1.0000, 0.7500, 0.2500, 0.0000]])
     """
-    low = values.min(dim=1, keepdim=True).values - 1
-    high = values.max(dim=1, keepdim=True).values
-    for _ in range(30):
-        middle = (low + high) / 2
-        above = (values - middle).clamp(0, 1).sum(1, keepdim=True) > k
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return (values - (low + high) / 2).clamp(0, 1)
+    n = values.shape[1]
+    ordered = values.sort(dim=1).values.double()
+    sums = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
+    kinks = torch.cat([ordered - 1, ordered], dim=1)
+
+    # At t, values up to `low` are at 0, from `high` on at 1.
+    low = torch.searchsorted(ordered, kinks, right=True)
+    high = torch.searchsorted(ordered, kinks + 1, right=True)
+    total = n - high + sums.gather(1, high) - sums.gather(1, low) - (high - low) * kinks
+    # t lies between the last kink where the sum is k or more (n at the first) and the next one.
+    reached = total >= k
+    reached[:, 0] = True
+    left, at_left = kinks.masked_fill(~reached, -math.inf).max(dim=1, keepdim=True)
+    right, at_right = kinks.masked_fill(reached, math.inf).min(dim=1, keepdim=True)
+    above, below = total.gather(1, at_left), total.gather(1, at_right)
+    t = left + ((above - k) / (above - below)).clamp(0, 1) * (right - left)
+    t = torch.where(right.isinf(), left, t)
+    return (values - t.to(values.dtype)).clamp(0, 1)
 
 
 def learn_selection(chunk: Chunk, recipe: Recipe) -> Learned:
@@ -258,15 +303,16 @@ def learn_selection(chunk: Chunk, recipe: Recipe) -> Learned:
         seen = min(t + 1, MEMORY) * per_task
         whole = torch.cat([clean.view(rows, per_task), whole], dim=1)[:, :capacity]
         variance = whole[:, :seen].var(dim=1, correction=0).clamp(min=TINY)
-        if t + 1 >= min(WAIT, recipe.steps):
+        if steps[t] < n:
             before = model.gates.clone()
             model.begin()
             model.close(n_open - steps[t])
             n_open = steps[t]
-            if t % JUMP == 0 and n_open < n:
+            if t % JUMP == 0:
                 model.jump(n_open, LEAST_GAIN * variance)
             for _ in range(SWAPS if t < 0.8 * recipe.steps else 1):
-                model.swap(LEAST_GAIN * variance)
+                if not model.swap(LEAST_GAIN * variance):
+                    break
             closed_at = torch.where(model.gates < before, torch.full_like(gates, t), closed_at)
         curves["loss"].append(residual.square().mean(1) / variance)
         curves["size"].append(model.gates.mean(1))

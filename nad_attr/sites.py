@@ -56,8 +56,13 @@ class GateSite:
     at_input: bool = False
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise SiteError("a gate site needs the name of a module inside the model, not ''")
+        if not self.name or not isinstance(self.name, str):
+            raise SiteError(
+                f"a gate site needs the name of a module inside the model, not {self.name!r}"
+            )
+        for what, value in (("n_channels", self.n_channels), ("channel_dim", self.channel_dim)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise SiteError(f"site {self.name!r}: {what}, of an axis, is no int: {value!r}")
         if self.n_channels < 1:
             raise SiteError(f"site {self.name!r} needs at least one channel, not {self.n_channels}")
         if self.channel_dim == 0:
@@ -77,11 +82,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         The model inside. The same parameters, and hooks on it fire whichever way it is called,
         except through torch.compile.
 
+    Raises:
+        TypeError: If it is no module.
+
     Example:
         >>> inner = nn.Linear(2, 2)
         >>> unwrap(nn.DataParallel(inner)) is inner
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -186,11 +196,10 @@ def paper_sites(architecture: str) -> list[GateSite]:
         >>> len(sites), sum(site.n_channels for site in sites)
         (17, 15168)
     """
-    try:
-        channels = _PAPER[architecture]
-    except KeyError:
+    channels = _PAPER.get(architecture) if isinstance(architecture, str) else None
+    if channels is None:
         known = ", ".join(map(repr, _PAPER))
-        raise SiteError(f"the paper has no architecture {architecture!r}; it has {known}") from None
+        raise SiteError(f"the paper has no architecture {architecture!r}; it has {known}")
     return [GateSite(name, n_channels) for name, n_channels in channels.items()]
 
 
@@ -750,6 +759,8 @@ def _site(
                 f"the axis of the channels of layer {name!r}, of shape {shape}, is not known; say "
                 f"which it is: channel_dim={{{name!r}: 1}}, or -1 if they come last"
             )
+    if not isinstance(axis, int):
+        raise SiteError(f"channel_dim of layer {name!r} must be a whole number, not {axis!r}")
     if not -len(shape) <= axis < len(shape) or axis % len(shape) == 0:
         raise SiteError(
             f"channel_dim {axis} is no channel axis of layer {name!r}, of shape {shape}; give one "

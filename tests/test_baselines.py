@@ -46,13 +46,6 @@ class TestGradientXActivation(ScorerContract):
     scorer = GradientXActivationScorer
 
 
-class TestAbsoluteGradientXActivation(ScorerContract):
-    scorer = GradientXActivationScorer
-
-    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
-        return GradientXActivationScorer(model, sites, absolute=True)
-
-
 # ---------------------------------------------------------------------------------------------
 # By hand: two channels of two positions, z_k = sum over channels and positions of w_kc a_cp
 # ---------------------------------------------------------------------------------------------
@@ -99,20 +92,17 @@ def test_gradient_x_activation_by_hand(linear: nn.Module) -> None:
     # Sums over positions: image 0 (4, -1), image 1 (2, 4), image 2 (4, 1).
     expected = double([(4 + 2) / 2, -2 * (-1 + 4) / 2], [0.0, 3.0])
     torch.testing.assert_close(scores(GradientXActivationScorer(linear, [SITE])), expected)
-    expected = double([3.0, 2 * (1 + 4) / 2], [0.0, 3.0])
-    found = scores(GradientXActivationScorer(linear, [SITE], absolute=True))
-    torch.testing.assert_close(found, expected)
 
 
 def test_neuron_mct_by_hand(linear: nn.Module) -> None:
-    # |a w| over two positions: class 0 images (1, 3 | 0, 2) and 2 * (1, 2 | 4, 0).
-    expected = double([(1 + 3 + 0 + 2) / 4, 2 * (1 + 2 + 4) / 4], [0.0, 3 * 1 / 2])
+    # The same sums, absolute for each image.
+    expected = double([3.0, 2 * (1 + 4) / 2], [0.0, 3.0])
     torch.testing.assert_close(scores(NeuronMCTScorer(linear, [SITE])), expected)
 
 
 def test_neuron_mct_of_other_images_by_hand(linear: nn.Module) -> None:
     """Other images are scored for the task in question, not for their own class."""
-    own, other = double([1.5, 3.5]), double([(5 + 1) / 2, 2 * 1 / 2])
+    own, other = double([3.0, 5.0]), double([4.0, 2.0])
     found = scores(NeuronMCTScorer(linear, [SITE]), tasks=[0], include_others=True)
     torch.testing.assert_close(found, (own + other) / 2)
 

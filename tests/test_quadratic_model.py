@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nad_attr.selection import BLOCK, QuadraticModel
+from nad_attr.selection import BLOCK, QuadraticModel, project
 
 ROWS, N, IMAGES, TRUST = 3, 12, BLOCK + 8, 0.3
 
@@ -156,3 +156,42 @@ def test_swap_that_gains_nothing_leaves_all_as_it_was(
     assert not model.swap(torch.full((ROWS,), 1e9, dtype=torch.float64))
     for name in names:
         assert torch.equal(getattr(model, name), before[name]), name
+
+
+@pytest.mark.parametrize("n_open", [4, 9])
+def test_relaxed_is_the_best_there_is(
+    filled: tuple[QuadraticModel, list[Dense]], n_open: int
+) -> None:
+    model, dense = filled
+    relaxed = model.relaxed(n_open)
+    torch.testing.assert_close(relaxed.sum(1), torch.full((ROWS,), float(n_open)).double())
+    for gates, row in zip(relaxed, dense, strict=True):
+        # No gate may want to grow at the cost of another: their slopes differ by their bounds.
+        slope = row.slope + row.hessian @ (gates - row.origin)
+        can_grow, can_shrink = gates < 1 - 1e-3, gates > 1e-3
+        assert slope[can_shrink].max() < slope[can_grow].min() + 0.05 * slope.abs().max()
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 7, 8])
+def test_projection_against_a_search(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    values = 2 * torch.randn(40, 8, generator=generator, dtype=torch.float64)
+    values[:10] = values[:10].round()  # ties, and distances of exactly 1
+    low, high = values.min(1, True).values - 1, values.max(1, True).values
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = (values - middle).clamp(0, 1).sum(1, True) > k
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    torch.testing.assert_close(project(values, k), (values - low).clamp(0, 1), rtol=0, atol=1e-9)
+
+
+def test_jump_leaves_a_consistent_model(filled: tuple[QuadraticModel, list[Dense]]) -> None:
+    model, dense = filled
+    n_open = int(model.gates[0].sum())
+    gates, residuals = model.gates.clone(), model.residuals.clone()
+    model.jump(n_open, torch.zeros(ROWS, dtype=torch.float64))
+    moved = torch.einsum("rmn,rn->rm", model.gradients, model.gates - gates)
+    torch.testing.assert_close(model.residuals, residuals + moved)
+    for row, now in zip(dense, model.gates, strict=True):
+        row.gates = now.clone()
+    assert_same(model, dense)

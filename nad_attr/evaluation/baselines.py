@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nad_attr.architecture import SubArchitecture, budget, split_sites, top_k_masks
-from nad_attr.data import Inputs, Source, as_source, seed_of
+from nad_attr.data import Inputs, Source, TensorSource, seed_of
 from nad_attr.evaluation.measures import own_images
 from nad_attr.evaluation.running import Runner, check_batch_size, check_classes, chunks
 from nad_attr.gates import Task, as_task
 from nad_attr.gating import (
     GatingError,
     channel_shape,
+    check_mapping,
+    check_sites,
     frozen,
     installed,
     recorded,
@@ -136,7 +138,7 @@ class ChannelScorer(ABC):
 
     def __init__(self, model: nn.Module, sites: Sequence[GateSite]) -> None:
         self.model = model
-        self.sites = tuple(sites)
+        self.sites = check_sites(sites)
         if not self.sites:
             raise ValueError("there is no gate site to score the channels of.")
         site_modules(model, self.sites)
@@ -195,7 +197,7 @@ class ChannelScorer(ABC):
         )
         # A caller's inference mode would leave nothing to differentiate.
         with torch.inference_mode(False), torch.enable_grad(), frozen(runner.model):
-            source = as_source((inputs, torch.as_tensor(targets)))
+            source = TensorSource(inputs, targets)
             rows = tasks_of(source.labels, tasks)
             weights = self._weights(source.labels, rows, include_others)
             check_batch_size(batch_size)
@@ -409,43 +411,11 @@ class TaylorScorer(ChannelScorer):
         )
 
 
-class NeuronMCTScorer(ChannelScorer):
-    """E over images and positions of ``|a dz_k/da|``, with z_k the task output.
-
-    The neuron-wise marginal contribution to first order, as in Khakzar et al., "Neural Response
-    Interpretation through the Lens of Critical Pathways", CVPR 2021 (NeuronMCT), with one neuron
-    per channel and position; their mean is the channel's score. The mean over positions makes
-    channels of large maps score low. With a whole channel as neuron, ``|sum over positions of
-    a dz_k/da|``, it is :class:`GradientXActivationScorer` with ``absolute=True``.
-
-    Example:
-        >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
-        >>> images = torch.tensor([[1.0, 2.0], [-3.0, 0.0]])
-        >>> NeuronMCTScorer(net, [GateSite("0", 2, 1)])(images, torch.tensor([0, 0]))
-        {'0': tensor([[2., 0.]])}
-    """
-
-    task_specific = True
-
-    def image_scores(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean over positions of the absolute product."""
-        return self.products(
-            batch,
-            lambda outputs: batch.explained(outputs).sum(),
-            lambda product: product.abs().mean(-1),
-        )
-
-
 class GradientXActivationScorer(ChannelScorer):
     """E over images of the sum over positions of ``a dz_k/da``, with z_k the task output.
 
-    Signed: channels that speak against the task come last.
-
-    Args:
-        model: The network.
-        sites: Gate sites of that network, in forward order.
-        absolute: Take the absolute value of each image's sum, so that channels count that speak
-            for or against the task.
+    Signed: channels that speak against the task come last (:class:`NeuronMCTScorer` takes the
+    absolute value).
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
@@ -456,20 +426,34 @@ class GradientXActivationScorer(ChannelScorer):
 
     task_specific = True
 
-    def __init__(
-        self, model: nn.Module, sites: Sequence[GateSite], *, absolute: bool = False
-    ) -> None:
-        super().__init__(model, sites)
-        self.absolute = absolute
-
     def image_scores(self, batch: Batch) -> dict[str, Tensor]:
         """Sum over positions of the product."""
-        sums = self.products(
+        return self.products(
             batch,
             lambda outputs: batch.explained(outputs).sum(),
             lambda product: product.sum(-1),
         )
-        return {name: total.abs() for name, total in sums.items()} if self.absolute else sums
+
+
+class NeuronMCTScorer(GradientXActivationScorer):
+    """E over images of ``|sum over positions of a dz_k/da|``, with z_k the task output.
+
+    The marginal contribution of a channel as a whole to the task output, to first order, as in
+    Khakzar et al., "Neural Response Interpretation through the Lens of Critical Pathways", CVPR
+    2021 (NeuronMCT). The absolute value is taken for each image, so channels count that speak for
+    or against the task. Taking it at each position instead scores channels of large maps too low
+    and was clearly the weaker rival.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
+        >>> images = torch.tensor([[1.0, 2.0], [-3.0, 0.0]])
+        >>> NeuronMCTScorer(net, [GateSite("0", 2, 1)])(images, torch.tensor([0, 0]))
+        {'0': tensor([[2., 0.]])}
+    """
+
+    def image_scores(self, batch: Batch) -> dict[str, Tensor]:
+        """Absolute value of the sum over positions."""
+        return {name: total.abs() for name, total in super().image_scores(batch).items()}
 
 
 def top_k(
@@ -510,11 +494,14 @@ def top_k(
         {'a': 0.5, 'b': 0.5}
     """
     rows = tasks_of(torch.empty(0), tasks)
+    check_mapping(scores, "scores")
     missing = {site.name for site in sites} ^ set(scores)
     if missing:
         raise ValueError(f"scores and sites do not name the same: {sorted(missing)}.")
     for site in sites:
         score = scores[site.name]
+        if not isinstance(score, Tensor):
+            raise TypeError(f"scores of {site.name!r} are no tensor.")
         if tuple(score.shape) != (len(rows), site.n_channels):
             raise ValueError(
                 f"scores of {site.name!r} have shape {tuple(score.shape)}, not (tasks, channels) "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from nad_attr.data import Inputs, Source, check_finite, seed_of
 from nad_attr.gates import Task
-from nad_attr.gating import check_eval
+from nad_attr.gating import as_device, check_eval, copied_to, network_errors
 from nad_attr.sites import unwrap
 
 __all__ = ["Runner", "check_batch_size", "check_classes", "chunks"]
@@ -68,6 +67,7 @@ class Runner:
         device: Where the inputs are sent.
 
     Raises:
+        TypeError: If the network is no module or ``forward_func`` no function.
         ValueError: If the network is in train mode, or cannot be run where it should.
 
     Example:
@@ -85,10 +85,12 @@ class Runner:
         additional_forward_args: Any = None,
     ) -> None:
         check_eval(model)
+        if forward_func is not None and not callable(forward_func):
+            raise TypeError(f"forward_func must be a function, not {forward_func!r:.60}.")
         root = unwrap(model)
         places = [t.device for ts in (root.parameters(), root.buffers()) for t in ts]
         here = places[0] if places else torch.device("cpu")
-        self.device = here if device is None else torch.device(device)
+        self.device = here if device is None else as_device(device)
         # "cuda" is wherever on CUDA the network is.
         same = here.type == self.device.type and self.device.index in (None, here.index)
         if same:
@@ -101,7 +103,7 @@ class Runner:
                 "there with model.to(...) and leave out device=."
             )
         elif places:
-            root = copy.deepcopy(root).to(self.device)
+            root = copied_to(root, self.device)
         self.model = root if forward_func is None else model
         self._run = root if forward_func is None else forward_func
         extra = additional_forward_args
@@ -120,7 +122,8 @@ class Runner:
             TypeError: If the network returns no floating-point tensor.
             ValueError: If it returns another shape.
         """
-        outputs = self._run(*inputs, *self._extra)
+        with network_errors(inputs):
+            outputs = self._run(*inputs, *self._extra)
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise TypeError(
                 f"the network returned {type(outputs).__name__}, not a tensor of outputs; give a "
