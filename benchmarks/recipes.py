@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ from nad_attr.evaluation import (
 )
 
 MEASURES = ("own_auc", "other_auc", "fidelity", "rank_fidelity", "recall", "fpr", "ba")
+METHODS = ("default", "paper", "scores", "random")
 SCORERS = {
     "NeuronMCT": NeuronMCTScorer,
     "Taylor": TaylorScorer,
@@ -77,34 +79,22 @@ class Benchmark:
     def rows(self, seed: int) -> Iterator[dict[str, Any]]:
         """One row for each method, variant, size and ablation value."""
         scored = per_class(*self.train, self.args.score_images, seed)
-        paper = {beta: self._paper(beta, seed) for beta in self.args.betas}
+        wanted = self.args.methods
+        paper = {beta: self._paper(beta, seed) for beta in self.args.betas if "paper" in wanted}
         scored_by = {
             (name, others): self._scores(make(self.model, self.sites), scored, others)
             for name, make in SCORERS.items()
             for others in (False, True)
+            if "scores" in wanted
         }
+        if "default" not in wanted:
+            self.means = self._means(seed)
         for ablation in self.args.ablations:
             for size in self.args.sizes:
-                start = time.perf_counter()
-                recipe = Recipe(size=size, ablation=ablation)
-                gates = learn_gates(
-                    self.model,
-                    self.train,
-                    self.tasks,
-                    recipe,
-                    self.sites,
-                    seed=seed,
-                    batch_size=self.args.batch, amp=self.args.amp,
-                )  # fmt: skip
-                seconds = time.perf_counter() - start
-                self.means = gates.means or self.means
-                means = None if ablation == "zero" else self.means
                 common = {"seed": seed, "size": size, "ablation": ablation}
-                passes = recipe.steps * recipe.images_per_step * len(self.tasks)
-                yield {
-                    **common, "method": "NAD (default)", "variant": "", "image_passes": passes,
-                    "seconds": round(seconds, 1), **self.measured(gates),
-                }  # fmt: skip
+                if "default" in wanted:
+                    yield {**common, **self._default(size, ablation, seed)}
+                means = None if ablation == "zero" else self.means
                 for beta, (learned, n, spent) in paper.items():
                     archs = [a.with_means(means) for a in learned.sub_architectures(size)]
                     yield {
@@ -119,7 +109,7 @@ class Benchmark:
                         "variant": "own and other" if others else "own",
                         "image_passes": n, "seconds": round(spent, 1), **self.measured(archs),
                     }  # fmt: skip
-                for draw in range(self.args.random_draws):
+                for draw in range(self.args.random_draws if "random" in wanted else 0):
                     scores = RandomScorer(self.model, self.sites, seed=1000 * seed + draw)(
                         *scored, tasks=self.tasks
                     )
@@ -128,6 +118,30 @@ class Benchmark:
                         **common, "method": "random", "variant": f"draw {draw}",
                         "image_passes": 0, "seconds": 0.0, **self.measured(archs),
                     }  # fmt: skip
+
+    def _default(self, size: float, ablation: str, seed: int) -> dict[str, Any]:
+        recipe = Recipe(size=size, ablation=ablation)
+        start = time.perf_counter()
+        gates = learn_gates(
+            self.model, self.train, self.tasks, recipe, self.sites, seed=seed,
+            batch_size=self.args.batch, amp=self.args.amp,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        self.means = gates.means or self.means
+        return {
+            "method": "NAD (default)",
+            "variant": "",
+            "image_passes": recipe.steps * recipe.images_per_step * len(self.tasks),
+            "seconds": round(seconds, 1),
+            **self.measured(gates),
+        }
+
+    def _means(self, seed: int) -> dict[str, Tensor]:
+        """What closed channels are replaced by: as learning would take them."""
+        recipe = Recipe(ablation="mean", steps=1)
+        gates = learn_gates(self.model, self.train, [0], recipe, self.sites, seed=seed)
+        assert gates.means is not None
+        return gates.means
 
     def _scores(
         self, scorer: ChannelScorer, images: tuple[Tensor, Tensor], others: bool
@@ -223,6 +237,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--amp", action="store_true", help="learn in bfloat16 (all measures float32)"
     )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS),
+        help="rows of other methods that the JSON file already holds are kept",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="PATH", help="write all rows here; - for stdout")
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
@@ -232,18 +250,22 @@ def main(argv: list[str] | None = None) -> None:
     except SharedMissingError as missing:
         parser.exit(0, f"skipped: {missing}\n")
     benchmark = Benchmark(args, model, data)
+    path = None if args.json in (None, "-") else Path(args.json)
     rows: list[dict[str, Any]] = []
+    if path is not None and path.exists():
+        rows = json.loads(path.read_text())
+    key = operator.itemgetter("network", "seed", "size", "ablation", "method", "variant")
     for seed in args.seeds:
         for row in benchmark.rows(seed):
-            rows.append({"network": f"ResNet-{args.depth}", **row})
+            row = {"network": f"ResNet-{args.depth}", **row}
+            rows = [r for r in rows if key(r) != key(row)] + [row]
             print(
                 f"seed {seed} {row['ablation']} {row['size']:.2f} {row['method']} "
                 f"{row['variant']}: own AUC {row['own_auc']:.3f}, fidelity {row['fidelity']:.3f}",
                 file=sys.stderr,
                 flush=True,
             )
-            if args.json not in (None, "-"):
-                path = Path(args.json)
+            if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(best_rows(rows)), file=sys.stderr if args.json == "-" else sys.stdout)

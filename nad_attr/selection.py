@@ -100,6 +100,7 @@ class QuadraticModel:
         self.residuals[:, at] = residuals
         self.weights[at] = 1.0
         self._next = (self._next + b) % len(self.weights)
+        self._newest = at
 
     def begin(self) -> None:
         """Compute what a round of flips needs, once."""
@@ -115,9 +116,10 @@ class QuadraticModel:
         self._origin_residuals = self.residuals.clone()
         self._curvature = self._charged()
 
-    def _over_images(self, values: Tensor) -> Tensor:
+    def _over_images(self, values: Tensor, share: Tensor | None = None) -> Tensor:
         """Weighted mean over images of a value times the gradients: (R, M) to (R, n)."""
-        return torch.bmm((values * self._share)[:, None, :], self.gradients)[:, 0]
+        share = self._share if share is None else share
+        return torch.bmm((values * share)[:, None, :], self.gradients)[:, 0]
 
     def _charged(self) -> Tensor:
         """Each channel's own squared effect, with what distrust adds to the next flip: (R, n)."""
@@ -150,8 +152,13 @@ class QuadraticModel:
         """Close the ``n`` gates of each row that cost least, by small groups."""
         while n > 0:
             group = max(1, n // GROUPS)
+            cost = self.cost(opening=False)
+            if group > 1:
+                # Channels that each make good the same residual would overshoot together, so
+                # within a group what closing gains is not counted, only what it costs.
+                cost = torch.maximum(cost, self._curvature.masked_fill(cost.isinf(), math.inf))
             # A stable sort: channels that cost exactly the same close in their order.
-            cheapest = self.cost(opening=False).argsort(dim=1, stable=True)[:, :group]
+            cheapest = cost.argsort(dim=1, stable=True)[:, :group]
             # As flip() does, but all in one direction.
             self.gates.scatter_(1, cheapest, 0.0)
             over_images = cheapest[:, None, :].expand(-1, self.residuals.shape[1], -1)
@@ -183,17 +190,21 @@ class QuadraticModel:
         self.gates, self.residuals, self._slope, self._curvature = before
         return swapped
 
-    def relaxed(self, k: int) -> Tensor:
+    def relaxed(self, k: int, share: Tensor) -> Tensor:
         """Gates in [0, 1] with sum ``k`` that the model likes best: (R, n).
 
         A convex problem, solved by accelerated projected gradient descent. Unlike closing one by
         one it sees that channels which cancel each other can go together.
+
+        Args:
+            k: The sum.
+            share: (M,), what each image counts.
         """
         gradients = self.gradients
         # The largest eigenvalue of the quadratic bounds the step (power iteration, with a margin).
         vector = torch.ones_like(self.gates)
         for _ in range(POWER_ITERATIONS):
-            vector = self._over_images(torch.einsum("rmn,rn->rm", gradients, vector))
+            vector = self._over_images(torch.einsum("rmn,rn->rm", gradients, vector), share)
             norm = vector.norm(dim=1, keepdim=True).clamp(min=TINY)
             vector = vector / norm
         step = 1 / (1.5 * norm)
@@ -201,7 +212,7 @@ class QuadraticModel:
         momentum = 1.0
         for _ in range(RELAXED_ITERATIONS):
             residual = self.residuals + torch.einsum("rmn,rn->rm", gradients, look - self.gates)
-            new = project(look - step * self._over_images(residual), k)
+            new = project(look - step * self._over_images(residual, share), k)
             next_momentum = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
             look = new + (momentum - 1) / next_momentum * (new - gates)
             gates, momentum = new, next_momentum
@@ -210,24 +221,32 @@ class QuadraticModel:
     def jump(self, k: int, least_gain: Tensor) -> None:
         """Take the ``k`` highest relaxed gates in place of the present ones where that is better.
 
+        With more channels than images some gates fit any images perfectly. So the newest images
+        are kept out of the relaxed problem, and they alone say whether its solution is better.
+
         Args:
             k: Open channels, as many as now.
             least_gain: (R,), see :meth:`swap`.
         """
+        judge = torch.zeros_like(self.weights)
+        judge[self._newest] = 1 / len(self._newest)
+        share = self.weights * (judge == 0)
         # Of equal relaxed gates the open one stays.
-        wish = (self.relaxed(k) + 1e-6 * self.gates).argsort(dim=1, descending=True, stable=True)
-        gates = torch.zeros_like(self.gates).scatter_(1, wish[:, :k], 1.0)
+        wish = self.relaxed(k, share / share.sum().clamp(min=TINY)) + 1e-6 * self.gates
+        order = wish.argsort(dim=1, descending=True, stable=True)
+        gates = torch.zeros_like(self.gates).scatter_(1, order[:, :k], 1.0)
         residuals = self.residuals + torch.einsum("rmn,rn->rm", self.gradients, gates - self.gates)
-        better = self._loss(residuals) < self._loss(self.residuals) - least_gain
-        self.gates = torch.where(better[:, None], gates, self.gates)
-        self.residuals = torch.where(better[:, None], residuals, self.residuals)
+        gain = self._loss(self.residuals, judge) - self._loss(residuals, judge)
+        better = (gain > least_gain)[:, None]
+        self.gates = torch.where(better, gates, self.gates)
+        self.residuals = torch.where(better, residuals, self.residuals)
         self._slope = self._over_images(self.residuals)
         self._curvature = self._charged()
 
-    def _loss(self, residuals: Tensor) -> Tensor:
+    def _loss(self, residuals: Tensor, share: Tensor) -> Tensor:
         # Here trust is charged on the joint effect: channels that cancel have a large one each.
         guess = (residuals - self._origin_residuals).square()
-        return ((residuals.square() + self.trust * guess) * self._share).sum(1)
+        return ((residuals.square() + self.trust * guess) * share).sum(1)
 
 
 def project(values: Tensor, k: int) -> Tensor:
@@ -303,12 +322,12 @@ def learn_selection(chunk: Chunk, recipe: Recipe) -> Learned:
         seen = min(t + 1, MEMORY) * per_task
         whole = torch.cat([clean.view(rows, per_task), whole], dim=1)[:, :capacity]
         variance = whole[:, :seen].var(dim=1, correction=0).clamp(min=TINY)
-        if steps[t] < n:
+        if steps[t] < n or t == recipe.steps - 1:  # the last step also ranks what is open
             before = model.gates.clone()
             model.begin()
             model.close(n_open - steps[t])
             n_open = steps[t]
-            if t % JUMP == 0:
+            if t % JUMP == 0 and n_open < n:
                 model.jump(n_open, LEAST_GAIN * variance)
             for _ in range(SWAPS if t < 0.8 * recipe.steps else 1):
                 if not model.swap(LEAST_GAIN * variance):
