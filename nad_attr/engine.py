@@ -15,41 +15,50 @@ from nad_attr.data import Draw, Inputs, Source, seed_of
 from nad_attr.gates import Task
 from nad_attr.gating import GatingError, channel_shape, installed, multiply
 from nad_attr.objective import own_task_output
+from nad_attr.running import Runner
 from nad_attr.sites import GateSite
 
 __all__ = ["Batch", "Chunk", "CleanOutputs", "Learned", "Network", "TaskImages"]
 
 
-class Network:
+class Network(Runner):
     """A frozen network with gates for its channels: clean and gated passes.
 
     Args:
         model: The network, in eval mode.
-        sites: Its gate sites.
-        forward: What is called with the inputs; None: the model.
-        extra: Further arguments for each call.
+        sites: Its gate sites; may be set later, for finding them takes the network's place.
+        device: See :class:`~nad_attr.running.Runner`.
+        forward_func: See there.
+        additional_forward_args: See there.
         amp: Autocast dtype, or None for none.
+
+    Attributes:
+        sites: As given.
+        dtype: Of gates and outputs: float32, or float64 for a float64 network, whatever the
+            activations are.
+        means: What closed channels are replaced by, ``{site name: (C,)}``; None: zero.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        sites: Sequence[GateSite],
+        sites: Sequence[GateSite] = (),
         *,
-        forward: Callable[..., Any] | None = None,
-        extra: tuple[Any, ...] = (),
+        device: str | torch.device | None = None,
+        forward_func: Callable[..., Any] | None = None,
+        additional_forward_args: Any = None,
         amp: torch.dtype | None = None,
     ) -> None:
-        self.model, self.sites, self.extra, self.amp = model, tuple(sites), extra, amp
-        self.forward = model if forward is None else forward
-        parameter = next((p for p in model.parameters()), None)
-        self.device = torch.device("cpu") if parameter is None else parameter.device
-        # Gates are float32 (float64 for a float64 network), whatever the activations are.
-        self.dtype = (
-            torch.float64
-            if parameter is not None and parameter.dtype == torch.float64
-            else torch.float32
+        super().__init__(
+            model,
+            device=device,
+            forward_func=forward_func,
+            additional_forward_args=additional_forward_args,
         )
+        self.sites, self.amp = tuple(sites), amp
+        parameter = next(self.model.parameters(), None)
+        double = parameter is not None and parameter.dtype == torch.float64
+        self.dtype = torch.float64 if double else torch.float32
         self.means: dict[str, Tensor] | None = None
         self._scales: dict[nn.Module, Tensor] = {}
 
@@ -61,26 +70,10 @@ class Network:
         """Let closed channels be at their mean."""
         self.means = {k: v.to(self.device, self.dtype) for k, v in means.items()}
 
-    def to_device(self, inputs: Inputs) -> Inputs:
-        """The inputs where the network is."""
-        return tuple(item.to(self.device, non_blocking=True) for item in inputs)
-
     def __call__(self, inputs: Inputs) -> Tensor:
         """The network's outputs (B, K) in the gates' dtype, through whatever hooks are on it."""
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-            outputs = self.forward(*inputs, *self.extra)
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(inputs[0]):
-            what = (
-                f"a tensor of shape {tuple(outputs.shape)}"
-                if isinstance(outputs, Tensor)
-                else f"a {type(outputs).__name__}"
-            )
-            raise ValueError(
-                f"the network returned {what} for {len(inputs[0])} images; a (images, classes) "
-                "tensor is needed. Choose it with forward_func=, for example "
-                "lambda x: model(x).logits."
-            )
-        return outputs.to(self.dtype)
+            return super().__call__(inputs).to(self.dtype)
 
     @torch.no_grad()
     def clean(self, inputs: Inputs) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nad_attr.sites import GateSite, SiteError, _resolve, unwrap
+from nad_attr.sites import GateSite, SiteError, resolve_name, unwrap
 
 if TYPE_CHECKING:
     from nad_attr.architecture import SubArchitecture
@@ -140,7 +140,7 @@ def site_modules(model: nn.Module, sites: Sequence[GateSite]) -> dict[str, nn.Mo
                 f"gate site {site.name!r} is given twice; name each site once "
                 "(its input and its output cannot both be gated under one name)."
             )
-        modules[site.name] = known[_resolve(site.name, known, canonical)]
+        modules[site.name] = known[resolve_name(site.name, known, canonical)]
     return modules
 
 
@@ -186,7 +186,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _eager(model: nn.Module) -> AbstractContextManager[object]:
     """Let a compiled network run eagerly: compiled code ignores hooks added after compilation."""
-    if not any(hasattr(m, "_orig_mod") for m in model.modules()):
+    # By torch.compile(model) or, in place, by model.compile().
+    if not any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    ):
         return nullcontext()
     set_stance = getattr(torch.compiler, "set_stance", None)
     if set_stance is None:  # torch < 2.6

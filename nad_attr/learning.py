@@ -19,17 +19,14 @@ from nad_attr.data import Data, Inputs, Source, as_source, seed_of
 from nad_attr.engine import Chunk, CleanOutputs, Learned, Network
 from nad_attr.gates import Task, TaskGates, as_task
 from nad_attr.gating import (
-    as_device,
-    check_eval,
     check_mapping,
-    copied_to,
     frozen,
-    network_errors,
 )
 from nad_attr.history import History
 from nad_attr.means import channel_means
 from nad_attr.paper import learn_paper, paper_steps
 from nad_attr.recipe import PaperRecipe, Recipe
+from nad_attr.running import check_batch_size, check_classes
 from nad_attr.selection import learn_selection
 from nad_attr.sites import GateSite, find_gate_sites, unwrap
 
@@ -120,15 +117,14 @@ def learn_gates(
         )
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"seed must be a whole number, not {seed!r}.")
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number from 1 on, not {batch_size!r}.")
-    if forward_func is not None and not callable(forward_func):
-        raise TypeError(f"forward_func must be a function, not {forward_func!r:.60}.")
-    extra = () if additional_forward_args is None else additional_forward_args
-    extra = extra if isinstance(extra, tuple) else (extra,)
-    root = unwrap(model)
-    check_eval(root)
-    amp_dtype = _amp_dtype(amp)
+    check_batch_size(batch_size)
+    network = Network(
+        model,
+        device=device,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+        amp=_amp_dtype(amp),
+    )
     started = datetime.now(timezone.utc)
 
     # Tensors made in inference mode cannot enter a graph, so its mode must end before any is made.
@@ -137,10 +133,9 @@ def learn_gates(
         wanted, names = _tasks(tasks, source.labels)
         _check_images(wanted, source.labels, recipe)
         example = next(iter(source.batches([[(0, 0), (len(source.labels) - 1, 0)]])))
-        root, forward = _placed(root, forward_func, device)
-        found = _sites(root, sites, example, extra)
-        network = Network(root, found, forward=forward, extra=extra, amp=amp_dtype)
-        _check_classes(network, example, wanted, source.labels)
+        found = _sites(network, sites, example, additional_forward_args)
+        network.sites = tuple(found)
+        _check_outputs(network, example, wanted, source.labels)
         start = _start(initial_logits, recipe, found, wanted)
 
         per_task = recipe.images_per_step
@@ -150,7 +145,7 @@ def learn_gates(
         learned: list[Learned] = []
         clean = CleanOutputs(network, source)
         with ExitStack() as stack:
-            stack.enter_context(frozen(root))
+            stack.enter_context(frozen(network.model))
             if recipe.ablation == "mean":
                 network.set_means(_means(network, source, seed))
             bar = stack.enter_context(
@@ -185,10 +180,10 @@ def learn_gates(
         task_names=names,
         info={
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
-            "model": type(root).__name__,
+            "model": type(unwrap(network.model)).__name__,
             "seed": seed,
             "device": str(network.device),
-            "amp": None if amp_dtype is None else str(amp_dtype),
+            "amp": None if network.amp is None else str(network.amp),
             "n_images": len(source.labels),
             "own_images_only": _own_only(wanted, source.labels, recipe),
             "started": started.isoformat(timespec="seconds"),
@@ -267,33 +262,11 @@ def _own_only(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> list[Any
     return [task for task in tasks if bool(torch.isin(labels, _members(task)).all())]
 
 
-def _placed(
-    root: nn.Module, forward_func: Callable[..., Any] | None, device: str | torch.device | None
-) -> tuple[nn.Module, Callable[..., Any] | None]:
-    if device is None:
-        return root, forward_func
-    target = as_device(device)
-    here = {p.device for p in root.parameters()}
-    same = {d.type for d in here} == {target.type} and (
-        target.index is None or {d.index for d in here} == {target.index}
-    )
-    if same or not here:
-        return root, forward_func
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device here.")
-    if forward_func is not None:
-        raise ValueError(
-            f"forward_func runs the network where it is, not on {device!r}; move the network "
-            "there with model.to(...) and leave out device=."
-        )
-    return copied_to(root, target), None
-
-
 def _sites(
-    root: nn.Module,
+    network: Network,
     sites: Sequence[GateSite | str | nn.Module] | None,
     example: Inputs,
-    extra: tuple[Any, ...],
+    additional_forward_args: Any,
 ) -> list[GateSite]:
     if sites is not None:
         if isinstance(sites, (str, nn.Module, GateSite)):
@@ -305,33 +278,20 @@ def _sites(
             raise ValueError("sites is empty; leave it out to have them found.")
         if all(isinstance(site, GateSite) for site in sites):
             return [site for site in sites if isinstance(site, GateSite)]
-    parameter = next(root.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
     return find_gate_sites(
-        root,
-        tuple(item.to(device) for item in example),
+        network.model,
+        network.to_device(example),
         layers=sites,
-        additional_forward_args=extra or None,
+        additional_forward_args=additional_forward_args,
     )
 
 
-def _check_classes(
+def _check_outputs(
     network: Network, example: Inputs, tasks: Sequence[Task], labels: Tensor
 ) -> None:
     """One real pass: do sites, inputs and outputs fit, before hours are spent?"""
-    with network_errors(example):
-        outputs, _ = network.clean_recorded(network.to_device(example))
-    n_classes = outputs.shape[1]
-    highest = max(int(_members(task).max()) for task in tasks)
-    if highest >= n_classes:
-        raise ValueError(
-            f"task {highest} does not exist: the network has {n_classes} outputs, 0 to "
-            f"{n_classes - 1}."
-        )
-    if int(labels.max()) >= n_classes:
-        raise ValueError(
-            f"label {int(labels.max())} does not exist: the network has {n_classes} outputs."
-        )
+    outputs, _ = network.clean_recorded(network.to_device(example))
+    check_classes(labels, tasks, outputs.shape[1])
     if not bool(torch.isfinite(outputs).all()):
         raise ValueError(
             "the network's outputs hold NaN or infinity on the first images; check weights, "

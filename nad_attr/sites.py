@@ -308,7 +308,7 @@ def _asked_layers(model: nn.Module, layers: Layers, at_input: bool) -> list[_Ask
                 raise SiteError(
                     f"layers must be names, modules or GateSites, not {type(layer).__name__}"
                 )
-            name = _resolve(written, modules, canonical)
+            name = resolve_name(written, modules, canonical)
         if not name:
             raise SiteError("the whole model cannot be a gate site; name a module inside it")
         if any(other.name == name for other in asked):
@@ -319,7 +319,19 @@ def _asked_layers(model: nn.Module, layers: Layers, at_input: bool) -> list[_Ask
     return asked
 
 
-def _resolve(written: str, modules: Mapping[str, nn.Module], canonical: Mapping[int, str]) -> str:
+def resolve_name(
+    written: str, modules: Mapping[str, nn.Module], canonical: Mapping[int, str]
+) -> str:
+    """The name that a module goes by, for one that may have wrappers' prefixes or be an alias.
+
+    Args:
+        written: As the user wrote it.
+        modules: All modules by all their names.
+        canonical: The name of each module, by its id.
+
+    Raises:
+        SiteError: If there is no such module; names close ones.
+    """
     name = written
     while name not in modules:
         prefix = next((p for p in ("module.", "_orig_mod.") if name.startswith(p)), None)

@@ -1105,7 +1105,7 @@ cases(
         "label too high": (
             lambda c: learn(c, (c.x, c.labels + 1), tasks=[1]),
             ValueError,
-            "label 3 does not exist",
+            "a label 3, but the network has 3 outputs",
         ),
         "image is NaN": (lambda c: learn(c, (c.x * NAN, c.labels)), ValueError, "NaN or infinity"),
         "image is infinite": (lambda c: learn(c, (c.x / 0, c.labels)), ValueError, "NaN or inf"),
@@ -1223,7 +1223,7 @@ cases(
         "group with an unknown class": (
             lambda c: learn(c, tasks=[(0, 8)]),
             ValueError,
-            "task 8 does not exist",
+            "a task 8, but the network has 3 outputs",
         ),
         "task negative": (lambda c: learn(c, tasks=[-1]), ValueError, "-1"),
         "task not whole": (lambda c: learn(c, tasks=[0.5]), TypeError, "0.5"),
@@ -1263,8 +1263,8 @@ cases(
         "forward_func is a number": (lambda c: learn(c, forward_func=3), TypeError, "forward_func"),
         "forward_func returns a tuple": (
             lambda c: learn(c, forward_func=lambda x: (c.model(x),)),
-            ValueError,
-            "returned a tuple.*forward_func",
+            TypeError,
+            "returned tuple.*forward_func",
         ),
         "forward_func returns one number": (
             lambda c: learn(c, forward_func=lambda x: c.model(x)[:, 0]),
@@ -1288,7 +1288,7 @@ cases(
         ),
         "forward_func returns nothing": (
             lambda c: learn(c, forward_func=lambda x: None),
-            ValueError,
+            TypeError,
             "NoneType",
         ),
         "too many arguments": (

@@ -334,6 +334,17 @@ def test_compiled_network_runs_eagerly_inside(tiny_cnn: nn.Module) -> None:
     assert list(seen) == [site.name for site in sites]
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch >= 2.6")
+def test_network_compiled_in_place_runs_eagerly_inside(tiny_cnn: nn.Module) -> None:
+    sites = [GateSite("relu1", 6)]
+    tiny_cnn.compile(backend="eager")
+    x = helpers.images(2)
+    plain = tiny_cnn(x)
+    with gated(tiny_cnn, {"relu1": torch.zeros(6)}, sites=sites):
+        assert not torch.allclose(tiny_cnn(x), plain)
+    torch.testing.assert_close(tiny_cnn(x), plain)
+
+
 def test_compiled_part_of_a_network(tiny_cnn: nn.Module) -> None:
     x = helpers.images(2)
     gate = torch.rand(6, dtype=F64, generator=torch.Generator().manual_seed(0))

@@ -34,6 +34,7 @@ LAYERS = (
         "architecture",
         "data",
         "means",
+        "running",
     ),
     ("engine", "paper", "selection", "learning", "store"),
     ("attribution",),

@@ -407,7 +407,7 @@ def test_several_inputs_further_arguments_and_a_forward_function() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 12, 2, generator=generator, dtype=torch.float64)
     y = torch.arange(12) % 3
-    with pytest.raises(ValueError, match="forward_func"):
+    with pytest.raises(TypeError, match="forward_func"):
         learn_gates(model, ((a, b), y), [0], QUICK)
 
     def forward(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from nad_attr.architecture import SubArchitecture, budget, split_sites, top_k_masks
 from nad_attr.data import Inputs, Source, TensorSource, seed_of
 from nad_attr.evaluation.measures import own_images
-from nad_attr.evaluation.running import Runner, check_batch_size, check_classes, chunks
 from nad_attr.gates import Task, as_task
 from nad_attr.gating import (
     GatingError,
@@ -34,6 +33,7 @@ from nad_attr.gating import (
     site_modules,
 )
 from nad_attr.objective import task_outputs
+from nad_attr.running import Runner, check_batch_size, check_classes, chunks
 from nad_attr.sites import GateSite
 
 __all__ = [

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from nad_attr.architecture import SubArchitecture
 from nad_attr.data import Data, Source, as_source
-from nad_attr.evaluation.running import Runner, check_batch_size, check_classes, chunks
 from nad_attr.gates import Task, TaskGates, as_task
 from nad_attr.gating import installed, multiply
 from nad_attr.objective import task_outputs
+from nad_attr.running import Runner, check_batch_size, check_classes, chunks
 from nad_attr.sites import GateSite
 
 if TYPE_CHECKING:

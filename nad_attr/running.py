@@ -1,4 +1,4 @@
-"""Run images through a network for evaluation: where, in what batches, and with what checks."""
+"""Run images through a network: where, in what batches, and with what checks."""
 
 from __future__ import annotations
 
