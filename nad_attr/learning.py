@@ -46,7 +46,7 @@ def learn_gates(
     seed: int = 0,
     device: str | torch.device | None = None,
     amp: bool | torch.dtype | None = None,
-    batch_size: int = 32,
+    batch_size: int = 64,
     augmented: bool | None = None,
     forward_func: Callable[..., Any] | None = None,
     additional_forward_args: Any = None,
