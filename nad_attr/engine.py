@@ -188,6 +188,8 @@ class Batch(NamedTuple):
     labels: Tensor
     #: Image numbers, on the CPU
     numbers: list[int]
+    #: int64 (draws,), where each draw of the step stands among the images
+    places: Tensor
 
 
 class CleanOutputs:
@@ -266,20 +268,38 @@ class Chunk:
     def batches(self, plan: Sequence[Sequence[Sequence[Draw]]]) -> Iterator[Batch]:
         """Fetch what each step needs.
 
+        An image that a task draws twice in a step, because it has few, is fetched and run once,
+        unless it may look different each time.
+
         Args:
             plan: The draws of each row for each step; none for a row that is done.
         """
         device = self.network.device
-        joined = [[draw for row in step for draw in row] for step in plan]
-        for step, draws, inputs in zip(plan, joined, self.source.batches(joined), strict=True):
-            rows = [r for r, row in enumerate(step) for _ in row]
-            numbers = [number for number, _ in draws]
+        distinct = [self._distinct(step) for step in plan]
+        fetched = self.source.batches([[draw for _, draw in images] for images, _ in distinct])
+        for (images, places), inputs in zip(distinct, fetched, strict=True):
+            numbers = [number for _, (number, _) in images]
             yield Batch(
                 self.network.to_device(inputs),
-                torch.tensor(rows, device=device),
+                torch.tensor([row for row, _ in images], device=device),
                 self.source.labels[numbers].to(device),
                 numbers,
+                torch.tensor(places, device=device),
             )
+
+    def _distinct(self, step: Sequence[Sequence[Draw]]) -> tuple[list[tuple[int, Draw]], list[int]]:
+        """The (row, draw) pairs that have to be run, and where each draw stands among them."""
+        images: list[tuple[int, Draw]] = []
+        places: list[int] = []
+        for row, draws in enumerate(step):
+            known: dict[int, int] = {}
+            for draw in draws:
+                place = None if self.source.augmented else known.get(draw[0])
+                if place is None:
+                    place = known[draw[0]] = len(images)
+                    images.append((row, draw))
+                places.append(place)
+        return images, places
 
     def own_output(self, outputs: Tensor, rows: Tensor) -> Tensor:
         """The task output of each image for the task it was drawn for: (B,)."""

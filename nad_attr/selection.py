@@ -316,11 +316,11 @@ def learn_selection(chunk: Chunk, recipe: Recipe) -> Learned:
             chunk.classes[batch.rows],
             chunk.valid[batch.rows],
         )
-        residual = (output - clean).view(rows, per_task)
+        residual = (output - clean)[batch.places].view(rows, per_task)
         model.age(recipe.memory)
-        model.add(residual, gradient.view(rows, per_task, n))
+        model.add(residual, gradient[batch.places].view(rows, per_task, n))
         seen = min(t + 1, MEMORY) * per_task
-        whole = torch.cat([clean.view(rows, per_task), whole], dim=1)[:, :capacity]
+        whole = torch.cat([clean[batch.places].view(rows, per_task), whole], dim=1)[:, :capacity]
         variance = whole[:, :seen].var(dim=1, correction=0).clamp(min=TINY)
         if steps[t] < n or t == recipe.steps - 1:  # the last step also ranks what is open
             before = model.gates.clone()

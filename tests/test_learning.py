@@ -365,6 +365,24 @@ def test_one_clean_pass_per_image_and_no_weight_gradients() -> None:
     assert not any(weights_need_grad)
 
 
+def test_an_image_drawn_twice_in_a_step_is_run_once() -> None:
+    model = helpers.build(helpers.TinyCNN)
+    sites = sites_of(model)
+    x, y = helpers.labelled_images(6)  # two own, four other images
+    recipe = Recipe(size=0.5, ablation="zero", steps=5, images_per_step=20)
+    seen = []
+    handle = model.register_forward_hook(lambda m, a, out: seen.append(len(out)))
+    try:
+        once = learn_gates(model, (x, y), [0, 1], recipe, sites)
+        assert seen == [2, 6] + [12] * 5  # the check, each image clean, then two tasks' images
+        seen.clear()
+        # Told that images may change, every draw is run; they do not, so the gates are the same.
+        assert learn_gates(model, Logged(x, y), [0, 1], recipe, sites) == once
+        assert seen == [2] + [40] * 10
+    finally:
+        handle.remove()
+
+
 def test_mixed_precision_keeps_float32_gates() -> None:
     model = helpers.build(helpers.TinyCNN).float()
     x, y = helpers.labelled_images()
