@@ -229,7 +229,7 @@ def _run(
     with ExitStack() as stack:
         stack.enter_context(_unchanged(model))
         stack.enter_context(_random_state_kept())
-        stack.enter_context(_no_attention_fast_path())
+        stack.enter_context(no_attention_fast_path())
         # Inference mode would hand over composite operators undissolved.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -645,7 +645,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _no_attention_fast_path() -> Iterator[None]:
+def no_attention_fast_path() -> Iterator[None]:
     """Keeps attention modules from running as one operator that calls no submodule."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nad_attr._trace import no_attention_fast_path
 from nad_attr.sites import GateSite, SiteError, resolve_name, unwrap
 
 if TYPE_CHECKING:
@@ -279,6 +280,9 @@ def installed(
 
     with ExitStack() as stack:
         stack.enter_context(_eager(model))
+        if any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules()):
+            # Not in every version does its fast path ask whether there are hooks to call (not in 2.4).
+            stack.enter_context(no_attention_fast_path())
         stack.callback(root.register_forward_pre_hook(begin).remove)
         for site in sites:
             module = modules[site.name]

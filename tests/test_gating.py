@@ -319,6 +319,20 @@ def test_data_parallel(tiny_cnn: nn.Module, inside: bool) -> None:
     assert list(seen) == [site.name for site in sites]
 
 
+NEEDS_STANCE = pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_stance"), reason="needs torch >= 2.6"
+)
+
+
+@pytest.mark.skipif(hasattr(torch.compiler, "set_stance"), reason="torch >= 2.6 can run eagerly")
+def test_compiled_network_is_refused_where_it_cannot_run_eagerly(tiny_cnn: nn.Module) -> None:
+    compiled = torch.compile(tiny_cnn, backend="eager")
+    gates, sites = {"relu1": torch.zeros(6)}, [GateSite("relu1", 6)]
+    with pytest.raises(GatingError, match="_orig_mod"), gated(compiled, gates, sites=sites):
+        compiled(helpers.images(2))
+
+
+@NEEDS_STANCE
 def test_compiled_network_runs_eagerly_inside(tiny_cnn: nn.Module) -> None:
     compiled = torch.compile(tiny_cnn, backend="eager")
     x, sites = helpers.images(4), sites_of(tiny_cnn)
@@ -334,7 +348,7 @@ def test_compiled_network_runs_eagerly_inside(tiny_cnn: nn.Module) -> None:
     assert list(seen) == [site.name for site in sites]
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch >= 2.6")
+@NEEDS_STANCE
 def test_network_compiled_in_place_runs_eagerly_inside(tiny_cnn: nn.Module) -> None:
     sites = [GateSite("relu1", 6)]
     tiny_cnn.compile(backend="eager")
@@ -345,6 +359,7 @@ def test_network_compiled_in_place_runs_eagerly_inside(tiny_cnn: nn.Module) -> N
     torch.testing.assert_close(tiny_cnn(x), plain)
 
 
+@NEEDS_STANCE
 def test_compiled_part_of_a_network(tiny_cnn: nn.Module) -> None:
     x = helpers.images(2)
     gate = torch.rand(6, dtype=F64, generator=torch.Generator().manual_seed(0))
