@@ -1,6 +1,6 @@
 """The default recipe against the paper's and against channel scores, at equal size.
 
-    python benchmarks/recipes.py --json benchmarks/results/recipes.json
+    python benchmarks/recipes.py --amp --json benchmarks/results/recipes.json
 
 CIFAR-10, ResNet-20 (both beside the repository, see ``--shared``). Gates and scores come from
 training photos, every measure from held-out ones. All methods are cut to exactly the same number

@@ -281,7 +281,7 @@ def installed(
     with ExitStack() as stack:
         stack.enter_context(_eager(model))
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules()):
-            # Not in every version does its fast path ask whether there are hooks to call (not in 2.4).
+            # In torch 2.4, for one, its fast path does not ask whether there are hooks to call.
             stack.enter_context(no_attention_fast_path())
         stack.callback(root.register_forward_pre_hook(begin).remove)
         for site in sites:
