@@ -35,6 +35,10 @@ def _check_count(name: str, value: object, low: int = 1) -> None:
         raise ValueError(f"recipe: {name} must be a whole number from {low} on, not {value!r}.")
 
 
+def _settable(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if field.init]
+
+
 def _check_ablation(value: object) -> None:
     if value not in ("mean", "zero"):
         raise ValueError(f"recipe: ablation must be 'mean' or 'zero', not {value!r}.")
@@ -103,6 +107,7 @@ class Recipe:
             **overrides: Any field of :class:`PaperRecipe`.
 
         Raises:
+            TypeError: If an override is no field of the paper's recipe.
             ValueError: If the pair is not among the published ones and no ``beta`` is given, or a
                 field has no sensible value.
 
@@ -135,7 +140,8 @@ class Recipe:
 
     def to_json(self) -> str:
         """All fields as JSON, with the kind of recipe."""
-        return json.dumps({"kind": type(self).__name__, **dataclasses.asdict(self)})
+        values = {name: getattr(self, name) for name in _settable(type(self))}
+        return json.dumps({"kind": type(self).__name__, **values})
 
     @staticmethod
     def from_json(text: str) -> Recipe:
@@ -156,9 +162,9 @@ class Recipe:
         if not isinstance(fields, dict) or fields.get("kind") not in kinds:
             raise ValueError("not a recipe written by nad_attr.")
         kind = kinds[fields.pop("kind")]
-        known = {field.name for field in dataclasses.fields(kind)}
-        if set(fields) - known:
-            raise ValueError(f"unknown recipe fields {sorted(set(fields) - known)}.")
+        known = _settable(kind)
+        if set(fields) - set(known):
+            raise ValueError(f"unknown recipe fields {sorted(set(fields) - set(known))}.")
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         return kind(**fields)
 
@@ -200,6 +206,11 @@ class PaperRecipe(Recipe):
     epochs: int = 20
     learning_rate: float = 0.1
     rectified_sites: tuple[str, ...] = ()
+    # Of the default recipe, and nothing that could be set here.
+    steps: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    removal: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    memory: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    trust: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
 
     def _check(self) -> None:
         if self.size is not None:

@@ -193,6 +193,9 @@ def test_paper_recipe_values() -> None:
         Recipe.paper()
     with pytest.raises(ValueError, match="size"):
         Recipe.paper("vgg16", size=0.3)
+    with pytest.raises(TypeError, match="steps"):  # what would do nothing is not taken
+        Recipe.paper("vgg16", steps=5)
+    assert Recipe.from_json(densenet.to_json()) == densenet
 
 
 # -- the default recipe ------------------------------------------------------------------------
