@@ -261,7 +261,8 @@ def project(values: Tensor, k: int) -> Tensor:
         tensor([[1.0000, 0.7500, 0.2500, 0.0000]])
     """
     n = values.shape[1]
-    ordered = values.sort(dim=1).values.double()
+    exact = values.dtype if values.device.type == "mps" else torch.float64  # MPS has no float64
+    ordered = values.sort(dim=1).values.to(exact)
     sums = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
     kinks = torch.cat([ordered - 1, ordered], dim=1)
 
