@@ -7,7 +7,6 @@ because an in-place ReLU may write into the tensor that a hook has just seen.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -65,50 +64,6 @@ def check_mapping(values: Any, what: str) -> None:
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"{what} must be {{site name: tensor}}, not {type(values).__name__}.")
-
-
-def as_device(device: str | torch.device) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: If there is no such kind of device.
-    """
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"device must be 'cpu', 'cuda' or the like, not {device!r}.") from None
-
-
-def copied_to(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of the network on another device.
-
-    Raises:
-        ValueError: If that device is not there.
-    """
-    try:
-        return copy.deepcopy(model).to(device)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
-        raise ValueError(f"the network cannot be copied to device {device}: {error}") from error
-
-
-@contextmanager
-def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Say which inputs a network was given that cannot be run on them.
-
-    Raises:
-        ValueError: In place of the errors that torch raises for wrong shapes and types.
-    """
-    try:
-        yield
-    except (GatingError, torch.cuda.OutOfMemoryError):
-        raise
-    except (RuntimeError, TypeError) as error:
-        kinds = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
-        raise ValueError(
-            f"the network cannot be run on inputs of shape {kinds}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def site_modules(model: nn.Module, sites: Sequence[GateSite]) -> dict[str, nn.Module]:

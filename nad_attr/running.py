@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from nad_attr.data import Inputs, Source, check_finite, seed_of
 from nad_attr.gates import Task
-from nad_attr.gating import as_device, check_eval, copied_to, network_errors
+from nad_attr.gating import GatingError, check_eval
 from nad_attr.sites import unwrap
 
 __all__ = ["Runner", "check_batch_size", "check_classes", "chunks"]
@@ -50,6 +52,50 @@ def check_classes(labels: Tensor, tasks: Sequence[Task], n_classes: int) -> None
                 f"there is a {what} {highest}, but the network has {n_classes} outputs "
                 f"(classes 0 to {n_classes - 1})."
             )
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: If there is no such kind of device.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"device must be 'cpu', 'cuda' or the like, not {device!r}.") from None
+
+
+def copied_to(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of the network on another device.
+
+    Raises:
+        ValueError: If that device is not there.
+    """
+    try:
+        return copy.deepcopy(model).to(device)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        raise ValueError(f"the network cannot be copied to device {device}: {error}") from error
+
+
+@contextmanager
+def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Say which inputs a network was given that cannot be run on them.
+
+    Raises:
+        ValueError: In place of the errors that torch raises for wrong shapes and types.
+    """
+    try:
+        yield
+    except (GatingError, torch.cuda.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError) as error:
+        kinds = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
+        raise ValueError(
+            f"the network cannot be run on inputs of shape {kinds}: {type(error).__name__}: {error}"
+        ) from error
 
 
 class Runner:
