@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from nad_attr.architecture import SubArchitecture
 from nad_attr.data import Data, Source, as_source
@@ -466,54 +467,50 @@ def _sweep(
     gated_margin = torch.empty(n_rows, n)
 
     gates = _Gates(archs, runner.device)
-    bar = None
-    if show_progress:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(total=n, unit="image", desc=f"evaluating {n_rows} sub-architectures")
     numbers = list(chunks(n, batch_size))
-    try:
-        with torch.no_grad(), installed(runner.model, gates.sites, gates):
-            members: Tensor | None = None
-            for chosen, inputs in zip(numbers, runner.draw(source, numbers), strict=True):
-                here = slice(chosen[0], chosen[-1] + 1)
+    bar = tqdm(
+        total=n,
+        unit="image",
+        desc=f"evaluating {n_rows} sub-architectures",
+        disable=not show_progress,
+    )
+    with bar, torch.no_grad(), installed(runner.model, gates.sites, gates):
+        members: Tensor | None = None
+        for chosen, inputs in zip(numbers, runner.draw(source, numbers), strict=True):
+            here = slice(chosen[0], chosen[-1] + 1)
 
-                gates.rows = None
-                outputs = runner(inputs)
-                if members is None:
-                    check_classes(labels, tasks, outputs.shape[1])
-                    members = own_images(torch.arange(outputs.shape[1]), columns).to(outputs.device)
+            gates.rows = None
+            outputs = runner(inputs)
+            if members is None:
+                check_classes(labels, tasks, outputs.shape[1])
+                members = own_images(torch.arange(outputs.shape[1]), columns).to(outputs.device)
+            if bool(outputs.isnan().any()):
+                bad = int(outputs.isnan().any(1).nonzero()[0])
+                raise ValueError(f"the network gives NaN for image {chosen[bad]}.")
+            values = task_outputs(outputs, columns)
+            whole[here] = values.cpu()
+            whole_class[here] = outputs.argmax(1).to("cpu", torch.int32)
+            for j in range(n_columns):
+                whole_margin[here, j] = _margin(outputs, values[:, j], members[j]).cpu()
+
+            for pairs in chunks(n_rows * len(chosen), batch_size):
+                pair = torch.arange(pairs[0], pairs[-1] + 1)
+                rows, images = pair // len(chosen), pair % len(chosen)
+                gates.rows = rows
+                outputs = runner(tuple(x[images.to(x.device)] for x in inputs))
                 if bool(outputs.isnan().any()):
                     bad = int(outputs.isnan().any(1).nonzero()[0])
-                    raise ValueError(f"the network gives NaN for image {chosen[bad]}.")
+                    who = f"the sub-architecture of task {tasks[int(rows[bad])]}"
+                    raise ValueError(f"{who} gives NaN for image {chosen[int(images[bad])]}.")
                 values = task_outputs(outputs, columns)
-                whole[here] = values.cpu()
-                whole_class[here] = outputs.argmax(1).to("cpu", torch.int32)
-                for j in range(n_columns):
-                    whole_margin[here, j] = _margin(outputs, values[:, j], members[j]).cpu()
-
-                for pairs in chunks(n_rows * len(chosen), batch_size):
-                    pair = torch.arange(pairs[0], pairs[-1] + 1)
-                    rows, images = pair // len(chosen), pair % len(chosen)
-                    gates.rows = rows
-                    outputs = runner(tuple(x[images.to(x.device)] for x in inputs))
-                    if bool(outputs.isnan().any()):
-                        bad = int(outputs.isnan().any(1).nonzero()[0])
-                        who = f"the sub-architecture of task {tasks[int(rows[bad])]}"
-                        raise ValueError(f"{who} gives NaN for image {chosen[int(images[bad])]}.")
-                    values = task_outputs(outputs, columns)
-                    column = column_of[rows].to(values.device)
-                    own = values.gather(1, column[:, None])[:, 0]
-                    at = images + chosen[0]
-                    gated[rows, at] = values.to("cpu", torch.float32)
-                    gated_class[rows, at] = outputs.argmax(1).to("cpu", torch.int32)
-                    margin = _margin(outputs, own, members[column])
-                    gated_margin[rows, at] = margin.to("cpu", torch.float32)
-                if bar is not None:
-                    bar.update(len(chosen))
-    finally:
-        if bar is not None:
-            bar.close()
+                column = column_of[rows].to(values.device)
+                own = values.gather(1, column[:, None])[:, 0]
+                at = images + chosen[0]
+                gated[rows, at] = values.to("cpu", torch.float32)
+                gated_class[rows, at] = outputs.argmax(1).to("cpu", torch.int32)
+                margin = _margin(outputs, own, members[column])
+                gated_margin[rows, at] = margin.to("cpu", torch.float32)
+            bar.update(len(chosen))
     return Responses(
         labels=labels,
         tasks=tasks,
