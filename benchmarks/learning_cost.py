@@ -344,7 +344,7 @@ class _Case:
                 if isinstance(self.recipe, PaperRecipe):
                     learn_paper(chunk, self.recipe)
                 else:
-                    learn_selection(chunk, self.recipe)
+                    learn_selection(chunk, self.recipe, [self.recipe.size])
         except _EnoughError:
             pass
         del others

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nad_attr._version import __version__
-from nad_attr.architecture import split_sites
+from nad_attr.architecture import budget, split_sites
 from nad_attr.data import Data, Inputs, Source, as_source, seed_of
 from nad_attr.engine import Chunk, CleanOutputs, Learned, Network
 from nad_attr.gates import Task, TaskGates, as_task
@@ -26,11 +26,11 @@ from nad_attr.history import History
 from nad_attr.means import channel_means
 from nad_attr.paper import learn_paper, paper_steps
 from nad_attr.recipe import PaperRecipe, Recipe
-from nad_attr.running import check_batch_size, check_classes
+from nad_attr.running import amp_dtype, check_batch_size, check_classes, chunks
 from nad_attr.selection import learn_selection
 from nad_attr.sites import GateSite, find_gate_sites, unwrap
 
-__all__ = ["learn_gates"]
+__all__ = ["Session", "learn_gates", "learn_sizes"]
 
 #: Images that the ablation value "mean" is taken over, at most.
 MEAN_IMAGES = 512
@@ -107,99 +107,337 @@ def learn_gates(
         >>> gates["1"].shape
         torch.Size([1, 6])
     """
-    recipe = Recipe() if recipe is None else recipe
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe, not {type(recipe).__name__}.")
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, not {type(model).__name__}; a function goes into "
-            "forward_func= beside the module that it runs."
-        )
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be a whole number, not {seed!r}.")
-    check_batch_size(batch_size)
-    network = Network(
+    session = Session(
         model,
+        data,
+        tasks,
+        recipe,
+        sites,
+        seed=seed,
         device=device,
+        amp=amp,
+        batch_size=batch_size,
+        augmented=augmented,
         forward_func=forward_func,
         additional_forward_args=additional_forward_args,
-        amp=_amp_dtype(amp),
     )
-    started = datetime.now(timezone.utc)
+    start = _start(initial_logits, session.recipe, session.sites, session.tasks)
+    total = sum(map(session.n_steps, session.tasks))
+    with tqdm(total=total, desc="learning gates", unit="step", disable=not show_progress) as bar:
+        return session.learn(start=start, advance=bar.update)
 
-    # Tensors made in inference mode cannot enter a graph, so its mode must end before any is made.
-    with torch.inference_mode(False), torch.enable_grad():
-        source = as_source(data, augmented=augmented)
-        wanted, names = _tasks(tasks, source.labels)
-        _check_images(wanted, source.labels, recipe)
-        example = next(iter(source.batches([[(0, 0), (len(source.labels) - 1, 0)]])))
-        found = _sites(network, sites, example, additional_forward_args)
-        network.sites = tuple(found)
-        _check_outputs(network, example, wanted, source.labels)
-        start = _start(initial_logits, recipe, found, wanted)
 
-        per_task = recipe.images_per_step
-        width = max(1, batch_size // per_task)
-        groups = [range(i, min(i + width, len(wanted))) for i in range(0, len(wanted), width)]
-        total = sum(_steps(task, source.labels, recipe) for task in wanted)
-        learned: list[Learned] = []
-        clean = CleanOutputs(network, source)
-        with ExitStack() as stack:
-            stack.enter_context(frozen(network.model))
-            if recipe.ablation == "mean":
-                network.set_means(_means(network, source, seed))
-            bar = stack.enter_context(
-                tqdm(total=total, desc="learning gates", unit="step", disable=not show_progress)
+def learn_sizes(
+    model: nn.Module,
+    data: Data,
+    sizes: Sequence[float],
+    tasks: Sequence[object] | Mapping[str, object] | None = None,
+    recipe: Recipe | None = None,
+    sites: Sequence[GateSite | str | nn.Module] | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    amp: bool | torch.dtype | None = None,
+    batch_size: int = 64,
+    augmented: bool | None = None,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+    show_progress: bool = False,
+) -> dict[float, TaskGates]:
+    """Learn which channels each task needs at several sizes, in one run of falling budget.
+
+    The run passes through all sizes on its way down and stays at each for a while. Smaller
+    sub-architectures need not be parts of larger ones. The recipe's steps are shared equally among
+    the sizes: 25 for each were as good as a run of 100 for each by itself (see
+    ``docs/benchmarks.md``), so ask for ``Recipe(steps=25 * len(sizes))`` from four sizes on.
+
+    Args:
+        model: See :func:`learn_gates`.
+        data: See there.
+        sizes: Shares of the channels to keep, each in (0, 1].
+        tasks: See :func:`learn_gates`.
+        recipe: The default recipe with other settings; its size is not used. None:
+            ``Recipe(steps=max(100, 25 * len(sizes)))``.
+        sites: See :func:`learn_gates`.
+        seed: See there.
+        device: See there.
+        amp: See there.
+        batch_size: See there.
+        augmented: See there.
+        forward_func: See there.
+        additional_forward_args: See there.
+        show_progress: See there.
+
+    Returns:
+        ``{size: task gates}`` in the order of ``sizes``.
+
+    Raises:
+        SiteError: See :func:`learn_gates`.
+        TypeError: See there.
+        ValueError: See there; also if sizes mean the same number of channels, there are none, or
+            more than steps, or the recipe is the paper's.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+        >>> x = torch.randn(20, 4, generator=generator)
+        >>> found = learn_sizes(net, (x, (x[:, 0] > 0).long()), [0.5, 1 / 3], tasks=[1])
+        >>> {round(size, 2): gates.sub_architecture(1).n_kept for size, gates in found.items()}
+        {0.5: 3, 0.33: 2}
+    """
+    if recipe is None and isinstance(sizes, Sequence):
+        recipe = Recipe(steps=max(Recipe().steps, 25 * len(sizes)))
+    session = Session(
+        model,
+        data,
+        tasks,
+        recipe,
+        sites,
+        seed=seed,
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        augmented=augmented,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+    )
+    total = sum(map(session.n_steps, session.tasks))
+    with tqdm(total=total, desc="learning gates", unit="step", disable=not show_progress) as bar:
+        return session.learn_sizes(sizes, advance=bar.update)
+
+
+class Session:
+    """A network, data and a recipe that fit together, ready to learn tasks.
+
+    What :func:`learn_gates` and runs into a store do in common: everything is checked here, before
+    any work is done.
+
+    Args:
+        model: See :func:`learn_gates`.
+        data: See there.
+        tasks: See there.
+        recipe: See there.
+        sites: See there.
+        seed: See there.
+        device: See there.
+        amp: See there.
+        batch_size: See there.
+        augmented: See there.
+        forward_func: See there.
+        additional_forward_args: See there.
+
+    Attributes:
+        network: The network with its gate sites.
+        source: The images.
+        tasks: The tasks, in the order given.
+        names: Their names, or None.
+        recipe: The recipe.
+        seed: As given.
+        width: Tasks that share a pass of the network, at most.
+
+    Raises:
+        SiteError: See :func:`learn_gates`.
+        TypeError: See there.
+        ValueError: See there.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+        >>> session = Session(net, (torch.randn(20, 4), torch.arange(20) % 2), batch_size=40)
+        >>> session.tasks, session.width
+        ([0, 1], 2)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        tasks: Sequence[object] | Mapping[str, object] | None = None,
+        recipe: Recipe | None = None,
+        sites: Sequence[GateSite | str | nn.Module] | None = None,
+        *,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        amp: bool | torch.dtype | None = None,
+        batch_size: int = 64,
+        augmented: bool | None = None,
+        forward_func: Callable[..., Any] | None = None,
+        additional_forward_args: Any = None,
+    ) -> None:
+        self.recipe = Recipe() if recipe is None else recipe
+        if not isinstance(self.recipe, Recipe):
+            raise TypeError(f"recipe must be a Recipe, not {type(recipe).__name__}.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module, not {type(model).__name__}; a function goes "
+                "into forward_func= beside the module that it runs."
             )
-            for group in groups:
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"seed must be a whole number, not {seed!r}.")
+        check_batch_size(batch_size)
+        self.seed = seed
+        self.network = Network(
+            model,
+            device=device,
+            forward_func=forward_func,
+            additional_forward_args=additional_forward_args,
+            amp=amp_dtype(amp),
+        )
+        self.width = max(1, batch_size // self.recipe.images_per_step)
+        # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
+        with torch.inference_mode(False):
+            self.source = as_source(data, augmented=augmented)
+            labels = self.source.labels
+            self.tasks, self.names = _tasks(tasks, labels)
+            _check_images(self.tasks, labels, self.recipe)
+            example = next(iter(self.source.batches([[(0, 0), (len(labels) - 1, 0)]])))
+            self.network.sites = tuple(
+                _sites(self.network, sites, example, additional_forward_args)
+            )
+            _check_outputs(self.network, example, self.tasks, labels)
+
+    @property
+    def sites(self) -> tuple[GateSite, ...]:
+        """The gate sites, in forward order."""
+        return self.network.sites
+
+    def n_steps(self, task: Task) -> int:
+        """Steps that a task takes."""
+        return _steps(task, self.source.labels, self.recipe)
+
+    def means(self) -> dict[str, Tensor] | None:
+        """What closed channels are replaced by, ``{site name: float64 (C,)}``; None: zero.
+
+        The same for all tasks: means over images of all classes.
+        """
+        if self.recipe.ablation != "mean":
+            return None
+        with torch.inference_mode(False), frozen(self.network.model):
+            return _means(self.network, self.source, self.seed)
+
+    def learn(
+        self,
+        tasks: Sequence[Task] | None = None,
+        *,
+        means: Mapping[str, Tensor] | None = None,
+        start: Tensor | None = None,
+        advance: Callable[[int], object] = lambda n: None,
+    ) -> TaskGates:
+        """Learn the gates of some of the tasks.
+
+        Args:
+            tasks: Some of ``self.tasks``; None: all. Their order and company decide what shares a
+                pass, so the same list gives the same gates bit by bit, on the same machine.
+            means: What closed channels are replaced by; None: computed if the recipe needs it.
+            start: (T, all channels), the logits that the paper's recipe starts from.
+            advance: Called with a number of task steps that are done.
+        """
+        (gates,) = self._learn([None], tasks, means, start, advance)
+        return gates
+
+    def learn_sizes(
+        self,
+        sizes: Sequence[float],
+        tasks: Sequence[Task] | None = None,
+        *,
+        means: Mapping[str, Tensor] | None = None,
+        advance: Callable[[int], object] = lambda n: None,
+    ) -> dict[float, TaskGates]:
+        """Learn the gates of some of the tasks at several sizes, in one run.
+
+        Args:
+            sizes: See :func:`learn_sizes`.
+            tasks: See :meth:`learn`.
+            means: See there.
+            advance: See there.
+
+        Raises:
+            ValueError: See :func:`learn_sizes`.
+        """
+        if isinstance(self.recipe, PaperRecipe):
+            raise ValueError(
+                "the paper's recipe has no size to ask for; cut its gates with "
+                "sub_architecture(task, size=...)."
+            )
+        wanted = [sizes] if isinstance(sizes, (int, float)) else list(sizes)
+        ks = [budget(size, self.sites) for size in wanted]
+        if not ks or len(set(ks)) < len(ks):
+            raise ValueError(f"sizes must be different numbers of channels, not {wanted}.")
+        if len(ks) > self.recipe.steps:
+            raise ValueError(f"{len(ks)} sizes need at least as many steps; raise recipe.steps.")
+        falling = sorted(wanted, reverse=True)
+        learned = dict(zip(falling, self._learn(falling, tasks, means, None, advance), strict=True))
+        return {size: learned[size] for size in wanted}
+
+    def _learn(
+        self,
+        sizes: Sequence[float | None],
+        tasks: Sequence[Task] | None,
+        means: Mapping[str, Tensor] | None,
+        start: Tensor | None,
+        advance: Callable[[int], object],
+    ) -> list[TaskGates]:
+        """One set of task gates for each size; None: the recipe's own."""
+        started = datetime.now(timezone.utc)
+        network, source, recipe = self.network, self.source, self.recipe
+        wanted = self.tasks if tasks is None else list(tasks)
+        parts: list[list[Learned]] = []
+        with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
+            means = self.means() if means is None else means
+            if means is not None:
+                network.set_means(means)
+            clean = CleanOutputs(network, source)
+            for part in chunks(len(wanted), self.width):
                 chunk = Chunk(
                     network,
                     source,
-                    [wanted[i] for i in group],
-                    seed,
+                    [wanted[i] for i in part],
+                    self.seed,
                     clean=clean,
-                    advance=bar.update,
+                    advance=advance,
                 )
                 if isinstance(recipe, PaperRecipe):
-                    learned.append(
-                        learn_paper(chunk, recipe, None if start is None else start[list(group)])
-                    )
+                    first = None if start is None else start[list(part)]
+                    parts.append([learn_paper(chunk, recipe, first)])
                 else:
-                    learned.append(learn_selection(chunk, recipe))
-
-    gates = torch.cat([part.gates for part in learned])
-    logits = torch.cat([part.logits for part in learned])
-    return TaskGates(
-        split_sites(gates.cpu(), found),
-        found,
-        wanted,
-        logits=split_sites(logits.cpu(), found),
-        means=network.means,
-        recipe=recipe,
-        history=_history([part.curves for part in learned]),
-        task_names=names,
-        info={
+                    asked = [recipe.size if size is None else size for size in sizes]
+                    parts.append(learn_selection(chunk, recipe, asked))
+        info = {
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
             "model": type(unwrap(network.model)).__name__,
-            "seed": seed,
+            "seed": self.seed,
             "device": str(network.device),
             "amp": None if network.amp is None else str(network.amp),
             "n_images": len(source.labels),
             "own_images_only": _own_only(wanted, source.labels, recipe),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now(timezone.utc) - started).total_seconds(), 1),
-        },
-    )
+        }
+        return [
+            self._gates([part[i] for part in parts], wanted, size, info)
+            for i, size in enumerate(sizes)
+        ]
 
-
-def _amp_dtype(amp: bool | torch.dtype | None) -> torch.dtype | None:
-    if amp is None or amp is False:
-        return None
-    if amp is True:
-        return torch.bfloat16
-    if amp in (torch.bfloat16, torch.float16):
-        return amp
-    raise ValueError(f"amp must be True, torch.bfloat16 or torch.float16, not {amp!r}.")
+    def _gates(
+        self,
+        learned: Sequence[Learned],
+        tasks: Sequence[Task],
+        size: float | None,
+        info: Mapping[str, Any],
+    ) -> TaskGates:
+        gates = torch.cat([part.gates for part in learned])
+        logits = torch.cat([part.logits for part in learned])
+        names = None if self.names is None else dict(zip(self.tasks, self.names, strict=True))
+        return TaskGates(
+            split_sites(gates.cpu(), self.sites),
+            self.sites,
+            tasks,
+            logits=split_sites(logits.cpu(), self.sites),
+            means=self.network.means,
+            recipe=self.recipe if size is None else dataclasses.replace(self.recipe, size=size),
+            history=_history([part.curves for part in learned]),
+            task_names=None if names is None else [names[task] for task in tasks],
+            info=info,
+        )
 
 
 def _tasks(
@@ -251,7 +489,7 @@ def _check_images(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> None
             f"task {alone[0]} has own images only: its gates keep the task output on those, and "
             "nothing says that they do not raise it on other images as well. Add images of other "
             "classes to the data for a sub-architecture that tells classes apart.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -89,7 +89,13 @@ class _GateAndDifference(torch.autograd.Function):
         grad_gate = None
         if ctx.needs_input_grad[1]:
             over = [d for d in range(x.ndim) if gate.shape[d] == 1 and x.shape[d] != 1]
-            grad_gate = (grad * x).sum(over, keepdim=True, dtype=gate.dtype)
+            product = grad * x
+            # An empty list of axes would mean all of them.
+            grad_gate = (
+                product.sum(over, keepdim=True, dtype=gate.dtype)
+                if over
+                else product.to(gate.dtype)
+            )
         return grad_x, grad_gate, None, None
 
 

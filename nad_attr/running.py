@@ -15,7 +15,7 @@ from nad_attr.gates import Task
 from nad_attr.gating import GatingError, check_eval
 from nad_attr.sites import unwrap
 
-__all__ = ["Runner", "check_batch_size", "check_classes", "chunks"]
+__all__ = ["Runner", "amp_dtype", "check_batch_size", "check_classes", "chunks"]
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -26,6 +26,21 @@ def check_batch_size(batch_size: int) -> None:
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number from 1 on, not {batch_size!r}.")
+
+
+def amp_dtype(amp: bool | torch.dtype | None) -> torch.dtype | None:
+    """The dtype that autocast computes in: True is bfloat16, None and False are none.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if amp is None or amp is False:
+        return None
+    if amp is True:
+        return torch.bfloat16
+    if amp in (torch.bfloat16, torch.float16):
+        return amp
+    raise ValueError(f"amp must be True, torch.bfloat16 or torch.float16, not {amp!r}.")
 
 
 def chunks(n: int, size: int) -> Iterator[range]:

@@ -11,7 +11,9 @@ model likes best at the step's budget, which shrinks from all channels to the si
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,34 +31,49 @@ MEMORY = 30
 WAIT = 5
 #: Swaps of an open for a closed channel in each step (one in the last fifth of the steps).
 SWAPS = 4
+#: Open channels, at most, that are looked at for two that may close together.
+PAIRED = 256
 #: What a swap must gain, in units of the task output's variance.
 LEAST_GAIN = 1e-4
 #: Channels are closed in groups of at least 1/GROUPS of those that are still to close in a step.
 GROUPS = 8
-#: Steps between attempts to jump to the relaxed optimum.
-JUMP = 5
-RELAXED_ITERATIONS = 60
-POWER_ITERATIONS = 8
 #: Images of the quadratic model that are squared at a time.
 BLOCK = 32
 #: Stands in for the variance of a task output that is the same for all images.
 TINY = 1e-12
 
 
-def budgets(recipe: Recipe, n: int, k: int) -> list[int]:
-    """Channels that are open after each step: from ``n`` geometrically down to ``k``.
+def budgets(recipe: Recipe, n: int, ks: Sequence[int]) -> list[list[int]]:
+    """Channels that are open after each step: from ``n`` geometrically down to each of ``ks``.
 
     The first steps close nothing. What they leave open is not made up for at once: the gradients
-    are good for a small change of the network only.
+    are good for a small change of the network only. The steps are shared equally among the sizes,
+    and the last ones of each share close nothing more.
+
+    Args:
+        recipe: Says how many steps there are, and which share of them closes channels.
+        n: All channels.
+        ks: Channels to keep, falling.
+
+    Returns:
+        The budgets of the steps towards each of ``ks``.
 
     Example:
-        >>> budgets(Recipe(steps=10, removal=0.8), 100, 10)
-        [75, 56, 42, 32, 24, 18, 13, 10, 10, 10]
+        >>> budgets(Recipe(steps=10, removal=0.8), 100, [10])
+        [[75, 56, 42, 32, 24, 18, 13, 10, 10, 10]]
+        >>> budgets(Recipe(steps=10, removal=0.8), 100, [40, 10])
+        [[80, 63, 50, 40, 40], [28, 20, 14, 10, 10]]
     """
-    first = max(1, min(WAIT, recipe.steps // 10)) - 1
-    last = max(first + 1, round(recipe.removal * recipe.steps))
-    done = [min(max((t + 1 - first) / (last - first), 0.0), 1.0) for t in range(recipe.steps)]
-    return [round(n * (k / n) ** share) for share in done]
+    cuts = [round(recipe.steps * i / len(ks)) for i in range(len(ks) + 1)]
+    result = []
+    before = n
+    for start, end, k in zip(cuts[:-1], cuts[1:], ks, strict=True):
+        first = max(1, min(WAIT, recipe.steps // 10)) - 1 if start == 0 else 0
+        last = max(first + 1, round(recipe.removal * (end - start)))
+        done = [min(max((t + 1 - first) / (last - first), 0.0), 1.0) for t in range(end - start)]
+        result.append([round(before * (k / before) ** share) for share in done])
+        before = k
+    return result
 
 
 class QuadraticModel:
@@ -100,7 +117,6 @@ class QuadraticModel:
         self.residuals[:, at] = residuals
         self.weights[at] = 1.0
         self._next = (self._next + b) % len(self.weights)
-        self._newest = at
 
     def begin(self) -> None:
         """Compute what a round of flips needs, once."""
@@ -113,7 +129,6 @@ class QuadraticModel:
             self._square += torch.einsum("m,rmn->rn", share, part.square())
         self._slope = self._over_images(self.residuals)
         self._origin = self.gates.clone()
-        self._origin_residuals = self.residuals.clone()
         self._curvature = self._charged()
 
     def _over_images(self, values: Tensor, share: Tensor | None = None) -> Tensor:
@@ -190,111 +205,66 @@ class QuadraticModel:
         self.gates, self.residuals, self._slope, self._curvature = before
         return swapped
 
-    def relaxed(self, k: int, share: Tensor) -> Tensor:
-        """Gates in [0, 1] with sum ``k`` that the model likes best: (R, n).
+    def swap_pair(self, least_gain: Tensor) -> bool:
+        """Open two gates, then close the two that cost least *together*, where that gains.
 
-        A convex problem, solved by accelerated projected gradient descent. Unlike closing one by
-        one it sees that channels which cancel each other can go together.
-
-        Args:
-            k: The sum.
-            share: (M,), what each image counts.
-        """
-        gradients = self.gradients
-        # The largest eigenvalue of the quadratic bounds the step (power iteration, with a margin).
-        vector = torch.ones_like(self.gates)
-        for _ in range(POWER_ITERATIONS):
-            vector = self._over_images(torch.einsum("rmn,rn->rm", gradients, vector), share)
-            norm = vector.norm(dim=1, keepdim=True).clamp(min=TINY)
-            vector = vector / norm
-        step = 1 / (1.5 * norm)
-        gates = look = project(self.gates, k)
-        momentum = 1.0
-        for _ in range(RELAXED_ITERATIONS):
-            residual = self.residuals + torch.einsum("rmn,rn->rm", gradients, look - self.gates)
-            new = project(look - step * self._over_images(residual, share), k)
-            next_momentum = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
-            look = new + (momentum - 1) / next_momentum * (new - gates)
-            gates, momentum = new, next_momentum
-        return gates
-
-    def jump(self, k: int, least_gain: Tensor) -> None:
-        """Take the ``k`` highest relaxed gates in place of the present ones where that is better.
-
-        With more channels than images some gates fit any images perfectly. So the newest images
-        are kept out of the relaxed problem, and they alone say whether its solution is better.
+        Channels that cancel each other cost much one by one and nothing together. Opening comes
+        first, or channels of different pairs would be closed to fit the residual.
 
         Args:
-            k: Open channels, as many as now.
-            least_gain: (R,), see :meth:`swap`.
+            least_gain: See :meth:`swap`.
+
+        Returns:
+            Whether any row swapped.
         """
-        judge = torch.zeros_like(self.weights)
-        judge[self._newest] = 1 / len(self._newest)
-        share = self.weights * (judge == 0)
-        # Of equal relaxed gates the open one stays.
-        wish = self.relaxed(k, share / share.sum().clamp(min=TINY)) + 1e-6 * self.gates
-        order = wish.argsort(dim=1, descending=True, stable=True)
-        gates = torch.zeros_like(self.gates).scatter_(1, order[:, :k], 1.0)
-        residuals = self.residuals + torch.einsum("rmn,rn->rm", self.gradients, gates - self.gates)
-        gain = self._loss(self.residuals, judge) - self._loss(residuals, judge)
-        better = (gain > least_gain)[:, None]
-        self.gates = torch.where(better, gates, self.gates)
-        self.residuals = torch.where(better, residuals, self.residuals)
-        self._slope = self._over_images(self.residuals)
-        self._curvature = self._charged()
-
-    def _loss(self, residuals: Tensor, share: Tensor) -> Tensor:
-        # Here trust is charged on the joint effect: channels that cancel have a large one each.
-        guess = (residuals - self._origin_residuals).square()
-        return ((residuals.square() + self.trust * guess) * share).sum(1)
-
-
-def project(values: Tensor, k: int) -> Tensor:
-    """The nearest point in [0, 1] with sum ``k`` in each row.
-
-    That is ``clamp(values - t, 0, 1)`` for the t that makes the sum right. The sum falls with t,
-    linearly between the values and the values less one, so t is computed and not searched: an
-    iterative search would cost a GPU more in launches than all the rest of a step.
-
-    Example:
-        >>> project(torch.tensor([[2.0, 1.0, 0.5, -1.0]]), 2)
-        tensor([[1.0000, 0.7500, 0.2500, 0.0000]])
-    """
-    n = values.shape[1]
-    exact = values.dtype if values.device.type == "mps" else torch.float64  # MPS has no float64
-    ordered = values.sort(dim=1).values.to(exact)
-    sums = torch.nn.functional.pad(ordered.cumsum(1), (1, 0))
-    kinks = torch.cat([ordered - 1, ordered], dim=1)
-
-    # At t, values up to `low` are at 0, from `high` on at 1.
-    low = torch.searchsorted(ordered, kinks, right=True)
-    high = torch.searchsorted(ordered, kinks + 1, right=True)
-    total = n - high + sums.gather(1, high) - sums.gather(1, low) - (high - low) * kinks
-    # t lies between the last kink where the sum is k or more (n at the first) and the next one.
-    reached = total >= k
-    reached[:, 0] = True
-    left, at_left = kinks.masked_fill(~reached, -math.inf).max(dim=1, keepdim=True)
-    right, at_right = kinks.masked_fill(reached, math.inf).min(dim=1, keepdim=True)
-    above, below = total.gather(1, at_left), total.gather(1, at_right)
-    t = left + ((above - k) / (above - below)).clamp(0, 1) * (right - left)
-    t = torch.where(right.isinf(), left, t)
-    return (values - t.to(values.dtype)).clamp(0, 1)
+        n_open = int(self.gates[0].sum())
+        if n_open < 2 or n_open + 2 > self.gates.shape[1]:
+            return False
+        before = [x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature)]
+        total = torch.zeros_like(least_gain)
+        for _ in range(2):
+            cost, channel = self.cost(opening=True).min(dim=1)
+            self.flip(channel[:, None])
+            total = total + cost
+        # Those with the largest effect by themselves, which look as if they were needed.
+        m = min(n_open + 2, PAIRED)
+        chosen = self._square.masked_fill(self.gates < 0.5, -1.0).topk(m, dim=1).indices
+        over_images = chosen[:, None, :].expand(-1, self.residuals.shape[1], -1)
+        gradients = self.gradients.gather(2, over_images)
+        products = gradients.mT @ (gradients * self._share[:, None])
+        alone = self.cost(opening=False).gather(1, chosen)
+        joint = alone[:, :, None] + alone[:, None, :] + 2 * (1 + self.trust) * products
+        joint.diagonal(dim1=1, dim2=2).fill_(math.inf)
+        cost, at = joint.flatten(1).min(dim=1)
+        pair = torch.stack([at // m, at % m], dim=1)
+        keep = (total + cost < -least_gain)[:, None]
+        swapped = bool(keep.any())
+        if swapped:
+            self.flip(chosen.gather(1, pair))
+            after = (self.gates, self.residuals, self._slope, self._curvature)
+            before = [torch.where(keep, new, old) for new, old in zip(after, before, strict=True)]
+        self.gates, self.residuals, self._slope, self._curvature = before
+        return swapped
 
 
-def learn_selection(chunk: Chunk, recipe: Recipe) -> Learned:
+def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> list[Learned]:
     """Learn the gates of a chunk of tasks with the default recipe.
 
     Args:
         chunk: The tasks.
-        recipe: The recipe.
+        recipe: The recipe; its own size plays no part.
+        sizes: At which sizes to hand out gates, falling: the run passes through all of them.
 
     Returns:
-        Gates and logits, and the curves "loss" (squared change of the task output over its
-        variance, on the images of a step before its flips) and "size".
+        For each size gates and logits, and the curves of the run up to there: "loss" (squared
+        change of the task output over its variance, on the images of a step before its flips) and
+        "size".
     """
     network = chunk.network
     rows, n = len(chunk), n_channels(network.sites)
-    steps = budgets(recipe, n, budget(recipe.size, network.sites))
+    path = budgets(recipe, n, [budget(size, network.sites) for size in sizes])
+    steps = [open_after for part in path for open_after in part]
+    ends = set(itertools.accumulate(map(len, path)))
     per_task = recipe.images_per_step
     capacity = min(recipe.steps, MEMORY) * per_task
     gates = torch.ones(rows, n, device=network.device, dtype=network.dtype)
@@ -308,6 +278,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe) -> Learned:
         return images.take("own", per_task - n_other) + images.take("other", n_other)
 
     plan = [[draws(images) for images in chunk.images] for _ in range(recipe.steps)]
+    learned: list[Learned] = []
     n_open = n
     for t, batch in enumerate(chunk.batches(plan)):
         clean = chunk.own_output(chunk.clean(batch), batch.rows)
@@ -323,13 +294,12 @@ def learn_selection(chunk: Chunk, recipe: Recipe) -> Learned:
         seen = min(t + 1, MEMORY) * per_task
         whole = torch.cat([clean[batch.places].view(rows, per_task), whole], dim=1)[:, :capacity]
         variance = whole[:, :seen].var(dim=1, correction=0).clamp(min=TINY)
-        if steps[t] < n or t == recipe.steps - 1:  # the last step also ranks what is open
+        if steps[t] < n or t + 1 in ends:  # the last step also ranks what is open
             before = model.gates.clone()
             model.begin()
             model.close(n_open - steps[t])
             n_open = steps[t]
-            if t % JUMP == 0 and n_open < n:
-                model.jump(n_open, LEAST_GAIN * variance)
+            model.swap_pair(LEAST_GAIN * variance)
             for _ in range(SWAPS if t < 0.8 * recipe.steps else 1):
                 if not model.swap(LEAST_GAIN * variance):
                     break
@@ -337,10 +307,11 @@ def learn_selection(chunk: Chunk, recipe: Recipe) -> Learned:
         curves["loss"].append(residual.square().mean(1) / variance)
         curves["size"].append(model.gates.mean(1))
         chunk.advance(rows)
-    gates = ranked(model, closed_at)
-    return Learned(
-        gates, gates.logit(), {name: torch.stack(curve) for name, curve in curves.items()}
-    )
+        if t + 1 in ends:
+            ranks = ranked(model, closed_at)
+            so_far = {name: torch.stack(curve) for name, curve in curves.items()}
+            learned.append(Learned(ranks, ranks.logit(), so_far))
+    return learned
 
 
 def ranked(model: QuadraticModel, closed_at: Tensor) -> Tensor:

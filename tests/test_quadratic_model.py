@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nad_attr.selection import BLOCK, QuadraticModel, project
+from nad_attr.selection import BLOCK, QuadraticModel
 
 ROWS, N, IMAGES, TRUST = 3, 12, BLOCK + 8, 0.3
 
@@ -69,16 +69,40 @@ class Dense:
         self.gates = before
         return False
 
+    def swap_pair(self, least_gain: float) -> bool:
+        """Open two, one after the other, and close the two that cost least together."""
+        before = self.gates.clone()
+        total = 0.0
+        for _ in range(2):
+            costs = self.costs(opening=True)
+            c = min(range(N), key=costs.__getitem__)
+            total += costs[c]
+            self.gates[c] = 1
+        alone = self.costs(opening=False)
+        joint = {
+            (i, j): alone[i] + alone[j] + 2 * (1 + TRUST) * float(self.hessian[i, j])
+            for i in range(N)
+            for j in range(i + 1, N)
+        }
+        best = min(joint, key=joint.__getitem__)
+        if total + joint[best] < -least_gain:
+            self.gates[list(best)] = 0
+            return True
+        self.gates = before
+        return False
+
 
 @pytest.fixture
 def filled() -> tuple[QuadraticModel, list[Dense]]:
     """A model whose memory has been overwritten in part, and the references of its rows."""
     generator = torch.Generator().manual_seed(0)
+    return fill((torch.rand(ROWS, N, generator=generator) > 0.3).double(), generator)
 
+
+def fill(gates: Tensor, generator: torch.Generator) -> tuple[QuadraticModel, list[Dense]]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    gates = (torch.rand(ROWS, N, generator=generator) > 0.3).double()
     model = QuadraticModel(gates, IMAGES, TRUST)
     residuals, gradients = randn(ROWS, 0), randn(ROWS, 0, N)
     weights: list[float] = []
@@ -163,43 +187,41 @@ def test_swap_that_gains_nothing_leaves_all_as_it_was(
         assert torch.equal(getattr(model, name), before[name]), name
 
 
-@pytest.mark.parametrize("n_open", [4, 9])
-def test_relaxed_is_the_best_there_is(
-    filled: tuple[QuadraticModel, list[Dense]], n_open: int
-) -> None:
-    model, dense = filled
-    relaxed = model.relaxed(n_open, model._share)
-    torch.testing.assert_close(relaxed.sum(1), torch.full((ROWS,), float(n_open)).double())
-    for gates, row in zip(relaxed, dense, strict=True):
-        # No gate may want to grow at the cost of another: their slopes differ by their bounds.
-        slope = row.slope + row.hessian @ (gates - row.origin)
-        can_grow, can_shrink = gates < 1 - 1e-3, gates > 1e-3
-        assert slope[can_shrink].max() < slope[can_grow].min() + 0.05 * slope.abs().max()
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("least_gain", [0.0, 0.3])
+def test_swap_pair(seed: int, least_gain: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gates = (torch.rand(ROWS, N, generator=generator).argsort(1) < 7).double()
+    model, dense = fill(gates, generator)
+    for _ in range(3):
+        swapped = model.swap_pair(torch.full((ROWS,), least_gain, dtype=torch.float64))
+        assert swapped == any([row.swap_pair(least_gain) for row in dense])
+        assert_same(model, dense)
+        assert model.gates.sum(1).tolist() == [7] * ROWS
 
 
-@pytest.mark.parametrize("k", [0, 1, 3, 7, 8])
-def test_projection_against_a_search(k: int) -> None:
-    generator = torch.Generator().manual_seed(k)
-    values = 2 * torch.randn(40, 8, generator=generator, dtype=torch.float64)
-    values[:10] = values[:10].round()  # ties, and distances of exactly 1
-    low, high = values.min(1, True).values - 1, values.max(1, True).values
-    for _ in range(60):
-        middle = (low + high) / 2
-        above = (values - middle).clamp(0, 1).sum(1, True) > k
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    torch.testing.assert_close(project(values, k), (values - low).clamp(0, 1), rtol=0, atol=1e-9)
+def test_swap_pair_parts_with_channels_that_cancel_each_other() -> None:
+    # Channels 0 and 1 cancel, 2 was closed in their place: no single swap gains anything.
+    gradients = torch.zeros(1, 8, 4, dtype=torch.float64)
+    gradients[0, :, 0], gradients[0, :, 1] = 5.0, -5.0
+    gradients[0, :, 2] = torch.tensor([1.0, -1.0] * 4)
+    gradients[0, :, 3] = torch.tensor([1.0, 1.0, -1.0, -1.0] * 2)
+    gates = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    model = QuadraticModel(gates, 8, TRUST)
+    model.add(-gradients[:, :, 2] - gradients[:, :, 3], gradients)
+    model.begin()
+    nothing = torch.zeros(1, dtype=torch.float64)
+    assert not model.swap(nothing)
+    assert model.swap_pair(nothing)
+    assert model.gates.tolist() == [[0.0, 0.0, 1.0, 1.0]]
 
 
-def test_jump_leaves_a_consistent_model(filled: tuple[QuadraticModel, list[Dense]]) -> None:
-    model, dense = filled
-    n_open = int(model.gates[0].sum())
-    gates, residuals = model.gates.clone(), model.residuals.clone()
-    model.jump(n_open, torch.zeros(ROWS, dtype=torch.float64))
-    moved = torch.einsum("rmn,rn->rm", model.gradients, model.gates - gates)
-    torch.testing.assert_close(model.residuals, residuals + moved)
-    for row, now in zip(dense, model.gates, strict=True):
-        row.gates = now.clone()
-    assert_same(model, dense)
+def test_swap_pair_needs_two_of_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n_open in (0, 1, N - 1, N):
+        gates = (torch.arange(N) < n_open).double().expand(ROWS, -1)
+        model, _ = fill(gates, generator)
+        assert not model.swap_pair(torch.zeros(ROWS, dtype=torch.float64))
 
 
 def test_groups_do_not_overshoot_with_few_images_and_many_channels() -> None:
