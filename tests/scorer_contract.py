@@ -40,16 +40,24 @@ class ScorerContract:
     """Subclass, name the scorer, and every test here holds it to the contract."""
 
     scorer: ClassVar[type[ChannelScorer]]
+    #: The networks that it is for.
+    networks: ClassVar[tuple[str, ...]] = tuple(NETWORKS)
     #: Whether the scores depend on the images at all.
     sees_images: ClassVar[bool] = True
     #: Whether the scores depend on gradients.
     needs_gradients: ClassVar[bool] = True
+    #: Whether the network is run although no image counts.
+    runs_network: ClassVar[bool] = False
+    #: Largest relative difference between float32 and float64.
+    float32_tolerance: ClassVar[float] = 1e-3
 
     def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
         return self.scorer(model, sites)
 
     @pytest.fixture(params=list(NETWORKS))
     def network(self, request: pytest.FixtureRequest) -> tuple[nn.Module, list[GateSite]]:
+        if request.param not in self.networks:
+            pytest.skip("no network for this scorer")
         make, sites = NETWORKS[request.param]
         return helpers.build(make), sites
 
@@ -114,7 +122,7 @@ class ScorerContract:
     @pytest.mark.parametrize("include_others", [False, True])
     def test_batches_and_order_do_not_matter(self, network, data, include_others: bool) -> None:
         model, sites = network
-        images, labels = data
+        images, labels = data[0][:6], data[1][:6]
         scorer = self.make(model, sites)
         options = {"include_others": include_others, "dtype": torch.float64}
         whole = scorer(images, labels, **options)
@@ -175,13 +183,46 @@ class ScorerContract:
             dtype=torch.float64,
         )
         assert_same(found, score(images, labels, dtype=torch.float64))
-        assert set(seen) == ({2.0} if self.sees_images else set())
+        assert set(seen) == ({2.0} if self.sees_images or self.runs_network else set())
 
     def test_float32(self, data) -> None:
         make, sites = NETWORKS["resnet"]
         exact = self.make(helpers.build(make), sites)(*data)
         found = self.make(helpers.build(make).float(), sites)(data[0].float(), data[1])
-        assert_same(exact, found, tolerance=1e-3)
+        assert_same(exact, found, tolerance=self.float32_tolerance)
+
+    def test_variants_are_the_scores_one_by_one(self, score, data) -> None:
+        """All ways to average from one pass are what the scorer gives when set to each of them."""
+        found = score.variants(*data, batch_size=4, dtype=torch.float64)
+        signs = (False, True) if score.has_sign else (False,)
+        others = (False, True) if self.sees_images else (False,)
+        assert list(found) == [(both, sign) for both in others for sign in signs]
+        for (include_others, signed), scores in found.items():
+            score.signed = signed
+            alone = score(*data, include_others=include_others, dtype=torch.float64)
+            assert_same(scores, alone)
+        some = score.variants(*data, include_others=[True], tasks=[1], dtype=torch.float64)
+        if self.sees_images:
+            assert list(some) == [(True, sign) for sign in signs]
+            last = found[True, signs[-1]]
+            assert_same(some[True, signs[-1]], {n: value[[1]] for n, value in last.items()})
+
+    def test_absolute_scores_are_no_smaller(self, score, data) -> None:
+        if score.has_sign:
+            found = score.variants(*data, dtype=torch.float64)
+            for include_others in (False, True):
+                signed, absolute = found[include_others, True], found[include_others, False]
+                for name, value in signed.items():
+                    assert (absolute[name] >= value.abs() - 1e-12).all()
+
+    def test_bad_variants(self, score, data) -> None:
+        if not score.has_sign:
+            with pytest.raises(ValueError, match="no sign"):
+                score.variants(*data, signed=[True])
+        with pytest.raises(ValueError, match="include_others must list"):
+            score.variants(*data, include_others=True)
+        with pytest.raises(ValueError, match="signed must list"):
+            score.variants(*data, signed=[])
 
     # -- bad input -----------------------------------------------------------------------------
 
@@ -194,7 +235,7 @@ class ScorerContract:
 
     def test_wrong_number_of_channels(self, data) -> None:
         scorer = self.make(helpers.build(helpers.TinyCNN), [GateSite("relu1", 5, 1)])
-        if self.sees_images:
+        if self.sees_images or self.runs_network:
             with pytest.raises(GatingError, match="5 channels"):
                 scorer(*data)
 
@@ -237,7 +278,7 @@ class ScorerContract:
                 score(images, labels)
 
     def test_other_outputs(self, score, data) -> None:
-        if not self.sees_images:
+        if not self.sees_images and not self.runs_network:
             return
         with pytest.raises(ValueError, match="shape"):
             score(*data, forward_func=lambda x: score.model(x)[:, 0])

@@ -18,18 +18,17 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nad_attr.architecture import SubArchitecture
 from nad_attr.evaluation import measures
+from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.evaluation.measures import (
-    MEASURES,
-    Evaluation,
     auc,
     balanced_weights,
-    evaluate,
     fidelity,
     own_images,
     r_squared,
     spearman,
-    sweep,
 )
+from nad_attr.evaluation.responses import sweep
+from nad_attr.evaluation.result import MEASURES, Evaluation
 from nad_attr.gates import TaskGates
 from nad_attr.gating import GatingError
 from nad_attr.sites import GateSite
@@ -443,8 +442,11 @@ def data() -> tuple[Tensor, Tensor]:
 def assert_same(first: Evaluation, second: Evaluation) -> None:
     assert first.tasks == second.tasks
     for name in MEASURES:
+        np.testing.assert_allclose(first.values(name), second.values(name), rtol=1e-6)
+    for name in ("table", "overlap", "kappa"):
         np.testing.assert_allclose(getattr(first, name), getattr(second, name), rtol=1e-6)
-    np.testing.assert_allclose(first.table, second.table, rtol=1e-6)
+    for one, other in zip(first.random, second.random, strict=True):
+        assert_same(one, other)
 
 
 class Items(Dataset):
@@ -484,18 +486,20 @@ def test_batch_size_does_not_matter(cnn: nn.Module, data, batch_size: int) -> No
     gates = task_gates(CNN_SITES, means=True)
     batches = []
     handle = cnn.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
-    found = evaluate(cnn, gates, data, batch_size=batch_size)
+    found = evaluate(cnn, gates, data, batch_size=batch_size, n_random=2)
     handle.remove()
-    assert_same(found, evaluate(cnn, gates, data))
+    assert_same(found, evaluate(cnn, gates, data, n_random=2))
     assert max(batches) <= batch_size
-    assert sum(batches) == 4 * 11, "one clean pass and one for each of three tasks"
+    # One clean pass, one for each of three tasks and as many for each random draw; the
+    # multiply-adds are counted on one image.
+    assert sum(batches) == (1 + 3 * 3) * 11 + 1
 
 
 def test_packing_fills_batches(cnn: nn.Module, data) -> None:
     batches = []
     cnn.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
-    evaluate(cnn, task_gates(CNN_SITES), data, batch_size=16)
-    assert batches == [11, 16, 16, 1]
+    evaluate(cnn, task_gates(CNN_SITES), data, batch_size=16, n_random=0)
+    assert batches == [11, 16, 16, 1, 1]
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
@@ -531,7 +535,7 @@ def test_size_binarises_task_gates(cnn: nn.Module, data) -> None:
 def test_full_sub_architecture_is_the_whole_network(cnn: nn.Module, data) -> None:
     masks = {s.name: torch.ones(s.n_channels, dtype=torch.bool) for s in CNN_SITES}
     archs = [SubArchitecture(masks, CNN_SITES, task=k) for k in range(3)]
-    found = evaluate(cnn, archs, data)
+    found = evaluate(cnn, archs, data, n_random=0)
     assert_same(found, found.whole)
 
 

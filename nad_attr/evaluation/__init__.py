@@ -2,48 +2,178 @@
 
 from __future__ import annotations
 
+from nad_attr.evaluation.ablation import (
+    ABLATIONS,
+    Ablation,
+    MeanAblation,
+    NoiseAblation,
+    OtherMeanAblation,
+    ResampleAblation,
+    ZeroAblation,
+    fit_ablation,
+)
 from nad_attr.evaluation.baselines import (
-    ChannelScorer,
+    CentredEffectScorer,
     EnergyScorer,
     GradientXActivationScorer,
     NeuronMCTScorer,
     RandomScorer,
+    TaylorOutputScorer,
     TaylorScorer,
-    tasks_of,
     top_k,
 )
+from nad_attr.evaluation.captum_scorers import (
+    CaptumLayerScorer,
+    InternalInfluenceScorer,
+    LayerActivationScorer,
+    LayerConductanceScorer,
+    LayerDeepLiftScorer,
+    LayerGradientXActivationScorer,
+    LayerIntegratedGradientsScorer,
+)
+from nad_attr.evaluation.controls import cascading_randomisation, random_weights, shuffled_labels
+from nad_attr.evaluation.curves import Curves, area_under, completeness, curves, faithfulness
+from nad_attr.evaluation.depth import DepthProfile, NetworkProfile, along_depth
+from nad_attr.evaluation.error_ranks import (
+    PartialCorrelation,
+    RankStatistics,
+    error_ranks,
+    partial_rank_correlation,
+)
+from nad_attr.evaluation.error_study import ErrorStudy, Voting
+from nad_attr.evaluation.errors import SIMILARITIES, errors
+from nad_attr.evaluation.evaluating import evaluate, random_architectures
+from nad_attr.evaluation.explanation import ErrorExplanation, SharedSite, explain_error
+from nad_attr.evaluation.figures_curves import plot_curves
+from nad_attr.evaluation.given_scorers import (
+    GatesScorer,
+    GivenScorer,
+    OtherTaskScorer,
+    shuffled,
+)
+from nad_attr.evaluation.intervals import bootstrap_interval, paired_interval
+from nad_attr.evaluation.learned_scorers import CDRPScorer
+from nad_attr.evaluation.magnitude import MagnitudeScorer
 from nad_attr.evaluation.measures import (
-    MEASURES,
-    Evaluation,
-    Responses,
     auc,
+    balanced_accuracy,
     balanced_weights,
-    evaluate,
     fidelity,
+    fit_threshold,
+    overlap_matrix,
     own_images,
     r_squared,
     spearman,
-    sweep,
 )
+from nad_attr.evaluation.mosaic_result import MosaicResult
+from nad_attr.evaluation.mosaics import mosaics, quadrant_shares
+from nad_attr.evaluation.planted import PLANTED_KINDS, PlantedCircuit, PlantedScore, planted
+from nad_attr.evaluation.responses import Responses, site_fidelity, sweep
+from nad_attr.evaluation.result import MEASURES, Evaluation
+from nad_attr.evaluation.rivals import SCORERS, Variant, best_variant, best_variants
+from nad_attr.evaluation.sanity import Control, SanityReport, sanity
+from nad_attr.evaluation.scorer import Batch, ChannelScorer, TaskScorer, tasks_of
+from nad_attr.evaluation.sizes import SiteCosts, flop_size, parameter_size, site_costs
+from nad_attr.evaluation.stability import Stability, stability
+from nad_attr.evaluation.whether import Whether, whether
+from nad_attr.evaluation.zennit_scorers import LRPScorer
 
 __all__ = [
+    "ABLATIONS",
     "MEASURES",
+    "PLANTED_KINDS",
+    "SCORERS",
+    "SIMILARITIES",
+    "Ablation",
+    "Batch",
+    "CDRPScorer",
+    "CaptumLayerScorer",
+    "CentredEffectScorer",
     "ChannelScorer",
+    "Control",
+    "Curves",
+    "DepthProfile",
     "EnergyScorer",
+    "ErrorExplanation",
+    "ErrorStudy",
     "Evaluation",
+    "GatesScorer",
+    "GivenScorer",
     "GradientXActivationScorer",
+    "InternalInfluenceScorer",
+    "LRPScorer",
+    "LayerActivationScorer",
+    "LayerConductanceScorer",
+    "LayerDeepLiftScorer",
+    "LayerGradientXActivationScorer",
+    "LayerIntegratedGradientsScorer",
+    "MagnitudeScorer",
+    "MeanAblation",
+    "MosaicResult",
+    "NetworkProfile",
     "NeuronMCTScorer",
+    "NoiseAblation",
+    "OtherMeanAblation",
+    "OtherTaskScorer",
+    "PartialCorrelation",
+    "PlantedCircuit",
+    "PlantedScore",
     "RandomScorer",
+    "RankStatistics",
+    "ResampleAblation",
     "Responses",
+    "SanityReport",
+    "SharedSite",
+    "SiteCosts",
+    "Stability",
+    "TaskScorer",
+    "TaylorOutputScorer",
     "TaylorScorer",
+    "Variant",
+    "Voting",
+    "Whether",
+    "ZeroAblation",
+    "along_depth",
+    "area_under",
     "auc",
+    "balanced_accuracy",
     "balanced_weights",
+    "best_variant",
+    "best_variants",
+    "bootstrap_interval",
+    "cascading_randomisation",
+    "completeness",
+    "curves",
+    "error_ranks",
+    "errors",
     "evaluate",
+    "explain_error",
+    "faithfulness",
     "fidelity",
+    "fit_ablation",
+    "fit_threshold",
+    "flop_size",
+    "mosaics",
+    "overlap_matrix",
     "own_images",
+    "paired_interval",
+    "parameter_size",
+    "partial_rank_correlation",
+    "planted",
+    "plot_curves",
+    "quadrant_shares",
     "r_squared",
+    "random_architectures",
+    "random_weights",
+    "sanity",
+    "shuffled",
+    "shuffled_labels",
+    "site_costs",
+    "site_fidelity",
     "spearman",
+    "stability",
     "sweep",
     "tasks_of",
     "top_k",
+    "whether",
 ]

@@ -1,79 +1,45 @@
-"""Is a sub-architecture true? What it still computes, as a detector and as a classifier.
-
-Three layers: measures as pure functions of tensors (:func:`auc`, :func:`r_squared`,
-:func:`spearman`, :func:`fidelity`), the sweep of data through all sub-architectures
-(:func:`sweep`), and the result that puts them together (:func:`evaluate`).
-"""
+"""Measures of sub-architectures as pure functions of tensors: nothing here runs a network."""
 
 from __future__ import annotations
 
-import json
-import math
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import Data, Source, as_source
-from nad_attr.gates import Task, TaskGates, as_task
-from nad_attr.gating import installed, multiply
-from nad_attr.objective import task_outputs
-from nad_attr.running import Runner, check_batch_size, check_classes, chunks
-from nad_attr.sites import GateSite
-
-if TYPE_CHECKING:
-    import pandas as pd
+from nad_attr.gates import Task
 
 __all__ = [
-    "MEASURES",
-    "Evaluation",
-    "Responses",
     "auc",
+    "balanced_accuracy",
     "balanced_weights",
-    "evaluate",
     "fidelity",
+    "fit_threshold",
+    "overlap_matrix",
     "own_images",
     "r_squared",
     "spearman",
-    "sweep",
 ]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
-
-#: Names that :meth:`Evaluation.mean` and :meth:`Evaluation.interval` know: one number per task.
-MEASURES = (
-    "size",
-    "own_auc",
-    "other_auc",
-    "disentanglement",
-    "fidelity",
-    "rank_fidelity",
-    "margin_auc",
-    "recall",
-    "fpr",
-    "ba",
-    "other_accuracy",
-)
+#: Outputs that vary by less than this share of their magnitude are equal up to rounding.
+ROUNDING = 1e-5
 
 
-# -- Measures as functions ---------------------------------------------------------------------
-
-
-def _numbers(values: Any, what: str) -> Tensor:
+def _numbers(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor:
     tensor = torch.as_tensor(values).detach()
     if tensor.ndim == 0 or tensor.is_complex():
         raise ValueError(f"{what} must be real numbers with the images on the last axis.")
-    tensor = tensor.double()
+    tensor = tensor.to(dtype or torch.float64)
     if bool(tensor.isnan().any()):
         raise ValueError(f"{what} hold NaN; leave those images out.")
+    return tensor
+
+
+def _flags(values: Any, what: str = "positive") -> Tensor:
+    tensor = torch.as_tensor(values)
+    if tensor.dtype != torch.bool:
+        raise TypeError(f"{what} must be boolean, not {tensor.dtype}.")
     return tensor
 
 
@@ -115,10 +81,11 @@ def auc(scores: Tensor, positive: Tensor) -> Tensor:
         >>> auc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([False, False, True, True]))
         tensor(0.8750, dtype=torch.float64)
     """
-    positive = torch.as_tensor(positive)
-    if positive.dtype != torch.bool:
-        raise TypeError(f"positive must be boolean, not {positive.dtype}.")
-    scores, positive = _together(_numbers(scores, "scores"), positive)
+    positive = _flags(positive)
+    # Ranks need no wider numbers than the scores have, and a table of scores is large.
+    single = isinstance(scores, Tensor) and scores.dtype == torch.float32
+    scores = _numbers(scores, "scores", torch.float32 if single else None)
+    scores, positive = _together(scores, positive)
     n_positive = positive.sum(-1, dtype=torch.float64)
     n_negative = positive.shape[-1] - n_positive
     # Mann and Whitney's U. A rank counts from 1, a midrank as above from one half.
@@ -291,502 +258,130 @@ def own_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
     return torch.stack([torch.isin(labels, labels.new_tensor(group)) for group in members])
 
 
-# -- Running the network -----------------------------------------------------------------------
+def fit_threshold(scores: Tensor, positive: Tensor) -> Tensor:
+    """The threshold t at which "score > t" has the highest balanced accuracy.
 
-
-@dataclass(frozen=True)
-class Responses:
-    """What the whole network and R sub-architectures answered to N images.
-
-    Attributes:
-        labels: int64 (N,), the images' classes.
-        tasks: The R sub-architectures' tasks.
-        columns: The J different tasks among them, whose task outputs are kept.
-        whole: float32 (N, J), task outputs of the whole network.
-        gated: float32 (R, N, J), task outputs of the sub-architectures.
-        whole_class: int32 (N,), the class that the whole network calls (argmax of its outputs).
-        gated_class: int32 (R, N), the class that each sub-architecture calls.
-        whole_margin: float32 (N, J), task output minus the highest output of any other class.
-        gated_margin: float32 (R, N), the same for each sub-architecture's own task.
-    """
-
-    labels: Tensor
-    tasks: tuple[Task, ...]
-    columns: tuple[Task, ...]
-    whole: Tensor
-    gated: Tensor
-    whole_class: Tensor
-    gated_class: Tensor
-    whole_margin: Tensor
-    gated_margin: Tensor
-
-
-class _Gates:
-    """The gates of R sub-architectures, put on images by row number inside one set of hooks."""
-
-    def __init__(self, architectures: Sequence[SubArchitecture], device: torch.device) -> None:
-        first = architectures[0]
-        self.sites = first.sites
-        self.gates = {
-            name: torch.stack([arch[name] for arch in architectures]).to(device, torch.float32)
-            for name in first
-        }
-        self.means: dict[str, Tensor] | None = None
-        if any(arch.means is not None for arch in architectures):
-            self.means = {
-                site.name: torch.stack(
-                    [
-                        torch.zeros(site.n_channels)
-                        if arch.means is None
-                        else arch.means[site.name]
-                        for arch in architectures
-                    ]
-                ).to(device)
-                for site in self.sites
-            }
-        #: Row of each image of the next pass; None: the whole network.
-        self.rows: Tensor | None = None
-
-    def __call__(self, site: GateSite, tensor: Tensor) -> Tensor | None:
-        if self.rows is None:
-            return None
-        rows = self.rows.to(tensor.device)
-        gate = self.gates[site.name].to(tensor.device)[rows]
-        mean = None if self.means is None else self.means[site.name].to(tensor.device)[rows]
-        return multiply(site, tensor, gate, mean)
-
-
-def _as_architectures(
-    architectures: TaskGates | SubArchitecture | Sequence[SubArchitecture], size: float | None
-) -> list[SubArchitecture]:
-    if isinstance(architectures, TaskGates):
-        return architectures.sub_architectures(size)
-    if size is not None:
-        raise ValueError("size= goes with TaskGates; sub-architectures have their size already.")
-    if isinstance(architectures, SubArchitecture):
-        architectures = [architectures]
-    if not isinstance(architectures, Sequence) or not all(
-        isinstance(arch, SubArchitecture) for arch in architectures
-    ):
-        raise TypeError(
-            "architectures must be TaskGates or a sequence of SubArchitecture, not "
-            f"{type(architectures).__name__}."
-        )
-    if not architectures:
-        raise ValueError("there is no sub-architecture to evaluate.")
-    for i, arch in enumerate(architectures):
-        if arch.task is None:
-            raise ValueError(
-                f"sub-architecture {i} says no task; make it with SubArchitecture(..., task=k)."
-            )
-        if arch.sites != architectures[0].sites:
-            raise ValueError(
-                f"sub-architecture {i} has other gate sites than the first; evaluate those of "
-                "different sites by themselves."
-            )
-    return list(architectures)
-
-
-def _tasks(architectures: Sequence[SubArchitecture]) -> tuple[Task, ...]:
-    return tuple(as_task(arch.task) for arch in architectures)
-
-
-def _margin(outputs: Tensor, values: Tensor, members: Tensor) -> Tensor:
-    """Task output minus the highest output of any class outside the task; infinite without."""
-    return values - outputs.masked_fill(members, -torch.inf).amax(-1)
-
-
-def sweep(
-    model: nn.Module,
-    architectures: TaskGates | SubArchitecture | Sequence[SubArchitecture],
-    data: Data,
-    *,
-    size: float | None = None,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    show_progress: bool = False,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
-) -> Responses:
-    """Run data through the whole network and through each sub-architecture, in one pass over it.
-
-    Each image is loaded once. Its repetitions for the R sub-architectures are packed into full
-    batches, with one gate vector per image. The answers, not the images, are kept: about
-    ``4 R N J`` bytes on the CPU. Several sub-architectures may have the same task.
+    It lies half-way between two different neighbouring scores, so that equal scores are never
+    torn apart, or is infinite where no threshold does better than always saying no. Of equally
+    good ones the highest is taken.
 
     Args:
-        model: The network, in eval mode; unchanged afterwards.
-        architectures: As in :func:`evaluate`.
-        data: As in :func:`evaluate`.
-        size: As in :func:`evaluate`.
-        batch_size: Images in a forward pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        show_progress: Show a bar of the images done (tqdm).
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        scores: (..., N), finite.
+        positive: bool (..., N); leading axes broadcast against those of ``scores``.
 
     Returns:
-        The answers, in the order of the data and of ``architectures``.
+        float64 (...); NaN where there is no positive or no negative.
 
     Raises:
-        GatingError: If a site does not fire, fires twice or has another shape.
-        SiteError: If the network has no such site.
-        TypeError: If an argument is of a wrong kind.
-        ValueError: If the network is in train mode, a sub-architecture says no task, labels or
-            tasks are no class of the network, or inputs or outputs hold NaN.
+        TypeError: If ``positive`` is not boolean.
+        ValueError: If scores hold NaN or the shapes do not fit.
+
+    Example:
+        >>> fit_threshold(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([False, False, True]))
+        tensor(2., dtype=torch.float64)
     """
-    archs = _as_architectures(architectures, size)
-    check_batch_size(batch_size)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
-    return _sweep(runner, archs, as_source(data), batch_size, show_progress)
+    positive = _flags(positive)
+    scores, positive = _together(_numbers(scores, "scores"), positive)
+    n_positive = positive.sum(-1, keepdim=True, dtype=torch.float64)
+    n_negative = positive.shape[-1] - n_positive
+    if positive.shape[-1] == 0:
+        return torch.full(scores.shape[:-1], torch.nan, dtype=torch.float64, device=scores.device)
+    # From the highest score down: after the first i images, t would lie below the i-th score.
+    ordered, order = scores.sort(dim=-1, descending=True)
+    hits = positive.gather(-1, order).cumsum(-1, dtype=torch.float64)
+    called = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=torch.float64)
+    # Twice the balanced accuracy less one: recall - FPR. Only between different scores.
+    gain = hits / n_positive - (called - hits) / n_negative
+    gain = gain[..., :-1].masked_fill(ordered[..., :-1] == ordered[..., 1:], -torch.inf)
+    upper, lower = ordered[..., :-1], ordered[..., 1:]
+    middle = lower + (upper - lower) / 2
+    middle = torch.where(middle < upper, middle, lower)  # neighbouring numbers have none
+    between = torch.nn.functional.pad(middle, (1, 0), value=torch.inf)
+    best = torch.nn.functional.pad(gain, (1, 0)).argmax(-1, keepdim=True)  # nobody called: 0
+    known = (n_positive > 0) & (n_negative > 0)
+    return torch.where(known, between.gather(-1, best), torch.nan)[..., 0]
 
 
-def _sweep(
-    runner: Runner,
-    archs: Sequence[SubArchitecture],
-    source: Source,
-    batch_size: int,
-    show_progress: bool,
-) -> Responses:
-    labels = source.labels
-    tasks = _tasks(archs)
-    columns = tuple(dict.fromkeys(tasks))
-    n, n_rows, n_columns = len(labels), len(tasks), len(columns)
-    column_of = torch.tensor([columns.index(task) for task in tasks])
+def balanced_accuracy(calls: Tensor, positive: Tensor) -> Tensor:
+    """(share of positives that are called + share of negatives that are not) / 2.
 
-    whole = torch.empty(n, n_columns)
-    gated = torch.empty(n_rows, n, n_columns)
-    whole_class = torch.empty(n, dtype=torch.int32)
-    gated_class = torch.empty(n_rows, n, dtype=torch.int32)
-    whole_margin = torch.empty(n, n_columns)
-    gated_margin = torch.empty(n_rows, n)
+    Args:
+        calls: bool (..., N).
+        positive: bool (..., N); leading axes broadcast against those of ``calls``.
 
-    gates = _Gates(archs, runner.device)
-    numbers = list(chunks(n, batch_size))
-    bar = tqdm(
-        total=n,
-        unit="image",
-        desc=f"evaluating {n_rows} sub-architectures",
-        disable=not show_progress,
-    )
-    with bar, torch.no_grad(), installed(runner.model, gates.sites, gates):
-        members: Tensor | None = None
-        for chosen, inputs in zip(numbers, runner.draw(source, numbers), strict=True):
-            here = slice(chosen[0], chosen[-1] + 1)
+    Returns:
+        float64 (...); NaN where there is no positive or no negative.
 
-            gates.rows = None
-            outputs = runner(inputs)
-            if members is None:
-                check_classes(labels, tasks, outputs.shape[1])
-                members = own_images(torch.arange(outputs.shape[1]), columns).to(outputs.device)
-            if bool(outputs.isnan().any()):
-                bad = int(outputs.isnan().any(1).nonzero()[0])
-                raise ValueError(f"the network gives NaN for image {chosen[bad]}.")
-            values = task_outputs(outputs, columns)
-            whole[here] = values.cpu()
-            whole_class[here] = outputs.argmax(1).to("cpu", torch.int32)
-            for j in range(n_columns):
-                whole_margin[here, j] = _margin(outputs, values[:, j], members[j]).cpu()
+    Raises:
+        TypeError: If an argument is not boolean.
+        ValueError: If the shapes do not fit.
 
-            for pairs in chunks(n_rows * len(chosen), batch_size):
-                pair = torch.arange(pairs[0], pairs[-1] + 1)
-                rows, images = pair // len(chosen), pair % len(chosen)
-                gates.rows = rows
-                outputs = runner(tuple(x[images.to(x.device)] for x in inputs))
-                if bool(outputs.isnan().any()):
-                    bad = int(outputs.isnan().any(1).nonzero()[0])
-                    who = f"the sub-architecture of task {tasks[int(rows[bad])]}"
-                    raise ValueError(f"{who} gives NaN for image {chosen[int(images[bad])]}.")
-                values = task_outputs(outputs, columns)
-                column = column_of[rows].to(values.device)
-                own = values.gather(1, column[:, None])[:, 0]
-                at = images + chosen[0]
-                gated[rows, at] = values.to("cpu", torch.float32)
-                gated_class[rows, at] = outputs.argmax(1).to("cpu", torch.int32)
-                margin = _margin(outputs, own, members[column])
-                gated_margin[rows, at] = margin.to("cpu", torch.float32)
-            bar.update(len(chosen))
-    return Responses(
-        labels=labels,
-        tasks=tasks,
-        columns=columns,
-        whole=whole,
-        gated=gated,
-        whole_class=whole_class,
-        gated_class=gated_class,
-        whole_margin=whole_margin,
-        gated_margin=gated_margin,
-    )
-
-
-# -- The result --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Evaluation:
-    """How T sub-architectures do on N images: one number per task for each measure.
-
-    A measure is NaN where it has no meaning: without own (or other) images in the data, or with a
-    whole network whose task output does not vary. Outputs that vary by less than 1e-5 of their
-    magnitude count as constant (AUC one half, rank fidelity zero): that is rounding.
-
-    Attributes:
-        tasks: T class indices or groups of them.
-        task_names: T names.
-        n_images: N.
-        n_own: int64 (T,), own images.
-        size: (T,), kept channels / all channels.
-        sizes: ``{site name: (T,)}``, the same at each site.
-        table: (T, T): ``table[k, j]`` is the AUC of task output j for task j's own images against
-            all others, inside the sub-architecture of k.
-        fidelity: (T,), see :func:`fidelity`.
-        rank_fidelity: (T,), see :func:`fidelity` with ``ranks=True``.
-        margin_auc: (T,), AUC of the task output minus the highest output of any other class.
-        recall: (T,), share of own images that the sub-architecture calls its task: the class with
-            the highest output is the task, or a member of the group.
-        fpr: (T,), share of other images that it calls its task.
-        other_accuracy: (T,), share of other images that it calls by their own right class.
+    Example:
+        >>> calls = torch.tensor([True, True, False, False])
+        >>> balanced_accuracy(calls, torch.tensor([True, False, False, False]))
+        tensor(0.8333, dtype=torch.float64)
     """
-
-    tasks: tuple[Task, ...]
-    task_names: tuple[str, ...]
-    n_images: int
-    n_own: NDArray[np.int64]
-    size: FloatArray
-    sizes: dict[str, FloatArray]
-    table: FloatArray
-    fidelity: FloatArray
-    rank_fidelity: FloatArray
-    margin_auc: FloatArray
-    recall: FloatArray
-    fpr: FloatArray
-    other_accuracy: FloatArray
-    _whole: Evaluation | None = field(default=None)
-
-    @property
-    def whole(self) -> Evaluation:
-        """The same measures of the whole network, which is its own whole."""
-        return self if self._whole is None else self._whole
-
-    @property
-    def own_auc(self) -> FloatArray:
-        """(T,), the table's diagonal."""
-        return self.table.diagonal().copy()
-
-    @property
-    def other_auc(self) -> FloatArray:
-        """(T,), mean of the table's row off the diagonal, over tasks that have own images."""
-        off = self.table.copy()
-        np.fill_diagonal(off, np.nan)
-        known = ~np.isnan(off)
-        total = np.where(known, off, 0.0).sum(1)
-        count = known.sum(1)
-        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-    @property
-    def disentanglement(self) -> FloatArray:
-        """(T,), own AUC - other AUC."""
-        return self.own_auc - self.other_auc
-
-    @property
-    def ba(self) -> FloatArray:
-        """(T,), balanced accuracy ``(recall + 1 - fpr) / 2``."""
-        return np.asarray((self.recall + 1 - self.fpr) / 2)
-
-    def _values(self, name: str) -> FloatArray:
-        if name not in MEASURES:
-            raise ValueError(f"no measure {name!r}; there are {', '.join(MEASURES)}.")
-        values: FloatArray = getattr(self, name)
-        return values
-
-    def mean(self, name: str) -> float:
-        """Mean of a measure over the tasks for which it is known.
-
-        Raises:
-            ValueError: If there is no such measure.
-        """
-        values = self._values(name)
-        values = values[~np.isnan(values)]
-        return float(values.mean()) if len(values) else math.nan
-
-    def interval(
-        self, name: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
-    ) -> tuple[float, float]:
-        """Bootstrap interval of the mean over tasks (percentiles of resampled means).
-
-        Says how much the mean hangs on which tasks were looked at; the images are taken as given.
-
-        Args:
-            name: One of ``MEASURES``.
-            level: Coverage.
-            n_draws: Times that T tasks are drawn with replacement.
-            seed: Of the draws; the global random state is not used.
-
-        Returns:
-            Lower and upper end; NaN with fewer than two tasks.
-
-        Raises:
-            ValueError: If there is no such measure, or an argument makes no sense.
-        """
-        if not 0 < level < 1:
-            raise ValueError(f"level must lie between 0 and 1, not {level!r}.")
-        if n_draws < 1:
-            raise ValueError(f"n_draws must be at least 1, not {n_draws!r}.")
-        values = self._values(name)
-        values = values[~np.isnan(values)]
-        if len(values) < 2:
-            return math.nan, math.nan
-        drawn = np.random.default_rng(seed).integers(len(values), size=(n_draws, len(values)))
-        ends = np.quantile(values[drawn].mean(1), [(1 - level) / 2, (1 + level) / 2])
-        return float(ends[0]), float(ends[1])
-
-    def frame(self) -> pd.DataFrame:
-        """One row per task with all measures, for pandas.
-
-        Raises:
-            ImportError: If pandas is not installed.
-        """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "Evaluation.frame() needs pandas (pip install pandas); summary(), to_dict() and "
-                "save_json() do without."
-            ) from error
-        # tupleize_cols: a group of classes is one task, not a level of an index each.
-        index = pd.Index(list(self.tasks), name="task", tupleize_cols=False)
-        columns: dict[str, Any] = {"name": list(self.task_names), "n_own": self.n_own}
-        columns |= {name: self._values(name) for name in MEASURES}
-        return pd.DataFrame(columns, index=index)
-
-    def summary(self, *, max_tasks: int = 20) -> str:
-        """A table as plain text: tasks, their mean with its 95 % interval, and the whole network.
-
-        Recall never stands without FPR and own AUC: a network that always says k has recall 1.
-
-        Args:
-            max_tasks: Tasks that are listed one by one, at most.
-        """
-        head = {
-            "size": "size",
-            "own_auc": "own AUC",
-            "other_auc": "other AUC",
-            "fidelity": "fidelity",
-            "recall": "recall",
-            "fpr": "FPR",
-            "ba": "BA",
-            "other_accuracy": "other acc.",
-        }
-        rows = [["task", *head.values()]]
-        for k, name in enumerate(self.task_names[:max_tasks]):
-            rows.append([name, *(_number(self._values(m)[k]) for m in head)])
-        if len(self.tasks) > max_tasks:
-            rows.append([f"... {len(self.tasks) - max_tasks} more", *("" for _ in head)])
-        n_listed = len(rows)
-        rows.append(["mean", *(_number(self.mean(m)) for m in head)])
-        if len(self.tasks) > 1:
-            ends = {m: self.interval(m) for m in head}
-            rows.append(["  95 % from", *(_number(ends[m][0]) for m in head)])
-            rows.append(["  to", *(_number(ends[m][1]) for m in head)])
-        if self._whole is not None:
-            rows.append(["whole network", *(_number(self.whole.mean(m)) for m in head)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0])]
-                + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            ).rstrip()
-            for row in rows
-        ]
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        what = "the whole network" if self._whole is None else "sub-architectures"
-        title = f"{what} of {len(self.tasks)} task(s) on {self.n_images} images"
-        return "\n".join([title, lines[0], rule, *lines[1:n_listed], rule, *lines[n_listed:]])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
-        result: dict[str, Any] = {
-            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
-            "task_names": list(self.task_names),
-            "n_images": self.n_images,
-            "n_own": self.n_own.tolist(),
-            "means": {
-                name: {
-                    "mean": _plain(self.mean(name)),
-                    "interval_95": _plain(list(self.interval(name))),
-                }
-                for name in MEASURES
-            },
-            **{name: _plain(self._values(name).tolist()) for name in MEASURES},
-            "sizes": {name: _plain(size.tolist()) for name, size in self.sizes.items()},
-            "table": _plain(self.table.tolist()),
-        }
-        if self._whole is not None:
-            result["whole"] = self._whole.to_dict()
-        return result
-
-    def save_json(self, path: str | PathLike[str]) -> None:
-        """Write :meth:`to_dict` to a JSON file.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        with open(fspath(path), "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-    def __repr__(self) -> str:
-        return (
-            f"Evaluation({len(self.tasks)} tasks, {self.n_images} images, size "
-            f"{_number(self.mean('size'))}, own AUC {_number(self.mean('own_auc'))}, other AUC "
-            f"{_number(self.mean('other_auc'))}, fidelity {_number(self.mean('fidelity'))})"
-        )
+    calls, positive = _together(_flags(calls, "calls"), _flags(positive))
+    return (share_of(calls, positive) + 1 - share_of(calls, ~positive)) / 2
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _share(flags: Tensor, among: Tensor) -> FloatArray:
-    """Share of True in ``flags`` among the images that count; NaN where none does."""
+def share_of(flags: Tensor, among: Tensor) -> Tensor:
+    """Share of True in ``flags`` (..., N) among the images that count; NaN where none does."""
     count = among.sum(-1, dtype=torch.float64)
-    return _array((flags & among).sum(-1, dtype=torch.float64) / count)
+    return (flags & among).sum(-1, dtype=torch.float64) / count
 
 
-def _array(values: Tensor) -> FloatArray:
-    return np.asarray(values.double().numpy())
+def overlap_matrix(masks: Mapping[str, Tensor], *, chance_corrected: bool = False) -> Tensor:
+    """Overlap of all pairs of sub-architectures, mean over sites.
+
+    The matrix of :meth:`nad_attr.SubArchitecture.overlap`, by matrix products. At a site with C
+    channels, ``J = |A and B| / |A or B|``, or with ``chance_corrected`` ``(J - E) / (1 - E)``,
+    where ``E = e / (|A| + |B| - e)`` and ``e = |A| |B| / C``. 0/0 is 1.
+
+    Args:
+        masks: ``{site name: bool (T, C)}``.
+        chance_corrected: Give kappa, which is 0 on average for random masks, in place of J.
+
+    Returns:
+        float64 (T, T), symmetric.
+
+    Raises:
+        ValueError: If there is no site, or masks are not bool (T, C) with the same T.
+
+    Example:
+        >>> masks = {"conv": torch.tensor([[True, True, False, False], [True, False, True, False]])}
+        >>> overlap_matrix(masks)
+        tensor([[1.0000, 0.3333],
+                [0.3333, 1.0000]], dtype=torch.float64)
+        >>> overlap_matrix(masks, chance_corrected=True).round(decimals=6)[0, 1]
+        tensor(0., dtype=torch.float64)
+    """
+    if not masks:
+        raise ValueError("there is no gate site to compare masks at.")
+    total: Tensor | None = None
+    for name, mask in masks.items():
+        if mask.ndim != 2 or mask.dtype != torch.bool:
+            raise ValueError(f"masks of {name!r} must be bool (T, C), not {mask.dtype} "
+                             f"{tuple(mask.shape)}.")  # fmt: skip
+        if total is not None and len(mask) != len(total):
+            raise ValueError(f"masks of {name!r} are for {len(mask)} tasks, others for "
+                             f"{len(total)}.")  # fmt: skip
+        values = mask.double()
+        n = values.sum(1)
+        both = values @ values.T
+        union = n[:, None] + n[None, :] - both
+        measure = torch.where(union > 0, both / union, 1.0)
+        if chance_corrected:
+            random = n[:, None] * n[None, :] / mask.shape[1]
+            random_union = n[:, None] + n[None, :] - random
+            expected = torch.where(random_union > 0, random / random_union, 1.0)
+            measure = torch.where(expected < 1, (measure - expected) / (1 - expected), 1.0)
+        total = measure if total is None else total + measure
+    assert total is not None
+    return total / len(masks)
 
 
-def _classifier(
-    calls: Tensor, labels: Tensor, own: Tensor, tasks: Sequence[Task]
-) -> dict[str, Any]:
-    """Recall, FPR and other-task accuracy from the classes that are called, (T, N)."""
-    called = torch.stack(
-        [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
-    )
-    return {
-        "recall": _share(called, own),
-        "fpr": _share(called, ~own),
-        "other_accuracy": _share(calls == labels, ~own),
-    }
-
-
-#: Outputs that vary by less than this share of their magnitude are equal up to rounding.
-ROUNDING = 1e-5
-
-
-def _levelled(values: Tensor, whole: Tensor) -> Tensor:
+def levelled(values: Tensor, whole: Tensor) -> Tensor:
     """Make outputs (..., N) constant that vary by rounding alone, measured by the whole network's.
 
     Where channels are closed at their means, a dead sub-architecture gives the same output for all
@@ -798,131 +393,3 @@ def _levelled(values: Tensor, whole: Tensor) -> Tensor:
     scale = torch.maximum(values.abs().amax(-1), whole.abs().amax(-1))
     constant = values.amax(-1) - values.amin(-1) <= ROUNDING * scale
     return torch.where(constant[..., None], values[..., :1], values)
-
-
-def _margin_auc(margins: Tensor, whole: Tensor, own: Tensor) -> FloatArray:
-    # With no other class at all the margin is infinite for every image, and says nothing.
-    values = _array(auc(_levelled(margins, whole), own))
-    return np.where(_array(torch.isfinite(margins).any(-1)) > 0, values, np.nan)
-
-
-def _measured(
-    responses: Responses, archs: Sequence[SubArchitecture], names: Sequence[str]
-) -> Evaluation:
-    """All measures, from the answers alone. Rows and columns of the answers are the same tasks."""
-    tasks, labels = responses.tasks, responses.labels
-    own = own_images(labels, tasks)
-    n_tasks = len(tasks)
-    common: dict[str, Any] = {
-        "tasks": tasks,
-        "task_names": tuple(names),
-        "n_images": len(labels),
-        "n_own": own.sum(-1).numpy(),
-    }
-    whole = _levelled(responses.whole.T, responses.whole.T)
-    row = _array(auc(whole, own))
-    margin = responses.whole_margin.T
-    whole_calls = responses.whole_class.expand(n_tasks, -1)
-    whole_result = Evaluation(
-        **common,
-        size=np.ones(n_tasks),
-        sizes={name: np.ones(n_tasks) for name in archs[0]},
-        table=np.tile(row, (n_tasks, 1)),
-        fidelity=_array(fidelity(whole, whole, own)),
-        rank_fidelity=_array(fidelity(whole, whole, own, ranks=True)),
-        margin_auc=_margin_auc(margin, margin, own),
-        **_classifier(whole_calls, labels, own, tasks),
-    )
-    gated = responses.gated
-    explained = _levelled(torch.stack([gated[k, :, k] for k in range(n_tasks)]), whole)
-    return Evaluation(
-        **common,
-        size=np.array([arch.size for arch in archs]),
-        sizes={name: np.array([arch.sizes[name] for arch in archs]) for name in archs[0]},
-        # One task at a time: the ranks of a whole (T, T, N) array would fill the memory.
-        table=np.stack([_array(auc(_levelled(gated[k].T, whole), own)) for k in range(n_tasks)]),
-        fidelity=_array(fidelity(whole, explained, own)),
-        rank_fidelity=_array(fidelity(whole, explained, own, ranks=True)),
-        margin_auc=_margin_auc(responses.gated_margin, margin, own),
-        **_classifier(responses.gated_class, labels, own, tasks),
-        _whole=whole_result,
-    )
-
-
-def evaluate(
-    model: nn.Module,
-    architectures: TaskGates | SubArchitecture | Sequence[SubArchitecture],
-    data: Data,
-    *,
-    size: float | None = None,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    show_progress: bool = False,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
-) -> Evaluation:
-    """Measure sub-architectures on held-out images, beside the whole network on the same ones.
-
-    Args:
-        model: The network, in eval mode; unchanged afterwards.
-        architectures: Task gates, or sub-architectures of the same sites, each of another task.
-            A closed channel becomes what they say: zero, or their means.
-        data: Images that the gates were not learned on: ``(inputs, labels)`` tensors, a Dataset
-            of (input, label) or a DataLoader.
-        size: Binarise task gates at this share of the channels; None: as they were learned.
-        batch_size: Images in a forward pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        show_progress: Show a bar of the images done (tqdm).
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all images.
-
-    Returns:
-        The measures. A task without own images in the data gets NaN and a warning.
-
-    Raises:
-        GatingError: If a site does not fire, fires twice or has another shape.
-        SiteError: If the network has no such site.
-        TypeError: If an argument is of a wrong kind.
-        ValueError: If the network is in train mode, a sub-architecture says no task, a task is
-            there twice, no task has own images, labels or tasks are no class of the network, or
-            inputs or outputs hold NaN.
-
-    Example:
-        >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
-        >>> images = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
-        >>> keeps_0 = SubArchitecture.from_kept({"0": [0]}, [GateSite("0", 2, 1)], task=0)
-        >>> result = evaluate(net, [keeps_0], (images, torch.tensor([0, 0, 1, 1])))
-        >>> result.own_auc, result.recall, result.fpr
-        (array([1.]), array([1.]), array([1.]))
-    """
-    archs = _as_architectures(architectures, size)
-    tasks = _tasks(archs)
-    twice = [task for task in tasks if tasks.count(task) > 1]
-    if twice:
-        raise ValueError(
-            f"task {twice[0]} is there twice; evaluate one sub-architecture per task at a time."
-        )
-    check_batch_size(batch_size)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
-    source = as_source(data)
-    has_own = own_images(source.labels, tasks).any(-1)
-    if not bool(has_own.any()):
-        raise ValueError(
-            f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
-            f"{source.labels.unique().tolist()[:10]}."
-        )
-    responses = _sweep(runner, archs, source, batch_size, show_progress)
-    missing = [task for task, has in zip(tasks, has_own.tolist(), strict=True) if not has]
-    if missing:
-        warnings.warn(
-            f"data holds no image of task(s) {missing[:10]}: their measures are NaN.",
-            stacklevel=2,
-        )
-    names = architectures.task_names if isinstance(architectures, TaskGates) else None
-    return _measured(responses, archs, names or [str(task) for task in tasks])

@@ -1,0 +1,85 @@
+"""Let another library's attribution run on a network, and leave the network as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from nad_attr.data import isolated_rng
+from nad_attr.gating import site_modules
+from nad_attr.sites import GateSite, unwrap
+
+__all__ = ["Explained", "flowing_copies", "untouched"]
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Undo at the end whatever is done to a network's modules, also after an exception.
+
+    Hooks that were left behind, attributes that were added (as Captum's DeepLift and Zennit's
+    canonizers do), parameters that were exchanged. Nor does anything reach the global random
+    numbers.
+    """
+    saved = []
+    for module in unwrap(model).modules():
+        attributes = dict(vars(module))
+        # Hooks, parameters, buffers and submodules are tables that are changed in place.
+        tables = [(t, list(t.items())) for t in attributes.values() if isinstance(t, dict)]
+        saved.append((module, attributes, tables))
+    try:
+        with isolated_rng(0):
+            yield
+    finally:
+        for module, attributes, tables in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for table, items in tables:
+                table.clear()
+                table.update(items)
+
+
+@contextmanager
+def flowing_copies(model: nn.Module, sites: Sequence[GateSite]) -> Iterator[None]:
+    """Let copies flow on from the sites, for networks that write into them in place.
+
+    Captum's integrated gradients puts a leaf at a site, which must not be written into. For one
+    forward pass: enter it when the other hooks are in place, as hooks run in the order they came.
+    """
+
+    def output_hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return output.clone() if isinstance(output, Tensor) else None
+
+    def input_hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        return tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
+
+    modules = site_modules(model, sites)
+    with ExitStack() as stack:
+        for site in sites:
+            module = modules[site.name]
+            if site.at_input:
+                handle = module.register_forward_pre_hook(input_hook)
+            else:
+                handle = module.register_forward_hook(output_hook)
+            stack.callback(handle.remove)
+        yield
+
+
+class Explained(nn.Module):
+    """A network as the function of its inputs that is explained, for methods that want a module.
+
+    Args:
+        model: The network.
+        function: Returns what is explained, (B, columns); runs the network.
+    """
+
+    def __init__(self, model: nn.Module, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+        self.training = False  # its own flag only: eval() would reach into the network
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)

@@ -1,0 +1,462 @@
+"""Evaluate sub-architectures beside the whole network, random channels and rivals of equal size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nad_attr.architecture import SubArchitecture, top_k_masks
+from nad_attr.data import Data, Source, as_source, seed_of
+from nad_attr.evaluation.ablation import Ablation, as_ablation
+from nad_attr.evaluation.measures import (
+    auc,
+    balanced_accuracy,
+    fidelity,
+    fit_threshold,
+    levelled,
+    overlap_matrix,
+    own_images,
+    share_of,
+)
+from nad_attr.evaluation.responses import (
+    Responses,
+    answers,
+    as_architectures,
+    progress_bar,
+    tasks_of_rows,
+)
+from nad_attr.evaluation.result import Evaluation, FloatArray
+from nad_attr.evaluation.sizes import (
+    Activity,
+    SiteCosts,
+    count_costs,
+    dead_fraction,
+    flop_size,
+    parameter_size,
+)
+from nad_attr.gates import Task, TaskGates
+from nad_attr.running import Runner, amp_dtype, check_batch_size, chunks
+
+__all__ = ["evaluate", "random_architectures"]
+
+#: What an image takes for one sub-architecture beside its task outputs, while ranks are made.
+ROW_BYTES = 128
+
+
+def random_architectures(
+    architectures: Sequence[SubArchitecture], *, draw: int = 0, seed: int = 0
+) -> list[SubArchitecture]:
+    """Random channels, over all sites together, exactly as many as each sub-architecture keeps.
+
+    A task's channels depend on (seed, draw, task) alone.
+
+    Args:
+        architectures: Sub-architectures, each with a task.
+        draw: Number of the draw.
+        seed: Another series of draws for each seed.
+
+    Returns:
+        One for each, with the same task and ablation value.
+
+    Example:
+        >>> from nad_attr import GateSite
+        >>> arch = SubArchitecture.from_kept({"a": [0, 2]}, [GateSite("a", 4, 1)], task=0)
+        >>> random_architectures([arch])[0].n_kept
+        2
+    """
+    result = []
+    for arch in architectures:
+        generator = torch.Generator().manual_seed(seed_of(seed, "random", draw, arch.task))
+        scores = {
+            site.name: torch.rand(site.n_channels, generator=generator) for site in arch.sites
+        }
+        masks = top_k_masks(scores, arch.sites, arch.n_kept)
+        result.append(SubArchitecture(masks, arch.sites, task=arch.task, means=arch.means))
+    return result
+
+
+def evaluate(
+    model: nn.Module,
+    architectures: TaskGates | SubArchitecture | Sequence[SubArchitecture],
+    data: Data,
+    *,
+    size: float | None = None,
+    ablation: Ablation | str | None = None,
+    threshold_data: Data | None = None,
+    n_random: int = 3,
+    rivals: Mapping[str, TaskGates | Sequence[SubArchitecture]] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    max_bytes: int = 10**9,
+    device: torch.device | str | None = None,
+    amp: bool | torch.dtype | None = None,
+    show_progress: bool = False,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+) -> Evaluation:
+    """Measure sub-architectures on held-out images, beside what they have to beat.
+
+    The whole network, random channels of the same sizes and rivals run on the same images, in the
+    same batches. An image is run once through the whole network and once for each of T tasks times
+    ``1 + n_random + len(rivals)``.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        architectures: Task gates, or sub-architectures of the same sites, each of another task.
+        data: Images that the gates were not learned on: ``(inputs, labels)`` tensors, a Dataset
+            of (input, label) or a DataLoader.
+        size: Binarise task gates at this share of the channels; None: as they were learned.
+        ablation: What closed channels become, from :func:`nad_attr.evaluation.fit_ablation`, or
+            "zero". None: what each sub-architecture says (zero, or its means).
+        threshold_data: Training images, to fit the threshold of the detector's balanced accuracy
+            on; None: leave that measure out.
+        n_random: Draws of random channels, as many over all sites together as each
+            sub-architecture keeps.
+        rivals: ``{name: sub-architectures}`` of other methods, of the same sites and tasks. Task
+            gates are cut to exactly the number of channels of the sub-architecture that they
+            compete with, sub-architectures are taken as they are.
+        seed: Of the random channels.
+        batch_size: Images in a forward pass, at most, donors of the ablation included (at least
+            one of each).
+        max_bytes: Memory for the sub-architectures' answers, at most (but one's at least): if all
+            do not fit, the images are drawn several times, for some sub-architectures each. The
+            results are the same.
+        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
+        amp: Mixed precision: a dtype for autocast, True for bfloat16. The answers are float32.
+        show_progress: Show a bar of the images done (tqdm).
+        forward_func: Called with the inputs in place of the network; has to run the network.
+            Returns (B, K), one output per class.
+        additional_forward_args: Further arguments of every call, the same for all images.
+
+    Returns:
+        The measures. A task without own images in the data gets NaN and a warning.
+
+    Raises:
+        GatingError: If a site does not fire, fires twice or has another shape.
+        SiteError: If the network has no such site.
+        TypeError: If an argument is of a wrong kind.
+        ValueError: If the network is in train mode, a sub-architecture says no task, a task is
+            there twice, no task has own images, rivals are of other sites or tasks, the ablation
+            does not fit, labels or tasks are no class of the network, or inputs or outputs hold
+            NaN.
+
+    Example:
+        >>> from nad_attr import GateSite
+        >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
+        >>> images = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+        >>> keeps_0 = SubArchitecture.from_kept({"0": [0]}, [GateSite("0", 2, 1)], task=0)
+        >>> result = evaluate(net, [keeps_0], (images, torch.tensor([0, 0, 1, 1])))
+        >>> result.own_auc, result.recall, result.fpr
+        (array([1.]), array([1.]), array([1.]))
+    """
+    archs = as_architectures(architectures, size)
+    tasks = tasks_of_rows(archs)
+    twice = [task for task in tasks if tasks.count(task) > 1]
+    if twice:
+        raise ValueError(
+            f"task {twice[0]} is there twice; evaluate one sub-architecture per task at a time."
+        )
+    check_batch_size(batch_size)
+    _check_whole_number(n_random, "n_random", 0)
+    _check_whole_number(max_bytes, "max_bytes", 1)
+    against = _rivals(rivals, archs, tasks)
+    for draw in range(n_random):
+        against[draw] = random_architectures(archs, draw=draw, seed=seed)
+    chosen = as_ablation(ablation)
+    dtype = amp_dtype(amp)
+    runner = Runner(
+        model,
+        device=device,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+    )
+    source = as_source(data)
+    threshold = None if threshold_data is None else as_source(threshold_data)
+    has_own = own_images(source.labels, tasks).any(-1)
+    if not bool(has_own.any()):
+        raise ValueError(
+            f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
+            f"{source.labels.unique().tolist()[:10]}."
+        )
+    names = architectures.task_names if isinstance(architectures, TaskGates) else None
+    rows = [*archs, *(arch for rival in against.values() for arch in rival)]
+    pass_ = _Measuring(runner, tasks, source, threshold, batch_size, chosen, dtype)
+    measured = pass_.all_rows(rows, max_bytes, show_progress)
+
+    missing = [task for task, has in zip(tasks, has_own.tolist(), strict=True) if not has]
+    if missing:
+        warnings.warn(
+            f"data holds no image of task(s) {missing[:10]}: their measures are NaN.",
+            stacklevel=2,
+        )
+    common: dict[str, Any] = {
+        "tasks": tasks,
+        "task_names": tuple(names or [str(task) for task in tasks]),
+        "n_images": len(source.labels),
+        "n_own": pass_.own.sum(-1).numpy(),
+    }
+    firing = pass_.activity.firing(tasks)
+    assert pass_.activity.example is not None
+    costs = count_costs(runner, archs[0].sites, pass_.activity.example)
+    full = SubArchitecture.full(archs[0].sites)
+    n = len(tasks)
+    fields = common | pass_.whole() | _sizes([full] * n, costs, firing, has_own)
+    whole = Evaluation(**fields)
+    results: dict[object, Evaluation] = {}
+    for i, (name, group) in enumerate([(None, archs), *against.items()]):
+        part = {key: values[i * n : (i + 1) * n] for key, values in measured.items()}
+        fields = common | part | _sizes(group, costs, firing, has_own)
+        results[name] = Evaluation(**fields, _whole=whole)
+    return replace(
+        results[None],
+        random=tuple(results[draw] for draw in range(n_random)),
+        rivals={name: result for name, result in results.items() if isinstance(name, str)},
+    )
+
+
+def _check_whole_number(value: Any, name: str, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ValueError(f"{name} must be a whole number from {lowest} on, not {value!r}.")
+
+
+def _rivals(
+    rivals: Mapping[str, TaskGates | Sequence[SubArchitecture]] | None,
+    archs: Sequence[SubArchitecture],
+    tasks: Sequence[Task],
+) -> dict[object, list[SubArchitecture]]:
+    """The rivals' sub-architectures in the order of the tasks."""
+    if rivals is None:
+        return {}
+    if not isinstance(rivals, Mapping):
+        raise TypeError(
+            "rivals must be {name: task gates or sub-architectures}, not "
+            f"{type(rivals).__name__}."
+        )
+    result: dict[object, list[SubArchitecture]] = {}
+    for name, rival in rivals.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a rival's name must be a string, not {name!r}.")
+        if isinstance(rival, TaskGates):
+            # Gates of further tasks do no harm.
+            enough = set(tasks) <= set(rival.tasks)
+            given = _cut(rival, archs) if enough else rival.sub_architectures()
+        else:
+            try:
+                given = as_architectures(rival, None)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"rival {name!r}: {error}") from None
+        known = tasks_of_rows(given)
+        if set(known) != set(tasks):
+            raise ValueError(
+                f"rival {name!r} is of the tasks {list(known[:10])}, not {list(tasks[:10])}."
+            )
+        if len(known) != len(tasks):
+            raise ValueError(f"rival {name!r} has a task twice.")
+        by_task = {arch.task: arch for arch in given}
+        ordered = [by_task[task] for task in tasks]
+        if ordered[0].sites != archs[0].sites:
+            raise ValueError(f"rival {name!r} has other gate sites than the sub-architectures.")
+        result[name] = ordered
+    return result
+
+
+def _cut(gates: TaskGates, archs: Sequence[SubArchitecture]) -> list[SubArchitecture]:
+    """The highest-ranked channels of each task's gates, as many as its sub-architecture keeps."""
+    result = []
+    for arch in archs:
+        if arch.n_kept:
+            result.append(gates.sub_architecture(arch.task, arch.n_kept / arch.n_channels))
+        else:
+            none = SubArchitecture.from_kept({}, gates.sites, task=arch.task, means=gates.means)
+            result.append(none)
+    return result
+
+
+def _sizes(
+    archs: Sequence[SubArchitecture],
+    costs: SiteCosts,
+    firing: Mapping[str, Tensor],
+    has_own: Tensor,
+) -> dict[str, Any]:
+    """The measures that need no answers."""
+    masks = {name: torch.stack([arch[name] for arch in archs]) for name in archs[0]}
+    dead = [
+        dead_fraction(arch, {name: fires[k] for name, fires in firing.items()})
+        for k, arch in enumerate(archs)
+    ]
+    return {
+        "size": np.array([arch.size for arch in archs]),
+        "sizes": {name: np.array([arch.sizes[name] for arch in archs]) for name in archs[0]},
+        "flop_size": np.array([flop_size(arch, costs) for arch in archs]),
+        "parameter_size": np.array([parameter_size(arch, costs) for arch in archs]),
+        "dead_fraction": np.where(has_own.numpy(), np.array(dead), np.nan),
+        "overlap": overlap_matrix(masks).numpy(),
+        "kappa": overlap_matrix(masks, chance_corrected=True).numpy(),
+    }
+
+
+def _array(values: Tensor) -> FloatArray:
+    return np.asarray(values.double().cpu().numpy())
+
+
+class _Measuring:
+    """Runs blocks of rows and reduces each block's answers to measures at once."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        tasks: tuple[Task, ...],
+        source: Source,
+        threshold: Source | None,
+        batch_size: int,
+        ablation: Ablation | None,
+        amp: torch.dtype | None,
+    ) -> None:
+        self.runner, self.tasks = runner, tasks
+        self.source, self.threshold = source, threshold
+        self.batch_size, self.ablation, self.amp = batch_size, ablation, amp
+        self.own = own_images(source.labels, tasks)
+        # Sorting a large table is quick on a GPU; float64, which mps lacks, is needed.
+        self.device = torch.device("cpu") if runner.device.type == "mps" else runner.device
+        self.clean: Responses | None = None
+        self.clean_threshold: Responses | None = None
+        self.activity: Activity
+
+    def all_rows(
+        self, rows: Sequence[SubArchitecture], max_bytes: int, show_progress: bool
+    ) -> dict[str, FloatArray]:
+        """The measures of all rows: ``{measure: (R,)}``, and the table (R, T)."""
+        n = len(self.source.labels)
+        n_threshold = 0 if self.threshold is None else len(self.threshold.labels)
+        per_row = (4 * len(self.tasks) + ROW_BYTES) * n + ROW_BYTES * n_threshold
+        height = max(1, max_bytes // per_row)
+        blocks = list(chunks(len(rows), height))
+        self.activity = Activity(rows[0].sites, self.source.labels, self.runner.device)
+        parts = []
+        total = len(blocks) * (n + n_threshold)
+        with progress_bar(len(rows), total, show_progress) as bar:
+            for block in blocks:
+                archs = rows[block[0] : block[-1] + 1]
+                options: dict[str, Any] = {
+                    "batch_size": self.batch_size,
+                    "ablation": self.ablation,
+                    "amp": self.amp,
+                    "bar": bar,
+                    "columns": self.tasks,
+                }
+                found = answers(
+                    self.runner,
+                    archs,
+                    self.source,
+                    whole=self.clean,
+                    watch=self.activity,
+                    **options,
+                )
+                self.clean = replace(found, gated=torch.empty(0))
+                cuts = None
+                if self.threshold is not None:
+                    fitted = answers(
+                        self.runner,
+                        archs,
+                        self.threshold,
+                        whole=self.clean_threshold,
+                        own_only=True,
+                        **options,
+                    )
+                    self.clean_threshold = replace(fitted, gated=torch.empty(0))
+                    cuts = self._thresholds(fitted, fitted.gated[..., 0])
+                    del fitted
+                parts.append(self._reduced(found, cuts))
+                del found  # before the next block's
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _thresholds(self, fitted: Responses, values: Tensor) -> Tensor:
+        """The detector's threshold of each row: float64 (R,), from own task outputs (R, N)."""
+        column = torch.tensor([self.tasks.index(task) for task in fitted.tasks])
+        own = own_images(fitted.labels, self.tasks)[column]
+        whole = fitted.whole.T[column]
+        return fit_threshold(levelled(values, whole).to(self.device), own.to(self.device))
+
+    def _reduced(self, found: Responses, thresholds: Tensor | None) -> dict[str, FloatArray]:
+        """All measures that answers give, row by row."""
+        column = torch.tensor([self.tasks.index(task) for task in found.tasks], device=self.device)
+        own_by_task = self.own.to(self.device)
+        whole_by_task = found.whole.T.to(self.device)
+        # One row at a time: the ranks of a whole (R, T, N) array would fill the memory.
+        table, explained = [], []
+        for values, j in zip(found.gated, column.tolist(), strict=True):
+            row = levelled(values.T.to(self.device), whole_by_task)
+            table.append(auc(row, own_by_task))
+            explained.append(row[j])
+        return {
+            "table": _array(torch.stack(table)),
+            **self._by_row(
+                found.tasks,
+                torch.stack(explained),
+                whole_by_task[column],
+                found.gated_margin.to(self.device),
+                found.whole_margin.T.to(self.device)[column],
+                found.gated_class.to(self.device),
+                own_by_task[column],
+                thresholds,
+            ),
+        }
+
+    def whole(self) -> dict[str, FloatArray]:
+        """The same of the whole network, a row for each task."""
+        assert self.clean is not None
+        outputs = self.clean.whole.T.to(self.device)
+        outputs = levelled(outputs, outputs)
+        own = self.own.to(self.device)
+        margin = self.clean.whole_margin.T.to(self.device)
+        cuts = None
+        if self.clean_threshold is not None:
+            by_task = replace(self.clean_threshold, tasks=self.tasks)
+            cuts = self._thresholds(by_task, by_task.whole.T)
+        row = _array(auc(outputs, own))
+        n = len(self.tasks)
+        calls = self.clean.whole_class.to(self.device).expand(n, -1)
+        return {
+            "table": np.tile(row, (n, 1)),
+            **self._by_row(self.tasks, outputs, outputs, margin, margin, calls, own, cuts),
+        }
+
+    def _by_row(
+        self,
+        tasks: Sequence[Task],
+        explained: Tensor,
+        whole: Tensor,
+        margin: Tensor,
+        whole_margin: Tensor,
+        calls: Tensor,
+        own: Tensor,
+        thresholds: Tensor | None,
+    ) -> dict[str, FloatArray]:
+        """Measures of R rows, all arguments (R, N) but the thresholds, (R,)."""
+        whole = levelled(whole, whole)
+        called = torch.stack(
+            [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
+        )
+        labels = self.source.labels.to(self.device)
+        detector = torch.full((len(tasks),), torch.nan)
+        if thresholds is not None:
+            found = balanced_accuracy(explained > thresholds[:, None], own)
+            detector = torch.where(thresholds.isnan(), torch.nan, found)
+        # With no other class at all the margin is infinite for every image, and says nothing.
+        margin_auc = auc(levelled(margin, whole_margin), own)
+        margin_auc = torch.where(torch.isfinite(margin).any(-1), margin_auc, torch.nan)
+        return {
+            "fidelity": _array(fidelity(whole, explained, own)),
+            "rank_fidelity": _array(fidelity(whole, explained, own, ranks=True)),
+            "margin_auc": _array(margin_auc),
+            "recall": _array(share_of(called, own)),
+            "fpr": _array(share_of(called, ~own)),
+            "other_accuracy": _array(share_of(calls == labels, ~own)),
+            "detector_ba": _array(detector),
+        }

@@ -1,0 +1,361 @@
+"""The measures of sub-architectures put together: how they do, and beside what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nad_attr.evaluation.intervals import bootstrap_interval
+from nad_attr.gates import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["MEASURES", "Evaluation"]
+
+FloatArray: TypeAlias = "NDArray[np.float64]"
+
+#: Names that :meth:`Evaluation.mean` and :meth:`Evaluation.interval` know: one number per task.
+MEASURES = (
+    "size",
+    "flop_size",
+    "parameter_size",
+    "dead_fraction",
+    "own_auc",
+    "other_auc",
+    "disentanglement",
+    "fidelity",
+    "rank_fidelity",
+    "detector_ba",
+    "margin_auc",
+    "recall",
+    "fpr",
+    "ba",
+    "other_accuracy",
+)
+
+
+def _none() -> FloatArray:
+    return np.empty(0)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation:
+    """How T sub-architectures do on N images: one number per task for each measure.
+
+    A measure is NaN where it has no meaning: without own (or other) images in the data, or with a
+    whole network whose task output does not vary. Outputs that vary by less than 1e-5 of their
+    magnitude count as constant (AUC one half, rank fidelity zero): that is rounding.
+
+    Attributes:
+        tasks: T class indices or groups of them.
+        task_names: T names.
+        n_images: N.
+        n_own: int64 (T,), own images.
+        size: (T,), kept channels / all channels.
+        sizes: ``{site name: (T,)}``, the same at each site.
+        table: (T, T): ``table[k, j]`` is the AUC of task output j for task j's own images against
+            all others, inside the sub-architecture of k.
+        fidelity: (T,), see :func:`fidelity`.
+        rank_fidelity: (T,), see :func:`fidelity` with ``ranks=True``.
+        margin_auc: (T,), AUC of the task output minus the highest output of any other class.
+        recall: (T,), share of own images that the sub-architecture calls its task: the class with
+            the highest output is the task, or a member of the group.
+        fpr: (T,), share of other images that it calls its task.
+        other_accuracy: (T,), share of other images that it calls by their own right class.
+        flop_size: (T,), kept share weighted by multiply-adds, see
+            :func:`nad_attr.evaluation.flop_size`.
+        parameter_size: (T,), the same weighted by parameters.
+        dead_fraction: (T,), share of the kept channels that are constant (zero, mostly) on all own
+            images inside the whole network.
+        detector_ba: (T,), balanced accuracy of "task output above a threshold", the threshold
+            fitted to other images inside the sub-architecture; NaN without such images.
+        overlap: (T, T), |A and B| / |A or B| of the sub-architectures, mean over sites.
+        kappa: (T, T), the same corrected for chance, see
+            :func:`nad_attr.evaluation.overlap_matrix`.
+        random: The same measures of random channels, as many as each sub-architecture keeps: one
+            result per draw.
+        rivals: ``{name: result}``, the same measures of other methods' sub-architectures.
+    """
+
+    tasks: tuple[Task, ...]
+    task_names: tuple[str, ...]
+    n_images: int
+    n_own: NDArray[np.int64]
+    size: FloatArray
+    sizes: dict[str, FloatArray]
+    table: FloatArray
+    fidelity: FloatArray
+    rank_fidelity: FloatArray
+    margin_auc: FloatArray
+    recall: FloatArray
+    fpr: FloatArray
+    other_accuracy: FloatArray
+    flop_size: FloatArray = field(default_factory=_none)
+    parameter_size: FloatArray = field(default_factory=_none)
+    dead_fraction: FloatArray = field(default_factory=_none)
+    detector_ba: FloatArray = field(default_factory=_none)
+    overlap: FloatArray = field(default_factory=_none)
+    kappa: FloatArray = field(default_factory=_none)
+    random: tuple[Evaluation, ...] = ()
+    rivals: Mapping[str, Evaluation] = field(default_factory=dict)
+    _whole: Evaluation | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        n = len(self.tasks)
+        for name in ("flop_size", "parameter_size", "dead_fraction", "detector_ba"):
+            if getattr(self, name).size == 0:
+                object.__setattr__(self, name, np.full(n, np.nan))
+        for name in ("overlap", "kappa"):
+            if getattr(self, name).size == 0:
+                object.__setattr__(self, name, np.full((n, n), np.nan))
+
+    @property
+    def whole(self) -> Evaluation:
+        """The same measures of the whole network, which is its own whole."""
+        return self if self._whole is None else self._whole
+
+    @property
+    def own_auc(self) -> FloatArray:
+        """(T,), the table's diagonal."""
+        return self.table.diagonal().copy()
+
+    @property
+    def other_auc(self) -> FloatArray:
+        """(T,), mean of the table's row off the diagonal, over tasks that have own images."""
+        off = self.table.copy()
+        np.fill_diagonal(off, np.nan)
+        known = ~np.isnan(off)
+        total = np.where(known, off, 0.0).sum(1)
+        count = known.sum(1)
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+    @property
+    def disentanglement(self) -> FloatArray:
+        """(T,), own AUC - other AUC."""
+        return self.own_auc - self.other_auc
+
+    @property
+    def ba(self) -> FloatArray:
+        """(T,), balanced accuracy ``(recall + 1 - fpr) / 2``."""
+        return np.asarray((self.recall + 1 - self.fpr) / 2)
+
+    def values(self, name: str) -> FloatArray:
+        """A measure of every task, (T,).
+
+        Raises:
+            ValueError: If there is no such measure.
+        """
+        if name not in MEASURES:
+            raise ValueError(f"no measure {name!r}; there are {', '.join(MEASURES)}.")
+        values: FloatArray = getattr(self, name)
+        return values
+
+    def mean(self, name: str) -> float:
+        """Mean of a measure over the tasks for which it is known.
+
+        Raises:
+            ValueError: If there is no such measure.
+        """
+        values = self.values(name)
+        values = values[~np.isnan(values)]
+        return float(values.mean()) if len(values) else math.nan
+
+    def interval(
+        self, name: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
+    ) -> tuple[float, float]:
+        """Bootstrap interval of the mean over tasks (percentiles of resampled means).
+
+        Says how much the mean hangs on which tasks were looked at; the images are taken as given.
+
+        Args:
+            name: One of ``MEASURES``.
+            level: Coverage.
+            n_draws: Times that T tasks are drawn with replacement.
+            seed: Of the draws; the global random state is not used.
+
+        Returns:
+            Lower and upper end; NaN with fewer than two tasks.
+
+        Raises:
+            ValueError: If there is no such measure, or an argument makes no sense.
+        """
+        return bootstrap_interval(self.values(name), level=level, n_draws=n_draws, seed=seed)
+
+    def p_value(self, name: str, *, lower: bool = False) -> float:
+        """How often random channels of the same size do as well, in the mean over tasks.
+
+        ``(1 + number of draws that reach the observed mean) / (draws + 1)``: a valid p-value of
+        the hypothesis that the sub-architectures are random channels (permutation test). With few
+        draws it cannot be small: n draws give 1 / (n + 1) at best.
+
+        Args:
+            name: One of ``MEASURES``.
+            lower: Whether less is better, as for FPR: count draws that are as low.
+
+        Returns:
+            In (0, 1]; NaN without random draws, or where the measure is not known.
+
+        Raises:
+            ValueError: If there is no such measure.
+        """
+        observed = self.mean(name)
+        draws = np.array([result.mean(name) for result in self.random])
+        draws = draws[~np.isnan(draws)]
+        if len(draws) == 0 or math.isnan(observed):
+            return math.nan
+        reached = draws <= observed if lower else draws >= observed
+        return float((1 + reached.sum()) / (len(draws) + 1))
+
+    def frame(self) -> pd.DataFrame:
+        """One row per task with all measures, for pandas.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "Evaluation.frame() needs pandas (pip install pandas); summary(), to_dict() and "
+                "save_json() do without."
+            ) from error
+        # tupleize_cols: a group of classes is one task, not a level of an index each.
+        index = pd.Index(list(self.tasks), name="task", tupleize_cols=False)
+        columns: dict[str, Any] = {"name": list(self.task_names), "n_own": self.n_own}
+        columns |= {name: self.values(name) for name in MEASURES}
+        return pd.DataFrame(columns, index=index)
+
+    def summary(self, *, max_tasks: int = 20) -> str:
+        """A table as plain text: tasks, their mean with its 95 % interval, and what is beside it.
+
+        Recall never stands without FPR, own AUC and random channels or rivals of equal size: a
+        network that always says k has recall 1. Without those it is left out.
+
+        Args:
+            max_tasks: Tasks that are listed one by one, at most.
+        """
+        head = {
+            "size": "size",
+            "own_auc": "own AUC",
+            "other_auc": "other AUC",
+            "fidelity": "fidelity",
+            "detector_ba": "det. BA",
+            "recall": "recall",
+            "fpr": "FPR",
+            "ba": "BA",
+            "other_accuracy": "other acc.",
+        }
+        if np.isnan(self.detector_ba).all():
+            del head["detector_ba"]
+        bare = self._whole is not None and not self.random and not self.rivals
+        if bare:
+            del head["recall"]
+        rows = [["task", *head.values()]]
+        for k, name in enumerate(self.task_names[:max_tasks]):
+            rows.append([name, *(_number(self.values(m)[k]) for m in head)])
+        if len(self.tasks) > max_tasks:
+            rows.append([f"... {len(self.tasks) - max_tasks} more", *("" for _ in head)])
+        n_listed = len(rows)
+        rows.append(["mean", *(_number(self.mean(m)) for m in head)])
+        if len(self.tasks) > 1:
+            ends = {m: self.interval(m) for m in head}
+            rows.append(["  95 % from", *(_number(ends[m][0]) for m in head)])
+            rows.append(["  to", *(_number(ends[m][1]) for m in head)])
+        if self.random:
+            means = [_mean([draw.mean(m) for draw in self.random]) for m in head]
+            rows.append(["random, same size", *map(_number, means)])
+        for name, rival in self.rivals.items():
+            rows.append([name, *(_number(rival.mean(m)) for m in head)])
+        if self._whole is not None:
+            rows.append(["whole network", *(_number(self.whole.mean(m)) for m in head)])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                [row[0].ljust(widths[0])]
+                + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            ).rstrip()
+            for row in rows
+        ]
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        what = "the whole network" if self._whole is None else "sub-architectures"
+        title = f"{what} of {len(self.tasks)} task(s) on {self.n_images} images"
+        if bare:
+            title += "\n(recall is left out: it says nothing without random channels or rivals)"
+        return "\n".join([title, lines[0], rule, *lines[1:n_listed], rule, *lines[n_listed:]])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
+        from nad_attr.evaluation.saved import to_dict
+
+        return to_dict(self)
+
+    def save_json(self, path: str | PathLike[str]) -> None:
+        """Write :meth:`to_dict` to a JSON file.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        from nad_attr.evaluation.saved import write_json
+
+        write_json(self, path)
+
+    @classmethod
+    def load_json(cls, path: str | PathLike[str]) -> Evaluation:
+        """Read a file written by :meth:`save_json`.
+
+        Raises:
+            OSError: If the file cannot be read.
+            ValueError: If it holds no evaluation.
+        """
+        from nad_attr.evaluation.saved import read_json
+
+        return read_json(path)
+
+    def save(self, path: str | PathLike[str], group: str = "evaluation") -> None:
+        """Write to a group of an HDF5 file; what else is in the file stays.
+
+        Args:
+            path: The file: a new one, or one with gates or other results.
+            group: Name of the result in the file, such as "evaluation/held_out"; replaced if it is
+                there.
+
+        Raises:
+            GateStoreError: If the file cannot be written, or is not one of nad_attr.
+        """
+        from nad_attr.evaluation.saved import write_hdf5
+
+        write_hdf5(self, path, group)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], group: str = "evaluation") -> Evaluation:
+        """Read from a file written by :meth:`save`; no code in the file is ever run.
+
+        Raises:
+            GateStoreError: If the file or the group is no such thing.
+        """
+        from nad_attr.evaluation.saved import read_hdf5
+
+        return read_hdf5(path, group)
+
+    def __repr__(self) -> str:
+        return (
+            f"Evaluation({len(self.tasks)} tasks, {self.n_images} images, size "
+            f"{_number(self.mean('size'))}, own AUC {_number(self.mean('own_auc'))}, other AUC "
+            f"{_number(self.mean('other_auc'))}, fidelity {_number(self.mean('fidelity'))})"
+        )
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

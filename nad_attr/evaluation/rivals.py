@@ -1,0 +1,240 @@
+"""All rivals by name, and each of them at its best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nad_attr.architecture import SubArchitecture
+from nad_attr.data import Data, as_source
+from nad_attr.evaluation.baselines import (
+    CentredEffectScorer,
+    EnergyScorer,
+    GradientXActivationScorer,
+    NeuronMCTScorer,
+    RandomScorer,
+    TaylorOutputScorer,
+    TaylorScorer,
+    top_k,
+)
+from nad_attr.evaluation.captum_scorers import (
+    InternalInfluenceScorer,
+    LayerActivationScorer,
+    LayerConductanceScorer,
+    LayerDeepLiftScorer,
+    LayerGradientXActivationScorer,
+    LayerIntegratedGradientsScorer,
+)
+from nad_attr.evaluation.learned_scorers import CDRPScorer
+from nad_attr.evaluation.magnitude import MagnitudeScorer
+from nad_attr.evaluation.measures import auc, own_images
+from nad_attr.evaluation.responses import sweep
+from nad_attr.evaluation.scorer import ChannelScorer, Scores, Variants, tasks_of
+from nad_attr.evaluation.zennit_scorers import LRPScorer
+from nad_attr.gates import Task
+from nad_attr.sites import GateSite
+
+__all__ = ["SCORERS", "Variant", "best_variant", "best_variants"]
+
+#: Every rival by the name that benchmarks and the command line know it by; each is called as
+#: ``SCORERS[name](model, sites, **options)``.
+SCORERS: MappingProxyType[str, Callable[..., ChannelScorer]] = MappingProxyType(
+    {
+        "random": RandomScorer,
+        "magnitude": MagnitudeScorer,
+        "energy": EnergyScorer,
+        "taylor": TaylorScorer,
+        "taylor_output": TaylorOutputScorer,
+        "neuron_mct": NeuronMCTScorer,
+        "gradient_x_activation": GradientXActivationScorer,
+        "centred_effect": CentredEffectScorer,
+        "layer_activation": LayerActivationScorer,
+        "layer_gradient_x_activation": LayerGradientXActivationScorer,
+        "layer_integrated_gradients": LayerIntegratedGradientsScorer,
+        "layer_conductance": LayerConductanceScorer,
+        "internal_influence": InternalInfluenceScorer,
+        "layer_deep_lift": LayerDeepLiftScorer,
+        "lrp": LRPScorer,
+        "cdrp": CDRPScorer,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make sub-architectures of a scorer's numbers, and how good they are.
+
+    Attributes:
+        include_others: Whether scores are means over own and other images, not over own alone.
+        signed: Whether the sign of each image's score counts.
+        per_site: Whether the same share is kept at each site, not the highest of all together.
+        size: Share of the channels that is kept.
+        own_auc: Mean over tasks of the sub-architectures' own AUC.
+        scores: ``{site name: (T, C)}``.
+        sites: The gate sites.
+        tasks: The T tasks.
+        tried: ``{(include_others, signed, per_site): own AUC}`` of all that were compared.
+    """
+
+    include_others: bool
+    signed: bool
+    per_site: bool
+    size: float
+    own_auc: float
+    scores: Scores = field(repr=False)
+    sites: tuple[GateSite, ...] = field(repr=False)
+    tasks: tuple[Task, ...] = field(repr=False)
+    tried: dict[tuple[bool, bool, bool], float] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """In words, for tables: ``"own and other images, signed, per site"``."""
+        return ", ".join(
+            (
+                "own and other images" if self.include_others else "own images",
+                "signed" if self.signed else "absolute",
+                "per site" if self.per_site else "over all sites",
+            )
+        )
+
+    def architectures(
+        self, size: float | None = None, *, means: dict[str, Tensor] | None = None
+    ) -> list[SubArchitecture]:
+        """The sub-architectures of all tasks; see :func:`~nad_attr.evaluation.top_k`.
+
+        Args:
+            size: None: the size that the variant was chosen at.
+            means: What replaces a closed channel; None: zero.
+        """
+        return top_k(
+            self.scores,
+            self.sites,
+            self.tasks,
+            self.size if size is None else size,
+            means=means,
+            per_site=self.per_site,
+        )
+
+
+def best_variant(
+    scorer: ChannelScorer, scoring: Any, choosing: Data, *, size: float, **options: Any
+) -> Variant:
+    """The variant of a scorer with the highest own AUC at one size; see :func:`best_variants`.
+
+    Args:
+        scorer: The rival.
+        scoring: See :func:`best_variants`.
+        choosing: See there.
+        size: Share of the channels to keep, in (0, 1].
+        **options: Further arguments of :func:`best_variants`.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
+        >>> images = torch.tensor([[2.0, -9.0], [1.0, -9.0], [0.0, 1.0], [0.0, 3.0]])
+        >>> scorer = NeuronMCTScorer(net, [GateSite("0", 2, 1)])
+        >>> data = images, torch.tensor([0, 0, 1, 1])
+        >>> best = best_variant(scorer, data, data, size=0.5)
+        >>> best.name, best.own_auc, len(best.tried)
+        ('own images, absolute, over all sites', 1.0, 8)
+    """
+    return best_variants(scorer, scoring, choosing, sizes=[size], **options)[size]
+
+
+def best_variants(
+    scorer: ChannelScorer,
+    scoring: Any,
+    choosing: Data,
+    tasks: Sequence[Task] | None = None,
+    *,
+    sizes: Sequence[float],
+    means: dict[str, Tensor] | None = None,
+    include_others: Sequence[bool] | None = None,
+    signed: Sequence[bool] | None = None,
+    per_site: Sequence[bool] = (False, True),
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+    **sweep_options: Any,
+) -> dict[float, Variant]:
+    """A rival at its best: for each size, the variant of its scores with the highest own AUC.
+
+    Scores over own images, or over own and other images; absolute or signed, where they have a
+    sign; kept over all sites together or at each site. All scores come from one pass over the
+    scoring images, all sub-architectures of a size are run in one pass over the choosing images.
+    Choose on other images than the result is reported on, or the rival is flattered.
+
+    Args:
+        scorer: The rival.
+        scoring: ``(inputs, targets)`` that the scores are made from, as the scorer takes them.
+        choosing: Images that the variants are compared on, as :func:`~nad_attr.evaluation.sweep`
+            takes them.
+        tasks: T tasks; None: the scoring images' classes.
+        sizes: Shares of the channels to keep, in (0, 1].
+        means: ``{site name: (C,)}``, what replaces a closed channel; None: zero.
+        include_others: Which of the two; None: both, as far as they differ.
+        signed: Which of the two; None: both, as far as there is a sign.
+        per_site: Which of the two.
+        batch_size: Images in a pass, at most.
+        device: Where to run. None: where the network is.
+        forward_func: Called with the inputs in place of the network; has to run the network.
+        additional_forward_args: Further arguments of every call, the same for all images.
+        **sweep_options: Further arguments of :func:`~nad_attr.evaluation.sweep`.
+
+    Returns:
+        ``{size: variant}``. Of equal ones the first: own images, absolute, over all sites.
+
+    Raises:
+        GatingError, SiteError, TypeError, ValueError: As the scorer and ``sweep``; also if there
+            are no sizes, or no task has own and other images to choose on.
+    """
+    if not sizes or not per_site:
+        raise ValueError("name at least one size and one way to keep channels (per_site).")
+    where: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "forward_func": forward_func,
+        "additional_forward_args": additional_forward_args,
+    }
+    inputs, targets = scoring
+    rows = tasks_of(targets, tasks)
+    choice: dict[str, Any] = {} if include_others is None else {"include_others": include_others}
+    variants: Variants = scorer.variants(
+        inputs, targets, tasks=rows, signed=signed, **choice, **where
+    )
+    source = as_source(choosing)
+    own = own_images(source.labels, rows)
+    if not bool((own.any(1) & (~own).any(1)).any()):
+        raise ValueError("no task has both own and other images among those to choose on.")
+    keys = [(*key, apart) for key in variants for apart in per_site]
+    best: dict[float, Variant] = {}
+    for size in sizes:
+        archs = [
+            arch
+            for others, sign, apart in keys
+            for arch in top_k(
+                variants[others, sign], scorer.sites, rows, size, means=means, per_site=apart
+            )
+        ]
+        responses = sweep(scorer.model, archs, choosing, **where, **sweep_options)
+        column = [responses.columns.index(arch.task) for arch in archs if arch.task is not None]
+        gated = responses.gated[torch.arange(len(archs)), :, column]
+        values = auc(gated, own_images(responses.labels, rows).repeat(len(keys), 1))
+        means_of = values.reshape(len(keys), len(rows)).nanmean(1).tolist()
+        tried = dict(zip(keys, means_of, strict=True))
+        key = max(keys, key=lambda k: tried[k])
+        best[size] = Variant(
+            *key,
+            size=size,
+            own_auc=tried[key],
+            scores=variants[key[0], key[1]],
+            sites=scorer.sites,
+            tasks=tuple(rows),
+            tried=tried,
+        )
+    return best

@@ -1,0 +1,180 @@
+"""Layer-wise relevance propagation by Zennit as a channel scorer (extra ``zennit``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nad_attr.data import Source
+from nad_attr.evaluation._foreign import untouched
+from nad_attr.evaluation.scorer import (
+    Batch,
+    ChannelScorer,
+    Scores,
+    check_differentiable,
+    positions,
+)
+from nad_attr.gating import GatingError, channel_shape, installed
+from nad_attr.running import Runner
+from nad_attr.sites import GateSite, unwrap
+
+__all__ = ["LRPScorer"]
+
+#: How far canonizers may move an output, as a share of the outputs' spread.
+_TOLERANCE = 1e-3
+#: What the named composites let pass as if it were an activation, or do not know.
+_WITHOUT_RULES = (nn.MultiheadAttention, nn.LayerNorm, nn.GroupNorm)
+
+
+class LRPScorer(ChannelScorer):
+    """E over images of a channel's LRP relevance for the task output, summed over positions.
+
+    The task output z_k starts the relevance, which Zennit's rules pass on to the sites; with
+    conserving rules and no biases the relevance of a site sums to z_k. Costs a forward pass and
+    about two (epsilon) to four (gamma, alpha-beta) backward passes for each image and task.
+
+    For networks of convolutions, linear layers, BatchNorms, poolings and activations: Zennit's own
+    composites have no rules for attention and LayerNorm, and would pass the plain gradient through
+    them. Sums of a functional residual connection pass the full relevance to both sides; give
+    Zennit's canonizers for them (``zennit.torchvision.ResNetCanonizer``) where they matter. The
+    weights that canonizers merge are put back after each batch.
+
+    Args:
+        model: The network.
+        sites: Gate sites of that network, in forward order.
+        composite: Name of one of Zennit's composites that need nothing else
+            (``"epsilon_plus_flat"``, ``"epsilon_alpha2_beta1_flat"``, ...), or a composite with
+            canonizers of its own.
+        signed: Keep the sign of each image's relevance; False: its absolute value.
+        canonizers: With a name: Zennit's canonizers. None: ``SequentialMergeBatchNorm``, which
+            merges each BatchNorm into the layer that is listed before it.
+
+    Raises:
+        ImportError: If Zennit is not installed.
+        TypeError: If the composite is no composite, or canonizers come with one.
+        ValueError: If there is no composite of that name, it needs arguments, or it has no rule
+            for a module of the network.
+
+    Called, it also raises :class:`~nad_attr.GatingError` if canonizers change what the network
+    computes, as when modules are not listed in the order in which they run.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU()).eval()
+        >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+        >>> images = torch.tensor([[3.0, 1.0], [1.0, 1.0]])
+        >>> LRPScorer(net, [GateSite("0", 2, 1)])(images, torch.tensor([0, 1]))
+        {'0': tensor([[3., 0.], [0., 2.]])}
+
+    Source:
+        Bach et al., "On Pixel-Wise Explanations for Non-Linear Classifier Decisions by Layer-Wise
+        Relevance Propagation", PLOS ONE 2015; Anders et al., "Software for Dataset-wide XAI: From
+        Local Explanations to Global Insights with Zennit, CoRelAy, and ViRelAy", 2021.
+    """
+
+    task_specific = True
+    has_sign = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[GateSite],
+        composite: Any = "epsilon_plus_flat",
+        *,
+        signed: bool = False,
+        canonizers: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__(model, sites)
+        self.signed = signed
+        self.composite = _composite(composite, canonizers)
+        if isinstance(composite, str):
+            for name, module in unwrap(model).named_modules():
+                if isinstance(module, _WITHOUT_RULES):
+                    raise ValueError(
+                        f"Zennit's composite {composite!r} has no rule for module {name!r} "
+                        f"({type(module).__name__}); give a composite that has one."
+                    )
+
+    def prepare(self, runner: Runner, source: Source, batch_size: int) -> None:
+        """Check on one image that canonizers leave the network's outputs as they are."""
+        for inputs in runner.draw(source, [[0]]):
+            with torch.no_grad(), untouched(runner.model):
+                before = runner(inputs)
+                with self._registered(runner.model):
+                    after = runner(inputs)
+        spread = (before - before.mean()).abs().max() + before.abs().max()
+        if not bool((after - before).abs().max() <= _TOLERANCE * spread):
+            raise GatingError(
+                "the composite's canonizers change the network's outputs: modules are not listed "
+                "in the order in which they run, or one is merged that should not be. Give "
+                "canonizers=[...] that fit this network, or canonizers=[]."
+            )
+
+    def image_scores(self, batch: Batch) -> Scores:
+        """The relevance, summed over positions."""
+        shifts: dict[str, Tensor] = {}
+
+        def function(site: GateSite, tensor: Tensor) -> Tensor:
+            channel_shape(site, tensor)
+            shifts[site.name] = tensor.new_zeros(()).expand(tensor.shape).requires_grad_()
+            return tensor + shifts[site.name]
+
+        # The sites' hooks come first, so that they stand outside the rules' at a module's input.
+        with (
+            untouched(batch.model),
+            installed(batch.model, self.sites, function),
+            self._registered(batch.model),
+        ):
+            explained = batch.explained(batch.outputs())
+            check_differentiable(explained)
+            try:
+                relevance = torch.autograd.grad(
+                    explained,
+                    [shifts[site.name] for site in self.sites],
+                    grad_outputs=explained.detach(),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise GatingError(f"the composite's rules fail on this network: {error}") from error
+        return {
+            site.name: positions(value, site).sum(-1)
+            for site, value in zip(self.sites, relevance, strict=True)
+        }
+
+    def _registered(self, model: nn.Module) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self.composite.context(model)
+        return context
+
+
+def _composite(composite: Any, canonizers: Sequence[Any] | None) -> Any:
+    try:
+        from zennit.canonizers import SequentialMergeBatchNorm
+        from zennit.composites import COMPOSITES
+        from zennit.core import Composite
+    except ImportError as error:
+        raise ImportError(
+            "LRPScorer needs Zennit; install it with: pip install 'nad-attr[zennit]'"
+        ) from error
+    if isinstance(composite, Composite):
+        if canonizers is not None:
+            raise TypeError("a composite brings its own canonizers; leave out canonizers=.")
+        return composite
+    if not isinstance(composite, str):
+        raise TypeError(f"composite must be a name or a Zennit composite, not {composite!r:.60}.")
+    if composite not in COMPOSITES:
+        known = ", ".join(map(repr, COMPOSITES))
+        raise ValueError(f"Zennit has no composite {composite!r}; it has {known}.")
+    chosen = [SequentialMergeBatchNorm()] if canonizers is None else list(canonizers)
+    try:
+        return COMPOSITES[composite](canonizers=chosen)
+    except TypeError as error:
+        raise ValueError(
+            f"the composite {composite!r} needs arguments ({error}); make it with them and give "
+            "the composite itself."
+        ) from error

@@ -1,0 +1,165 @@
+"""Every scorer held to the one contract, learned gates included."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nad_attr import GateSite, Recipe, SiteError, TaskGates, learn_gates
+from nad_attr.evaluation import (
+    SCORERS,
+    CDRPScorer,
+    CentredEffectScorer,
+    ChannelScorer,
+    GatesScorer,
+    GivenScorer,
+    InternalInfluenceScorer,
+    LayerActivationScorer,
+    LayerConductanceScorer,
+    LayerDeepLiftScorer,
+    LayerGradientXActivationScorer,
+    LayerIntegratedGradientsScorer,
+    LRPScorer,
+    MagnitudeScorer,
+    OtherTaskScorer,
+    TaylorOutputScorer,
+)
+from tests import helpers
+from tests.scorer_contract import ScorerContract
+
+
+class TestTaylorOutput(ScorerContract):
+    scorer = TaylorOutputScorer
+
+
+class TestCentredEffect(ScorerContract):
+    """With means that are given: without, they are those of all images, other ones included."""
+
+    scorer = CentredEffectScorer
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        means = {site.name: torch.linspace(-0.5, 0.5, site.n_channels) for site in sites}
+        return CentredEffectScorer(model, sites, means=means)
+
+
+class TestLayerActivation(ScorerContract):
+    scorer = LayerActivationScorer
+    needs_gradients = False
+
+
+class TestLayerGradientXActivation(ScorerContract):
+    scorer = LayerGradientXActivationScorer
+
+
+class _Path(ScorerContract):
+    networks = ("cnn, inputs", "resnet", "tokens")  # slow; the tests of one network take cnn
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        return self.scorer(model, sites, n_steps=2)
+
+
+class TestLayerIntegratedGradients(_Path):
+    scorer = LayerIntegratedGradientsScorer
+
+
+class TestLayerConductance(_Path):
+    scorer = LayerConductanceScorer
+
+
+class TestInternalInfluence(_Path):
+    scorer = InternalInfluenceScorer
+
+
+class TestLayerDeepLift(ScorerContract):
+    scorer = LayerDeepLiftScorer
+
+
+class TestLRP(ScorerContract):
+    scorer = LRPScorer
+    networks = ("cnn", "cnn, inputs", "resnet")  # no rules for attention
+
+
+class TestCDRP(ScorerContract):
+    scorer = CDRPScorer
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        return CDRPScorer(model, sites, steps=5, penalty=0.5)
+
+
+class TestMagnitude(ScorerContract):
+    scorer = MagnitudeScorer
+    sees_images = False
+    runs_network = True
+
+
+class _Given(ScorerContract):
+    sees_images = False
+
+    def test_bad_input_tasks(self, score, data) -> None:
+        """Tasks that the images have and the scores have not."""
+        with pytest.raises(ValueError, match=r"no scores for task \(1, 2\), only for 0, 1, 2"):
+            score(*data, tasks=[(1, 2)])
+
+
+TASKS = [0, 1, 2, (0, 2)]
+
+
+class TestGiven(_Given):
+    scorer = GivenScorer
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        generator = torch.Generator().manual_seed(0)
+        given = {s.name: torch.randn(4, s.n_channels, generator=generator) for s in sites}
+        return GivenScorer(given, sites, TASKS, model=model)
+
+
+class TestGates(_Given):
+    """NAD, through the same door as its rivals."""
+
+    scorer = GatesScorer
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        return GatesScorer(self.gates(model, sites), model=model)
+
+    def gates(self, model: nn.Module, sites: list[GateSite]) -> TaskGates:
+        images, labels = helpers.labelled_images(6)
+        # Learned in float64, whatever the network that the scorer is given.
+        exact = copy.deepcopy(model).double()
+        return learn_gates(exact, (images, labels), TASKS, Recipe(steps=2), sites)
+
+    def test_bad_sites(self) -> None:
+        gates = TaskGates({"relu9": torch.rand(4, 6)}, [GateSite("relu9", 6, 1)], TASKS)
+        with pytest.raises(SiteError, match="relu9"):
+            GatesScorer(gates, model=helpers.build(helpers.TinyCNN))
+
+    def test_wrong_number_of_channels(self) -> None:
+        """No network is run: nothing to be wrong about."""
+
+
+class TestOtherTask(_Given):
+    scorer = OtherTaskScorer
+
+    def test_bad_sites(self) -> None:
+        gates = TaskGates({"relu9": torch.rand(4, 6)}, [GateSite("relu9", 6, 1)], TASKS)
+        with pytest.raises(SiteError, match="relu9"):
+            OtherTaskScorer(gates, model=helpers.build(helpers.TinyCNN))
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        generator = torch.Generator().manual_seed(0)
+        gates = {s.name: torch.rand(4, s.n_channels, generator=generator) for s in sites}
+        return OtherTaskScorer(TaskGates(gates, sites, TASKS), model=model)
+
+
+def test_every_name_is_held_to_the_contract() -> None:
+    from tests import test_baselines
+
+    held = {
+        cls.scorer
+        for module in (globals(), vars(test_baselines))
+        for cls in module.values()
+        if isinstance(cls, type) and issubclass(cls, ScorerContract) and hasattr(cls, "scorer")
+    }
+    assert set(SCORERS.values()) <= held
