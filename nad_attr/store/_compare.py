@@ -1,0 +1,80 @@
+"""In what a store and something that should fit it differ, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nad_attr.recipe import Recipe
+from nad_attr.sites import GateSite
+from nad_attr.store._content import Head
+
+__all__ = ["differences", "different_means", "some"]
+
+#: What of the provenance has to be the same for a run to go on.
+_COMPARED = ("model_hash", "data_fingerprint", "seed")
+
+
+def some(items: Sequence[object]) -> str:
+    """The first of many items."""
+    if len(items) <= 6:
+        return ", ".join(map(str, items)) or "none"
+    return f"{', '.join(map(str, items[:4]))}, ... {items[-1]}"
+
+
+def differences(
+    head: Head,
+    sites: Sequence[GateSite] | None,
+    recipe: Recipe | None,
+    provenance: Mapping[str, Any],
+) -> list[str]:
+    """What would be otherwise than a store has it: sites, recipe, model, data, seed."""
+    wrong = []
+    if sites is not None and tuple(sites) != head.sites:
+        wrong.append(f"sites ({different_sites(head.sites, tuple(sites))})")
+    if recipe is not None and head.recipe is not None and recipe != head.recipe:
+        if type(recipe) is not type(head.recipe):
+            wrong.append(f"recipe (it has {head.recipe!r}, not {recipe!r})")
+        else:
+            fields = [
+                f"{field.name} is {getattr(head.recipe, field.name)!r} in it, not "
+                f"{getattr(recipe, field.name)!r}"
+                for field in dataclasses.fields(recipe)
+                if getattr(recipe, field.name) != getattr(head.recipe, field.name)
+            ]
+            wrong.append(f"recipe ({', '.join(fields)})")
+    names = {"model_hash": "model", "data_fingerprint": "data"}
+    for key in _COMPARED:
+        known, given = head.provenance.get(key), provenance.get(key)
+        if known is not None and given is not None and known != given:
+            wrong.append(f"{names.get(key, key)} ({key} is {known!s:.16} in it, not {given!s:.16})")
+    return wrong
+
+
+def different_sites(known: Sequence[GateSite], given: Sequence[GateSite]) -> str:
+    names, others = [s.name for s in known], [s.name for s in given]
+    if names != others:
+        only = [name for name in names if name not in others]
+        new = [name for name in others if name not in names]
+        parts = [f"without {some(only)}"] if only else []
+        parts += [f"with {some(new)}"] if new else []
+        return " and ".join(parts) or "in another order"
+    a, b = next((a, b) for a, b in zip(known, given, strict=True) if a != b)
+    return f"{a} in it, not {b}"
+
+
+def different_means(
+    known: Mapping[str, Tensor] | None, given: Mapping[str, Tensor] | None
+) -> list[str]:
+    """The first site whose means differ, if there is one."""
+    if known is None or given is None:
+        return [] if known is None and given is None else ["means (one has none)"]
+    # Another device or batch size computes the same means with another rounding.
+    for name, mean in known.items():
+        if not torch.allclose(mean, given[name], rtol=1e-3, atol=1e-5):
+            return [f"means of {name!r}"]
+    return []

@@ -1,0 +1,609 @@
+"""What a store holds: an HDF5 file, and the records that came since it was written."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nad_attr.architecture import Task, as_task
+from nad_attr.gates import TaskGates
+from nad_attr.history import History
+from nad_attr.recipe import Recipe
+from nad_attr.sites import GateSite
+from nad_attr.store._errors import GateStoreError, reading
+from nad_attr.store._journal import Record, now
+from nad_attr.store._read import Reader, Table
+from nad_attr.store._result_groups import (
+    read_result_group,
+    result_groups,
+    write_result_group,
+)
+from nad_attr.store._write import (
+    check_name,
+    encoded_rows,
+    put_array,
+    put_attribute,
+    put_rows,
+    put_sites,
+    put_strings,
+    to_json,
+    utf8,
+    write_file,
+)
+
+__all__ = ["Content", "Head", "Row", "append_record"]
+
+Floats = npt.NDArray[np.float32]
+
+
+class Row(NamedTuple):
+    """A task, and where its gates are: in the file, or in one of the records."""
+
+    task: Task
+    name: str | None
+    n_sample: int  # -1: not known
+    finished: float  # seconds since 1970, NaN: not known
+    record: int  # -1: the file
+    row: int
+
+
+@dataclass
+class Head:
+    """What is one for the whole store."""
+
+    sites: tuple[GateSite, ...]
+    recipe: Recipe | None = None
+    means: dict[str, Tensor] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    store: str = field(default_factory=lambda: uuid.uuid4().hex)
+    revision: int = 0
+    created: str = field(default_factory=now)
+    modified: str = field(default_factory=now)
+
+
+def append_record(
+    gates: TaskGates, rows: Sequence[int], counts: Sequence[int], finished: float | None = None
+) -> Record:
+    """The record of some of the tasks of gates; their sites are the store's."""
+    chosen = (
+        gates
+        if list(rows) == list(range(len(gates)))
+        else gates.select([gates.tasks[row] for row in rows])
+    )
+    for name in chosen.task_names or ():
+        utf8(name)
+    arrays: dict[str, Any] = {}
+    logits = chosen.logits
+    for i, site in enumerate(chosen.sites):
+        arrays[f"gate/{i}"] = chosen[site.name].numpy()
+        if logits is not None:
+            arrays[f"logit/{i}"] = logits[site.name].numpy()
+        if chosen.means is not None:
+            arrays[f"mean/{i}"] = chosen.means[site.name].numpy()
+    for name, curve in (chosen.history or {}).items():
+        arrays[f"history/{check_name(name, 'a quantity of the history')}"] = curve
+    header = {
+        "kind": "append",
+        "tasks": chosen.tasks,
+        "names": chosen.task_names,
+        "n_sample": list(counts),
+        "finished": time.time() if finished is None else finished,
+        "recipe": None if chosen.recipe is None else chosen.recipe.to_json(),
+        "info": chosen.info,
+    }
+    return Record(header, arrays)
+
+
+class Content:
+    """A store, read on demand.
+
+    Args:
+        path: The store's path, for messages.
+        head: What is one for all tasks.
+        reader: The HDF5 file; None: there is none yet.
+        groups: The file's groups of sites.
+        records: What came since.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        head: Head,
+        reader: Reader | None = None,
+        groups: Sequence[h5py.Group] = (),
+        records: Sequence[Record] = (),
+    ) -> None:
+        self.path, self.head, self.reader = path, head, reader
+        self.records: list[Record] = []
+        self.rows: list[Row] = []
+        self.where: dict[Task, int] = {}
+        self._groups = groups
+        self._n_file = 0
+        #: {method: {task: (record, row)}}, what records say in place of the file.
+        self._scores: dict[str, dict[Task, tuple[int, int]]] = {}
+        self._results: dict[str, Record | None] = {}
+        if reader is not None:
+            self._add(self._rows_of_file(reader))
+            self._n_file = len(self.rows)
+            if reader.has(reader.file, "score"):
+                root = reader.group(reader.file, "score")
+                self._scores = {name: {} for name in reader.names(root)}
+            self._results = dict.fromkeys(result_groups(reader))
+        for record in records:
+            self.apply(record)
+
+    @classmethod
+    def of_file(cls, path: Path, reader: Reader) -> Content:
+        """What an HDF5 file says by itself."""
+        file = reader.file
+        sites = reader.sites()
+        means = reader.means(sites)
+        recipe = reader.text(file, "recipe", None)
+        head = Head(
+            tuple(site for site, _ in sites),
+            None if recipe is None else Recipe.from_json(recipe),
+            None if means is None else {n: torch.from_numpy(mean) for n, mean in means.items()},
+            reader.json(file, "provenance", dict, {}),
+            reader.json(file, "info", dict, {}),
+            reader.text(file, "store"),
+            reader.integer(file, "revision"),
+            reader.text(file, "created"),
+            reader.text(file, "modified"),
+        )
+        return cls(path, head, reader, [group for _, group in sites])
+
+    @staticmethod
+    def _rows_of_file(reader: Reader) -> list[Row]:
+        group = reader.group(reader.file, "task")
+        texts = reader.strings(group, "index")
+        tasks = json.loads(f"[{','.join(texts)}]")
+        n = len(tasks)
+        if n != len(texts):
+            raise GateStoreError(f"{reader.path}: /task/index holds {len(texts)} texts, {n} tasks.")
+        names: Sequence[str | None] = [None] * n
+        if reader.has(group, "name"):
+            names = reader.strings(group, "name", n)
+        counts = reader.array(group, "n_sample", "i", (n,)).tolist()
+        finished = reader.array(group, "finished", "f", (n,)).tolist()
+        return [
+            Row(task if type(task) is int and task >= 0 else as_task(task), name, count, at, -1, i)
+            for i, (task, name, count, at) in enumerate(
+                zip(tasks, names, counts, finished, strict=True)
+            )
+        ]
+
+    def _add(self, rows: Sequence[Row]) -> None:
+        # Names are looked through only where there are some, for there may be many rows.
+        named = rows[0].name is not None if rows else False
+        known = {row.name for row in self.rows} if named else set()
+        for row in rows:
+            if row.task in self.where:
+                if row.record < 0:
+                    raise GateStoreError(f"{self.path}: task {row.task} is there twice.")
+                continue
+            if row.name is not None and row.name in known:
+                raise GateStoreError(f"{self.path}: the name {row.name!r} is there twice.")
+            if self.rows and (row.name is None) != (self.rows[0].name is None):
+                raise GateStoreError(f"{self.path}: some of its tasks have names and some do not.")
+            known.add(row.name)
+            self.where[row.task] = len(self.rows)
+            self.rows.append(row)
+
+    # -- records -------------------------------------------------------------------------------
+
+    def apply(self, record: Record) -> None:
+        """Take in a record.
+
+        Raises:
+            GateStoreError: If it does not fit.
+        """
+        with reading(self.path):
+            number = len(self.records)
+            kind = record.header["kind"]
+            if kind == "append":
+                self._apply_append(record, number)
+            elif kind == "score":
+                where = {
+                    as_task(task): (number, i) for i, task in enumerate(record.header["tasks"])
+                }
+                self._check_arrays(record, "score/", len(where))
+                if any(task not in self.where for task in where):
+                    raise GateStoreError(f"{self.path}: scores of tasks that it does not hold.")
+                self._scores.setdefault(str(record.header["method"]), {}).update(where)
+            elif kind == "result":
+                self._results[str(record.header["group"])] = record
+            else:
+                raise GateStoreError(f"{self.path}: its journal holds {kind!r:.20}.")
+            self.records.append(record)
+
+    def _apply_append(self, record: Record, number: int) -> None:
+        header = record.header
+        tasks = [as_task(task) for task in header["tasks"]]
+        n = len(tasks)
+        names = [None] * n if header["names"] is None else [str(name) for name in header["names"]]
+        counts = [int(count) for count in header["n_sample"]]
+        if not n or len(names) != n or len(counts) != n:
+            raise GateStoreError(f"{self.path}: its journal names {n} tasks otherwise.")
+        self._check_arrays(record, "gate/", n)
+        has_logits = "logit/0" in record.arrays
+        if has_logits:
+            self._check_arrays(record, "logit/", n)
+        if self.rows and has_logits != self.has_logits:
+            raise GateStoreError(f"{self.path}: some of its tasks have logits and some do not.")
+        for name, curve in record.arrays.items():
+            if name.startswith("history/") and (curve.ndim != 2 or curve.shape[1] != n):
+                raise GateStoreError(f"{self.path}: its history is not one of {n} tasks.")
+        head = self.head
+        first = not self.rows
+        self._add(
+            [
+                Row(task, name, count, float(header["finished"]), number, i)
+                for i, (task, name, count) in enumerate(zip(tasks, names, counts, strict=True))
+            ]
+        )
+        if first and head.recipe is None and header["recipe"] is not None:
+            head.recipe = Recipe.from_json(header["recipe"])
+        if first and head.means is None and "mean/0" in record.arrays:
+            head.means = {}
+            for i, site in enumerate(head.sites):
+                mean = np.array(record.arrays[f"mean/{i}"], np.float32)
+                if mean.shape != (site.n_channels,):
+                    raise GateStoreError(f"{self.path}: the means of {site.name!r} do not fit.")
+                head.means[site.name] = torch.from_numpy(mean)
+        info = dict(header["info"] or {})
+        head.info = info if first and not head.info else _joined(head.info, info)
+        head.modified = now()
+
+    def _check_arrays(self, record: Record, prefix: str, n: int) -> None:
+        for i, site in enumerate(self.head.sites):
+            array = record.arrays[f"{prefix}{i}"]
+            if array.shape != (n, site.n_channels) or array.dtype != np.float32:
+                raise GateStoreError(
+                    f"{self.path}: {prefix}{i} has shape {array.shape} and type {array.dtype}, "
+                    f"expected float32 {(n, site.n_channels)}."
+                )
+
+    # -- gates ---------------------------------------------------------------------------------
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether tasks have logits."""
+        if not self.rows:
+            return False
+        if self.rows[0].record >= 0:
+            return "logit/0" in self.records[self.rows[0].record].arrays
+        assert self.reader is not None
+        return self.reader.has(self._groups[0], "logit")
+
+    def _quantities(self) -> dict[str, int]:
+        """``{quantity of the history: steps}``."""
+        found: dict[str, int] = {}
+        if self.reader is not None and self.reader.has(self.reader.file, "history"):
+            root = self.reader.group(self.reader.file, "history")
+            for name in self.reader.names(root):
+                found[name] = self.reader.table(root, name, (None, self._n_file), 1).shape[0]
+        for record in self.records:
+            for key, curve in record.arrays.items():
+                if key.startswith("history/"):
+                    name = key.removeprefix("history/")
+                    found[name] = max(found.get(name, 0), curve.shape[0])
+        return found
+
+    def _file_table(self, order: int, key: str) -> Table:
+        assert self.reader is not None
+        shape = (self._n_file, self.head.sites[order].n_channels)
+        return self.reader.table(self._groups[order], key, shape)
+
+    def _numbers(self, order: int, key: str, rows: Sequence[Row]) -> Floats:
+        """float32 (rows, C) of one site."""
+        filed = [i for i, row in enumerate(rows) if row.record < 0]
+        if len(filed) == len(rows):
+            return self._file_table(order, key).rows([row.row for row in rows])
+        values = np.empty((len(rows), self.head.sites[order].n_channels), np.float32)
+        if filed:
+            values[filed] = self._file_table(order, key).rows([rows[i].row for i in filed])
+        for i, row in enumerate(rows):
+            if row.record >= 0:
+                values[i] = self.records[row.record].arrays[f"{key}/{order}"][row.row]
+        return values
+
+    def read(self, rows: Sequence[Row]) -> TaskGates:
+        """The gates of some tasks."""
+        head = self.head
+        with reading(self.path):
+            if self.reader is not None:
+                self.reader.begin()
+            gates: dict[str, Tensor] = {}
+            logits: dict[str, Tensor] | None = {} if self.has_logits else None
+            for order, site in enumerate(head.sites):
+                gates[site.name] = torch.from_numpy(self._numbers(order, "gate", rows))
+                if logits is not None:
+                    logits[site.name] = torch.from_numpy(self._numbers(order, "logit", rows))
+            names = [row.name for row in rows if row.name is not None]
+            return TaskGates(
+                gates,
+                head.sites,
+                [row.task for row in rows],
+                logits=logits,
+                means=head.means,
+                recipe=head.recipe,
+                history=self._history(rows),
+                task_names=names or None,
+                info=head.info,
+            )
+
+    def _history(self, rows: Sequence[Row]) -> History | None:
+        quantities = self._quantities()
+        if not quantities:
+            return None
+        steps = max(quantities.values())
+        if self.reader is not None:
+            self.reader.reserve(4 * steps * len(rows) * len(quantities), "/history")
+        curves = {}
+        for name in quantities:
+            curve = np.full((steps, len(rows)), np.nan, np.float32)
+            table = self._history_table(name)
+            filed = [i for i, row in enumerate(rows) if row.record < 0]
+            if filed and table is not None:
+                found = _present(table, [rows[i].row for i in filed])
+                curve[: table.shape[0], filed] = found.T
+            for i, row in enumerate(rows):
+                if row.record >= 0:
+                    own = self.records[row.record].arrays.get(f"history/{name}")
+                    if own is not None:
+                        curve[: own.shape[0], i] = own[:, row.row]
+            curves[name] = curve
+        return History(curves)
+
+    def _history_table(self, name: str) -> Table | None:
+        if self.reader is None or not self.reader.has(self.reader.file, "history"):
+            return None
+        root = self.reader.group(self.reader.file, "history")
+        if not self.reader.has(root, name):
+            return None
+        return self.reader.table(root, name, (None, self._n_file), 1)
+
+    # -- scores --------------------------------------------------------------------------------
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods with scores."""
+        return sorted(self._scores)
+
+    def _score_table(self, method: str, order: int) -> Table | None:
+        if self.reader is None or not self.reader.has(self.reader.file, "score"):
+            return None
+        root = self.reader.group(self.reader.file, "score")
+        if not self.reader.has(root, method):
+            return None
+        shape = (self._n_file, self.head.sites[order].n_channels)
+        return self.reader.table(self.reader.group(root, method), str(order), shape)
+
+    def scores(self, method: str) -> dict[str, Floats]:
+        """``{site name: float32 (T, C)}``, NaN for tasks without."""
+        with reading(self.path):
+            if self.reader is not None:
+                self.reader.begin()
+            found = {}
+            for order, site in enumerate(self.head.sites):
+                table = self._score_table(method, order)
+                if self.reader is not None:
+                    claimed = 4 * len(self.rows) * site.n_channels
+                    self.reader.reserve(claimed, f"/score/{method}")
+                values = np.full((len(self.rows), site.n_channels), np.nan, np.float32)
+                if table is not None and self._n_file:
+                    values[: self._n_file] = _present(table, range(self._n_file))
+                for task, (record, i) in self._scores[method].items():
+                    values[self.where[task]] = self.records[record].arrays[f"score/{order}"][i]
+                found[site.name] = values
+            return found
+
+    def score_attributes(self, method: str) -> dict[str, Any]:
+        """What was said about a method; the last time counts."""
+        for record in reversed(self.records):
+            if record.header["kind"] == "score" and record.header["method"] == method:
+                return dict(record.header["attributes"] or {})
+        assert self.reader is not None
+        with reading(self.path):
+            group = self.reader.group(self.reader.group(self.reader.file, "score"), method)
+            return dict(self.reader.json(group, "attributes", dict, {}))
+
+    # -- results -------------------------------------------------------------------------------
+
+    @property
+    def results(self) -> list[str]:
+        """The groups of results."""
+        return sorted(self._results)
+
+    def result(self, group: str) -> Record:
+        """A result.
+
+        Raises:
+            GateStoreError: If there is no such result.
+        """
+        if group not in self._results:
+            there = ", ".join(map(repr, self.results)) or "none"
+            raise GateStoreError(f"{self.path} has no result {group!r}; there are {there}.")
+        record = self._results[group]
+        if record is None:
+            assert self.reader is not None
+            with reading(self.path):
+                self.reader.begin()
+                return read_result_group(self.reader, group)
+        return record
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def write(self, target: Path, ready: Callable[[], None] = lambda: None) -> None:
+        """Put everything into one HDF5 file, which replaces what is there in one step."""
+        head = self.head
+        revision = head.revision + 1
+
+        def fill(file: h5py.File) -> None:
+            put_attribute(file, "store", head.store)
+            put_attribute(file, "revision", revision)
+            put_attribute(file, "created", head.created)
+            put_attribute(file, "modified", head.modified)
+            put_attribute(file, "info", to_json(head.info))
+            put_attribute(file, "provenance", to_json(head.provenance))
+            if head.recipe is not None:
+                put_attribute(file, "recipe", head.recipe.to_json())
+            self._write_tasks(file)
+            groups = put_sites(file, head.sites, head.means)
+            n = len(self.rows)
+            for order, (site, group) in enumerate(zip(head.sites, groups, strict=True)):
+                for key in ("gate", "logit") if self.has_logits else ("gate",):
+                    put_rows(group, key, (n, site.n_channels), self._encoded(order, key))
+            self._write_history(file)
+            self._write_scores(file)
+            for name in self._results:
+                write_result_group(file, self.result(name))
+            self._copy_the_rest(file)
+
+        write_file(target, "task_gates", fill, ready)
+        head.revision = revision
+
+    def _write_tasks(self, file: h5py.File) -> None:
+        group = file.create_group("task")
+        put_strings(group, "index", [json.dumps(row.task) for row in self.rows])
+        names = [row.name for row in self.rows if row.name is not None]
+        if names:
+            put_strings(group, "name", names)
+        put_array(group, "n_sample", np.array([row.n_sample for row in self.rows], np.int64))
+        put_array(group, "finished", np.array([row.finished for row in self.rows], np.float64))
+
+    def _encoded(self, order: int, key: str) -> Iterator[bytes | None]:
+        if self._n_file:
+            yield from _raw(self._file_table(order, key))
+        yield from self._new_rows(lambda record: record.arrays[f"{key}/{order}"])
+
+    def _new_rows(self, table: Callable[[Record], Floats | None]) -> Iterator[bytes | None]:
+        """Rows of the records in order, from the (rows, width) table that each one has, or None."""
+        ready: dict[int, list[bytes] | None] = {}
+        for row in self.rows:
+            if row.record < 0:
+                continue
+            if row.record not in ready:
+                # Rows stand in the order of records, so one record's are needed at a time.
+                values = table(self.records[row.record])
+                ready = {row.record: None if values is None else list(encoded_rows(values))}
+            encoded = ready[row.record]
+            yield None if encoded is None else encoded[row.row]
+
+    def _write_history(self, file: h5py.File) -> None:
+        quantities = self._quantities()
+        if not quantities:
+            return
+        group = file.create_group("history")
+        steps = max(quantities.values())
+        for name in quantities:
+
+            def padded(record: Record, name: str = name) -> Floats | None:
+                curve = record.arrays.get(f"history/{name}")
+                return None if curve is None else _padded(curve.T, steps)
+
+            def encoded(name: str = name) -> Iterator[bytes | None]:
+                table = self._history_table(name)
+                if table is None:
+                    yield from [None] * self._n_file
+                elif table.shape[0] == steps:
+                    yield from _raw(table, sparse=True)
+                else:
+                    values = _present(table, range(self._n_file))
+                    yield from encoded_rows(_padded(values, steps))
+                yield from self._new_rows(padded)
+
+            shape = (steps, len(self.rows))
+            put_rows(group, name, shape, encoded(), axis=1, fill=math.nan)
+
+    def _write_scores(self, file: h5py.File) -> None:
+        for method, changed in self._scores.items():
+            group = file.create_group(f"score/{method}")
+            put_attribute(group, "attributes", to_json(self.score_attributes(method)))
+            for order, site in enumerate(self.head.sites):
+                old: Iterator[bytes | None] = iter(())
+                table = self._score_table(method, order)
+                if table is not None and self._n_file:
+                    old = _raw(table, sparse=True)
+
+                def rows(
+                    old: Iterator[bytes | None] = old,
+                    order: int = order,
+                    changed: dict[Task, tuple[int, int]] = changed,
+                ) -> Iterator[bytes | None]:
+                    for row in self.rows:
+                        before = next(old, None)
+                        if row.task in changed:
+                            record, i = changed[row.task]
+                            values = self.records[record].arrays[f"score/{order}"][i : i + 1]
+                            yield next(encoded_rows(values))
+                        else:
+                            yield before
+
+                shape = (len(self.rows), site.n_channels)
+                put_rows(group, str(order), shape, rows(), fill=math.nan)
+
+    def _copy_the_rest(self, file: h5py.File) -> None:
+        """What other programs put into the file stays; links do not."""
+        if self.reader is None:
+            return
+        for name in self.reader.names(self.reader.file):
+            if name not in file and self.reader.is_hard(self.reader.file, name):
+                h5py.h5o.copy(self.reader.file.id, name.encode(), file.id, name.encode())
+
+
+def _raw(table: Table, *, sparse: bool = False) -> Iterator[bytes | None]:
+    """A table of a file as encoded rows."""
+    if table.by_task():
+        yield from table.raw_rows(sparse=sparse)
+    else:
+        yield from encoded_rows(np.ascontiguousarray(np.moveaxis(table.whole(), table.axis, 0)))
+
+
+def _present(table: Table, rows: Sequence[int]) -> Floats:
+    """Rows of a table, NaN for those that were never written."""
+    if not table.by_task():
+        return table.rows(rows)
+    there = [i for i, row in enumerate(rows) if table.has_row(row)]
+    if len(there) == len(rows):
+        return table.rows(rows)
+    width = table.shape[1 - table.axis]
+    table.reader.reserve(4 * len(rows) * width, table.name)
+    values = np.full((len(rows), width), np.nan, np.float32)
+    if there:
+        values[there] = table.rows([rows[i] for i in there])
+    return values
+
+
+def _padded(values: Floats, width: int) -> Floats:
+    padded = np.full((len(values), width), np.nan, np.float32)
+    padded[:, : values.shape[1]] = values
+    return padded
+
+
+def _joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds for both parts of a run: what is equal; times summed up, lists put together."""
+    joined: dict[str, Any] = {}
+    for key in a.keys() & b.keys():
+        if a[key] == b[key] and key != "seconds":
+            joined[key] = a[key]
+        elif key == "seconds":
+            joined[key] = round(a[key] + b[key], 3)
+        elif key == "started":
+            joined[key] = min(a[key], b[key])
+        elif isinstance(a[key], list) and isinstance(b[key], list):
+            joined[key] = a[key] + [item for item in b[key] if item not in a[key]]
+    return {key: joined[key] for key in a if key in joined}

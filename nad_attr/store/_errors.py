@@ -1,0 +1,42 @@
+"""The error that everything about files ends in."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+
+__all__ = ["GateStoreError", "reading"]
+
+
+class GateStoreError(ValueError):
+    """A file is no readable store, or cannot be written; the message says what is wrong."""
+
+
+#: What h5py, zlib, json and this package's own classes make of damaged content.
+_COMPLAINTS = (
+    OSError,
+    RuntimeError,  # includes RecursionError
+    LookupError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    SystemError,
+    zlib.error,
+    struct.error,
+)
+
+
+@contextmanager
+def reading(path: str | PathLike[str]) -> Iterator[None]:
+    """Turn whatever goes wrong inside the block into a :class:`GateStoreError` with the path."""
+    try:
+        yield
+    except GateStoreError:
+        raise
+    except _COMPLAINTS as error:
+        text = str(error) or type(error).__name__
+        raise GateStoreError(f"{path} is not a readable store of gates: {text:.500}") from error

@@ -1,0 +1,461 @@
+"""Reading HDF5 files that nobody vouches for: sizes, types and links first, content afterwards.
+
+Three things of libhdf5 are not used, for a small damaged file can make them crash, hang or
+allocate without end: metadata of formats before 1.10, which have no checksums; strings of variable
+length; and its own decompression, which goes on for as long as the compressed stream does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from h5py import h5a, h5d, h5l, h5t, h5z
+
+from nad_attr.sites import GateSite
+from nad_attr.store._errors import GateStoreError, reading
+from nad_attr.store._write import FORMAT_VERSION
+
+__all__ = ["Reader", "opened", "superblock"]
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_MAX_BYTES = 2**33  # 8 GB: more than any real store, less than a hostile shape
+#: Deflate shrinks nothing further than this.
+_RATIO = 1032
+_SLACK = 4096
+#: Inflating in one go is the fastest way, as long as no stream can fill the memory.
+_AT_ONCE = 2**24 // _RATIO
+#: Tasks that are looked up one by one; for more, the sizes of all chunks are summed.
+_FEW = 16
+_REQUIRED = object()
+
+
+def superblock(path: Path) -> int:
+    """Version of the superblock of an HDF5 file; from 2 on there are checksums.
+
+    Raises:
+        GateStoreError: If it is no HDF5 file.
+    """
+    if not path.is_file():
+        raise GateStoreError(f"there is no file {path}.")
+    with reading(path), path.open("rb") as file:
+        start = file.read(9)
+    if start[:8] != SIGNATURE or len(start) < 9:
+        raise GateStoreError(f"{path} is not a readable store of gates: it is no HDF5 file.")
+    return start[8]
+
+
+def hdf5(path: Path) -> h5py.File:
+    """Open for reading; HDF5's own lock is shared, and files are replaced, never changed."""
+    return h5py.File(path, "r")
+
+
+@contextmanager
+def opened(path: Path, *kinds: str) -> Iterator[Reader]:
+    """A checked file of one of these kinds, closed afterwards."""
+    with reading(path), hdf5(path) as file:
+        yield Reader(file, path, *kinds)
+
+
+class Reader:
+    """Checked access to an open file of format 2."""
+
+    def __init__(self, file: h5py.File, path: Path, *kinds: str) -> None:
+        self.file, self.path = file, path
+        self.size = int(file.id.get_filesize())
+        self.begin()
+        if not self._has_attribute(file, "format") or self.text(file, "format") != "nad_attr":
+            raise GateStoreError(f"{path} is an HDF5 file, but not one written by nad_attr.")
+        version = self.integer(file, "format_version")
+        if version > FORMAT_VERSION:
+            raise GateStoreError(
+                f"{path} has format version {version}; this nad_attr reads up to "
+                f"{FORMAT_VERSION}. Install a newer nad_attr."
+            )
+        if version != FORMAT_VERSION:
+            raise GateStoreError(
+                f"{path} has format version {version}, which never was in a file of this kind."
+            )
+        self.kind: str = self.text(file, "kind")
+        if self.kind not in kinds:
+            wanted = " or ".join(map(repr, kinds))
+            raise GateStoreError(f"{path} holds {self.kind!r}, not {wanted}.")
+
+    def begin(self) -> None:
+        """Start another operation: nothing is read yet."""
+        self._left = self.size
+        self._room = min(_MAX_BYTES, _RATIO * self.size + _SLACK)
+
+    # -- attributes ----------------------------------------------------------------------------
+
+    def _has_attribute(self, group: h5py.Group, name: str) -> bool:
+        return bool(h5a.exists(group.id, name.encode()))
+
+    def _attribute(self, group: h5py.Group, name: str, kind: type[Any], called: str) -> Any:
+        try:
+            attribute = h5a.open(group.id, name.encode())
+        except KeyError:
+            self._refuse(group, name, "is missing")
+        found = attribute.get_type()
+        # h5py would write an array into the room of one value.
+        if isinstance(found, h5t.TypeStringID) and found.is_variable_str():
+            self._refuse(group, name, "is a text of variable length")
+        if not isinstance(found, kind) or attribute.get_storage_size() != found.get_size():
+            self._refuse(group, name, f"is no single {called}")
+        if kind is h5t.TypeStringID:
+            size = found.get_size()
+            if size > self.size:
+                self._refuse(group, name, f"claims {size:,} bytes")
+            value = np.empty((), f"S{size}")
+        else:
+            found, value = h5t.NATIVE_INT64, np.empty((), np.int64)
+        attribute.read(value, mtype=found)
+        return value.item().decode() if kind is h5t.TypeStringID else value.item()
+
+    def _refuse(self, group: h5py.Group, name: str, why: str) -> NoReturn:
+        raise GateStoreError(f"{self.path}: attribute {name!r} of {group.name} {why}.")
+
+    def text(self, group: h5py.Group, name: str, default: Any = _REQUIRED) -> Any:
+        """A text; ``default`` if it is not there."""
+        if default is not _REQUIRED and not self._has_attribute(group, name):
+            return default
+        return self._attribute(group, name, h5t.TypeStringID, "text")
+
+    def integer(self, group: h5py.Group, name: str) -> int:
+        """A whole number."""
+        return int(self._attribute(group, name, h5t.TypeIntegerID, "whole number"))
+
+    def json(self, group: h5py.Group, name: str, kind: type[Any], default: Any = _REQUIRED) -> Any:
+        """What a text of JSON says."""
+        text = self.text(group, name, None if default is not _REQUIRED else _REQUIRED)
+        if text is None:
+            return default
+        value = json.loads(text)
+        if not isinstance(value, kind):
+            raise GateStoreError(
+                f"{self.path}: attribute {name!r} of {group.name} is no {kind.__name__}."
+            )
+        return value
+
+    # -- members -------------------------------------------------------------------------------
+
+    def is_hard(self, group: h5py.Group, name: str) -> bool:
+        """Whether a member is there itself, and no link to somewhere else."""
+        try:
+            return bool(group.id.links.get_info(name.encode()).type == h5l.TYPE_HARD)
+        except (KeyError, RuntimeError):
+            return False
+
+    def has(self, group: h5py.Group, name: str) -> bool:
+        """Whether there is a member of that name, of whatever kind."""
+        return bool(group.id.links.exists(name.encode()))
+
+    def is_result(self, group: h5py.Group) -> bool:
+        """Whether a group says that it is a result."""
+        return self._has_attribute(group, "kind") and self.text(group, "kind") == "result"
+
+    def is_group(self, group: h5py.Group, name: str) -> bool:
+        """Whether a member is a group; links are none."""
+        return self.is_hard(group, name) and isinstance(group[name], h5py.Group)
+
+    def is_text(self, group: h5py.Group, name: str) -> bool:
+        """Whether a member is a list of texts of fixed length."""
+        return bool(self._open(group, name).dtype.kind == "S")
+
+    def group(self, group: h5py.Group, name: str) -> h5py.Group:
+        """A group inside this one; links to anywhere else are refused."""
+        return self._member(group, name, h5py.Group)
+
+    def _member(self, group: h5py.Group, name: str, kind: type[Any]) -> Any:
+        if not self.is_hard(group, name):
+            raise GateStoreError(f"{self.path}: {_path(group, name)} is missing or a link.")
+        value = group[name]
+        if not isinstance(value, kind):
+            raise GateStoreError(f"{self.path}: {_path(group, name)} is not a {kind.__name__}.")
+        return value
+
+    def names(self, group: h5py.Group) -> list[str]:
+        """The members of a group."""
+        n = group.id.get_num_objs()
+        if n > max(100, self.size // 8):
+            raise GateStoreError(f"{self.path}: {group.name} claims {n:,} members.")
+        return list(group)
+
+    # -- arrays --------------------------------------------------------------------------------
+
+    def array(
+        self,
+        group: h5py.Group,
+        name: str,
+        kinds: str = "biuf",
+        shape: tuple[int | None, ...] | None = None,
+    ) -> npt.NDArray[Any]:
+        """A whole array of these kinds of numbers and this shape (None: any)."""
+        return self._table(group, name, kinds, shape).whole()
+
+    def strings(self, group: h5py.Group, name: str, n: int | None = None) -> list[str]:
+        """A list of texts."""
+        table = self._table(group, name, "S", None)
+        if len(table.shape) != 1:
+            raise GateStoreError(f"{self.path}: {table.name} is not a list of strings.")
+        if n is not None and table.shape != (n,):
+            raise GateStoreError(f"{self.path}: {table.name} has {table.shape[0]} texts for {n}.")
+        return [value.decode() for value in table.whole().tolist()]
+
+    def table(
+        self, group: h5py.Group, name: str, shape: tuple[int | None, int | None], axis: int = 0
+    ) -> Table:
+        """A float32 table of which single tasks can be read; they lie along ``axis``."""
+        table = self._table(group, name, "f", shape)
+        if table.dtype.itemsize != 4:
+            raise GateStoreError(f"{self.path}: {table.name} has type {table.dtype}, not float32.")
+        table.axis = axis
+        return table
+
+    def _table(
+        self, group: h5py.Group, name: str, kinds: str, shape: tuple[int | None, ...] | None
+    ) -> Table:
+        table = Table(self, self._open(group, name), group, name)
+        if table.dtype.kind not in kinds:
+            raise GateStoreError(f"{self.path}: {table.name} has type {table.dtype}.")
+        if shape not in (None, table.shape) and not _fits(table.shape, shape):
+            raise GateStoreError(
+                f"{self.path}: {table.name} has shape {table.shape}, expected {shape}."
+            )
+        return table
+
+    def _open(self, group: h5py.Group, name: str) -> Any:
+        if not self.is_hard(group, name):
+            raise GateStoreError(f"{self.path}: {_path(group, name)} is missing or a link.")
+        try:
+            return h5d.open(group.id, name.encode())
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise GateStoreError(
+                f"{self.path}: {_path(group, name)} is not a readable Dataset: {error}"
+            ) from None
+
+    def charge(self, stored: int, claimed: int, table: Table) -> None:
+        """Count what an operation reads: a small file must not become a large array."""
+        if claimed > min(_MAX_BYTES, _RATIO * stored + _SLACK):
+            raise GateStoreError(
+                f"{self.path}: {table.name} claims {claimed:,} bytes but holds {stored:,}."
+            )
+        self._left -= stored
+        if self._left < 0:
+            raise GateStoreError(
+                f"{self.path}: {table.name} claims bytes that stand in several places or nowhere."
+            )
+        self.reserve(claimed, table.name)
+
+    def reserve(self, claimed: int, what: str) -> None:
+        """Count what an operation allocates, wherever it comes from."""
+        self._room -= claimed
+        if self._room < 0:
+            raise GateStoreError(
+                f"{self.path}: {what} claims more bytes than a file of {self.size:,} can hold."
+            )
+
+    # -- what every kind of file has -----------------------------------------------------------
+
+    def sites(self) -> list[tuple[GateSite, h5py.Group]]:
+        """The gate sites in forward order, with their groups."""
+        root = self.group(self.file, "site")
+        n = root.id.get_num_objs()
+        if not 0 < n <= max(100, self.size // 8):
+            raise GateStoreError(f"{self.path}: {n} gate sites.")
+        sites = []
+        for order in range(n):
+            group = self.group(root, str(order))
+            site = GateSite(
+                self.text(group, "name"),
+                self.integer(group, "n_channels"),
+                self.integer(group, "channel_dim"),
+                bool(self.integer(group, "at_input")),
+            )
+            sites.append((site, group))
+        return sites
+
+    def means(
+        self, sites: Sequence[tuple[GateSite, h5py.Group]]
+    ) -> dict[str, npt.NDArray[Any]] | None:
+        """``{site name: float32 (C,)}``; None if the first site has none."""
+        if not self.has(sites[0][1], "mean"):
+            return None
+        return {
+            site.name: self.array(group, "mean", "f", (site.n_channels,)) for site, group in sites
+        }
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
+    return wanted is None or (
+        len(shape) == len(wanted)
+        and all(w is None or w == h for w, h in zip(wanted, shape, strict=True))
+    )
+
+
+def _path(group: h5py.Group, name: str) -> str:
+    return f"{group.name.rstrip('/')}/{name}"
+
+
+class Table:
+    """An array in a file, checked for everything but its content."""
+
+    def __init__(self, reader: Reader, data: Any, group: h5py.Group, name: str) -> None:
+        self.reader, self.data = reader, data
+        self._group, self._name = group, name
+        self.axis = 0
+        # The type first: h5py may not know it.
+        self.dtype: np.dtype[Any] = data.dtype
+        self.shape: tuple[int, ...] = data.shape
+        plist = data.get_create_plist()
+        layout = plist.get_layout()
+        if layout == h5d.VIRTUAL or plist.get_external_count():
+            self._refuse("has its content outside: it is virtual or has external storage")
+        if self.shape is None:
+            self._refuse("has no shape")
+        self.chunks: tuple[int, ...] | None = None
+        self.filters: tuple[int, ...] = ()
+        if layout == h5d.CHUNKED:
+            chunks = tuple(plist.get_chunk())
+            self.chunks = chunks
+            self.filters = tuple(plist.get_filter(i)[0] for i in range(plist.get_nfilters()))
+            unknown = set(self.filters) - {
+                h5z.FILTER_SHUFFLE,
+                h5z.FILTER_DEFLATE,
+                h5z.FILTER_FLETCHER32,
+            }
+            if unknown:
+                self._refuse(f"has filters {sorted(unknown)}, which this program does not know")
+            if any(c > max(1, s) for c, s in zip(chunks, self.shape, strict=True)):
+                self._refuse(f"claims chunks {chunks} in shape {self.shape}")
+        self.standard = self.filters == (h5z.FILTER_DEFLATE,)
+
+    @property
+    def name(self) -> str:
+        """Where it is in the file."""
+        return _path(self._group, self._name)  # HDF5 takes its time to say so
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise GateStoreError(f"{self.reader.path}: {self.name} {why}.")
+
+    def by_task(self) -> bool:
+        """Whether there is one chunk for each task, filtered as this program does it."""
+        across = 1 - self.axis
+        return (
+            self.standard
+            and self.chunks is not None
+            and self.chunks[self.axis] == 1
+            and self.chunks[across] == self.shape[across]
+        )
+
+    def raw_rows(self, *, sparse: bool = False) -> Iterator[bytes | None]:
+        """The chunks of all tasks as they are, if :meth:`by_task`; None for what is not there."""
+        for i in range(self.shape[self.axis]):
+            if sparse and not self.has_row(i):
+                yield None
+                continue
+            mask, content = self.data.read_direct_chunk(self._offset(i))
+            if mask:
+                self._refuse("has chunks without compression")
+            yield content
+
+    def _offset(self, i: int) -> tuple[int, int]:
+        return (i, 0) if self.axis == 0 else (0, i)
+
+    def has_row(self, i: int) -> bool:
+        """Whether the chunk of a task was written, if :meth:`by_task`."""
+        info = self.data.get_chunk_info_by_coord(self._offset(i))
+        if info.byte_offset is not None and info.size > self.reader.size:
+            self._refuse(f"claims a chunk of {info.size:,} bytes")
+        return info.byte_offset is not None
+
+    def rows(self, rows: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The numbers of some tasks, float32 (rows, other axis)."""
+        if not self.by_task():
+            # Another program wrote it anew. Nothing is known but the whole.
+            values = self.whole()
+            return np.ascontiguousarray(np.take(values, rows, self.axis).swapaxes(0, self.axis))
+        width = self.shape[1 - self.axis]
+        n_bytes = width * 4
+        if len(rows) > _FEW:
+            self.reader.charge(self.data.get_storage_size(), len(rows) * n_bytes, self)
+        content = []
+        for i in rows:
+            offset = self._offset(i)
+            info = self.data.get_chunk_info_by_coord(offset) if len(rows) <= _FEW else None
+            if info is not None:
+                if info.byte_offset is None:
+                    self._refuse(f"has no content for task number {i}")
+                self.reader.charge(info.size, n_bytes, self)
+            mask, raw = self.data.read_direct_chunk(offset)
+            if mask:
+                self._refuse("has chunks without compression")
+            content.append(self._inflated(raw, n_bytes))
+        return np.frombuffer(bytearray().join(content), self.dtype).reshape(len(rows), width)
+
+    def _charge(self) -> None:
+        stored = self.data.get_storage_size()
+        n_bytes = math.prod(self.shape) * self.dtype.itemsize
+        self.reader.charge(stored, n_bytes, self)
+
+    def whole(self) -> npt.NDArray[Any]:
+        """All of it."""
+        self._charge()
+        if self.chunks is None:
+            values = np.zeros(self.shape, self.dtype)
+            if values.size:
+                self.data.read(h5py.h5s.ALL, h5py.h5s.ALL, values, h5t.py_create(self.dtype))
+            return values
+        grid = [-(-s // c) for s, c in zip(self.shape, self.chunks, strict=True)]
+        n_chunks = math.prod(grid)
+        if n_chunks != self.data.get_num_chunks():
+            self._refuse(f"claims {n_chunks:,} chunks but holds {self.data.get_num_chunks():,}")
+        if n_chunks == 1 and self.chunks == self.shape:
+            return self._chunk((0,) * len(self.shape)).copy()
+        values = np.empty(self.shape, self.dtype)
+        for index in np.ndindex(*grid):
+            offset = tuple(i * c for i, c in zip(index, self.chunks, strict=True))
+            where = tuple(slice(o, o + c) for o, c in zip(offset, self.chunks, strict=True))
+            part = self._chunk(offset)
+            values[where] = part[tuple(slice(0, n) for n in values[where].shape)]
+        return values
+
+    def _chunk(self, offset: tuple[int, ...]) -> npt.NDArray[Any]:
+        assert self.chunks is not None
+        size = self.dtype.itemsize
+        n_bytes = math.prod(self.chunks) * size
+        mask, content = self.data.read_direct_chunk(offset)
+        for position in reversed(range(len(self.filters))):
+            if mask >> position & 1:
+                continue
+            which = self.filters[position]
+            if which == h5z.FILTER_FLETCHER32:
+                content = content[:-4]
+            elif which == h5z.FILTER_DEFLATE:
+                extra = 4 * self.filters[:position].count(h5z.FILTER_FLETCHER32)
+                content = self._inflated(content, n_bytes + extra)
+            elif len(content) == n_bytes and size > 1:
+                content = np.frombuffer(content, np.uint8).reshape(size, -1).T.tobytes()
+        if len(content) != n_bytes:
+            self._refuse(f"has a chunk of {len(content):,} bytes in place of {n_bytes:,}")
+        return np.frombuffer(content, self.dtype).reshape(self.chunks)
+
+    def _inflated(self, content: bytes, n_bytes: int) -> bytes:
+        if len(content) <= _AT_ONCE:
+            found = zlib.decompress(content, zlib.MAX_WBITS, n_bytes)
+        else:
+            stream = zlib.decompressobj()
+            found = stream.decompress(content, n_bytes + 1)
+            if not stream.eof:
+                self._refuse("has a chunk that goes on after its end")
+        if len(found) != n_bytes:
+            self._refuse(f"has a chunk of {len(found):,} bytes in place of {n_bytes:,}")
+        return found

@@ -1,0 +1,130 @@
+"""Results: groups of arrays, lists of texts and attributes, in stores and in files of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import h5py
+import numpy as np
+from torch import Tensor
+
+from nad_attr.store._errors import GateStoreError
+from nad_attr.store._journal import Record
+from nad_attr.store._read import Reader
+from nad_attr.store._write import check_name, put_array, put_attribute, put_strings, to_json, utf8
+
+__all__ = ["read_result_group", "result_groups", "result_record", "write_result_group"]
+
+#: Groups of a store that are no results.
+RESERVED = ("task", "site", "history", "score")
+_DEEPEST = 16
+
+
+def result_record(
+    group: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any] | None
+) -> Record:
+    """The record of a result.
+
+    Raises:
+        GateStoreError: If names or values cannot stand in a file.
+        TypeError: If ``attributes`` hold what JSON cannot.
+    """
+    if not isinstance(group, str) or group.split("/")[0] in RESERVED:
+        raise GateStoreError(f"a result cannot be called {group!r}; the store itself has that.")
+    if group.count("/") >= _DEEPEST:
+        raise GateStoreError(f"{group!r:.60} lies too deep.")
+    for part in group.split("/"):
+        check_name(part, "a result")
+    if not isinstance(arrays, Mapping) or not isinstance(attributes or {}, Mapping):
+        raise TypeError("arrays and attributes must be dictionaries.")
+    numbers: dict[str, Any] = {}
+    texts: dict[str, list[str]] = {}
+    for name, value in arrays.items():
+        check_name(name, "an array of a result")
+        listed = (
+            value.tolist() if isinstance(value, np.ndarray) and value.dtype == object else value
+        )
+        if isinstance(listed, (list, tuple)) and all(isinstance(text, str) for text in listed):
+            texts[name] = list(listed)
+            continue
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        if array.dtype.kind == "U" and array.ndim == 1:
+            texts[name] = array.tolist()
+        elif array.dtype.kind in "biuf" and array.dtype.itemsize <= 8:
+            numbers[name] = array
+        else:
+            raise GateStoreError(
+                f"{name!r} has type {array.dtype} and {array.ndim} axes; a result holds arrays of "
+                "numbers and lists of texts."
+            )
+    for text in [text for each in texts.values() for text in each]:
+        utf8(text)
+    plain = json.loads(to_json(dict(attributes or {})))
+    return Record({"kind": "result", "group": group, "attributes": plain, "texts": texts}, numbers)
+
+
+def result_groups(reader: Reader) -> list[str]:
+    """The groups of a file that hold results."""
+    found: list[str] = []
+    # Hard links can make circles: no group is looked at twice.
+    seen = {_address(reader.file)}
+    waiting = [("", reader.file, 0)]
+    while waiting:
+        path, parent, depth = waiting.pop()
+        for name in reader.names(parent):
+            # Whatever is no result of ours belongs to others; a link might lead anywhere.
+            if (depth == 0 and name in RESERVED) or not reader.is_group(parent, name):
+                continue
+            group = parent[name]
+            if _address(group) in seen:
+                continue
+            seen.add(_address(group))
+            if reader.is_result(group):
+                found.append(path + name)
+            if depth < _DEEPEST:
+                waiting.append((f"{path}{name}/", group, depth + 1))
+    return found
+
+
+def _address(group: h5py.Group) -> int:
+    return int(h5py.h5o.get_info(group.id).addr)
+
+
+def read_result_group(reader: Reader, name: str) -> Record:
+    """A result of a file."""
+    group = reader.file
+    for part in name.split("/"):
+        group = reader.group(group, part)
+    numbers: dict[str, Any] = {}
+    texts: dict[str, list[str]] = {}
+    for member in reader.names(group):
+        if reader.is_group(group, member):
+            continue
+        if reader.is_text(group, member):
+            texts[member] = reader.strings(group, member)
+        else:
+            numbers[member] = reader.array(group, member)
+    attributes = reader.json(group, "attributes", dict)
+    return Record(
+        {"kind": "result", "group": name, "attributes": attributes, "texts": texts}, numbers
+    )
+
+
+def write_result_group(file: h5py.File, record: Record) -> None:
+    """Put a result into a file."""
+    try:
+        group = file.require_group(record.header["group"])
+        put_attribute(group, "kind", "result")
+        put_attribute(group, "attributes", to_json(record.header["attributes"]))
+        for name, texts in record.header["texts"].items():
+            put_strings(group, name, texts)
+        for name, array in record.arrays.items():
+            put_array(group, name, array)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, GateStoreError):
+            raise
+        raise GateStoreError(
+            f"the result {record.header['group']!r} does not fit beside the others: {error}"
+        ) from None

@@ -1,0 +1,62 @@
+"""Files of one sub-architecture."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+
+import h5py
+import torch
+
+from nad_attr.architecture import SubArchitecture, as_task
+from nad_attr.store._errors import GateStoreError, reading
+from nad_attr.store._migrate import sub_architecture_of_version_1
+from nad_attr.store._read import opened, superblock
+from nad_attr.store._write import check_target, put_array, put_sites, put_strings, write_file
+
+__all__ = ["read_sub_architecture", "write_sub_architecture"]
+
+
+def write_sub_architecture(arch: SubArchitecture, path: str | PathLike[str]) -> None:
+    """Write one sub-architecture; an existing file is replaced at once.
+
+    Raises:
+        GateStoreError: If the place cannot be written to.
+    """
+
+    def fill(file: h5py.File) -> None:
+        put_strings(file.create_group("task"), "index", [json.dumps(arch.task)])
+        groups = put_sites(file, arch.sites, arch.means)
+        for site, group in zip(arch.sites, groups, strict=True):
+            put_array(group, "kept", arch[site.name].to(torch.uint8).numpy())
+
+    write_file(check_target(path), "sub_architecture", fill)
+
+
+def read_sub_architecture(path: str | PathLike[str]) -> SubArchitecture:
+    """Read what :func:`write_sub_architecture` wrote.
+
+    Raises:
+        GateStoreError: If the file is missing, damaged, foreign or newer than this program.
+    """
+    source = Path(path)
+    if superblock(source) < 2:
+        return sub_architecture_of_version_1(source)
+    with opened(source, "sub_architecture") as reader, reading(source):
+        texts = reader.strings(reader.group(reader.file, "task"), "index")
+        if len(texts) != 1:
+            raise GateStoreError(f"{path} names {len(texts)} tasks for one sub-architecture.")
+        task = json.loads(texts[0])
+        sites = reader.sites()
+        means = reader.means(sites)
+        masks = {
+            site.name: torch.from_numpy(reader.array(group, "kept", "u", (site.n_channels,))) > 0
+            for site, group in sites
+        }
+        return SubArchitecture(
+            masks,
+            [site for site, _ in sites],
+            task=None if task is None else as_task(task),
+            means=None if means is None else {n: torch.from_numpy(m) for n, m in means.items()},
+        )

@@ -1,0 +1,316 @@
+"""What a store holds, for reading."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import h5py
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nad_attr.architecture import Task, as_task, n_channels
+from nad_attr.gates import TaskGates
+from nad_attr.recipe import Recipe
+from nad_attr.sites import GateSite
+from nad_attr.store._compare import differences, some
+from nad_attr.store._content import Content, Row
+from nad_attr.store._errors import GateStoreError, reading
+from nad_attr.store._journal import journal_path, read_journal
+from nad_attr.store._migrate import content_of_version_1
+from nad_attr.store._read import Reader, hdf5, superblock
+
+if TYPE_CHECKING:
+    import xarray
+
+__all__ = ["Arrays", "StoreView", "opened", "seen"]
+
+#: What a result holds by name.
+Arrays: TypeAlias = "dict[str, npt.NDArray[Any] | list[str]]"
+#: How often a reader looks again, when the writer replaces the file under its eyes.
+_LOOKS = 100
+
+
+class StoreView:
+    """The part of :class:`GateStore` that reads."""
+
+    path: Path
+    _content: Content
+    _closed: bool
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GateStoreError(f"{self.path} is closed.")
+
+    # -- what is in it -------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> tuple[GateSite, ...]:
+        """The gate sites, in forward order."""
+        return self._content.head.sites
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks that are there, in the order in which they were appended."""
+        return tuple(row.task for row in self._content.rows)
+
+    @property
+    def task_names(self) -> tuple[str, ...] | None:
+        """Their names, if they have any."""
+        names = tuple(row.name for row in self._content.rows if row.name is not None)
+        return names or None
+
+    @property
+    def sample_counts(self) -> dict[Task, int]:
+        """``{task: own images that it was learned from}``, where that was said."""
+        return {row.task: row.n_sample for row in self._content.rows if row.n_sample >= 0}
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How gates were learned."""
+        return self._content.head.recipe
+
+    @property
+    def means(self) -> dict[str, Tensor] | None:
+        """``{site name: float32 (C,)}``, what replaces a closed channel; None: zero."""
+        means = self._content.head.means
+        return None if means is None else {name: mean.clone() for name, mean in means.items()}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the gates come from."""
+        facts: dict[str, Any] = json.loads(json.dumps(self._content.head.provenance))
+        return facts
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What was said about all gates (``TaskGates.info``)."""
+        return dict(self._content.head.info)
+
+    def __len__(self) -> int:
+        """Number of tasks."""
+        return len(self._content.rows)
+
+    def __contains__(self, task: object) -> bool:
+        try:
+            return as_task(task) in self._content.where
+        except (TypeError, ValueError):
+            return task in (self.task_names or ()) if isinstance(task, str) else False
+
+    def _rows(self, tasks: Sequence[object] | None) -> list[Row]:
+        content = self._content
+        if tasks is None:
+            return content.rows
+        if isinstance(tasks, (str, bytes)) or not hasattr(tasks, "__iter__"):
+            raise TypeError(f"tasks must be a list of tasks, not {tasks!r}.")
+        rows = []
+        names: dict[str | None, Row] = {}
+        if any(isinstance(task, str) for task in tasks):
+            names = {row.name: row for row in content.rows}
+        for task in tasks:
+            if isinstance(task, str) and task in names:
+                rows.append(names[task])
+                continue
+            where = None if isinstance(task, str) else content.where.get(as_task(task))
+            if where is None:
+                known = ", ".join(map(str, self.tasks[:20])) + " ..." * (len(self) > 20)
+                raise KeyError(f"no gates for task {task!r} in {self.path}; it holds {known}.")
+            rows.append(content.rows[where])
+        return rows
+
+    def read(self, tasks: Sequence[object] | None = None) -> TaskGates:
+        """The gates of some tasks, reading no others.
+
+        Args:
+            tasks: Class indices, groups of them, or task names; None: all, as they were appended.
+
+        Raises:
+            GateStoreError: If there is no task yet, or the file is damaged.
+            KeyError: If it holds no such task.
+        """
+        self._check_open()
+        rows = self._rows(tasks)
+        if not rows:
+            raise GateStoreError(f"{self.path} holds no task yet, or none was asked for.")
+        return self._content.read(rows)
+
+    # -- other methods' scores and results -----------------------------------------------------
+
+    @property
+    def score_methods(self) -> tuple[str, ...]:
+        """The methods whose scores are there."""
+        return tuple(self._content.methods)
+
+    def scores(self, method: str) -> dict[str, Tensor]:
+        """``{site name: float32 (T, C)}`` in the order of ``tasks``, NaN for tasks without.
+
+        Raises:
+            GateStoreError: If there are none of this method.
+        """
+        self._check_method(method)
+        return {n: torch.from_numpy(v) for n, v in self._content.scores(method).items()}
+
+    def score_attributes(self, method: str) -> dict[str, Any]:
+        """What :meth:`write_scores` was told about a method.
+
+        Raises:
+            GateStoreError: If there are no scores of it.
+        """
+        self._check_method(method)
+        return self._content.score_attributes(method)
+
+    def _check_method(self, method: str) -> None:
+        self._check_open()
+        if method not in self._content.methods:
+            there = ", ".join(self.score_methods) or "none"
+            raise GateStoreError(f"{self.path} has no scores of {method!r}; there are {there}.")
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The groups of results, for example "evaluation/heldout"."""
+        return tuple(self._content.results)
+
+    def result(self, group: str) -> tuple[Arrays, dict[str, Any]]:
+        """Arrays, lists of texts and attributes of a result.
+
+        Raises:
+            GateStoreError: If there is no such result.
+        """
+        self._check_open()
+        record = self._content.result(group)
+        return {**record.arrays, **record.header["texts"]}, dict(record.header["attributes"])
+
+    # -- comparing -----------------------------------------------------------------------------
+
+    def check_resumable(
+        self,
+        *,
+        sites: Sequence[GateSite] | None = None,
+        recipe: Recipe | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Refuse to go on with another network, other sites, another recipe, data or seed.
+
+        Args:
+            sites: The sites that would be gated; None: not compared.
+            recipe: The recipe that would be used; None: not compared.
+            provenance: ``model_hash``, ``data_fingerprint`` and ``seed``, as far as they are in
+                it, are compared.
+
+        Raises:
+            GateStoreError: Names everything that differs.
+        """
+        wrong = differences(self._content.head, sites, recipe, provenance or {})
+        if wrong:
+            raise GateStoreError(
+                f"{self.path} was begun otherwise; what differs: {'; '.join(wrong)}. Go on with "
+                "what it was begun with, or write to another file."
+            )
+
+    def describe(self) -> str:
+        """What is in the store, for people."""
+        head = self._content.head
+        facts = head.provenance
+        lines = [
+            f"{self.path}: {len(self):,} task" + "s" * (len(self) != 1),
+            f"  sites       {len(head.sites)} with {n_channels(head.sites):,} channels: "
+            + some([site.name for site in head.sites]),
+            f"  tasks       {some(self.task_names or self.tasks)}",
+            f"  recipe      {head.recipe}",
+            "  closed      " + ("zero" if head.means is None else "at their mean"),
+            f"  logits      {'kept' if self._content.has_logits else 'none'}",
+        ]
+        for key in ("model", "model_hash", "data", "data_fingerprint", "seed", "device"):
+            if facts.get(key) is not None:
+                lines.append(f"  {key.replace('_', ' '):<11} {str(facts[key])[:80]}")
+        if self.score_methods:
+            lines.append(f"  scores      {some(self.score_methods)}")
+        if self.results:
+            lines.append(f"  results     {some(self.results)}")
+        lines.append(f"  written     {head.created} to {head.modified}")
+        return "\n".join(lines)
+
+    def check_same_gates(self, other: StoreView) -> None:
+        both = [task for task in other.tasks if task in self] if other is not self else []
+        for start in range(0, len(both), 64):
+            part = both[start : start + 64]
+            if self.read(part) != other.read(part):
+                wrong = next(t for t in part if self.read([t]) != other.read([t]))
+                raise GateStoreError(
+                    f"{self.path} and {other.path} hold different gates of task {wrong}."
+                )
+
+    def to_xarray(self) -> xarray.Dataset:
+        """All gates as an ``xarray.Dataset``.
+
+        Variables ``gate/<site>`` and, where kept, ``logit/<site>``, over ``task`` and
+        ``channel/<site>``; coordinate ``task`` holds class indices (texts, if there are groups of
+        classes) and ``task_name`` the names.
+
+        Raises:
+            ImportError: If xarray is missing (``pip install xarray``).
+        """
+        try:
+            import xarray
+        except ImportError:
+            raise ImportError("to_xarray needs xarray: pip install xarray") from None
+        gates = self.read()
+        variables = {}
+        for key, values in (("gate", {n: gates[n] for n in gates}), ("logit", gates.logits)):
+            for name, value in (values or {}).items():
+                variables[f"{key}/{name}"] = (("task", f"channel/{name}"), value.numpy())
+        plain = all(isinstance(task, int) for task in gates.tasks)
+        coordinates: dict[str, Any] = {
+            "task": list(gates.tasks) if plain else [json.dumps(task) for task in gates.tasks]
+        }
+        if gates.task_names is not None:
+            coordinates["task_name"] = ("task", list(gates.task_names))
+        attributes = {"recipe": None if gates.recipe is None else gates.recipe.to_json()}
+        return xarray.Dataset(variables, coordinates, attributes)
+
+
+def opened(path: Path) -> tuple[Content, h5py.File | None]:
+    """What the HDF5 file says by itself; no file, if it is of version 1 and was read whole."""
+    if superblock(path) < 2:
+        return content_of_version_1(path), None
+    with reading(path):
+        file = hdf5(path)
+        try:
+            return Content.of_file(path, Reader(file, path, "task_gates")), file
+        except BaseException:
+            file.close()
+            raise
+
+
+def seen(path: Path) -> tuple[Content, h5py.File | None]:
+    """The state of a store that may be replaced at any moment: file and journal that fit."""
+    for _ in range(_LOOKS):
+        before = _identity(path)
+        content, file = opened(path)
+        head = content.head
+        if file is None:
+            return content, None
+        try:
+            with reading(path):
+                records = read_journal(journal_path(path), head.store, head.revision)
+            if _identity(path) == before:
+                for record in records:
+                    content.apply(record)
+                return content, file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+    raise GateStoreError(f"{path} is replaced faster than it can be read.")
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None  # superblock says it better
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -1,0 +1,580 @@
+"""Nothing that a file says is trusted: every file is read or refused, and nothing else happens."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.fuzz_store import campaign
+from nad_attr.architecture import SubArchitecture
+from nad_attr.gates import TaskGates
+from nad_attr.sites import GateSite
+from nad_attr.store import GateStore, GateStoreError
+from tests.stores import make_arch, make_gates, write_version_1
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file of task gates that holds everything there is."""
+    make_gates().save(tmp_path / "gates.h5")
+    return tmp_path / "gates.h5"
+
+
+LOADERS = [TaskGates.load, SubArchitecture.load]
+
+
+def refused(
+    path: Path,
+    load: Callable[[Path], object],
+    words: str | None = None,
+    memory: int = 50 * 2**20,
+) -> None:
+    """A documented error, at once and without a large allocation."""
+    tracemalloc.start()
+    started = time.perf_counter()
+    try:
+        with pytest.raises(GateStoreError, match=words) as error:
+            load(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - started < 5
+    assert peak < memory
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_files_of_another_kind(tmp_path: Path, load: Callable[[Path], object]) -> None:
+    refused(tmp_path / "missing.h5", load, "there is no file")
+    refused(tmp_path, load, "there is no file")
+    for name, content in {
+        "empty": b"",
+        "text": b"gates: all open\n",
+        "pickle": b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00cos\nsystem\n",
+        "zip": b"PK\x03\x04" + bytes(100),
+        "signature": b"\x89HDF\r\n\x1a\n" + bytes(500),
+    }.items():
+        file = tmp_path / name
+        file.write_bytes(content)
+        refused(file, load, "not a readable store")
+    with h5py.File(tmp_path / "foreign.h5", "w") as foreign:
+        foreign["data"] = np.ones(3)
+    refused(tmp_path / "foreign.h5", load, "not one written by nad_attr")
+
+
+def test_the_other_kind_of_store(path: Path) -> None:
+    refused(path, SubArchitecture.load, "holds 'task_gates', not 'sub_architecture'")
+    make_arch().save(path)
+    refused(path, TaskGates.load, "holds 'sub_architecture', not 'task_gates'")
+
+
+def test_a_truncated_file(path: Path) -> None:
+    whole = path.read_bytes()
+    for length in {*range(0, 100, 9), *range(0, len(whole), len(whole) // 60), len(whole) - 1}:
+        path.write_bytes(whole[:length])
+        refused(path, TaskGates.load)
+
+
+def test_a_damaged_file_is_read_or_refused(path: Path) -> None:
+    """Whatever a flipped byte does, it is never another exception, nor a crash."""
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for position in random.integers(len(whole), size=random.integers(1, 4)):
+            damaged[position] = random.integers(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(GateStoreError):
+            TaskGates.load(path)
+
+
+def replace(group: h5py.Group, name: str, value: object, **options: object) -> None:
+    del group[name]
+    group.create_dataset(name, data=value, **options)
+
+
+def replace_texts(group: h5py.Group, name: str, texts: list[str | bytes]) -> None:
+    content = [text if isinstance(text, bytes) else text.encode() for text in texts]
+    array = np.array(content, "S") if content else np.array([], "S1")
+    options = {"chunks": array.shape, "compression": "gzip"} if content else {}
+    replace(group, name, array, **options)
+
+
+def put(where: str, name: str, value: str) -> Callable[[h5py.File], object]:
+    """Give an attribute another text, of fixed length."""
+    return lambda f: f[where].attrs.__setitem__(name, np.bytes_(value))
+
+
+def _object(file: h5py.File) -> None:
+    replace(file["site/0"], "gate", ["a", "b", "c"], dtype=h5py.string_dtype())
+
+
+def _references(file: h5py.File) -> None:
+    replace(file["site/0"], "gate", [[file.ref] * 3] * 3, dtype=h5py.ref_dtype)
+
+
+def _compound(file: h5py.File) -> None:
+    replace(file["site/0"], "gate", np.zeros((3, 3), [("x", "f4")]))
+
+
+def _soft_link(file: h5py.File) -> None:
+    del file["site/0/gate"]
+    file["site/0/gate"] = h5py.SoftLink("/site/1/gate")
+
+
+def _external_link(file: h5py.File) -> None:
+    del file["site/0/gate"]
+    file["site/0/gate"] = h5py.ExternalLink("/etc/hostname", "/gate")
+
+
+def _external_group(file: h5py.File) -> None:
+    del file["site"]
+    file["site"] = h5py.ExternalLink("/etc/hostname", "/site")
+
+
+def _external_storage(file: h5py.File) -> None:
+    del file["site/0/gate"]
+    file["site/0"].create_dataset(
+        "gate", (3, 3), "f4", external=[("/etc/hostname", 0, h5py.h5f.UNLIMITED)]
+    )
+
+
+def _virtual(file: h5py.File) -> None:
+    layout = h5py.VirtualLayout((3, 3), "f4")
+    layout[:] = h5py.VirtualSource("/etc/hostname", "gate", (3, 3))
+    del file["site/0/gate"]
+    file["site/0"].create_virtual_dataset("gate", layout)
+
+
+def _virtual_tasks(file: h5py.File) -> None:
+    layout = h5py.VirtualLayout((3,), h5py.string_dtype())
+    layout[:] = h5py.VirtualSource("/etc/hostname", "index", (3,))
+    del file["task/index"]
+    file["task"].create_virtual_dataset("index", layout)
+
+
+def _huge_gates(file: h5py.File) -> None:
+    del file["site/0/gate"]
+    file["site/0"].create_dataset("gate", (3, 2**40), "f4", chunks=(3, 1024))
+
+
+def _huge_and_compressed(file: h5py.File) -> None:
+    del file["site/0/gate"]
+    file["site/0"].create_dataset("gate", (3, 2**28), "f4", chunks=(3, 2**20), compression="gzip")
+
+
+def _huge_mean(file: h5py.File) -> None:
+    del file["site/0/mean"]
+    file["site/0"].create_dataset("mean", (2**40,), "f4", chunks=(1024,))
+
+
+def _huge_history(file: h5py.File) -> None:
+    del file["history/loss"]
+    file["history"].create_dataset("loss", (2**32, 3), "f4", chunks=(1024, 3))
+
+
+def _huge_tasks(file: h5py.File) -> None:
+    del file["task/index"]
+    file["task"].create_dataset("index", (2**40,), "S8", chunks=(1024,))
+
+
+def _long_tasks(file: h5py.File) -> None:
+    del file["task/index"]
+    file["task"].create_dataset("index", (3,), f"S{2**31 - 1}", chunks=(1,))
+
+
+def _many_tasks(file: h5py.File) -> None:
+    del file["task/index"]
+    file["task"].create_dataset("index", (9_000_000,), "S8", chunks=(1024,))
+
+
+def _many_names(file: h5py.File) -> None:
+    del file["task/name"]
+    file["task"].create_dataset("name", (9_000_000,), "S8", chunks=(1024,))
+
+
+def _texts_of_variable_length(file: h5py.File) -> None:
+    replace(file["task"], "index", ["7", "8", "9"], dtype=h5py.string_dtype())
+
+
+def _deep_json(file: h5py.File) -> None:
+    file.attrs["info"] = np.bytes_("[" * 50_000)
+
+
+def _deep_task(file: h5py.File) -> None:
+    replace_texts(file["task"], "index", ["[" * 50_000, "1", "2"])
+
+
+HOSTILE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
+    "newer version": (
+        lambda f: f.attrs.__setitem__("format_version", 3),
+        "format version 3.*newer",
+    ),
+    "version is text": (lambda f: f.attrs.__setitem__("format_version", "1"), "format_version"),
+    "version 0": (
+        lambda f: f.attrs.__setitem__("format_version", 0),
+        "format version 0, which never was",
+    ),
+    "no version": (lambda f: f.attrs.__delitem__("format_version"), "format_version"),
+    "version is an array": (
+        lambda f: f.attrs.__setitem__("format_version", [1, 1]),
+        "format_version",
+    ),
+    "no kind": (lambda f: f.attrs.__delitem__("kind"), "kind"),
+    "format is a number": (lambda f: f.attrs.__setitem__("format", 1), "format"),
+    "no tasks": (lambda f: f.__delitem__("task"), "task"),
+    "no task index": (lambda f: f.__delitem__("task/index"), "index|task"),
+    "no task at all": (
+        lambda f: (replace_texts(f["task"], "index", []), f.__delitem__("task/name")),
+        "shape",
+    ),
+    "no sites": (lambda f: f.__delitem__("site"), "site"),
+    "empty sites": (lambda f: [f["site"].__delitem__(k) for k in list(f["site"])], "0 gate sites"),
+    "a site is missing": (lambda f: f.__delitem__("site/1"), "/site/1"),
+    "sites are a dataset": (
+        lambda f: (f.__delitem__("site"), f.create_dataset("site", data=[1.0])),
+        "Group",
+    ),
+    "a gate is a group": (
+        lambda f: (f.__delitem__("site/0/gate"), f.create_group("site/0/gate")),
+        "Dataset",
+    ),
+    "no gate": (lambda f: f.__delitem__("site/0/gate"), "gate"),
+    "no site name": (lambda f: f["site/0"].attrs.__delitem__("name"), "'name'"),
+    "empty site name": (put("site/0", "name", ""), "name"),
+    "site name is bytes": (
+        lambda f: f["site/0"].attrs.__setitem__("name", np.void(b"a")),
+        "'name'",
+    ),
+    "site name twice": (
+        put("site/0", "name", "head"),
+        "head|shape|twice",
+    ),
+    "channel axis is text": (
+        lambda f: f["site/0"].attrs.__setitem__("channel_dim", "1"),
+        "channel_dim",
+    ),
+    "channel axis is the batch": (
+        lambda f: f["site/0"].attrs.__setitem__("channel_dim", 0),
+        "batch",
+    ),
+    "at_input is an array": (
+        lambda f: f["site/0"].attrs.__setitem__("at_input", [1, 2]),
+        "at_input",
+    ),
+    "gates are whole numbers": (
+        lambda f: replace(f["site/0"], "gate", np.zeros((3, 3), "i4")),
+        "type int32",
+    ),
+    "gates are complex": (
+        lambda f: replace(f["site/0"], "gate", np.zeros((3, 3), "c8")),
+        "complex",
+    ),
+    "gates are text": (_object, "type"),
+    "gates are references": (_references, "type"),
+    "gates are records": (_compound, "type"),
+    "gates are a number": (lambda f: replace(f["site/0"], "gate", 0.5), "channel|shape"),
+    "gates are empty": (lambda f: replace(f["site/0"], "gate", np.zeros((3, 0), "f4")), "shape"),
+    "gates of another number of tasks": (
+        lambda f: replace(f["site/0"], "gate", np.zeros((2, 3), "f4")),
+        r"shape \(2, 3\), expected \(3, 3\)",
+    ),
+    "logits of another shape": (
+        lambda f: replace(f["site/0"], "logit", np.zeros((3, 4), "f4")),
+        "shape",
+    ),
+    "logits at one site only": (lambda f: f.__delitem__("site/1/logit"), "logits"),
+    "gates above one": (lambda f: f["site/0/gate"].__setitem__((0, 0), 2), "leave"),
+    "gates are NaN": (lambda f: f["site/0/gate"].__setitem__((0, 0), np.nan), "NaN"),
+    "logits are NaN": (lambda f: f["site/0/logit"].__setitem__((0, 0), np.nan), "NaN"),
+    "means are infinite": (lambda f: f["site/0/mean"].__setitem__(0, np.inf), "means"),
+    "means at one site only": (lambda f: f.__delitem__("site/1/mean"), "mean"),
+    "means of another shape": (lambda f: replace(f["site/0"], "mean", np.zeros(9, "f4")), "shape"),
+    "a soft link": (_soft_link, "link"),
+    "an external link": (_external_link, "link"),
+    "an external group": (_external_group, "link"),
+    "external storage": (_external_storage, "type|extern"),
+    "a virtual dataset": (_virtual, "type|virtual"),
+    "virtual tasks": (_virtual_tasks, "shape|virtual"),
+    "huge gates": (_huge_gates, "shape|claims"),
+    "huge gates, compressed": (_huge_and_compressed, "shape|claims"),
+    "huge means": (_huge_mean, "shape|claims"),
+    "huge history": (_huge_history, "shape|claims"),
+    "huge tasks": (_huge_tasks, "shape|claims"),
+    "long tasks": (_long_tasks, "claims"),
+    "texts of variable length": (_texts_of_variable_length, "type object"),
+    "an attribute of variable length": (
+        lambda f: f.attrs.__setitem__("info", "{}"),
+        "variable length",
+    ),
+    "a huge attribute": (
+        lambda f: f.attrs.create("info", np.empty((), "S65000"), shape=(), dtype="S65000"),
+        "readable",
+    ),
+    "many tasks that are not there": (_many_tasks, "claims"),
+    "many names that are not there": (_many_names, "9000000 texts for 3"),
+    "history is a dataset": (
+        lambda f: (f.__delitem__("history"), f.create_dataset("history", data=[1.0])),
+        "Group",
+    ),
+    "history of other tasks": (
+        lambda f: replace(f["history"], "loss", np.zeros((2, 9), "f4")),
+        "shape",
+    ),
+    "tasks are numbers": (lambda f: replace(f["task"], "index", [7, 8, 9]), "type int64"),
+    "tasks are no JSON": (
+        lambda f: replace_texts(f["task"], "index", ["x", "1", "2"]),
+        "not a readable store",
+    ),
+    "a task is negative": (
+        lambda f: replace_texts(f["task"], "index", ["-1", "1", "2"]),
+        "class index",
+    ),
+    "a task is a table": (
+        lambda f: replace_texts(f["task"], "index", ["{}", "1", "2"]),
+        "task",
+    ),
+    "a task is text": (
+        lambda f: replace_texts(f["task"], "index", ['"a"', "1", "2"]),
+        "class index",
+    ),
+    "a task is null": (
+        lambda f: replace_texts(f["task"], "index", ["null", "1", "2"]),
+        "not NoneType",
+    ),
+    "two tasks in one text": (
+        lambda f: replace_texts(f["task"], "index", ["0,1", "2", "3"]),
+        "3 texts, 4 tasks",
+    ),
+    "a task is there twice": (
+        lambda f: replace_texts(f["task"], "index", ["1", "1", "2"]),
+        "twice",
+    ),
+    "tasks are nested deep": (_deep_task, "not a readable store"),
+    "names of other tasks": (
+        lambda f: replace_texts(f["task"], "name", ["a"]),
+        "1 texts for 3",
+    ),
+    "names are no UTF-8": (
+        lambda f: replace_texts(f["task"], "name", [b"\xff\xfe"] * 3),
+        "utf-8",
+    ),
+    "info is no JSON": (
+        put("/", "info", "x"),
+        "not a readable store",
+    ),
+    "info is a list": (put("/", "info", "[1, 2]"), "info|readable"),
+    "info is a number": (lambda f: f.attrs.__setitem__("info", 5), "info"),
+    "info is nested deep": (_deep_json, "not a readable store"),
+    "recipe is no JSON": (
+        put("/", "recipe", "import os"),
+        "readable",
+    ),
+    "recipe of an unknown kind": (
+        put("/", "recipe", '{"kind": "os.system"}'),
+        "not a recipe",
+    ),
+    "recipe with unknown fields": (
+        put("/", "recipe", '{"kind": "Recipe", "__class__": 1}'),
+        "unknown recipe fields",
+    ),
+    "recipe with a wrong value": (
+        put("/", "recipe", '{"kind": "Recipe", "size": "all"}'),
+        "size",
+    ),
+    "recipe's kind is a list": (
+        put("/", "recipe", '{"kind": []}'),
+        "recipe|readable",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_files(path: Path, spoil: Callable[[h5py.File], object], words: str) -> None:
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    refused(path, TaskGates.load, words)
+
+
+HOSTILE_ARCHS: dict[str, tuple[Callable[[h5py.File], object], str]] = {
+    "mask is float": (lambda f: replace(f["site/0"], "kept", np.zeros(3, "f4")), "type float32"),
+    "mask of two axes": (lambda f: replace(f["site/0"], "kept", np.zeros((1, 3), "u1")), "shape"),
+    "mask is a number": (lambda f: replace(f["site/0"], "kept", np.uint8(1)), "channel|shape"),
+    "mask is text": (
+        lambda f: replace(f["site/0"], "kept", ["a"] * 3, dtype=h5py.string_dtype()),
+        "type",
+    ),
+    "huge mask": (
+        lambda f: (
+            f.__delitem__("site/0/kept"),
+            f["site/0"].create_dataset("kept", (2**32,), "u1", chunks=(2**20,)),
+        ),
+        "claims|shape",
+    ),
+    "huge mask that claims little": (
+        lambda f: (
+            f.__delitem__("site/0/kept"),
+            f["site/0"].create_dataset("kept", (2**62,), "u1", chunks=(2**20,)),
+        ),
+        "claims|shape",
+    ),
+    "task is text": (
+        lambda f: replace_texts(f["task"], "index", ['"a"']),
+        "class index",
+    ),
+    "no task": (lambda f: f.__delitem__("task"), "task"),
+    "two tasks": (
+        lambda f: replace_texts(f["task"], "index", ["1", "2"]),
+        "task",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), HOSTILE_ARCHS.values(), ids=HOSTILE_ARCHS.keys())
+def test_hostile_sub_architectures(
+    path: Path, spoil: Callable[[h5py.File], object], words: str
+) -> None:
+    make_arch().save(path)
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    refused(path, SubArchitecture.load, words)
+
+
+@pytest.mark.parametrize("size", [2**23, 2**25])
+def test_a_chunk_that_goes_on_after_its_end(path: Path, size: int) -> None:
+    """Deflate shrinks zeros a thousandfold: what a chunk may become is known beforehand."""
+    with h5py.File(path, "r+") as file:
+        file["site/0/gate"].id.write_direct_chunk((1, 0), zlib.compress(bytes(size)))
+    refused(path, TaskGates.load, r"chunk")
+
+
+def test_a_damaged_chunk(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        data = file["site/0/gate"].id
+        content = bytearray(data.read_direct_chunk((1, 0))[1])
+        content[-1] ^= 1
+        data.write_direct_chunk((1, 0), bytes(content))
+    refused(path, TaskGates.load, "incorrect data check")
+    with GateStore.open(path) as store:
+        assert store.read([7, 0]) == make_gates().select([7, 0])
+
+
+def test_more_is_claimed_than_is_stored(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        del file["site/0/gate"], file["site/0/logit"], file["site/0/mean"]
+        file["site/0"].attrs["n_channels"] = 2**26
+        data = file["site/0"].create_dataset(
+            "gate", (3, 2**26), "f4", chunks=(3, 2**20), compression="gzip", fillvalue=0.5
+        )
+        data[:, : 2**20] = 0
+    refused(path, TaskGates.load, "claims")
+
+
+@pytest.mark.parametrize("chunks", [(1, 2**22), (1, 2**20)], ids=["by task", "otherwise"])
+def test_one_dataset_linked_from_many_places(path: Path, chunks: tuple[int, int]) -> None:
+    with h5py.File(path, "r+") as file:
+        for site in ("site/1", "site/2"):
+            del file[site]
+        del file["task"], file["history"]
+        file["task/index"] = np.array([b"0"])
+        file["task/n_sample"] = np.array([1])
+        file["task/finished"] = np.array([0.0])
+        del file["site/0/gate"], file["site/0/logit"], file["site/0/mean"]
+        file["site/0"].attrs["n_channels"] = 2**22
+        data = file["site/0"].create_dataset(
+            "gate", (1, 2**22), "f4", chunks=chunks, compression="gzip"
+        )
+        data[:] = 1
+        for i in range(1, 60):
+            group = file.create_group(f"site/{i}")
+            for name, value in {**file["site/0"].attrs, "name": np.bytes_(f"s{i}")}.items():
+                group.attrs[name] = value
+            group["gate"] = data
+    refused(path, TaskGates.load, "claims", memory=150 * 2**20)
+
+
+def test_real_large_stores_are_not_taken_for_bombs(tmp_path: Path) -> None:
+    """All gates equal: nothing compresses better, and it is still a real store."""
+    site = GateSite("features", 5000)
+    gates = TaskGates({"features": torch.ones(400, 5000)}, [site], range(400))
+    gates.save(tmp_path / "gates.h5")
+    assert (tmp_path / "gates.h5").stat().st_size < 200_000
+    assert TaskGates.load(tmp_path / "gates.h5") == gates
+
+
+def test_a_file_is_not_kept_open(path: Path) -> None:
+    TaskGates.load(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["format_version"] = 99
+    for _ in range(2):
+        refused(path, TaskGates.load, "newer")
+    with h5py.File(path, "r+") as file:
+        file.attrs["format_version"] = 2
+    TaskGates.load(path)
+
+
+def test_groups_in_circles(path: Path) -> None:
+    with GateStore.open(path, "a") as store:
+        store.write_result("evaluation/heldout", {"x": [1]})
+    with h5py.File(path, "r+") as file:
+        for i in range(20):
+            file[f"evaluation/{i}"] = file["evaluation"]
+            file[f"evaluation/heldout/root{i}"] = file["/"]
+    started = time.perf_counter()
+    with GateStore.open(path) as store:
+        assert store.results == ("evaluation/heldout",)
+        assert store.result("evaluation/heldout")[0]["x"].tolist() == [1]
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_a_campaign_of_damaged_files() -> None:
+    """The first few hundred of `python -m benchmarks.fuzz_store`."""
+    found = campaign(250, seed=1)
+    assert found["bad"] == []
+    assert found["ends"]["success"] > 20
+    assert found["ends"]["GateStoreError"] > 100
+
+
+# ---------------------------------------------------------------------------------------------
+# Version 1: neither checksums nor texts of fixed length
+# ---------------------------------------------------------------------------------------------
+
+HOSTILE_OLD = {
+    name: HOSTILE[name]
+    for name in ("newer version", "a soft link", "external storage", "huge gates, compressed")
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), HOSTILE_OLD.values(), ids=HOSTILE_OLD.keys())
+def test_hostile_files_of_version_1(
+    path: Path, spoil: Callable[[h5py.File], object], words: str
+) -> None:
+    write_version_1(make_gates(), path)
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    refused(path, TaskGates.load, "which never was" if "version" in words else words)
+
+
+def test_damaged_files_of_version_1_are_read_or_refused(path: Path) -> None:
+    """Where libhdf5 hangs or dies, only the process that was made for it does."""
+    write_version_1(make_gates(), path)
+    whole = path.read_bytes()
+    random = np.random.default_rng(3)
+    for _ in range(8):
+        damaged = bytearray(whole)
+        for position in random.integers(len(whole), size=30):
+            damaged[position] = random.integers(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(GateStoreError):
+            TaskGates.load(path)
