@@ -21,6 +21,9 @@ from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSamp
 
 __all__ = ["Data", "Draw", "Inputs", "Source", "as_source", "isolated_rng", "seed_of"]
 
+#: Bytes of images that are read into memory where there is no other way to draw from them.
+MAX_BYTES = 2**32
+
 #: What learning and evaluation accept.
 Data: TypeAlias = "DataLoader[Any] | Dataset[Any] | tuple[Any, Any] | list[Any]"
 #: One image to fetch: its number, and the seed of its random transforms.
@@ -234,13 +237,16 @@ def as_source(data: Any, *, augmented: bool | None = None) -> Source:
         data: ``(inputs, labels)`` with ``inputs`` a tensor or tuple of tensors (axis 0 = images);
             a map-style dataset of (input, label); or a DataLoader, whose dataset, collate
             function, workers and choice of images are used. Loaders without random access
-            (iterable datasets, or any other iterable of batches) are read into memory once.
-        augmented: Whether an image may look different each time it is drawn. None: True for
-            datasets (their transforms may be random), False for tensors.
+            (iterable datasets, or any other iterable of batches) are read into memory once, up
+            to 4 GB.
+        augmented: Whether an image may look different each time it is drawn. None: as the
+            dataset's attribute ``augmented`` says, if it has one; else True for datasets (their
+            transforms may be random), False for tensors.
 
     Raises:
         TypeError: If data is something else or yields something else.
-        ValueError: If there are no images, or labels are no class indices.
+        ValueError: If there are no images, labels are no class indices, or there is no random
+            access to more images than memory should take.
 
     Example:
         >>> source = as_source((torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])))
@@ -265,7 +271,7 @@ def as_source(data: Any, *, augmented: bool | None = None) -> Source:
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         if not hasattr(data, "__len__"):
             raise TypeError(f"{type(data).__name__} has no length; wrap it in a DataLoader.")
-        return DatasetSource(data, augmented=True if augmented is None else augmented)
+        return DatasetSource(data, augmented=_augmented(data, augmented))
     if isinstance(data, (DataLoader, IterableDataset)) or (
         isinstance(data, Iterable) and not isinstance(data, (Tensor, str, bytes, dict, tuple, list))
     ):
@@ -293,13 +299,22 @@ def _loader_source(loader: DataLoader[Any], augmented: bool | None) -> Source:
         numbers=numbers,
         collate=loader.collate_fn,
         n_workers=loader.num_workers,
-        augmented=True if augmented is None else augmented,
+        augmented=_augmented(loader.dataset, augmented),
     )
+
+
+def _augmented(dataset: Any, augmented: bool | None) -> bool:
+    if augmented is not None:
+        return augmented
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return bool(getattr(dataset, "augmented", True))
 
 
 def _read(batches: Iterable[Any]) -> TensorSource:
     inputs: list[Inputs] = []
     labels: list[Tensor] = []
+    n_bytes = 0
     with isolated_rng(0):
         for batch in batches:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -308,6 +323,15 @@ def _read(batches: Iterable[Any]) -> TensorSource:
                 )
             inputs.append(_as_inputs(batch[0]))
             labels.append(_check_labels(batch[1], len(inputs[-1][0])))
+            n_bytes += sum(item.numel() * item.element_size() for item in inputs[-1])
+            if n_bytes > MAX_BYTES:
+                raise ValueError(
+                    f"the loader gives its images in its own order only, and the first "
+                    f"{sum(map(len, labels)):,} of them take {n_bytes / 2**30:.1f} GB of memory "
+                    "already. Give a map-style Dataset, which has __getitem__ and __len__ and is "
+                    "read as it is needed (nad_attr.datasets.ImageFolderData, for example), or a "
+                    "TensorDataset if the images should lie in memory."
+                )
     if not inputs:
         raise ValueError("data is empty: there is not a single image to learn from.")
     kinds = {tuple((x.shape[1:], x.dtype) for x in batch) for batch in inputs}

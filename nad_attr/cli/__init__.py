@@ -1,0 +1,42 @@
+"""The command line, ``nad-attr``, made with typer.
+
+One module per command or group of commands. Exit codes: 0 all is well; 1 data, model or file do not
+do, with a line that says what to do; 2 options or installation do not fit; 130 after Ctrl-C (143
+after a termination signal), with everything finished saved.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
+
+__all__ = ["app", "main"]
+
+
+def app() -> typer.Typer:
+    """The whole command line.
+
+    Example:
+        >>> [command.callback.__name__ for command in app().registered_commands][:3]
+        ['sites', 'learn', 'evaluate']
+    """
+    # Here, so that the entry point can say what is missing where typer is.
+    from nad_attr.cli.application import make_app
+
+    return make_app()
+
+
+def main() -> None:
+    """Run the command line; the entry point of ``nad-attr``."""
+    if importlib.util.find_spec("typer") is None:
+        print(
+            "nad-attr: the command line needs typer and rich: pip install 'nad-attr[demo]' "
+            "(or 'nad-attr[cli]' for the commands without the demo's network and photos)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    app()(prog_name="nad-attr")

@@ -1,0 +1,59 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from nad_attr._version import __version__
+from nad_attr.cli.attribute import attribute
+from nad_attr.cli.compare import compare
+from nad_attr.cli.demo import demo
+from nad_attr.cli.evaluate import evaluate
+from nad_attr.cli.learn import learn
+from nad_attr.cli.sites import sites
+from nad_attr.cli.stores import export, merge
+from nad_attr.cli.stores import inspect as inspect_command
+
+__all__ = ["COMMANDS", "make_app"]
+
+COMMANDS = (sites, learn, evaluate, attribute, compare, inspect_command, merge, export, demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nad-attr {__version__}")
+        raise typer.Exit
+
+
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Which channels does an image classifier need for each of its classes?"""
+
+
+def make_app() -> typer.Typer:
+    """The whole command line."""
+    result = typer.Typer(
+        no_args_is_help=True,
+        add_completion=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    result.callback()(_common)
+    for command in COMMANDS:
+        result.command(help=_help(command), no_args_is_help=command is not demo)(command)
+    return result
+
+
+def _help(command: Callable[..., None]) -> str:
+    """The docstring, whose examples click must not join into one line."""
+    return (inspect.getdoc(command) or "").replace("Examples:\n", "\b\nExamples:\n")

@@ -1,0 +1,222 @@
+"""``nad-attr attribute``."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from nad_attr.attribution import NADAttribution
+from nad_attr.cli import options as opt
+from nad_attr.cli.messages import UsageError, guarded, print_table, say
+from nad_attr.cli.opening import (
+    chosen_device,
+    image_options,
+    opened_gates,
+    pick_tasks,
+    rebuilt,
+)
+from nad_attr.datasets import EXTENSIONS, read_image
+from nad_attr.gates import TaskGates
+from nad_attr.gating import channel_shape
+from nad_attr.sites import GateSite
+from nad_attr.specs import SpecError
+from nad_attr.store import write_result
+
+__all__ = ["attribute"]
+
+
+class _Row(NamedTuple):
+    image: str
+    task: int
+    name: str
+    output: float
+    site: str
+    channel: int
+    gate: float
+    attribution: float
+
+
+def attribute(
+    gates: opt.Store,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="Class to explain; left out: of the learned ones, the likeliest."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Channels to show at each site.")] = 3,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", dir_okay=False, help="Write the top channels here.")
+    ] = None,
+    hdf5_file: Annotated[
+        Path | None,
+        typer.Option("--hdf5", dir_okay=False, help="Write all channels of all images here."),
+    ] = None,
+    model: opt.OtherModel = None,
+    weights: opt.Weights = None,
+    model_arg: opt.ModelArg = None,
+    any_model: opt.AnyModel = False,
+    transform: opt.TransformOption = None,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    interpolation: opt.Interpolation = None,
+    device: opt.Device = None,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Attribute images to the channels that their class needs: gate times activation.
+
+    A channel's number is the mean over positions, from NADAttribution with the learned gates.
+
+    Examples:
+      nad-attr attribute gates.h5 cat.jpg
+      nad-attr attribute gates.h5 photos/val/cat/*.jpg --task cat --top 5 --csv channels.csv
+      nad-attr attribute gates.h5 cat.jpg dog.jpg --hdf5 attributions.h5
+    """
+    with guarded(debug):
+        for path in images:
+            if path.is_dir():
+                raise UsageError(f"{path} is a folder; name image files, as in {path}/*.jpg.")
+            if not path.exists():
+                raise UsageError(f"there is no file {path}.")
+        place = chosen_device(device)
+        learned, provenance = opened_gates(gates)
+        opened = rebuilt(
+            provenance,
+            model=model,
+            weights=weights,
+            arguments=model_arg,
+            transform=transform,
+            options=image_options(resize, crop, mean, std, interpolation),
+            any_model=any_model,
+            quiet=quiet,
+        )
+        tasks = [k for k in learned.tasks if isinstance(k, int)]
+        if not tasks:
+            raise SpecError(f"{gates} holds groups of classes only, none of a single class.")
+        names = _names(learned)
+        wanted = None
+        if task is not None:
+            (wanted, *more) = pick_tasks([task], names, tasks)
+            if more:
+                raise UsageError("--task takes one class.")
+        network = opened.loaded.model.to(place)
+        nad = NADAttribution(network, gates=learned)
+        parameter = next(network.parameters(), torch.zeros(0))
+        rows: list[_Row] = []
+        everything: list[dict[str, Tensor]] = []
+        for path in images:
+            say(f"{path}", quiet or len(images) == 1)
+            image = opened.transform.function(_read(path))[None].to(place, parameter.dtype)
+            with torch.no_grad():
+                outputs = network(image)[0]
+            target = wanted if wanted is not None else max(tasks, key=lambda k: float(outputs[k]))
+            values = nad.attribute(image, target=target)
+            channels = {
+                site.name: _per_channel(site, value)
+                for site, value in zip(learned.sites, values, strict=True)
+            }
+            everything.append(channels)
+            rows += _top(
+                path, target, names[target], float(outputs[target]), learned, channels, top
+            )
+        _print(rows)
+        if csv_file is not None:
+            with csv_file.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(_Row._fields)
+                writer.writerows(rows)
+            say(f"written: {csv_file}", quiet)
+        if hdf5_file is not None:
+            _write(hdf5_file, images, rows, learned, everything)
+            say(f"written: {hdf5_file}", quiet)
+
+
+def _names(gates: TaskGates) -> dict[int, str]:
+    names = gates.task_names or tuple(map(str, gates.tasks))
+    return {k: n for k, n in zip(gates.tasks, names, strict=True) if isinstance(k, int)}
+
+
+def _read(path: Path) -> object:
+    try:
+        return read_image(path)
+    except ValueError as error:
+        kinds = "" if path.suffix.lower() in EXTENSIONS else f" ({path.suffix} is no image file)"
+        raise SpecError(f"{path} cannot be read: {error}{kinds}") from None
+
+
+def _per_channel(site: GateSite, value: Tensor) -> Tensor:
+    dim, _ = channel_shape(site, value)
+    return value.detach().movedim(dim, 1).reshape(site.n_channels, -1).float().mean(1).cpu()
+
+
+def _top(
+    path: Path,
+    task: int,
+    name: str,
+    output: float,
+    gates: TaskGates,
+    channels: dict[str, Tensor],
+    top: int,
+) -> Iterator[_Row]:
+    for site, values in channels.items():
+        gate = gates[site][gates.index(task)]
+        order = values.abs().argsort(descending=True, stable=True)[:top]
+        for channel in order.tolist():
+            yield _Row(
+                str(path),
+                task,
+                name,
+                output,
+                site,
+                channel,
+                float(gate[channel]),
+                float(values[channel]),
+            )
+
+
+def _print(rows: list[_Row]) -> None:
+    for image in dict.fromkeys(row.image for row in rows):
+        own = [row for row in rows if row.image == image]
+        say("")
+        typer.echo(f"{image}: {own[0].name} ({own[0].task}), output {own[0].output:.2f}")
+        table = []
+        for site in dict.fromkeys(row.site for row in own):
+            at = [row for row in own if row.site == site]
+            shown = [f"{row.channel} ({row.attribution:.3g})" for row in at]
+            table.append([site, *shown])
+        width = max(map(len, table))
+        table = [row + [""] * (width - len(row)) for row in table]
+        header = ["site", *(f"channel {i + 1}" for i in range(width - 1))]
+        print_table(header, table)
+
+
+def _write(
+    path: Path,
+    images: list[Path],
+    rows: list[_Row],
+    gates: TaskGates,
+    everything: list[dict[str, Tensor]],
+) -> None:
+    first = {row.image: row for row in reversed(rows)}
+    arrays: dict[str, Any] = {
+        "image": [str(image) for image in images],
+        "task": np.array([first[str(image)].task for image in images]),
+        "output": np.array([first[str(image)].output for image in images]),
+    }
+    for i, site in enumerate(gates.sites):
+        arrays[f"site_{i}"] = torch.stack([part[site.name] for part in everything]).numpy()
+    write_result(
+        path,
+        "attribution",
+        arrays,
+        {"sites": [site.name for site in gates.sites], "value": "mean of gate x activation"},
+    )

@@ -1,0 +1,317 @@
+"""``nad-attr compare``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from nad_attr import evaluation
+from nad_attr.architecture import SubArchitecture
+from nad_attr.cli import options as opt
+from nad_attr.cli.evaluate import print_evaluation
+from nad_attr.cli.messages import UsageError, guarded, number, print_table, say
+from nad_attr.cli.opening import (
+    check_folder,
+    chosen_device,
+    finished,
+    image_options,
+    known_folders,
+    open_images,
+    opened_gates,
+    rebuilt,
+)
+from nad_attr.data import Source, as_source, seed_of
+from nad_attr.evaluation import evaluate, own_images, top_k
+from nad_attr.gates import Task, TaskGates
+from nad_attr.specs import SpecError
+
+__all__ = ["compare"]
+
+#: Ways to score channels, by the names of their classes in nad_attr.evaluation.
+_SCORERS = {
+    "energy": "EnergyScorer",
+    "taylor": "TaylorScorer",
+    "gradient-x-activation": "GradientXActivationScorer",
+    "neuron-mct": "NeuronMCTScorer",
+    "magnitude": "MagnitudeScorer",
+    "conductance": "LayerConductanceScorer",
+    "integrated-gradients": "LayerIntegratedGradientsScorer",
+    "internal-influence": "InternalInfluenceScorer",
+    "deep-lift": "LayerDeepLiftScorer",
+    "lrp": "LRPScorer",
+    "cdrp": "CDRPScorer",
+}
+#: Rows of a table at most.
+_MOST = 20
+
+
+def compare(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="GATES.h5 [GATES.h5]", help="One file or two.")
+    ],
+    tasks: opt.Tasks = None,
+    size: Annotated[
+        float | None,
+        typer.Option(help="Cut the gates at this share of the channels; left out: as learned."),
+    ] = None,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option("--with", help=f"Score channels by: {', '.join(_SCORERS)}; repeatable."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Held-out images to measure on, for --with.")
+    ] = None,
+    train_data: Annotated[
+        str | None,
+        typer.Option(help="Images to score channels on; left out: those gates were learned on."),
+    ] = None,
+    n_images: Annotated[
+        int, typer.Option("--images", min=1, help="Images of each class to score on, at most.")
+    ] = 50,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Write the numbers here as well.")
+    ] = None,
+    model: opt.OtherModel = None,
+    weights: opt.Weights = None,
+    model_arg: opt.ModelArg = None,
+    any_model: opt.AnyModel = False,
+    transform: opt.TransformOption = None,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    interpolation: opt.Interpolation = None,
+    class_index: opt.ClassIndex = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = None,
+    batch_size: opt.BatchSize = 64,
+    workers: opt.Workers = 0,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Compare two files task by task, the tasks of one file, or gates with other methods.
+
+    Overlap is |A and B| / |A or B|, mean over sites; kappa is the same corrected for chance, 0 for
+    random channels of these sizes. With --with and --data, other methods' channels of equal size
+    are measured on the same held-out images.
+
+    Examples:
+      nad-attr compare gates.h5
+      nad-attr compare seed0.h5 seed1.h5
+      nad-attr compare gates.h5 --with taylor --with neuron-mct --data photos/val
+    """
+    with guarded(debug):
+        if len(files) > 2:
+            raise UsageError(f"compare takes one file or two, not {len(files)}.")
+        if size is not None and not 0 < size <= 1:
+            raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size}.")
+        unknown = [name for name in rival or () if name not in _SCORERS]
+        if unknown:
+            raise UsageError(f"--with takes {', '.join(_SCORERS)}, not {unknown[0]!r}.")
+        if bool(rival) != (data is not None):
+            raise UsageError("--with and --data go together: methods are measured on images.")
+        if rival and len(files) > 1:
+            raise UsageError("--with compares the gates of one file with other methods.")
+        if len(files) == 2:
+            result = _two_files(files, tasks, size)
+        elif not rival:
+            result = _within(files[0], tasks, size)
+        else:
+            assert data is not None
+            place = chosen_device(device)
+            check_folder(data)
+            gates, provenance = opened_gates(files[0], tasks)
+            opened = rebuilt(
+                provenance,
+                model=model,
+                weights=weights,
+                arguments=model_arg,
+                transform=transform,
+                options=image_options(resize, crop, mean, std, interpolation),
+                any_model=any_model,
+                quiet=quiet,
+            )
+            name = train_data or provenance.get("data")
+            if not isinstance(name, str):
+                raise SpecError("name the images to score channels on with --train-data.")
+            known = known_folders(provenance)
+            training, held_out = (
+                open_images(
+                    where,
+                    opened.loaded,
+                    opened.transform,
+                    class_index=class_index,
+                    known=known,
+                    held_out=later,
+                    n_workers=workers,
+                    quiet=quiet,
+                )
+                for where, later in ((name, False), (data, True))
+            )
+            network = opened.loaded.model
+            inputs, labels = _some(as_source(training.data), gates.tasks, n_images, seed)
+            archs = gates.sub_architectures(size)
+            rivals = {}
+            for method in rival or ():
+                say(f"scoring: {method}, {len(labels)} images", quiet)
+                scores = getattr(evaluation, _SCORERS[method])(network, gates.sites)(
+                    inputs,
+                    labels,
+                    tasks=gates.tasks,
+                    include_others=True,
+                    batch_size=batch_size,
+                    device=place,
+                )
+                rivals[method] = _same_sizes(scores, archs)
+            measured = evaluate(
+                network,
+                gates,
+                held_out.data,
+                size=size,
+                rivals=rivals,
+                seed=seed,
+                batch_size=batch_size,
+                device=place,
+                show_progress=not quiet and sys.stderr.isatty(),
+            )
+            finished(training, quiet)
+            finished(held_out, quiet)
+            print_evaluation(measured)
+            shares = {method: _overlaps(archs, found) for method, found in rivals.items()}
+            _per_site(shares)
+            result = {"evaluation": measured.to_dict(), "sites": shares}
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            say(f"written: {json_file}", quiet)
+
+
+def _some(source: Source, tasks: Sequence[Task], n: int, seed: int) -> tuple[Any, torch.Tensor]:
+    """At most n images of each class of the data, as scorers take them: in memory."""
+    chosen: list[int] = []
+    for label in source.labels.unique().tolist():
+        numbers = (source.labels == label).nonzero().flatten()
+        generator = torch.Generator().manual_seed(seed_of(seed, "compare", label))
+        chosen += numbers[torch.randperm(len(numbers), generator=generator)[:n]].tolist()
+    labels = source.labels[chosen]
+    missing = [t for t, own in zip(tasks, own_images(labels, tasks), strict=True) if not own.any()]
+    if missing:
+        raise SpecError(f"there is no image of task {missing[0]} to score channels on.")
+    draws = [
+        [(i, seed_of(seed, "compare", i)) for i in chosen[a : a + 32]]
+        for a in range(0, len(chosen), 32)
+    ]
+    parts = list(source.batches(draws))
+    inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
+    return (inputs[0] if len(inputs) == 1 else inputs), labels
+
+
+def _same_sizes(
+    scores: dict[str, torch.Tensor], archs: Sequence[SubArchitecture]
+) -> list[SubArchitecture]:
+    result = []
+    for row, arch in enumerate(archs):
+        assert arch.task is not None
+        own = {name: value[row : row + 1] for name, value in scores.items()}
+        result += top_k(own, arch.sites, [arch.task], arch.size, means=arch.means)
+    return result
+
+
+def _names(gates: TaskGates) -> list[str]:
+    return list(gates.task_names or map(str, gates.tasks))
+
+
+def _overlaps(
+    a: Sequence[SubArchitecture], b: Sequence[SubArchitecture]
+) -> dict[str, dict[str, float]]:
+    """``{site: {"overlap", "kappa"}}``, means over tasks."""
+    pairs = list(zip(a, b, strict=True))
+    plain = [one.overlaps(other) for one, other in pairs]
+    fair = [one.overlaps(other, chance_corrected=True) for one, other in pairs]
+    return {
+        site: {
+            "overlap": float(np.mean([values[site] for values in plain])),
+            "kappa": float(np.mean([values[site] for values in fair])),
+        }
+        for site in plain[0]
+    }
+
+
+def _per_site(methods: dict[str, dict[str, dict[str, float]]]) -> None:
+    sites = list(next(iter(methods.values())))
+    header = ["site"]
+    for name in methods:
+        header += [f"{name}\noverlap" if name else "overlap", f"{name}\nkappa" if name else "kappa"]
+    rows = [
+        [
+            site,
+            *(number(found[site][m]) for found in methods.values() for m in ("overlap", "kappa")),
+        ]
+        for site in sites
+    ]
+    means = [
+        number(float(np.mean([found[site][m] for site in sites])))
+        for found in methods.values()
+        for m in ("overlap", "kappa")
+    ]
+    print_table(header, [*rows, ["mean", *means]], bold=("mean",))
+
+
+def _two_files(files: Sequence[Path], tasks: list[str] | None, size: float | None) -> Any:
+    (first, _), (second, _) = (opened_gates(path, tasks) for path in files)
+    shared = [task for task in first.tasks if task in second.tasks]
+    if not shared:
+        raise SpecError(f"{files[0]} and {files[1]} have no task in common.")
+    if first.sites != second.sites:
+        raise SpecError(f"{files[0]} and {files[1]} have different sites; see nad-attr inspect.")
+    names = _names(first)
+    a, b = ([g.sub_architecture(task, size) for task in shared] for g in (first, second))
+    rows, numbers = [], []
+    for one, other in zip(a, b, strict=True):
+        assert one.task is not None
+        name = names[first.index(one.task)]
+        values = [one.size, other.size, one.overlap(other)]
+        values.append(one.overlap(other, chance_corrected=True))
+        rows.append([name, *map(number, values)])
+        numbers.append([name, *values])
+    shown = rows[:_MOST]
+    if len(rows) > _MOST:
+        shown.append([f"... {len(rows) - _MOST} more", "", "", "", ""])
+    means = [number(float(np.mean([row[i] for row in numbers]))) for i in range(1, 5)]
+    header = ["task", f"size in\n{files[0].name}", f"size in\n{files[1].name}", "overlap", "kappa"]
+    print_table(header, [*shown, ["mean", *means]], bold=("mean",))
+    sites = _overlaps(a, b)
+    _per_site({"": sites})
+    keys = ("task", "size_first", "size_second", "overlap", "kappa")
+    return {"tasks": [dict(zip(keys, row, strict=True)) for row in numbers], "sites": sites}
+
+
+def _within(file: Path, tasks: list[str] | None, size: float | None) -> Any:
+    gates, _ = opened_gates(file, tasks)
+    if len(gates) < 2:
+        raise SpecError(f"{file} holds one task of those; name another file, or --with and --data.")
+    names, archs = _names(gates), gates.sub_architectures(size)
+    pairs = []
+    for i, one in enumerate(archs):
+        for j in range(i):
+            both = one.overlap(archs[j]), one.overlap(archs[j], chance_corrected=True)
+            pairs.append((names[j], names[i], *both))
+    pairs.sort(key=lambda pair: -pair[3])
+    rows = [[f"{a} - {b}", number(overlap), number(fair)] for a, b, overlap, fair in pairs]
+    shown = rows
+    if len(rows) > _MOST:
+        half = _MOST // 2
+        shown = [*rows[:half], [f"... {len(rows) - 2 * half} more", "", ""], *rows[-half:]]
+    means = [number(float(np.mean([pair[i] for pair in pairs]))) for i in (2, 3)]
+    print_table(["tasks", "overlap", "kappa"], [*shown, ["mean", *means]], bold=("mean",))
+    upper = [(i, j) for i in range(len(archs)) for j in range(i)]
+    sites = _overlaps([archs[i] for i, _ in upper], [archs[j] for _, j in upper])
+    _per_site({"": sites})
+    keys = ("first", "second", "overlap", "kappa")
+    return {"pairs": [dict(zip(keys, pair, strict=True)) for pair in pairs], "sites": sites}

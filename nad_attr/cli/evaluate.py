@@ -1,0 +1,219 @@
+"""``nad-attr evaluate``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nad_attr.cli import options as opt
+from nad_attr.cli.messages import UsageError, guarded, number, print_table, say
+from nad_attr.cli.opening import (
+    check_folder,
+    chosen_device,
+    finished,
+    image_options,
+    known_folders,
+    open_images,
+    opened_gates,
+    rebuilt,
+)
+from nad_attr.evaluation import ABLATIONS, Evaluation, fit_ablation
+from nad_attr.evaluation import evaluate as measure
+from nad_attr.specs import LoadedData, SpecError
+
+__all__ = ["evaluate", "print_evaluation"]
+
+#: Measures that the table shows, and their headings.
+_COLUMNS = {
+    "size": "size",
+    "own_auc": "own\nAUC",
+    "other_auc": "other\nAUC",
+    "fidelity": "fidelity",
+    "recall": "recall",
+    "fpr": "FPR",
+    "ba": "BA",
+}
+#: Rows of tasks that the table shows at most.
+_MOST = 20
+
+
+def evaluate(
+    gates: opt.Store,
+    data: opt.DataOption,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Write everything measured: .json, .csv (a row per class) or .h5, which may be "
+            "the file of the gates itself.",
+        ),
+    ] = None,
+    tasks: opt.Tasks = None,
+    size: Annotated[
+        float | None,
+        typer.Option(help="Cut the gates at this share of the channels; left out: as learned."),
+    ] = None,
+    ablation: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What a closed channel becomes: {', '.join(ABLATIONS)}; left out: as learned."
+        ),
+    ] = None,
+    train_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Training images, for --ablation and thresholds; left out: those that the gates "
+            "were learned on, where --ablation needs them."
+        ),
+    ] = None,
+    random: Annotated[
+        int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
+    ] = 3,
+    model: opt.OtherModel = None,
+    weights: opt.Weights = None,
+    model_arg: opt.ModelArg = None,
+    any_model: opt.AnyModel = False,
+    transform: opt.TransformOption = None,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    interpolation: opt.Interpolation = None,
+    class_index: opt.ClassIndex = None,
+    allow_empty: opt.AllowEmpty = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            help="Read all images first and leave out those that cannot be read; without it, the "
+            "next image of the class takes the place of one that cannot."
+        ),
+    ] = True,
+    seed: opt.Seed = 0,
+    device: opt.Device = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
+    batch_size: opt.BatchSize = 64,
+    workers: opt.Workers = 0,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Measure on held-out images whether sub-architectures do what they should.
+
+    Beside the whole network and random channels of equal size, for high recall alone is easy to
+    have. The network is made again as the file says, and has to be the same one.
+
+    Examples:
+      nad-attr evaluate gates.h5 --data photos/val --out evaluation.json
+      nad-attr evaluate gates.h5 --data photos/val --size 0.2 --tasks cat,dog
+      nad-attr evaluate gates.h5 --data photos/val --ablation resample --train-data photos/train
+    """
+    with guarded(debug, stopped=lambda: "Nothing was measured to the end."):
+        if ablation is not None and ablation not in ABLATIONS:
+            raise UsageError(f"--ablation takes {', '.join(ABLATIONS)}, not {ablation!r}.")
+        if size is not None and not 0 < size <= 1:
+            raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size}.")
+        if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
+            raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
+        if out is not None and not out.parent.is_dir():
+            raise UsageError(f"there is no folder {out.parent} to write {out.name} into.")
+        place = chosen_device(device)
+        check_folder(data)
+        learned, provenance = opened_gates(gates, tasks)
+        opened = rebuilt(
+            provenance,
+            model=model,
+            weights=weights,
+            arguments=model_arg,
+            transform=transform,
+            options=image_options(resize, crop, mean, std, interpolation),
+            any_model=any_model,
+            quiet=quiet,
+        )
+        known = known_folders(provenance)
+
+        def images_of(name: str, held_out: bool) -> LoadedData:
+            return open_images(
+                name,
+                opened.loaded,
+                opened.transform,
+                class_index=class_index,
+                known=known,
+                held_out=held_out,
+                allow_empty=allow_empty,
+                check=check and held_out,
+                n_workers=workers,
+                quiet=quiet,
+            )
+
+        images = images_of(data, True)
+        training = None
+        if train_data is not None or ablation not in (None, "zero"):
+            name = train_data or provenance.get("data")
+            if not isinstance(name, str):
+                raise SpecError(f"--ablation {ablation} needs training images: --train-data.")
+            training = images_of(name, False)
+        closed = None
+        if ablation is not None:
+            closed = fit_ablation(
+                opened.loaded.model,
+                learned.sites,
+                images.data if training is None else training.data,
+                ablation,
+                tasks=learned.tasks,
+                seed=seed,
+                batch_size=batch_size,
+                device=place,
+            )
+        result = measure(
+            opened.loaded.model,
+            learned,
+            images.data,
+            size=size,
+            ablation=closed,
+            threshold_data=None if training is None else training.data,
+            n_random=random,
+            seed=seed,
+            batch_size=batch_size,
+            device=place,
+            amp=amp or None,
+            show_progress=not quiet and sys.stderr.isatty(),
+        )
+        finished(images, quiet)
+        print_evaluation(result)
+        if out is not None:
+            _write(result, out)
+            say(f"written: {out}", quiet)
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """Tasks, their mean, and what has to be beaten."""
+    columns = dict(_COLUMNS)
+    if not all(value != value for value in result.values("detector_ba")):
+        columns["detector_ba"] = "detector\nBA"
+    rows = []
+    for k, name in enumerate(result.task_names[:_MOST]):
+        rows.append([name, *(number(float(result.values(m)[k])) for m in columns)])
+    if len(result.task_names) > _MOST:
+        rows.append([f"... {len(result.task_names) - _MOST} more", *("" for _ in columns)])
+    rows.append(["mean", *(number(result.mean(m)) for m in columns)])
+    others: dict[str, Sequence[Evaluation]] = {
+        **({"random channels": result.random} if result.random else {}),
+        **{name: [rival] for name, rival in result.rivals.items()},
+        "whole network": [result.whole],
+    }
+    for name, evaluations in others.items():
+        means = [sum(e.mean(m) for e in evaluations) / len(evaluations) for m in columns]
+        rows.append([name, *map(number, means)])
+    print_table([f"{result.n_images:,} images", *columns.values()], rows, bold=("mean",))
+
+
+def _write(result: Evaluation, out: Path) -> None:
+    if out.suffix == ".json":
+        result.save_json(out)
+    elif out.suffix == ".csv":
+        result.frame().to_csv(out)
+    else:
+        result.save(out)

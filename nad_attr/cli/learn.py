@@ -1,0 +1,356 @@
+"""``nad-attr learn``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nad_attr.cli import options as opt
+from nad_attr.cli.messages import UsageError, counted, duration, guarded, say
+from nad_attr.cli.opening import (
+    check_folder,
+    chosen_device,
+    finished,
+    image_options,
+    model_arguments,
+    open_images,
+    open_model,
+    pick_tasks,
+    provenance_of,
+)
+from nad_attr.data import as_source
+from nad_attr.recipe import Recipe
+from nad_attr.runs import MAY_DIFFER, Executor, Progress, learn_to_store
+from nad_attr.specs import LoadedData
+from nad_attr.store import GateStore
+
+__all__ = ["learn"]
+
+#: Seconds between two lines of progress where there is no terminal.
+_EVERY = 30.0
+#: Architectures whose weight of the size term the paper's authors published.
+_PUBLISHED = ("vgg16", "resnet50", "densenet121")
+
+
+class RecipeName(str, Enum):
+    """Which recipe."""
+
+    default = "default"
+    paper = "paper"
+
+
+class Ablation(str, Enum):
+    """What a closed channel becomes."""
+
+    mean = "mean"
+    zero = "zero"
+
+
+def learn(
+    model: opt.Model,
+    data: opt.DataOption,
+    out: Annotated[Path, typer.Option(dir_okay=False, help="File to write, HDF5.")] = Path(
+        "gates.h5"
+    ),
+    tasks: opt.Tasks = None,
+    size: Annotated[
+        float | None,
+        typer.Option(help="Share of the channels that each class keeps, above 0, up to 1. [0.5]"),
+    ] = None,
+    weights: opt.Weights = None,
+    model_arg: opt.ModelArg = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="Put gates at this module instead of finding sites; repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the file if it is there.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file if it is there.")
+    ] = False,
+    may_differ: Annotated[
+        list[str] | None,
+        typer.Option(help=f"With --resume, what may have changed: {', '.join(MAY_DIFFER)}."),
+    ] = None,
+    seed: opt.Seed = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Learning steps for each class. [100]")
+    ] = None,
+    images_per_step: Annotated[
+        int | None, typer.Option(min=1, help="Images for each class and step. [20]")
+    ] = None,
+    ablation: Annotated[
+        Ablation | None, typer.Option(help="What a closed channel becomes. [mean]")
+    ] = None,
+    recipe: Annotated[
+        RecipeName, typer.Option(help="The default recipe, or the published one.")
+    ] = RecipeName.default,
+    beta: Annotated[
+        float | None, typer.Option(help="Weight of the size term of the published recipe.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over own images, published recipe. [20]")
+    ] = None,
+    transform: opt.TransformOption = None,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    interpolation: opt.Interpolation = None,
+    class_index: opt.ClassIndex = None,
+    allow_empty: opt.AllowEmpty = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Read all images first and leave out those that cannot be read. Without it, the "
+            "next image of the class takes the place of one that cannot.",
+        ),
+    ] = False,
+    device: opt.Device = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
+    batch_size: opt.BatchSize = 64,
+    workers: opt.Workers = 0,
+    chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Classes that are learned and saved together.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Spread classes over Ray: auto, local, or a cluster's address."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="Share of a GPU for each Ray worker.")
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers at most; as many as fit if left out.")
+    ] = None,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Learn which channels a network needs for each class, and keep the gates in a file.
+
+    Every class is in the file as soon as it is learned: after Ctrl-C or a crash, the same command
+    with --resume goes on, and ends with the same gates.
+
+    Examples:
+      nad-attr learn --model torchvision:resnet50 --data photos/train --tasks 0-9 --size 0.4
+      nad-attr learn --model mynets:cifar_resnet20 --weights r20.pt --data photos/train --resume
+      nad-attr learn --model torchvision:vgg16 --data photos/train --recipe paper --out paper.h5
+      nad-attr learn --model timm:resnet18.a1_in1k --data photos/train --ray local
+    """
+    done: list[Progress] = []
+
+    def stopped() -> str:
+        if not done or not out.exists():
+            return "Nothing was saved yet."
+        saved = f"{done[-1].done} of {done[-1].total} tasks are saved in {out}."
+        return f"{saved} To go on:\n  {_again()}"
+
+    with guarded(debug, stopped=stopped):
+        made = _recipe(model, recipe, size, steps, images_per_step, ablation, beta, epochs)
+        executor = _executor(ray, gpus_per_worker, ray_workers)
+        unknown = [name for name in may_differ or () if name not in MAY_DIFFER]
+        if unknown:
+            raise UsageError(f"--may-differ takes {', '.join(MAY_DIFFER)}, not {unknown[0]!r}.")
+        if resume and overwrite:
+            raise UsageError("--resume keeps what is in the file, --overwrite replaces it.")
+        if out.exists() and not (resume or overwrite):
+            raise UsageError(
+                f"{out} is there already: --resume goes on with it, --overwrite replaces it."
+            )
+        if not out.parent.is_dir():
+            raise UsageError(f"there is no folder {out.parent} to write {out.name} into.")
+        place = None if executor is not None and device is None else chosen_device(device)
+        check_folder(data)
+        opened = open_model(
+            model,
+            weights,
+            model_arguments(model_arg),
+            transform=transform,
+            options=image_options(resize, crop, mean, std, interpolation),
+            data=data,
+            quiet=quiet,
+        )
+        images = open_images(
+            data,
+            opened.loaded,
+            opened.transform,
+            class_index=class_index,
+            allow_empty=allow_empty,
+            check=check,
+            n_workers=workers,
+            quiet=quiet,
+        )
+        wanted, names = _tasks(images, tasks)
+        with _shown(quiet, done.append) as on_progress:
+            learn_to_store(
+                out,
+                opened.loaded.model,
+                images.data,
+                wanted,
+                made,
+                layer or None,
+                seed=seed,
+                device=place,
+                amp=amp or None,
+                batch_size=batch_size,
+                chunk_size=chunk_size,
+                resume=resume,
+                overwrite=overwrite,
+                may_differ=tuple(may_differ or ()),
+                task_names=names,
+                provenance=provenance_of(opened, images),
+                executor=executor,
+                on_progress=on_progress,
+            )
+        finished(images, quiet)
+        if quiet:
+            return
+        with GateStore.open(out) as store:
+            last = done[-1]
+            learned = last.done - last.found
+            channels = sum(site.n_channels for site in store.sites)
+            say(
+                f"{out}: {counted(len(store.tasks), 'task')}, {counted(len(store.sites), 'site')}, "
+                f"{counted(channels, 'channel')} ({learned} learned in {duration(last.seconds)})"
+            )
+            say(f"next: nad-attr evaluate {shlex.quote(str(out))} --data HELD_OUT_PHOTOS")
+
+
+def _again() -> str:
+    words = list(sys.argv[1:])
+    if "--overwrite" in words:
+        words.remove("--overwrite")
+    if "--resume" not in words:
+        words.append("--resume")
+    return shlex.join(["nad-attr", *words])
+
+
+def _recipe(
+    model: str,
+    kind: RecipeName,
+    size: float | None,
+    steps: int | None,
+    images_per_step: int | None,
+    ablation: Ablation | None,
+    beta: float | None,
+    epochs: int | None,
+) -> Recipe:
+    fields: dict[str, Any] = {
+        "size": size,
+        "steps": steps,
+        "ablation": None if ablation is None else ablation.value,
+        "beta": beta,
+        "epochs": epochs,
+    }
+    other = ("size", "steps", "ablation") if kind is RecipeName.paper else ("beta", "epochs")
+    for name in other:
+        if fields.pop(name) is not None:
+            belongs = "default" if kind is RecipeName.paper else "published"
+            raise UsageError(
+                f"--{name} belongs to the {belongs} recipe, not to --recipe {kind.value}."
+            )
+    fields["images_per_step"] = images_per_step
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        if kind is RecipeName.default:
+            return Recipe(**given)
+        name = model.partition(":")[2].partition(":")[0].lower()
+        if name in _PUBLISHED and model.startswith("torchvision:"):
+            return Recipe.paper(name, **given)
+        if beta is None:
+            raise UsageError(
+                "the published recipe needs --beta, the weight of its size term, for a network "
+                f"that is none of torchvision's {', '.join(_PUBLISHED)}."
+            )
+        return Recipe.paper(**given)
+    except ValueError as error:
+        raise UsageError(str(error).removeprefix("recipe: ")) from None
+
+
+def _executor(ray: str | None, gpus: float | None, workers: int | None) -> Executor | None:
+    if ray is None:
+        for name, value in (("--gpus-per-worker", gpus), ("--ray-workers", workers)):
+            if value is not None:
+                raise UsageError(f"{name} is for Ray: add --ray auto, local or ADDRESS.")
+        return None
+    from nad_attr.distributed import RayExecutor
+
+    given: dict[str, Any] = {} if gpus is None else {"gpus_per_worker": gpus}
+    if workers is not None:
+        given["n_workers"] = workers
+    executor: Executor = RayExecutor(ray, **given)
+    return executor
+
+
+def _tasks(images: LoadedData, text: list[str] | None) -> tuple[list[int], dict[int, str]]:
+    labels = as_source(images.data).labels.unique().tolist()
+    wanted = pick_tasks(text, images.names, labels)
+    names = {k: images.names.get(k, str(k)) for k in wanted}
+    # Some classes of ImageNet share a name.
+    once = list(names.values())
+    return wanted, {k: n if once.count(n) == 1 else f"{n} ({k})" for k, n in names.items()}
+
+
+@contextmanager
+def _shown(
+    quiet: bool, also: Callable[[Progress], object]
+) -> Iterator[Callable[[Progress], object]]:
+    """Progress with the time left: a bar on a terminal, a line now and then elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if quiet:
+        yield also
+        return
+    if not console.is_terminal:
+        said = [time.monotonic(), -1.0]
+
+        def line(progress: Progress) -> None:
+            also(progress)
+            if time.monotonic() - said[0] >= _EVERY:
+                said[0] = time.monotonic()
+                say(_text(progress))
+
+        yield line
+        return
+    columns = (
+        TextColumn("learning"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("", total=None)
+
+        def update(progress: Progress) -> None:
+            also(progress)
+            bar.update(
+                task,
+                total=progress.n_steps,
+                completed=progress.steps,
+                description=_text(progress),
+            )
+
+        yield update
+
+
+def _text(progress: Progress) -> str:
+    left = progress.seconds_left
+    parts = [f"{progress.done}/{progress.total} tasks saved"]
+    if left is not None and progress.steps < progress.n_steps:
+        parts.append(f"{duration(left)} left")
+    if progress.lost:
+        parts.append(f"{progress.lost} workers lost")
+    return ", ".join(parts)

@@ -1,0 +1,191 @@
+"""What the user gets to see: notes, errors, tables and progress."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+
+
+class UsageError(ValueError):
+    """Options do not fit; ends the program with exit code 2."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to end by a signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def say(text: str, quiet: bool = False) -> None:
+    """A note to the user, apart from the results."""
+    if text and not quiet:
+        typer.echo(text, err=True)
+
+
+@contextmanager
+def guarded(
+    debug: bool = False, *, code: int = 1, stopped: Callable[[], str] | None = None
+) -> Iterator[None]:
+    """Say in one line what does not do, in place of a traceback.
+
+    Args:
+        debug: Show the traceback as well.
+        code: Exit code for errors of data, model and files.
+        stopped: What to say after Ctrl-C.
+    """
+    with _plain_warnings(), _signals():
+        try:
+            yield
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, Stopped) else int(signal.SIGINT)
+            typer.echo("\nStopped. " + (stopped() if stopped is not None else ""), err=True)
+            raise typer.Exit(128 + number) from None
+        except (UsageError, ImportError) as error:
+            _fail(error, 2, debug)
+        except Exception as error:
+            if isinstance(error, BrokenPipeError):
+                # The reader of our output is gone, which is its right.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                raise typer.Exit(0) from None
+            _fail(error, code, debug)
+
+
+def _fail(error: Exception, code: int, debug: bool) -> NoReturn:
+    if debug:
+        typer.echo("".join(traceback.format_exception(error)), err=True)
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.split())
+    expected = isinstance(error, (ValueError, TypeError, OSError, ImportError, KeyError))
+    if not expected or not text:
+        text = f"{type(error).__name__}: {text}"
+        if not debug:
+            text += " (--debug shows where it comes from)"
+    typer.echo(f"Error: {text}", err=True)
+    raise typer.Exit(code) from error
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    shown: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in shown:
+            shown.add(text)
+            typer.echo(f"Warning: {text}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let a request to terminate, as of a cluster's scheduler, end the program as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, bold: Sequence[str] = (), left: int = 1
+) -> None:
+    """A table of text: the first ``left`` columns to the left, the rest to the right."""
+    if importlib.util.find_spec("rich") is None:
+        raise ImportError("tables need rich: pip install 'nad-attr[cli]'")
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, cell in enumerate(header):
+        side = "left" if i < left else "right"
+        table.add_column(cell, justify=side, vertical="bottom", no_wrap=True)  # type: ignore[arg-type]
+    for row in rows:
+        # As Text: names of classes may hold what rich takes for markup.
+        table.add_row(*map(Text, row), style="bold" if row[0] in bold else None)
+    # A pipe counts as 80 columns, and cells would be cut off.
+    Console(width=max(Console().width, 120), highlight=False).print(table)
+
+
+def counted(n: int, what: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "task"), counted(2000, "image")
+        ('1 task', '2,000 images')
+    """
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+
+def number(value: float) -> str:
+    """Three digits, or a dash for what has no value."""
+    return "-" if value != value else f"{value:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """In words.
+
+    Example:
+        >>> duration(8), duration(130), duration(7300)
+        ('8 s', '2 min', '2 h 2 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def progress_bar(text: str, total: int, quiet: bool) -> Iterator[Callable[[int], object]]:
+    """A bar with the time left, on a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda n: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda n: bar.advance(task, n)

@@ -1,0 +1,309 @@
+"""Open what the user names: networks, transforms, data, stores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nad_attr.cli.messages import UsageError, progress_bar, say
+from nad_attr.datasets import ImageFolderData, class_folders, read_class_index
+from nad_attr.gates import Task, TaskGates
+from nad_attr.provenance import model_hash
+from nad_attr.specs import (
+    LoadedData,
+    LoadedModel,
+    SpecError,
+    Transform,
+    load_data,
+    load_model,
+    make_transform,
+    n_outputs,
+    parse_tasks,
+)
+from nad_attr.store import GateStore
+
+
+def model_arguments(items: Sequence[str] | None) -> dict[str, Any]:
+    """``NAME=VALUE`` options; values are JSON, or else text.
+
+    Example:
+        >>> model_arguments(["num_classes=10", "act=relu"])
+        {'num_classes': 10, 'act': 'relu'}
+    """
+    result: dict[str, Any] = {}
+    for item in items or ():
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--model-arg takes NAME=VALUE, not {item!r}.")
+        try:
+            result[name] = json.loads(value)
+        except json.JSONDecodeError:
+            result[name] = value
+    return result
+
+
+def image_options(
+    resize: int | None,
+    crop: int | None,
+    mean: str | None,
+    std: str | None,
+    interpolation: str | None,
+) -> dict[str, Any]:
+    """Those that were given, as :class:`nad_attr.datasets.ImageTransform` takes them."""
+    options: dict[str, Any] = {}
+    for name, pixels in (("resize", resize), ("crop", crop)):
+        if pixels is not None:
+            options[name] = pixels or None
+    for name, text in (("mean", mean), ("std", std)):
+        if text is not None:
+            try:
+                values = tuple(float(part) for part in text.replace(" ", ",").split(",") if part)
+            except ValueError:
+                values = ()
+            if len(values) not in (1, 3):
+                raise UsageError(f"--{name} takes three numbers R,G,B, not {text!r}.")
+            options[name] = values * 3 if len(values) == 1 else values
+    if interpolation is not None:
+        options["interpolation"] = interpolation
+    return options
+
+
+def chosen_device(name: str | None) -> str:
+    """The device of that name, or CUDA if there is one.
+
+    Raises:
+        UsageError: If it is not there.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here: {reason}") from None
+    return name
+
+
+def open_images(
+    data: str,
+    loaded: LoadedModel,
+    transform: Transform,
+    *,
+    class_index: Path | None = None,
+    known: Mapping[str, int] | None = None,
+    held_out: bool = False,
+    allow_empty: bool = False,
+    check: bool = False,
+    n_workers: int = 0,
+    quiet: bool = False,
+) -> LoadedData:
+    """Open data for a network, and say which folder is which class."""
+    n_classes = None
+    given = None if class_index is None else read_class_index(class_index)
+    if Path(data).exists():
+        n_classes = n_outputs(loaded.model, _first_image(data, transform))
+    opened = load_data(
+        data,
+        transform,
+        n_classes=n_classes,
+        class_index=given,
+        known=known,
+        class_names=loaded.class_names,
+        held_out=held_out,
+        allow_empty=allow_empty,
+        n_workers=n_workers,
+    )
+    if opened.images is not None:
+        say(f"data: {len(opened.images):,} images in {data}, {opened.mapping}", quiet)
+        if check:
+            checked(opened.images, n_workers, quiet)
+    else:
+        say(f"data: {data}", quiet)
+    say(opened.note and f"      {opened.note}", quiet)
+    return opened
+
+
+def check_folder(data: str) -> None:
+    """Say early that a folder is not there, before a network is made.
+
+    Raises:
+        FileNotFoundError: If the name can only be that of a folder, and there is none.
+    """
+    if ":" not in data:
+        class_folders(data)
+
+
+def _first_image(data: str, transform: Transform) -> torch.Tensor:
+    """One image of a folder, as the network gets it."""
+    folder = ImageFolderData(data, transform.function, allow_empty=True)
+    image = folder[0][0]
+    if not isinstance(image, torch.Tensor):
+        raise SpecError(
+            f"the transform makes a {type(image).__name__} of an image, not a tensor; let it end "
+            "in one (torchvision's ToTensor, for example)."
+        )
+    return image[None]
+
+
+def checked(images: ImageFolderData, n_workers: int, quiet: bool) -> None:
+    """Read all images once and leave out those that cannot be read."""
+    with progress_bar("checking images", len(images), quiet) as advance:
+        images.check(n_workers=n_workers, progress=advance)
+
+
+def pick_tasks(
+    text: Sequence[str] | None, names: Mapping[int, str], present: Sequence[int]
+) -> list[int]:
+    """See :func:`nad_attr.specs.parse_tasks`; what is wrong with the text is a wrong option."""
+    try:
+        return parse_tasks(text, names, present)
+    except SpecError as error:
+        raise UsageError(f"--tasks: {error}") from None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A network with what is done to its images."""
+
+    loaded: LoadedModel
+    transform: Transform
+
+
+def open_model(
+    model: str,
+    weights: Path | None,
+    arguments: Mapping[str, Any],
+    *,
+    transform: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+    data: str | None = None,
+    quiet: bool = False,
+) -> Opened:
+    """Make a network and its transform, and say what was chosen."""
+    loaded = load_model(model, weights=weights, arguments=arguments)
+    beside = "" if weights is None else f", weights {weights}"
+    say(f"model: {loaded.name}{beside}", quiet)
+    for note in loaded.notes:
+        say(f"       {note}", quiet)
+    made = make_transform(loaded, factory=transform, options=options, record=record, data=data)
+    say(f"images: {made.text}", quiet)
+    say(made.note and f"        {made.note}", quiet)
+    return Opened(loaded, made)
+
+
+def provenance_of(opened: Opened, data: LoadedData) -> dict[str, Any]:
+    """What a store has to say for network, transform and classes to be made again."""
+    loaded = opened.loaded
+    return {
+        "model": loaded.name,
+        "weights": loaded.weights,
+        "model_arguments": loaded.arguments,
+        "transform": opened.transform.record,
+        "data": data.name,
+        "folders": None if data.mapping is None else data.mapping.index,
+        "class_names": {str(index): name for index, name in data.names.items()},
+    }
+
+
+def rebuilt(
+    provenance: Mapping[str, Any],
+    *,
+    model: str | None = None,
+    weights: Path | None = None,
+    arguments: Sequence[str] | None = None,
+    transform: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    any_model: bool = False,
+    quiet: bool = False,
+) -> Opened:
+    """The network that gates were learned on, made again and compared.
+
+    Raises:
+        SpecError: If the store does not say how to make it, or it is another one.
+    """
+    name = model or provenance.get("model")
+    transform_record = provenance.get("transform")
+    if model is None and (not isinstance(name, str) or ":" not in name):
+        raise SpecError(
+            "the file does not say how to make its network (it was not written by nad-attr "
+            "learn); name it with --model."
+        )
+    if model is None:
+        known = provenance.get("model_arguments")
+        own = {**(known if isinstance(known, dict) else {}), **model_arguments(arguments)}
+        file = provenance.get("weights")
+        if weights is None and isinstance(file, str):
+            weights = Path(file)
+            if not weights.is_file():
+                raise SpecError(
+                    f"the network's weights were in {file}, which is not there now; say where "
+                    "they are with --weights."
+                )
+    else:
+        own = model_arguments(arguments)
+    opened = open_model(
+        str(name),
+        weights,
+        own,
+        transform=transform,
+        options=options,
+        record=transform_record if isinstance(transform_record, dict) else None,
+        quiet=quiet,
+    )
+    expected = provenance.get("model_hash")
+    if isinstance(expected, str) and model_hash(opened.loaded.model) != expected:
+        text = (
+            f"this is not the network that the gates were learned on: the weights of {name} "
+            "differ from theirs"
+        )
+        if not any_model:
+            raise SpecError(
+                f"{text}. Name the right one with --model and --weights, or take it "
+                "all the same with --any-model."
+            )
+        say(f"Warning: {text}.", quiet)
+    return opened
+
+
+def finished(data: LoadedData, quiet: bool) -> None:
+    """Say which images could not be read."""
+    if data.images is not None:
+        say(data.images.report(), quiet)
+
+
+def opened_gates(
+    path: Path, tasks: Sequence[str] | None = None
+) -> tuple[TaskGates, dict[str, Any]]:
+    """The gates of some tasks of a file, by number or name, and where they come from."""
+    with GateStore.open(path) as store:
+        return store.read(chosen_tasks(store, tasks)), dict(store.provenance)
+
+
+def chosen_tasks(store: GateStore, tasks: Sequence[str] | None) -> list[Task] | None:
+    """The tasks of a store that the user names; None if none are named."""
+    if tasks is None:
+        return None
+    singles = [task for task in store.tasks if isinstance(task, int)]
+    names: dict[int, str] = {}
+    if store.task_names is not None:
+        named = zip(store.tasks, store.task_names, strict=True)
+        names = {task: name for task, name in named if isinstance(task, int)}
+        # Groups of classes go by their names alone.
+        groups = dict(zip(store.task_names, store.tasks, strict=True))
+        if all(isinstance(groups.get(text), tuple) for text in tasks):
+            return [groups[text] for text in tasks]
+    return list(pick_tasks(tasks, names, singles))
+
+
+def known_folders(provenance: Mapping[str, Any]) -> dict[str, int] | None:
+    """Which folder was which class when the gates were learned."""
+    folders = provenance.get("folders")
+    if not isinstance(folders, dict):
+        return None
+    return {str(name): int(index) for name, index in folders.items() if isinstance(index, int)}

@@ -1,0 +1,270 @@
+"""``nad-attr inspect``, ``merge`` and ``export``: what is in files of gates."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import numpy as np
+import typer
+
+from nad_attr.cli import options as opt
+from nad_attr.cli.messages import UsageError, counted, guarded, number, print_table, say
+from nad_attr.cli.opening import chosen_tasks
+from nad_attr.gates import TaskGates
+from nad_attr.store import GateStore
+from nad_attr.store import merge as merge_stores
+
+__all__ = ["export", "inspect", "merge"]
+
+#: Rows of a table at most.
+_MOST = 20
+
+
+def inspect(
+    gates: opt.Store,
+    tasks: opt.Tasks = None,
+    json_file: Annotated[
+        bool, typer.Option("--json", help="Print it as JSON, for other programs.")
+    ] = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Show what is in a file of gates: where it comes from, its tasks and its sites.
+
+    Examples:
+      nad-attr inspect gates.h5
+      nad-attr inspect gates.h5 --tasks cat,dog
+      nad-attr inspect gates.h5 --json
+    """
+    with guarded(debug):
+        with GateStore.open(gates) as store:
+            if not len(store):
+                typer.echo(f"{gates}: no task is finished yet.")
+                return
+            learned = store.read(chosen_tasks(store, tasks))
+            facts = dict(store.provenance)
+            results = {"results": list(store.results), "scores": list(store.score_methods)}
+        archs = learned.sub_architectures()
+        names = learned.task_names or tuple(map(str, learned.tasks))
+        shares = {s.name: [arch.sizes[s.name] for arch in archs] for s in learned.sites}
+        if json_file:
+            content = {
+                "file": str(gates),
+                "provenance": facts,
+                "recipe": None if learned.recipe is None else json.loads(learned.recipe.to_json()),
+                "closed_channels": "zero" if learned.means is None else "mean",
+                "tasks": [
+                    {"index": task, "name": name, "size": arch.size}
+                    for task, name, arch in zip(learned.tasks, names, archs, strict=True)
+                ],
+                "sites": [
+                    {
+                        "name": site.name,
+                        "n_channels": site.n_channels,
+                        "channel_dim": site.channel_dim,
+                        "mean_size": float(np.mean(shares[site.name])),
+                    }
+                    for site in learned.sites
+                ],
+                **results,
+            }
+            typer.echo(json.dumps(content, indent=1))
+            return
+        _print_facts(gates, learned, facts, results)
+        rows = [
+            [name, json.dumps(task), f"{arch.n_kept:,}", number(arch.size)]
+            for task, name, arch in zip(learned.tasks, names, archs, strict=True)
+        ]
+        if len(rows) > _MOST:
+            rows = [*rows[:_MOST], [f"... {len(rows) - _MOST} more", "", "", ""]]
+        print_table(["task", "class", "kept channels", "size"], rows)
+        rows = [
+            [
+                site.name,
+                f"{site.n_channels:,}",
+                number(float(np.mean(shares[site.name]))),
+                number(min(shares[site.name])),
+                number(max(shares[site.name])),
+            ]
+            for site in learned.sites
+        ]
+        print_table(["site", "channels", "mean size", "smallest", "largest"], rows)
+
+
+def _print_facts(
+    path: Path, gates: TaskGates, facts: dict[str, Any], results: dict[str, list[str]]
+) -> None:
+    lines = [("file", str(path)), ("model", facts.get("model"))]
+    lines.append(("weights", facts.get("weights")))
+    lines.append(("weights hash", str(facts.get("model_hash") or "")[:16]))
+    images = facts.get("n_images")
+    said = facts.get("data")
+    if said and isinstance(images, int):
+        said = f"{said} ({images:,} images)"
+    lines.append(("learned from", said))
+    lines.append(("recipe", None if gates.recipe is None else repr(gates.recipe)))
+    lines.append(("closed channels", "zero" if gates.means is None else "at their mean"))
+    lines.append(("seed", facts.get("seed")))
+    environment = facts.get("environment")
+    if isinstance(environment, dict):
+        shown = [f"{key} {environment[key]}" for key in ("nad_attr", "torch") if key in environment]
+        lines.append(("with", ", ".join([*shown, str(facts.get("device") or "")])))
+    for name, values in results.items():
+        lines.append((name, ", ".join(values)))
+    for name, value in lines:
+        if value not in (None, ""):
+            typer.echo(f"{name:16} {value}")
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(metavar="GATES.h5...", help="Two files or more.")],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="File to write.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file if it is there.")
+    ] = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Put the tasks of several files into one; network, sites and recipe have to be the same.
+
+    Examples:
+      nad-attr merge first.h5 second.h5 --out gates.h5
+    """
+    with guarded(debug):
+        if len(files) < 2:
+            raise UsageError("merge takes two files or more.")
+        if out.exists() and not overwrite:
+            raise UsageError(f"{out} is there already; --overwrite replaces it.")
+        if out.resolve() in [path.resolve() for path in files]:
+            raise UsageError(f"{out} is one of the files to merge; write to another one.")
+        if overwrite:
+            out.unlink(missing_ok=True)
+        merge_stores(files, out)
+        with GateStore.open(out) as store:
+            say(f"{out}: {counted(len(store), 'task')} of {len(files)} files", quiet)
+
+
+def export(
+    gates: opt.Store,
+    csv_file: Annotated[
+        Path | None,
+        typer.Option("--csv", help="A row for each task, site and channel; - for standard output."),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="The kept channels of each task at each site; - likewise."),
+    ] = None,
+    npz_file: Annotated[
+        Path | None,
+        typer.Option("--npz", help="Arrays gate/SITE, logit/SITE, kept/SITE (tasks, channels)."),
+    ] = None,
+    tasks: opt.Tasks = None,
+    size: Annotated[
+        float | None,
+        typer.Option(help="Keep this share of the channels; left out: as learned."),
+    ] = None,
+    kept_only: Annotated[
+        bool, typer.Option("--kept-only", help="Leave closed channels out of the CSV file.")
+    ] = False,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write gates as CSV, JSON or NumPy arrays.
+
+    Examples:
+      nad-attr export gates.h5 --csv gates.csv
+      nad-attr export gates.h5 --csv - --tasks cat --kept-only | head
+      nad-attr export gates.h5 --json kept.json --size 0.2
+    """
+    with guarded(debug):
+        if csv_file is None and json_file is None and npz_file is None:
+            raise UsageError("say what to write: --csv, --json or --npz, with a file name.")
+        if size is not None and not 0 < size <= 1:
+            raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size}.")
+        for path in (csv_file, json_file, npz_file):
+            if path is not None and not path.parent.is_dir():
+                raise UsageError(f"there is no folder {path.parent} to write {path.name} into.")
+        with GateStore.open(gates) as store:
+            learned = store.read(chosen_tasks(store, tasks))
+        if csv_file is not None:
+            with _written(csv_file) as file:
+                count = _csv(learned, size, kept_only, file)
+            say(f"written: {csv_file} ({count:,} rows)", quiet or str(csv_file) == "-")
+        if json_file is not None:
+            with _written(json_file) as file:
+                json.dump(_kept(learned, size), file, indent=1)
+                file.write("\n")
+            say(f"written: {json_file}", quiet or str(json_file) == "-")
+        if npz_file is not None:
+            np.savez_compressed(npz_file, **_arrays(learned, size))
+            say(f"written: {npz_file}", quiet)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[IO[str]]:
+    if str(path) == "-":
+        yield sys.stdout
+        sys.stdout.flush()
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            yield file
+
+
+def _csv(gates: TaskGates, size: float | None, kept_only: bool, file: IO[str]) -> int:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["task", "name", "site", "channel", "gate", "logit", "kept"])
+    names = gates.task_names or tuple(map(str, gates.tasks))
+    logits = gates.logits
+    count = 0
+    for row, (task, name) in enumerate(zip(gates.tasks, names, strict=True)):
+        masks = gates.sub_architecture(task, size).masks
+        label = task if isinstance(task, int) else "+".join(map(str, task))
+        for site in gates.sites:
+            values = gates[site.name][row].tolist()
+            ranks = [""] * len(values) if logits is None else logits[site.name][row].tolist()
+            flags = masks[site.name].tolist()
+            for channel, (gate, logit, kept) in enumerate(zip(values, ranks, flags, strict=True)):
+                if kept or not kept_only:
+                    shown = logit if logit == "" else f"{logit:.6g}"
+                    writer.writerow(
+                        [label, name, site.name, channel, f"{gate:.6g}", shown, int(kept)]
+                    )
+                    count += 1
+    return count
+
+
+def _kept(gates: TaskGates, size: float | None) -> dict[str, Any]:
+    names = gates.task_names or tuple(map(str, gates.tasks))
+    return {
+        "sites": {site.name: site.n_channels for site in gates.sites},
+        "tasks": [
+            {
+                "index": task,
+                "name": name,
+                "size": arch.size,
+                "kept": {site: channels.tolist() for site, channels in arch.kept.items()},
+            }
+            for task, name, arch in zip(
+                gates.tasks, names, gates.sub_architectures(size), strict=True
+            )
+        ],
+    }
+
+
+def _arrays(gates: TaskGates, size: float | None) -> dict[str, Any]:
+    archs, logits = gates.sub_architectures(size), gates.logits
+    arrays: dict[str, Any] = {
+        "task": np.array([json.dumps(task) for task in gates.tasks]),
+        "name": np.array(gates.task_names or tuple(map(str, gates.tasks))),
+    }
+    for site in gates.sites:
+        arrays[f"gate/{site.name}"] = gates[site.name].numpy()
+        arrays[f"kept/{site.name}"] = np.stack([arch[site.name].numpy() for arch in archs])
+        if logits is not None:
+            arrays[f"logit/{site.name}"] = logits[site.name].numpy()
+    return arrays

@@ -1,0 +1,510 @@
+"""The command line: every command on a tiny network and tiny photos; what is wrong in a line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nad_attr import TaskGates, cli, runs
+from nad_attr.evaluation import Evaluation
+from nad_attr.store import GateStore, read_result
+
+Image = pytest.importorskip("PIL.Image")
+typer_testing = pytest.importorskip("typer.testing")
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = ("blue", "green", "red")
+
+MODULE = '''
+import torch
+from torch import nn
+
+
+class Colours(nn.Module):
+    """Calls a photo by its strongest colour."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 1, bias=False)
+        self.relu = nn.ReLU()
+        self.mix = nn.Conv2d(6, 6, 1, bias=False)
+        self.relu2 = nn.ReLU()
+        self.linear = nn.Linear(6, 3, bias=False)
+        with torch.no_grad():
+            eye = torch.eye(3)
+            self.conv.weight.copy_(torch.cat([eye, -eye])[:, :, None, None])
+            self.mix.weight.copy_(torch.eye(6)[:, :, None, None])
+            self.linear.weight.copy_(gain * torch.cat([eye, -eye], dim=1).flip(0))
+
+    def forward(self, x):
+        x = self.relu2(self.mix(self.relu(self.conv(x))))
+        return self.linear(x.mean((2, 3)))
+
+
+def colours(gain=1.0):
+    return Colours(gain)
+
+
+def fails():
+    raise RuntimeError("out of luck")
+
+
+def transform():
+    return lambda image: torch.zeros(3, 4, 4)
+
+
+def grey():
+    return lambda image: torch.zeros(1, 4, 4)
+
+
+def number():
+    return lambda image: 5
+'''
+
+
+def invoke(*arguments: object) -> object:
+    return typer_testing.CliRunner().invoke(cli.app(), [str(part) for part in arguments])
+
+
+def succeeds(*arguments: object) -> str:
+    outcome = invoke(*arguments)
+    assert outcome.exit_code == 0, outcome.output
+    return outcome.output
+
+
+def fails(code: int, message: str, *arguments: object) -> None:
+    """One readable line, no traceback."""
+    outcome = invoke(*arguments)
+    text = " ".join(outcome.output.split())
+    assert outcome.exit_code == code, outcome.output
+    assert message in text, outcome.output
+    assert "Traceback" not in text
+    assert sum(line.startswith("Error") for line in outcome.output.splitlines()) <= 1
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a user's module, photos to learn from, held-out ones, and gates."""
+    root = tmp_path_factory.mktemp("user")
+    (root / "colour_nets.py").write_text(MODULE)
+    random = np.random.default_rng(0)
+    for split, n in (("train", 8), ("val", 5)):
+        for label, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = random.integers(0, 160, (8, 8, 3))
+                pixels[:, :, 2 - label] += 70
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), root / "other.pt")
+    (root / "text.h5").write_text("no store")
+    before = os.getcwd()
+    os.chdir(root)
+    try:
+        succeeds(*LEARN, "--out", "gates.h5")
+        succeeds(*LEARN, "--out", "red.h5", "--tasks", "red", "-q")
+        succeeds(*LEARN, "--out", "rest.h5", "--tasks", "0-1", "-q")
+    finally:
+        os.chdir(before)
+    return root
+
+
+MODEL = ("--model", "colour_nets:colours")
+LEARN = ("learn", *MODEL, "--data", "train", "--size", "0.5", "--steps", "4", "--device", "cpu")
+NEW = (*LEARN, "--out", "new.h5")
+EVALUATE = ("evaluate", "gates.h5", "--data", "val")
+
+
+@pytest.fixture(autouse=True)
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+# ---------------------------------------------------------------------------------------------
+# A user's session
+# ---------------------------------------------------------------------------------------------
+
+
+def test_help_has_examples_for_every_command() -> None:
+    text = succeeds("--help")
+    for command in cli.app().registered_commands:
+        name = command.callback.__name__
+        assert f"  {name} " in text
+        lines = [line.strip() for line in succeeds(name, "--help").splitlines()]
+        assert any(line.startswith(f"nad-attr {name}") for line in lines), lines
+    assert "--install-completion" in text
+
+
+def test_sites() -> None:
+    text = succeeds("sites", *MODEL, "--input", "3x8x8", "--json", "sites.json")
+    assert [line.split()[:4] for line in text.splitlines() if "ReLU" in line] == [
+        ["0", "relu", "ReLU", "6"],
+        ["1", "relu2", "ReLU", "6"],
+    ]
+    assert "12" in text
+    entries = json.loads(Path("sites.json").read_text())
+    assert [entry["name"] for entry in entries] == ["relu", "relu2"]
+    assert "mix" in succeeds("sites", *MODEL, "--layer", "mix", "-q")
+
+
+def test_sites_of_torchvision() -> None:
+    pytest.importorskip("torchvision")
+    text = succeeds("sites", "--model", "torchvision:resnet18")
+    assert "images 3x224x224" in text
+    assert "layer4.1" in text
+    assert "1,984" in text
+
+
+def test_learn_says_what_it_chose(here: Path) -> None:
+    text = succeeds(*LEARN, "--out", "noisy.h5", "--tasks", "green")
+    for part in (
+        "model: colour_nets:colours",
+        "images: as they are, mean 0.485 0.456 0.406",
+        "--resize, --crop, --mean, --std or --transform change it",
+        "24 images in train, 3 class folders: blue = 0, green = 1, red = 2",
+        "noisy.h5: 1 task, 2 sites, 12 channels (1 learned in",
+        "nad-attr evaluate noisy.h5",
+    ):
+        assert part in text, text
+    assert succeeds(*LEARN, "--out", "quiet.h5", "--tasks", "1", "-q").strip() == ""
+
+
+def test_learned_gates_are_those_of_the_library(here: Path) -> None:
+    gates = TaskGates.load("gates.h5")
+    assert gates.tasks == (0, 1, 2)
+    assert gates.task_names == CLASSES
+    assert gates.recipe is not None
+    assert (gates.recipe.size, gates.recipe.steps) == (0.5, 4)
+    assert all(arch.n_kept == 6 for arch in gates.sub_architectures())
+    with GateStore.open("gates.h5") as store:
+        facts = store.provenance
+    assert facts["model"] == "colour_nets:colours"
+    assert facts["folders"] == {"blue": 0, "green": 1, "red": 2}
+    assert facts["transform"]["kind"] == "options"
+    # The same whatever else was learned, and with loader workers.
+    assert TaskGates.load("red.h5").gates_of("red").keys() == gates.gates_of("red").keys()
+
+
+def test_the_published_recipe(here: Path) -> None:
+    succeeds(
+        *("learn", *MODEL, "--data", "train", "--out", "paper.h5", "--device", "cpu"),
+        *("--recipe", "paper", "--beta", "0.5", "--epochs", "2", "--tasks", "red"),
+    )
+    recipe = TaskGates.load("paper.h5").recipe
+    assert type(recipe).__name__ == "PaperRecipe"
+    assert (recipe.beta, recipe.epochs) == (0.5, 2)
+
+
+def test_evaluate_and_its_files(here: Path) -> None:
+    text = succeeds("evaluate", "gates.h5", "--data", "val", "--out", "evaluation.json")
+    for part in ("15 images", "own", "fidelity", "recall", "FPR", "random channels", "whole netw"):
+        assert part in text, text
+    assert "as when the gates were learned" in text
+    content = json.loads((here / "evaluation.json").read_text())
+    assert content == Evaluation.load_json("evaluation.json").to_dict()
+    succeeds(
+        *("evaluate", "gates.h5", "--data", "val", "--out", "evaluation.csv", "-q"),
+        *("--tasks", "red", "--size", "0.25", "--random", "0", "--ablation", "zero"),
+    )
+    with open("evaluation.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["size"]) == 0.25
+
+
+def test_evaluate_with_training_images(here: Path) -> None:
+    text = succeeds("evaluate", "gates.h5", "--data", "val", "--ablation", "resample")
+    assert "24 images in train" in text
+    assert "detector" in text
+
+
+def test_evaluate_needs_the_same_network(here: Path) -> None:
+    other = ("evaluate", "gates.h5", "--data", "val", "--model-arg", "gain=2")
+    fails(1, "this is not the network that the gates were learned on", *other)
+    text = succeeds(*other, "--any-model")
+    assert "Warning: this is not the network" in text
+
+
+def test_inspect(here: Path) -> None:
+    text = succeeds("inspect", "gates.h5")
+    for part in ("colour_nets:colours", "train (24 images)", "Recipe(size=0.5", "red", "relu2"):
+        assert part in text, text
+    content = json.loads(succeeds("inspect", "gates.h5", "--json", "--tasks", "red,blue"))
+    assert [task["name"] for task in content["tasks"]] == ["blue", "red"]
+    assert content["tasks"][0]["size"] == 0.5
+    assert content["recipe"]["steps"] == 4
+
+
+def test_export(here: Path) -> None:
+    gates = TaskGates.load("gates.h5")
+    succeeds(
+        *("export", "gates.h5", "--csv", "gates.csv"),
+        *("--json", "gates.json", "--npz", "gates.npz"),
+    )
+    with open("gates.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 12
+    kept = {(row["name"], row["site"], int(row["channel"])) for row in rows if row["kept"] == "1"}
+    arch = gates.sub_architecture("green")
+    for site, channels in arch.kept.items():
+        assert {c for n, s, c in kept if (n, s) == ("green", site)} == set(channels.tolist())
+    first = rows[0]
+    assert float(first["gate"]) == pytest.approx(float(gates["relu"][0, 0]), rel=1e-5)
+    content = json.loads(Path("gates.json").read_text())
+    assert content["tasks"][1]["kept"]["relu"] == arch.kept["relu"].tolist()
+    with np.load("gates.npz", allow_pickle=False) as arrays:
+        assert np.array_equal(arrays["gate/relu"], gates["relu"].numpy())
+    lines = succeeds("export", "gates.h5", "--csv", "-", "--tasks", "red", "--kept-only").split()
+    assert lines[0] == "task,name,site,channel,gate,logit,kept"
+    assert len(lines) == 1 + 6
+    smaller = succeeds("export", "gates.h5", "--csv", "-", "--size", "0.25", "--kept-only").split()
+    assert len(smaller) == 1 + 3 * 3
+
+
+def test_merge_puts_tasks_together(here: Path) -> None:
+    text = succeeds("merge", "rest.h5", "red.h5", "--out", "merged.h5", "--overwrite")
+    assert "3 tasks of 2 files" in text
+    merged = TaskGates.load("merged.h5")
+    for name, alone in (("red", "red.h5"), ("blue", "rest.h5")):
+        for site, gate in TaskGates.load(alone).gates_of(name).items():
+            assert torch.equal(merged.gates_of(name)[site], gate)
+
+
+def test_compare_tasks_and_files(here: Path) -> None:
+    text = succeeds("compare", "gates.h5", "--json", "within.json")
+    assert "blue - green" in text
+    gates = TaskGates.load("gates.h5")
+    pairs = json.loads(Path("within.json").read_text())["pairs"]
+    found = next(p for p in pairs if (p["first"], p["second"]) == ("blue", "red"))
+    blue, red = (gates.sub_architecture(name) for name in ("blue", "red"))
+    assert found["overlap"] == pytest.approx(blue.overlap(red))
+    assert found["kappa"] == pytest.approx(blue.overlap(red, chance_corrected=True))
+    succeeds("compare", "gates.h5", "gates.h5", "--json", "two.json")
+    numbers = json.loads(Path("two.json").read_text())
+    assert [task["overlap"] for task in numbers["tasks"]] == [1.0] * 3
+    assert numbers["sites"]["relu"]["kappa"] == 1.0
+
+
+def test_compare_with_another_method(here: Path) -> None:
+    text = succeeds(
+        *("compare", "gates.h5", "--with", "taylor", "--with", "energy", "--data", "val"),
+        *("--images", "4", "--json", "rivals.json"),
+    )
+    assert "scoring: taylor, 12 images" in text
+    content = json.loads(Path("rivals.json").read_text())
+    assert set(content["sites"]) == {"taylor", "energy"}
+    assert set(content["evaluation"]["rivals"]) == {"taylor", "energy"}
+
+
+def test_attribute(here: Path) -> None:
+    text = succeeds(
+        *("attribute", "gates.h5", "val/red/0.png", "val/blue/1.png"),
+        *("--csv", "top.csv", "--hdf5", "all.h5"),
+    )
+    assert "val/red/0.png: red (2)" in text
+    assert "val/blue/1.png: blue (0)" in text
+    with open("top.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["image"] == "val/red/0.png"]
+    arrays, facts = read_result("all.h5", "attribution")
+    assert facts["sites"] == ["relu", "relu2"]
+    best = int(np.abs(arrays["site_0"][0]).argmax())
+    assert (rows[0]["site"], int(rows[0]["channel"])) == ("relu", best)
+    # By hand: gate times the mean of relu(normalised colour).
+    from nad_attr.datasets import ImageTransform, read_image
+
+    pixels = ImageTransform(None, None)(read_image("val/red/0.png"))
+    expected = torch.cat([pixels.relu().mean((1, 2)), (-pixels).relu().mean((1, 2))])
+    expected = expected * TaskGates.load("gates.h5").gates_of("red")["relu"]
+    np.testing.assert_allclose(arrays["site_0"][0], expected.numpy(), rtol=1e-5, atol=1e-7)
+    assert "red (2)" in succeeds("attribute", "gates.h5", "val/blue/1.png", "--task", "red")
+
+
+def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree("val", tmp_path / "val")
+    (tmp_path / "val" / "red" / "3.png").write_bytes(b"broken")
+    text = succeeds("evaluate", "gates.h5", "--data", tmp_path / "val", "--random", "0")
+    assert "1 image could not be read (1 left out):" in text
+    assert "red/3.png: no image that Pillow knows" in text.replace(os.sep, "/")
+    assert "14 images" in text
+    text = succeeds(
+        *("evaluate", "gates.h5", "--data", tmp_path / "val", "--random", "0", "--no-check")
+    )
+    assert "1 replaced by the next image of the class" in text
+    assert "15 images" in text
+
+
+# ---------------------------------------------------------------------------------------------
+# What is wrong
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "arguments"),
+    [
+        (1, "write torchvision:resnet50", ("sites", "--model", "resnet50")),
+        (1, "no module 'colournets'", ("sites", "--model", "colournets:colours")),
+        (1, "failed: RuntimeError: out of luck", ("sites", "--model", "colour_nets:fails")),
+        (2, "--input takes a shape", ("sites", *MODEL, "--input", "big")),
+        (1, "cannot be run on", ("sites", *MODEL, "--input", "8")),
+        (1, "no module 'rleu'; did you mean 'relu'", ("sites", *MODEL, "--layer", "rleu")),
+        (2, "--model-arg takes NAME=VALUE", ("sites", *MODEL, "--model-arg", "gain")),
+        (2, "No such option", ("sites", *MODEL, "--nonsense")),
+        (2, "Missing option '--model'", ("learn", "--data", "train")),
+        (2, "No such command", ("lern",)),
+        (1, "there is no folder trian; did you mean train?", (*NEW, "--data", "trian")),
+        (1, "holds no folders", (*NEW, "--data", "val/red")),
+        (1, "do not fit the model: missing conv.weight", (*NEW, "--weights", "other.pt")),
+        (1, "there is no file none.pt", (*NEW, "--weights", "none.pt")),
+        (2, "there is no class 7; there are 0, 1, 2", (*NEW, "--tasks", "7")),
+        (2, "no class 'rde'; did you mean red", (*NEW, "--tasks", "rde")),
+        (2, "goes backwards", (*NEW, "--tasks", "2-0")),
+        (2, "size must be a number from 0 to 1, not 1.5", (*NEW, "--size", "1.5")),
+        (2, "device 'nowhere' cannot be used", (*NEW, "--device", "nowhere")),
+        (2, "--size belongs to the default recipe", (*NEW, "--recipe", "paper")),
+        (2, "--beta belongs to the published recipe", (*NEW, "--beta", "1")),
+        (
+            2,
+            "needs --beta",
+            ("learn", *MODEL, "--data", "train", "--recipe", "paper", "--out", "new.h5"),
+        ),
+        (2, "is there already: --resume goes on", (*LEARN, "--out", "gates.h5")),
+        (2, "--resume keeps", (*NEW, "--resume", "--overwrite")),
+        (2, "there is no folder nowhere", (*LEARN, "--out", "nowhere/gates.h5")),
+        (2, "--may-differ takes", (*NEW, "--resume", "--may-differ", "weather")),
+        (2, "is for Ray: add --ray", (*NEW, "--ray-workers", "2")),
+        (2, "--mean takes three numbers", (*NEW, "--mean", "1,2")),
+        (1, "interpolation must be", (*NEW, "--interpolation", "magic")),
+        (1, "the class index says nothing", (*NEW, "--class-index", "classes.json")),
+        (1, "no 'gray'; did you mean grey", (*NEW, "--transform", "colour_nets:gray")),
+        (1, "transform makes a int of an image", (*NEW, "--transform", "colour_nets:number")),
+        (1, "not take inputs of shape (1, 1, 4, 4)", (*NEW, "--transform", "colour_nets:grey")),
+        (1, "there is no file none.h5", ("inspect", "none.h5")),
+        (1, "text.h5", ("inspect", "text.h5")),
+        (1, "text.h5", ("evaluate", "text.h5", "--data", "val")),
+        (2, "there is no class 'purple'", ("inspect", "gates.h5", "--tasks", "purple")),
+        (2, "--out writes .json, .csv or .h5", (*EVALUATE, "--out", "a.txt")),
+        (2, "--ablation takes zero", (*EVALUATE, "--ablation", "x")),
+        (2, "--size takes a share", (*EVALUATE, "--size", "2")),
+        (2, "say what to write", ("export", "gates.h5")),
+        (2, "--size takes a share", ("export", "gates.h5", "--csv", "-", "--size", "0")),
+        (2, "merge takes two files", ("merge", "gates.h5", "--out", "m.h5")),
+        (2, "red.h5 is there already", ("merge", "red.h5", "rest.h5", "--out", "red.h5")),
+        (1, "text.h5", ("merge", "red.h5", "text.h5", "--out", "m.h5")),
+        (2, "--with takes", ("compare", "gates.h5", "--with", "magic", "--data", "val")),
+        (2, "--with and --data go together", ("compare", "gates.h5", "--with", "taylor")),
+        (1, "no task in common", ("compare", "red.h5", "rest.h5")),
+        (2, "one file or two", ("compare", "red.h5", "rest.h5", "gates.h5")),
+        (2, "there is no file none.png", ("attribute", "gates.h5", "none.png")),
+        (2, "is a folder; name image files", ("attribute", "gates.h5", "val")),
+        (1, "cannot be read", ("attribute", "gates.h5", "colour_nets.py")),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_a_line_and_a_code(
+    here: Path, code: int, message: str, arguments: tuple[str, ...]
+) -> None:
+    (here / "classes.json").write_text('{"blue": 0}')
+    before = sorted(here.iterdir())
+    fails(code, message, *arguments)
+    assert sorted(here.iterdir()) == before
+
+
+def test_a_transform_of_the_users(here: Path) -> None:
+    succeeds(*LEARN, "--out", "t.h5", "--transform", "colour_nets:transform", "--tasks", "0", "-q")
+    with GateStore.open("t.h5") as store:
+        assert store.provenance["transform"]["factory"] == "colour_nets:transform"
+
+
+def test_debug_shows_the_traceback() -> None:
+    outcome = invoke("sites", "--model", "resnet50", "--debug")
+    assert outcome.exit_code == 1
+    assert "Traceback" in outcome.output
+
+
+def test_resume_refuses_other_settings(here: Path) -> None:
+    other = [*LEARN, "--out", "gates.h5", "--resume"]
+    fails(1, "seed", *other, "--seed", "5")
+    fails(1, "recipe", *other, "--steps", "5")
+    assert "0 learned" in succeeds(*other)
+
+
+# ---------------------------------------------------------------------------------------------
+# Stopping
+# ---------------------------------------------------------------------------------------------
+
+
+def test_interrupted_before_anything_is_saved(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nad_attr.cli.learn.learn_to_store", stop)
+    outcome = invoke(*LEARN, "--out", "never.h5")
+    assert outcome.exit_code == 130
+    assert "Stopped. Nothing was saved yet." in outcome.output
+    assert "Traceback" not in outcome.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_the_middle_and_resumed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    out = f"stopped{int(number)}.h5"
+    arguments = [*LEARN, "--out", out, "--chunk-size", "1"]
+    saved = runs._Run.save
+
+    def save_and_stop(run: object, gates: TaskGates) -> None:
+        # Comes in the middle of writing, and must wait for its end.
+        monkeypatch.setattr(runs._Run, "save", saved)
+        saved(run, gates)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(runs._Run, "save", save_and_stop)
+    monkeypatch.setattr(sys, "argv", ["nad-attr", *map(str, arguments)])
+    outcome = invoke(*arguments)
+    assert outcome.exit_code == 128 + number, outcome.output
+    assert f"1 of 3 tasks are saved in {out}. To go on:" in outcome.output
+    assert f"nad-attr learn {' '.join(LEARN[1:])} --out {out} --chunk-size 1 --resume" in (
+        " ".join(outcome.output.split())
+    )
+    assert "2 learned" in succeeds(*arguments, "--resume")
+    assert TaskGates.load(out) == TaskGates.load("gates.h5").select([0, 1, 2])
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal(here: Path) -> None:
+    """The whole program, as its entry point starts it."""
+    command = [sys.executable, "-m", "nad_attr.cli", *LEARN, "--out", "ctrl.h5"]
+    command += ["--steps", "30", "--chunk-size", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    try:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and process.poll() is None:
+            try:
+                with GateStore.open("ctrl.h5") as store:
+                    if len(store):
+                        break
+            except ValueError:
+                pass
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert "of 3 tasks are saved in ctrl.h5. To go on:" in output
+    assert "Traceback" not in output
+    with GateStore.open("ctrl.h5") as store:
+        assert 1 <= len(store) < 3
