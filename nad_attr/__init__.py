@@ -6,13 +6,15 @@ from nad_attr.attribution import NADAttribution
 from nad_attr.gates import Task, TaskGates
 from nad_attr.gating import GatingError, gated, recorded
 from nad_attr.history import History
-from nad_attr.learning import learn_gates
+from nad_attr.learning import learn_gates, learn_sizes
 from nad_attr.recipe import PaperRecipe, Recipe
+from nad_attr.runs import learn_to_store
 from nad_attr.sites import GateSite, SiteError, find_gate_sites, paper_sites
-from nad_attr.store import GateStoreError
+from nad_attr.store import GateStore, GateStoreError
 
 __all__ = [
     "GateSite",
+    "GateStore",
     "GateStoreError",
     "GatingError",
     "History",
@@ -27,6 +29,8 @@ __all__ = [
     "find_gate_sites",
     "gated",
     "learn_gates",
+    "learn_sizes",
+    "learn_to_store",
     "paper_sites",
     "recorded",
 ]

@@ -35,13 +35,14 @@ LAYERS = (
         "data",
         "means",
         "running",
+        "provenance",
     ),
-    ("engine", "paper", "selection", "learning", "store"),
+    ("engine", "paper", "selection", "learning", "runs", "store"),
     ("attribution",),
     ("evaluation", "comparison"),
     ("__init__",),
     ("bridges",),
-    ("report", "datasets", "distributed", "demo", "cli", "__main__"),
+    ("report", "datasets", "distributed", "specs", "demo", "cli", "__main__"),
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 

@@ -1,0 +1,252 @@
+"""Runs on a Ray cluster of this machine: the same gates as in this process, whatever dies."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nad_attr import TaskGates
+from nad_attr.distributed import RayExecutor, WorkersLostError
+from nad_attr.runs import Progress, learn_to_store
+from tests import killable
+from tests.helpers import assert_model_untouched
+
+pytestmark = pytest.mark.slow
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is missing")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two CPUs of this machine, shared by the tests: starting takes seconds."""
+    ray = pytest.importorskip("ray")
+    before = os.environ.get("RAY_USAGE_STATS_ENABLED")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+    )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+        if before is None:
+            del os.environ["RAY_USAGE_STATS_ENABLED"]
+        else:
+            os.environ["RAY_USAGE_STATS_ENABLED"] = before
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> TaskGates:
+    """The gates of a run in this process that nothing happens to."""
+    path = tmp_path_factory.mktemp("whole") / "gates.h5"
+    learn_to_store(path, killable.network(), killable.data(), **killable.SETTINGS)
+    return TaskGates.load(path)
+
+
+def assert_same_bits(one: TaskGates, other: TaskGates) -> None:
+    """The same tasks, in whatever order, with gates, logits and means equal bit by bit."""
+    assert set(one.tasks) == set(other.tasks)
+    other = other.select(one.tasks)
+    assert one.logits is not None
+    assert other.logits is not None
+    for name in one:
+        assert one[name].numpy().tobytes() == other[name].numpy().tobytes()
+        assert one.logits[name].numpy().tobytes() == other.logits[name].numpy().tobytes()
+        assert one.means is not None
+        assert other.means is not None
+        assert one.means[name].numpy().tobytes() == other.means[name].numpy().tobytes()
+
+
+class Deadly(Dataset[tuple[Tensor, int]]):
+    """Images; one that has a mark in a folder kills the worker that reads it, once for each."""
+
+    def __init__(self, marks: Path) -> None:
+        self.x, self.y = killable.data()
+        self.targets = self.y.tolist()
+        self.marks = marks
+        self.driver = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        if os.getpid() != self.driver:
+            for mark in sorted(self.marks.glob(f"{i}-*")):
+                mark.unlink()
+                if mark.suffix == ".error":
+                    raise OSError("the disk is gone")
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self.x[i], self.targets[i]
+
+
+# -- without ray -----------------------------------------------------------------------------------
+
+_NO_RAY = """
+import json, sys
+sys.modules["ray"] = None
+import tempfile
+from nad_attr.distributed import RayExecutor
+from nad_attr.runs import learn_to_store
+from tests import killable
+executor = RayExecutor("local")
+with tempfile.TemporaryDirectory() as folder:
+    try:
+        learn_to_store(f"{folder}/a.h5", killable.network(), killable.data(), executor=executor)
+    except ImportError as error:
+        message = str(error)
+    del sys.modules["ray"]
+    learn_to_store(f"{folder}/b.h5", killable.network(), killable.data(), **killable.SETTINGS)
+print(json.dumps([message, sorted(name for name in sys.modules if name.split(".")[0] == "ray")]))
+"""
+
+
+def test_ray_is_not_imported_until_it_is_used_and_missed_by_name() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", _NO_RAY],
+        cwd=killable.ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    message, imported = json.loads(result.stdout.splitlines()[-1])
+    assert "pip install 'nad-attr[ray]'" in message
+    assert imported == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"address": ""}, TypeError, "address"),
+        ({"address": None}, TypeError, "address"),
+        ({"n_workers": 0}, ValueError, "n_workers"),
+        ({"n_workers": True}, ValueError, "n_workers"),
+        ({"gpus_per_worker": 2}, ValueError, "one GPU or a share"),
+        ({"gpus_per_worker": -0.5}, ValueError, "gpus_per_worker"),
+        ({"cpus_per_worker": 0}, ValueError, "cpus_per_worker"),
+        ({"retries": -1}, ValueError, "retries"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        RayExecutor(**options)
+
+
+@needs_ray
+def test_a_gpu_has_to_be_asked_for() -> None:
+    with pytest.raises(ValueError, match="gpus_per_worker"):
+        RayExecutor("local").session_device("cuda")
+    assert RayExecutor("local", gpus_per_worker=0.5).session_device(None) == "cpu"
+
+
+# -- with ray --------------------------------------------------------------------------------------
+
+
+@needs_ray
+def test_local_cluster_is_started_and_ended_and_one_worker_gives_the_same_bits(
+    uninterrupted: TaskGates, tmp_path: Path
+) -> None:
+    import ray
+
+    model, data = killable.network(), killable.data()
+    path = tmp_path / "gates.h5"
+    # There is none that this machine belongs to; the store is begun all the same.
+    with pytest.raises(ConnectionError, match="ray start --head"):
+        learn_to_store(path, model, data, executor=RayExecutor(), **killable.SETTINGS)
+    before = dict(os.environ)
+    with assert_model_untouched(model, *data):
+        executor = RayExecutor("local", n_workers=1)
+        learn_to_store(path, model, data, resume=True, executor=executor, **killable.SETTINGS)
+    assert not ray.is_initialized()
+    assert dict(os.environ) == before
+    assert_same_bits(uninterrupted, TaskGates.load(path))
+
+
+@needs_ray
+def test_two_workers_give_the_same_bits(
+    cluster: Any, uninterrupted: TaskGates, tmp_path: Path
+) -> None:
+    told: list[Progress] = []
+    path = learn_to_store(
+        tmp_path / "gates.h5",
+        killable.network(),
+        killable.data(),
+        executor=RayExecutor(n_workers=2),
+        on_progress=told.append,
+        **killable.SETTINGS,
+    )
+    assert_same_bits(uninterrupted, TaskGates.load(path))
+    assert (told[-1].done, told[-1].total, told[-1].lost) == (20, 20, 0)
+    assert told[-1].steps == told[-1].n_steps == 20 * killable.RECIPE.steps
+    assert cluster.is_initialized()  # it was not the run's to end
+
+
+@needs_ray
+def test_ten_killed_workers_do_not_change_a_bit(
+    cluster: Any, uninterrupted: TaskGates, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    # Images of the own class of nine tasks, and so of most chunks; one kills twice.
+    for n, image in enumerate((0, 7, 13, 22, 29, 31, 38, 44, 55, 55)):
+        (marks / f"{image}-{n}").touch()
+    executor = RayExecutor(n_workers=2, retries=10)
+    path = tmp_path / "gates.h5"
+    data = Deadly(marks)
+    # The tensors' fingerprint and choice of images, so that the gates have to be the same.
+    learn_to_store(
+        path, killable.network(), data, executor=executor, augmented=False, **killable.SETTINGS
+    )
+    assert executor.lost == 10
+    assert not list(marks.iterdir())
+    assert_same_bits(uninterrupted, TaskGates.load(path))
+
+
+@needs_ray
+def test_what_is_done_is_saved_when_a_chunk_fails_for_good(
+    cluster: Any, uninterrupted: TaskGates, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    path = tmp_path / "gates.h5"
+    model, data = killable.network(), Deadly(marks)
+
+    def run(retries: int = 5, **options: Any) -> None:
+        settings = {**killable.SETTINGS, "augmented": False, "resume": True, **options}
+        executor = RayExecutor(n_workers=1, retries=retries)
+        learn_to_store(path, model, data, executor=executor, **settings)
+
+    with pytest.raises(WorkersLostError, match=r"lost its worker 1 times.*resume"):
+        for image in range(60):
+            (marks / f"{image}-0").touch()
+        run(retries=0)
+    for mark in marks.iterdir():
+        mark.unlink()
+
+    def break_disk(progress: Progress) -> None:
+        if progress.done == 6:
+            for image in range(60):
+                (marks / f"{image}-0.error").touch()
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(on_progress=break_disk)
+    saved = TaskGates.load(path)
+    assert saved.tasks == (0, 1, 2, 3, 4, 5)
+    for mark in marks.iterdir():
+        mark.unlink()
+    run()
+    assert_same_bits(uninterrupted, TaskGates.load(path))
