@@ -205,6 +205,7 @@ class Runner:
         Raises:
             ValueError: If an image holds NaN or infinity.
         """
-        draws = [[(i, seed_of("evaluation", i)) for i in chosen] for chosen in numbers]
+        # One batch at a time: all draws of a large data set would fill the memory.
+        draws = ([(i, seed_of("evaluation", i)) for i in chosen] for chosen in numbers)
         for inputs in source.batches(draws):
             yield self.to_device(check_finite(inputs))

@@ -1,14 +1,14 @@
 """Nothing that a file says is trusted: every file is read or refused, and nothing else happens."""
 
-from __future__ import annotations
-
 import contextlib
+import json
 import sys
 import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -402,8 +402,39 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
 @pytest.mark.parametrize(("spoil", "words"), HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_files(path: Path, spoil: Callable[[h5py.File], object], words: str) -> None:
     with h5py.File(path, "r+") as file:
+        del file["site"].attrs["index"]  # else the attributes of the sites would not be read
         spoil(file)
     refused(path, TaskGates.load, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: index[:-1], "lists 2 gate sites of 3"),
+        (lambda index: [*index, index[0]], "lists 4 gate sites of 3"),
+        (lambda index: {"0": index[0]}, "no list"),
+        (lambda index: [index[0][:3], *index[1:]], "lists a gate site as"),
+        (lambda index: [[0, *index[0][1:]], *index[1:]], "lists a gate site as"),
+        (lambda index: [[index[0][0], True, 1, 0], *index[1:]], "lists a gate site as"),
+        (lambda index: [7, *index[1:]], "not a readable|int"),
+        (lambda index: [["", *index[0][1:]], *index[1:]], "name"),
+        (lambda index: [index[1], *index[1:]], "twice|shape"),
+        (lambda index: [[index[0][0], 2**40, 1, 0], *index[1:]], "shape|claims"),
+    ],
+)
+def test_hostile_index_of_sites(path: Path, change: Callable[[Any], Any], words: str) -> None:
+    with h5py.File(path, "r+") as file:
+        group = file["site"]
+        index = json.loads(group.attrs["index"])
+        group.attrs["index"] = np.bytes_(json.dumps(change(index)))
+    refused(path, TaskGates.load, words)
+
+
+def test_sites_are_read_from_their_groups_where_there_is_no_index(path: Path) -> None:
+    whole = TaskGates.load(path)
+    with h5py.File(path, "r+") as file:
+        del file["site"].attrs["index"]
+    assert TaskGates.load(path) == whole
 
 
 HOSTILE_ARCHS: dict[str, tuple[Callable[[h5py.File], object], str]] = {
@@ -471,6 +502,7 @@ def test_a_damaged_chunk(path: Path) -> None:
 
 def test_more_is_claimed_than_is_stored(path: Path) -> None:
     with h5py.File(path, "r+") as file:
+        del file["site"].attrs["index"]
         del file["site/0/gate"], file["site/0/logit"], file["site/0/mean"]
         file["site/0"].attrs["n_channels"] = 2**26
         data = file["site/0"].create_dataset(
@@ -483,6 +515,7 @@ def test_more_is_claimed_than_is_stored(path: Path) -> None:
 @pytest.mark.parametrize("chunks", [(1, 2**22), (1, 2**20)], ids=["by task", "otherwise"])
 def test_one_dataset_linked_from_many_places(path: Path, chunks: tuple[int, int]) -> None:
     with h5py.File(path, "r+") as file:
+        del file["site"].attrs["index"]
         for site in ("site/1", "site/2"):
             del file[site]
         del file["task"], file["history"]

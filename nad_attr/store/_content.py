@@ -186,6 +186,13 @@ class Content:
         ]
 
     def _add(self, rows: Sequence[Row]) -> None:
+        if not self.rows:
+            # Nearly always all is well, which can be seen without looking at each row.
+            where = {row.task: i for i, row in enumerate(rows)}
+            names = {row.name for row in rows}
+            if len(where) == len(rows) and len(names - {None}) in (0, len(rows)):
+                self.where, self.rows = where, list(rows)
+                return
         # Names are looked through only where there are some, for there may be many rows.
         named = rows[0].name is not None if rows else False
         known = {row.name for row in self.rows} if named else set()

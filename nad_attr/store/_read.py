@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import h5py
 import numpy as np
 import numpy.typing as npt
-from h5py import h5a, h5d, h5l, h5t, h5z
+from h5py import h5a, h5d, h5g, h5l, h5t, h5z
 
 from nad_attr.sites import GateSite
 from nad_attr.store._errors import GateStoreError, reading
@@ -172,15 +172,13 @@ class Reader:
 
     def group(self, group: h5py.Group, name: str) -> h5py.Group:
         """A group inside this one; links to anywhere else are refused."""
-        return self._member(group, name, h5py.Group)
-
-    def _member(self, group: h5py.Group, name: str, kind: type[Any]) -> Any:
         if not self.is_hard(group, name):
             raise GateStoreError(f"{self.path}: {_path(group, name)} is missing or a link.")
-        value = group[name]
-        if not isinstance(value, kind):
-            raise GateStoreError(f"{self.path}: {_path(group, name)} is not a {kind.__name__}.")
-        return value
+        try:
+            # Three times as fast as group[name], which asks what kind of thing it is.
+            return h5py.Group(h5g.open(group.id, name.encode()))
+        except (KeyError, ValueError):
+            raise GateStoreError(f"{self.path}: {_path(group, name)} is not a Group.") from None
 
     def names(self, group: h5py.Group) -> list[str]:
         """The members of a group."""
@@ -271,16 +269,25 @@ class Reader:
         n = root.id.get_num_objs()
         if not 0 < n <= max(100, self.size // 8):
             raise GateStoreError(f"{self.path}: {n} gate sites.")
+        index = self.json(root, "index", list, None)
+        if index is not None and len(index) != n:
+            raise GateStoreError(f"{self.path}: /site lists {len(index)} gate sites of {n}.")
         sites = []
         for order in range(n):
             group = self.group(root, str(order))
-            site = GateSite(
-                self.text(group, "name"),
-                self.integer(group, "n_channels"),
-                self.integer(group, "channel_dim"),
-                bool(self.integer(group, "at_input")),
-            )
-            sites.append((site, group))
+            if index is None:
+                facts = (
+                    self.text(group, "name"),
+                    self.integer(group, "n_channels"),
+                    self.integer(group, "channel_dim"),
+                    self.integer(group, "at_input"),
+                )
+            else:
+                facts = tuple(index[order])
+                if [type(fact) for fact in facts] != [str, int, int, int]:
+                    raise GateStoreError(f"{self.path}: /site lists a gate site as {facts}.")
+            name, n_channels, channel_dim, at_input = facts
+            sites.append((GateSite(name, n_channels, channel_dim, bool(at_input)), group))
         return sites
 
     def means(

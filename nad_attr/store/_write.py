@@ -258,4 +258,7 @@ def put_sites(
         if means is not None:
             put_array(group, "mean", np.asarray(means[site.name], np.float32))
         groups.append(group)
+    # The same once more in one place: reading the attributes of many groups takes its time.
+    index = [[s.name, s.n_channels, s.channel_dim, int(s.at_input)] for s in sites]
+    put_attribute(file["site"], "index", json.dumps(index))
     return groups
