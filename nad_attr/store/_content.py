@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import h5py
 import numpy as np
@@ -57,6 +57,50 @@ class Row(NamedTuple):
     finished: float  # seconds since 1970, NaN: not known
     record: int  # -1: the file
     row: int
+
+
+class Rows(Sequence[Row]):
+    """The tasks of a file, and those of its records; a file's rows are made when asked for.
+
+    Args:
+        tasks: Of the file.
+        names: As many.
+        counts: As many, own images.
+        finished: As many.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task] = (),
+        names: Sequence[str | None] = (),
+        counts: Sequence[int] = (),
+        finished: Sequence[float] = (),
+    ) -> None:
+        self.tasks, self.names = tasks, names
+        self._counts, self._finished = counts, finished
+        self._more: list[Row] = []
+
+    def __len__(self) -> int:
+        return len(self.tasks) + len(self._more)
+
+    @overload
+    def __getitem__(self, i: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Row]: ...
+
+    def __getitem__(self, i: int | slice) -> Row | list[Row]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        n = len(self.tasks)
+        if i >= n:
+            return self._more[i - n]
+        return Row(self.tasks[i], self.names[i], self._counts[i], self._finished[i], -1, i)
+
+    def append(self, row: Row) -> None:
+        """Add one of a record."""
+        self._more.append(row)
 
 
 @dataclass
@@ -128,7 +172,7 @@ class Content:
     ) -> None:
         self.path, self.head, self.reader = path, head, reader
         self.records: list[Record] = []
-        self.rows: list[Row] = []
+        self.rows = Rows()
         self.where: dict[Task, int] = {}
         self._groups = groups
         self._n_file = 0
@@ -136,7 +180,7 @@ class Content:
         self._scores: dict[str, dict[Task, tuple[int, int]]] = {}
         self._results: dict[str, Record | None] = {}
         if reader is not None:
-            self._add(self._rows_of_file(reader))
+            self._take(self._rows_of_file(reader))
             self._n_file = len(self.rows)
             if reader.has(reader.file, "score"):
                 root = reader.group(reader.file, "score")
@@ -166,7 +210,7 @@ class Content:
         return cls(path, head, reader, [group for _, group in sites])
 
     @staticmethod
-    def _rows_of_file(reader: Reader) -> list[Row]:
+    def _rows_of_file(reader: Reader) -> Rows:
         group = reader.group(reader.file, "task")
         texts = reader.strings(group, "index")
         tasks = json.loads(f"[{','.join(texts)}]")
@@ -178,21 +222,20 @@ class Content:
             names = reader.strings(group, "name", n)
         counts = reader.array(group, "n_sample", "i", (n,)).tolist()
         finished = reader.array(group, "finished", "f", (n,)).tolist()
-        return [
-            Row(task if type(task) is int and task >= 0 else as_task(task), name, count, at, -1, i)
-            for i, (task, name, count, at) in enumerate(
-                zip(tasks, names, counts, finished, strict=True)
-            )
-        ]
+        known = [task if type(task) is int and task >= 0 else as_task(task) for task in tasks]
+        return Rows(known, names, counts, finished)
+
+    def _take(self, rows: Rows) -> None:
+        """The rows of the file, in place of none."""
+        # Nearly always all is well, which can be seen without looking at each row.
+        where = {task: i for i, task in enumerate(rows.tasks)}
+        names = set(rows.names) - {None}
+        if len(where) == len(rows) and len(names) in (0, len(rows)):
+            self.where, self.rows = where, rows
+        else:
+            self._add(rows)
 
     def _add(self, rows: Sequence[Row]) -> None:
-        if not self.rows:
-            # Nearly always all is well, which can be seen without looking at each row.
-            where = {row.task: i for i, row in enumerate(rows)}
-            names = {row.name for row in rows}
-            if len(where) == len(rows) and len(names - {None}) in (0, len(rows)):
-                self.where, self.rows = where, list(rows)
-                return
         # Names are looked through only where there are some, for there may be many rows.
         named = rows[0].name is not None if rows else False
         known = {row.name for row in self.rows} if named else set()

@@ -101,7 +101,7 @@ class StoreView:
         except (TypeError, ValueError):
             return task in (self.task_names or ()) if isinstance(task, str) else False
 
-    def _rows(self, tasks: Sequence[object] | None) -> list[Row]:
+    def _rows(self, tasks: Sequence[object] | None) -> Sequence[Row]:
         content = self._content
         if tasks is None:
             return content.rows
