@@ -738,3 +738,27 @@ def test_scorers_by_name() -> None:
     assert len(SCORERS) == 16
     with pytest.raises(TypeError):
         SCORERS["mine"] = RandomScorer
+
+
+def test_lrp_undoes_canonizers_that_fail_half_way() -> None:
+    class Crossed(nn.Module):
+        """BatchNorms that are listed after other layers than those that they follow."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.good = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+            self.conv = nn.Conv2d(6, 2, 1)
+            self.norm = nn.BatchNorm2d(6)
+            self.wide = nn.Conv2d(4, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.norm(self.wide(self.good(x)))).mean((2, 3))
+
+    model = helpers.build(Crossed)
+    for norm in (model.good[1], model.norm):
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+    scorer = LRPScorer(model, [GateSite("good", 4)])
+    images, labels = torch.rand(2, 3, 5, 5, dtype=torch.float64), torch.tensor([0, 1])
+    with helpers.assert_model_untouched(model), pytest.raises(GatingError, match="canonizers"):
+        scorer(images, labels)

@@ -29,6 +29,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
         # Hooks, parameters, buffers and submodules are tables that are changed in place.
         tables = [(t, list(t.items())) for t in attributes.values() if isinstance(t, dict)]
         saved.append((module, attributes, tables))
+    # Zennit's canonizers exchange what a parameter holds, and do not put it back when they fail.
+    contents = [
+        (tensor, tensor.data)
+        for tensors in (unwrap(model).parameters(), unwrap(model).buffers())
+        for tensor in tensors
+    ]
     try:
         with isolated_rng(0):
             yield
@@ -39,6 +45,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
             for table, items in tables:
                 table.clear()
                 table.update(items)
+        for tensor, content in contents:
+            if tensor.data_ptr() != content.data_ptr() or tensor.shape != content.shape:
+                tensor.data = content
 
 
 @contextmanager

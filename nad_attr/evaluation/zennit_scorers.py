@@ -103,8 +103,17 @@ class LRPScorer(ChannelScorer):
         for inputs in runner.draw(source, [[0]]):
             with torch.no_grad(), untouched(runner.model):
                 before = runner(inputs)
-                with self._registered(runner.model):
-                    after = runner(inputs)
+                try:
+                    with self._registered(runner.model):
+                        after = runner(inputs)
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    raise GatingError(
+                        f"the composite's canonizers fail on this network ({error}): modules are "
+                        "not listed in the order in which they run. Give canonizers=[...] that "
+                        "fit this network, or canonizers=[]."
+                    ) from error
         spread = (before - before.mean()).abs().max() + before.abs().max()
         if not bool((after - before).abs().max() <= _TOLERANCE * spread):
             raise GatingError(
