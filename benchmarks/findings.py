@@ -1,0 +1,429 @@
+"""Tables and figures of what the benchmarks found, for the page docs/findings.md.
+
+    python -m benchmarks.findings            # rewrites the tables in docs/findings.md, and figures
+    python -m benchmarks.findings --print    # prints the tables
+
+Reads ``benchmarks/results/disentanglement/*.jsonl`` and ``benchmarks/results/questions/*.json``;
+measures nothing itself. A table stands in the page between ``<!-- name -->`` and ``<!-- end -->``;
+the text around it is written by hand and has to agree with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cifar import REPOSITORY
+from benchmarks.disentanglement import PER_TASK, RESULTS, read_rows
+from benchmarks.networks import PAIRS, kind_of
+from benchmarks.questions import RESULTS as QUESTIONS
+from nad_attr.evaluation import bootstrap_interval
+
+PLANTED = REPOSITORY / "benchmarks" / "results" / "planted.json"
+PAGE = REPOSITORY / "docs" / "findings.md"
+IMAGES = REPOSITORY / "docs" / "images"
+
+#: {method: {size: (seeds, tasks)}} of one measure
+Table = dict[str, dict[str, "np.ndarray[Any, Any]"]]
+
+
+class Pair:
+    """The rows of one network x data set."""
+
+    def __init__(self, name: str, rows: list[dict[str, Any]]) -> None:
+        self.name = name
+        self.rows = [row for row in rows if "sizes" in row]
+        self.failed = {
+            row["method"]: row["error"] for row in rows if "error" in row and row["seed"] == 0
+        }
+
+    @property
+    def ablations(self) -> list[str]:
+        """Those that were run."""
+        return sorted({row["ablation"] for row in self.rows})
+
+    def seeds(self, ablation: str) -> list[int]:
+        """Seeds for which NAD was run."""
+        return sorted(
+            row["seed"]
+            for row in self.rows
+            if row["method"] == "nad" and row["ablation"] == ablation
+        )
+
+    def table(self, ablation: str, measure: str) -> Table:
+        """Values by method and size, over the seeds that NAD has too."""
+        wanted = self.seeds(ablation)
+        result: Table = {}
+        by_method: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in self.rows:
+            if row["ablation"] == ablation and row["seed"] in wanted:
+                by_method.setdefault(row["method"], {})[row["seed"]] = row["sizes"]
+        for method, by_seed in by_method.items():
+            for size in next(iter(by_seed.values())):
+                values = [
+                    [np.nan if v is None else v for v in _listed(by_seed[seed][size][measure])]
+                    for seed in wanted
+                    if seed in by_seed
+                ]
+                result.setdefault(method, {})[size] = np.array(values, dtype=float)
+        return result
+
+    def whole(self, measure: str) -> float:
+        """Of the whole network, mean over seeds."""
+        return float(np.mean([row["whole"][measure] for row in self.rows]))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def load(folder: Path = RESULTS) -> list[Pair]:
+    """All pairs that have rows, in the benchmark's order."""
+    pairs = [Pair(name, read_rows(folder / f"{name.replace('/', '_')}.jsonl")) for name in PAIRS]
+    return [pair for pair in pairs if any(row["method"] == "nad" for row in pair.rows)]
+
+
+def best_rival(table: Table, size: str) -> tuple[str, np.ndarray[Any, Any]]:
+    """The rival with the highest mean at a size."""
+    means = {
+        method: float(np.nanmean(values[size]))
+        for method, values in table.items()
+        if method != "nad" and size in values
+    }
+    name = max(means, key=lambda method: means[method])
+    return name, table[name][size]
+
+
+def comparisons(
+    pairs: list[Pair], measure: str = "own_auc"
+) -> Iterator[tuple[Pair, str, str, dict[str, Any]]]:
+    """NAD against the best rival in every cell, with the interval of the paired difference."""
+    for pair in pairs:
+        for ablation in pair.ablations:
+            table = pair.table(ablation, measure)
+            chance = pair.table(ablation, "own_auc")
+            for size, nad in table["nad"].items():
+                rival, values = best_rival(table, size)
+                n = min(len(nad), len(values))
+                difference = nad[:n] - values[:n]
+                low, high = bootstrap_interval(difference)
+                above = any(
+                    bootstrap_interval(v[size])[0] > 0.5 for v in chance.values() if size in v
+                )
+                yield (
+                    pair,
+                    ablation,
+                    size,
+                    {
+                        "nad": float(np.nanmean(nad)),
+                        "rival": rival,
+                        "value": float(np.nanmean(values)),
+                        "low": low,
+                        "high": high,
+                        "above_chance": above,
+                        "n_seeds": n,
+                    },
+                )
+
+
+def _lines(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    rule = ["---"] * left + ["--:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
+
+
+def _f(value: float, digits: int = 3) -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+
+
+def overview(pairs: list[Pair]) -> str:
+    """Which cells were run."""
+    rows = []
+    for pair in pairs:
+        methods = {row["method"] for row in pair.rows}
+        n = {row["n_images"] for row in pair.rows}
+        rows.append(
+            [
+                pair.name,
+                kind_of(pair.name.partition("/")[0]),
+                _f(pair.whole("own_auc")),
+                ", ".join(f"{a}: {len(pair.seeds(a))}" for a in pair.ablations),
+                str(len(methods)),
+                "/".join(map(str, sorted(n))),
+                "; ".join(sorted(pair.failed)) or "-",
+            ]
+        )
+    head = ["network / data", "kind", "whole own AUC", "seeds", "methods", "images", "not possible"]
+    return _lines(head, rows, 2)
+
+
+def against_best(pairs: list[Pair], measure: str) -> str:
+    """One row for each pair and ablation value: NAD, best rival, interval of the difference."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    sizes: list[str] = []
+    for pair, ablation, size, found in comparisons(pairs, measure):
+        sign = "**" if found["low"] > 0 else ""
+        text = (
+            f"{sign}{_f(found['nad'], 2)}{sign} / {_f(found['value'], 2)} {found['rival']} "
+            f"[{found['low']:+.2f}, {found['high']:+.2f}]"
+        )
+        cells.setdefault((pair.name, ablation), {})[size] = (
+            text if found["above_chance"] else "chance"
+        )
+        if size not in sizes:
+            sizes.append(size)
+    rows = [[name, ab, *(row.get(s, "-") for s in sizes)] for (name, ab), row in cells.items()]
+    return _lines(["network / data", "closed", *(f"{float(s):.0%}" for s in sizes)], rows, 2)
+
+
+def wins(pairs: list[Pair]) -> str:
+    """How often NAD is best."""
+    rows = []
+    for measure in PER_TASK:
+        found = [(a, s, c) for _, a, s, c in comparisons(pairs, measure) if c["above_chance"]]
+        for ablation in ("mean", "zero"):
+            mine = [c for a, _, c in found if a == ablation]
+            if mine:
+                rows.append(
+                    [
+                        measure.replace("_", " "),
+                        ablation,
+                        str(len(mine)),
+                        str(sum(c["nad"] > c["value"] for c in mine)),
+                        str(sum(c["low"] > 0 for c in mine)),
+                        str(sum(c["high"] < 0 for c in mine)),
+                    ]
+                )
+    head = ["measure", "closed", "cells", "NAD highest", "interval above 0", "interval below 0"]
+    return _lines(head, rows, 2)
+
+
+def methods(pairs: list[Pair], measure: str = "own_auc") -> str:
+    """Mean over pairs and ablation values for every method."""
+    sums: dict[str, dict[str, list[float]]] = {}
+    for pair in pairs:
+        for ablation in pair.ablations:
+            for method, by_size in pair.table(ablation, measure).items():
+                for size, values in by_size.items():
+                    sums.setdefault(method, {}).setdefault(size, []).append(
+                        float(np.nanmean(values))
+                    )
+    sizes = list(sums["nad"])
+    order = sorted(sums, key=lambda m: -np.mean([np.mean(sums[m][s]) for s in sizes]))
+    rows = [[m, *(_f(float(np.mean(sums[m][s]))) for s in sizes)] for m in order]
+    return _lines(["method", *(f"{float(s):.0%}" for s in sizes)], rows)
+
+
+def classifier(pairs: list[Pair]) -> str:
+    """NAD as a detector and as a classifier, at 40 % and 10 %."""
+    rows = []
+    for pair in pairs:
+        for ablation in pair.ablations:
+            for size in ("0.4", "0.1"):
+                cells = [pair.name, ablation, f"{float(size):.0%}"]
+                for measure in (
+                    *("own_auc", "other_auc", "disentanglement", "fidelity", "rank_fidelity"),
+                    *("recall", "fpr", "ba", "other_accuracy"),
+                ):
+                    values = pair.table(ablation, measure)["nad"].get(size)
+                    cells.append("-" if values is None else _f(float(np.nanmean(values)), 2))
+                rows.append(cells)
+    head = ["network / data", "closed", "size", "own AUC", "other AUC", "disent.", "fidelity"]
+    return _lines([*head, "rank fid.", "recall", "FPR", "BA", "other acc."], rows, 3)
+
+
+def _questions() -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in PAIRS:
+        path = QUESTIONS / f"{name.replace('/', '_')}.json"
+        if path.is_file():
+            found[name] = json.loads(path.read_text())
+    return found
+
+
+def stability(found: Mapping[str, dict[str, Any]]) -> str:
+    """Kappa between seeds."""
+    rows = []
+    sizes: list[str] = []
+    for name, parts in found.items():
+        if "seeds" not in parts:
+            continue
+        for ablation in ("mean", "zero"):
+            mine = {k.partition("/")[2]: v for k, v in parts["seeds"].items() if ablation in k}
+            sizes = sizes or list(mine)
+            rows.append([name, ablation, *(_f(mine.get(s, np.nan), 2) for s in sizes)])
+    return _lines(["network / data", "closed", *(f"{float(s):.0%}" for s in sizes)], rows, 2)
+
+
+def tables() -> dict[str, str]:
+    """All of them by name."""
+    pairs = load()
+    found = _questions()
+    result = {
+        "overview": overview(pairs),
+        "wins": wins(pairs),
+        "own AUC against the best rival": against_best(pairs, "own_auc"),
+        "fidelity against the best rival": against_best(pairs, "fidelity"),
+        "disentanglement against the best rival": against_best(pairs, "disentanglement"),
+        "methods": methods(pairs),
+        "methods by fidelity": methods(pairs, "fidelity"),
+        "classifier": classifier(pairs),
+    }
+    if any("seeds" in parts for parts in found.values()):
+        result["seeds"] = stability(found)
+    for name, make in (("where", where), ("how", how), ("why", why)):
+        if found:
+            result[name] = make(found)
+    if PLANTED.is_file():
+        result["planted"] = planted_table(json.loads(PLANTED.read_text()))
+    return result
+
+
+def where(found: Mapping[str, dict[str, Any]]) -> str:
+    """Mosaics: share of the highest positions in the class's quadrant, above a quarter."""
+    rows = []
+    for name, parts in found.items():
+        if "where" in parts:
+            sites, excess = parts["where"]["sites"], parts["where"]["excess"]
+            at = (0, len(sites) // 2, len(sites) - 1)
+            ends = [f"[{excess['low'][i]:+.3f}, {excess['high'][i]:+.3f}]" for i in at]
+            cells = [f"{excess['mean'][i]:+.3f} {end}" for i, end in zip(at, ends, strict=True)]
+            rows.append([name, str(parts["where"]["n"]), *cells])
+    return _lines(["network / data", "mosaics", "first site", "middle site", "last site"], rows)
+
+
+def how(found: Mapping[str, dict[str, Any]]) -> str:
+    """Sizes and overlaps corrected for chance, at the first, middle and last site."""
+    rows = []
+    for name, parts in found.items():
+        for profile in parts.get("how", {}).values():
+            n = len(profile["sites"])
+            cells = [
+                " / ".join(_f(profile[what]["mean"][i], 2) for i in (0, n // 2, n - 1))
+                for what in ("size", "jaccard", "kappa")
+            ]
+            rows.append([name, *cells])
+    return _lines(["network / data", "size", "overlap (Jaccard)", "kappa"], rows)
+
+
+def why(found: Mapping[str, dict[str, Any]]) -> str:
+    """Misclassifications: hit@3 and mean reciprocal rank with their permutation p-values."""
+    rows = []
+    for name, parts in found.items():
+        if "why" not in parts:
+            continue
+        study = parts["why"]["kappa"]
+        for similarity, found_here in study["statistics"].items():
+            partial = study["partial"].get(similarity, {})
+            rows.append(
+                [
+                    name,
+                    similarity,
+                    str(found_here["n_errors"]),
+                    f"{found_here['hits']['3']:.2f} ({found_here['hit_null']['3']:.2f})",
+                    _f(found_here["hit_p"]["3"]),
+                    f"{found_here['mrr']:.2f} ({found_here['mrr_null']:.2f})",
+                    _f(found_here["mrr_p"]),
+                    f"{partial['value']:+.2f}, p {partial['p']:.2f}" if partial else "",
+                ]
+            )
+        voting = study["voting"]
+        rows.append(
+            [
+                name,
+                f"voting: accuracy {voting['accuracy']:.2f}, whole network {voting['whole']:.2f}",
+                *[""] * 6,
+            ]
+        )
+    head = ["network / data", "similarity", "errors", "hit@3 (null)", "p", "MRR (null)", "p"]
+    return _lines([*head, "sub-architectures beyond it"], rows, 2)
+
+
+def planted_table(result: Mapping[str, Any]) -> str:
+    """Recall of the planted channels at the circuits' own size (precision is the same number)."""
+    kinds = list(result["settings"]["kinds"])
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in result["rows"]:
+        if row["size_factor"] == 1.0:
+            name = row["method"] + ("" if row["ablation"] == "any" else f", {row['ablation']}")
+            found.setdefault(name, {}).setdefault(row["kind"], []).append(row["recall"])
+    rows = [
+        [name, *(_f(float(np.mean(by_kind[k]))) if k in by_kind else "-" for k in kinds)]
+        for name, by_kind in found.items()
+    ]
+    return _lines(["method", *kinds], rows)
+
+
+def figure(pairs: list[Pair]) -> None:
+    """Own AUC against size: NAD, the best rivals and random channels, one panel for each pair."""
+    from nad_attr.evaluation.figures import legend, line, line_styles, new_figure, size_axis, style
+
+    names = ["nad", "centred_effect", "neuron_mct", "taylor", "nad_paper", "other_task", "random"]
+    looks = line_styles(names, references=("random",))
+    columns = 4
+    rows = -(-len(pairs) // columns)
+    for measure in ("own_auc", "fidelity"):
+        drawing, axes = new_figure(rows, columns)
+        for i, axis in enumerate(np.ravel(axes)):
+            if i >= len(pairs):
+                axis.set_visible(False)
+                continue
+            pair = pairs[i]
+            table = pair.table("mean", measure)
+            sizes = [float(s) for s in table["nad"]]
+            for name in names:
+                if name in table:
+                    values = [table[name][s] for s in table["nad"]]
+                    ends = [bootstrap_interval(v) for v in values]
+                    line(
+                        axis, sizes, [float(np.nanmean(v)) for v in values],
+                        label=name.replace("_", " "), low=[e[0] for e in ends],
+                        high=[e[1] for e in ends], **looks[name],
+                    )  # fmt: skip
+            style(axis, title=pair.name, y=measure.replace("_", " ") if i % columns == 0 else None)
+            size_axis(axis, sizes, log=True)
+            if measure == "fidelity":
+                axis.set_ylim(-1.0, 1.05)
+        legend(drawing, list(np.ravel(axes))[: len(pairs)])
+        IMAGES.mkdir(exist_ok=True)
+        drawing.savefig(IMAGES / f"findings_{measure}.png", dpi=110)
+
+
+def fill(page: str, known: Mapping[str, str]) -> str:
+    """The page with every table replaced.
+
+    Raises:
+        SystemExit: If the page asks for a table that there is not.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in known:
+            raise SystemExit(
+                f"docs/findings.md asks for the table {name!r}; there are {list(known)}"
+            )
+        return f"<!-- {name} -->\n\n{known[name]}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (?!end)([^>]+?) -->.*?<!-- end -->", replace, page, flags=re.DOTALL)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes tables and figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--print", action="store_true", help="print, write nothing")
+    args = parser.parse_args(argv)
+    known = tables()
+    if args.print:
+        print("\n\n".join(f"## {name}\n{text}" for name, text in known.items()))
+        return
+    PAGE.write_text(fill(PAGE.read_text(), known))
+    figure(load())
+
+
+if __name__ == "__main__":
+    main()
