@@ -55,7 +55,8 @@ def superblock(path: Path) -> int:
 
 def hdf5(path: Path) -> h5py.File:
     """Open for reading; HDF5's own lock is shared, and files are replaced, never changed."""
-    return h5py.File(path, "r")
+    # No cache of chunks, which takes its time to make for each array: chunks are read as they are.
+    return h5py.File(path, "r", rdcc_nbytes=0, rdcc_nslots=1)
 
 
 @contextmanager
