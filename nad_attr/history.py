@@ -67,12 +67,12 @@ class History(Mapping[str, npt.NDArray[np.float32]]):
             A matplotlib figure, not shown.
 
         Raises:
-            ImportError: If matplotlib is missing (``pip install nad-attr[demo]``).
+            ImportError: If matplotlib is missing (``pip install nad-attr[plot]``).
         """
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            raise ImportError("plotting needs matplotlib: pip install 'nad-attr[demo]'") from None
+            raise ImportError("plotting needs matplotlib: pip install 'nad-attr[plot]'") from None
         figure = Figure(figsize=(4 * max(1, len(self)), 3), layout="constrained")
         for i, (name, curve) in enumerate(self._curves.items()):
             axes = figure.add_subplot(1, len(self), i + 1)

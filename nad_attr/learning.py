@@ -148,8 +148,7 @@ def learn_sizes(
 
     The run passes through all sizes on its way down and stays at each for a while. Smaller
     sub-architectures need not be parts of larger ones. The recipe's steps are shared equally among
-    the sizes: 25 for each were as good as a run of 100 for each by itself (see
-    ``docs/benchmarks.md``), so ask for ``Recipe(steps=25 * len(sizes))`` from four sizes on.
+    the sizes, so many sizes need more steps: the default has 25 for each from four sizes on.
 
     Args:
         model: See :func:`learn_gates`.
