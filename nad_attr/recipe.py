@@ -50,9 +50,10 @@ class Recipe:
 
     Keeps the task output, as a function of the image, on own and other images alike, with exactly
     the number of channels asked for: it minimises the mean squared difference of the task output
-    between sub-architecture and whole network, own and other images counting the same. So it
-    cannot be met by always answering the class. Channels are closed one by one, by a quadratic
-    model of what closing does (see :mod:`nad_attr.selection`).
+    between sub-architecture and whole network, own and other images counting the same; most of
+    what another scale and offset of the output would mend is forgiven. So it cannot be met by
+    always answering the class, nor by an output that hardly changes. Channels are closed one by
+    one, by a quadratic model of what closing does (see :mod:`nad_attr.selection`).
 
     Attributes:
         size: Kept channels / all channels over all sites, in (0, 1]; reached exactly.
@@ -63,6 +64,9 @@ class Recipe:
         removal: Share of the steps in which channels are closed; the rest exchanges some.
         memory: How much images of earlier steps count, per step.
         trust: How much more a change of gates is charged for being a guess from gradients.
+        free_scale: How much is forgiven of a difference that is one of scale and offset alone, in
+            [0, 1]. 0 asks for the task output's values (highest fidelity), 1 for what rises and
+            falls with it (highest own AUC at small sizes).
 
     Raises:
         ValueError: If a field has no sensible value.
@@ -79,6 +83,7 @@ class Recipe:
     removal: float = field(default=0.6, repr=False)
     memory: float = field(default=0.9, repr=False)
     trust: float = field(default=0.3, repr=False)
+    free_scale: float = field(default=0.3, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
@@ -93,6 +98,7 @@ class Recipe:
         _check_number("removal", self.removal, 0, 1)
         _check_number("memory", self.memory, 0, 1)
         _check_number("trust", self.trust, 0)
+        _check_number("free_scale", self.free_scale, 0, 1)
 
     @staticmethod
     def paper(
@@ -211,6 +217,7 @@ class PaperRecipe(Recipe):
     removal: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     memory: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     trust: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    free_scale: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
 
     def _check(self) -> None:
         if self.size is not None:

@@ -33,12 +33,21 @@ WAIT = 5
 SWAPS = 4
 #: Open channels, at most, that are looked at for two that may close together.
 PAIRED = 256
+#: Share of the open channels that each step may exchange for closed ones (a wide network has more
+#: to put right than a few swaps can).
+EXCHANGED = 0.02
+#: Share of the steps after which only single channels are swapped, and fewer of them.
+SETTLING = 0.8
+#: Straight lines that are flatter or steeper than these are not trusted.
+SLOPES = (0.3, 3.0)
 #: What a swap must gain, in units of the task output's variance.
 LEAST_GAIN = 1e-4
 #: Channels are closed in groups of at least 1/GROUPS of those that are still to close in a step.
 GROUPS = 8
 #: Images of the quadratic model that are squared at a time.
 BLOCK = 32
+#: Channels from which on it pays to sort those alone that close.
+WIDE = 2048
 #: Stands in for the variance of a task output that is the same for all images.
 TINY = 1e-12
 
@@ -76,6 +85,38 @@ def budgets(recipe: Recipe, n: int, ks: Sequence[int]) -> list[list[int]]:
     return result
 
 
+def lowest(cost: Tensor, n: int) -> Tensor:
+    """Where the ``n`` lowest numbers of each row stand, in rising order; of equal ones, the first.
+
+    The beginning of a stable sort, without sorting all of a wide row.
+
+    Args:
+        cost: (R, n channels).
+        n: How many.
+
+    Returns:
+        int64 (R, n).
+
+    Example:
+        >>> lowest(torch.tensor([[3.0, 1.0, 2.0, 1.0, 2.0]]), 3)
+        tensor([[1, 3, 2]])
+    """
+    if n == 1:
+        return cost.argmin(dim=1, keepdim=True)
+    if cost.shape[1] < WIDE:
+        return cost.argsort(dim=1, stable=True)[:, :n]
+    highest = cost.topk(n, dim=1, largest=False).values.amax(1, keepdim=True)
+    below, equal = cost < highest, cost == highest
+    chosen = below | (equal & (equal.cumsum(1) <= n - below.sum(1, keepdim=True)))
+    places = chosen.to(torch.uint8).topk(n, dim=1).indices.sort(dim=1).values
+    return places.gather(1, cost.gather(1, places).argsort(dim=1, stable=True))
+
+
+def any_of(values: Tensor) -> bool:
+    """Whether any is true; on a GPU yes unseen, for a look would have to wait for it."""
+    return values.device.type != "cpu" or bool(values.any())
+
+
 class QuadraticModel:
     """What the task output would do if gates were flipped, from recent gradients.
 
@@ -97,6 +138,7 @@ class QuadraticModel:
         self.trust = trust
         self.gradients = gates.new_zeros(rows, capacity, n)
         self.residuals = gates.new_zeros(rows, capacity)
+        self.whole = gates.new_zeros(rows, capacity)
         self.weights = gates.new_zeros(capacity)
         self._next = 0
 
@@ -104,10 +146,11 @@ class QuadraticModel:
         """Make all images that are held count less."""
         self.weights *= factor
 
-    def add(self, residuals: Tensor, gradients: Tensor) -> None:
+    def add(self, whole: Tensor, residuals: Tensor, gradients: Tensor) -> None:
         """Take in images that were run under the present gates; the oldest make room.
 
         Args:
+            whole: (R, b), the whole network's task output.
             residuals: (R, b).
             gradients: (R, b, n).
         """
@@ -115,6 +158,7 @@ class QuadraticModel:
         at = (torch.arange(b, device=residuals.device) + self._next) % len(self.weights)
         self.gradients[:, at] = gradients
         self.residuals[:, at] = residuals
+        self.whole[:, at] = whole
         self.weights[at] = 1.0
         self._next = (self._next + b) % len(self.weights)
 
@@ -130,6 +174,30 @@ class QuadraticModel:
         self._slope = self._over_images(self.residuals)
         self._origin = self.gates.clone()
         self._curvature = self._charged()
+
+    def forgiven(self, share: float) -> Tensor:
+        """Part of the residuals that another scale and offset of the task output would mend.
+
+        With z the whole network's output, y the gated one's and a y + b the straight line through
+        (y, z), an image's residual y - z splits into y - (z - b) / a, which no scale and offset
+        can mend, and the rest.
+
+        Args:
+            share: How much of the rest is forgiven.
+
+        Returns:
+            (R, M), to be subtracted from the residuals.
+        """
+        weights = self.weights / self.weights.sum()
+        gated = self.residuals + self.whole
+        mean_whole = (self.whole * weights).sum(1, keepdim=True)
+        mean_gated = (gated * weights).sum(1, keepdim=True)
+        centred = gated - mean_gated
+        covariance = (centred * (self.whole - mean_whole) * weights).sum(1, keepdim=True)
+        variance = (centred.square() * weights).sum(1, keepdim=True).clamp(min=TINY)
+        slope = (covariance / variance).clamp(*SLOPES)
+        aim = mean_gated + (self.whole - mean_whole) / slope
+        return share * (aim - self.whole)
 
     def _over_images(self, values: Tensor, share: Tensor | None = None) -> Tensor:
         """Weighted mean over images of a value times the gradients: (R, M) to (R, n)."""
@@ -172,8 +240,7 @@ class QuadraticModel:
                 # Channels that each make good the same residual would overshoot together, so
                 # within a group what closing gains is not counted, only what it costs.
                 cost = torch.maximum(cost, self._curvature.masked_fill(cost.isinf(), math.inf))
-            # A stable sort: channels that cost exactly the same close in their order.
-            cheapest = cost.argsort(dim=1, stable=True)[:, :group]
+            cheapest = lowest(cost, group)
             # As flip() does, but all in one direction.
             self.gates.scatter_(1, cheapest, 0.0)
             over_images = cheapest[:, None, :].expand(-1, self.residuals.shape[1], -1)
@@ -182,6 +249,33 @@ class QuadraticModel:
             self._slope -= self._over_images(change)
             n -= group
         self._curvature = self._charged()
+
+    def _loss(self) -> Tensor:
+        """What the model thinks the loss is, with what distrust adds: (R,)."""
+        moved = (self.gates != self._origin).to(self.gates.dtype)
+        guess = self.trust * (self._square * moved).sum(1)
+        return (self.residuals.square() * self._share).sum(1) + guess
+
+    def exchange(self, n: int, least_gain: Tensor) -> None:
+        """Open ``n`` gates and close as many in each row, by small groups, where that gains.
+
+        Args:
+            n: How many, no more than are closed.
+            least_gain: See :meth:`swap`.
+        """
+        before = [x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature)]
+        loss = self._loss()
+        left = n
+        while left > 0:
+            group = max(1, left // GROUPS)
+            self.flip(lowest(self.cost(opening=True), group))
+            left -= group
+        self.close(n)
+        keep = (self._loss() < loss - least_gain)[:, None]
+        after = (self.gates, self.residuals, self._slope, self._curvature)
+        self.gates, self.residuals, self._slope, self._curvature = (
+            torch.where(keep, new, old) for new, old in zip(after, before, strict=True)
+        )
 
     def swap(self, least_gain: Tensor) -> bool:
         """Open one gate and close another in each row, where that gains more than a minimum.
@@ -197,7 +291,7 @@ class QuadraticModel:
         self.flip(channel[:, None])
         closed, channel = self.cost(opening=False).min(dim=1)
         keep = (opened + closed < -least_gain)[:, None]
-        swapped = bool(keep.any())
+        swapped = any_of(keep)
         if swapped:
             self.flip(channel[:, None])
             after = (self.gates, self.residuals, self._slope, self._curvature)
@@ -205,7 +299,7 @@ class QuadraticModel:
         self.gates, self.residuals, self._slope, self._curvature = before
         return swapped
 
-    def swap_pair(self, least_gain: Tensor) -> bool:
+    def swap_pair(self, least_gain: Tensor, n_open: int | None = None) -> bool:
         """Open two gates, then close the two that cost least *together*, where that gains.
 
         Channels that cancel each other cost much one by one and nothing together. Opening comes
@@ -213,11 +307,12 @@ class QuadraticModel:
 
         Args:
             least_gain: See :meth:`swap`.
+            n_open: How many gates are open in each row; None: they are counted.
 
         Returns:
             Whether any row swapped.
         """
-        n_open = int(self.gates[0].sum())
+        n_open = int(self.gates[0].sum()) if n_open is None else n_open
         if n_open < 2 or n_open + 2 > self.gates.shape[1]:
             return False
         before = [x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature)]
@@ -238,7 +333,7 @@ class QuadraticModel:
         cost, at = joint.flatten(1).min(dim=1)
         pair = torch.stack([at // m, at % m], dim=1)
         keep = (total + cost < -least_gain)[:, None]
-        swapped = bool(keep.any())
+        swapped = any_of(keep)
         if swapped:
             self.flip(chosen.gather(1, pair))
             after = (self.gates, self.residuals, self._slope, self._curvature)
@@ -269,7 +364,6 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     capacity = min(recipe.steps, MEMORY) * per_task
     gates = torch.ones(rows, n, device=network.device, dtype=network.dtype)
     closed_at = torch.full_like(gates, -1.0)
-    whole = gates.new_zeros(rows, capacity)
     model = QuadraticModel(gates, capacity, recipe.trust)
     curves: dict[str, list[Tensor]] = {"loss": [], "size": []}
 
@@ -290,19 +384,26 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
         )
         residual = (output - clean)[batch.places].view(rows, per_task)
         model.age(recipe.memory)
-        model.add(residual, gradient[batch.places].view(rows, per_task, n))
+        whole = clean[batch.places].view(rows, per_task)
+        model.add(whole, residual, gradient[batch.places].view(rows, per_task, n))
         seen = min(t + 1, MEMORY) * per_task
-        whole = torch.cat([clean[batch.places].view(rows, per_task), whole], dim=1)[:, :capacity]
-        variance = whole[:, :seen].var(dim=1, correction=0).clamp(min=TINY)
+        variance = model.whole[:, :seen].var(dim=1, correction=0).clamp(min=TINY)
         if steps[t] < n or t + 1 in ends:  # the last step also ranks what is open
             before = model.gates.clone()
+            forgiven = model.forgiven(recipe.free_scale)
+            model.residuals -= forgiven
             model.begin()
             model.close(n_open - steps[t])
             n_open = steps[t]
-            model.swap_pair(LEAST_GAIN * variance)
-            for _ in range(SWAPS if t < 0.8 * recipe.steps else 1):
+            settling = t >= SETTLING * recipe.steps
+            if not settling:
+                n_exchanged = min(round(EXCHANGED * n_open), n - n_open)
+                model.exchange(n_exchanged, LEAST_GAIN * variance)
+            model.swap_pair(LEAST_GAIN * variance, n_open)
+            for _ in range(1 if settling else SWAPS):
                 if not model.swap(LEAST_GAIN * variance):
                     break
+            model.residuals += forgiven
             closed_at = torch.where(model.gates < before, torch.full_like(gates, t), closed_at)
         curves["loss"].append(residual.square().mean(1) / variance)
         curves["size"].append(model.gates.mean(1))

@@ -69,6 +69,25 @@ class Dense:
         self.gates = before
         return False
 
+    def loss(self) -> float:
+        """Change of the loss from the origin to the present gates, each flip charged."""
+        moved = self.gates != self.origin
+        return self.predicted(self.gates) + TRUST * float(self.hessian.diagonal()[moved].sum())
+
+    def exchange(self, n: int, groups: int, least_gain: float) -> None:
+        """Open n by groups, close n by groups; back again unless it is worth it."""
+        before, loss = self.gates.clone(), self.loss()
+        left = n
+        while left > 0:
+            size = max(1, left // groups)
+            costs = self.costs(opening=True)
+            for c in sorted(range(N), key=costs.__getitem__)[:size]:
+                self.gates[c] = 1
+            left -= size
+        self.close(n, groups)
+        if self.loss() >= loss - least_gain:
+            self.gates = before
+
     def swap_pair(self, least_gain: float) -> bool:
         """Open two, one after the other, and close the two that cost least together."""
         before = self.gates.clone()
@@ -109,7 +128,7 @@ def fill(gates: Tensor, generator: torch.Generator) -> tuple[QuadraticModel, lis
     for _ in range(7):  # 56 images into 40 places
         new = randn(ROWS, 8), randn(ROWS, 8, N)
         model.age(0.8)
-        model.add(*new)
+        model.add(torch.zeros_like(new[0]), *new)
         residuals = torch.cat([residuals, new[0]], 1)[:, -IMAGES:]
         gradients = torch.cat([gradients, new[1]], 1)[:, -IMAGES:]
         weights = [w * 0.8 for w in weights] + [1.0] * 8
@@ -188,6 +207,59 @@ def test_swap_that_gains_nothing_leaves_all_as_it_was(
 
 
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("n", "groups"), [(1, 8), (3, 8), (4, 2)])
+@pytest.mark.parametrize("least_gain", [0.0, 0.5])
+def test_exchange(
+    seed: int, n: int, groups: int, least_gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nad_attr.selection.GROUPS", groups)
+    generator = torch.Generator().manual_seed(seed)
+    gates = (torch.rand(ROWS, N, generator=generator).argsort(1) < 7).double()
+    model, dense = fill(gates, generator)
+    for _ in range(2):
+        model.exchange(n, torch.full((ROWS,), least_gain, dtype=torch.float64))
+        for row in dense:
+            row.exchange(n, groups, least_gain)
+        assert_same(model, dense)
+        assert model.gates.sum(1).tolist() == [7] * ROWS
+
+
+@pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
+def test_scale_and_offset_are_forgiven(share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole, noise = torch.randn(2, 2, 40, generator=generator, dtype=torch.float64)
+    gated = torch.stack([0.5 * whole[0] + 3, 0.7 * whole[1] - 1 + 0.3 * noise[1]])
+    model = QuadraticModel(torch.ones(2, N, dtype=torch.float64), 40, TRUST)
+    for part in range(2):  # the older half counts less
+        images = slice(20 * part, 20 * part + 20)
+        model.age(0.5)
+        model.add(
+            whole[:, images], (gated - whole)[:, images], torch.zeros(2, 20, N, dtype=torch.float64)
+        )
+    left = model.residuals - model.forgiven(share)
+    weights = torch.tensor([0.5] * 20 + [1.0] * 20, dtype=torch.float64).sqrt()
+    for row in range(2):
+        line = torch.stack([gated[row], torch.ones_like(gated[row])], dim=1)
+        slope, offset = torch.linalg.lstsq(line * weights[:, None], whole[row] * weights).solution
+        aim = (whole[row] - offset) / slope
+        expected = gated[row] - whole[row] - share * (aim - whole[row])
+        torch.testing.assert_close(left[row], expected)
+    if share == 1:  # the first row is the whole network's output, shrunk and moved
+        assert left[0].abs().max() < 1e-12
+        assert left[1].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 100.0])
+def test_lines_that_are_no_fit_are_not_trusted(factor: float) -> None:
+    whole = torch.linspace(-1, 1, 8, dtype=torch.float64)[None]
+    model = QuadraticModel(torch.ones(1, N, dtype=torch.float64), 8, TRUST)
+    model.add(whole, factor * whole - whole, torch.zeros(1, 8, N, dtype=torch.float64))
+    aim = factor * whole - (model.residuals - model.forgiven(1.0))
+    slope = 0.3  # that of a line would be 0 / 0, -1 and 0.01
+    torch.testing.assert_close(aim, whole / slope)
+
+
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("least_gain", [0.0, 0.3])
 def test_swap_pair(seed: int, least_gain: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -208,7 +280,8 @@ def test_swap_pair_parts_with_channels_that_cancel_each_other() -> None:
     gradients[0, :, 3] = torch.tensor([1.0, 1.0, -1.0, -1.0] * 2)
     gates = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
     model = QuadraticModel(gates, 8, TRUST)
-    model.add(-gradients[:, :, 2] - gradients[:, :, 3], gradients)
+    residuals = -gradients[:, :, 2] - gradients[:, :, 3]
+    model.add(torch.zeros_like(residuals), residuals, gradients)
     model.begin()
     nothing = torch.zeros(1, dtype=torch.float64)
     assert not model.swap(nothing)
@@ -230,7 +303,7 @@ def test_groups_do_not_overshoot_with_few_images_and_many_channels() -> None:
     scale = torch.logspace(-3, 0, 600)
     gradients = torch.randn(1, 8, 600, generator=generator) * scale
     model = QuadraticModel(torch.ones(1, 600), 8, TRUST)
-    model.add(torch.zeros(1, 8), gradients)
+    model.add(torch.zeros(1, 8), torch.zeros(1, 8), gradients)
     model.begin()
     model.close(200)
     squares = gradients.square().mean(1)[0]
