@@ -1,0 +1,237 @@
+"""What may be concluded from a statistic, in one sentence that changes with the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["ALL_TASKS", "DEPTH_MEASURES", "LEVEL", "MEASURES", "sentence_of"]
+
+#: What stands under ``task`` in a row about all of them.
+ALL_TASKS = "all tasks"
+
+#: Below this p (or q, where many tests are reported together), chance is set aside.
+LEVEL = 0.05
+
+#: What the effect of each test is called.
+MEASURES = {
+    "mann_whitney": "AUC",
+    "rank_correlation": "Spearman's rho",
+    "detectors": "odds ratio",
+    "enrichment": "odds ratio",
+    "association": "odds ratio",
+    "rbo": "rank-biased overlap",
+    "kendall": "Kendall's tau",
+    "overlap": "kappa",
+    "mantel": "Mantel's r",
+    "depth_trend": "Spearman's rho",
+    "depth": "share",
+}
+
+#: What is measured at each site along depth, and what it is called.
+DEPTH_MEASURES = {
+    "high": "share of high-level detectors",
+    "high_of_detectors": "share of high-level concepts among detectors",
+    "detectors": "share of detectors",
+    "iou": "mean best IoU",
+}
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
+    if abs(value) < 1:
+        return f"{value:.3f}"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.3g}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value >= 0.0001 else f"{value:.0e}"
+
+
+def _evidence(row: dict[str, Any], level: float) -> str:
+    """Interval, control and p-value in brackets."""
+    parts = []
+    if not math.isnan(row["low"]) and not math.isnan(row["high"]):
+        span = f"{_number(row['low'])} to {_number(row['high'])}"
+        parts.append(f"{100 * level:g} % interval {span}")
+    if not math.isnan(row["control"]):
+        control = f"random {_number(row['control'])}"
+        if not math.isnan(row["control_low"]):
+            control += f", {_number(row['control_low'])} to {_number(row['control_high'])}"
+        parts.append(control)
+    if not math.isnan(row["q"]):
+        parts.append(f"q = {_p(row['q'])}")
+    elif not math.isnan(row["p"]):
+        parts.append(f"p = {_p(row['p'])}")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _verdict(row: dict[str, Any]) -> int:
+    """1 or -1: above or below what chance gives, with evidence; 0: nothing to conclude."""
+    effect, null = row["effect"], row["null"]
+    if math.isnan(effect) or math.isnan(null):
+        return 0
+    p = row["p"] if math.isnan(row["q"]) else row["q"]
+    outside = bool(row["low"] > null or row["high"] < null)
+    certain = outside if math.isnan(p) else p < LEVEL
+    return 0 if not certain or effect == null else (1 if effect > null else -1)
+
+
+def sentence_of(row: dict[str, Any], level: float = 0.95) -> str:
+    """The sentence of one row of a table.
+
+    Args:
+        row: ``test``, ``task``, ``site``, ``concept``, ``other``, ``n``, ``effect``, ``low``,
+            ``high``, ``p``, ``q``, ``null``, ``control``, ``control_low``, ``control_high``.
+        level: Coverage of the interval.
+
+    Example:
+        >>> nan = float("nan")
+        >>> row = dict(test="mantel", task="", site="", concept="", other="WordNet", n=45)
+        >>> row |= dict(effect=0.4, low=0.2, high=0.6, p=0.01, q=nan, null=0.0)
+        >>> row |= dict(control=nan, control_low=nan, control_high=nan)
+        >>> sentence_of(row)
+        'Tasks that are alike by WordNet share more channels: ... (95 % interval ...'
+        >>> sentence_of(row | {"p": 0.3})
+        'Whether tasks that are alike by WordNet share more channels cannot be concluded: ...
+    """
+    if math.isnan(row["effect"]):
+        return f"Nothing can be said{_where(row)}: {_why_unknown(row)}."
+    write: Callable[[dict[str, Any], int], tuple[str, str]] = _SENTENCES[row["test"]]
+    claim, numbers = write(row, _verdict(row))
+    return f"{claim}: {numbers}{_evidence(row, level)}."
+
+
+def _where(row: dict[str, Any]) -> str:
+    parts = [f" for {row['task']}" if row["task"] else ""]
+    parts.append(f" at {row['site']}" if row["site"] else "")
+    return "".join(parts)
+
+
+def _why_unknown(row: dict[str, Any]) -> str:
+    if row["n"] == 0:
+        return "there is no channel with a known value on one of the sides"
+    return f"{row['n']} values do not determine {MEASURES[row['test']]} (a side is empty or equal)"
+
+
+def _whose(row: dict[str, Any]) -> str:
+    return f" of {row['task']}" if row["task"] else ""
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f" at {row['site']}" if row["site"] else ""
+
+
+def _for(row: dict[str, Any]) -> str:
+    if row["task"] == ALL_TASKS:
+        return ", in the mean over tasks,"
+    return f" for {row['task']}" if row["task"] else ""
+
+
+def _channels(row: dict[str, Any]) -> str:
+    """Kept channels, of whom and where."""
+    return f"channels kept{_for(row)}{_place(row)}"
+
+
+def _mann_whitney(row: dict[str, Any], verdict: int) -> tuple[str, str]:
+    what = row["concept"] or row["other"] or "best IoU"
+    share = f"in {100 * row['effect']:.1f} % of pairs at the same site the kept channel is higher"
+    who = _channels(row)
+    if verdict == 0:
+        return f"That {who} differ in {what} from dropped ones cannot be concluded", share
+    word = "higher" if verdict > 0 else "lower"
+    return f"{who[0].upper()}{who[1:]} have a {word} {what} than dropped ones", share
+
+
+def _rank_correlation(row: dict[str, Any], verdict: int) -> tuple[str, str]:
+    concept = f"the IoU of {row['concept']}" if row["concept"] else "the value"
+    numbers = f"rho = {_number(row['effect'])} within sites"
+    what = f"gates{_for(row)}{_place(row)}"
+    if verdict == 0:
+        return f"That {what} go with {concept} cannot be concluded", numbers
+    word = "rise" if verdict > 0 else "fall"
+    return f"{what[0].upper()}{what[1:]} {word} with {concept}", numbers
+
+
+def _odds(row: dict[str, Any]) -> str:
+    return f"odds ratio {_number(row['effect'])}"
+
+
+def _detectors(row: dict[str, Any], verdict: int) -> tuple[str, str]:
+    who = _channels(row)
+    if verdict == 0:
+        return f"That {who} are detectors more or less often cannot be concluded", _odds(row)
+    word = "more" if verdict > 0 else "less"
+    return f"{who[0].upper()}{who[1:]} are detectors {word} often than dropped ones", _odds(row)
+
+
+def _enrichment(row: dict[str, Any], verdict: int) -> tuple[str, str]:
+    who = f"the sub-architecture{_whose(row)}{_place(row)}"
+    concept = row["concept"] or "flagged channels"
+    if verdict == 0:
+        return f"That {who} is enriched or depleted in {concept} cannot be concluded", _odds(row)
+    word = "enriched" if verdict > 0 else "depleted"
+    return f"{who[0].upper()}{who[1:]} is {word} in {concept}", _odds(row)
+
+
+def _agreement(row: dict[str, Any], verdict: int) -> tuple[str, str]:
+    pair = f"NAD and {row['other'] or 'the other ranking'}"
+    names = {"rbo": "RBO", "kendall": "tau", "overlap": "kappa"}
+    numbers = f"{names[row['test']]} = {_number(row['effect'])}"
+    of = f"the channels{_for(row)}{_place(row)}"
+    verb = "choose" if row["test"] == "overlap" else "order"
+    if verdict == 0:
+        return f"That {pair} {verb} {of} alike cannot be concluded", numbers
+    word = "more alike" if verdict > 0 else "less alike"
+    return f"{pair} {verb} {of} {word} than chance", numbers
+
+
+def _mantel(row: dict[str, Any], verdict: int) -> tuple[str, str]:
+    other = f"by {row['other']}" if row["other"] else "by the other measure"
+    numbers = f"r = {_number(row['effect'])} over {row['n']} pairs"
+    if verdict == 0:
+        start = "Whether tasks that are alike"
+        return f"{start} {other} share more channels cannot be concluded", numbers
+    word = "more" if verdict > 0 else "fewer"
+    return f"Tasks that are alike {other} share {word} channels", numbers
+
+
+def _depth_trend(row: dict[str, Any], verdict: int) -> tuple[str, str]:
+    what = f"the {row['concept'] or 'share of high-level detectors'}"
+    groups = {
+        "kept": " among kept channels",
+        "all": " among all channels",
+        "kept - all": " among kept channels beyond that among all channels",
+    }
+    what += groups.get(row["other"], "")
+    numbers = f"rho = {_number(row['effect'])} over {row['n']} sites"
+    if verdict == 0:
+        return f"That {what} rises or falls with depth cannot be concluded", numbers
+    word = "rises" if verdict > 0 else "falls"
+    return f"{what[0].upper()}{what[1:]} {word} with depth", numbers
+
+
+def _depth(row: dict[str, Any], verdict: int) -> tuple[str, str]:
+    what = row["concept"] or "share of high-level detectors"
+    numbers = f"{_number(row['effect'])} among kept channels{_place(row)}"
+    if verdict == 0:
+        return f"That the {what} differs from that of random channels cannot be concluded", numbers
+    word = "higher" if verdict > 0 else "lower"
+    return f"The {what} is {word} than among random channels", numbers
+
+
+_SENTENCES: dict[str, Callable[[dict[str, Any], int], tuple[str, str]]] = {
+    "mann_whitney": _mann_whitney,
+    "rank_correlation": _rank_correlation,
+    "detectors": _detectors,
+    "association": _detectors,
+    "enrichment": _enrichment,
+    "rbo": _agreement,
+    "kendall": _agreement,
+    "overlap": _agreement,
+    "mantel": _mantel,
+    "depth_trend": _depth_trend,
+    "depth": _depth,
+}
