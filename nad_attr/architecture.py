@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nad_attr.display import MOST_ROWS, html_table
 from nad_attr.gating import as_tensor, check_mapping, check_sites, gated
 from nad_attr.sites import GateSite
 
@@ -329,6 +330,52 @@ class SubArchitecture:
         """
         return gated(model, self)
 
+    def to_crp_condition(self, target: object = None) -> dict[str, list[int]]:
+        """The kept channels as a condition of concept relevance propagation (zennit-crp).
+
+        A condition masks the backward pass of the whole network, and nothing else; it is not the
+        network as this sub-architecture. :mod:`nad_attr.bridges.crp` shows both side by side.
+
+        Args:
+            target: The class index, or several, at which relevance starts; None: the task.
+
+        Returns:
+            ``{"y": [class index, ...], site name: [channel, ...], ...}``, sites from last to first,
+            as ``crp.attribution.CondAttribution`` of zennit-crp 0.6.0 takes it in its list of
+            conditions (with ``ChannelConcept.mask``, its default). Sites where every channel is
+            kept are left out: they mask nothing.
+
+        Raises:
+            ValueError: If there is no target, or channels are closed at a site that such a
+                condition cannot mask: a layer's input, or channels that are not on axis 1.
+
+        Example:
+            >>> sites = [GateSite("layer1", 3, 1), GateSite("layer2", 2, 1)]
+            >>> arch = SubArchitecture.from_kept({"layer1": [0, 2], "layer2": [1]}, sites, task=7)
+            >>> arch.to_crp_condition()
+            {'y': [7], 'layer2': [1], 'layer1': [0, 2]}
+
+        Source:
+            Achtibat et al., "From attribution maps to human-understandable explanations through
+            Concept Relevance Propagation", Nature Machine Intelligence 2023.
+        """
+        task = self.task if target is None else as_task(target)
+        if task is None:
+            raise ValueError("there is no target: this sub-architecture has no task; name a class.")
+        condition = {"y": [*task] if isinstance(task, tuple) else [task]}
+        for site in reversed(self.sites):
+            mask = self._masks[site.name]
+            if bool(mask.all()):
+                continue
+            if site.at_input or site.channel_dim != 1:
+                where = "the input" if site.at_input else f"axis {site.channel_dim}"
+                raise ValueError(
+                    f"gate site {site.name!r} has its channels at {where}; a CRP condition masks "
+                    "axis 1 of a module's output. Leave that site out of the sub-architecture."
+                )
+            condition[site.name] = mask.nonzero().flatten().tolist()
+        return condition
+
     def with_means(self, means: Mapping[str, Tensor] | None) -> SubArchitecture:
         """The same channels with another ablation value: per-channel means, or None for zero."""
         return SubArchitecture(self._masks, self.sites, task=self.task, means=means)
@@ -429,6 +476,25 @@ class SubArchitecture:
         return (
             f"SubArchitecture({task}{self.n_kept:,} of {self.n_channels:,} channels "
             f"({100 * self.size:.1f} %) at {sites}, closed channels {closed})"
+        )
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it: kept channels at each site."""
+        rows = [
+            [site.name, f"{int(self._masks[site.name].sum()):,} of {site.n_channels:,}"]
+            for site in self.sites[:MOST_ROWS]
+        ]
+        note = "closed channels: " + ("zero" if self.means is None else "their mean")
+        if len(self.sites) > MOST_ROWS:
+            note = f"and {len(self.sites) - MOST_ROWS} more sites; {note}"
+        task = "" if self.task is None else f" of task {self.task}"
+        return html_table(
+            f"Sub-architecture{task}: {self.n_kept:,} of {self.n_channels:,} channels "
+            f"({100 * self.size:.1f} %)",
+            ["site", "kept channels"],
+            rows,
+            bars=list(self.sizes.values())[:MOST_ROWS],
+            note=note,
         )
 
     def save(self, path: str | PathLike[str]) -> None:

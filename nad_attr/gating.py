@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from nad_attr._foreign_hooks import carried, changes_weights, relevance_rules, stand_behind
 from nad_attr._trace import no_attention_fast_path
 from nad_attr.sites import GateSite, SiteError, resolve_name, unwrap
 
@@ -205,6 +207,7 @@ def installed(
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             return fire(site, _only_tensor(output, site, "returned"))
 
+        setattr(hook, "site_function", function)  # noqa: B010  # for stand_behind
         return hook
 
     def input_hook(site: GateSite) -> Callable[..., Any]:
@@ -300,16 +303,74 @@ def expand(gate: Tensor, site: GateSite, tensor: Tensor) -> Tensor:
 
 def multiply(site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None) -> Tensor:
     """``gate * tensor``, or ``gate * tensor + (1 - gate) * mean``, in the tensor's dtype."""
+    factor, offset = _terms(site, tensor, gate, mean)
+    return tensor * factor if offset is None else torch.addcmul(offset, tensor, factor)
+
+
+def _terms(
+    site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What a site's tensor is multiplied by, and what is added, in its shape and dtype."""
     # The product is rounded, the gate itself never is: a bfloat16 gate flips at the threshold.
-    factor = expand(gate, site, tensor)
+    factor = expand(gate, site, tensor).to(tensor.dtype)
     if mean is None:
-        return tensor * factor.to(tensor.dtype)
-    offset = expand((1 - gate) * mean.to(gate.dtype), site, tensor)
-    return torch.addcmul(offset.to(tensor.dtype), tensor, factor.to(tensor.dtype))
+        return factor, None
+    return factor, expand((1 - gate) * mean.to(gate.dtype), site, tensor).to(tensor.dtype)
+
+
+class _Gate(torch.autograd.Function):
+    """What :func:`multiply` gives, for one gate vector per image that is learned.
+
+    Written out, because autograd would make a tensor of the site's size for the gradient of the
+    gates and another for that of the site, and sum over the site once more for the mean's part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, mean: Tensor | None, site: GateSite) -> Tensor:
+        ctx.save_for_backward(x, gate, mean)
+        ctx.site = site
+        return multiply(site, x, gate, mean)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, gate, mean = ctx.saved_tensors
+        dim, ndim = channel_shape(ctx.site, x)
+        over = [axis for axis in range(1, ndim) if axis != dim]
+        grad_x = grad_gate = None
+        if ctx.needs_input_grad[1]:
+            product = grad * x
+            grad_gate = _summed(product, over, gate.dtype)
+            if mean is not None:
+                grad_gate = grad_gate - mean * _summed(grad, over, gate.dtype)
+            grad_x = product  # its memory serves twice
+        if ctx.needs_input_grad[0]:
+            factor = expand(gate, ctx.site, x).to(grad.dtype)
+            grad_x = grad * factor if grad_x is None else torch.mul(grad, factor, out=grad_x)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_gate, None, None
+
+
+def _summed(values: Tensor, over: list[int], dtype: torch.dtype) -> Tensor:
+    # Rounded as autograd rounds. An empty list of axes would mean all of them.
+    return (values.sum(over) if over else values).to(dtype)
+
+
+def multiply_learned(site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None) -> Tensor:
+    """What :func:`multiply` gives, at less cost where the gates are learned.
+
+    Only first derivatives are possible.
+
+    Args:
+        site: The gate site.
+        tensor: (B, ...), what it holds.
+        gate: (B, C), one gate vector per image.
+        mean: (C,), what stands in place of a closed channel; None: zero.
+    """
+    result: Tensor = _Gate.apply(tensor, gate, mean, site)
+    return result
 
 
 def _as_mapping(
-    model: nn.Module,
     gates: TaskGates | SubArchitecture | Mapping[str, Tensor],
     sites: Sequence[GateSite] | None,
     tasks: Task | Sequence[Task] | None,
@@ -344,6 +405,26 @@ def _as_mapping(
             f"gates name {unknown[0]!r}, which is not among the sites {list(by_name)}."
         )
     return gates, [site for site in sites if site.name in gates], means
+
+
+def gates_and_sites(
+    gates: TaskGates | SubArchitecture | Mapping[str, Tensor],
+    sites: Sequence[GateSite] | None = None,
+    tasks: Task | Sequence[Task] | None = None,
+    means: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[str, Tensor], list[GateSite], dict[str, Tensor] | None]:
+    """What :func:`gated` was given, as plain tensors of each site.
+
+    Returns:
+        ``{site name: (C,) or (B, C)}``, the sites in the order given, and the ablation values
+        ``{site name: (C,)}`` or None for zero.
+
+    Raises:
+        TypeError, ValueError: As :func:`gated`.
+    """
+    mapping, used, own_means = _as_mapping(gates, sites, tasks, means)
+    values = _checked(mapping, used, "gates", (1, 2))
+    return values, used, None if own_means is None else _checked(own_means, used, "means", (1,))
 
 
 def _checked(
@@ -382,6 +463,8 @@ def gated(
     Gradients flow through the product, to the images and to gates that require them. Contexts
     may be nested: the products apply one after the other. Works under autocast and with
     channels-last memory; a network wrapped by ``torch.compile`` runs eagerly inside the block.
+    Hooks of Captum and Zennit that rewrite the backward pass meet the network that they would meet
+    with the gates in its weights, in whatever order they are put on.
 
     Args:
         model: The network. Nothing of it is changed; the hooks are removed at the end, also after
@@ -406,9 +489,7 @@ def gated(
         ...     net(x)
         tensor([[0., 0., 0.]], grad_fn=<MulBackward0>)
     """
-    mapping, used, own_means = _as_mapping(model, gates, sites, tasks, means)
-    values = _checked(mapping, used, "gates", (1, 2))
-    offsets = None if own_means is None else _checked(own_means, used, "means", (1,))
+    values, used, offsets = gates_and_sites(gates, sites, tasks, means)
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         if any(value.ndim == 2 for value in values.values()):
             raise GatingError(
@@ -416,13 +497,37 @@ def gated(
                 "model.module, or one task for the whole batch."
             )
 
+    rules: list[Callable[[], bool]] = []
+
     def function(site: GateSite, tensor: Tensor) -> Tensor:
         gate = values[site.name].to(tensor.device)
         mean = None if offsets is None else offsets[site.name].to(tensor.device)
+        if rules and not gate.requires_grad:
+            return carried(tensor, *_terms(site, tensor, gate, mean), tuple(rules))
         return multiply(site, tensor, gate, mean)
 
-    with installed(model, used, function):
-        yield
+    modules = site_modules(model, used)
+
+    def find_place(module: nn.Module, args: Any) -> None:
+        rules.clear()
+        if torch.is_grad_enabled():
+            rules.extend(relevance_rules(module))
+            if offsets is not None and rules and changes_weights(module):
+                raise GatingError(
+                    "Captum's LRP changes weights under its Gamma and Alpha-Beta rules, so that "
+                    "what a channel's mean contributes cannot be told: close channels at zero "
+                    "(arch.with_means(None)), keep to its Epsilon rule, or use Zennit's composites "
+                    "(nad_attr.bridges.zennit)."
+                )
+            for site in used:
+                stand_behind(modules[site.name], function)
+
+    handle = unwrap(model).register_forward_pre_hook(find_place)
+    try:
+        with installed(model, used, function):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

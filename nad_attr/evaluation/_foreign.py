@@ -12,16 +12,25 @@ from nad_attr.data import isolated_rng
 from nad_attr.gating import site_modules
 from nad_attr.sites import GateSite, unwrap
 
-__all__ = ["Explained", "flowing_copies", "untouched"]
+__all__ = ["Explained", "flowing_copies", "restored", "untouched"]
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Undo at the end whatever is done to a network's modules, also after an exception.
 
+    As :func:`restored`; nor does anything reach the global random numbers.
+    """
+    with isolated_rng(0), restored(model):
+        yield
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Undo at the end whatever is done to a network's modules, also after an exception.
+
     Hooks that were left behind, attributes that were added (as Captum's DeepLift and Zennit's
-    canonizers do), parameters that were exchanged. Nor does anything reach the global random
-    numbers.
+    canonizers do), parameters that were exchanged.
     """
     saved = []
     for module in unwrap(model).modules():
@@ -36,8 +45,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for tensor in tensors
     ]
     try:
-        with isolated_rng(0):
-            yield
+        yield
     finally:
         for module, attributes, tables in saved:
             vars(module).clear()

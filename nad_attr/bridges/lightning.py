@@ -1,0 +1,218 @@
+"""A Lightning callback: learn, measure and log sub-architectures when training ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nad_attr.data import Data
+from nad_attr.evaluation import Evaluation, evaluate
+from nad_attr.gates import TaskGates
+from nad_attr.learning import learn_gates
+from nad_attr.recipe import Recipe
+
+if TYPE_CHECKING:
+    _Callback: type[Any] = object
+else:
+    # This module is imported by nothing in the package; Lightning only when somebody imports it.
+    try:
+        from lightning.pytorch import Callback as _Callback
+    except ImportError:
+        try:
+            from pytorch_lightning import Callback as _Callback
+        except ImportError:
+            _Callback = object
+
+__all__ = ["LearnSubArchitectures"]
+
+#: Measures that are logged, as means over tasks.
+MEASURES = ("size", "own_auc", "other_auc", "fidelity", "recall", "fpr", "ba")
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for all modules, and each as it was afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is not checked
+    """Learn the gates of a network's classes when its training ends, and log what they are worth.
+
+    A Lightning callback (``lightning`` or ``pytorch_lightning``). On the first process alone; the
+    module's weights, flags and hooks are as before afterwards. The logged numbers are means over
+    tasks on held-out images: ``nad/own_auc``, ``nad/fidelity``, ``nad/recall``, ``nad/fpr`` and so
+    on, the random channels' own AUC and fidelity beside them (``nad/random/own_auc``), and each
+    task's own AUC (``nad/own_auc/<task>``).
+
+    Args:
+        data: What gates are learned from, as for :func:`nad_attr.learn_gates`. None: the trainer's
+            training data, which in a run of several processes are this process's share. If they
+            are augmented, so are the images that gates are learned from.
+        held_out: What they are measured on. None: the trainer's validation data; if it has none,
+            gates are learned and nothing is measured.
+        tasks: Class indices, groups of them, or ``{name: task}``. None: all classes of the data.
+        recipe: How gates are learned. None: the default recipe.
+        network: Which module is the classifier: the name of a submodule, or a function of the
+            LightningModule. None: the LightningModule itself, whose ``forward`` returns (B, K).
+        forward_func: Called as ``forward_func(network, *inputs)`` in place of the network, for
+            networks that return something else than (B, K).
+        path: Where to save the gates. None: ``gates.h5`` in the first logger's folder (or the
+            trainer's root folder). False: nowhere.
+        seed: Of learning and measuring.
+        batch_size: Images in a pass.
+        show_progress: Show bars.
+
+    Attributes:
+        gates: The gates, after training; None before, and on all processes but the first.
+        evaluation: What they are worth on held-out images, if there are any.
+
+    Raises:
+        ImportError: If Lightning is missing.
+
+    Example:
+        >>> callback = LearnSubArchitectures(tasks=[0, 1], recipe=Recipe(size=0.4), path=False)
+        >>> callback.gates is None
+        True
+    """
+
+    def __init__(
+        self,
+        data: Data | None = None,
+        held_out: Data | None = None,
+        *,
+        tasks: Sequence[object] | Mapping[str, object] | None = None,
+        recipe: Recipe | None = None,
+        network: str | Callable[[Any], nn.Module] | None = None,
+        forward_func: Callable[..., Any] | None = None,
+        path: str | PathLike[str] | bool | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        show_progress: bool = False,
+    ) -> None:
+        if _Callback is object and not TYPE_CHECKING:
+            raise ImportError(
+                "LearnSubArchitectures needs Lightning: pip install lightning (or "
+                "pytorch-lightning)"
+            )
+        if path is True:
+            raise ValueError("path must be a file, None for a default place, or False for none.")
+        super().__init__()
+        self.data, self.held_out = data, held_out
+        self.tasks, self.recipe, self.network = tasks, recipe, network
+        self.forward_func, self.path, self.seed = forward_func, path, seed
+        self.batch_size, self.show_progress = batch_size, show_progress
+        self.gates: TaskGates | None = None
+        self.evaluation: Evaluation | None = None
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning calls this when training has ended.
+
+        Raises:
+            ValueError: If there is nothing to learn from, or no such network.
+        """
+        if trainer.is_global_zero:
+            self._run(trainer, pl_module)
+        trainer.strategy.barrier("nad_attr")
+
+    def _run(self, trainer: Any, pl_module: Any) -> None:
+        model = self._network(pl_module)
+        data = self.data if self.data is not None else _only(trainer.train_dataloader, "training")
+        held_out = self.held_out
+        if held_out is None and trainer.val_dataloaders is not None:
+            held_out = _only(trainer.val_dataloaders, "validation")
+        if data is None:
+            raise ValueError(
+                "there are no training data to learn gates from; give LearnSubArchitectures data=."
+            )
+        forward_func = None
+        if self.forward_func is not None:
+            given = self.forward_func
+
+            def forward_func(*inputs: Any) -> Any:
+                return given(model, *inputs)
+
+        common: dict[str, Any] = {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "show_progress": self.show_progress,
+            "forward_func": forward_func,
+        }
+        with torch.inference_mode(False), torch.enable_grad(), _eval_mode(pl_module):
+            self.gates = learn_gates(model, data, self.tasks, self.recipe, **common)
+            if held_out is not None:
+                self.evaluation = evaluate(model, self.gates, held_out, **common)
+        if self.path is not False:
+            path = self._path(trainer)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.gates.save(path)
+        metrics = self.metrics()
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.save()
+
+    def _network(self, pl_module: Any) -> nn.Module:
+        if self.network is None:
+            found = pl_module
+        elif isinstance(self.network, str):
+            try:
+                found = pl_module.get_submodule(self.network)
+            except AttributeError as error:
+                raise ValueError(f"network={self.network!r}: {error}.") from error
+        else:
+            found = self.network(pl_module)
+        if not isinstance(found, nn.Module):
+            raise TypeError(f"network= gave {type(found).__name__}, not a module.")
+        return found
+
+    def _path(self, trainer: Any) -> Path:
+        if self.path is not None and not isinstance(self.path, bool):
+            return Path(self.path)
+        folder = next((lg.log_dir for lg in trainer.loggers if getattr(lg, "log_dir", None)), None)
+        return Path(folder or trainer.default_root_dir) / "gates.h5"
+
+    def metrics(self) -> dict[str, float]:
+        """What was logged: ``{"nad/own_auc": ...}``.
+
+        Raises:
+            RuntimeError: If training has not ended yet.
+        """
+        if self.gates is None:
+            raise RuntimeError("training has not ended yet, so there are no gates.")
+        archs = self.gates.sub_architectures()
+        found = {"nad/size": sum(arch.size for arch in archs) / len(archs)}
+        evaluation = self.evaluation
+        if evaluation is None:
+            return found
+        found |= {f"nad/{name}": evaluation.mean(name) for name in MEASURES}
+        for name in ("own_auc", "fidelity"):
+            draws = [draw.mean(name) for draw in evaluation.random]
+            found[f"nad/random/{name}"] = sum(draws) / len(draws)
+            found[f"nad/whole/{name}"] = evaluation.whole.mean(name)
+        for task, value in zip(evaluation.task_names, evaluation.own_auc, strict=True):
+            found[f"nad/own_auc/{task}"] = float(value)
+        # Loggers take no NaN: what could not be measured is left out.
+        return {name: value for name, value in found.items() if value == value}
+
+
+def _only(loaders: Any, what: str) -> Any:
+    """The one loader of a trainer's."""
+    if isinstance(loaders, (list, tuple)):
+        if len(loaders) == 1:
+            return loaders[0]
+        raise ValueError(
+            f"there are {len(loaders)} {what} loaders; say which images to use with data= and "
+            "held_out=."
+        )
+    return loaders

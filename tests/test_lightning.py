@@ -1,0 +1,145 @@
+"""The Lightning callback: what it learns, logs and saves, and that it changes nothing else."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from nad_attr import Recipe, TaskGates, learn_gates
+from nad_attr.bridges.lightning import LearnSubArchitectures
+from nad_attr.evaluation import evaluate
+from tests import helpers
+
+lightning = pytest.importorskip("lightning")
+
+RECIPE = Recipe(size=0.5, steps=8, images_per_step=4)
+
+
+def module(*, inner: bool = False) -> Any:
+    """A LightningModule of a TinyCNN in float32, with Dropout that train mode would show."""
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(helpers.build(helpers.TinyCNN).float(), nn.Dropout(0.5))
+            self.unused = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": self.net(x)} if inner else self.net(x)
+
+        def training_step(self, batch: Any, number: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, number: int) -> None:
+            self.log("val", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    return Module()
+
+
+def loader(seed: int = 0, n: int = 12) -> DataLoader[Any]:
+    images, labels = helpers.labelled_images(n, seed=seed)
+    return DataLoader(TensorDataset(images.float(), labels), batch_size=4, shuffle=seed == 0)
+
+
+def fit(model: Any, callback: Any, folder: Path, *, validate: bool = True) -> Any:
+    from lightning.pytorch.loggers import CSVLogger
+
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=CSVLogger(folder),
+        callbacks=[callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(model, loader(), *([loader(1)] if validate else []))
+    return trainer
+
+
+class Snapshot(LearnSubArchitectures):
+    """The callback, that its own work leaves the module untouched."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        assert pl_module.training
+        with helpers.assert_model_untouched(pl_module):
+            super().on_train_end(trainer, pl_module)
+
+
+def test_learns_measures_logs_and_saves(tmp_path: Path) -> None:
+    model = module()
+    callback = Snapshot(recipe=RECIPE, network="net")
+    trainer = fit(model, callback, tmp_path)
+    model.eval()
+    expected = learn_gates(model.net, loader(), recipe=RECIPE)
+    assert callback.gates == expected
+    assert TaskGates.load(Path(trainer.logger.log_dir) / "gates.h5") == expected
+    measured = evaluate(model.net, expected, loader(1))
+    with open(Path(trainer.logger.log_dir) / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    (logged,) = [row for row in rows if row.get("nad/size")]
+    assert float(logged["nad/size"]) == pytest.approx(0.5)
+    for name in ("own_auc", "fidelity", "recall", "fpr"):
+        assert float(logged[f"nad/{name}"]) == pytest.approx(measured.mean(name), abs=1e-6)
+    random = [draw.mean("own_auc") for draw in measured.random]
+    assert float(logged["nad/random/own_auc"]) == pytest.approx(sum(random) / len(random))
+    assert float(logged["nad/own_auc/1"]) == pytest.approx(float(measured.own_auc[1]))
+
+
+def test_module_itself_given_data_names_and_outputs_in_a_dictionary(tmp_path: Path) -> None:
+    model = module(inner=True)
+    images, labels = helpers.labelled_images(9, seed=5)
+    callback = Snapshot(
+        (images.float(), labels),
+        tasks={"red": 0, "blue": 2},
+        recipe=RECIPE,
+        forward_func=lambda net, x: net(x)["logits"],
+        path=tmp_path / "deep" / "gates.h5",
+    )
+    fit(model, callback, tmp_path, validate=False)
+    gates = TaskGates.load(tmp_path / "deep" / "gates.h5")
+    assert gates.task_names == ("red", "blue")
+    assert all(name.startswith("net.") for name in gates)
+    assert callback.evaluation is None
+    assert callback.metrics() == {"nad/size": pytest.approx(0.5)}
+
+
+def test_failure_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    model = module()
+    callback = Snapshot(recipe=RECIPE, tasks=[7], network=lambda m: m.net, path=False)
+    with pytest.raises(ValueError, match="7"):
+        fit(model, callback, tmp_path)
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="path"):
+        LearnSubArchitectures(path=True)
+    with pytest.raises(RuntimeError, match="training has not ended"):
+        LearnSubArchitectures().metrics()
+    with pytest.raises(ValueError, match="network='nothing'"):
+        fit(module(), LearnSubArchitectures(network="nothing", path=False), tmp_path)
+    with pytest.raises(TypeError, match="not a module"):
+        fit(module(), LearnSubArchitectures(network=lambda m: 3, path=False), tmp_path)
+
+
+def test_missing_lightning_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nad_attr.bridges.lightning as bridge
+
+    monkeypatch.setattr(bridge, "_Callback", object)
+    with pytest.raises(ImportError, match="pip install lightning"):
+        LearnSubArchitectures()
