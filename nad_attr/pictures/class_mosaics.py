@@ -1,0 +1,246 @@
+"""Mosaics coloured by class: which class's channels have most to say at each position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nad_attr.architecture import SubArchitecture, Task
+from nad_attr.data import Data, as_source
+from nad_attr.evaluation.mosaics import _assemble, _choose, _only_images
+from nad_attr.evaluation.resampling import check_count
+from nad_attr.evaluation.rows import named_architectures
+from nad_attr.gates import TaskGates
+from nad_attr.pictures.evidence import Measure, check_measure, evidence_maps
+from nad_attr.pictures.pixels import ToPixels
+from nad_attr.running import Runner
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ClassMosaics", "class_mosaics"]
+
+
+@dataclass(frozen=True)
+class ClassMosaics:
+    """Mosaics of four images of four classes, with the map of each class at each site.
+
+    Attributes:
+        images: float (M, C, H, W), the mosaics.
+        maps: ``{site name: float32 (M, 4, h, w)}``: the map of the class of each quadrant (top
+            left, top right, bottom left, bottom right), inside its sub-architecture.
+        chosen: int64 (M, 4), which of ``tasks`` each quadrant holds.
+        numbers: int64 (M, 4), the images' numbers in the data.
+        tasks: All tasks.
+        task_names: Their names.
+        left_out: ``{site name: why it has no map}``.
+        measure: "evidence" or "presence".
+    """
+
+    images: Tensor
+    maps: dict[str, Tensor]
+    chosen: Tensor
+    numbers: Tensor
+    tasks: tuple[Task, ...]
+    task_names: tuple[str, ...]
+    left_out: dict[str, str]
+    measure: Measure
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Sites that have maps, in forward order."""
+        return tuple(self.maps)
+
+    def strengths(self, site: str | None = None) -> Tensor:
+        """How much each class has to say at each position, in units of its own largest value.
+
+        Negative values count as zero. Each class is scaled by itself, for outputs of different
+        classes have different scales.
+
+        Args:
+            site: One site, or None: the mean over sites.
+
+        Returns:
+            float32 (M, 4, H, W) in [0, 1], at the size of the mosaics.
+
+        Raises:
+            KeyError: If there is no map of that site.
+        """
+        names = self.sites if site is None else (site,)
+        if names[0] not in self.maps:
+            raise KeyError(f"no map of site {site!r}; there are {list(self.sites)}.")
+        large = []
+        for name in names:
+            positive = self.maps[name].clamp_min(0)
+            largest = positive.amax((2, 3), keepdim=True)
+            unit = torch.where(largest > 0, largest, torch.ones_like(largest))
+            size = self.images.shape[-2:]
+            large.append(F.interpolate(positive / unit, size, mode="bilinear", align_corners=False))
+        return torch.stack(large).mean(0)
+
+    def own_share(self, site: str | None = None) -> Tensor:
+        """Share of what each class has to say that lies in its own quadrant; 0.25 is chance.
+
+        Args:
+            site: One site, or None: the mean over sites.
+
+        Returns:
+            float32 (M, 4); NaN for a class that says nothing.
+
+        Raises:
+            KeyError: If there is no map of that site.
+        """
+        strengths = self.strengths(site)
+        height, width = strengths.shape[-2:]
+        rows = (torch.arange(height) >= height / 2).long()
+        columns = (torch.arange(width) >= width / 2).long()
+        quadrant = rows[:, None] * 2 + columns
+        own = torch.stack([strengths[:, q][:, quadrant == q].sum(1) for q in range(4)], dim=1)
+        return own / strengths.sum((2, 3))
+
+    def plot(
+        self,
+        *,
+        site: str | None = None,
+        to_pixels: ToPixels | None = None,
+    ) -> Figure:
+        """Draw each mosaic beside itself coloured by class.
+
+        Each position has the colour of the class that has most to say there, the stronger the
+        more it has to say. Frames have the colours of the quadrants' classes.
+
+        Args:
+            site: One site, or None: the mean over sites.
+            to_pixels: Undoes the network's preprocessing, see
+                :func:`nad_attr.pictures.as_pixels`.
+
+        Returns:
+            A figure with one row per mosaic.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+            KeyError: If there is no map of that site.
+        """
+        from nad_attr.pictures.figures import draw_class_mosaics
+
+        return draw_class_mosaics(self, site=site, to_pixels=to_pixels)
+
+
+def class_mosaics(
+    model: nn.Module,
+    architectures: TaskGates | Sequence[SubArchitecture],
+    data: Data,
+    *,
+    n: int = 1,
+    measure: Measure = "evidence",
+    exclusive: bool = False,
+    seed: int = 0,
+    size: float | None = None,
+    resize: bool = True,
+    prefix_tokens: int | None = None,
+    device: torch.device | str | None = None,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+) -> ClassMosaics:
+    """Map what the sub-architectures of four classes find in a mosaic of their images.
+
+    The mosaics are those of :func:`nad_attr.evaluation.mosaics` with the same seed. The maps are
+    those of :func:`contrast_maps`, over all channels that a class keeps or, with ``exclusive``,
+    those that none of the other three keeps.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        architectures: Task gates, or sub-architectures of the same sites, each of another task;
+            at least four.
+        data: Images of at least four of the tasks.
+        n: Number of mosaics.
+        measure: "evidence" or "presence", see :func:`contrast_maps`.
+        exclusive: Only channels that one of the four classes keeps alone.
+        seed: Of the mosaics.
+        size: Binarise task gates at this share of the channels; None: as they were learned.
+        resize: Make the mosaic of the images' own size. False: twice as high and wide.
+        prefix_tokens: As for :func:`contrast_maps`.
+        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
+        forward_func: Called with the inputs in place of the network; has to run the network.
+        additional_forward_args: Further arguments of every call, the same for all mosaics.
+
+    Returns:
+        The mosaics and their maps.
+
+    Raises:
+        GatingError: If a site does not fire, fires twice or has another shape.
+        SiteError: If the network has no such site.
+        TypeError: If an argument is of a wrong kind.
+        ValueError: If fewer than four tasks have images, tasks share a class, no site has
+            positions, the network is in train mode, or values are not finite.
+
+    Example:
+        >>> from nad_attr.sites import GateSite
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Identity(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        ... ).eval()
+        >>> site = GateSite("0", 4, 1)
+        >>> archs = [SubArchitecture.from_kept({"0": [k]}, [site], task=k) for k in range(4)]
+        >>> images = torch.eye(4)[..., None, None].expand(-1, -1, 8, 8)  # class k is in channel k
+        >>> found = class_mosaics(net, archs, (images, torch.arange(4)), resize=False)
+        >>> found.own_share()
+        tensor([[1., 1., 1., 1.]])
+    """
+    given = named_architectures(architectures, size, least=4)
+    check_count(n, "n")
+    check_measure(measure)
+    runner = Runner(
+        model,
+        device=device,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+    )
+    source = as_source(data)
+    chosen, numbers = _choose(source.labels, given.tasks, n, seed)
+    masks = given.masks
+    kept: list[Tensor] = []
+    maps: dict[str, list[Tensor]] = {}
+    left_out: dict[str, str] = {}
+    for rows, inputs in zip(chosen, runner.draw(source, numbers.tolist()), strict=True):
+        mosaic = _assemble(_only_images(inputs), resize)
+        kept.append(mosaic.detach().cpu())
+        of_mosaic: dict[str, list[Tensor]] = {}
+        for row in rows.tolist():
+            others = [other for other in rows.tolist() if other != row]
+            channels = {
+                name: mask[row] & ~mask[others].any(0) if exclusive else mask[row]
+                for name, mask in masks.items()
+            }
+            result = evidence_maps(
+                runner,
+                given.architectures[row],
+                given.tasks[row],
+                mosaic,
+                channels,
+                measure=measure,
+                prefix_tokens=prefix_tokens,
+            )
+            left_out = result.left_out
+            for name, one in result.maps.items():
+                of_mosaic.setdefault(name, []).append(one[0])
+        for name, four in of_mosaic.items():
+            maps.setdefault(name, []).append(torch.stack(four))
+    if not maps:
+        why = "; ".join(f"{k!r}: {v}" for k, v in left_out.items())
+        raise ValueError(f"no gate site has positions to look at ({why}).")
+    return ClassMosaics(
+        images=torch.cat(kept),
+        maps={name: torch.stack(parts) for name, parts in maps.items()},
+        chosen=torch.from_numpy(np.ascontiguousarray(chosen)),
+        numbers=torch.from_numpy(np.ascontiguousarray(numbers)),
+        tasks=given.tasks,
+        task_names=given.task_names,
+        left_out=left_out,
+        measure=measure,
+    )

@@ -1,0 +1,147 @@
+"""Maps of what some channels of a sub-architecture do for its task, position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nad_attr.architecture import SubArchitecture, Task
+from nad_attr.evaluation.mosaics import _Grid, _grid_of
+from nad_attr.gating import channel_shape, frozen, installed, multiply
+from nad_attr.objective import task_outputs
+from nad_attr.running import Runner
+from nad_attr.sites import GateSite
+
+__all__ = ["Measure", "SiteMaps", "check_measure", "evidence_maps"]
+
+#: What a map sums over channels: ``(activation - mean) * gradient``, or ``|activation - mean|``.
+Measure: TypeAlias = Literal["evidence", "presence"]
+
+
+@dataclass(frozen=True)
+class SiteMaps:
+    """Maps of a batch at the sites that have positions.
+
+    Attributes:
+        maps: ``{site name: float32 (B, H, W)}`` in forward order, on the CPU.
+        left_out: ``{site name: why it has no map}``.
+    """
+
+    maps: dict[str, Tensor]
+    left_out: dict[str, str]
+
+
+def check_measure(measure: str) -> None:
+    """Refuse what is no measure.
+
+    Raises:
+        ValueError: Names those that are.
+    """
+    if measure not in ("evidence", "presence"):
+        raise ValueError(f"measure must be 'evidence' or 'presence', not {measure!r}.")
+
+
+class _Held:
+    """Gates a network and keeps the gated tensors, with their graph."""
+
+    def __init__(self, arch: SubArchitecture, device: torch.device) -> None:
+        self.gates = {name: gate.to(device) for name, gate in arch.gates().items()}
+        self.means = (
+            None if arch.means is None else {n: m.to(device) for n, m in arch.means.items()}
+        )
+        self.tensors: dict[str, Tensor] = {}
+
+    def __call__(self, site: GateSite, tensor: Tensor) -> Tensor:
+        channel_shape(site, tensor)
+        gate = self.gates[site.name].to(tensor.device)
+        mean = None if self.means is None else self.means[site.name].to(tensor.device)
+        self.tensors[site.name] = multiply(site, tensor, gate, mean)
+        # A copy flows on: a later in-place ReLU would change what the gradient is taken for.
+        return self.tensors[site.name].clone()
+
+
+@contextmanager
+def _gradients(runner: Runner) -> Iterator[None]:
+    """Gradients of activations, none of weights, whatever mode the caller is in."""
+    with frozen(runner.model), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _grid(
+    site: GateSite, tensor: Tensor, aspect: float, prefix: int | None
+) -> tuple[_Grid | None, str]:
+    dim, _ = channel_shape(site, tensor)
+    return _grid_of(site, tensor.shape[:dim] + tensor.shape[dim + 1 :], aspect, prefix)
+
+
+def evidence_maps(
+    runner: Runner,
+    arch: SubArchitecture,
+    task: Task,
+    images: Tensor,
+    channels: Mapping[str, Tensor],
+    *,
+    measure: Measure = "evidence",
+    prefix_tokens: int | None = None,
+) -> SiteMaps:
+    """Maps of a batch inside one sub-architecture, summed over some channels at each site.
+
+    ``evidence``: ``sum over channels of (a - m) * dz/da``, with ``a`` the activation inside the
+    sub-architecture, ``m`` what would replace it if it were closed (its mean, or zero) and ``z``
+    the task output: to first order, what the output would lose without the channel at this
+    position. Of either sign. ``presence``: ``sum of |a - m|``, which asks for no output.
+
+    Args:
+        runner: The network and how it is called.
+        arch: The sub-architecture.
+        task: Whose output.
+        images: (B, C, H, W), where the network is.
+        channels: ``{site name: bool (C,)}``, which channels to sum over; sites that are not named
+            have no map.
+        measure: See above.
+        prefix_tokens: Tokens that stand for no position, in front of those that do. None: none or
+            one, as their number says.
+    """
+    check_measure(measure)
+    sites = [site for site in arch.sites if site.name in channels]
+    maps: dict[str, Tensor] = {}
+    left_out: dict[str, str] = {}
+    aspect = images.shape[-2] / images.shape[-1]
+    with _gradients(runner):
+        held = _Held(arch, runner.device)
+        x = images.detach().clone().requires_grad_(measure == "evidence")
+        with installed(runner.model, arch.sites, held):
+            output = task_outputs(runner((x,)), [task]).sum()
+        grids = {}
+        for site in sites:
+            grid, reason = _grid(site, held.tensors[site.name], aspect, prefix_tokens)
+            if grid is None:
+                left_out[site.name] = reason
+            else:
+                grids[site.name] = grid
+        tensors = [held.tensors[name] for name in grids]
+        found: tuple[Tensor | None, ...] = (None,) * len(tensors)
+        if measure == "evidence" and tensors:
+            found = torch.autograd.grad(output, tensors, allow_unused=True)
+    by_name = {site.name: site for site in sites}
+    for name, tensor, gradient in zip(grids, tensors, found, strict=True):
+        dim, _ = channel_shape(by_name[name], tensor)
+        values = tensor.detach().movedim(dim, -1)
+        if held.means is not None:
+            values = values - held.means[name].to(values)
+        if measure == "presence":
+            values = values.abs()
+        elif gradient is None:
+            values = torch.zeros_like(values)
+        else:
+            values = values * gradient.movedim(dim, -1)
+        summed = values[..., channels[name].to(values.device)].sum(-1)
+        maps[name] = grids[name].maps(summed).float().cpu()
+        if not bool(torch.isfinite(maps[name]).all()):
+            raise ValueError(f"the map of gate site {name!r} holds NaN or infinity.")
+    return SiteMaps(maps, left_out)

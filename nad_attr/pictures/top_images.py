@@ -1,0 +1,412 @@
+"""The images that drive each kept channel most, found in one pass over any amount of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nad_attr.architecture import SubArchitecture, Task
+from nad_attr.data import Data, as_source
+from nad_attr.evaluation.mosaics import _Grid, _grid_of, _only_images
+from nad_attr.evaluation.resampling import check_count
+from nad_attr.gating import as_tensor, channel_shape, check_mapping, recorded
+from nad_attr.pictures.pixels import ToPixels
+from nad_attr.running import Runner, check_batch_size, chunks
+from nad_attr.sites import GateSite
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["TopImages", "top_images"]
+
+Pool = Literal["max", "mean"]
+
+
+@dataclass(frozen=True)
+class TopImages:
+    """For each channel that was looked at, the images with its highest activations.
+
+    Attributes:
+        architecture: The sub-architecture whose channels these are.
+        channels: ``{site name: int64 (n,)}``, the channels looked at.
+        images: ``{site name: int64 (n, k)}``, numbers of images in the data, highest first; -1
+            where there are fewer than k images.
+        values: ``{site name: float32 (n, k)}``, their activation; NaN where there is none.
+        positions: ``{site name: int64 (n, k, 2)}``, row and column of the highest activation on
+            the site's grid; -1 at sites without positions.
+        grids: ``{site name: (rows, columns)}`` of the sites with positions.
+        selectivity: ``{site name: float32 (n,)}``: mean over own images minus mean over others,
+            in standard deviations over all; NaN if the sub-architecture says no task or the data
+            lacks one of the two.
+        pool: How an image's activation is read off the channel's positions, "max" or "mean".
+        inside: Whether the network ran as the sub-architecture.
+    """
+
+    architecture: SubArchitecture
+    channels: dict[str, Tensor]
+    images: dict[str, Tensor]
+    values: dict[str, Tensor]
+    positions: dict[str, Tensor]
+    grids: dict[str, tuple[int, int]]
+    selectivity: dict[str, Tensor]
+    pool: Pool
+    inside: bool
+
+    def row(self, site: str, channel: int) -> int:
+        """Where a channel stands in the tables of a site.
+
+        Raises:
+            KeyError: If it was not looked at.
+        """
+        if site not in self.channels:
+            raise KeyError(f"no channels of site {site!r}; there are {list(self.channels)}.")
+        found = (self.channels[site] == channel).nonzero().flatten()
+        if len(found) == 0:
+            raise KeyError(f"channel {channel} of {site!r} was not looked at.")
+        return int(found[0])
+
+    def most_selective(self, site: str, n: int) -> list[int]:
+        """Channels with the highest selectivity, or the first ones where that is not known.
+
+        Args:
+            site: The site.
+            n: How many, at most.
+
+        Raises:
+            KeyError: If there are no channels of that site.
+        """
+        if site not in self.channels:
+            raise KeyError(f"no channels of site {site!r}; there are {list(self.channels)}.")
+        scores = self.selectivity[site].nan_to_num(0.0)
+        order = scores.argsort(descending=True, stable=True)[:n]
+        channels: list[int] = self.channels[site][order].tolist()
+        return channels
+
+    def plot(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        site: str | None = None,
+        channels: Sequence[int] | None = None,
+        n_images: int | None = None,
+        crop: float | None = None,
+        threshold: float = 0.5,
+        to_pixels: ToPixels | None = None,
+        forward_func: Callable[..., Any] | None = None,
+        additional_forward_args: Any = None,
+    ) -> Figure:
+        """Draw the images of some channels, dimmed where the channel does not respond.
+
+        Args:
+            model: The network.
+            data: The data that the images were found in.
+            site: None: the last site with positions.
+            channels: None: the six most selective ones.
+            n_images: Of each channel. None: all k.
+            crop: Show only a square around the highest activation, of this share of the image's
+                shorter side. None: the whole image.
+            threshold: Not dimmed: where the activation is above this share of its highest one.
+            to_pixels: Undoes the network's preprocessing, see
+                :func:`nad_attr.pictures.as_pixels`.
+            forward_func: As for :func:`top_images`.
+            additional_forward_args: As for :func:`top_images`.
+
+        Returns:
+            A figure with one row per channel.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+            KeyError: If a site or channel was not looked at.
+            ValueError: If crop or threshold are no shares, or no site has positions.
+        """
+        from nad_attr.pictures.figures import draw_top_images
+
+        return draw_top_images(
+            self,
+            model,
+            data,
+            site=site,
+            channels=channels,
+            n_images=n_images,
+            crop=crop,
+            threshold=threshold,
+            to_pixels=to_pixels,
+            forward_func=forward_func,
+            additional_forward_args=additional_forward_args,
+        )
+
+    def maps(
+        self,
+        model: nn.Module,
+        data: Data,
+        site: str,
+        channel: int,
+        *,
+        forward_func: Callable[..., Any] | None = None,
+        additional_forward_args: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A channel's images and its activation on them, computed once more.
+
+        Args:
+            model: The network.
+            data: The data that the images were found in.
+            site: The site, one with positions.
+            channel: The channel.
+            forward_func: As for :func:`top_images`.
+            additional_forward_args: As for :func:`top_images`.
+
+        Returns:
+            The images (k', C, H, W) as the network takes them, and the activations float32
+            (k', h, w), highest image first.
+
+        Raises:
+            KeyError: If the channel was not looked at.
+            ValueError: If the site has no positions.
+        """
+        row = self.row(site, channel)
+        if site not in self.grids:
+            raise ValueError(f"site {site!r} has no positions to look at.")
+        runner = Runner(
+            model, forward_func=forward_func, additional_forward_args=additional_forward_args
+        )
+        numbers = [i for i in self.images[site][row].tolist() if i >= 0]
+        (inputs,) = runner.draw(as_source(data), [numbers])
+        images = _only_images(inputs)
+        (at,) = [s for s in self.architecture.sites if s.name == site]
+        with torch.no_grad(), ExitStack() as stack:
+            stack.enter_context(_network(runner, self.architecture, self.inside))
+            activations = stack.enter_context(recorded(runner.model, [at]))
+            runner(inputs)
+        values, grid, _ = _by_channel(at, activations[site], images.shape[-2] / images.shape[-1])
+        assert grid is not None
+        return images.cpu(), grid.maps(values[..., channel]).float().cpu()
+
+
+def _network(runner: Runner, arch: SubArchitecture, inside: bool) -> AbstractContextManager[None]:
+    return arch.applied(runner.model) if inside else nullcontext()
+
+
+def _by_channel(
+    site: GateSite, tensor: Tensor, aspect: float
+) -> tuple[Tensor, _Grid | None, tuple[int, ...]]:
+    """A site's tensor with the channels last, its grid and the shape of its positions."""
+    dim, _ = channel_shape(site, tensor)
+    shape = tensor.shape[:dim] + tensor.shape[dim + 1 :]
+    grid, _ = _grid_of(site, shape, aspect, None)
+    return tensor.movedim(dim, -1), grid, tuple(shape[1:])
+
+
+class _Best:
+    """The k highest values of each channel of a site so far; equal values: the earlier image."""
+
+    def __init__(self, site: GateSite, channels: Tensor, k: int, pool: Pool) -> None:
+        self.site, self.channels, self.k, self.pool = site, channels, k, pool
+        n = len(channels)
+        self.values = torch.full((n, k), float("nan"))
+        self.images = torch.full((n, k), -1, dtype=torch.int64)
+        self.where = torch.full((n, k), -1, dtype=torch.int64)
+        self.grid: tuple[int, int] | None = None
+        # Sums over own, over all, of squares over all.
+        self.own, self.all, self.squares = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
+
+    def add(self, tensor: Tensor, numbers: Tensor, own: Tensor, aspect: float) -> None:
+        values, grid, _ = _by_channel(self.site, tensor, aspect)
+        values = values[..., self.channels.to(values.device)].float()
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"gate site {self.site.name!r} holds NaN or infinity.")
+        if grid is not None:
+            self.grid = (grid.height, grid.width)
+            skipped = grid.n_prefix
+            flat = values.flatten(1, -2) if skipped is None else values[:, skipped:]
+        else:
+            flat = values.flatten(1, -2) if values.ndim > 2 else values[:, None]
+        highest, where = flat.max(dim=1)  # (B, n)
+        scores = highest if self.pool == "max" else flat.mean(1)
+        scores, where = scores.cpu(), where.cpu()
+        wide = scores.double()
+        self.own += wide[own].sum(0)
+        self.all += wide.sum(0)
+        self.squares += wide.square().sum(0)
+        if grid is None:
+            where = torch.full_like(where, -1)
+        candidates = torch.cat([self.values, scores.T], dim=1)
+        images = torch.cat([self.images, numbers.expand(len(self.channels), -1)], dim=1)
+        places = torch.cat([self.where, where.T], dim=1)
+        # What is not there yet comes last; stable, and images come in order.
+        order = candidates.nan_to_num(-float("inf")).argsort(dim=1, descending=True, stable=True)
+        order = order[:, : self.k]
+        self.values, self.images = candidates.gather(1, order), images.gather(1, order)
+        self.where = places.gather(1, order)
+
+    def positions(self) -> Tensor:
+        """Row and column of the highest activations: int64 (n, k, 2)."""
+        width = 1 if self.grid is None else self.grid[1]
+        rows = self.where.div(width, rounding_mode="floor")
+        found = torch.stack([rows, self.where % width], dim=-1)
+        return torch.where(self.where[..., None] < 0, -1, found)
+
+    def selectivity(self, n_own: int, n: int) -> Tensor:
+        """Own mean minus other mean, in standard deviations over all: float32 (n,)."""
+        if not 0 < n_own < n:
+            return torch.full((len(self.channels),), float("nan"))
+        difference = self.own / n_own - (self.all - self.own) / (n - n_own)
+        spread = (self.squares / n - (self.all / n).square()).clamp_min(0).sqrt()
+        return torch.where(spread > 0, difference / spread, torch.zeros(())).float()
+
+
+def _chosen_channels(
+    arch: SubArchitecture,
+    sites: Sequence[str] | None,
+    channels: Mapping[str, Any] | None,
+) -> dict[str, Tensor]:
+    known = {site.name: site.n_channels for site in arch.sites}
+    wanted = list(known) if sites is None else list(sites)
+    if channels is not None:
+        check_mapping(channels, "channels")
+        wanted = [name for name in wanted if name in channels] if sites is None else wanted
+    for name in [*wanted, *(channels or {})]:
+        if name not in known:
+            raise ValueError(f"no gate site {name!r}; there are {list(known)}.")
+    chosen = {}
+    for name in wanted:
+        if channels is None or name not in channels:
+            chosen[name] = arch.kept[name]
+            continue
+        numbers = as_tensor(channels[name], f"channels of {name!r}")
+        whole = not (numbers.is_floating_point() or numbers.dtype == torch.bool)
+        if numbers.numel() and not (
+            whole and int(numbers.min()) >= 0 and int(numbers.max()) < known[name]
+        ):
+            raise ValueError(
+                f"channels of {name!r} must be whole numbers from 0 to {known[name] - 1}."
+            )
+        chosen[name] = numbers.flatten().long()
+    chosen = {name: numbers for name, numbers in chosen.items() if len(numbers)}
+    if not chosen:
+        raise ValueError("there is no channel to look at: the sub-architecture keeps none there.")
+    return chosen
+
+
+def _own(labels: Tensor, task: Task | None) -> Tensor:
+    if task is None:
+        return torch.zeros(len(labels), dtype=torch.bool)
+    return torch.isin(labels, torch.tensor(task if isinstance(task, tuple) else [task]))
+
+
+def _passes(n: int, batch_size: int, show_progress: bool) -> Iterator[list[int]]:
+    with tqdm(total=n, unit="image", desc="top images", disable=not show_progress) as bar:
+        for part in chunks(n, batch_size):
+            yield list(part)
+            bar.update(len(part))
+
+
+def top_images(
+    model: nn.Module,
+    architecture: SubArchitecture,
+    data: Data,
+    *,
+    k: int = 9,
+    sites: Sequence[str] | None = None,
+    channels: Mapping[str, Any] | None = None,
+    pool: Pool = "max",
+    inside: bool = False,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    show_progress: bool = False,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+) -> TopImages:
+    """Find the images in which each kept channel is most active.
+
+    One pass over the data, in which ``k`` numbers per channel are kept, so the data may be of any
+    size. Of images with equal activations, the first counts.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        architecture: The sub-architecture.
+        data: Images: ``(inputs, labels)`` tensors, a Dataset of (input, label) or a DataLoader.
+        k: Images of each channel.
+        sites: Names of the sites to look at; None: all, or those named in ``channels``.
+        channels: ``{site name: channel numbers}``; None, or a site left out: those that the
+            sub-architecture keeps.
+        pool: "max": an image's activation is the highest over positions; "mean": their mean.
+        inside: Run the network as the sub-architecture. False: the whole network, in which a
+            channel means the same for all classes.
+        batch_size: Images in a pass.
+        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
+        show_progress: Show a bar of the images done (tqdm).
+        forward_func: Called with the inputs in place of the network; has to run the network.
+        additional_forward_args: Further arguments of every call, the same for all images.
+
+    Returns:
+        The images' numbers, activations and positions, and each channel's selectivity.
+
+    Raises:
+        GatingError: If a site does not fire, fires twice or has another shape.
+        SiteError: If the network has no such site.
+        TypeError: If an argument is of a wrong kind.
+        ValueError: If there is nothing to look at, the network is in train mode, or values are
+            not finite.
+
+    Example:
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Identity(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        ... ).eval()
+        >>> arch = SubArchitecture.from_kept({"0": [1]}, [GateSite("0", 2, 1)], task=0)
+        >>> images = torch.zeros(3, 2, 4, 4)
+        >>> images[2, 1, 0, 3], images[0, 1, 2, 2] = 5.0, 3.0
+        >>> found = top_images(net, arch, (images, torch.tensor([0, 1, 0])), k=2)
+        >>> found.images["0"], found.values["0"], found.positions["0"].tolist()
+        (tensor([[2, 0]]), tensor([[5., 3.]]), [[[0, 3], [2, 2]]])
+    """
+    if not isinstance(architecture, SubArchitecture):
+        raise TypeError(
+            f"architecture must be a SubArchitecture, not {type(architecture).__name__}; take "
+            "gates.sub_architecture(task)."
+        )
+    check_count(k, "k")
+    check_batch_size(batch_size)
+    if pool not in ("max", "mean"):
+        raise ValueError(f"pool must be 'max' or 'mean', not {pool!r}.")
+    chosen = _chosen_channels(architecture, sites, channels)
+    runner = Runner(
+        model,
+        device=device,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+    )
+    source = as_source(data)
+    at = [site for site in architecture.sites if site.name in chosen]
+    best = {site.name: _Best(site, chosen[site.name], k, pool) for site in at}
+    own = _own(source.labels, architecture.task)
+    n = len(source.labels)
+    parts = list(_passes(n, batch_size, False))
+    with torch.no_grad(), ExitStack() as stack:
+        stack.enter_context(_network(runner, architecture, inside))
+        activations = stack.enter_context(recorded(runner.model, at))
+        shown = _passes(n, batch_size, show_progress)
+        for part, inputs in zip(shown, runner.draw(source, parts), strict=True):
+            images = _only_images(inputs)
+            runner(inputs)
+            numbers = torch.tensor(part)
+            for name, keeper in best.items():
+                aspect = images.shape[-2] / images.shape[-1]
+                keeper.add(activations[name], numbers, own[numbers], aspect)
+    return TopImages(
+        architecture=architecture,
+        channels=chosen,
+        images={name: keeper.images for name, keeper in best.items()},
+        values={name: keeper.values for name, keeper in best.items()},
+        positions={name: keeper.positions() for name, keeper in best.items()},
+        grids={name: keeper.grid for name, keeper in best.items() if keeper.grid is not None},
+        selectivity={n_: b.selectivity(int(own.sum()), n) for n_, b in best.items()},
+        pool=pool,
+        inside=inside,
+    )
