@@ -21,6 +21,7 @@ images; for fixed images the library keeps them, which saves about a third of th
 - *paper* is the released recipe, with the squared differences of all sites.
 
 Time: steps and bare passes alternate; ``time_ratio`` is the median of the ratios of neighbours,
+``kept_ratio`` the same without the clean pass, as for fixed images whose outputs are kept;
 ``bare_seconds``, ``step_seconds`` and ``parts`` are medians. Memory, in runs of its own: the
 highest sum of live tensor bytes, weights and images not counted. On a CPU it comes from the
 profiler's record of every allocation (exact, but without what oneDNN allocates by itself), on CUDA
@@ -85,12 +86,20 @@ def _efficientnet_lite0() -> Gateable:
     return model, find_gate_sites(model, torch.zeros(1, 3, 224, 224))
 
 
+def _vit_b_16() -> Gateable:
+    import torchvision
+
+    model = torchvision.models.vit_b_16(weights=None).eval()
+    return model, find_gate_sites(model, torch.zeros(1, 3, 224, 224))
+
+
 #: How each network is made, with random weights; the paper's sites where it has the network.
 MODELS: dict[str, Callable[[], Gateable]] = {
     "vgg16": lambda: _torchvision("vgg16"),
     "resnet50": lambda: _torchvision("resnet50"),
     "densenet121": lambda: _torchvision("densenet121"),
     "efficientnet_lite0": _efficientnet_lite0,
+    "vit_b_16": _vit_b_16,
 }
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -397,6 +406,10 @@ def _seconds(case: _Case, repeats: int) -> Row:
         "step_seconds": statistics.median(step for _, step in pairs),
         "time_ratio": statistics.median(step / bare for bare, step in pairs),
         "time_ratios": [round(step / bare, 4) for bare, step in pairs],
+        "kept_ratio": statistics.median(
+            (step - part["clean"]) / bare
+            for (bare, step), part in zip(pairs, parts[1:], strict=True)
+        ),
         "parts": {name: statistics.median(part[name] for part in parts[1:]) for name in PARTS},
     }
 
@@ -451,6 +464,8 @@ def measure(
     device: str | torch.device = "cpu",
     image_size: int = 224,
     amp: bool = False,
+    channels_last: bool = False,
+    n_sites: int | None = None,
     repeats: int = 5,
     clock: str = "wall",
 ) -> Row:
@@ -466,6 +481,8 @@ def measure(
         device: Where to run.
         image_size: Height and width in pixels.
         amp: Autocast to bfloat16.
+        channels_last: Keep weights and images with their channels on the last axis in memory.
+        n_sites: Gate so many sites, spread evenly, the first among them. None: all.
         repeats: Pairs of a step and bare passes that are timed.
         clock: A key of ``CLOCKS``.
 
@@ -488,8 +505,13 @@ def measure(
     target = torch.device(device)
     network, sites = MODELS[model]()
     network = network.to(target)
+    if n_sites is not None:
+        sites = [sites[i * len(sites) // n_sites] for i in range(min(n_sites, len(sites)))]
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, image_size, image_size, generator=generator).to(target)
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
     settings = RECIPES[recipe]()
     per_step = min(batch, settings.images_per_step if images_per_step is None else images_per_step)
     rows = min(tasks, batch // per_step)
@@ -516,7 +538,9 @@ def measure(
         "tasks": tasks,
         "rows": case.rows,
         "images_per_step": settings.images_per_step,
+        "sites": len(sites),
         "channels": sum(site.n_channels for site in sites),
+        "channels_last": channels_last,
         "image_size": image_size,
         "dtype": "bfloat16 (autocast)" if amp else "float32",
         "clock": clock,
@@ -537,7 +561,7 @@ def table(rows: Sequence[Row]) -> str:
     if not rows:
         return "no rows"
     head: tuple[str, ...] = ("model", "recipe", "batch", "tasks", "bare s", "step s", "time ratio")
-    head += ("bare MB", "step MB", "memory ratio", *PARTS)
+    head += ("kept", "bare MB", "step MB", "memory ratio", *PARTS)
     lines = [head]
     for row in rows:
         lines.append(
@@ -549,6 +573,7 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row['bare_seconds']:.3f}",
                 f"{row['step_seconds']:.3f}",
                 f"{row['time_ratio']:.3f}",
+                f"{row['kept_ratio']:.3f}",
                 f"{row['bare_memory'] / 1e6:.0f}",
                 f"{row['step_memory'] / 1e6:.0f}",
                 f"{row['memory_ratio']:.3f}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from nad_attr.architecture import split_sites
 from nad_attr.batchnorm import lean_batchnorm
+from nad_attr.convolution import lean_convolutions
 from nad_attr.data import Draw, Inputs, Source, seed_of
 from nad_attr.gates import Task
-from nad_attr.gating import GatingError, channel_shape, installed, multiply
+from nad_attr.gating import GatingError, channel_shape, installed, multiply_learned
 from nad_attr.objective import own_task_output
-from nad_attr.running import Runner
+from nad_attr.running import Runner, sent
 from nad_attr.sites import GateSite
 
 __all__ = ["Batch", "Chunk", "CleanOutputs", "Learned", "Network", "TaskImages"]
@@ -62,9 +63,15 @@ class Network(Runner):
         self.means: dict[str, Tensor] | None = None
         self._scales: dict[nn.Module, Tensor] = {}
 
-    def lean_batchnorm(self) -> AbstractContextManager[None]:
-        """See :func:`nad_attr.batchnorm.lean_batchnorm`."""
-        return lean_batchnorm(self.model, self._scales)
+    @contextmanager
+    def lean(self) -> Iterator[None]:
+        """Keep nothing for the backward pass that only the gradients of weights need.
+
+        Enter it after the hooks of the gates. See :func:`nad_attr.batchnorm.lean_batchnorm` and
+        :func:`nad_attr.convolution.lean_convolutions`.
+        """
+        with lean_batchnorm(self.model, self._scales), lean_convolutions(self.model):
+            yield
 
     def set_means(self, means: Mapping[str, Tensor]) -> None:
         """Let closed channels be at their mean."""
@@ -82,12 +89,19 @@ class Network(Runner):
 
     @torch.no_grad()
     def clean_recorded(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Outputs of the whole network, and copies of what its sites hold."""
+        """Outputs of the whole network, and copies of what its sites hold.
+
+        All but the first in forward order: no gate stands before it, so it holds the same in every
+        sub-architecture.
+        """
         kept: dict[str, Tensor] = {}
+        seen: list[str] = []
 
         def record(site: GateSite, tensor: Tensor) -> None:
             channel_shape(site, tensor)
-            kept[site.name] = tensor.clone()  # the network may write into it in place
+            if seen:
+                kept[site.name] = tensor.clone()  # the network may write into it in place
+            seen.append(site.name)
 
         with installed(self.model, self.sites, record):
             return self(inputs), kept
@@ -103,9 +117,9 @@ class Network(Runner):
 
         def gate(site: GateSite, tensor: Tensor) -> Tensor:
             mean = None if self.means is None else self.means[site.name]
-            return multiply(site, tensor, parts[site.name], mean)
+            return multiply_learned(site, tensor, parts[site.name], mean)
 
-        with installed(self.model, self.sites, gate), self.lean_batchnorm():
+        with installed(self.model, self.sites, gate), self.lean():
             return self(inputs)
 
     def output_and_gradient(
@@ -215,18 +229,23 @@ class CleanOutputs:
             return self.network.clean(batch.inputs)
         new = {number: i for i, number in enumerate(batch.numbers) if not self._have[number]}
         if new:
-            at = list(new.values())
-            outputs = self.network.clean(tuple(item[at] for item in batch.inputs))
+            device = batch.inputs[0].device
+            at = sent(torch.tensor(list(new.values())), device)
+            # All of them, normally: then no copy of the images is made.
+            whole = len(new) == len(batch.numbers)
+            outputs = self.network.clean(
+                batch.inputs if whole else tuple(item[at] for item in batch.inputs)
+            )
             if self._known is None:
                 if self.n_images * outputs.shape[1] > self.LIMIT:
                     self.n_images = 0
                     return self.network.clean(batch.inputs)
                 self._known = outputs.new_zeros(self.n_images, outputs.shape[1])
-            self._known[list(new)] = outputs
+            self._known[sent(torch.tensor(list(new)), outputs.device)] = outputs
             for number in new:
                 self._have[number] = True
         assert self._known is not None
-        return self._known[batch.numbers]
+        return self._known[sent(torch.tensor(batch.numbers), self._known.device)]
 
 
 class Chunk:
@@ -281,10 +300,10 @@ class Chunk:
             numbers = [number for _, (number, _) in images]
             yield Batch(
                 self.network.to_device(inputs),
-                torch.tensor([row for row, _ in images], device=device),
-                self.source.labels[numbers].to(device),
+                sent(torch.tensor([row for row, _ in images]), device),
+                sent(self.source.labels[numbers], device),
                 numbers,
-                torch.tensor(places, device=device),
+                sent(torch.tensor(places), device),
             )
 
     def _distinct(self, step: Sequence[Sequence[Draw]]) -> tuple[list[tuple[int, Draw]], list[int]]:

@@ -76,13 +76,13 @@ def learn_paper(chunk: Chunk, recipe: PaperRecipe, start: Tensor | None = None) 
             gated, difference = gate_and_difference(
                 tensor,
                 expand(values, site, tensor),
-                clean.pop(site.name),  # noqa: B023 (freed as soon as it is used)
+                clean.pop(site.name, tensor),  # noqa: B023 (freed as soon as it is used)
                 rectified=site.name in recipe.rectified_sites,
             )
             differences.append(difference)  # noqa: B023
             return gated
 
-        with installed(network.model, sites, gate), network.lean_batchnorm():
+        with installed(network.model, sites, gate), network.lean():
             outputs = network(batch.inputs)
         loss, active = paper_loss(
             outputs,

@@ -15,7 +15,7 @@ from nad_attr.gates import Task
 from nad_attr.gating import GatingError, check_eval
 from nad_attr.sites import unwrap
 
-__all__ = ["Runner", "amp_dtype", "check_batch_size", "check_classes", "chunks"]
+__all__ = ["Runner", "amp_dtype", "check_batch_size", "check_classes", "chunks", "sent"]
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -93,6 +93,14 @@ def copied_to(model: nn.Module, device: torch.device) -> nn.Module:
         raise
     except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
         raise ValueError(f"the network cannot be copied to device {device}: {error}") from error
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; the way to a GPU is not waited for.
+
+    Without that, each batch would have the host wait until all that the GPU has queued is done.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @contextmanager
@@ -174,7 +182,7 @@ class Runner:
 
     def to_device(self, inputs: Inputs) -> Inputs:
         """The inputs where the network is, without their graph."""
-        return tuple(x.detach().to(self.device) for x in inputs)
+        return tuple(sent(x.detach(), self.device) for x in inputs)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """The network's outputs (B, K), at least float32: float16 has few values to rank by.

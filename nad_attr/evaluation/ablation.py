@@ -63,6 +63,10 @@ class Filler(ABC):
         """
         return None
 
+    def is_of_gates_alone(self) -> bool:
+        """Whether rows with the same gates get the same values."""
+        return False
+
     @abstractmethod
     def __call__(
         self,
@@ -119,6 +123,10 @@ class VectorFiller(Filler):
 
     def __init__(self, values: Mapping[str, Tensor] | None) -> None:
         self.values = values
+
+    def is_of_gates_alone(self) -> bool:
+        """See :meth:`Filler.is_of_gates_alone`."""
+        return self.values is None or all(len(value) == 1 for value in self.values.values())
 
     def __call__(
         self,

@@ -126,6 +126,51 @@ class Rows:
         return batch_size if self.filler.donors(index, index) is None else max(1, batch_size // 2)
 
 
+class Twins:
+    """Rows that are the same network: they need one pass for all of them.
+
+    In curves, for one, the empty sub-architectures of all tasks are, and so are the rankings of a
+    method that does not ask for the task.
+
+    Args:
+        rows: The sub-architectures.
+
+    Attributes:
+        first: int64 (U,), one row of each different network.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        n_rows = len(rows.tasks)
+        self.of = list(range(n_rows))
+        if rows.filler.is_of_gates_alone():
+            gates = torch.cat([gate.flatten(1) for gate in rows.gates.values()], dim=1)
+            known: dict[bytes, int] = {}
+            self.of = [known.setdefault(row.tobytes(), len(known)) for row in gates.cpu().numpy()]
+        device = next(iter(rows.gates.values())).device
+        of = torch.tensor(self.of)
+        self._members = of.argsort(stable=True).to(device)
+        counts = of.bincount()
+        self._counts, self._start = counts.to(device), (counts.cumsum(0) - counts).to(device)
+        self.first = self._members[self._start]
+
+    def members(self, which: Tensor) -> tuple[Tensor, Tensor]:
+        """All rows whose network is among some of the different ones.
+
+        Args:
+            which: int64 (B,), numbers of different networks.
+
+        Returns:
+            int64 (M,), M >= B: where in ``which`` the row's network is, and the row.
+        """
+        if len(self.first) == len(self.of):
+            return torch.arange(len(which), device=which.device), self._members[which]
+        counts = self._counts[which]
+        at = torch.arange(len(which), device=which.device).repeat_interleave(counts)
+        before = counts.cumsum(0) - counts
+        number = torch.arange(len(at), device=which.device) - before[at]
+        return at, self._members[self._start[which[at]] + number]
+
+
 def _joined(donors: Tensor, images: Tensor) -> Tensor:
     if donors.shape[1:] != images.shape[1:]:
         raise ValueError(
@@ -363,6 +408,7 @@ def answers(
     rows_of = Rows(archs, device, ablation)
     rows_of.watch = watch
     width = rows_of.width(batch_size)
+    twins = Twins(rows_of)
     numbers = list(chunks(n, batch_size))
     members: Tensor | None = None
 
@@ -395,20 +441,27 @@ def answers(
             called = torch.empty(n_rows, n_here, dtype=torch.int32, device=device)
             margin = torch.empty(n_rows, n_here, device=device)
             undefined = torch.zeros(n_rows, n_here, dtype=torch.bool, device=device)
-            for pairs in chunks(n_rows * n_here, width):
+            for pairs in chunks(len(twins.first) * n_here, width):
                 pair = torch.arange(pairs[0], pairs[-1] + 1, device=device)
-                rows, images = pair // n_here, pair % n_here
+                which, run_images = pair // n_here, pair % n_here
                 outputs = rows_of.gated_pass(
-                    run, tuple(x[images] for x in inputs), rows, images + chosen[0]
+                    run,
+                    tuple(x[run_images] for x in inputs),
+                    twins.first[which],
+                    run_images + chosen[0],
                 )
                 assert members is not None
                 values = task_outputs(outputs, columns)
-                column = column_of[rows]
-                own = values.gather(1, column[:, None])
-                block[rows, images] = (own if own_only else values).float()
-                called[rows, images] = outputs.argmax(1).int()
-                margin[rows, images] = _margin(outputs, own[:, 0], members[column]).float()
-                undefined[rows, images] = outputs.isnan().any(1)
+                calls, unknown = outputs.argmax(1).int(), outputs.isnan().any(1)
+                all_at, all_rows = twins.members(which)
+                # As many at a time as in a pass, however many rows share a network.
+                for at, rows in zip(all_at.split(width), all_rows.split(width), strict=True):
+                    images, column = run_images[at], column_of[rows]
+                    own = values[at].gather(1, column[:, None])
+                    block[rows, images] = (own if own_only else values[at]).float()
+                    called[rows, images] = calls[at]
+                    margin[rows, images] = _margin(outputs[at], own[:, 0], members[column]).float()
+                    undefined[rows, images] = unknown[at]
             _check_outputs(undefined, chosen, tasks)
             gated[:, here], gated_class[:, here] = block.cpu(), called.cpu()
             gated_margin[:, here] = margin.cpu()
