@@ -19,6 +19,7 @@ from nad_attr.architecture import (
     n_channels,
     top_k_masks,
 )
+from nad_attr.display import MOST_ROWS, html_table
 from nad_attr.gating import as_tensor, check_mapping
 from nad_attr.history import History
 from nad_attr.recipe import Recipe
@@ -115,6 +116,31 @@ class TaskGates:
         self.recipe = recipe
         self.history = history
         self.info: dict[str, Any] = dict(info or {})
+
+    @classmethod
+    def _of_checked(
+        cls,
+        gates: dict[str, Tensor],
+        sites: tuple[GateSite, ...],
+        tasks: tuple[Task, ...],
+        *,
+        logits: dict[str, Tensor] | None,
+        means: Mapping[str, Tensor] | None,
+        recipe: Recipe | None,
+        history: History | None,
+        task_names: tuple[str, ...] | None,
+        info: Mapping[str, Any],
+    ) -> TaskGates:
+        """From what was checked already, for files: gates and logits are taken, not copied.
+
+        Looking at each site's numbers again takes as long as reading them.
+        """
+        made = cls.__new__(cls)
+        made.sites, made.tasks, made.task_names = sites, tasks, task_names
+        made._gates, made._logits = gates, logits
+        made.means = None if means is None else {n: mean.clone() for n, mean in means.items()}
+        made.recipe, made.history, made.info = recipe, history, dict(info)
+        return made
 
     def _checked(self, values: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
         check_mapping(values, what)
@@ -285,6 +311,39 @@ class TaskGates:
         return (
             f"TaskGates({tasks}, {sites}, {self.n_channels:,} channels, {mean:.1f} % kept, "
             f"closed channels {closed})"
+        )
+
+    def _repr_html_(self) -> str:
+        """How notebooks show them: kept channels of each task, and of each site."""
+        archs = self.sub_architectures()
+        names = self.task_names or tuple(map(str, self.tasks))
+        mean = sum(arch.size for arch in archs) / len(archs)
+        shown = MOST_ROWS // 2
+        tasks = html_table(
+            f"Task gates: {len(self)} task{'s' * (len(self) != 1)}, {len(self.sites)} "
+            f"site{'s' * (len(self.sites) != 1)}, {self.n_channels:,} channels, "
+            f"{100 * mean:.1f} % kept",
+            ["task", "kept channels"],
+            [
+                [name, f"{arch.n_kept:,}"]
+                for name, arch in zip(names[:shown], archs[:shown], strict=True)
+            ],
+            bars=[arch.size for arch in archs[:shown]],
+            note=f"and {len(self) - shown} more tasks" if len(self) > shown else "",
+        )
+        sites = self.sites[:shown]
+        means = [float((self._gates[s.name] > 0.5).float().mean()) for s in sites]
+        rest = len(self.sites) - len(sites)
+        closed = "closed channels: " + ("zero" if self.means is None else "their mean")
+        return tasks + html_table(
+            "Mean over tasks",
+            ["site", "channels", "kept"],
+            [
+                [site.name, f"{site.n_channels:,}", f"{100 * share:.0f} %"]
+                for site, share in zip(sites, means, strict=True)
+            ],
+            bars=means,
+            note=(f"and {rest} more sites; " if rest else "") + closed,
         )
 
     def save(self, path: str | PathLike[str]) -> None:

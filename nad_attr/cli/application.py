@@ -14,13 +14,25 @@ from nad_attr.cli.compare import compare
 from nad_attr.cli.demo import demo
 from nad_attr.cli.evaluate import evaluate
 from nad_attr.cli.learn import learn
+from nad_attr.cli.report import report
 from nad_attr.cli.sites import sites
 from nad_attr.cli.stores import export, merge
 from nad_attr.cli.stores import inspect as inspect_command
 
 __all__ = ["COMMANDS", "make_app"]
 
-COMMANDS = (sites, learn, evaluate, attribute, compare, inspect_command, merge, export, demo)
+COMMANDS = (
+    sites,
+    learn,
+    evaluate,
+    attribute,
+    compare,
+    report,
+    inspect_command,
+    merge,
+    export,
+    demo,
+)
 
 
 def _version(wanted: bool) -> None:

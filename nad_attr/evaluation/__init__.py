@@ -45,6 +45,7 @@ from nad_attr.evaluation.errors import SIMILARITIES, errors
 from nad_attr.evaluation.evaluating import evaluate, random_architectures
 from nad_attr.evaluation.explanation import ErrorExplanation, SharedSite, explain_error
 from nad_attr.evaluation.figures_curves import plot_curves
+from nad_attr.evaluation.figures_gates import plot_architecture, plot_overlap, plot_sizes
 from nad_attr.evaluation.given_scorers import (
     GatesScorer,
     GivenScorer,
@@ -160,7 +161,10 @@ __all__ = [
     "parameter_size",
     "partial_rank_correlation",
     "planted",
+    "plot_architecture",
     "plot_curves",
+    "plot_overlap",
+    "plot_sizes",
     "quadrant_shares",
     "r_squared",
     "random_architectures",

@@ -19,6 +19,7 @@ from torch import nn
 
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data
+from nad_attr.display import html_text
 from nad_attr.evaluation.ablation import Ablation
 from nad_attr.evaluation.grid import OF_OTHERS, check_measure, fitted, measure_grid
 from nad_attr.evaluation.rankings import (
@@ -353,6 +354,10 @@ class Curves:
         delta = number(float(nan_mean(self.delta(metric))))
         foot = f"delta {delta} ({number(low)} to {number(high)})"
         return "\n".join([title, *table(rows), foot])
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(self.summary())
 
     def _end_cells(self, metric: str, end: int) -> list[str]:
         return [number(float(nan_mean(self.ends(kind, metric)[end]))) for kind in KINDS]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nad_attr.architecture import SubArchitecture, Task
+from nad_attr.display import html_text
 from nad_attr.evaluation.pairs import site_overlaps
 from nad_attr.evaluation.resampling import check_interval, interval_of
 from nad_attr.evaluation.rows import NamedArchitectures, named_architectures
@@ -243,6 +244,10 @@ class DepthProfile:
             "depth: rank correlation"
         )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Means, intervals and trends as lists, numbers and strings; NaN becomes None for JSON."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr.display import html_text
 from nad_attr.evaluation.error_ranks import (
     DECIMALS,
     PartialCorrelation,
@@ -181,6 +182,10 @@ class ErrorStudy:
                 f"({vote.n_images} images)"
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists, numbers and strings; NaN becomes None for JSON."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nad_attr.architecture import as_task
 from nad_attr.data import as_source
+from nad_attr.display import html_text
 from nad_attr.evaluation.error_study import rank_among_others
 from nad_attr.evaluation.errors import Architectures, similarity_of, single_classes
 from nad_attr.evaluation.rows import named_architectures
@@ -100,6 +101,10 @@ class ErrorExplanation:
             if site.shared:
                 lines.append(f"    {_listed(site.shared)}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(str(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists, numbers and strings."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nad_attr.architecture import Task
+from nad_attr.display import html_text
 from nad_attr.evaluation.resampling import bootstrap_means, check_interval, interval_of
 from nad_attr.evaluation.tables import number, pandas, plain, table
 
@@ -208,6 +209,10 @@ class MosaicResult:
         )
         left = [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
         return "\n".join([title, *table(rows), *left])
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """The means and intervals as lists, numbers and strings; NaN becomes None for JSON."""

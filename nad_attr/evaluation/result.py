@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr.display import html_table
 from nad_attr.evaluation.intervals import bootstrap_interval
 from nad_attr.gates import Task
 
@@ -344,12 +345,46 @@ class Evaluation:
 
         return read_hdf5(path, group)
 
+    def _repr_html_(self) -> str:
+        """How notebooks show it: the means, beside what they have to beat."""
+        shown = ["own_auc", "other_auc", "fidelity", "recall", "fpr", "ba"]
+        head = ["size", "own AUC", "other AUC", "fidelity", "recall", "FPR", "BA"]
+        if self._whole is not None and not self.random and not self.rivals:
+            shown.remove("recall")  # as in summary: alone it says nothing
+            head.remove("recall")
+        rows = [
+            [name, *(_number(self.values(m)[k]) for m in ("size", *shown))]
+            for k, name in enumerate(self.task_names[:_SHOWN])
+        ]
+        n_listed = len(rows)
+        rows.append(["mean", *(_number(self.mean(m)) for m in ("size", *shown))])
+        others = {"random, same size": list(self.random)} if self.random else {}
+        others |= {name: [rival] for name, rival in self.rivals.items()}
+        if self._whole is not None:
+            others["whole network"] = [self._whole]
+        for name, each in others.items():
+            means = [_mean([one.mean(m) for one in each]) for m in ("size", *shown)]
+            rows.append([name, *map(_number, means)])
+        rest = len(self.tasks) - n_listed
+        return html_table(
+            f"{'Sub-architectures' if self._whole is not None else 'The whole network'}: "
+            f"{len(self.tasks)} task{'s' * (len(self.tasks) != 1)} on {self.n_images:,} images",
+            ["task", *head],
+            rows,
+            rule_before=n_listed,
+            note=f"and {rest} more tasks, which the mean counts" if rest > 0 else "",
+        )
+
     def __repr__(self) -> str:
         return (
             f"Evaluation({len(self.tasks)} tasks, {self.n_images} images, size "
             f"{_number(self.mean('size'))}, own AUC {_number(self.mean('own_auc'))}, other AUC "
             f"{_number(self.mean('other_auc'))}, fidelity {_number(self.mean('fidelity'))})"
         )
+
+
+#: Tasks that a notebook shows.
+_SHOWN = 12
 
 
 def _number(value: float) -> str:

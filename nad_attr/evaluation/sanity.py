@@ -19,6 +19,7 @@ from torch import nn
 
 from nad_attr.architecture import SubArchitecture
 from nad_attr.data import Data, seed_of
+from nad_attr.display import html_text
 from nad_attr.evaluation.controls import (
     cascading_randomisation,
     random_weights,
@@ -146,6 +147,10 @@ class SanityReport:
             )
         text = "\n".join(lines)
         return text if self.stability is None else f"{text}\n\n{self.stability.summary()}"
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""

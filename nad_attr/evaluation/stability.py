@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nad_attr.architecture import SubArchitecture
 from nad_attr.data import Data, as_source, seed_of
+from nad_attr.display import html_text
 from nad_attr.evaluation.controls import chosen
 from nad_attr.gates import Task, TaskGates
 
@@ -101,6 +102,10 @@ class Stability:
         """Mean kappa of each comparison, as plain text."""
         lines = [f"  {name:<24} {kappa.mean():6.3f}" for name, kappa in self._rows()]
         return "\n".join(["kappa between sub-architectures of the same task", *lines])
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists and numbers."""

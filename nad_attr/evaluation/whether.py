@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data, Source, as_source, seed_of
+from nad_attr.display import html_text
 from nad_attr.evaluation.ablation import Ablation
 from nad_attr.evaluation.baselines import EnergyScorer, NeuronMCTScorer, TaylorScorer
 from nad_attr.evaluation.curves import closed_at
@@ -300,6 +301,10 @@ class Whether:
             rows.append(["whole network", "", "", *whole])
             lines += ["", *table(rows)]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""

@@ -1,0 +1,197 @@
+"""``nad-attr report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nad_attr import evaluation as evaluations
+from nad_attr.cli import options as opt
+from nad_attr.cli.compare import _SCORERS, _same_sizes, _some
+from nad_attr.cli.messages import UsageError, guarded, say
+from nad_attr.cli.opening import (
+    Opened,
+    check_folder,
+    chosen_device,
+    finished,
+    image_options,
+    known_folders,
+    open_images,
+    rebuilt,
+)
+from nad_attr.data import as_source
+from nad_attr.evaluation import Evaluation
+from nad_attr.gates import TaskGates
+from nad_attr.report import Report
+from nad_attr.specs import SpecError
+
+__all__ = ["report"]
+
+#: Images of each class that rivals score channels on, at most.
+_SCORED = 50
+
+
+def report(
+    gates: opt.Store,
+    out: Annotated[
+        Path, typer.Option(dir_okay=False, help="The page to write; replaced if it is there.")
+    ] = Path("report.html"),
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out images, as for evaluate: adds what is not in the file yet: measures, "
+            "curves, mosaics, errors explained, and what channels respond to."
+        ),
+    ] = None,
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", help=f"Measure channels chosen by: {', '.join(_SCORERS)}; repeatable."
+        ),
+    ] = None,
+    n_images: Annotated[
+        int, typer.Option("--images", min=1, help="Held-out images, at most, evenly over classes.")
+    ] = 1000,
+    random: Annotated[
+        int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
+    ] = 3,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep what was measured in the file of the gates.")
+    ] = False,
+    measured: Annotated[
+        str | None,
+        typer.Option(
+            "--evaluation",
+            help="Which evaluation to show: its name in the file, or a .json file of evaluate.",
+        ),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the page; left out: the model.")] = None,
+    train_data: Annotated[
+        str | None,
+        typer.Option(help="Images that --with scores on; left out: those gates were learned on."),
+    ] = None,
+    model: opt.OtherModel = None,
+    weights: opt.Weights = None,
+    model_arg: opt.ModelArg = None,
+    any_model: opt.AnyModel = False,
+    transform: opt.TransformOption = None,
+    resize: opt.Resize = None,
+    crop: opt.Crop = None,
+    mean: opt.Mean = None,
+    std: opt.Std = None,
+    interpolation: opt.Interpolation = None,
+    class_index: opt.ClassIndex = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = None,
+    batch_size: opt.BatchSize = 64,
+    workers: opt.Workers = 0,
+    quiet: opt.Quiet = False,
+    debug: opt.Debug = False,
+) -> None:
+    """Write one page that shows everything a file of gates says.
+
+    The page is one file that needs no network. Without --data it shows what is in the file; with
+    --data it measures the rest, on the network that the file names.
+
+    Examples:
+      nad-attr report gates.h5 --out report.html
+      nad-attr report gates.h5 --data photos/val --out report.html --keep
+      nad-attr report gates.h5 --data photos/val --with taylor --with neuron-mct
+    """
+    with guarded(debug, stopped=lambda: "No page was written."):
+        unknown = [name for name in rival or () if name not in _SCORERS]
+        if unknown:
+            raise UsageError(f"--with takes {', '.join(_SCORERS)}, not {unknown[0]!r}.")
+        if rival and data is None:
+            raise UsageError("--with needs --data: methods are measured on images.")
+        if keep and data is None:
+            raise UsageError("--keep needs --data: nothing is measured without images.")
+        if not out.parent.is_dir():
+            raise UsageError(f"there is no folder {out.parent} to write {out.name} into.")
+        if out.resolve() == gates.resolve():
+            raise UsageError(f"{out} is the file of the gates; write the page to another one.")
+        result = Report(gates, evaluation=_evaluation(measured), title=title)
+        if data is not None:
+            place = chosen_device(device)
+            check_folder(data)
+            opened = rebuilt(
+                result.provenance,
+                model=model,
+                weights=weights,
+                arguments=model_arg,
+                transform=transform,
+                options=image_options(resize, crop, mean, std, interpolation),
+                any_model=any_model,
+                quiet=quiet,
+            )
+            options: dict[str, Any] = {
+                "class_index": class_index,
+                "known": known_folders(result.provenance),
+                "n_workers": workers,
+                "quiet": quiet,
+            }
+            images = open_images(data, opened.loaded, opened.transform, held_out=True, **options)
+            rivals = None
+            if rival:
+                name = train_data or result.provenance.get("data")
+                if not isinstance(name, str):
+                    raise SpecError("name the images to score channels on with --train-data.")
+                training = open_images(name, opened.loaded, opened.transform, **options)
+                rivals = _rivals(
+                    rival, opened, result.gates, training.data, seed, batch_size, place, quiet
+                )
+            result.measure(
+                opened.loaded.model,
+                images.data,
+                rivals=rivals,
+                n_images=n_images,
+                n_random=random,
+                seed=seed,
+                batch_size=batch_size,
+                device=place,
+                say=lambda text: say(text, quiet),
+            )
+            finished(images, quiet)
+        for note in result.results.notes:
+            say(note, quiet)
+        result.save(out)
+        if keep:
+            say(f"kept in {gates}: {', '.join(result.keep())}", quiet)
+        say(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)", quiet)
+        missing = result.missing()
+        if missing and data is None:
+            say(f"not in it: {'; '.join(missing)}; --data adds most of it.", quiet)
+
+
+def _evaluation(name: str | None) -> Evaluation | str | None:
+    if name is None or not name.endswith(".json"):
+        return name
+    return Evaluation.load_json(name)
+
+
+def _rivals(
+    names: list[str],
+    opened: Opened,
+    gates: TaskGates,
+    data: Any,
+    seed: int,
+    batch_size: int,
+    device: str,
+    quiet: bool,
+) -> dict[str, Any]:
+    inputs, labels = _some(as_source(data), gates.tasks, _SCORED, seed)
+    found = {}
+    for name in names:
+        say(f"scoring: {name}, {len(labels)} images", quiet)
+        scores = getattr(evaluations, _SCORERS[name])(opened.loaded.model, gates.sites)(
+            inputs,
+            labels,
+            tasks=gates.tasks,
+            include_others=True,
+            batch_size=batch_size,
+            device=device,
+        )
+        found[name] = _same_sizes(scores, gates.sub_architectures())
+    return found

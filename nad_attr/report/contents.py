@@ -1,0 +1,299 @@
+"""What a page says: everything that the gates, the store and the results give, as plain values."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from nad_attr._version import __version__
+from nad_attr.evaluation.result import Evaluation
+from nad_attr.gates import TaskGates
+from nad_attr.report.overlaps import overlaps_part
+from nad_attr.report.packing import LARGE, gate_levels, text64
+from nad_attr.report.parts import SHOWN, evaluation_part, history_part
+
+__all__ = ["Contents", "Results", "check_parts", "contents", "not_there", "summary"]
+
+
+@dataclass
+class Results:
+    """Everything beside the gates that a page can show; what is None is not there.
+
+    Attributes:
+        evaluation: See :class:`nad_attr.evaluation.Evaluation`.
+        evaluation_from: What it is called.
+        curves: See :func:`nad_attr.report.parts.curves_part`.
+        mosaics: See :func:`nad_attr.report.parts.mosaics_part`.
+        errors: See :func:`nad_attr.report.parts.errors_part`.
+        pictures: See :func:`nad_attr.report.measuring.pictures_part`.
+        units: Concepts of units, see :func:`nad_attr.report.concepts.units_part`.
+        statistics: Named tables, see :func:`nad_attr.report.parts.frame_part`.
+        notes: What could not be shown, and why.
+    """
+
+    evaluation: Evaluation | None = None
+    evaluation_from: str = ""
+    curves: list[dict[str, Any]] | None = None
+    mosaics: dict[str, Any] | None = None
+    errors: dict[str, Any] | None = None
+    pictures: dict[str, Any] | None = None
+    units: dict[str, Any] | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A page's contents.
+
+    Attributes:
+        title: Of the page.
+        sentences: The summary.
+        facts: (name, value) of where everything comes from.
+        missing: (what is not there, how to get it).
+        data: For the page's program, as JSON can hold it.
+        gates: One line of base64 for each task.
+        statistics: Named tables.
+        notes: What did not work.
+    """
+
+    title: str
+    sentences: list[str]
+    facts: list[tuple[str, str]]
+    missing: list[tuple[str, str]]
+    data: dict[str, Any]
+    gates: list[str]
+    statistics: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def contents(
+    gates: TaskGates,
+    results: Results,
+    *,
+    title: str | None = None,
+    file: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Contents:
+    """Put together what a page says.
+
+    Args:
+        gates: Of all tasks of the page.
+        results: Beside them.
+        title: Of the page; None: the model's name.
+        file: Name of the store, for the commands that the page names.
+        provenance: Where the gates come from.
+    """
+    origin = provenance or {}
+    names = [str(name) for name in gates.task_names or map(str, gates.tasks)]
+    values = {site.name: gates[site.name] for site in gates.sites}
+    masks = {name: value > 0.5 for name, value in values.items()}
+    counts = torch.stack([mask.sum(1) for mask in masks.values()], dim=1)
+    everything = torch.cat(list(values.values()), dim=1).numpy()
+    bits = 8 if everything.size <= LARGE else 4
+    levels = gate_levels(everything, bits)
+    evaluation = results.evaluation
+    part = None if evaluation is None else evaluation_part(evaluation, gates.tasks)
+    made = title or str(origin.get("model") or file or "sub-architectures")
+    data = {
+        "title": made,
+        "tasks": names,
+        "indices": [json.dumps(task) for task in gates.tasks],
+        "sites": [[site.name, site.n_channels] for site in gates.sites],
+        "bits": bits,
+        "counts": text64(counts.numpy().astype(np.uint32)),
+        "measures": SHOWN,
+        "evaluation": part,
+        "overlaps": overlaps_part(masks),
+        "history": history_part(gates.history, len(gates)),
+        "curves": results.curves,
+        "mosaics": results.mosaics,
+        "errors": results.errors,
+        "pictures": results.pictures,
+        "units": results.units,
+    }
+    return Contents(
+        made,
+        summary(gates, evaluation, file),
+        _facts(gates, origin, file, results, bits),
+        not_there(gates, results, file or "GATES.h5"),
+        data,
+        [text64(row) for row in levels],
+        results.statistics,
+        results.notes,
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _number(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.2f}"
+
+
+def summary(gates: TaskGates, evaluation: Evaluation | None, file: str | None = None) -> list[str]:
+    """The numbers that matter, in sentences.
+
+    Recall never stands without the false-positive rate, nor either without what random channels
+    and the best rival of the same size reach.
+
+    Args:
+        gates: The gates.
+        evaluation: Of them, if they were measured.
+        file: Of the gates, for the command that would measure them.
+
+    Example:
+        >>> from nad_attr.sites import GateSite
+        >>> gates = TaskGates({"a": torch.tensor([[0.9, 0.2]])}, [GateSite("a", 2)], [7])
+        >>> print(summary(gates, None)[0])
+        For 1 class, the gates keep 1 of 2 channels (50 %) at 1 site.
+    """
+    kept = [arch.n_kept for arch in gates.sub_architectures()]
+    mean = sum(kept) / len(kept)
+    what = f"{len(gates):,} class" + ("es" if len(gates) != 1 else "")
+    each = "" if len(gates) == 1 else "each of "
+    between = "" if min(kept) == max(kept) else f" on average ({min(kept):,} to {max(kept):,})"
+    first = (
+        f"For {each}{what}, the gates keep {mean:,.0f} of {gates.n_channels:,} channels "
+        f"({_percent(mean / gates.n_channels)}){between} at {len(gates.sites)} "
+        f"site{'s' if len(gates.sites) != 1 else ''}."
+    )
+    if evaluation is None:
+        return [first, "Whether these channels do the class's work was not measured."]
+    of = "" if len(evaluation.tasks) == len(gates) else f" ({len(evaluation.tasks):,} of them)"
+    beside: dict[str, list[float]] = {"own_auc": [], "fidelity": [], "ba": []}
+    random = {
+        m: float(np.mean([draw.mean(m) for draw in evaluation.random])) if evaluation.random
+        else math.nan
+        for m in beside
+    }  # fmt: skip
+    best = {
+        m: max(
+            (
+                (r.mean(m), name)
+                for name, r in evaluation.rivals.items()
+                if not math.isnan(r.mean(m))
+            ),
+            default=None,
+        )
+        for m in beside
+    }
+
+    def compared(measure: str, *, whole: bool) -> str:
+        parts = []
+        if evaluation.random:
+            parts.append(f"random channels {_number(random[measure])}")
+        found = best[measure]
+        if found is not None:
+            parts.append(f"best rival, {found[1]}, {_number(found[0])}")
+        if whole and evaluation.whole is not evaluation:
+            parts.append(f"whole network {_number(evaluation.whole.mean(measure))}")
+        return f" ({'; '.join(parts)})" if parts else ""
+
+    mean_of = evaluation.mean
+    measured_size = mean_of("size")
+    if abs(measured_size - mean / gates.n_channels) > 0.005 and not of:
+        of = f" and cut at {_percent(measured_size)} of the channels"
+    second = (
+        f"On {evaluation.n_images:,} held-out images{of}, the class's output still tells its "
+        f"images from others with own AUC {_number(mean_of('own_auc'))}"
+        f"{compared('own_auc', whole=True)}, and follows the whole network's output with fidelity "
+        f"{_number(mean_of('fidelity'))}{compared('fidelity', whole=False)}."
+    )
+    third = (
+        f"As a classifier, recall is {_number(mean_of('recall'))} at a false-positive rate of "
+        f"{_number(mean_of('fpr'))}: balanced accuracy {_number(mean_of('ba'))}"
+        f"{compared('ba', whole=True)}."
+    )
+    return [first, second, third]
+
+
+def _facts(
+    gates: TaskGates,
+    origin: Mapping[str, Any],
+    file: str | None,
+    results: Results,
+    bits: int,
+) -> list[tuple[str, str]]:
+    environment = origin.get("environment")
+    environment = environment if isinstance(environment, dict) else {}
+    n_images = origin.get("n_images")
+    learned = origin.get("data")
+    if learned and isinstance(n_images, int):
+        learned = f"{learned} ({n_images:,} images)"
+    evaluation = results.evaluation
+    found = [
+        ("file", file),
+        ("network", origin.get("model")),
+        ("weights", origin.get("weights")),
+        ("hash of the weights", origin.get("model_hash")),
+        ("learned from", learned),
+        ("hash of the images", origin.get("data_fingerprint")),
+        ("recipe", None if gates.recipe is None else repr(gates.recipe)),
+        ("closed channels", "zero" if gates.means is None else "at their mean"),
+        ("seed", origin.get("seed")),
+        ("device", origin.get("device")),
+        (
+            "measured",
+            None
+            if evaluation is None
+            else f"{results.evaluation_from or 'evaluation'}: {evaluation.n_images:,} images, "
+            f"{len(evaluation.tasks):,} tasks, {len(evaluation.random)} random draws",
+        ),
+        ("learned with", ", ".join(f"{k} {environment[k]}" for k in environment) or None),
+        ("this page", f"nad_attr {__version__}; gates in {bits} bits"),
+    ]
+    return [(name, str(value)) for name, value in found if value not in (None, "")]
+
+
+def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, str]]:
+    """What a page cannot show, and how to get it."""
+    measured = f"nad-attr report {file} --data HELD_OUT"
+    found: list[tuple[str, str]] = []
+    if results.evaluation is None:
+        found.append(
+            (
+                "recall, false-positive rate, AUC, fidelity",
+                f"nad-attr evaluate {file} --data HELD_OUT --out {file}",
+            )
+        )
+    elif not results.evaluation.rivals:
+        found.append(("other methods at equal size", f"{measured} --with taylor --with neuron-mct"))
+    if results.curves is None:
+        found.append(("keep and ablate curves", measured))
+    if results.mosaics is None and len(gates) >= 4:
+        found.append(("mosaics", measured))
+    if results.errors is None and len(gates) >= 3:
+        found.append(("errors and why they were made", measured))
+    if results.pictures is None:
+        found.append(("pictures of what channels respond to", measured))
+    if results.units is None:
+        found.append(
+            ("concepts of channels", f'dissect(...).save("{file}") of nad_attr.comparison')
+        )
+    if not results.statistics:
+        found.append(
+            (
+                "statistics of gates against concepts",
+                f'compare("{file}", units).save("{file}") of nad_attr.comparison',
+            )
+        )
+    return found
+
+
+def check_parts(found: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a saved part that lacks what the page reads of it.
+
+    Raises:
+        ValueError: If a name is not there.
+    """
+    for name in names:
+        if name not in found:
+            raise ValueError(f"{name!r} is missing")

@@ -1,0 +1,308 @@
+"""What a report measures by itself, when it is given the network and images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nad_attr.architecture import SubArchitecture
+from nad_attr.data import Source, TensorSource, as_source, seed_of
+from nad_attr.evaluation.curves import curves
+from nad_attr.evaluation.errors import errors
+from nad_attr.evaluation.evaluating import evaluate
+from nad_attr.evaluation.explanation import ErrorExplanation, explain_error
+from nad_attr.evaluation.measures import overlap_matrix
+from nad_attr.evaluation.mosaics import mosaics
+from nad_attr.gates import TaskGates
+from nad_attr.gating import GatingError, channel_shape, recorded
+from nad_attr.report.contents import Results
+from nad_attr.report.packing import plain, text64
+from nad_attr.report.parts import curves_part, errors_part, mosaics_part
+from nad_attr.report.pictures import Album
+from nad_attr.running import Runner, chunks
+
+__all__ = ["PARTS", "Sample", "measure", "sampled"]
+
+#: What can be measured.
+PARTS = ("evaluation", "curves", "mosaics", "errors", "pictures")
+
+#: Sizes of the keep and ablate curves; tasks and images that they are measured on at most.
+_SIZES = (0.05, 0.1, 0.2, 0.4, 0.7)
+_CURVE_TASKS, _CURVE_IMAGES = 20, 100
+_MOSAICS = 200
+#: Examples of errors, pictures of a channel.
+_EXAMPLES, _TOP = 12, 5
+
+
+class Sample:
+    """Some of the images, read into memory once.
+
+    Attributes:
+        source: Where they come from.
+        numbers: Their numbers there.
+        inputs: The network's inputs.
+        labels: int64 (N,).
+    """
+
+    def __init__(self, source: Source, numbers: list[int], inputs: tuple[Tensor, ...]) -> None:
+        self.source, self.numbers, self.inputs = source, numbers, inputs
+        self.labels = source.labels[torch.tensor(numbers, dtype=torch.long)]
+
+    @property
+    def data(self) -> tuple[Any, Tensor]:
+        """As evaluation takes it."""
+        return self.inputs[0] if len(self.inputs) == 1 else self.inputs, self.labels
+
+    def some(self, n: int) -> tuple[Any, Tensor]:
+        """At most n of them, evenly over the classes."""
+        rows = torch.tensor(evenly(self.labels, n, 0), dtype=torch.long)
+        parts = tuple(part[rows] for part in self.inputs)
+        return parts[0] if len(parts) == 1 else parts, self.labels[rows]
+
+
+def evenly(labels: Tensor, n: int, seed: int) -> list[int]:
+    """The numbers of at most n images, as many of each class as there are, in turn.
+
+    Example:
+        >>> evenly(torch.tensor([0, 0, 0, 1, 0]), 2, seed=0) in ([0, 3], [1, 3], [2, 3], [3, 4])
+        True
+    """
+    turns: list[tuple[int, int, int]] = []
+    for label in labels.unique().tolist():
+        own = (labels == label).nonzero().flatten()
+        order = torch.randperm(
+            len(own), generator=torch.Generator().manual_seed(seed_of(seed, "report", label))
+        )
+        turns += [(turn, label, int(number)) for turn, number in enumerate(own[order].tolist())]
+    return sorted(number for _, _, number in sorted(turns)[:n])
+
+
+def sampled(data: Any, n_images: int, *, seed: int = 0, batch_size: int = 64) -> Sample:
+    """Read at most ``n_images`` images, evenly over their classes.
+
+    Raises:
+        TypeError: If ``data`` is nothing that images come from.
+        ValueError: If it is empty or holds NaN.
+    """
+    source = as_source(data)
+    if len(source.labels) <= n_images and isinstance(source, TensorSource):
+        return Sample(source, list(range(len(source.labels))), source.inputs)
+    numbers = evenly(source.labels, n_images, seed)
+    draws = [
+        [(i, seed_of(seed, "report", i)) for i in numbers[start : start + batch_size]]
+        for start in range(0, len(numbers), batch_size)
+    ]
+    parts = list(source.batches(draws))
+    inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
+    return Sample(source, numbers, inputs)
+
+
+def measure(
+    model: nn.Module,
+    gates: TaskGates,
+    sample: Sample,
+    results: Results,
+    *,
+    parts: Sequence[str] = PARTS,
+    rivals: Mapping[str, TaskGates | Sequence[SubArchitecture]] | None = None,
+    n_random: int = 3,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    say: Callable[[str], object] | None = None,
+) -> None:
+    """Measure what is asked for, and put it into ``results``.
+
+    What cannot be measured on this network or with these images is left out with a note.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        gates: The gates.
+        sample: Held-out images.
+        results: Where everything goes.
+        parts: Of :data:`PARTS`.
+        rivals: Other methods' sub-architectures, for the evaluation.
+        n_random: Draws of random channels.
+        seed: Of all random numbers.
+        batch_size: Images in one pass of the network, at most.
+        device: Where to run; None: where the network is.
+        say: Told what is being done.
+    """
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device}
+    tell = say or (lambda text: None)
+
+    def attempt(what: str, make: Callable[[], Any]) -> Any:
+        tell(f"measuring {what}")
+        try:
+            return make()
+        except (GatingError, TypeError, ValueError) as error:
+            results.notes.append(f"No {what.split(' (')[0]}: {' '.join(str(error).split())}")
+            return None
+
+    if "evaluation" in parts:
+        runs = 1 + n_random + len(rivals or {})
+        found = attempt(
+            f"evaluation ({len(sample.labels):,} images through {len(gates) * runs:,} "
+            "sub-architectures)",
+            lambda: evaluate(
+                model, gates, sample.data, n_random=n_random, rivals=rivals, **options
+            ),
+        )
+        if found is not None:
+            results.evaluation, results.evaluation_from = found, "for this report"
+    if "curves" in parts:
+        results.curves = attempt("curves", lambda: _curves(model, gates, sample, options))
+    if "mosaics" in parts and len(gates) >= 4:
+        results.mosaics = attempt(
+            "mosaics",
+            lambda: mosaics_part(mosaics(model, gates, sample.data, n=_MOSAICS, **options)),
+        )
+    album = Album(sample.source)
+    calls: NDArray[np.int64] | None = None
+    if "pictures" in parts or "errors" in parts:
+        tell("looking at what channels respond to")
+        calls, highest = responses(model, gates, sample, batch_size, device)
+        if "pictures" in parts:
+            results.pictures = attempt("pictures", lambda: _pictures(highest, sample, album))
+    if "errors" in parts and calls is not None and len(gates) >= 3:
+        results.errors = attempt(
+            "errors", lambda: _errors(model, gates, sample, calls, album, options)
+        )
+    if album.pictures:
+        results.pictures = {**(results.pictures or {}), "album": album.pictures}
+
+
+def _curves(
+    model: nn.Module, gates: TaskGates, sample: Sample, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    rows = np.unique(np.linspace(0, len(gates) - 1, min(len(gates), _CURVE_TASKS)).round())
+    chosen = gates.select([gates.tasks[int(row)] for row in rows])
+    generator = torch.Generator().manual_seed(seed_of(options["seed"], "report", "curves"))
+    random = {
+        site.name: torch.rand(len(chosen), site.n_channels, generator=generator)
+        for site in chosen.sites
+    }
+    plain_options = {"batch_size": options["batch_size"], "device": options["device"]}
+    data = sample.some(_CURVE_IMAGES)
+    made = {
+        "these gates": curves(model, chosen, data, sizes=_SIZES, **plain_options),
+        "random order": curves(
+            model,
+            TaskGates(random, chosen.sites, chosen.tasks, means=chosen.means),
+            data,
+            sizes=_SIZES,
+            **plain_options,
+        ),
+    }
+    return curves_part(made)
+
+
+def responses(
+    model: nn.Module,
+    gates: TaskGates,
+    sample: Sample,
+    batch_size: int,
+    device: torch.device | str | None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """What the whole network calls each image, and the highest value of each channel.
+
+    Returns:
+        int64 (N,), and float32 (N, all channels).
+    """
+    runner = Runner(model, device=device)
+    calls: list[Tensor] = []
+    highest: list[Tensor] = []
+    with torch.no_grad(), recorded(runner.model, gates.sites) as seen:
+        for rows in chunks(len(sample.labels), batch_size):
+            batch = slice(rows[0], rows[-1] + 1)
+            inputs = runner.to_device(tuple(part[batch] for part in sample.inputs))
+            calls.append(runner(inputs).argmax(1).cpu())
+            columns = []
+            for site in gates.sites:
+                value = seen[site.name]
+                dim, _ = channel_shape(site, value)
+                moved = value.movedim(dim, 1).reshape(len(value), site.n_channels, -1)
+                columns.append(moved.amax(-1).float().cpu())
+            highest.append(torch.cat(columns, dim=1))
+    return torch.cat(calls).numpy(), torch.cat(highest).numpy()
+
+
+def _pictures(highest: NDArray[np.float32], sample: Sample, album: Album) -> dict[str, Any]:
+    """The images that each channel responds to most; -1 for a channel that responds to none."""
+    n = min(_TOP, len(highest))
+    order = np.argsort(-highest, axis=0, kind="stable")[:n].T
+    silent = highest.max(0) <= highest.min(0)
+    top = np.full(order.shape, -1, dtype=np.int32)
+    for channel, images in enumerate(order.tolist()):
+        if not silent[channel]:
+            top[channel] = [album.add(sample.numbers[image]) for image in images]
+    return {"top": text64(top), "per_channel": n, "n_images": len(highest)}
+
+
+def _errors(
+    model: nn.Module,
+    gates: TaskGates,
+    sample: Sample,
+    calls: NDArray[np.int64],
+    album: Album,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    study = errors(
+        model,
+        gates,
+        sample.data,
+        voting=False,  # every image through every sub-architecture, for a number not shown
+        **options,
+    )
+    masks = {site.name: gates[site.name] > 0.5 for site in gates.sites}
+    kappa = overlap_matrix(masks, chance_corrected=True).numpy()
+    examples = []
+    for row in example_rows(sample.labels.numpy(), calls, gates, _EXAMPLES):
+        found = explain_error(
+            model,
+            gates,
+            tuple(part[row : row + 1] for part in sample.inputs),
+            int(sample.labels[row]),
+            similarity=kappa,
+            device=options["device"],
+        )
+        examples.append(_example(found, gates, album.add(sample.numbers[row])))
+    return errors_part(study, examples)
+
+
+def example_rows(
+    labels: NDArray[np.int64], calls: NDArray[np.int64], gates: TaskGates, n: int
+) -> list[int]:
+    """Misclassified images to explain: the first of each pair of classes, frequent pairs first."""
+    known = set(gates.tasks)
+    pairs: dict[tuple[int, int], list[int]] = {}
+    for row, (y, called) in enumerate(zip(labels.tolist(), calls.tolist(), strict=True)):
+        if y != called and y in known and called in known:
+            pairs.setdefault((y, called), []).append(row)
+    order = sorted(pairs.values(), key=lambda rows: (-len(rows), rows[0]))
+    return [rows[0] for rows in order[:n]]
+
+
+def _example(found: ErrorExplanation, gates: TaskGates, picture: int) -> dict[str, Any]:
+    best = max(found.sites, key=lambda site: site.kappa)
+    return {
+        "right": gates.index(found.right),
+        "called": gates.index(found.called),
+        "picture": picture,
+        "rank": plain(found.rank),
+        "n_others": found.n_others,
+        "overlap": plain(found.overlap),
+        "kappa": plain(found.kappa),
+        "shared": sum(len(site.shared) for site in found.sites),
+        "either": sum(
+            len(site.shared) + len(site.only_right) + len(site.only_called) for site in found.sites
+        ),
+        "best_site": best.name,
+        "best_kappa": plain(best.kappa),
+        "logits": {name: plain(list(pair)) for name, pair in found.logits.items()},
+    }

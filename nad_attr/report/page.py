@@ -1,0 +1,377 @@
+"""The page: one file that holds everything and asks nothing of the network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nad_attr.report.contents import Contents
+from nad_attr.report.packing import script_json
+
+__all__ = ["page"]
+
+#: The page's program, in the order in which it runs.
+SCRIPTS = ("base", "architecture", "tasks", "charts", "sections", "start")
+
+#: (measure, heading) of the table of means.
+_COLUMNS = (
+    ("own_auc", "own AUC"),
+    ("other_auc", "other AUC"),
+    ("fidelity", "fidelity"),
+    ("recall", "recall"),
+    ("fpr", "FPR"),
+    ("ba", "BA"),
+)
+
+
+@cache
+def _asset(name: str) -> str:
+    return files("nad_attr.report").joinpath("static", name).read_text(encoding="utf-8")
+
+
+@cache
+def _program() -> str:
+    parts = "\n".join(_asset(f"{name}.js") for name in SCRIPTS)
+    return f'(() => {{\n"use strict";\n{parts}\n}})();\n'
+
+
+@cache
+def _plotly() -> str:
+    try:
+        import plotly
+    except ImportError as error:
+        raise ImportError("the report needs plotly: pip install 'nad-attr[report]'") from error
+    path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+    # No text of the library may end the element that it stands in.
+    return path.read_text(encoding="utf-8").replace("</script", "<\\/script")
+
+
+def _hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def page(found: Contents) -> str:
+    """The whole page.
+
+    Scripts run only if their hash is in the page's content security policy, and no address can be
+    asked for anything, so that no name in a file of gates can do harm.
+
+    Raises:
+        ImportError: If plotly is missing.
+    """
+    program, plotly = _program(), _plotly()
+    policy = (
+        f"default-src 'none'; script-src {_hash(program)} {_hash(plotly)}; "
+        "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "POLICY": escape(policy),
+        "TITLE": escape(found.title),
+        "STYLE": _asset("report.css"),
+        "SUMMARY": "".join(f"<p>{escape(text)}</p>" for text in found.sentences),
+        "TILES": _tiles(found),
+        "BODY": _sections(found),
+        "DATA": script_json(found.data),
+        "GATES": "\n".join(found.gates),
+        "PROGRAM": program,
+        "PLOTLY": plotly,
+    }
+    # One pass: what is put in is never looked at again.
+    pieces = _asset("page.html").split("@@")
+    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _tiles(found: Contents) -> str:
+    """The numbers that matter, each beside what it has to beat."""
+    part = found.data["evaluation"]
+    if part is None:
+        return ""
+    rows = {kind: [r for r in part["rows"] if r["kind"] == kind] for kind in _KINDS}
+
+    def beside(measure: str) -> str:
+        said = [
+            f"{word} {_shown(row['mean'].get(measure))}"
+            for word, of in (("random", rows["random"]), ("whole", rows["whole"]))
+            for row in of[:1]
+        ]
+        rivals = [r for r in rows["rival"] if r["mean"].get(measure) is not None]
+        if rivals and measure not in ("recall", "fpr"):
+            best = max(rivals, key=lambda r: r["mean"][measure])
+            said.insert(0, f"{best['name']} {_shown(best['mean'][measure])}")
+        return " · ".join(said)
+
+    own = rows["own"][0]
+    size = own["mean"].get("size")
+    tiles = [("size", "–" if size is None else f"{100 * size:.3g} %", "of the channels are kept")]
+    for measure, heading in _COLUMNS:
+        if measure in own["mean"] and measure != "other_auc":
+            tiles.append((heading, _shown(own["mean"][measure]), beside(measure)))
+    return "".join(
+        f'<div class="tile"><dt>{escape(name)}</dt><dd><b>{escape(value)}</b>'
+        f"<small>{escape(note)}</small></dd></div>"
+        for name, value, note in tiles
+    )
+
+
+_KINDS = ("own", "rival", "random", "whole")
+
+
+def _table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, label: str, left: Sequence[int] = (0,)
+) -> str:
+    """A table that scrolls if it is wide; columns that are not ``left`` hold numbers."""
+    head = "".join(
+        f'<th scope="col"{"" if i in left else " class=n"}>{escape(name)}</th>'
+        for i, name in enumerate(header)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            f'<th scope="row">{escape(cell)}</th>'
+            if i == 0
+            else f"<td{'' if i in left else ' class=n'}>{escape(cell)}</td>"
+            for i, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+#: Sentences of statistics that are shown at once.
+_SENTENCES = 4
+#: What sections are called in the row of links.
+_SHORT = {
+    "measured": "Measures",
+    "depth": "Depth",
+    "overlap": "Overlap",
+    "curves": "Curves",
+    "errors": "Errors",
+    "channels": "Channels",
+    "learning": "Learning",
+    "provenance": "Source",
+}
+
+
+def _section(name: str, title: str, body: str, note: str = "") -> str:
+    """A section; ``note`` and ``body`` are HTML."""
+    said = f'<p class="note">{note}</p>' if note else ""
+    return (
+        f'<section id="{name}" data-short="{escape(_SHORT.get(name, title))}" '
+        f'aria-labelledby="{name}-title"><h2 id="{name}-title">'
+        f"{escape(title)}</h2>{said}{body}</section>"
+    )
+
+
+def _chart(name: str, label: str) -> str:
+    about = f'role="group" aria-label="{escape(label)}"'
+    return f'<figure class="chart" id="chart-{name}" {about}></figure>'
+
+
+def _sections(found: Contents) -> str:
+    data = found.data
+    parts = []
+    if data["evaluation"] is not None:
+        parts.append(_measured(data["evaluation"]))
+    parts.append(
+        _section(
+            "depth",
+            "Sizes along depth",
+            _chart("depth", "Share of the channels that is kept, site by site"),
+            "The share of its channels that each site keeps: the mean over all classes, the middle "
+            "80 % of them, and the classes chosen above.",
+        )
+    )
+    if data["overlaps"] is not None:
+        parts.append(_overlaps(data["overlaps"]))
+    if data["curves"]:
+        parts.append(
+            _section(
+                "curves",
+                "Keep and ablate curves",
+                f'<div class="pair">{_chart("keep", "Top channels kept")}'
+                f"{_chart('ablate', 'Top channels removed')}</div>",
+                "The channels that a ranking puts first, kept alone (left) and removed (right). "
+                "A good ranking is high on the left and low on the right, from small sizes on.",
+            )
+        )
+    if data["mosaics"]:
+        share = f"{100 * float(data['mosaics']['top']):.3g} %"
+        parts.append(
+            _section(
+                "mosaics",
+                "Mosaics",
+                _chart("mosaics", "Hits beyond chance, site by site"),
+                "Four images of four classes in one: does a class's sub-architecture look at its "
+                f"own? Shown is the share of the highest {escape(share)} of positions in the own "
+                "quadrant, minus chance (a quarter).",
+            )
+        )
+    if data["errors"]:
+        parts.append(_errors(data["errors"]))
+    if data["pictures"] is not None or data["units"] is not None:
+        parts.append(
+            _section(
+                "channels",
+                "Kept channels",
+                '<div id="channel-cards"></div>',
+                "The channels of the class chosen above, highest gates first, with the images that "
+                "they respond to most and their best concept, as far as these are known.",
+            )
+        )
+    for number, (name, table) in enumerate(found.statistics.items()):
+        parts.append(_statistics(number, name, table))
+    if data["history"]:
+        parts.append(
+            _section(
+                "learning",
+                "How learning went",
+                '<div class="pair" id="learning-charts"></div>',
+                "Mean over classes and the middle 80 % of them; the chosen classes by themselves.",
+            )
+        )
+    parts.append(_provenance(found))
+    return "".join(parts)
+
+
+def _measured(part: dict[str, Any]) -> str:
+    columns = [(m, h) for m, h in _COLUMNS if m in part["rows"][0]["mean"]]
+    rows = []
+    for row in part["rows"]:
+        cells = []
+        for measure, _ in columns:
+            text = _shown(row["mean"].get(measure))
+            ends = row["interval"].get(measure)
+            if ends and None not in ends and row["kind"] == "own":
+                text += f" ({ends[0]:.2f} to {ends[1]:.2f})"
+            cells.append(text)
+        rows.append([row["name"], *cells])
+    note = (
+        f"On {part['n_images']:,} images the gates have not seen; means over {part['n_tasks']:,} "
+        "classes, with the 95 % interval over classes. Own AUC: does the class's output tell its "
+        "images from others (0.5 is chance)? Fidelity: is it still the same number (R²)? Recall "
+        "alone is easy to have: a network that always answers the class has recall 1, so read it "
+        "with the false-positive rate (FPR) and balanced accuracy (BA)."
+    )
+    p = part["p"].get("own_auc")
+    if p is not None:
+        note += (
+            f" Against {part['n_random']} draws of random channels: own AUC p = {p:.3g}"
+            f" (the least possible is {1 / (part['n_random'] + 1):.3g})."
+        )
+    header = ["mean over classes", *(heading for _, heading in columns)]
+    charts = (
+        f'<div class="pair">{_chart("auc", "Own AUC of each class")}'
+        f"{_chart('fpr', 'Recall and false-positive rate of each class')}</div>"
+    )
+    table = _table(header, rows, label="Measures, beside random channels and rivals")
+    return _section("measured", "Do they do the class's work?", table + charts, escape(note))
+
+
+def _overlaps(part: dict[str, Any]) -> str:
+    note = (
+        "Kappa: what two classes' channels share beyond chance; 0 is what random channels of "
+        "these sizes share, 1 is the same channels. Classes are ordered so that similar ones "
+        f"stand together. Mean {part['mean']:.2f}, from {part['low']:.2f} to {part['high']:.2f}."
+    )
+    if part["step"] > 1:
+        note += (
+            f" Each cell is the mean over {part['step']} by {part['step']} neighbouring classes."
+        )
+    else:
+        note += " A click compares the two in the architecture view."
+    return _section(
+        "overlap",
+        "Which classes share channels",
+        _chart("overlap", "Overlap of all pairs of classes") + '<div id="nearest"></div>',
+        escape(note),
+    )
+
+
+def _errors(part: dict[str, Any]) -> str:
+    hits = [k for k in part["rows"][0]["hits"]] if part["rows"] else []
+    rows = []
+    for row in part["rows"]:
+        cells = []
+        for k in hits:
+            value, null = row["hits"].get(k), (row.get("null") or {}).get(k)
+            p = (row.get("p") or {}).get(k)
+            cells += [
+                f"{_shown(value)} ({_shown(null)})",
+                "–" if p is None else f"{p:.2g}",
+            ]
+        rows.append([row["name"], *cells, _shown(row.get("mrr"))])
+    header = ["ranked by"]
+    for k in hits:
+        header += [f"among the first {k} (chance)", "p"]
+    header.append("mean reciprocal rank")
+    note = (
+        f"{part['n_errors']:,} of {part['n_images']:,} images are misclassified. Is the class that "
+        "they are called among those whose sub-architectures are most similar to the right one's? "
+        "The other rows rank the classes by something else, as controls."
+    )
+    return _section(
+        "errors",
+        "Errors, and why they were made",
+        _table(header, rows, label="Where errors stand by similarity")
+        + '<div id="examples" class="examples"></div>',
+        escape(note),
+    )
+
+
+def _statistics(number: int, name: str, table: dict[str, Any]) -> str:
+    columns, found = table["columns"], table["rows"]
+    rows = [
+        [
+            "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+            for value in row
+        ]
+        for row in found
+    ]
+    texts = [all(isinstance(row[i], str) for row in found) for i in range(len(columns))]
+    body = _table(columns, rows, label=name, left=[i for i, text in enumerate(texts) if text])
+    said = [f"<li>{escape(text)}</li>" for text in table["sentences"]]
+    more = ""
+    if len(said) > _SENTENCES:
+        more = (
+            f"<details><summary>{len(said) - _SENTENCES} more sentences</summary>"
+            f"<ul>{''.join(said[_SENTENCES:])}</ul></details>"
+        )
+    if said:
+        body = f"<ul>{''.join(said[:_SENTENCES])}</ul>{more}{body}"
+    note = ""
+    if "q" in columns:
+        note = "q: the p-value corrected for the number of tests (false discovery rate)."
+    if table["n"] > len(rows):
+        note += f" The {len(rows)} rows of {table['n']:,} with the smallest q; all are in frame()."
+    return _section(f"statistics-{number}", name, body, escape(note))
+
+
+def _provenance(found: Contents) -> str:
+    facts = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in found.facts
+    )
+    body = f'<dl class="facts">{facts}</dl>'
+    if found.missing:
+        items = "".join(
+            f"<li>{escape(what)}: <code>{escape(how)}</code></li>" for what, how in found.missing
+        )
+        body += f'<h3 id="missing">Not in this report, and how to add it</h3><ul>{items}</ul>'
+    if found.notes:
+        items = "".join(f"<li>{escape(note)}</li>" for note in found.notes)
+        body += f"<h3>What did not work</h3><ul>{items}</ul>"
+    return _section("provenance", "Where this comes from", body)

@@ -1,0 +1,141 @@
+"""What a report measured, kept in the file of the gates, and found there again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nad_attr.comparison import Comparison, UnitConcepts
+from nad_attr.evaluation.result import Evaluation
+from nad_attr.report.concepts import units_part
+from nad_attr.report.contents import Results, check_parts
+from nad_attr.report.packing import plain
+from nad_attr.report.parts import statistics_part
+from nad_attr.report.pictures import is_picture
+from nad_attr.sites import GateSite
+from nad_attr.store import GateStoreError, read_result, result_names, unit_names, write_result
+
+__all__ = ["STATISTICS", "found_results", "keep_results"]
+
+#: What the page reads of each part that is kept as JSON.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "mosaics": ("n", "n_tasks", "top", "sites", "excess", "low", "high", "tasks", "left_out"),
+    "errors": ("n_errors", "n_images", "n_others", "similarity", "rows", "confused", "examples"),
+    "pictures": ("album",),
+}
+_CURVE = ("name", "metric", "sizes", "full", "empty", "delta", "keep", "ablate", "n_images")
+FORMAT = 1
+#: The title of statistics.
+STATISTICS = "Gates against concepts"
+
+
+def keep_results(path: Path, results: Results) -> list[str]:
+    """Write what was measured into the file of the gates.
+
+    Returns:
+        The groups that were written.
+
+    Raises:
+        GateStoreError: If the file cannot be written.
+    """
+    written = []
+    if results.evaluation is not None and results.evaluation_from == "for this report":
+        results.evaluation.save(path, "evaluation")
+        written.append("evaluation")
+    for name in ("curves", "mosaics", "errors", "pictures"):
+        part = getattr(results, name)
+        if part is None:
+            continue
+        text = json.dumps(plain(part, 6), separators=(",", ":")).encode()
+        group = f"report/{name}"
+        attributes = {"what": f"report {name}", "format": FORMAT}
+        write_result(path, group, {"json": np.frombuffer(text, np.uint8)}, attributes)
+        written.append(group)
+    return written
+
+
+def found_results(
+    path: Path, sites: Sequence[GateSite], *, evaluation: str | None = None
+) -> Results:
+    """What the file of the gates holds beside them.
+
+    A part that cannot be read is left out with a note.
+
+    Args:
+        path: The file.
+        sites: Those of the gates.
+        evaluation: Name of the evaluation to show; None: "evaluation", or else the first.
+
+    Raises:
+        GateStoreError: If the file cannot be read, or there is no evaluation of that name.
+    """
+    results = Results()
+    names = result_names(path)
+    heads = {name: read_result(path, name)[1] for name in names if name.startswith("evaluation")}
+    evaluations = [n for n in names if heads.get(n, {}).get("what") == "evaluation"]
+    if evaluation is not None and evaluation not in evaluations:
+        heads = {name: read_result(path, name)[1] for name in names}
+        evaluations = [n for n in names if heads[n].get("what") == "evaluation"]
+        if evaluation not in evaluations:
+            there = ", ".join(map(repr, evaluations)) or "none"
+            raise GateStoreError(f"{path} has no evaluation {evaluation!r}; there are {there}.")
+    if evaluations:
+        wanted = evaluation or ("evaluation" if "evaluation" in evaluations else evaluations[0])
+        try:
+            results.evaluation = Evaluation.load(path, wanted)
+            results.evaluation_from = wanted
+        except GateStoreError as error:
+            if evaluation is not None:
+                raise
+            results.notes.append(f"No evaluation: {error}")
+    for name in ("curves", "mosaics", "errors", "pictures"):
+        group = f"report/{name}"
+        if group in names:
+            try:
+                setattr(results, name, _part(name, *read_result(path, group)))
+            except (GateStoreError, ValueError, TypeError, KeyError, RecursionError) as error:
+                results.notes.append(f"No {name}: what is in the file cannot be read ({error})")
+    _take_units(path, sites, results)
+    for group in names:
+        place, _, name = group.partition("/")
+        if place != "comparison" or not name:
+            continue
+        title = STATISTICS if name == "comparison" else f"{STATISTICS}: {name}"
+        try:
+            results.statistics[title] = statistics_part(Comparison.load(path, name))
+        except GateStoreError as error:
+            results.notes.append(f"No statistics: {error}")
+    return results
+
+
+def _take_units(path: Path, sites: Sequence[GateSite], results: Results) -> None:
+    names = unit_names(path)
+    if not names:
+        return
+    chosen = "dissection" if "dissection" in names else names[0]
+    try:
+        results.units = units_part(UnitConcepts.load(path, chosen), sites)
+    except (GateStoreError, ValueError) as error:
+        results.notes.append(f"No concepts: {error}")
+
+
+def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -> Any:
+    if attributes.get("format") != FORMAT or attributes.get("what") != f"report {name}":
+        raise ValueError(f"format {attributes.get('format')!r} is not known")
+    found = json.loads(np.asarray(arrays["json"], np.uint8).tobytes().decode("utf-8"))
+    # NaN and infinity, which JSON has not and Python reads all the same.
+    found = plain(found, 6)
+    if name == "curves":
+        for curve in found:
+            check_parts(curve, _CURVE)
+        return found
+    if not isinstance(found, dict):
+        raise ValueError("it is no table")
+    check_parts(found, _NEEDED[name])
+    if name == "pictures" and not all(map(is_picture, found["album"])):
+        raise ValueError("a picture in it is none")
+    return found
