@@ -7,13 +7,14 @@ EXTRAS ?= test,demo
 BIN := $(VENV)/bin
 # Written last: an environment whose installation failed half-way has no stamp and is not used.
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
 # One thread: the networks here are small, and idle OpenMP threads that spin slow everything down.
 export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format typecheck pytest test demo clean distclean
+.PHONY: help venv lint format typecheck pytest test demo docs docs-links spelling release-check clean distclean
 
 # An environment that stands is kept, so an interpreter that was asked for by name has to be its own.
 ifneq ($(origin PYTHON),file)
@@ -28,7 +29,7 @@ endif
 endif
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PYTHON=python3.12   the interpreter that the environment is made with (default: python3)"
 	@echo "  VENV=.venv-3.12     the environment's folder (default: .venv)"
@@ -42,6 +43,11 @@ $(STAMP): pyproject.toml
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# What the documentation needs beside that comes when it is first asked for.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS),docs]'
 	@touch $@
 
 lint: $(STAMP)  ## check style and formatting
@@ -67,8 +73,21 @@ test: $(STAMP)  ## run every check: style, types, tests
 demo: $(STAMP)  ## explain a real ImageNet network on real photos
 	$(BIN)/nad-attr demo $(ARGS)
 
+docs: $(DOCS_STAMP)  ## build the documentation, tutorials included; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
+	@echo "open docs/_build/html/index.html"
+
+docs-links: $(DOCS_STAMP)  ## check the links of the documentation to other sites; needs the network
+	NAD_DOCS_RUN= $(BIN)/python -m sphinx -b linkcheck docs docs/_build/linkcheck
+
+spelling: $(DOCS_STAMP)  ## check the spelling of code and pages
+	$(BIN)/python -m codespell_lib
+
+release-check: $(STAMP)  ## build, install into a clean environment, and run the README there
+	$(BIN)/python scripts/release_check.py $(ARGS)
+
 clean:  ## remove caches and build output
-	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist docs/_build docs/reference/pages .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find nad_attr tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the virtual environment as well
