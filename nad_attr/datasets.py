@@ -109,7 +109,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
                     turned = ImageOps.exif_transpose(file)
                 except Exception:  # broken metadata of a sound image
                     return image
-                return image if turned is file else _as_rgb(turned)
+                return image if turned is None or turned is file else _as_rgb(turned)
     except (MemoryError, UnreadableImageError):
         raise
     except image_module.DecompressionBombError:

@@ -23,10 +23,13 @@ PACKAGE = ROOT / "nad_attr"
 LAYERS = (
     ("_version",),
     (
+        "display",
         "sites",
         "_trace",
+        "_foreign_hooks",
         "gating",
         "batchnorm",
+        "convolution",
         "gates",
         "recipe",
         "history",
@@ -41,7 +44,7 @@ LAYERS = (
     ("attribution",),
     ("evaluation", "comparison"),
     ("__init__",),
-    ("bridges",),
+    ("bridges", "pictures"),
     ("report", "datasets", "distributed", "specs", "demo", "cli", "__main__"),
 )
 RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
