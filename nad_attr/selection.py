@@ -231,10 +231,15 @@ class QuadraticModel:
         self.residuals += change
         self._slope += self._over_images(change)
 
-    def close(self, n: int) -> None:
-        """Close the ``n`` gates of each row that cost least, by small groups."""
+    def close(self, n: int, least: int = 1) -> None:
+        """Close the ``n`` gates of each row that cost least, by small groups.
+
+        Args:
+            n: How many.
+            least: Of a group, as long as so many are left.
+        """
         while n > 0:
-            group = max(1, n // GROUPS)
+            group = max(min(least, n), n // GROUPS)
             cost = self.cost(opening=False)
             if group > 1:
                 # Channels that each make good the same residual would overshoot together, so
@@ -265,12 +270,13 @@ class QuadraticModel:
         """
         before = [x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature)]
         loss = self._loss()
-        left = n
+        # Each group costs a pass over all gradients: a wide network's are not let become many.
+        left, least = n, max(1, n // (2 * GROUPS))
         while left > 0:
-            group = max(1, left // GROUPS)
+            group = max(min(least, left), left // GROUPS)
             self.flip(lowest(self.cost(opening=True), group))
             left -= group
-        self.close(n)
+        self.close(n, least)
         keep = (self._loss() < loss - least_gain)[:, None]
         after = (self.gates, self.residuals, self._slope, self._curvature)
         self.gates, self.residuals, self._slope, self._curvature = (

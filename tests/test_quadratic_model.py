@@ -41,10 +41,10 @@ class Dense:
         there = 1.0 if opening else 0.0
         return [math.inf if self.gates[c] == there else self.cost(c) for c in range(N)]
 
-    def close(self, n: int, groups: int) -> None:
+    def close(self, n: int, groups: int, least: int = 1) -> None:
         """Close the cheapest, by groups."""
         while n > 0:
-            size = max(1, n // groups)
+            size = max(min(least, n), n // groups)
             costs = self.costs(opening=False)
             if size > 1:  # within a group, gains do not count
                 for c, cost in enumerate(costs):
@@ -77,14 +77,14 @@ class Dense:
     def exchange(self, n: int, groups: int, least_gain: float) -> None:
         """Open n by groups, close n by groups; back again unless it is worth it."""
         before, loss = self.gates.clone(), self.loss()
-        left = n
+        left, least = n, max(1, n // (2 * groups))
         while left > 0:
-            size = max(1, left // groups)
+            size = max(min(least, left), left // groups)
             costs = self.costs(opening=True)
             for c in sorted(range(N), key=costs.__getitem__)[:size]:
                 self.gates[c] = 1
             left -= size
-        self.close(n, groups)
+        self.close(n, groups, least)
         if self.loss() >= loss - least_gain:
             self.gates = before
 
@@ -207,7 +207,7 @@ def test_swap_that_gains_nothing_leaves_all_as_it_was(
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(("n", "groups"), [(1, 8), (3, 8), (4, 2)])
+@pytest.mark.parametrize(("n", "groups"), [(1, 8), (3, 8), (4, 2), (5, 1)])
 @pytest.mark.parametrize("least_gain", [0.0, 0.5])
 def test_exchange(
     seed: int, n: int, groups: int, least_gain: float, monkeypatch: pytest.MonkeyPatch
