@@ -89,3 +89,82 @@ def write_version_1(value: TaskGates | SubArchitecture, path: str | PathLike[str
                 file.attrs["recipe"] = value.recipe.to_json()
             for name, curve in (value.history or {}).items():
                 file.create_dataset(f"history/{name}", data=curve, compression="gzip")
+
+
+def write_version_2(value: TaskGates | SubArchitecture, path: str | PathLike[str]) -> None:
+    """Write a file as format version 2 was written: logits and means at each site."""
+    is_gates = isinstance(value, TaskGates)
+    tasks = value.tasks if is_gates else [value.task]
+
+    def text(content: str) -> np.ndarray:
+        raw = content.encode()
+        return np.array(raw, h5py.string_dtype("utf-8", max(1, len(raw))))
+
+    def texts(group: h5py.Group, name: str, content: list[str]) -> None:
+        raw = [each.encode() for each in content]
+        kind = h5py.string_dtype("utf-8", max([1, *map(len, raw)]))
+        compressed(group, name, np.array(raw, kind), (len(raw),))
+
+    def compressed(
+        group: h5py.Group, name: str, array: np.ndarray, chunks: tuple[int, ...], **options: object
+    ) -> None:
+        group.create_dataset(
+            name,
+            data=array,
+            dtype=array.dtype,
+            chunks=chunks,
+            compression="gzip",
+            compression_opts=1,
+            **options,
+        )
+
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        about = {
+            "format": "nad_attr",
+            "kind": "task_gates" if is_gates else "sub_architecture",
+            "created_by": "nad_attr 0.1.0, torch 2.4.0",
+        }
+        if is_gates:
+            about |= {
+                "store": "0123456789abcdef",
+                "created": "2026-01-01T00:00:00+00:00",
+                "modified": "2026-01-01T00:00:00+00:00",
+                "info": json.dumps(value.info),
+                "provenance": json.dumps({"seed": 3}),
+            }
+            if value.recipe is not None:
+                about["recipe"] = value.recipe.to_json()
+            file.attrs["revision"] = np.int64(4)
+        for name, content in about.items():
+            file.attrs[name] = text(content)
+        file.attrs["format_version"] = np.int64(2)
+        group = file.create_group("task")
+        texts(group, "index", [json.dumps(task) for task in tasks])
+        if is_gates:
+            if value.task_names is not None:
+                texts(group, "name", list(value.task_names))
+            compressed(group, "n_sample", np.full(len(tasks), 5), (len(tasks),))
+            compressed(group, "finished", np.full(len(tasks), 1.5), (len(tasks),))
+        index = []
+        for order, site in enumerate(value.sites):
+            group = file.create_group(f"site/{order}")
+            numbers = [site.n_channels, site.channel_dim, int(site.at_input)]
+            index.append([site.name, *numbers])
+            group.attrs["name"] = text(site.name)
+            group.attrs["order"] = np.int64(order)
+            names = ("n_channels", "channel_dim", "at_input")
+            for name, number in zip(names, numbers, strict=True):
+                group.attrs[name] = np.int64(number)
+            width = (site.n_channels,)
+            if value.means is not None:
+                compressed(group, "mean", value.means[site.name].numpy(), width)
+            if is_gates:
+                compressed(group, "gate", value[site.name].numpy(), (1, *width))
+                if value.logits is not None:
+                    compressed(group, "logit", value.logits[site.name].numpy(), (1, *width))
+            else:
+                compressed(group, "kept", value[site.name].to(torch.uint8).numpy(), width)
+        file["site"].attrs["index"] = text(json.dumps(index))
+        for name, curve in ((value.history if is_gates else None) or {}).items():
+            group = file.require_group("history")
+            compressed(group, name, curve, (len(curve), 1), fillvalue=np.nan)

@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,38 @@ def test_counts_and_times(path: Path) -> None:
         assert "net" in store.describe()
 
 
+def test_what_was_read_is_nobody_elses(path: Path) -> None:
+    """Numbers read from a file are taken without a copy; changing them changes nothing else."""
+    with begun(path, [0, 1]) as store:
+        store.flush()
+        store.append(some_gates([2]))
+        for tasks in ([0], [0, 1], [2], [1, 2], None):
+            gates, expected = store.read(tasks), some_gates([0, 1, 2] if tasks is None else tasks)
+            assert_same(gates, expected)
+            for values in (gates._gates, gates._logits, gates.means):
+                for value in values.values():
+                    value.zero_()
+            assert_same(store.read(tasks), expected)
+            # Nor does a site carry the memory of all others along.
+            size = 4 * len(expected) * SITES[0].n_channels
+            assert store.read(tasks)._logits["conv"].untyped_storage().nbytes() == size
+        assert all(torch.equal(store.means[name], mean) for name, mean in MEANS.items())
+
+
+def test_two_threads_read_one_store(path: Path) -> None:
+    tasks = list(range(12))
+    with begun(path, tasks) as store:
+        store.flush()
+
+    def read(start: int) -> bool:
+        return all(
+            store.read([task]) == some_gates([task]) for _ in range(10) for task in tasks[start::3]
+        )
+
+    with GateStore.open(path) as store, ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(read, range(3)))
+
+
 def test_extreme_numbers_come_back(path: Path) -> None:
     logits = {
         "conv": torch.tensor([[1e30, -1e-45, 0.0, -0.0, torch.inf]]),
@@ -334,6 +367,8 @@ def test_wrong_use(path: Path) -> None:
             store.read(["x"])
         with pytest.raises(TypeError, match="list of tasks"):
             store.read(3)
+        with pytest.raises(GateStoreError, match="asked for twice"):
+            store.read([0, "class 0"])
     with pytest.raises(GateStoreError, match="is closed"):
         store.read()
     store.close()  # twice is once

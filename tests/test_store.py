@@ -1,4 +1,4 @@
-"""Files of gates and of sub-architectures: everything comes back, from version 1 as well."""
+"""Files of gates and of sub-architectures: everything comes back, from old versions as well."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,8 +20,24 @@ from nad_attr.architecture import SubArchitecture
 from nad_attr.gates import TaskGates
 from nad_attr.recipe import PaperRecipe, Recipe
 from nad_attr.sites import GateSite
-from nad_attr.store import FORMAT_VERSION, GateStore, GateStoreError, _content
-from tests.stores import SITES, assert_same, make_arch, make_gates, write_version_1
+from nad_attr.store import (
+    FORMAT_VERSION,
+    GateStore,
+    GateStoreError,
+    _content,
+    _journal,
+    read_result,
+    result_names,
+    write_result,
+)
+from tests.stores import (
+    SITES,
+    assert_same,
+    make_arch,
+    make_gates,
+    write_version_1,
+    write_version_2,
+)
 
 
 @pytest.fixture
@@ -131,7 +148,7 @@ def test_any_hdf5_program_can_read_the_file(path: Path) -> None:
     gates = make_gates()
     with h5py.File(path) as file:
         assert file.attrs["format"] == b"nad_attr"
-        assert file.attrs["format_version"] == FORMAT_VERSION == 2
+        assert file.attrs["format_version"] == FORMAT_VERSION == 3
         assert file.attrs["kind"] == b"task_gates"
         assert file.attrs["created_by"].startswith(
             f"nad_attr {nad_attr.__version__}, torch ".encode()
@@ -144,6 +161,14 @@ def test_any_hdf5_program_can_read_the_file(path: Path) -> None:
         assert file["task/n_sample"][:].tolist() == [-1, -1, -1]
         assert file["task/finished"].dtype == np.float64
         assert set(file["site"]) == {"0", "1", "2"}
+        columns = json.loads(file["logit"].attrs["columns"])
+        assert columns == [["layer1.0", 0, 3], ["blocks.1", 3, 5], ["head", 5, 9]]
+        assert json.loads(file["mean"].attrs["columns"]) == columns
+        assert file["logit"].chunks == (1, 9)
+        assert file["mean"].shape == (9,)
+        for data in (file["logit"], file["mean"]):
+            assert data.dtype == np.float32
+            assert data.compression == "gzip"
         for i, site in enumerate(SITES):
             group = file[f"site/{i}"]
             assert dict(group.attrs) == {
@@ -153,13 +178,15 @@ def test_any_hdf5_program_can_read_the_file(path: Path) -> None:
                 "at_input": site.at_input,
                 "n_channels": site.n_channels,
             }
-            for key in ("gate", "logit"):
-                assert group[key].dtype == np.float32
-                assert group[key].chunks == (1, site.n_channels)
-                assert group[key].compression == "gzip"
+            assert set(group) == {"gate"}
+            assert group["gate"].dtype == np.float32
+            assert group["gate"].chunks == (1, site.n_channels)
+            assert group["gate"].compression == "gzip"
             np.testing.assert_array_equal(group["gate"], gates[site.name])
-            np.testing.assert_array_equal(group["logit"], gates.logits[site.name])
-            np.testing.assert_array_equal(group["mean"], gates.means[site.name])
+            name, start, end = columns[i]
+            assert name == site.name
+            np.testing.assert_array_equal(file["logit"][:, start:end], gates.logits[site.name])
+            np.testing.assert_array_equal(file["mean"][start:end], gates.means[site.name])
         np.testing.assert_array_equal(file["history/loss"], gates.history["loss"])
         assert file["history/loss"].chunks == (2, 1)
     make_arch().save(path)
@@ -167,10 +194,35 @@ def test_any_hdf5_program_can_read_the_file(path: Path) -> None:
         assert file.attrs["kind"] == b"sub_architecture"
         assert file["site/0/kept"].dtype == np.uint8
         assert file["site/0/kept"][:].tolist() == [1, 0, 1]
+        assert file["mean"][:].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
 
 
-def test_files_that_another_program_wrote_anew(path: Path, tmp_path: Path) -> None:
+def repacked(path: Path, other: Path, options: dict[str, Any]) -> None:
+    """Write a file anew as h5repack does, tables with other chunks and filters."""
+
+    def copy(old: h5py.Group, new: h5py.Group) -> None:
+        new.attrs.update(old.attrs)
+        for name, item in old.items():
+            if isinstance(item, h5py.Group):
+                copy(item, new.create_group(name))
+            elif item.dtype.kind == "f":
+                table = dict(options) if item.ndim == 2 else {}
+                if isinstance(table.get("chunks"), tuple):
+                    table["chunks"] = tuple(np.minimum(table["chunks"], item.shape).tolist())
+                data = new.create_dataset(name, data=item, fillvalue=item.fillvalue, **table)
+                data.attrs.update(item.attrs)
+            else:
+                old.copy(name, new)
+
+    with h5py.File(path) as old, h5py.File(other, "w", libver=("v110", "v110")) as new:
+        copy(old, new)
+
+
+@pytest.mark.parametrize("version", [2, FORMAT_VERSION])
+def test_files_that_another_program_wrote_anew(path: Path, tmp_path: Path, version: int) -> None:
     """As h5repack does: other chunks, other filters, none at all."""
+    if version == 2:
+        write_version_2(make_gates(), path)
     for i, options in enumerate(
         (
             {},
@@ -180,18 +232,18 @@ def test_files_that_another_program_wrote_anew(path: Path, tmp_path: Path) -> No
         )
     ):
         other = tmp_path / f"{i}.h5"
-        with h5py.File(path) as old, h5py.File(other, "w", libver=("v110", "v110")) as new:
-            new.attrs.update(old.attrs)
-            for group in ("task", "history"):
-                old.copy(group, new)
-            for number in old["site"]:
-                group = new.create_group(f"site/{number}")
-                group.attrs.update(old[f"site/{number}"].attrs)
-                for key, data in old[f"site/{number}"].items():
-                    group.create_dataset(key, data=data, **(options if data.ndim == 2 else {}))
+        repacked(path, other, options)
         assert_same(TaskGates.load(other), make_gates())
         with GateStore.open(other) as store:
             assert store.read([0]) == make_gates().select([0])
+        # What was read before does not count for what is written.
+        more = make_gates(task_names=["a", "b", "c"])
+        more.tasks = (4, 5, 6)
+        with GateStore.open(other, "a") as store:
+            store.read()
+            assert store.append(more) == (4, 5, 6)
+        assert_same(TaskGates.load(other).select(make_gates().tasks), make_gates())
+        assert_same(TaskGates.load(other).select([4, 5, 6]), more)
     with h5py.File(other, "a") as file:
         data = file["site/0/gate"][:]
         del file["site/0/gate"]
@@ -228,15 +280,160 @@ def test_sub_architectures_of_version_1_are_read(tmp_path: Path) -> None:
         TaskGates.load(tmp_path / "arch.h5")
 
 
-def test_writing_to_a_file_of_version_1_makes_it_one_of_version_2(tmp_path: Path) -> None:
+def test_writing_to_a_file_of_version_1_makes_it_one_of_today(tmp_path: Path) -> None:
     gates, path = make_gates(), tmp_path / "gates.h5"
     write_version_1(gates.select([7, 0]), path)
     with GateStore.open(path, "a") as store:
         assert store.append(gates) == ((1, 2),)
     with h5py.File(path) as file:
-        assert file.attrs["format_version"] == 2
+        assert file.attrs["format_version"] == FORMAT_VERSION
     assert os.listdir(tmp_path) == ["gates.h5"]
     assert_same(TaskGates.load(path).select(gates.tasks), gates)
+
+
+# ---------------------------------------------------------------------------------------------
+# Version 2: logits and means at each site
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"logits": None, "means": None, "history": None, "task_names": None}]
+)
+def test_files_of_version_2_are_read(tmp_path: Path, changes: dict[str, object]) -> None:
+    gates, path = make_gates(**changes), tmp_path / "gates.h5"
+    write_version_2(gates, path)
+    before = path.read_bytes()
+    assert_same(TaskGates.load(path), gates)
+    with GateStore.open(path) as store:
+        assert_same(store.read([0, 7]), gates.select([0, 7]))
+        assert store.sample_counts == {7: 5, (1, 2): 5, 0: 5}
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["gates.h5"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"task": None, "means": None}], ids=str)
+def test_sub_architectures_of_version_2_are_read(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    arch = make_arch(**changes)
+    write_version_2(arch, tmp_path / "arch.h5")
+    again = SubArchitecture.load(tmp_path / "arch.h5")
+    assert again == arch
+    assert again.task == arch.task
+    assert (again.means is None) == (arch.means is None)
+    if arch.means is not None:
+        assert all(torch.equal(again.means[n], m) for n, m in arch.means.items())
+
+
+def test_writing_to_a_file_of_version_2_makes_it_one_of_today(tmp_path: Path) -> None:
+    gates, path = make_gates(), tmp_path / "gates.h5"
+    write_version_2(gates, path)
+    scores = np.arange(9, dtype=np.float32)
+    with h5py.File(path, "r+") as file:
+        for order, (start, end) in enumerate(((0, 3), (3, 5), (5, 9))):
+            table = np.full((3, end - start), np.nan, np.float32)
+            table[0] = scores[start:end]
+            file[f"score/taylor/{order}"] = table
+    # At once, and not when it is closed.
+    with GateStore.open(path, "a"), h5py.File(path) as file:
+        assert file.attrs["format_version"] == FORMAT_VERSION
+        assert "logit" not in file["site/0"]
+        assert file["logit"].shape == (3, 9)
+        assert file["task/n_sample"][:].tolist() == [5, 5, 5]
+        assert file["task/finished"][:].tolist() == [1.5, 1.5, 1.5]
+    assert os.listdir(tmp_path) == ["gates.h5"]
+    assert_same(TaskGates.load(path), gates)
+    with GateStore.open(path) as store:
+        assert store.provenance == {"seed": 3}
+        found = store.scores("taylor")
+        np.testing.assert_array_equal(np.concatenate([f[0] for f in found.values()]), scores)
+        assert all(bool(f[1:].isnan().all()) for f in found.values())
+
+
+def test_many_tasks_of_version_2_become_those_of_today(tmp_path: Path) -> None:
+    """More than are put together at a time."""
+    generator = torch.Generator().manual_seed(1)
+    logits = {s.name: torch.randn(37, s.n_channels, generator=generator) for s in SITES}
+    values = {name: value.sigmoid() for name, value in logits.items()}
+    gates = TaskGates(values, SITES, range(37), logits=logits)
+    write_version_2(gates, tmp_path / "gates.h5")
+    with GateStore.open(tmp_path / "gates.h5", "a") as store:
+        assert_same(store.read(), gates)
+    assert_same(TaskGates.load(tmp_path / "gates.h5"), gates)
+
+
+def test_an_unfinished_run_of_version_2_goes_on(tmp_path: Path) -> None:
+    """Its journal goes on from the old file."""
+    gates, path = make_gates(), tmp_path / "gates.h5"
+    write_version_2(gates.select([7]), path)
+    begin = _journal.Record({"kind": "begin", "store": "0123456789abcdef", "revision": 4})
+    record = _content.append_record(gates, [1], [9])
+    journal = _journal.journal_path(path)
+    journal.write_bytes(_journal.MAGIC + begin.packed() + record.packed())
+    with GateStore.open(path) as store:
+        assert_same(store.read(), gates.select([7, (1, 2)]))
+        assert_same(store.read([(1, 2), 7]), gates.select([(1, 2), 7]))
+    with GateStore.open(path, "a") as store:
+        assert_same(store.read(), gates.select([7, (1, 2)]))
+        assert store.append(gates) == (0,)
+        with GateStore.open(path) as reader:
+            assert_same(reader.read(), gates)
+    assert os.listdir(tmp_path) == ["gates.h5"]
+    assert_same(TaskGates.load(path), gates)
+    with GateStore.open(path) as store:
+        assert store.sample_counts == {7: 5, (1, 2): 9}
+
+
+def test_a_file_of_version_2_that_cannot_be_replaced_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gates.h5"
+    write_version_2(make_gates(), path)
+    before = path.read_bytes()
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="No space left"):
+            GateStore.open(path, "a")
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["gates.h5"]
+    assert_same(TaskGates.load(path), make_gates())
+    GateStore.open(path, "a").close()
+    assert os.listdir(tmp_path) == ["gates.h5"]
+    assert_same(TaskGates.load(path), make_gates())
+
+
+def test_results_of_version_2_keep_out_of_the_way(tmp_path: Path) -> None:
+    """Names that have a meaning since, and had none then."""
+    path, alone = tmp_path / "gates.h5", tmp_path / "results.h5"
+    write_version_2(make_gates(), path)
+    write_result(alone, "x", {"a": [0.5]})
+    for target in (path, alone):
+        with h5py.File(target, "r+") as file:
+            file.attrs["format_version"] = np.int64(2)
+            group = file.create_group("mean/over all")
+            group.attrs["kind"] = np.bytes_(b"result")
+            group.attrs["attributes"] = np.bytes_(b'{"n": 3}')
+            group.create_dataset("a", data=np.array([1.0, 2.0]))
+            file["logit"] = np.arange(3)
+        assert "mean/over all" in result_names(target)
+        assert read_result(target, "mean/over all")[0]["a"].tolist() == [1, 2]
+        if target == path:
+            assert_same(TaskGates.load(path), make_gates())
+        write_result(target, "y", {"b": [1]})
+        assert {"mean_/over all", "y"} <= set(result_names(target))
+        arrays, attributes = read_result(target, "mean_/over all")
+        assert arrays["a"].tolist() == [1, 2]
+        assert attributes == {"n": 3}
+    assert_same(TaskGates.load(path), make_gates())
+    with h5py.File(path) as file:
+        assert file["logit_"][:].tolist() == [0, 1, 2]
+    for name in ("mean", "logit/x"):
+        with pytest.raises(GateStoreError, match="the store itself has that"):
+            write_result(alone, name, {"a": [1]})
 
 
 # ---------------------------------------------------------------------------------------------

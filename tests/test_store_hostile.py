@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
 import tracemalloc
@@ -15,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fuzz_store import campaign
+from benchmarks.fuzz_store import campaign, make_files
 from nad_attr.architecture import SubArchitecture
 from nad_attr.gates import TaskGates
 from nad_attr.sites import GateSite
-from nad_attr.store import GateStore, GateStoreError
-from tests.stores import make_arch, make_gates, write_version_1
+from nad_attr.store import FORMAT_VERSION, GateStore, GateStoreError
+from tests.stores import make_arch, make_gates, write_version_1, write_version_2
 
 
 @pytest.fixture
@@ -173,9 +174,51 @@ def _huge_and_compressed(file: h5py.File) -> None:
     file["site/0"].create_dataset("gate", (3, 2**28), "f4", chunks=(3, 2**20), compression="gzip")
 
 
+def _soft_group(file: h5py.File) -> None:
+    file.move("site/0", "elsewhere")
+    file["site/0"] = h5py.SoftLink("/elsewhere")
+
+
+def _external_site(file: h5py.File) -> None:
+    del file["site/0"]
+    file["site/0"] = h5py.ExternalLink("/etc/hostname", "/site")
+
+
+def _linked(name: str, link: Any) -> Callable[[h5py.File], None]:
+    """A table of all sites is a link."""
+
+    def spoil(file: h5py.File) -> None:
+        file.move(name, "elsewhere")
+        file[name] = link
+
+    return spoil
+
+
+def _outside(name: str, *, virtual: bool) -> Callable[[h5py.File], None]:
+    """A table of all sites has its content in another file."""
+
+    def spoil(file: h5py.File) -> None:
+        shape = file[name].shape
+        del file[name]
+        if virtual:
+            layout = h5py.VirtualLayout(shape, "f4")
+            layout[:] = h5py.VirtualSource("/etc/hostname", "x", shape)
+            file.create_virtual_dataset(name, layout)
+        else:
+            outside = [("/etc/hostname", 0, h5py.h5f.UNLIMITED)]
+            file.create_dataset(name, shape, "f4", external=outside)
+
+    return spoil
+
+
 def _huge_mean(file: h5py.File) -> None:
-    del file["site/0/mean"]
-    file["site/0"].create_dataset("mean", (2**40,), "f4", chunks=(1024,))
+    del file["mean"]
+    file.create_dataset("mean", (2**40,), "f4", chunks=(1024,))
+
+
+def _huge_logits(file: h5py.File) -> None:
+    del file["logit"]
+    file.create_dataset("logit", (3, 2**28), "f4", chunks=(1, 2**28), compression="gzip")
 
 
 def _huge_history(file: h5py.File) -> None:
@@ -217,8 +260,8 @@ def _deep_task(file: h5py.File) -> None:
 
 HOSTILE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     "newer version": (
-        lambda f: f.attrs.__setitem__("format_version", 3),
-        "format version 3.*newer",
+        lambda f: f.attrs.__setitem__("format_version", FORMAT_VERSION + 1),
+        f"format version {FORMAT_VERSION + 1}.*newer",
     ),
     "version is text": (lambda f: f.attrs.__setitem__("format_version", "1"), "format_version"),
     "version 0": (
@@ -240,7 +283,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     ),
     "no sites": (lambda f: f.__delitem__("site"), "site"),
     "empty sites": (lambda f: [f["site"].__delitem__(k) for k in list(f["site"])], "0 gate sites"),
-    "a site is missing": (lambda f: f.__delitem__("site/1"), "/site/1"),
+    "a site is missing": (lambda f: f.__delitem__("site/1"), "/site/1|sites of 2"),
     "sites are a dataset": (
         lambda f: (f.__delitem__("site"), f.create_dataset("site", data=[1.0])),
         "Group",
@@ -290,16 +333,40 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
         r"shape \(2, 3\), expected \(3, 3\)",
     ),
     "logits of another shape": (
-        lambda f: replace(f["site/0"], "logit", np.zeros((3, 4), "f4")),
-        "shape",
+        lambda f: replace(f, "logit", np.zeros((3, 10), "f4")),
+        r"shape \(3, 10\), expected \(3, 9\)",
     ),
-    "logits at one site only": (lambda f: f.__delitem__("site/1/logit"), "logits"),
+    "logits of fewer tasks": (lambda f: replace(f, "logit", np.zeros((2, 9), "f4")), "shape"),
+    "logits are doubles": (lambda f: replace(f, "logit", np.zeros((3, 9), "f8")), "not float32"),
+    "logits are text": (
+        lambda f: replace(f, "logit", ["a", "b", "c"], dtype=h5py.string_dtype()),
+        "type",
+    ),
+    "logits are a group": (
+        lambda f: (f.__delitem__("logit"), f.create_group("logit")),
+        "Dataset",
+    ),
+    "logits are a soft link": (_linked("logit", h5py.SoftLink("/elsewhere")), "link"),
+    "logits are an external link": (_linked("logit", h5py.ExternalLink("/etc/x", "/a")), "link"),
+    "logits are stored outside": (_outside("logit", virtual=False), "outside"),
+    "logits are virtual": (_outside("logit", virtual=True), "outside"),
+    "logits with unknown filters": (
+        lambda f: replace(f, "logit", np.zeros((3, 9), "f4"), chunks=(1, 9), compression="lzf"),
+        "filters",
+    ),
+    "huge logits": (_huge_logits, "shape|claims"),
     "gates above one": (lambda f: f["site/0/gate"].__setitem__((0, 0), 2), "leave"),
     "gates are NaN": (lambda f: f["site/0/gate"].__setitem__((0, 0), np.nan), "NaN"),
-    "logits are NaN": (lambda f: f["site/0/logit"].__setitem__((0, 0), np.nan), "NaN"),
-    "means are infinite": (lambda f: f["site/0/mean"].__setitem__(0, np.inf), "means"),
-    "means at one site only": (lambda f: f.__delitem__("site/1/mean"), "mean"),
-    "means of another shape": (lambda f: replace(f["site/0"], "mean", np.zeros(9, "f4")), "shape"),
+    "logits are NaN": (lambda f: f["logit"].__setitem__((1, 4), np.nan), "'blocks.1' hold NaN"),
+    "means are infinite": (lambda f: f["mean"].__setitem__(0, np.inf), "means"),
+    "means of another shape": (lambda f: replace(f, "mean", np.zeros(8, "f4")), "shape"),
+    "means are whole numbers": (lambda f: replace(f, "mean", np.zeros(9, "i4")), "type int32"),
+    "means are a soft link": (_linked("mean", h5py.SoftLink("/elsewhere")), "link"),
+    "means are an external link": (_linked("mean", h5py.ExternalLink("/etc/x", "/a")), "link"),
+    "means are stored outside": (_outside("mean", virtual=False), "outside"),
+    "means are virtual": (_outside("mean", virtual=True), "outside"),
+    "a group is a soft link": (_soft_group, "link"),
+    "a group is an external link": (_external_site, "link"),
     "a soft link": (_soft_link, "link"),
     "an external link": (_external_link, "link"),
     "an external group": (_external_group, "link"),
@@ -407,6 +474,63 @@ def test_hostile_files(path: Path, spoil: Callable[[h5py.File], object], words: 
     refused(path, TaskGates.load, words)
 
 
+#: What is refused whether or not the sites' groups were looked at before.
+WITH_INDEX = [name for name in HOSTILE if name.startswith(("a ", "gates ", "logits ", "means "))]
+
+
+@pytest.mark.parametrize("name", WITH_INDEX)
+def test_hostile_files_with_an_index(path: Path, name: str) -> None:
+    spoil, words = HOSTILE[name]
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    refused(path, TaskGates.load, words)
+
+
+def _site(name: str, array: Any, **options: object) -> Callable[[h5py.File], object]:
+    return lambda f: replace(f["site/0"], name, array, **options)
+
+
+HOSTILE_2: dict[str, tuple[Callable[[h5py.File], object], str]] = {
+    "logits of another shape": (_site("logit", np.zeros((3, 4), "f4")), "shape"),
+    "logits at one site only": (lambda f: f.__delitem__("site/1/logit"), "site/1/logit"),
+    "logits are NaN": (lambda f: f["site/0/logit"].__setitem__((0, 0), np.nan), "NaN"),
+    "a logit is a link": (
+        lambda f: (f.__delitem__("site/0/logit"), f.__setitem__("site/0/logit", _LINK)),
+        "link",
+    ),
+    "means are infinite": (lambda f: f["site/0/mean"].__setitem__(0, np.inf), "means"),
+    "means at one site only": (lambda f: f.__delitem__("site/1/mean"), "site/1/mean"),
+    "means of another shape": (_site("mean", np.zeros(9, "f4")), "shape"),
+    "a mean is a link": (
+        lambda f: (f.__delitem__("site/0/mean"), f.__setitem__("site/0/mean", _LINK)),
+        "link",
+    ),
+    "a group is a soft link": (_soft_group, "link"),
+    "huge gates": (_huge_gates, "shape|claims"),
+    "huge gates, compressed": (_huge_and_compressed, "shape|claims"),
+}
+_LINK = h5py.ExternalLink("/etc/hostname", "/x")
+
+
+@pytest.mark.parametrize(("spoil", "words"), HOSTILE_2.values(), ids=HOSTILE_2.keys())
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_hostile_files_of_version_2(
+    path: Path, spoil: Callable[[h5py.File], object], words: str, mode: str
+) -> None:
+    write_version_2(make_gates(), path)
+    with h5py.File(path, "r+") as file:
+        spoil(file)
+    before = path.read_bytes()
+
+    def load(path: Path) -> None:
+        with GateStore.open(path, mode) as store:
+            store.read()
+
+    refused(path, load, words)
+    assert path.read_bytes() == before  # nothing that cannot be read takes its place
+    assert os.listdir(path.parent) == [path.name]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -486,7 +610,21 @@ def test_a_chunk_that_goes_on_after_its_end(path: Path, size: int) -> None:
     """Deflate shrinks zeros a thousandfold: what a chunk may become is known beforehand."""
     with h5py.File(path, "r+") as file:
         file["site/0/gate"].id.write_direct_chunk((1, 0), zlib.compress(bytes(size)))
-    refused(path, TaskGates.load, r"chunk")
+    refused(path, TaskGates.load, r"claims too large a chunk")
+
+
+@pytest.mark.parametrize("name", ["logit", "site/0/gate"])
+def test_a_chunk_that_goes_on_within_its_room(tmp_path: Path, name: str) -> None:
+    """No longer than what could be left of a real one, and inflates to a thousand times that."""
+    sites = [GateSite("a", 30_000), GateSite("b", 20_000)]
+    logits = {s.name: torch.randn(2, s.n_channels) for s in sites}
+    values = {n: v.sigmoid() for n, v in logits.items()}
+    TaskGates(values, sites, [0, 1], logits=logits).save(tmp_path / "gates.h5")
+    bomb = zlib.compress(bytes(100_000_000))
+    with h5py.File(tmp_path / "gates.h5", "r+") as file:
+        assert 50_000 < len(bomb) < 4 * file[name].shape[1]
+        file[name].id.write_direct_chunk((1, 0), bomb)
+    refused(tmp_path / "gates.h5", TaskGates.load, "goes on after its end", 20 * 2**20)
 
 
 def test_a_damaged_chunk(path: Path) -> None:
@@ -503,7 +641,7 @@ def test_a_damaged_chunk(path: Path) -> None:
 def test_more_is_claimed_than_is_stored(path: Path) -> None:
     with h5py.File(path, "r+") as file:
         del file["site"].attrs["index"]
-        del file["site/0/gate"], file["site/0/logit"], file["site/0/mean"]
+        del file["site/0/gate"], file["logit"], file["mean"], file["site/1"], file["site/2"]
         file["site/0"].attrs["n_channels"] = 2**26
         data = file["site/0"].create_dataset(
             "gate", (3, 2**26), "f4", chunks=(3, 2**20), compression="gzip", fillvalue=0.5
@@ -522,7 +660,7 @@ def test_one_dataset_linked_from_many_places(path: Path, chunks: tuple[int, int]
         file["task/index"] = np.array([b"0"])
         file["task/n_sample"] = np.array([1])
         file["task/finished"] = np.array([0.0])
-        del file["site/0/gate"], file["site/0/logit"], file["site/0/mean"]
+        del file["site/0/gate"], file["logit"], file["mean"]
         file["site/0"].attrs["n_channels"] = 2**22
         data = file["site/0"].create_dataset(
             "gate", (1, 2**22), "f4", chunks=chunks, compression="gzip"
@@ -552,7 +690,7 @@ def test_a_file_is_not_kept_open(path: Path) -> None:
     for _ in range(2):
         refused(path, TaskGates.load, "newer")
     with h5py.File(path, "r+") as file:
-        file.attrs["format_version"] = 2
+        file.attrs["format_version"] = FORMAT_VERSION
     TaskGates.load(path)
 
 
@@ -587,6 +725,14 @@ HOSTILE_OLD = {
     name: HOSTILE[name]
     for name in ("newer version", "a soft link", "external storage", "huge gates, compressed")
 }
+
+
+def test_the_campaign_has_files_of_version_2(tmp_path: Path) -> None:
+    make_files(tmp_path)
+    with h5py.File(tmp_path / "version_2.h5") as file:
+        assert file.attrs["format_version"] == 2
+        assert set(file["site/1"]) == {"gate", "logit", "mean"}
+    assert TaskGates.load(tmp_path / "version_2.h5") == TaskGates.load(tmp_path / "gates.h5")
 
 
 @pytest.mark.parametrize(("spoil", "words"), HOSTILE_OLD.values(), ids=HOSTILE_OLD.keys())

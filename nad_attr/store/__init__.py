@@ -8,7 +8,14 @@ unpickled or evaluated, and whatever is wrong with a file ends in a :class:`Gate
 from nad_attr.store._diff import StoreDiff, diff
 from nad_attr.store._errors import GateStoreError
 from nad_attr.store._gate_store import GateStore, read_task_gates, write_task_gates
-from nad_attr.store._results import read_result, result_names, write_result
+from nad_attr.store._results import (
+    read_result,
+    read_units,
+    result_names,
+    unit_names,
+    write_result,
+    write_units,
+)
 from nad_attr.store._sub_architecture import read_sub_architecture, write_sub_architecture
 from nad_attr.store._write import FORMAT_VERSION
 
@@ -22,10 +29,13 @@ __all__ = [
     "read_result",
     "read_sub_architecture",
     "read_task_gates",
+    "read_units",
     "result_names",
+    "unit_names",
     "write_result",
     "write_sub_architecture",
     "write_task_gates",
+    "write_units",
 ]
 
 merge = GateStore.merge

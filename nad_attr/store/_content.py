@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,24 +17,29 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nad_attr.architecture import Task, as_task
+from nad_attr.architecture import Task, as_task, distinct_sites
 from nad_attr.gates import TaskGates
 from nad_attr.history import History
 from nad_attr.recipe import Recipe
 from nad_attr.sites import GateSite
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._journal import Record, now
+from nad_attr.store._layout import Layout, raw_rows, read_means
 from nad_attr.store._read import Reader, Table
 from nad_attr.store._result_groups import (
+    free_name,
     read_result_group,
+    reserved,
     result_groups,
     write_result_group,
 )
+from nad_attr.store._rows import Row, Rows, in_range, no_nan, wrong_sites
 from nad_attr.store._write import (
     check_name,
-    encoded_rows,
+    encoded,
     put_array,
     put_attribute,
+    put_columns,
     put_rows,
     put_sites,
     put_strings,
@@ -43,64 +48,9 @@ from nad_attr.store._write import (
     write_file,
 )
 
-__all__ = ["Content", "Head", "Row", "append_record"]
+__all__ = ["Content", "Head", "append_record"]
 
 Floats = npt.NDArray[np.float32]
-
-
-class Row(NamedTuple):
-    """A task, and where its gates are: in the file, or in one of the records."""
-
-    task: Task
-    name: str | None
-    n_sample: int  # -1: not known
-    finished: float  # seconds since 1970, NaN: not known
-    record: int  # -1: the file
-    row: int
-
-
-class Rows(Sequence[Row]):
-    """The tasks of a file, and those of its records; a file's rows are made when asked for.
-
-    Args:
-        tasks: Of the file.
-        names: As many.
-        counts: As many, own images.
-        finished: As many.
-    """
-
-    def __init__(
-        self,
-        tasks: Sequence[Task] = (),
-        names: Sequence[str | None] = (),
-        counts: Sequence[int] = (),
-        finished: Sequence[float] = (),
-    ) -> None:
-        self.tasks, self.names = tasks, names
-        self._counts, self._finished = counts, finished
-        self._more: list[Row] = []
-
-    def __len__(self) -> int:
-        return len(self.tasks) + len(self._more)
-
-    @overload
-    def __getitem__(self, i: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> list[Row]: ...
-
-    def __getitem__(self, i: int | slice) -> Row | list[Row]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
-        n = len(self.tasks)
-        if i >= n:
-            return self._more[i - n]
-        return Row(self.tasks[i], self.names[i], self._counts[i], self._finished[i], -1, i)
-
-    def append(self, row: Row) -> None:
-        """Add one of a record."""
-        self._more.append(row)
 
 
 @dataclass
@@ -158,7 +108,6 @@ class Content:
         path: The store's path, for messages.
         head: What is one for all tasks.
         reader: The HDF5 file; None: there is none yet.
-        groups: The file's groups of sites.
         records: What came since.
     """
 
@@ -167,21 +116,21 @@ class Content:
         path: Path,
         head: Head,
         reader: Reader | None = None,
-        groups: Sequence[h5py.Group] = (),
         records: Sequence[Record] = (),
     ) -> None:
         self.path, self.head, self.reader = path, head, reader
         self.records: list[Record] = []
         self.rows = Rows()
         self.where: dict[Task, int] = {}
-        self._groups = groups
         self._n_file = 0
+        self._layout: Layout | None = None
         #: {method: {task: (record, row)}}, what records say in place of the file.
         self._scores: dict[str, dict[Task, tuple[int, int]]] = {}
         self._results: dict[str, Record | None] = {}
         if reader is not None:
             self._take(self._rows_of_file(reader))
             self._n_file = len(self.rows)
+            self._layout = Layout(reader, head.sites, self._n_file)
             if reader.has(reader.file, "score"):
                 root = reader.group(reader.file, "score")
                 self._scores = {name: {} for name in reader.names(root)}
@@ -194,10 +143,10 @@ class Content:
         """What an HDF5 file says by itself."""
         file = reader.file
         sites = reader.sites()
-        means = reader.means(sites)
+        means = read_means(reader, sites)
         recipe = reader.text(file, "recipe", None)
         head = Head(
-            tuple(site for site, _ in sites),
+            distinct_sites(sites),
             None if recipe is None else Recipe.from_json(recipe),
             None if means is None else {n: torch.from_numpy(mean) for n, mean in means.items()},
             reader.json(file, "provenance", dict, {}),
@@ -207,13 +156,13 @@ class Content:
             reader.text(file, "created"),
             reader.text(file, "modified"),
         )
-        return cls(path, head, reader, [group for _, group in sites])
+        return cls(path, head, reader)
 
     @staticmethod
     def _rows_of_file(reader: Reader) -> Rows:
         group = reader.group(reader.file, "task")
-        texts = reader.strings(group, "index")
-        tasks = json.loads(f"[{','.join(texts)}]")
+        texts = reader.raw_strings(group, "index")
+        tasks = json.loads(b"[%b]" % b",".join(texts))
         n = len(tasks)
         if n != len(texts):
             raise GateStoreError(f"{reader.path}: /task/index holds {len(texts)} texts, {n} tasks.")
@@ -222,8 +171,9 @@ class Content:
             names = reader.strings(group, "name", n)
         counts = reader.array(group, "n_sample", "i", (n,)).tolist()
         finished = reader.array(group, "finished", "f", (n,)).tolist()
-        known = [task if type(task) is int and task >= 0 else as_task(task) for task in tasks]
-        return Rows(known, names, counts, finished)
+        if set(map(type, tasks)) != {int} or min(tasks) < 0:
+            tasks = [as_task(task) for task in tasks]
+        return Rows(tasks, names, counts, finished)
 
     def _take(self, rows: Rows) -> None:
         """The rows of the file, in place of none."""
@@ -335,8 +285,8 @@ class Content:
             return False
         if self.rows[0].record >= 0:
             return "logit/0" in self.records[self.rows[0].record].arrays
-        assert self.reader is not None
-        return self.reader.has(self._groups[0], "logit")
+        assert self._layout is not None
+        return self._layout.has_logits
 
     def _quantities(self) -> dict[str, int]:
         """``{quantity of the history: steps}``."""
@@ -352,23 +302,32 @@ class Content:
                     found[name] = max(found.get(name, 0), curve.shape[0])
         return found
 
-    def _file_table(self, order: int, key: str) -> Table:
-        assert self.reader is not None
-        shape = (self._n_file, self.head.sites[order].n_channels)
-        return self.reader.table(self._groups[order], key, shape)
+    def _numbers(self, key: str, rows: Sequence[Row]) -> list[Floats]:
+        """float32 (rows, C) of each site."""
+        there = [i for i, row in enumerate(rows) if row.record < 0]
+        parts: list[Floats] = []
+        if there:
+            assert self._layout is not None
+            filed = [rows[i].row for i in there]
+            parts = self._layout.logits(filed) if key == "logit" else self._layout.gates(filed)
+            if len(there) == len(rows):
+                return parts
+        for order, site in enumerate(self.head.sites):
+            values = np.empty((len(rows), site.n_channels), np.float32)
+            for i, row in enumerate(rows):
+                if row.record >= 0:
+                    values[i] = self.records[row.record].arrays[f"{key}/{order}"][row.row]
+            if there:
+                values[there], parts[order] = parts[order], values
+            else:
+                parts.append(values)
+        return parts
 
-    def _numbers(self, order: int, key: str, rows: Sequence[Row]) -> Floats:
-        """float32 (rows, C) of one site."""
-        filed = [i for i, row in enumerate(rows) if row.record < 0]
-        if len(filed) == len(rows):
-            return self._file_table(order, key).rows([row.row for row in rows])
-        values = np.empty((len(rows), self.head.sites[order].n_channels), np.float32)
-        if filed:
-            values[filed] = self._file_table(order, key).rows([rows[i].row for i in filed])
-        for i, row in enumerate(rows):
-            if row.record >= 0:
-                values[i] = self.records[row.record].arrays[f"{key}/{order}"][row.row]
-        return values
+    def _tensors(self, values: Sequence[Floats]) -> dict[str, Tensor]:
+        return {
+            site.name: torch.from_numpy(value)
+            for site, value in zip(self.head.sites, values, strict=True)
+        }
 
     def read(self, rows: Sequence[Row]) -> TaskGates:
         """The gates of some tasks."""
@@ -376,18 +335,24 @@ class Content:
         with reading(self.path):
             if self.reader is not None:
                 self.reader.begin()
-            gates: dict[str, Tensor] = {}
-            logits: dict[str, Tensor] | None = {} if self.has_logits else None
-            for order, site in enumerate(head.sites):
-                gates[site.name] = torch.from_numpy(self._numbers(order, "gate", rows))
-                if logits is not None:
-                    logits[site.name] = torch.from_numpy(self._numbers(order, "logit", rows))
-            names = [row.name for row in rows if row.name is not None]
-            return TaskGates(
-                gates,
+            tasks = tuple(row.task for row in rows)
+            if len(set(tasks)) < len(tasks):
+                raise GateStoreError(f"{self.path}: a task is asked for twice: {tasks[:20]}.")
+            gates = self._numbers("gate", rows)
+            for site, value in wrong_sites(in_range, gates, head.sites):
+                what = "hold NaN" if np.isnan(value).any() else "leave [0, 1]"
+                raise GateStoreError(f"{self.path}: gates of {site.name!r} {what}.")
+            logits: list[Floats] | None = None
+            if self.has_logits:
+                logits = self._numbers("logit", rows)
+                for site, _ in wrong_sites(no_nan, logits, head.sites):
+                    raise GateStoreError(f"{self.path}: logits of {site.name!r} hold NaN.")
+            names = tuple(row.name for row in rows if row.name is not None)
+            return TaskGates._of_checked(
+                self._tensors(gates),
                 head.sites,
-                [row.task for row in rows],
-                logits=logits,
+                tasks,
+                logits=None if logits is None else self._tensors(logits),
                 means=head.means,
                 recipe=head.recipe,
                 history=self._history(rows),
@@ -408,7 +373,7 @@ class Content:
             table = self._history_table(name)
             filed = [i for i, row in enumerate(rows) if row.record < 0]
             if filed and table is not None:
-                found = _present(table, [rows[i].row for i in filed])
+                found = table.rows([rows[i].row for i in filed], sparse=True)
                 curve[: table.shape[0], filed] = found.T
             for i, row in enumerate(rows):
                 if row.record >= 0:
@@ -455,7 +420,7 @@ class Content:
                     self.reader.reserve(claimed, f"/score/{method}")
                 values = np.full((len(self.rows), site.n_channels), np.nan, np.float32)
                 if table is not None and self._n_file:
-                    values[: self._n_file] = _present(table, range(self._n_file))
+                    values[: self._n_file] = table.rows(range(self._n_file), sparse=True)
                 for task, (record, i) in self._scores[method].items():
                     values[self.where[task]] = self.records[record].arrays[f"score/{order}"][i]
                 found[site.name] = values
@@ -497,10 +462,26 @@ class Content:
 
     # -- writing -------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Read everything once, before it takes the place of the file that it comes from.
+
+        Raises:
+            GateStoreError: If anything cannot be read.
+        """
+        for start in range(0, len(self.rows), 64):
+            self.read(self.rows[start : start + 64])
+        for method in self.methods:
+            self.scores(method)
+            self.score_attributes(method)
+        for name in self.results:
+            self.result(name)
+
     def write(self, target: Path, ready: Callable[[], None] = lambda: None) -> None:
         """Put everything into one HDF5 file, which replaces what is there in one step."""
         head = self.head
         revision = head.revision + 1
+        if self.reader is not None:
+            self.reader.begin()
 
         def fill(file: h5py.File) -> None:
             put_attribute(file, "store", head.store)
@@ -515,8 +496,11 @@ class Content:
             groups = put_sites(file, head.sites, head.means)
             n = len(self.rows)
             for order, (site, group) in enumerate(zip(head.sites, groups, strict=True)):
-                for key in ("gate", "logit") if self.has_logits else ("gate",):
-                    put_rows(group, key, (n, site.n_channels), self._encoded(order, key))
+                put_rows(group, "gate", (n, site.n_channels), self._encoded_gates(order))
+            if self.has_logits:
+                shape = (n, sum(site.n_channels for site in head.sites))
+                put_rows(file, "logit", shape, self._encoded_logits())
+                put_columns(file["logit"], head.sites)
             self._write_history(file)
             self._write_scores(file)
             for name in self._results:
@@ -535,23 +519,24 @@ class Content:
         put_array(group, "n_sample", np.array([row.n_sample for row in self.rows], np.int64))
         put_array(group, "finished", np.array([row.finished for row in self.rows], np.float64))
 
-    def _encoded(self, order: int, key: str) -> Iterator[bytes | None]:
-        if self._n_file:
-            yield from _raw(self._file_table(order, key))
-        yield from self._new_rows(lambda record: record.arrays[f"{key}/{order}"])
+    def _encoded_gates(self, order: int) -> Iterator[bytes | None]:
+        if self._layout is not None and self._n_file:
+            yield from self._layout.raw_gates(order)
+        yield from self._new_rows(lambda record, i: record.arrays[f"gate/{order}"][i])
 
-    def _new_rows(self, table: Callable[[Record], Floats | None]) -> Iterator[bytes | None]:
-        """Rows of the records in order, from the (rows, width) table that each one has, or None."""
-        ready: dict[int, list[bytes] | None] = {}
-        for row in self.rows:
-            if row.record < 0:
-                continue
-            if row.record not in ready:
-                # Rows stand in the order of records, so one record's are needed at a time.
-                values = table(self.records[row.record])
-                ready = {row.record: None if values is None else list(encoded_rows(values))}
-            encoded = ready[row.record]
-            yield None if encoded is None else encoded[row.row]
+    def _encoded_logits(self) -> Iterator[bytes | None]:
+        if self._layout is not None and self._n_file:
+            yield from self._layout.raw_logits()
+        keys = [f"logit/{order}" for order in range(len(self.head.sites))]
+        yield from self._new_rows(
+            lambda record, i: np.concatenate([record.arrays[key][i] for key in keys])
+        )
+
+    def _new_rows(self, values: Callable[[Record, int], Floats | None]) -> Iterator[bytes | None]:
+        """Rows of the records, from what a record has in a row of its own, or None."""
+        for row in self.rows[self._n_file :]:
+            found = values(self.records[row.record], row.row)
+            yield None if found is None else encoded(found)
 
     def _write_history(self, file: h5py.File) -> None:
         quantities = self._quantities()
@@ -561,23 +546,23 @@ class Content:
         steps = max(quantities.values())
         for name in quantities:
 
-            def padded(record: Record, name: str = name) -> Floats | None:
+            def padded(record: Record, i: int, name: str = name) -> Floats | None:
                 curve = record.arrays.get(f"history/{name}")
-                return None if curve is None else _padded(curve.T, steps)
+                return None if curve is None else _padded(curve[:, i], steps)
 
-            def encoded(name: str = name) -> Iterator[bytes | None]:
+            def rows(name: str = name, padded: Any = padded) -> Iterator[bytes | None]:
                 table = self._history_table(name)
                 if table is None:
                     yield from [None] * self._n_file
                 elif table.shape[0] == steps:
-                    yield from _raw(table, sparse=True)
+                    yield from raw_rows(table, sparse=True)
                 else:
-                    values = _present(table, range(self._n_file))
-                    yield from encoded_rows(_padded(values, steps))
+                    for curve in table.rows(range(self._n_file), sparse=True):
+                        yield encoded(_padded(curve, steps))
                 yield from self._new_rows(padded)
 
             shape = (steps, len(self.rows))
-            put_rows(group, name, shape, encoded(), axis=1, fill=math.nan)
+            put_rows(group, name, shape, rows(), axis=1, fill=math.nan)
 
     def _write_scores(self, file: h5py.File) -> None:
         for method, changed in self._scores.items():
@@ -587,7 +572,7 @@ class Content:
                 old: Iterator[bytes | None] = iter(())
                 table = self._score_table(method, order)
                 if table is not None and self._n_file:
-                    old = _raw(table, sparse=True)
+                    old = raw_rows(table, sparse=True)
 
                 def rows(
                     old: Iterator[bytes | None] = old,
@@ -598,8 +583,7 @@ class Content:
                         before = next(old, None)
                         if row.task in changed:
                             record, i = changed[row.task]
-                            values = self.records[record].arrays[f"score/{order}"][i : i + 1]
-                            yield next(encoded_rows(values))
+                            yield encoded(self.records[record].arrays[f"score/{order}"][i])
                         else:
                             yield before
 
@@ -610,37 +594,16 @@ class Content:
         """What other programs put into the file stays; links do not."""
         if self.reader is None:
             return
+        known = reserved(self.reader.version)
         for name in self.reader.names(self.reader.file):
-            if name not in file and self.reader.is_hard(self.reader.file, name):
-                h5py.h5o.copy(self.reader.file.id, name.encode(), file.id, name.encode())
+            target = name if name in known else free_name(name)
+            if target not in file and self.reader.is_hard(self.reader.file, name):
+                h5py.h5o.copy(self.reader.file.id, name.encode(), file.id, target.encode())
 
 
-def _raw(table: Table, *, sparse: bool = False) -> Iterator[bytes | None]:
-    """A table of a file as encoded rows."""
-    if table.by_task():
-        yield from table.raw_rows(sparse=sparse)
-    else:
-        yield from encoded_rows(np.ascontiguousarray(np.moveaxis(table.whole(), table.axis, 0)))
-
-
-def _present(table: Table, rows: Sequence[int]) -> Floats:
-    """Rows of a table, NaN for those that were never written."""
-    if not table.by_task():
-        return table.rows(rows)
-    there = [i for i, row in enumerate(rows) if table.has_row(row)]
-    if len(there) == len(rows):
-        return table.rows(rows)
-    width = table.shape[1 - table.axis]
-    table.reader.reserve(4 * len(rows) * width, table.name)
-    values = np.full((len(rows), width), np.nan, np.float32)
-    if there:
-        values[there] = table.rows([rows[i] for i in there])
-    return values
-
-
-def _padded(values: Floats, width: int) -> Floats:
-    padded = np.full((len(values), width), np.nan, np.float32)
-    padded[:, : values.shape[1]] = values
+def _padded(curve: Floats, steps: int) -> Floats:
+    padded = np.full(steps, np.nan, np.float32)
+    padded[: len(curve)] = curve
     return padded
 
 

@@ -20,13 +20,15 @@ from nad_attr.provenance import environment
 from nad_attr.recipe import Recipe
 from nad_attr.sites import GateSite
 from nad_attr.store._compare import differences, different_means
-from nad_attr.store._content import Content, Head, Row, append_record
+from nad_attr.store._content import Content, Head, append_record
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._journal import Journal, Record, now
 from nad_attr.store._read import superblock
 from nad_attr.store._result_groups import result_record
+from nad_attr.store._rows import Row
+from nad_attr.store._units import UNITS, UnitTables, packed
 from nad_attr.store._view import StoreView, opened, seen
-from nad_attr.store._write import check_name, check_target, to_json
+from nad_attr.store._write import FORMAT_VERSION, check_name, check_target, to_json
 
 __all__ = ["GateStore", "read_task_gates", "write_task_gates"]
 
@@ -155,7 +157,7 @@ class GateStore(StoreView):
         Args:
             path: The file.
             mode: "r" to read: what is complete at this moment, see :meth:`refresh`. "a" to append
-                as well; a file of format version 1 becomes one of version 2 then.
+                as well; a file of an older format version becomes one of today's then.
 
         Raises:
             GateStoreError: If the file is missing, damaged, foreign or newer than this program;
@@ -170,6 +172,8 @@ class GateStore(StoreView):
         target = check_target(path)
         superblock(target)  # before anything is made beside it
         journal = Journal(target)
+        # What a writer that died has left there may be all that there is of it.
+        needed = True
         try:
             content, file = opened(target)
             head = content.head
@@ -180,12 +184,16 @@ class GateStore(StoreView):
             else:
                 with reading(target):
                     records = journal.resume(head.store, head.revision)
+                needed = bool(records)
                 for record in records:
                     content.apply(record)
-            return cls(target, mode, content, file, journal)
+            store = cls(target, mode, content, file, journal)
+            if content.reader is not None and content.reader.version < FORMAT_VERSION:
+                content.check()
+                store._fold()
+            return store
         except BaseException:
-            # What a writer that died has left there may be all that there is of it.
-            journal.close(remove=False)
+            journal.close(remove=not needed)
             raise
 
     def close(self) -> None:
@@ -385,6 +393,29 @@ class GateStore(StoreView):
         """
         self._save(self._writer(), result_record(group, arrays, attributes))
 
+    def write_units(
+        self,
+        name: str,
+        tables: UnitTables,
+        concepts: Sequence[tuple[str, str]],
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep tables of units, such as IoUs with concepts, under the same sites.
+
+        What :meth:`nad_attr.comparison.UnitConcepts.save` uses.
+
+        Args:
+            name: What they are called; one of the same name is replaced.
+            tables: ``{quantity: {site name: array}}``; the first axis is the site's channels. All
+                quantities are of the same sites, which may be some of the store's.
+            concepts: Name and category of each concept.
+            attributes: Anything worth knowing, as JSON can hold it.
+
+        Raises:
+            GateStoreError: If a site is not there, or shapes do not fit.
+        """
+        self.write_result(*packed(name, tables, concepts, attributes, self.sites))
+
     # -- copies --------------------------------------------------------------------------------
 
     def slice(
@@ -392,7 +423,7 @@ class GateStore(StoreView):
     ) -> Path:
         """Write some of the tasks, with their scores, to another store.
 
-        Results are left behind: they are about all tasks.
+        Results are left behind: they are about all tasks. Units, which are about none, go along.
 
         Args:
             tasks: Class indices, groups of them, or task names.
@@ -517,7 +548,9 @@ def _copied(
                         [store.tasks[i] for i in there],
                         attributes=store.score_attributes(method),
                     )
-            for name in store.results if results else ():
+            for name in store.results:
+                if not results and not name.startswith(f"{UNITS}/"):
+                    continue
                 if name in copy.results:
                     raise GateStoreError(f"both {first.path} and {store.path} hold {name!r}.")
                 copy.write_result(name, *store.result(name))

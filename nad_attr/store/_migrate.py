@@ -1,4 +1,4 @@
-"""Files of format version 1 become what they would be in version 2."""
+"""Files of format version 1, read as if they were of today's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nad_attr.architecture import SubArchitecture, as_task
+from nad_attr.architecture import SubArchitecture, as_task, distinct_sites
 from nad_attr.sites import GateSite
 from nad_attr.store import _version1
 from nad_attr.store._content import Content, Head
@@ -69,7 +69,9 @@ def content_of_version_1(path: Path) -> Content:
         if not tasks:
             raise GateStoreError(f"{path} holds no task.")
         header = {**record.header, "kind": "append", "n_sample": counts, "finished": float("nan")}
-        head = Head(_sites(record), provenance={"created_by": record.header["created_by"]})
+        head = Head(
+            distinct_sites(_sites(record)), provenance={"created_by": record.header["created_by"]}
+        )
         return Content(path, head, records=[Record(header, record.arrays)])
 
 

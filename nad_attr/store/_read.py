@@ -7,6 +7,7 @@ length; and its own decompression, which goes on for as long as the compressed s
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import zlib
@@ -24,7 +25,7 @@ from nad_attr.sites import GateSite
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._write import FORMAT_VERSION
 
-__all__ = ["Reader", "opened", "superblock"]
+__all__ = ["Reader", "Table", "opened", "superblock"]
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_BYTES = 2**33  # 8 GB: more than any real store, less than a hostile shape
@@ -33,8 +34,11 @@ _RATIO = 1032
 _SLACK = 4096
 #: Inflating in one go is the fastest way, as long as no stream can fill the memory.
 _AT_ONCE = 2**24 // _RATIO
-#: Tasks that are looked up one by one; for more, the sizes of all chunks are summed.
+#: Tasks whose chunks are counted one by one; for more, the sizes of all chunks are summed.
 _FEW = 16
+#: What version 1 was is read by :mod:`nad_attr.store._version1`.
+_OLDEST = 2
+_FILTERS = (h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
 _REQUIRED = object()
 
 
@@ -67,7 +71,15 @@ def opened(path: Path, *kinds: str) -> Iterator[Reader]:
 
 
 class Reader:
-    """Checked access to an open file of format 2."""
+    """Checked access to an open file of format 2 or later.
+
+    Attributes:
+        file: The file.
+        path: Where it is, for messages.
+        size: Its bytes.
+        version: Of its format.
+        kind: What it holds.
+    """
 
     def __init__(self, file: h5py.File, path: Path, *kinds: str) -> None:
         self.file, self.path = file, path
@@ -81,10 +93,11 @@ class Reader:
                 f"{path} has format version {version}; this nad_attr reads up to "
                 f"{FORMAT_VERSION}. Install a newer nad_attr."
             )
-        if version != FORMAT_VERSION:
+        if version < _OLDEST:
             raise GateStoreError(
                 f"{path} has format version {version}, which never was in a file of this kind."
             )
+        self.version = version
         self.kind: str = self.text(file, "kind")
         if self.kind not in kinds:
             wanted = " or ".join(map(repr, kinds))
@@ -149,9 +162,16 @@ class Reader:
     # -- members -------------------------------------------------------------------------------
 
     def is_hard(self, group: h5py.Group, name: str) -> bool:
-        """Whether a member is there itself, and no link to somewhere else."""
+        """Whether a member is there itself, and no link to somewhere else; so the groups above."""
+        links, path = group.id.links, name.encode()
+        end = path.find(b"/")
         try:
-            return bool(group.id.links.get_info(name.encode()).type == h5l.TYPE_HARD)
+            # From above: what is below a link is looked up wherever that leads.
+            while end >= 0:
+                if links.get_info(path[:end]).type != h5l.TYPE_HARD:
+                    return False
+                end = path.find(b"/", end + 1)
+            return bool(links.get_info(path).type == h5l.TYPE_HARD)
         except (KeyError, RuntimeError):
             return False
 
@@ -202,12 +222,17 @@ class Reader:
 
     def strings(self, group: h5py.Group, name: str, n: int | None = None) -> list[str]:
         """A list of texts."""
+        return [text.decode() for text in self.raw_strings(group, name, n)]
+
+    def raw_strings(self, group: h5py.Group, name: str, n: int | None = None) -> list[bytes]:
+        """A list of texts as they are in the file, UTF-8."""
         table = self._table(group, name, "S", None)
         if len(table.shape) != 1:
             raise GateStoreError(f"{self.path}: {table.name} is not a list of strings.")
         if n is not None and table.shape != (n,):
             raise GateStoreError(f"{self.path}: {table.name} has {table.shape[0]} texts for {n}.")
-        return [value.decode() for value in table.whole().tolist()]
+        texts: list[bytes] = table.whole().tolist()
+        return texts
 
     def table(
         self, group: h5py.Group, name: str, shape: tuple[int | None, int | None], axis: int = 0
@@ -252,20 +277,21 @@ class Reader:
             raise GateStoreError(
                 f"{self.path}: {table.name} claims bytes that stand in several places or nowhere."
             )
-        self.reserve(claimed, table.name)
+        self.reserve(claimed, table)
 
-    def reserve(self, claimed: int, what: str) -> None:
+    def reserve(self, claimed: int, what: str | Table) -> None:
         """Count what an operation allocates, wherever it comes from."""
         self._room -= claimed
         if self._room < 0:
+            name = what if isinstance(what, str) else what.name
             raise GateStoreError(
-                f"{self.path}: {what} claims more bytes than a file of {self.size:,} can hold."
+                f"{self.path}: {name} claims more bytes than a file of {self.size:,} can hold."
             )
 
     # -- what every kind of file has -----------------------------------------------------------
 
-    def sites(self) -> list[tuple[GateSite, h5py.Group]]:
-        """The gate sites in forward order, with their groups."""
+    def sites(self) -> list[GateSite]:
+        """The gate sites in forward order."""
         root = self.group(self.file, "site")
         n = root.id.get_num_objs()
         if not 0 < n <= max(100, self.size // 8):
@@ -275,8 +301,8 @@ class Reader:
             raise GateStoreError(f"{self.path}: /site lists {len(index)} gate sites of {n}.")
         sites = []
         for order in range(n):
-            group = self.group(root, str(order))
             if index is None:
+                group = self.group(root, str(order))
                 facts = (
                     self.text(group, "name"),
                     self.integer(group, "n_channels"),
@@ -288,18 +314,8 @@ class Reader:
                 if [type(fact) for fact in facts] != [str, int, int, int]:
                     raise GateStoreError(f"{self.path}: /site lists a gate site as {facts}.")
             name, n_channels, channel_dim, at_input = facts
-            sites.append((GateSite(name, n_channels, channel_dim, bool(at_input)), group))
+            sites.append(GateSite(name, n_channels, channel_dim, bool(at_input)))
         return sites
-
-    def means(
-        self, sites: Sequence[tuple[GateSite, h5py.Group]]
-    ) -> dict[str, npt.NDArray[Any]] | None:
-        """``{site name: float32 (C,)}``; None if the first site has none."""
-        if not self.has(sites[0][1], "mean"):
-            return None
-        return {
-            site.name: self.array(group, "mean", "f", (site.n_channels,)) for site, group in sites
-        }
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
@@ -320,6 +336,7 @@ class Table:
         self.reader, self.data = reader, data
         self._group, self._name = group, name
         self.axis = 0
+        self._room = bytearray()
         # The type first: h5py may not know it.
         self.dtype: np.dtype[Any] = data.dtype
         self.shape: tuple[int, ...] = data.shape
@@ -334,15 +351,13 @@ class Table:
         if layout == h5d.CHUNKED:
             chunks = tuple(plist.get_chunk())
             self.chunks = chunks
-            self.filters = tuple(plist.get_filter(i)[0] for i in range(plist.get_nfilters()))
-            unknown = set(self.filters) - {
-                h5z.FILTER_SHUFFLE,
-                h5z.FILTER_DEFLATE,
-                h5z.FILTER_FLETCHER32,
-            }
+            self.filters = tuple([plist.get_filter(i)[0] for i in range(plist.get_nfilters())])
+            unknown = [which for which in self.filters if which not in _FILTERS]
             if unknown:
                 self._refuse(f"has filters {sorted(unknown)}, which this program does not know")
-            if any(c > max(1, s) for c, s in zip(chunks, self.shape, strict=True)):
+            if chunks != self.shape and any(
+                c > max(1, s) for c, s in zip(chunks, self.shape, strict=True)
+            ):
                 self._refuse(f"claims chunks {chunks} in shape {self.shape}")
         self.standard = self.filters == (h5z.FILTER_DEFLATE,)
 
@@ -367,47 +382,80 @@ class Table:
     def raw_rows(self, *, sparse: bool = False) -> Iterator[bytes | None]:
         """The chunks of all tasks as they are, if :meth:`by_task`; None for what is not there."""
         for i in range(self.shape[self.axis]):
-            if sparse and not self.has_row(i):
+            raw = self._raw(i, sparse=sparse)
+            yield None if raw is None else bytes(raw)
+
+    def _raw(self, i: int, *, sparse: bool = False) -> memoryview | None:
+        """The chunk of a task, until the next one is read; None: it was never written."""
+        offset = (i, 0) if self.axis == 0 else (0, i)
+        if not self._room:
+            # Deflate makes nothing longer than this: a chunk that claims more is refused by h5py
+            # before anything is read.
+            n_bytes = 4 * self.shape[1 - self.axis]
+            self._room = bytearray(min(self.reader.size, n_bytes + n_bytes // 500 + 64))
+        try:
+            mask, content = self.data.read_direct_chunk(offset, out=self._room)
+        except ValueError as error:
+            self._refuse(f"claims too large a chunk: {error}")
+        except (RuntimeError, OSError):
+            # Asking first whether it is there would look through the list of all chunks.
+            if self.data.get_chunk_info_by_coord(offset).byte_offset is not None:
+                raise
+            if not sparse:
+                self._refuse(f"has no content for task number {i}")
+            return None
+        if mask:
+            self._refuse("has chunks without compression")
+        return memoryview(content)
+
+    def _contents(self, rows: Sequence[int], *, sparse: bool = False) -> Iterator[bytes | None]:
+        n_bytes = 4 * self.shape[1 - self.axis]
+        at_once = len(rows) > _FEW and not sparse
+        if at_once:
+            self.reader.charge(self.data.get_storage_size(), len(rows) * n_bytes, self)
+        for i in rows:
+            raw = self._raw(i, sparse=sparse)
+            if raw is None:
+                self.reader.reserve(n_bytes, self)
                 yield None
                 continue
-            mask, content = self.data.read_direct_chunk(self._offset(i))
-            if mask:
-                self._refuse("has chunks without compression")
-            yield content
+            if not at_once:
+                self.reader.charge(len(raw), n_bytes, self)
+            yield self._inflated(raw, n_bytes)
 
-    def _offset(self, i: int) -> tuple[int, int]:
-        return (i, 0) if self.axis == 0 else (0, i)
+    def rows(self, rows: Sequence[int], *, sparse: bool = False) -> npt.NDArray[np.float32]:
+        """The numbers of some tasks, float32 (rows, other axis).
 
-    def has_row(self, i: int) -> bool:
-        """Whether the chunk of a task was written, if :meth:`by_task`."""
-        info = self.data.get_chunk_info_by_coord(self._offset(i))
-        if info.byte_offset is not None and info.size > self.reader.size:
-            self._refuse(f"claims a chunk of {info.size:,} bytes")
-        return info.byte_offset is not None
-
-    def rows(self, rows: Sequence[int]) -> npt.NDArray[np.float32]:
-        """The numbers of some tasks, float32 (rows, other axis)."""
+        Args:
+            rows: The tasks' numbers.
+            sparse: NaN for tasks that were never written, which are refused otherwise.
+        """
         if not self.by_task():
             # Another program wrote it anew. Nothing is known but the whole.
             values = self.whole()
             return np.ascontiguousarray(np.take(values, rows, self.axis).swapaxes(0, self.axis))
         width = self.shape[1 - self.axis]
-        n_bytes = width * 4
-        if len(rows) > _FEW:
-            self.reader.charge(self.data.get_storage_size(), len(rows) * n_bytes, self)
-        content = []
-        for i in rows:
-            offset = self._offset(i)
-            info = self.data.get_chunk_info_by_coord(offset) if len(rows) <= _FEW else None
-            if info is not None:
-                if info.byte_offset is None:
-                    self._refuse(f"has no content for task number {i}")
-                self.reader.charge(info.size, n_bytes, self)
-            mask, raw = self.data.read_direct_chunk(offset)
-            if mask:
-                self._refuse("has chunks without compression")
-            content.append(self._inflated(raw, n_bytes))
+        content, none = [], b""
+        for row in self._contents(rows, sparse=sparse):
+            if row is None:
+                none = none or np.full(width, np.nan, self.dtype).tobytes()
+            content.append(none if row is None else row)
         return np.frombuffer(bytearray().join(content), self.dtype).reshape(len(rows), width)
+
+    def split(self, rows: Sequence[int], widths: Sequence[int]) -> list[npt.NDArray[np.float32]]:
+        """:meth:`rows`, cut into arrays of so many columns, each with memory of its own."""
+        ends = list(itertools.accumulate(widths))
+        if not self.by_task():
+            return [part.copy() for part in np.split(self.rows(rows), ends[:-1], axis=1)]
+        parts: list[npt.NDArray[np.float32]] = []
+        for i, content in enumerate(self._contents(rows)):
+            assert content is not None
+            row = np.frombuffer(content, self.dtype)
+            # Not before the first of them has shown that there is such a width.
+            parts = parts or [np.empty((len(rows), width), np.float32) for width in widths]
+            for part, end, width in zip(parts, ends, widths, strict=True):
+                part[i] = row[end - width : end]
+        return parts
 
     def _charge(self) -> None:
         stored = self.data.get_storage_size()
@@ -456,7 +504,7 @@ class Table:
             self._refuse(f"has a chunk of {len(content):,} bytes in place of {n_bytes:,}")
         return np.frombuffer(content, self.dtype).reshape(self.chunks)
 
-    def _inflated(self, content: bytes, n_bytes: int) -> bytes:
+    def _inflated(self, content: bytes | memoryview, n_bytes: int) -> bytes:
         if len(content) <= _AT_ONCE:
             found = zlib.decompress(content, zlib.MAX_WBITS, n_bytes)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from nad_attr.store._result_groups import (
     result_record,
     write_result_group,
 )
+from nad_attr.store._units import UNITS, Units, UnitTables, packed, unpacked
 from nad_attr.store._view import Arrays
 from nad_attr.store._write import check_target, write_file
 
-__all__ = ["read_result", "result_names", "write_result"]
+__all__ = ["read_result", "read_units", "result_names", "unit_names", "write_result", "write_units"]
 
 
 def write_result(
@@ -139,3 +140,66 @@ def result_names(path: str | PathLike[str]) -> list[str]:
                 return sorted(result_groups(reader))
     with GateStore.open(source) as store:
         return list(store.results)
+
+
+def write_units(
+    path: str | PathLike[str],
+    name: str,
+    tables: UnitTables,
+    concepts: Sequence[tuple[str, str]],
+    attributes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write tables of units into ``/units/<name>`` of a :class:`GateStore` or a file of results.
+
+    Args:
+        path: The file; made where there is none.
+        name: What they are called; one of the same name is replaced.
+        tables: ``{quantity: {site name: array}}``; the first axis is the site's units. Beside
+            gates, the sites have to be the store's.
+        concepts: Name and category of each concept.
+        attributes: Anything that JSON can hold, by name.
+
+    Raises:
+        GateStoreError: If the file is something else, or sites or shapes do not fit.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/units.h5"
+        ...     write_units(path, "mine", {"iou": {"conv1": [[0.5], [0.25]]}}, [("sky", "object")])
+        ...     unit_names(path), read_units(path, "mine")[1]
+        (['mine'], [('sky', 'object')])
+    """
+    target = check_target(path)
+    if target.exists() and _kind(target) == "task_gates":
+        with GateStore.open(target, "a") as store:
+            store.write_units(name, tables, concepts, attributes)
+        return
+    write_result(target, *packed(name, tables, concepts, attributes, None))
+
+
+def read_units(path: str | PathLike[str], name: str) -> Units:
+    """Read what :func:`write_units` wrote: tables, concepts and attributes.
+
+    Raises:
+        GateStoreError: If the file is missing, damaged, foreign or newer than this program, or
+            holds no such units.
+
+    Example:
+        See :func:`write_units`.
+    """
+    arrays, attributes = read_result(path, f"{UNITS}/{name}")
+    return unpacked(arrays, attributes, f"{path}, '/{UNITS}/{name}'")
+
+
+def unit_names(path: str | PathLike[str]) -> list[str]:
+    """Names of the tables of units in a file.
+
+    Raises:
+        GateStoreError: If the file is missing, damaged, foreign or newer than this program.
+
+    Example:
+        See :func:`write_units`.
+    """
+    start = f"{UNITS}/"
+    return [group[len(start) :] for group in result_names(path) if group.startswith(start)]

@@ -11,6 +11,7 @@ import torch
 
 from nad_attr.architecture import SubArchitecture, as_task
 from nad_attr.store._errors import GateStoreError, reading
+from nad_attr.store._layout import read_means
 from nad_attr.store._migrate import sub_architecture_of_version_1
 from nad_attr.store._read import opened, superblock
 from nad_attr.store._write import check_target, put_array, put_sites, put_strings, write_file
@@ -49,14 +50,15 @@ def read_sub_architecture(path: str | PathLike[str]) -> SubArchitecture:
             raise GateStoreError(f"{path} names {len(texts)} tasks for one sub-architecture.")
         task = json.loads(texts[0])
         sites = reader.sites()
-        means = reader.means(sites)
-        masks = {
-            site.name: torch.from_numpy(reader.array(group, "kept", "u", (site.n_channels,))) > 0
-            for site, group in sites
-        }
+        means = read_means(reader, sites)
+        root = reader.group(reader.file, "site")
+        masks = {}
+        for order, site in enumerate(sites):
+            kept = reader.array(root, f"{order}/kept", "u", (site.n_channels,))
+            masks[site.name] = torch.from_numpy(kept) > 0
         return SubArchitecture(
             masks,
-            [site for site, _ in sites],
+            sites,
             task=None if task is None else as_task(task),
             means=None if means is None else {n: torch.from_numpy(m) for n, m in means.items()},
         )

@@ -18,11 +18,13 @@ from nad_attr.gates import TaskGates
 from nad_attr.recipe import Recipe
 from nad_attr.sites import GateSite
 from nad_attr.store._compare import differences, some
-from nad_attr.store._content import Content, Row
+from nad_attr.store._content import Content
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._journal import journal_path, read_journal
 from nad_attr.store._migrate import content_of_version_1
 from nad_attr.store._read import Reader, hdf5, superblock
+from nad_attr.store._rows import Row
+from nad_attr.store._units import UNITS, Units, unpacked
 
 if TYPE_CHECKING:
     import xarray
@@ -183,6 +185,20 @@ class StoreView:
         self._check_open()
         record = self._content.result(group)
         return {**record.arrays, **record.header["texts"]}, dict(record.header["attributes"])
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """Names of the tables of units, see :meth:`GateStore.write_units`."""
+        start = f"{UNITS}/"
+        return tuple(name[len(start) :] for name in self.results if name.startswith(start))
+
+    def units(self, name: str) -> Units:
+        """Tables of units: ``{quantity: {site name: array}}``, concepts and attributes.
+
+        Raises:
+            GateStoreError: If there are none of this name, or they are something else.
+        """
+        return unpacked(*self.result(f"{UNITS}/{name}"), f"{self.path}, '/{UNITS}/{name}'")
 
     # -- comparing -----------------------------------------------------------------------------
 

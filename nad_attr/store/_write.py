@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,10 @@ __all__ = [
     "FORMAT_VERSION",
     "check_name",
     "check_target",
-    "encoded_rows",
+    "encoded",
     "put_array",
     "put_attribute",
+    "put_columns",
     "put_rows",
     "put_sites",
     "put_strings",
@@ -43,7 +44,7 @@ __all__ = [
     "write_file",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 #: Faster than the usual 4 and within a percent of its size on logits, which hardly compress. The
 #: shuffle filter would save 3 % more and double the time that reading takes.
 LEVEL = 1
@@ -209,10 +210,9 @@ def _put(group: h5py.Group, name: str, values: npt.NDArray[Any]) -> None:
     )
 
 
-def encoded_rows(values: npt.NDArray[np.float32]) -> Iterator[bytes]:
-    """Each row of a float32 (R, C) table as HDF5's deflate filter leaves it."""
-    for row in np.ascontiguousarray(values, dtype="<f4"):
-        yield zlib.compress(row.data, LEVEL)
+def encoded(row: npt.NDArray[np.float32]) -> bytes:
+    """A task's row of a float32 table as HDF5's deflate filter leaves it."""
+    return zlib.compress(np.ascontiguousarray(row, dtype="<f4").data, LEVEL)
 
 
 def put_rows(
@@ -224,7 +224,7 @@ def put_rows(
     axis: int = 0,
     fill: float | None = None,
 ) -> None:
-    """A float32 table with one chunk per task, from :func:`encoded_rows`; None is left out."""
+    """A float32 table with one chunk per task, from :func:`encoded`; None is left out."""
     if 0 in shape:
         group.create_dataset(name, shape, dtype="<f4")
         return
@@ -246,7 +246,7 @@ def put_rows(
 def put_sites(
     file: h5py.File, sites: Sequence[GateSite], means: Mapping[str, Any] | None
 ) -> list[h5py.Group]:
-    """The groups of gate sites with what does not depend on tasks."""
+    """The groups of gate sites, and the means: what does not depend on tasks."""
     groups = []
     for order, site in enumerate(sites):
         group = file.create_group(f"site/{order}")
@@ -255,10 +255,18 @@ def put_sites(
         put_attribute(group, "channel_dim", site.channel_dim)
         put_attribute(group, "at_input", int(site.at_input))
         put_attribute(group, "n_channels", site.n_channels)
-        if means is not None:
-            put_array(group, "mean", np.asarray(means[site.name], np.float32))
         groups.append(group)
     # The same once more in one place: reading the attributes of many groups takes its time.
     index = [[s.name, s.n_channels, s.channel_dim, int(s.at_input)] for s in sites]
     put_attribute(file["site"], "index", json.dumps(index))
+    if means is not None:
+        put_array(file, "mean", np.concatenate([np.asarray(means[s.name], "<f4") for s in sites]))
+        put_columns(file["mean"], sites)
     return groups
+
+
+def put_columns(data: h5py.Dataset, sites: Sequence[GateSite]) -> None:
+    """Say in an array of all sites' channels which of them are whose."""
+    ends = np.cumsum([site.n_channels for site in sites]).tolist()
+    columns = [[s.name, end - s.n_channels, end] for s, end in zip(sites, ends, strict=True)]
+    put_attribute(data, "columns", json.dumps(columns))
