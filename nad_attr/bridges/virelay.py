@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from nad_attr.architecture import SubArchitecture
 from nad_attr.bridges._embeddings import check_embeddings, check_n_clusters, clusters, embeddings
 from nad_attr.data import Data, Source, as_source
-from nad_attr.evaluation.mosaics import _only_images
+from nad_attr.evaluation.mosaics import only_images
 from nad_attr.gates import TaskGates
 from nad_attr.gating import channel_shape, recorded
 from nad_attr.pictures.heat_maps import (
@@ -210,7 +210,7 @@ def _n_outputs(job: _Job) -> int:
         ValueError: If labels or gates name a class that it has none for.
     """
     (inputs,) = job.runner.draw(job.source, [[int(job.index[0])]])
-    _only_images(inputs)
+    only_images(inputs)
     n = job.runner(inputs).shape[1]
     check_classes(job.source.labels, list(job.of_class), n)
     return n
@@ -226,7 +226,7 @@ def _write_dataset(job: _Job, path: Path) -> FloatArray:
         file["label"] = job.labels
         data = None
         for part, inputs in zip(parts, job.runner.draw(job.source, parts), strict=True):
-            pixels = as_pixels(_only_images(inputs), job.to_pixels).numpy()
+            pixels = as_pixels(only_images(inputs), job.to_pixels).numpy()
             if min(pixels.shape[2:]) < 3:
                 raise ValueError(
                     f"pictures of {pixels.shape[2]} x {pixels.shape[3]} are too small: ViRelAy "
@@ -259,7 +259,7 @@ def _write_attributions(job: _Job, path: Path, outputs: FloatArray) -> FloatArra
                 numbers[part.start : part.stop] for part in chunks(len(numbers), job.batch_size)
             ]
             for part, inputs in zip(parts, job.runner.draw(job.source, parts), strict=True):
-                x = _only_images(inputs)
+                x = only_images(inputs)
                 target = torch.full((len(part),), label, dtype=torch.int64)
                 found = run_method(job.runner, arch, job.method, x, target)
                 if found.shape[1] not in (1, 3):

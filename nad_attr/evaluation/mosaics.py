@@ -113,25 +113,54 @@ def _token_grid(n_tokens: int, aspect: float, prefix: int | None) -> tuple[int, 
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """How a site's tensor is laid out: height and width, and tokens in front of them."""
+class Grid:
+    """How the positions of a site's tensor are laid out.
+
+    Attributes:
+        height: Rows of positions.
+        width: Columns of positions.
+        n_prefix: Tokens in front of those of the image, where positions are a list of tokens. None:
+            height and width are axes of the tensor.
+
+    Example:
+        >>> Grid(2, 2, 1).maps(torch.arange(5.0)[None])  # the first is a class token
+        tensor([[[1., 2.],
+                 [3., 4.]]])
+    """
 
     height: int
     width: int
-    n_prefix: int | None  # None: height and width are axes
+    n_prefix: int | None
 
     def maps(self, values: Tensor) -> Tensor:
-        """Sums over channels (B, ...) as (B, H, W)."""
+        """Lay out sums over channels, (B, H, W) or (B, tokens), as maps (B, H, W)."""
         if self.n_prefix is None:
             return values
         maps: Tensor = values[:, self.n_prefix :].unflatten(1, (self.height, self.width))
         return maps
 
 
-def _grid_of(
+def grid_of(
     site: GateSite, shape: torch.Size, aspect: float, prefix: int | None
-) -> tuple[_Grid | None, str]:
-    """The layout of a site, or None and why it has none. ``shape`` is without the channels."""
+) -> tuple[Grid | None, str]:
+    """Find the layout of a site's positions.
+
+    Args:
+        site: The site; which one plays no part in the layout.
+        shape: Of its tensor, without the axis of channels: (B, ...).
+        aspect: Height of the image divided by its width, which a grid of tokens has as well.
+        prefix: Tokens in front of those of the image; None: none or one, as their number says.
+
+    Returns:
+        The layout and ``""``, or None and why it has none, to be put behind the site's name.
+
+    Example:
+        >>> site = GateSite("vit.block", 8, 2)
+        >>> grid_of(site, torch.Size([1, 17]), 1.0, None)
+        (Grid(height=4, width=4, n_prefix=1), '')
+        >>> grid_of(site, torch.Size([1, 11]), 1.0, None)
+        (None, "its 11 tokens are no grid of the image's shape")
+    """
     axes = shape[1:]
     if len(axes) == 0:
         return None, "a vector has no positions"
@@ -139,9 +168,9 @@ def _grid_of(
         found = _token_grid(axes[0], aspect, prefix)
         if found is None:
             return None, f"its {axes[0]} tokens are no grid of the image's shape"
-        grid = _Grid(found[1], found[2], found[0])
+        grid = Grid(found[1], found[2], found[0])
     elif len(axes) == 2:
-        grid = _Grid(axes[0], axes[1], None)
+        grid = Grid(axes[0], axes[1], None)
     else:
         return None, f"its positions have {len(axes)} axes, not two"
     if grid.height < 2 or grid.width < 2:
@@ -164,7 +193,7 @@ class _Maps(Rows):
     ) -> None:
         super().__init__(architectures, device)
         self.aspect, self.prefix, self.absolute, self.top = aspect, prefix, absolute, top
-        self.grids: dict[str, _Grid] = {}
+        self.grids: dict[str, Grid] = {}
         self.left_out: dict[str, str] = {}
         #: Quadrant shares of the latest pass, ``{site name: float64 (B, 4)}`` on the CPU.
         self.shares: dict[str, Tensor] = {}
@@ -176,7 +205,7 @@ class _Maps(Rows):
         dim, _ = channel_shape(site, tensor)
         shape = tensor.shape[:dim] + tensor.shape[dim + 1 :]
         if site.name not in self.grids and site.name not in self.left_out:
-            grid, reason = _grid_of(site, shape, self.aspect, self.prefix)
+            grid, reason = grid_of(site, shape, self.aspect, self.prefix)
             if grid is None:
                 self.left_out[site.name] = reason
             else:
@@ -208,10 +237,29 @@ class _Maps(Rows):
 # -- Running the network -----------------------------------------------------------------------
 
 
-def _choose(
+def choose(
     labels: Tensor, tasks: Sequence[Task], n: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tasks and images of each mosaic, (n, 4) each: a function of the seed and its number."""
+    """Choose tasks and images of each mosaic: a function of the seed and the mosaic's number.
+
+    Args:
+        labels: Class of each image, (N,).
+        tasks: Of which four make a mosaic; those without images are passed over.
+        n: Number of mosaics.
+        seed: Of the choice.
+
+    Returns:
+        Rows of ``tasks`` and numbers of images, int64 (n, 4) each: top left, top right, bottom
+        left, bottom right.
+
+    Raises:
+        ValueError: If tasks share a class, or fewer than four have images.
+
+    Example:
+        >>> rows, images = choose(torch.tensor([5, 6, 7, 8]), [5, 6, 7, 8], n=2, seed=0)
+        >>> rows.shape, bool((rows == images).all())  # image i is the only one of task i
+        ((2, 4), True)
+    """
     members = [task if isinstance(task, tuple) else (task,) for task in tasks]
     every = [m for group in members for m in group]
     if len(set(every)) < len(every):
@@ -233,18 +281,47 @@ def _choose(
     return chosen, images
 
 
-def _only_images(inputs: Inputs) -> Tensor:
+def only_images(inputs: Inputs) -> Tensor:
+    """Take a batch that is made of images and nothing else.
+
+    Args:
+        inputs: All inputs of the network.
+
+    Returns:
+        The one input, (B, C, H, W).
+
+    Raises:
+        ValueError: If there are several inputs, or one that holds no images; names their shapes.
+
+    Example:
+        >>> only_images((torch.zeros(2, 3, 8, 8),)).shape
+        torch.Size([2, 3, 8, 8])
+    """
     if len(inputs) != 1 or inputs[0].ndim != 4 or not inputs[0].is_floating_point():
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
         raise ValueError(
-            "mosaics are made of images, one floating-point input (images, channels, height, "
-            f"width); got {shapes}."
+            "images are needed, one floating-point input (images, channels, height, width); got "
+            f"{shapes}."
         )
     return inputs[0]
 
 
-def _assemble(images: Tensor, resize: bool) -> Tensor:
-    """Mosaics (B, C, H, W) of 4 B images (C, H, W), or twice as high and wide without resizing."""
+def assemble(images: Tensor, resize: bool) -> Tensor:
+    """Put each four images together in a 2x2 grid.
+
+    Args:
+        images: (4 B, C, H, W); four in a row are one mosaic: top left, top right, bottom left,
+            bottom right.
+        resize: Make mosaics as large as an image, by antialiased bilinear interpolation.
+
+    Returns:
+        (B, C, H, W), or (B, C, 2 H, 2 W) without resizing.
+
+    Example:
+        >>> assemble(torch.arange(4.0).reshape(4, 1, 1, 1), resize=False)
+        tensor([[[[0., 1.],
+                  [2., 3.]]]])
+    """
     tiles = images.unflatten(0, (-1, 4))
     top = torch.cat([tiles[:, 0], tiles[:, 1]], dim=-1)
     bottom = torch.cat([tiles[:, 2], tiles[:, 3]], dim=-1)
@@ -341,13 +418,13 @@ def mosaics(
         additional_forward_args=additional_forward_args,
     )
     source = as_source(data)
-    chosen, images = _choose(source.labels, given.tasks, n, seed)
+    chosen, images = choose(source.labels, given.tasks, n, seed)
     # A row like the others, all of whose gates are open; which task it says plays no part.
     whole = SubArchitecture(
         SubArchitecture.full(given.sites).masks, given.sites, task=given.tasks[0]
     )
     (one,) = runner.draw(source, [[int(images[0, 0])]])
-    height, width = _only_images(one).shape[-2:]
+    height, width = only_images(one).shape[-2:]
     maps = _Maps(
         [*given.architectures, whole],
         runner.device,
@@ -399,7 +476,7 @@ def _run(
     bar = tqdm(total=n, unit="mosaic", desc="mosaics", disable=not show_progress)
     with bar, torch.no_grad(), installed(runner.model, maps.sites, maps):
         for chosen, inputs in zip(some, runner.draw(source, numbers), strict=True):
-            whole = _assemble(_only_images(inputs), resize)
+            whole = assemble(only_images(inputs), resize)
             for pairs in chunks(len(chosen) * n_rows, batch_size):
                 pair = torch.arange(pairs[0], pairs[-1] + 1)
                 mosaic, row = pair // n_rows, pair % n_rows

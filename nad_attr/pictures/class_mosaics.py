@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data, as_source
-from nad_attr.evaluation.mosaics import _assemble, _choose, _only_images
+from nad_attr.evaluation.mosaics import assemble, choose, only_images
 from nad_attr.evaluation.resampling import check_count
 from nad_attr.evaluation.rows import named_architectures
 from nad_attr.gates import TaskGates
@@ -202,13 +202,13 @@ def class_mosaics(
         additional_forward_args=additional_forward_args,
     )
     source = as_source(data)
-    chosen, numbers = _choose(source.labels, given.tasks, n, seed)
+    chosen, numbers = choose(source.labels, given.tasks, n, seed)
     masks = given.masks
     kept: list[Tensor] = []
     maps: dict[str, list[Tensor]] = {}
     left_out: dict[str, str] = {}
     for rows, inputs in zip(chosen, runner.draw(source, numbers.tolist()), strict=True):
-        mosaic = _assemble(_only_images(inputs), resize)
+        mosaic = assemble(only_images(inputs), resize)
         kept.append(mosaic.detach().cpu())
         of_mosaic: dict[str, list[Tensor]] = {}
         for row in rows.tolist():

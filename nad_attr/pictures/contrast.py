@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import check_finite
-from nad_attr.evaluation.mosaics import _only_images
+from nad_attr.evaluation.mosaics import only_images
 from nad_attr.gates import TaskGates
 from nad_attr.pictures.evidence import Measure, check_measure, evidence_maps
 from nad_attr.pictures.pixels import ToPixels
@@ -240,7 +240,7 @@ def contrast_maps(
     check_measure(measure)
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor, not {type(images).__name__}.")
-    _only_images(check_finite((images,)))
+    only_images(check_finite((images,)))
     if len(images) == 0:
         raise ValueError("there is no image to map.")
     runner = Runner(

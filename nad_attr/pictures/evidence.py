@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nad_attr.architecture import SubArchitecture, Task
-from nad_attr.evaluation.mosaics import _Grid, _grid_of
+from nad_attr.evaluation.mosaics import Grid, grid_of
 from nad_attr.gating import channel_shape, frozen, installed, multiply
 from nad_attr.objective import task_outputs
 from nad_attr.running import Runner
@@ -74,9 +74,9 @@ def _gradients(runner: Runner) -> Iterator[None]:
 
 def _grid(
     site: GateSite, tensor: Tensor, aspect: float, prefix: int | None
-) -> tuple[_Grid | None, str]:
+) -> tuple[Grid | None, str]:
     dim, _ = channel_shape(site, tensor)
-    return _grid_of(site, tensor.shape[:dim] + tensor.shape[dim + 1 :], aspect, prefix)
+    return grid_of(site, tensor.shape[:dim] + tensor.shape[dim + 1 :], aspect, prefix)
 
 
 def evidence_maps(

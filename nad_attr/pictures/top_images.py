@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data, as_source
-from nad_attr.evaluation.mosaics import _Grid, _grid_of, _only_images
+from nad_attr.evaluation.mosaics import Grid, grid_of, only_images
 from nad_attr.evaluation.resampling import check_count
 from nad_attr.gating import as_tensor, channel_shape, check_mapping, recorded
 from nad_attr.pictures.pixels import ToPixels
@@ -178,7 +178,7 @@ class TopImages:
         )
         numbers = [i for i in self.images[site][row].tolist() if i >= 0]
         (inputs,) = runner.draw(as_source(data), [numbers])
-        images = _only_images(inputs)
+        images = only_images(inputs)
         (at,) = [s for s in self.architecture.sites if s.name == site]
         with torch.no_grad(), ExitStack() as stack:
             stack.enter_context(_network(runner, self.architecture, self.inside))
@@ -195,11 +195,11 @@ def _network(runner: Runner, arch: SubArchitecture, inside: bool) -> AbstractCon
 
 def _by_channel(
     site: GateSite, tensor: Tensor, aspect: float
-) -> tuple[Tensor, _Grid | None, tuple[int, ...]]:
+) -> tuple[Tensor, Grid | None, tuple[int, ...]]:
     """A site's tensor with the channels last, its grid and the shape of its positions."""
     dim, _ = channel_shape(site, tensor)
     shape = tensor.shape[:dim] + tensor.shape[dim + 1 :]
-    grid, _ = _grid_of(site, shape, aspect, None)
+    grid, _ = grid_of(site, shape, aspect, None)
     return tensor.movedim(dim, -1), grid, tuple(shape[1:])
 
 
@@ -393,7 +393,7 @@ def top_images(
         activations = stack.enter_context(recorded(runner.model, at))
         shown = _passes(n, batch_size, show_progress)
         for part, inputs in zip(shown, runner.draw(source, parts), strict=True):
-            images = _only_images(inputs)
+            images = only_images(inputs)
             runner(inputs)
             numbers = torch.tensor(part)
             for name, keeper in best.items():
