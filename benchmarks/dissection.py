@@ -157,30 +157,34 @@ def bare_pass(model: nn.Module, data: InMemory, batch_size: int) -> tuple[float,
 def cost(
     model: nn.Module, sites: Sequence[GateSite], data: InMemory, batch_size: int
 ) -> tuple[UnitConcepts, dict[str, Any]]:
-    """A dissection, and its time over that of bare forward passes just before and after."""
+    """A dissection, and its time over that of bare forward passes before, between and after."""
     bare_pass(model, InMemoryPart(data, batch_size), batch_size)  # warm up
-    before = bare_pass(model, data, batch_size)
     result: dict[str, Any] = {"n_images": len(data), "batch_size": batch_size}
-    units = None
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+    memory = {"before": peak()}
+    half = dissect(model, sites, InMemoryPart(data, max(1, len(data) // 2)), batch_size=batch_size)
+    memory["half of the images"] = peak()
+    units = half
+    bare = [bare_pass(model, data, batch_size)]
     for name, scratch in (("with scratch file", None), ("two passes", 0)):
         wall, cpu = time.perf_counter(), time.process_time()
         units = dissect(model, sites, data, batch_size=batch_size, scratch_bytes=scratch)
         result[name] = [time.perf_counter() - wall, time.process_time() - cpu]
-    after = bare_pass(model, data, batch_size)
-    assert units is not None
-    bare = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
-    result["bare pass, before and after"] = [before, after]
+        memory[f"all, {name}"] = peak()
+        bare.append(bare_pass(model, data, batch_size))
+    result["bare passes between them"] = bare
+    middle = [sorted(times)[1] for times in zip(*bare, strict=True)]
     for name in ("with scratch file", "two passes"):
-        ratios = [a / b for a, b in zip(result[name], bare, strict=True)]
+        ratios = [a / b for a, b in zip(result[name], middle, strict=True)]
         result[f"{name} / bare pass (wall, cpu)"] = [round(ratio, 2) for ratio in ratios]
-    half = dissect(model, sites, InMemoryPart(data, max(1, len(data) // 2)), batch_size=batch_size)
     result["state bytes, half and all of the images"] = [
         half.info["state_bytes"],
         units.info["state_bytes"],
     ]
-    result["peak memory of the process (MB)"] = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    )
+    result["peak memory of the process so far (MB)"] = memory
     return units, result
 
 
@@ -288,6 +292,7 @@ def detectors_figure(units: UnitConcepts, path: Path, title: str) -> None:
             share.append(float((units.detectors(site) & (kinds == category)).mean()))
         axes.bar(range(len(units)), share, bottom=bottom, label=category)
         bottom += np.array(share)
+    axes.set_ylim(0, 1.05 * max(0.01, float(bottom.max())))
     axes.set_xticks(range(len(units)), units.sites, rotation=90, fontsize=6)
     axes.set_ylabel("share of units that are detectors")
     axes.set_title(title, fontsize=9)
@@ -320,6 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--images", type=int, help="photos of CamVid (default: all 367)")
     parser.add_argument("--size", type=float, default=0.2, help="share of channels kept")
+    parser.add_argument("--steps", type=int, help="steps of the recipe (default: 60 and 100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few images, steps and classes")
     args = parser.parse_args(argv)
@@ -351,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
             tasks,
             size=args.size,
             n_crops=4 if quick else 16,
-            steps=4 if quick else 60,
+            steps=args.steps or (4 if quick else 60),
             seed=args.seed,
         )
         statistics(gates, units, out, 49 if quick else 999)
@@ -379,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
             resnet,
             (train_x[::step], train_y[::step]),
             [0, 1] if quick else range(10),
-            Recipe(size=args.size, steps=4 if quick else 100),
+            Recipe(size=args.size, steps=args.steps or (4 if quick else 100)),
             sites=list(sites),
             seed=args.seed,
         )

@@ -16,7 +16,13 @@ from nad_attr import GateSite, TaskGates, find_gate_sites
 from nad_attr.comparison import Concept, UnitConcepts, dissect, draw_unit, unit_masks
 from nad_attr.comparison.concept_maps import label_maps
 from nad_attr.comparison.dissection import _Dissection
-from nad_attr.comparison.overlap import active_pixels, cells, count_active, grid
+from nad_attr.comparison.overlap import (
+    active_pixels,
+    count_active,
+    grid,
+    running_sums,
+    touched,
+)
 from nad_attr.gating import recorded
 from nad_attr.running import Runner
 from nad_attr.store import GateStore, GateStoreError, read_result, result_names, write_result
@@ -159,8 +165,10 @@ def test_pixels_are_those_of_interpolate(shape: tuple[int, int], size: tuple[int
     active = up > limits[:, None, None]
     for i, each in enumerate(put):
         n = len(each.concepts)
-        by_cell = cells(each.combination[None], n, layout)
-        counts = count_active(x[i : i + 1], limits, by_cell, n, layout)
+        found = touched(x[i : i + 1], limits)
+        assert found is not None
+        sums = running_sums(each.combination[None], torch.eye(n))
+        counts = count_active(found, limits, sums, layout)
         for k, u in itertools.product(range(n), range(6)):
             assert int(counts[u, k]) == int((active[i, u] & (each.combination == k)).sum())
         for u in range(6):
@@ -196,6 +204,34 @@ def test_batches_scratch_and_memory_order_change_nothing() -> None:
             np.testing.assert_allclose(other.thresholds[name], first.thresholds[name], rtol=1e-12)
             assert np.array_equal(other.iou[name], first.iou[name])
             assert np.array_equal(other.top_images[name], first.top_images[name])
+
+
+def test_parts_of_activations_and_of_batches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, maps = build(TinyResNet), images(40), labels(40)
+    # Labels of two sizes, so that a batch is counted in parts.
+    other = [each[:, ::2, ::2].contiguous() for each in maps[::2]]
+    mixed = [(x[i], other[i // 2] if i % 2 == 0 else maps[i]) for i in range(40)]
+    sites = find_gate_sites(model, x[:1])
+    for data in (list(zip(x, maps, strict=True)), mixed):
+
+        def units(data: Any = data, **how: Any) -> UnitConcepts:
+            return dissect(model, sites, data, 0.004, CONCEPTS, batch_size=5, **how)
+
+        whole = units(scratch_bytes=0)
+        read = []
+
+        def kept(*given: Any, read: list[int] = read, original: Any = _Dissection._kept) -> Any:
+            read.append(1)
+            return original(*given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(_Dissection, "_kept", kept)
+            patched.setattr("nad_attr.comparison.shown._SUMS_BYTES", 1)  # image by image
+            patched.setattr("nad_attr.comparison.overlap._CHUNK", 64)
+            again = units(scratch_bytes=2**24)
+        assert read  # some were written down in part
+        assert again == whole
+        assert any(np.nanmax(iou) > 0 for iou in whole.iou.values())
 
 
 class Counting(nn.Module):

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from nad_attr.comparison.checkpoint import Checkpoint
 from nad_attr.comparison.concept_maps import LabelMaps, as_concepts, label_maps, label_parts
 from nad_attr.comparison.labelled_images import Batch, LabelledImages
-from nad_attr.comparison.overlap import count_active, grid
+from nad_attr.comparison.overlap import Touched, count_active, grid, touched
 from nad_attr.comparison.scratch import Scratch
 from nad_attr.comparison.shown import Shown
 from nad_attr.comparison.thresholds import ExactTail, Tail, TailSketch, not_above
@@ -38,6 +38,9 @@ __all__ = ["dissect", "site_maps"]
 _EXACT_BYTES = 2**33
 #: Bytes of activations in a temporary file, where nothing is said.
 _SCRATCH_BYTES = 2**32
+#: Activations are written down in part once so many times the tail's values were seen, if it saves
+#: this share of their bytes.
+_FIRST_SPARSE, _WORTHWHILE = 8, 0.5
 
 
 def dissect(
@@ -76,8 +79,9 @@ def dissect(
 
     The images are gone through twice, for the thresholds and for the overlaps, all sites together.
     What is held in memory is counts, which do not grow with the number of images (unless
-    ``exact``). On a CPU, activations are kept in a temporary file in between, up to
-    ``scratch_bytes``, and the network runs once over those images; results are the same.
+    ``exact``). On a CPU, activations that may lie above a threshold are kept in a temporary file in
+    between, up to ``scratch_bytes``, and the network runs once over those images; results are the
+    same.
 
     Thresholds come from a :class:`~nad_attr.comparison.thresholds.TailSketch`, at most one bin
     above the exact one, where a bin is less than 2 / (n_bins - 2) of the range of the unit's
@@ -423,7 +427,7 @@ class _Dissection:
                 ) from None
             self._remember(site.name, highest, batch.numbers)
             if scratch is not None:
-                scratch.put(maps.cpu().numpy())
+                self._keep(site.name, maps, scratch)
 
         def after(batch: Batch) -> None:
             if scratch is not None:
@@ -438,6 +442,25 @@ class _Dissection:
         self.limits = {
             name: not_above(value, self.dtypes[name]) for name, value in self.thresholds.items()
         }
+
+    def _keep(self, name: str, maps: Tensor, scratch: Scratch) -> None:
+        """Write a site's activations down; only those that may matter, where these are few."""
+        tail = self.tails[name]
+        if tail.n_seen >= _FIRST_SPARSE * tail.rank:
+            n_bytes = 8 + 4 * maps.element_size()
+            most = int(_WORTHWHILE * maps.numel() * maps.element_size() / n_bytes)
+            found = touched(maps, not_above(tail.cut, maps.dtype), most)
+            if found is not None:
+                scratch.put(found.cell.to(torch.int32).cpu().numpy())
+                scratch.put(found.unit.to(torch.int32).cpu().numpy())
+                scratch.put(found.corners.cpu().numpy())
+                return
+        scratch.put(maps.cpu().numpy())
+
+    def _kept(self, name: str, parts: list[Tensor]) -> Touched:
+        """What :meth:`_keep` wrote down, less what turned out to be below the threshold."""
+        cell, unit, corners = (parts.pop(0).to(self.runner.device) for _ in range(3))
+        return Touched(cell.long(), unit.long(), corners).above(self.limits[name])
 
     def _remember(self, name: str, highest: Tensor, numbers: Sequence[int]) -> None:
         value, number = self.top[name]
@@ -461,7 +484,9 @@ class _Dissection:
             now[:] = [self._show(self._labels(batch.labels, batch))]
 
         def each(site: GateSite, maps: Tensor, batch: Batch) -> None:
-            self._count(site.name, maps, now[0])
+            found = touched(maps, self.limits[site.name])
+            assert found is not None
+            self._count(site.name, found, now[0])
 
         def after(batch: Batch) -> None:
             self.shown += now[0].n_pixels
@@ -478,8 +503,11 @@ class _Dissection:
                 numbers = [self.images.numbers[place] for place in places]
                 batch = Batch(numbers, (), labels, (height, width))
                 before(batch)
-                for site, maps in zip(self.order, rest, strict=True):
-                    each(site, maps.to(self.runner.device), batch)
+                for site in self.order:
+                    if rest[0].ndim == 4:
+                        each(site, rest.pop(0).to(self.runner.device), batch)
+                    else:
+                        self._count(site.name, self._kept(site.name, rest), now[0])
                 after(batch)
         self._pass(self.done[1], before, each, after)
 
@@ -492,17 +520,19 @@ class _Dissection:
             device=self.runner.device,
         )
 
-    def _count(self, name: str, maps: Tensor, shown: Shown) -> None:
+    def _count(self, name: str, found: Touched, shown: Shown) -> None:
+        height, width = self.shapes[name]
+        limit = self.limits[name]
         for part in shown.parts:
-            chosen = maps if len(part.images) == len(maps) else maps[part.images]
-            layout = grid(self.shapes[name], part.size, maps.dtype, maps.device)
-            counts = count_active(
-                chosen, self.limits[name], part.by_cell(layout), len(part.concepts), layout
-            )
+            own = found
+            if len(shown.parts) > 1:
+                own = found.of_images(part.place, (height + 1) * (width + 1))
+            layout = grid((height, width), part.size, limit.dtype, limit.device)
             # Sums of less than 2^53 pixels: exact.
-            numbers = counts.double()
-            self.both[name][:, part.present] += (numbers @ part.concepts).long()
-            self.active[name] += (numbers @ part.categories).long()
+            counts = count_active(own, limit, part.sums, layout).long()
+            n_present = len(part.present)
+            self.both[name][:, part.present] += counts[:, :n_present]
+            self.active[name] += counts[:, n_present:]
 
     # -- checkpoint and result -------------------------------------------------------------------
 

@@ -4,20 +4,38 @@ A unit's activations are upsampled to the labels' resolution bilinearly (``align
 as :func:`torch.nn.functional.interpolate` does it), and a pixel is counted where the result is
 above the unit's threshold. Between four neighbouring activations the result cannot exceed the
 highest of them: only *cells* with a corner above the threshold, about one in fifty, are looked at.
+Along a row of pixels of a cell the result rises or falls throughout, so that the active ones are
+its first or its last: what they show is the difference of two running sums over the image's row.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-__all__ = ["Grid", "active_pixels", "cells", "count_active", "grid"]
+__all__ = [
+    "Grid",
+    "Touched",
+    "above",
+    "active_pixels",
+    "count_active",
+    "divided",
+    "grid",
+    "running_sums",
+    "touched",
+    "where",
+]
 
 #: Rows of pixels that are looked at together: few enough for a processor's cache.
-_CHUNK = 2**15
+_CHUNK = 2**16
+#: Whole numbers up to this are exact in float32.
+_EXACT = 2**24
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,8 @@ class Grid:
         size: (H, W).
         rows: int64 (h + 1, P), the pixel rows of each row of cells, H where there is none.
         columns: int64 (w + 1, Q), the same for columns, W where there is none.
-        down: float (h + 1, P), how far from the upper to the lower corner a pixel lies, in [0, 1).
+        down: float (h + 1, P), how far from the upper to the lower corner a pixel lies, in [0, 1);
+            NaN, of which nothing is above a threshold, where there is none.
         right: float (w + 1, Q), the same from left to right.
     """
 
@@ -55,9 +74,9 @@ def grid(
         >>> found.columns, found.right
         (tensor([[0, 4],
                 [1, 2],
-                [3, 4]]), tensor([[0.7500, 0.0000],
+                [3, 4]]), tensor([[0.7500,    nan],
                 [0.2500, 0.7500],
-                [0.2500, 0.0000]]))
+                [0.2500,    nan]]))
     """
     rows, down = _axis(shape[0], size[0])
     columns, right = _axis(shape[1], size[1])
@@ -72,107 +91,234 @@ def grid(
 
 
 def _axis(n: int, n_pixels: int) -> tuple[Tensor, Tensor]:
-    where = (torch.arange(n_pixels, dtype=torch.float64) + 0.5) * n / n_pixels - 0.5
-    cell = where.floor()
+    middle = (torch.arange(n_pixels, dtype=torch.float64) + 0.5) * n / n_pixels - 0.5
+    cell = middle.floor()
     number = cell.long() + 1  # the first cell begins half a pixel before the map
     counts = torch.bincount(number, minlength=n + 1)
     place = torch.arange(n_pixels) - (counts.cumsum(0) - counts)[number]
     index = torch.full((n + 1, int(counts.max())), n_pixels)
     index[number, place] = torch.arange(n_pixels)
-    weight = torch.zeros(index.shape, dtype=torch.float64)
-    weight[number, place] = where - cell
+    weight = torch.full(index.shape, torch.nan, dtype=torch.float64)
+    weight[number, place] = middle - cell
     return index, weight
 
 
-def cells(combination: Tensor, n_combinations: int, grid: Grid) -> Tensor:
-    """Combinations of labels of images (B, H, W) by cell: (B * cells, P * Q).
-
-    Where no pixel is, ``n_combinations`` stands.
-    """
-    n, height, width = combination.shape
-    framed = combination.new_full((n, height + 1, width + 1), n_combinations)
-    framed[:, :height, :width] = combination
-    chosen = framed[:, grid.rows[:, None, :, None], grid.columns[None, :, None, :]]
-    return chosen.flatten(3).flatten(0, 2)
-
-
-def count_active(
-    activations: Tensor, thresholds: Tensor, by_cell: Tensor, n_combinations: int, grid: Grid
-) -> Tensor:
-    """How many pixels of each combination of labels each unit is active in.
+def running_sums(combination: Tensor, shows: Tensor) -> Tensor:
+    """What the pixels of each row show, from the left edge up to each pixel.
 
     Args:
-        activations: (B, h, w, C), of some images.
+        combination: int64 (B, H, W), the combination of labels of each pixel.
+        shows: (combinations, K), what each combination counts for.
+
+    Returns:
+        Float (W + 1, B * H, K): at [x, y] the sum over the first x pixels of row y.
+
+    Example:
+        >>> running_sums(torch.tensor([[[0, 1, 1]]]), torch.eye(2)).tolist()
+        [[[0.0, 0.0]], [[1.0, 0.0]], [[1.0, 1.0]], [[1.0, 2.0]]]
+    """
+    n, height, width = combination.shape
+    # All that count_active adds up in one go is at most this many pixels.
+    dtype = torch.float32 if height * (width + 1) < _EXACT else torch.float64
+    by_column = combination.permute(2, 0, 1).reshape(width, -1)
+    shows = shows.to(dtype)
+    sums = shows.new_zeros(width + 1, n * height, shows.shape[1])
+    for x in range(width):
+        torch.add(sums[x], shows.index_select(0, by_column[x]), out=sums[x + 1])
+    return sums
+
+
+@dataclass(frozen=True)
+class Touched:
+    """Cells with a corner above a threshold.
+
+    Attributes:
+        cell: (n,), which cell of all images, image by image and row by row.
+        unit: (n,), of which unit.
+        corners: (4, n), the unit's activations at the upper left, upper right, lower left and
+            lower right.
+    """
+
+    cell: Tensor
+    unit: Tensor
+    corners: Tensor
+
+    def of_images(self, place: Tensor, n_cells: int) -> Touched:
+        """Those of some images.
+
+        Args:
+            place: int64 (B,), which number each image gets, -1 for those to leave out.
+            n_cells: Cells of an image.
+        """
+        image = divided(self.cell, n_cells)
+        new = place[image]
+        chosen = where(new >= 0)
+        cell = (self.cell + (new - image) * n_cells)[chosen]
+        return Touched(cell, self.unit[chosen], self.corners[:, chosen])
+
+    def above(self, thresholds: Tensor) -> Touched:
+        """Those with a corner above a higher threshold."""
+        limit = thresholds.index_select(0, self.unit)
+        chosen = where(self.corners.amax(0) > limit)
+        return Touched(
+            self.cell.index_select(0, chosen),
+            self.unit.index_select(0, chosen),
+            self.corners.index_select(1, chosen),
+        )
+
+
+def touched(activations: Tensor, thresholds: Tensor, most: int | None = None) -> Touched | None:
+    """Cells of all images with a corner above the threshold.
+
+    Args:
+        activations: (B, h, w, C), contiguous.
         thresholds: (C,), of the same type.
-        by_cell: (B * cells, P * Q), the images' combinations by :func:`cells`.
-        n_combinations: How many there are; this number stands where no pixel is.
+        most: None is returned if there are more than so many.
+
+    Example:
+        >>> found = touched(torch.tensor([0.0, 1.0]).reshape(1, 1, 2, 1), torch.tensor([0.5]))
+        >>> found.cell, found.corners[:2]  # 2 x 3 cells, of which 4 have the second as a corner
+        (tensor([1, 2, 4, 5]), tensor([[0., 1., 0., 1.],
+                [1., 1., 1., 1.]]))
+    """
+    n, height, width, n_units = activations.shape
+    over = above(activations, thresholds)
+    framed = over.new_zeros(n, height + 1, width + 1, n_units)
+    for top in (0, 1):
+        for left in (0, 1):
+            framed[:, top : top + height, left : left + width] |= over
+    found = where(framed.view(-1))
+    if most is not None and len(found) > most:
+        return None
+    cell = divided(found, n_units)
+    unit = found - cell * n_units
+    flat, places = activations.reshape(-1), _corners(n, height, width, activations.device)
+    corners = activations.new_empty(4, len(cell))
+    for i in range(4):
+        place = places[i].index_select(0, cell).mul_(n_units).add_(unit)
+        torch.index_select(flat, 0, place, out=corners[i])
+    return Touched(cell, unit, corners)
+
+
+@lru_cache(maxsize=32)
+def _corners(n: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Positions at the corners of each cell of n images, int64 (4, cells)."""
+    row, column = torch.arange(height + 1), torch.arange(width + 1)
+    image = torch.arange(n)[:, None, None] * (height * width)
+    found = [
+        (image + y[:, None] * width + x).flatten()
+        for y in ((row - 1).clamp(min=0), row.clamp(max=height - 1))
+        for x in ((column - 1).clamp(min=0), column.clamp(max=width - 1))
+    ]
+    return torch.stack(found).to(device)
+
+
+def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -> Tensor:
+    """What the pixels show in which each unit is active.
+
+    Args:
+        found: Cells with a corner above the threshold, and others.
+        thresholds: (C,), of the activations' type.
+        sums: (W + 1, B * H, K), by :func:`running_sums`.
         grid: Of the activations under the labels.
 
     Returns:
-        int64 (C, n_combinations).
+        float64 (C, K), whole numbers: sums over the active pixels.
     """
-    n_units, n_codes = activations.shape[3], n_combinations + 1
-    cell, unit = _touched(activations > thresholds)
-    found: list[Tensor] = []
-    codes, (n_rows, n_columns) = by_cell.flatten(), (grid.rows.shape[1], grid.columns.shape[1])
-    step = max(1, _CHUNK // n_rows)
-    for start in range(0, len(unit), step):
-        where, of = cell[start : start + step], unit[start : start + step]
-        limit = thresholds[of]
-        left, right, column = _vertical(activations, where, of, grid)
-        # A row of pixels between two corners is active nowhere if it is not at an end.
-        line = torch.nonzero((torch.maximum(left, right) > limit[:, None]).view(-1)).view(-1)
-        entry = line // n_rows
-        left, right = left.view(-1).index_select(0, line), right.view(-1).index_select(0, line)
-        across = grid.right.index_select(0, column.index_select(0, entry))
-        values = torch.addcmul(left[:, None], across, (right - left)[:, None])
-        pixel = torch.nonzero((values > limit.index_select(0, entry)[:, None]).view(-1)).view(-1)
-        chosen = pixel // n_columns
-        # Where the row's pixels begin in by_cell, less where they begin among these rows.
-        shift = (where * n_rows).index_select(0, entry).add_(line - entry * n_rows)
-        shift = shift.sub_(torch.arange(len(entry), device=entry.device)).mul_(n_columns)
-        # Which combination each active pixel has; those beyond the edge have a number of their own.
-        code = codes.index_select(0, pixel.add_(shift.index_select(0, chosen)))
-        start_of = (of * n_codes).index_select(0, entry).index_select(0, chosen)
-        found.append(start_of.add_(code))
-    every = torch.cat(found) if found else unit.new_zeros(0)
-    counts = torch.bincount(every, minlength=n_units * n_codes)
-    return counts.reshape(n_units, n_codes)[:, :n_combinations]
+    n_units, (_, n_rows, n_shown) = len(thresholds), sums.shape
+    (height, width), p = grid.size, grid.rows.shape[1]
+    total = torch.zeros(n_units, n_shown, dtype=torch.float64, device=sums.device)
+    # One after the other, units are bags of rows of pixels.
+    order = found.unit.to(torch.int32).sort(stable=True).indices
+    unit, cell = found.unit.index_select(0, order), found.cell.index_select(0, order)
+    a, b, c, d = (corner.index_select(0, order)[:, None] for corner in found.corners)
+    limits = thresholds.index_select(0, unit)
+    line = divided(cell, grid.shape[1] + 1)
+    column = cell - line * (grid.shape[1] + 1)
+    image = divided(line, grid.shape[0] + 1)
+    row = line - image * (grid.shape[0] + 1)
+    pixels = (grid.columns < width).sum(1)
+    begin, table = grid.columns[:, 0], sums.view(-1, n_shown)
+    step = max(1, min(_CHUNK, _EXACT // (width + 1)) // p)
+    signs = table.new_tensor([1.0, -1.0]).repeat(step * p)
+    for start in range(0, len(cell), step):
+        part = slice(start, start + step)
+        left, right = _vertical(a[part], b[part], c[part], d[part], grid.down[row[part]])
+        limit = limits[part]
+        # A row of pixels between two ends is active nowhere if it is not at an end.
+        bar = where((torch.maximum(left, right) > limit[:, None]).view(-1))
+        entry = divided(bar, p)
+        left, right = left.view(-1).index_select(0, bar), right.view(-1).index_select(0, bar)
+        across = column[part].index_select(0, entry)
+        values = _between(left, right, grid.right.index_select(0, across))
+        n_active = (values > limit.index_select(0, entry)[:, None]).sum(1, dtype=torch.int32)
+        # The first ones of the row, or the last.
+        skipped = (pixels.index_select(0, across) - n_active).masked_fill_(left > right, 0)
+        place = skipped.add_(begin.index_select(0, across)).mul_(n_rows)
+        bar -= entry * p
+        bar += row[part].index_select(0, entry).mul_(p)
+        place += grid.rows.view(-1).index_select(0, bar)
+        place += image[part].index_select(0, entry).mul_(height)
+        ends = torch.stack([place + n_active.long() * n_rows, place], 1)
+        per_unit = torch.bincount(unit[part].index_select(0, entry), minlength=n_units)
+        total += functional.embedding_bag(
+            ends.view(-1),
+            table,
+            (per_unit.cumsum(0) - per_unit) * 2,
+            mode="sum",
+            per_sample_weights=signs[: 2 * len(ends)],
+        )
+    return total
 
 
-def _touched(above: Tensor) -> tuple[Tensor, Tensor]:
-    """Cells of all images with a corner above the threshold, and the unit of each: (n,)."""
-    n, height, width, n_units = above.shape
-    touched = above.new_zeros(n, height + 1, width + 1, n_units)
-    for top in (0, 1):
-        for left in (0, 1):
-            touched[:, top : top + height, left : left + width] |= above
-    found = torch.nonzero(touched.view(-1, n_units), as_tuple=True)
-    return found[0], found[1]
+def above(values: Tensor, limits: Tensor) -> Tensor:
+    """``values > limits`` for limits (C,) of the last axis, which may be short.
 
-
-def _vertical(
-    activations: Tensor, cell: Tensor, unit: Tensor, grid: Grid
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Activations at the left and the right end of each row of pixels of cells: (n, P), (n, P).
-
-    Each step is a + t (b - a), which is a where a = b: a flat map stays what it is, to the bit.
-    The third is the cells' column, (n,).
+    Example:
+        >>> above(torch.tensor([[0.0, 1.0], [2.0, 3.0]]), torch.tensor([1.0, 2.0]))
+        tensor([[False, False],
+                [ True,  True]])
     """
-    _, height, width, n_units = activations.shape
-    flat = activations.reshape(-1)
-    line, column = cell // (width + 1), cell % (width + 1)
-    image, row = line // (height + 1), line % (height + 1)
-    top = image * (height * width)
-    upper = (row - 1).clamp_(min=0).mul_(width).add_(top)
-    lower = row.clamp(max=height - 1).mul_(width).add_(top)
-    near, far = (column - 1).clamp_(min=0), column.clamp(max=width - 1)
-    a, b, c, d = (
-        flat.index_select(0, (y + x).mul_(n_units).add_(unit))[:, None]
-        for y, x in ((upper, near), (upper, far), (lower, near), (lower, far))
-    )
-    down = grid.down[row]
-    return torch.addcmul(a, down, c - a), torch.addcmul(b, down, d - b), column
+    n = math.gcd(values.numel() // len(limits), 64)
+    return (values.reshape(-1, n * len(limits)) > limits.repeat(n)).view(values.shape)
+
+
+def where(mask: Tensor) -> Tensor:
+    """Where a mask (n,) is true: NumPy is several times quicker where little is.
+
+    Example:
+        >>> where(torch.tensor([False, True, True]))
+        tensor([1, 2])
+    """
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return torch.nonzero(mask).view(-1)
+
+
+def divided(numbers: Tensor, n: int) -> Tensor:
+    """Quotients without remainder of numbers from 0 on: NumPy divides by multiplication.
+
+    Example:
+        >>> divided(torch.tensor([0, 5, 6]), 3)
+        tensor([0, 1, 2])
+    """
+    if numbers.device.type == "cpu":
+        return torch.from_numpy(numbers.numpy() // n)
+    return numbers // n
+
+
+def _vertical(a: Tensor, b: Tensor, c: Tensor, d: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations at the left and the right end of rows of pixels, of corners (n, 1): (n, P).
+
+    Each step is a + t (b - a), rounded twice: it never falls where t rises if a < b, and is a
+    where a = b, so that a flat map stays what it is, to the bit.
+    """
+    return (c - a).mul(down).add_(a), (d - b).mul(down).add_(b)
+
+
+def _between(left: Tensor, right: Tensor, across: Tensor) -> Tensor:
+    """Activations between ends (n,) at shares (n, Q) of the way."""
+    return ((right - left)[:, None] * across).add_(left[:, None])
 
 
 def active_pixels(activation: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
@@ -188,15 +334,16 @@ def active_pixels(activation: Tensor, threshold: float, size: tuple[int, int]) -
         tensor([[False, False,  True,  True]])
     """
     layout = grid(tuple(activation.shape), size, activation.dtype, activation.device)
-    n = layout.rows.shape[0] * layout.columns.shape[0]
-    cell = torch.arange(n, device=activation.device)
-    left, right, column = _vertical(
-        activation[None, :, :, None].contiguous(), cell, torch.zeros_like(cell), layout
-    )
-    across = layout.right[column][:, None, :]
-    values = torch.addcmul(left[:, :, None], across, (right - left)[:, :, None])
+    n_rows, n_columns = layout.rows.shape[0], layout.columns.shape[0]
+    height, width = layout.shape
+    flat, places = activation.reshape(-1), _corners(1, height, width, activation.device)
+    a, b, c, d = (flat[place][:, None] for place in places)
+    left, right = _vertical(a, b, c, d, layout.down.repeat_interleave(n_columns, 0))
+    p, q = left.shape[1], layout.right.shape[1]
+    across = layout.right.repeat(n_rows, 1).repeat_interleave(p, 0)
+    values = _between(left.reshape(-1), right.reshape(-1), across)
     framed = activation.new_zeros(size[0] + 1, size[1] + 1)
-    rows = layout.rows[:, None, :, None].expand(-1, len(layout.columns), -1, values.shape[2])
+    rows = layout.rows[:, None, :, None].expand(-1, n_columns, -1, q)
     columns = layout.columns[None, :, None, :].expand(rows.shape)
     framed[rows, columns] = values.reshape(rows.shape)
     return framed[: size[0], : size[1]] > threshold

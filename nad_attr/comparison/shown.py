@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from nad_attr.comparison.concept_maps import LabelMaps
-from nad_attr.comparison.overlap import Grid, cells
+from nad_attr.comparison.overlap import running_sums
 
 __all__ = ["Shown"]
+
+#: Bytes that the running sums of some images may take together; those of one may take more.
+_SUMS_BYTES = 2**27
 
 
 class _Part:
@@ -18,23 +21,27 @@ class _Part:
 
     Attributes:
         images: int64 (n,), which of the batch.
+        place: int64 (B,), which of these each of the batch is, -1 for none.
         size: (H, W).
         present: int64 (p,), the concepts that they show.
-        concepts: float64 (combinations, p), which of those each combination of labels has.
-        categories: float64 (combinations, categories), for which categories it counts.
+        sums: Float (W + 1, n * H, p + categories), of these concepts and of the pixels that count
+            for each category, as :func:`running_sums` makes them.
     """
 
     def __init__(
         self,
         images: Tensor,
         labels: Sequence[LabelMaps],
+        n_images: int,
         category: Tensor,
         n_categories: int,
         everywhere: bool,
         device: torch.device,
     ) -> None:
         table = torch.cat([each.concepts for each in labels])
-        self.images = images.to(device)
+        place = torch.full((n_images,), -1)
+        place[images] = torch.arange(len(images))
+        self.images, self.place = images.to(device), place.to(device)
         self.size = (labels[0].combination.shape[0], labels[0].combination.shape[1])
         present = torch.nonzero(table.any(0)).flatten()
         shows = table[:, present].double()
@@ -54,16 +61,9 @@ class _Part:
         for each in labels:
             maps.append(each.combination + first)
             first += len(each.concepts)
-        self._combination = torch.stack(maps).to(device)
         self.present = present.to(device)
-        self.concepts, self.categories = shows.to(device), categories.to(device)
-        self._by_cell: dict[tuple[int, int], Tensor] = {}
-
-    def by_cell(self, layout: Grid) -> Tensor:
-        """Combinations of labels by cell of a site's maps: (images * cells, P * Q)."""
-        if layout.shape not in self._by_cell:
-            self._by_cell[layout.shape] = cells(self._combination, len(self.concepts), layout)
-        return self._by_cell[layout.shape]
+        counted = torch.cat([shows, categories], 1).to(device)
+        self.sums = running_sums(torch.stack(maps).to(device), counted)
 
 
 class Shown:
@@ -93,15 +93,39 @@ class Shown:
         by_size: dict[tuple[int, ...], list[int]] = {}
         for i, each in enumerate(labels):
             by_size.setdefault(tuple(each.combination.shape), []).append(i)
+        groups = [
+            group for images in by_size.values() for group in _split(images, labels, n_categories)
+        ]
         self.parts = [
             _Part(
                 torch.tensor(images),
                 [labels[i] for i in images],
+                len(labels),
                 category,
                 n_categories,
                 everywhere,
                 device,
             )
-            for images in by_size.values()
+            for images in groups
         ]
         self.n_pixels = torch.stack([part.n_pixels for part in self.parts]).sum(0)
+
+
+def _split(
+    images: Sequence[int], labels: Sequence[LabelMaps], n_categories: int
+) -> list[list[int]]:
+    """Images with labels of one size in groups whose running sums are not too large."""
+    height, width = labels[images[0]].combination.shape
+    groups: list[list[int]] = []
+    there = torch.zeros(0)
+    for i in images:
+        own = labels[i].concepts.any(0)
+        if groups:
+            n_shown = int((there | own).sum()) + n_categories
+            n_bytes = 4 * (len(groups[-1]) + 1) * height * (width + 1) * n_shown
+        if not groups or n_bytes > _SUMS_BYTES:
+            groups.append([])
+            there = torch.zeros_like(own)
+        groups[-1].append(i)
+        there = there | own
+    return groups

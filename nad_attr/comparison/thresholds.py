@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nad_attr.comparison.overlap import above, divided, where
+
 __all__ = ["ExactTail", "Tail", "TailSketch", "n_above", "not_above"]
 
 #: The tail is cut when the stream has so many times the tail's values, and then each time that it
@@ -90,11 +92,12 @@ class Tail(ABC):
         if self._first:
             self._begin(values)
         # Compared in the activations' own type, rounded down so that nothing above it is lost.
-        flat = values.flatten(0, 1)
-        position, unit = torch.nonzero(flat > not_above(self.cut, values.dtype), as_tuple=True)
-        if len(unit):
-            self._take(unit, flat[position, unit].to(torch.float64), highest)
-        self.n_seen += len(flat)
+        place = where(above(values, not_above(self.cut, values.dtype)).view(-1))
+        if len(place):
+            unit = place - divided(place, self.n_units) * self.n_units
+            found = values.reshape(-1).index_select(0, place)
+            self._take(unit, found.to(torch.float64), highest)
+        self.n_seen += values.shape[0] * values.shape[1]
         if self.n_seen >= self._next_cut:
             self.cut = torch.maximum(self.cut, self._lower())
             self._next_cut = math.ceil(self.n_seen * _GROWTH)
@@ -212,11 +215,12 @@ class TailSketch(Tail):
     def _take(self, unit: Tensor, values: Tensor, highest: Tensor) -> None:
         self.high = torch.maximum(self.high, highest.double())
         self._fit()
-        i = (values * _power(-self.exponent)[unit]).floor().long() - self.base[unit]
+        i = (values * _power(-self.exponent).index_select(0, unit)).floor_().long()
+        i -= self.base.index_select(0, unit)
         # Lower than whatever the first images hold, where there are enough for the tail.
         if bool((i < 0).any()):
             unit, i = unit[i >= 0], i[i >= 0]
-        place = unit * self.n_bins + i
+        place = (unit * self.n_bins).add_(i)
         if len(place) < self.counts.numel() // 4:
             ones = torch.ones_like(place, dtype=self.counts.dtype)
             self.counts.view(-1).index_add_(0, place, ones)
