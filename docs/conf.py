@@ -16,6 +16,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 # The commands of this environment, and tables as wide as the page.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("COLUMNS", "96")
+# A kernel asks every command for a terminal's colours and progress bars, which no page can show.
+os.environ.update(TTY_COMPATIBLE="0", TTY_INTERACTIVE="0", NO_COLOR="1")
 # tqdm would rather draw widgets; text does.
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 os.environ.setdefault("OMP_NUM_THREADS", "1")

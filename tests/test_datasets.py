@@ -387,6 +387,7 @@ def test_word_net_numbers() -> None:
     [
         (["a", "b"], 3, {}, r"2 class folders and the network has 3 outputs.*class index"),
         (["a", "b"], 1, {}, "2 class folders and the network has 1 outputs"),
+        (["train", "val"], 2, {}, r"train, val: these look like parts.*give one.*\.\.\./train"),
         (["0", "10"], 10, {}, "folder '10' stands for class 10"),
         (["0", "00"], 10, {}, "folders '0' and '00' both stand for class 0"),
         (["a", "b"], 3, {"class_index": {"a": 0}}, "the class index says nothing of folder 'b'"),

@@ -19,7 +19,7 @@ from nad_attr.comparison import Comparison, Concept, UnitConcepts, mann_whitney
 from nad_attr.evaluation import Evaluation, curves, errors, evaluate, mosaics
 from nad_attr.history import History
 from nad_attr.report import Report
-from nad_attr.report.contents import summary
+from nad_attr.report.contents import Results, contents, summary
 from nad_attr.report.measuring import evenly, example_rows, responses, sampled
 from nad_attr.report.overlaps import block_means, overlaps_part
 from nad_attr.report.packing import gate_levels, plain, script_json
@@ -613,3 +613,19 @@ def test_command_measures_on_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     kept = Report("gates.h5")
     assert "energy" in kept.results.evaluation.rivals
     assert kept.results.pictures == json.loads(json.dumps(page.data()["pictures"]))
+
+
+@pytest.mark.parametrize(
+    ("origin", "title"),
+    [
+        (
+            {"model": "torchvision:resnet18:none", "weights": "a/b.pt"},
+            "torchvision:resnet18 with b.pt",
+        ),
+        ({"model": "torchvision:resnet18:none"}, "torchvision:resnet18:none"),
+        ({}, "sub-architectures"),
+    ],
+)
+def test_the_title_names_the_weights(origin: dict[str, str], title: str) -> None:
+    found = contents(make_gates(), Results(), provenance=origin)
+    assert found.data["title"] == title

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,11 @@ def test_torchvision_weights_say_everything(monkeypatch: pytest.MonkeyPatch) -> 
     assert "ImageClassification(crop_size=[224] resize_size=[256]" in made.text
     assert made.function(Image.new("RGB", (300, 280))).shape == (3, 224, 224)
     assert not made.random
+    assert made.note == ""
+    mine = make_transform(replace(loaded, weights="folder/mine.pt"))
+    assert "if mine.pt was trained otherwise, say so with --resize" in mine.note
+    again = make_transform(replace(loaded, weights="folder/mine.pt"), record=mine.record)
+    assert again.note == ""
     changed = make_transform(loaded, options={"crop": 64})
     assert changed.record["resize"] == 256
     assert changed.record["crop"] == 64
@@ -295,6 +301,7 @@ def test_weights_that_do_not_do(here: Path) -> None:
     torch.save({k: v for k, v in state.items() if k != "4.bias"}, here / "missing.pt")
     torch.save({**state, "extra.bias": torch.zeros(1)}, here / "extra.pt")
     torch.save({**state, "4.bias": torch.zeros(7)}, here / "shape.pt")
+    torch.save({**state, "0.bias": torch.zeros(7)}, here / "wide.pt")
     for name, message in {
         "none.pt": "there is no file",
         "whole.pt": "holds more than tensors.*Save the state dict alone",
@@ -304,7 +311,8 @@ def test_weights_that_do_not_do(here: Path) -> None:
         "text.pt": "text.pt holds",
         "missing.pt": "do not fit the model: missing 4.bias$",
         "extra.pt": "not in the model: extra.bias$",
-        "shape.pt": r"4.bias is \(7,\) in the file and \(2,\) in the model",
+        "shape.pt": r"4.bias is \(7,\) in the file and \(2,\) in the model.*num_classes=7$",
+        "wide.pt": r"0.bias is \(7,\) in the file and \(\d+,\) in the model$",
     }.items():
         with pytest.raises(SpecError, match=message):
             load_weights(model, here / name)

@@ -61,7 +61,8 @@ def pages() -> dict[str, str]:
     result = {}
     for room, title in ROOMS.items():
         if room in shown:
-            intro = f"{_summary(room)}."
+            intro = _summary(room)
+            intro += "" if intro.endswith("?") else "."
             result[f"{room.replace('.', '_')}.rst"] = page(title, intro, shown[room])
     if "" in shown:
         intro = (
@@ -79,6 +80,11 @@ def _write(app: Any) -> None:
     wanted = pages()
     for path in folder.glob("*.rst"):
         if path.name not in wanted:
+            path.unlink()
+    # autosummary's own pages of names that are public no more.
+    public = {f"{name.path}.rst" for name in public_names()}
+    for path in (folder / "generated").glob("*.rst"):
+        if path.name not in public:
             path.unlink()
     for name, text in wanted.items():
         path = folder / name

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def contents(
     levels = gate_levels(everything, bits)
     evaluation = results.evaluation
     part = None if evaluation is None else evaluation_part(evaluation, gates.tasks)
-    made = title or str(origin.get("model") or file or "sub-architectures")
+    made = title or _network(origin) or file or "sub-architectures"
     data = {
         "title": made,
         "tasks": names,
@@ -213,6 +214,15 @@ def summary(gates: TaskGates, evaluation: Evaluation | None, file: str | None = 
         f"{compared('ba', whole=True)}."
     )
     return [first, second, third]
+
+
+def _network(origin: Mapping[str, Any]) -> str:
+    """The network's name, with the file of its weights if they came from one."""
+    model, weights = str(origin.get("model") or ""), origin.get("weights")
+    if not model or not weights:
+        return model
+    # ":none" says that the library's own weights are not loaded: no news where others are.
+    return f"{model.removesuffix(':none')} with {PurePath(str(weights)).name}"
 
 
 def _facts(

@@ -101,7 +101,7 @@ def _tiles(found: Contents) -> str:
 
     def beside(measure: str) -> str:
         said = [
-            f"{word} {_shown(row['mean'].get(measure))}"
+            f"{word}\u00a0{_shown(row['mean'].get(measure))}"  # a number stays with its word
             for word, of in (("random", rows["random"]), ("whole", rows["whole"]))
             for row in of[:1]
         ]

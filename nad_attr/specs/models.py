@@ -242,10 +242,24 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
     ]
     if problems:
         raise SpecError(
-            f"the weights in {path} do not fit the model: " + "; ".join(p.strip() for p in problems)
+            f"the weights in {path} do not fit the model: "
+            + "; ".join(p.strip() for p in problems)
+            + ("" if missing or extra else _other_classes(state, own))
         )
     model.load_state_dict(state, strict=False)  # compared above
     return tuple(notes)
+
+
+def _other_classes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What to do where nothing but the number of classes differs."""
+    last = list(own)[-1].rpartition(".")[0]
+    wrong = [key for key in own if state[key].shape != own[key].shape]
+    sizes = {len(state[key]) for key in wrong if state[key].ndim}
+    rest = all(state[key].shape[1:] == own[key].shape[1:] for key in wrong)
+    if len(sizes) != 1 or not rest or any(key.rpartition(".")[0] != last for key in wrong):
+        return ""
+    n = sizes.pop()
+    return f". A network of {n} classes is made with --model-arg num_classes={n}"
 
 
 def _unpacked(state: Any, path: Path, notes: list[str]) -> dict[str, Tensor]:

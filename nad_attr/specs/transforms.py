@@ -73,7 +73,14 @@ def make_transform(
     recorded = record is not None and record.get("kind") == "options"
     own = loaded.transform
     if own is not None and not options and not recorded:
-        return Transform(own, {"kind": "weights"}, f"{_one_line(own)} (the model's own)")
+        said = f"{_one_line(own)} (the model's own)"
+        if loaded.weights is not None and record is None:
+            note = (
+                f"that is how the published weights want them; if {Path(loaded.weights).name} was "
+                "trained otherwise, say so with --resize, --crop, --mean, --std or --transform."
+            )
+            return Transform(own, {"kind": "weights"}, said, note=note)
+        return Transform(own, {"kind": "weights"}, said)
     note = ""
     if recorded:
         assert record is not None
