@@ -121,7 +121,7 @@ def comparisons(
                     ablation,
                     size,
                     {
-                        "nad": float(np.nanmean(nad)),
+                        "nad": float(np.nanmean(nad[:n])),
                         "rival": rival,
                         "value": float(np.nanmean(values)),
                         "low": low,
@@ -255,6 +255,8 @@ def stability(found: Mapping[str, dict[str, Any]]) -> str:
             continue
         for ablation in ("mean", "zero"):
             mine = {k.partition("/")[2]: v for k, v in parts["seeds"].items() if ablation in k}
+            if not mine:
+                continue
             sizes = sizes or list(mine)
             rows.append([name, ablation, *(_f(mine.get(s, np.nan), 2) for s in sizes)])
     return _lines(["network / data", "closed", *(f"{float(s):.0%}" for s in sizes)], rows, 2)

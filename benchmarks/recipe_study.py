@@ -146,7 +146,10 @@ def variant(name: str) -> Iterator[dict[str, Any]]:
     recipe, constants = SETTINGS[name]
     import nad_attr.selection
 
-    with mock.patch.multiple(nad_attr.selection, **constants):
+    # patch.multiple wants at least one name.
+    with mock.patch.multiple(
+        nad_attr.selection, **(constants or {"SWAPS": nad_attr.selection.SWAPS})
+    ):
         yield recipe
 
 
