@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
-from nad_attr import evaluation
 from nad_attr.architecture import SubArchitecture
 from nad_attr.cli import options as opt
 from nad_attr.cli.evaluate import print_evaluation
@@ -27,27 +25,13 @@ from nad_attr.cli.opening import (
     opened_gates,
     rebuilt,
 )
-from nad_attr.data import Source, as_source, seed_of
-from nad_attr.evaluation import evaluate, own_images, top_k
-from nad_attr.gates import Task, TaskGates
+from nad_attr.cli.rivals import METHODS, check_methods, rivals_of, scoring_images
+from nad_attr.evaluation import evaluate
+from nad_attr.gates import TaskGates
 from nad_attr.specs import SpecError
 
 __all__ = ["compare"]
 
-#: Ways to score channels, by the names of their classes in nad_attr.evaluation.
-_SCORERS = {
-    "energy": "EnergyScorer",
-    "taylor": "TaylorScorer",
-    "gradient-x-activation": "GradientXActivationScorer",
-    "neuron-mct": "NeuronMCTScorer",
-    "magnitude": "MagnitudeScorer",
-    "conductance": "LayerConductanceScorer",
-    "integrated-gradients": "LayerIntegratedGradientsScorer",
-    "internal-influence": "InternalInfluenceScorer",
-    "deep-lift": "LayerDeepLiftScorer",
-    "lrp": "LRPScorer",
-    "cdrp": "CDRPScorer",
-}
 #: Rows of a table at most.
 _MOST = 20
 
@@ -63,7 +47,7 @@ def compare(
     ] = None,
     rival: Annotated[
         list[str] | None,
-        typer.Option("--with", help=f"Score channels by: {', '.join(_SCORERS)}; repeatable."),
+        typer.Option("--with", help=f"Score channels by: {', '.join(METHODS)}; repeatable."),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Held-out images to measure on, for --with.")
@@ -112,16 +96,14 @@ def compare(
             raise UsageError(f"compare takes one file or two, not {len(files)}.")
         if size is not None and not 0 < size <= 1:
             raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size}.")
-        unknown = [name for name in rival or () if name not in _SCORERS]
-        if unknown:
-            raise UsageError(f"--with takes {', '.join(_SCORERS)}, not {unknown[0]!r}.")
-        if bool(rival) != (data is not None):
+        methods = check_methods(rival)
+        if bool(methods) != (data is not None):
             raise UsageError("--with and --data go together: methods are measured on images.")
-        if rival and len(files) > 1:
+        if methods and len(files) > 1:
             raise UsageError("--with compares the gates of one file with other methods.")
         if len(files) == 2:
             result = _two_files(files, tasks, size)
-        elif not rival:
+        elif not methods:
             result = _within(files[0], tasks, size)
         else:
             assert data is not None
@@ -138,9 +120,7 @@ def compare(
                 any_model=any_model,
                 quiet=quiet,
             )
-            name = train_data or provenance.get("data")
-            if not isinstance(name, str):
-                raise SpecError("name the images to score channels on with --train-data.")
+            name = scoring_images(train_data, provenance)
             known = known_folders(provenance)
             training, held_out = (
                 open_images(
@@ -156,20 +136,19 @@ def compare(
                 for where, later in ((name, False), (data, True))
             )
             network = opened.loaded.model
-            inputs, labels = _some(as_source(training.data), gates.tasks, n_images, seed)
             archs = gates.sub_architectures(size)
-            rivals = {}
-            for method in rival or ():
-                say(f"scoring: {method}, {len(labels)} images", quiet)
-                scores = getattr(evaluation, _SCORERS[method])(network, gates.sites)(
-                    inputs,
-                    labels,
-                    tasks=gates.tasks,
-                    include_others=True,
-                    batch_size=batch_size,
-                    device=place,
-                )
-                rivals[method] = _same_sizes(scores, archs)
+            rivals = rivals_of(
+                methods,
+                network,
+                gates.sites,
+                archs,
+                training.data,
+                n_images=n_images,
+                seed=seed,
+                batch_size=batch_size,
+                device=place,
+                quiet=quiet,
+            )
             measured = evaluate(
                 network,
                 gates,
@@ -190,37 +169,6 @@ def compare(
         if json_file is not None:
             json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             say(f"written: {json_file}", quiet)
-
-
-def _some(source: Source, tasks: Sequence[Task], n: int, seed: int) -> tuple[Any, torch.Tensor]:
-    """At most n images of each class of the data, as scorers take them: in memory."""
-    chosen: list[int] = []
-    for label in source.labels.unique().tolist():
-        numbers = (source.labels == label).nonzero().flatten()
-        generator = torch.Generator().manual_seed(seed_of(seed, "compare", label))
-        chosen += numbers[torch.randperm(len(numbers), generator=generator)[:n]].tolist()
-    labels = source.labels[chosen]
-    missing = [t for t, own in zip(tasks, own_images(labels, tasks), strict=True) if not own.any()]
-    if missing:
-        raise SpecError(f"there is no image of task {missing[0]} to score channels on.")
-    draws = [
-        [(i, seed_of(seed, "compare", i)) for i in chosen[a : a + 32]]
-        for a in range(0, len(chosen), 32)
-    ]
-    parts = list(source.batches(draws))
-    inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
-    return (inputs[0] if len(inputs) == 1 else inputs), labels
-
-
-def _same_sizes(
-    scores: dict[str, torch.Tensor], archs: Sequence[SubArchitecture]
-) -> list[SubArchitecture]:
-    result = []
-    for row, arch in enumerate(archs):
-        assert arch.task is not None
-        own = {name: value[row : row + 1] for name, value in scores.items()}
-        result += top_k(own, arch.sites, [arch.task], arch.size, means=arch.means)
-    return result
 
 
 def _names(gates: TaskGates) -> list[str]:

@@ -7,12 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from nad_attr import evaluation as evaluations
 from nad_attr.cli import options as opt
-from nad_attr.cli.compare import _SCORERS, _same_sizes, _some
 from nad_attr.cli.messages import UsageError, guarded, say
 from nad_attr.cli.opening import (
-    Opened,
     check_folder,
     chosen_device,
     finished,
@@ -21,11 +18,9 @@ from nad_attr.cli.opening import (
     open_images,
     rebuilt,
 )
-from nad_attr.data import as_source
+from nad_attr.cli.rivals import METHODS, check_methods, rivals_of, scoring_images
 from nad_attr.evaluation import Evaluation
-from nad_attr.gates import TaskGates
 from nad_attr.report import Report
-from nad_attr.specs import SpecError
 
 __all__ = ["report"]
 
@@ -48,7 +43,7 @@ def report(
     rival: Annotated[
         list[str] | None,
         typer.Option(
-            "--with", help=f"Measure channels chosen by: {', '.join(_SCORERS)}; repeatable."
+            "--with", help=f"Measure channels chosen by: {', '.join(METHODS)}; repeatable."
         ),
     ] = None,
     n_images: Annotated[
@@ -101,10 +96,8 @@ def report(
       nad-attr report gates.h5 --data photos/val --with taylor --with neuron-mct
     """
     with guarded(debug, stopped=lambda: "No page was written."):
-        unknown = [name for name in rival or () if name not in _SCORERS]
-        if unknown:
-            raise UsageError(f"--with takes {', '.join(_SCORERS)}, not {unknown[0]!r}.")
-        if rival and data is None:
+        methods = check_methods(rival)
+        if methods and data is None:
             raise UsageError("--with needs --data: methods are measured on images.")
         if keep and data is None:
             raise UsageError("--keep needs --data: nothing is measured without images.")
@@ -134,13 +127,20 @@ def report(
             }
             images = open_images(data, opened.loaded, opened.transform, held_out=True, **options)
             rivals = None
-            if rival:
-                name = train_data or result.provenance.get("data")
-                if not isinstance(name, str):
-                    raise SpecError("name the images to score channels on with --train-data.")
+            if methods:
+                name = scoring_images(train_data, result.provenance)
                 training = open_images(name, opened.loaded, opened.transform, **options)
-                rivals = _rivals(
-                    rival, opened, result.gates, training.data, seed, batch_size, place, quiet
+                rivals = rivals_of(
+                    methods,
+                    opened.loaded.model,
+                    result.gates.sites,
+                    result.gates.sub_architectures(),
+                    training.data,
+                    n_images=_SCORED,
+                    seed=seed,
+                    batch_size=batch_size,
+                    device=place,
+                    quiet=quiet,
                 )
             result.measure(
                 opened.loaded.model,
@@ -169,29 +169,3 @@ def _evaluation(name: str | None) -> Evaluation | str | None:
     if name is None or not name.endswith(".json"):
         return name
     return Evaluation.load_json(name)
-
-
-def _rivals(
-    names: list[str],
-    opened: Opened,
-    gates: TaskGates,
-    data: Any,
-    seed: int,
-    batch_size: int,
-    device: str,
-    quiet: bool,
-) -> dict[str, Any]:
-    inputs, labels = _some(as_source(data), gates.tasks, _SCORED, seed)
-    found = {}
-    for name in names:
-        say(f"scoring: {name}, {len(labels)} images", quiet)
-        scores = getattr(evaluations, _SCORERS[name])(opened.loaded.model, gates.sites)(
-            inputs,
-            labels,
-            tasks=gates.tasks,
-            include_others=True,
-            batch_size=batch_size,
-            device=device,
-        )
-        found[name] = _same_sizes(scores, gates.sub_architectures())
-    return found

@@ -1,0 +1,137 @@
+"""Other methods' channels, for the commands that measure them beside gates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from nad_attr import evaluation
+from nad_attr.architecture import SubArchitecture
+from nad_attr.cli.messages import UsageError, say
+from nad_attr.data import Data, Source, as_source, seed_of
+from nad_attr.evaluation import own_images, top_k
+from nad_attr.gates import Task
+from nad_attr.sites import GateSite
+from nad_attr.specs import SpecError
+
+__all__ = ["METHODS", "check_methods", "rivals_of", "scoring_images"]
+
+#: Ways to score channels, by the names of their classes in nad_attr.evaluation.
+METHODS = {
+    "energy": "EnergyScorer",
+    "taylor": "TaylorScorer",
+    "gradient-x-activation": "GradientXActivationScorer",
+    "neuron-mct": "NeuronMCTScorer",
+    "magnitude": "MagnitudeScorer",
+    "conductance": "LayerConductanceScorer",
+    "integrated-gradients": "LayerIntegratedGradientsScorer",
+    "internal-influence": "InternalInfluenceScorer",
+    "deep-lift": "LayerDeepLiftScorer",
+    "lrp": "LRPScorer",
+    "cdrp": "CDRPScorer",
+}
+
+
+def check_methods(names: Sequence[str] | None) -> list[str]:
+    """The methods of ``--with``.
+
+    Raises:
+        UsageError: If there is no such method.
+    """
+    unknown = [name for name in names or () if name not in METHODS]
+    if unknown:
+        raise UsageError(f"--with takes {', '.join(METHODS)}, not {unknown[0]!r}.")
+    return list(names or ())
+
+
+def scoring_images(train_data: str | None, provenance: dict[str, Any]) -> str:
+    """Where the images to score channels on are: as said, or those that gates were learned on.
+
+    Raises:
+        SpecError: If neither is known.
+    """
+    name = train_data or provenance.get("data")
+    if not isinstance(name, str):
+        raise SpecError("name the images to score channels on with --train-data.")
+    return name
+
+
+def rivals_of(
+    names: Sequence[str],
+    model: nn.Module,
+    sites: Sequence[GateSite],
+    archs: Sequence[SubArchitecture],
+    data: Data,
+    *,
+    n_images: int,
+    seed: int,
+    batch_size: int,
+    device: str,
+    quiet: bool,
+) -> dict[str, list[SubArchitecture]]:
+    """Each method's sub-architectures, of the sizes that those given have.
+
+    Args:
+        names: Keys of :data:`METHODS`.
+        model: The network.
+        sites: Its gate sites.
+        archs: Sub-architectures of T tasks.
+        data: Images to score channels on.
+        n_images: Of each class, at most.
+        seed: Says which.
+        batch_size: Images in one pass.
+        device: Where to compute.
+        quiet: Say nothing.
+
+    Raises:
+        SpecError: If there is no image of a task.
+    """
+    tasks = [arch.task for arch in archs if arch.task is not None]
+    inputs, labels = _some(as_source(data), tasks, n_images, seed)
+    found = {}
+    for name in names:
+        say(f"scoring: {name}, {len(labels)} images", quiet)
+        scores = getattr(evaluation, METHODS[name])(model, sites)(
+            inputs,
+            labels,
+            tasks=tasks,
+            include_others=True,
+            batch_size=batch_size,
+            device=device,
+        )
+        found[name] = _same_sizes(scores, archs)
+    return found
+
+
+def _some(source: Source, tasks: Sequence[Task], n: int, seed: int) -> tuple[Any, torch.Tensor]:
+    """At most n images of each class of the data, as scorers take them: in memory."""
+    chosen: list[int] = []
+    for label in source.labels.unique().tolist():
+        numbers = (source.labels == label).nonzero().flatten()
+        generator = torch.Generator().manual_seed(seed_of(seed, "compare", label))
+        chosen += numbers[torch.randperm(len(numbers), generator=generator)[:n]].tolist()
+    labels = source.labels[chosen]
+    missing = [t for t, own in zip(tasks, own_images(labels, tasks), strict=True) if not own.any()]
+    if missing:
+        raise SpecError(f"there is no image of task {missing[0]} to score channels on.")
+    draws = [
+        [(i, seed_of(seed, "compare", i)) for i in chosen[a : a + 32]]
+        for a in range(0, len(chosen), 32)
+    ]
+    parts = list(source.batches(draws))
+    inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
+    return (inputs[0] if len(inputs) == 1 else inputs), labels
+
+
+def _same_sizes(
+    scores: dict[str, torch.Tensor], archs: Sequence[SubArchitecture]
+) -> list[SubArchitecture]:
+    result = []
+    for row, arch in enumerate(archs):
+        assert arch.task is not None
+        own = {name: value[row : row + 1] for name, value in scores.items()}
+        result += top_k(own, arch.sites, [arch.task], arch.size, means=arch.means)
+    return result
