@@ -8,11 +8,13 @@ networks about half of all that a backward pass holds. Hooks alone, undone at th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nad_attr._lean import lean
 
 __all__ = ["lean_batchnorm"]
 
@@ -63,27 +65,12 @@ def lean_batchnorm(
         >>> torch.autograd.grad(y.sum(), x)[0].flatten()
         tensor([0.5, 0.5])
     """
-    waiting: dict[nn.Module, Tensor] = {}
     known = {} if scales is None else scales
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        waiting.pop(module, None)
-        if len(args) != 1 or not isinstance(args[0], Tensor) or not args[0].requires_grad:
-            return None
-        if (
-            not torch.is_grad_enabled()
-            or module.training
-            or module.running_var is None
-            or any(p.requires_grad for p in module.parameters(recurse=False))
-        ):
-            return None
-        waiting[module] = args[0]
-        return (args[0].detach(),)
+    def ready(module: nn.Module, x: Tensor) -> bool:
+        return not module.training and module.running_var is not None
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        x = waiting.pop(module, None)
-        if x is None:
-            return None
+    def attach(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         assert isinstance(module, _KINDS)
         scale = known.get(module)
         if scale is None:
@@ -92,13 +79,8 @@ def lean_batchnorm(
             if module.weight is not None:
                 scale = scale * module.weight.detach()
             known[module] = scale
-        return _Scaled.apply(x, output, scale)
+        result: Tensor = _Scaled.apply(x, output, scale)
+        return result
 
-    with ExitStack() as stack:
-        for module in model.modules():
-            if type(module) in _KINDS:
-                stack.callback(module.register_forward_pre_hook(before).remove)
-                # First of all, so that a gate on the layer's output stands behind it.
-                handle = module.register_forward_hook(after, prepend=True)
-                stack.callback(handle.remove)
+    with lean(model, lambda module: type(module) in _KINDS, ready, attach):
         yield

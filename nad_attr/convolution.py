@@ -8,11 +8,13 @@ would be held twice: as it was, for the gate's gradient, and gated. Hooks alone,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nad_attr._lean import lean
 
 __all__ = ["lean_convolutions"]
 
@@ -84,31 +86,15 @@ def lean_convolutions(model: nn.Module) -> Iterator[None]:
         >>> torch.autograd.grad(y.sum(), x)[0].flatten()
         tensor([1., 3., 2.])
     """
-    waiting: dict[nn.Module, Tensor] = {}
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        waiting.pop(module, None)
-        if len(args) != 1 or not isinstance(args[0], Tensor) or not args[0].requires_grad:
-            return None
-        if not torch.is_grad_enabled() or any(p.requires_grad for p in module.parameters()):
-            return None
+    def ready(module: nn.Module, x: Tensor) -> bool:
         # An input without a batch axis, or a parametrised weight, is left alone.
-        if args[0].ndim != module.weight.ndim or "weight" not in module._parameters:
-            return None
-        waiting[module] = args[0]
-        return (args[0].detach(),)
+        weight = module._parameters.get("weight")
+        return weight is not None and x.ndim == weight.ndim
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        x = waiting.pop(module, None)
-        if x is None:
-            return None
-        return _Convolved.apply(x, output, module.weight, module)
+    def attach(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        result: Tensor = _Convolved.apply(x, output, module.weight, module)
+        return result
 
-    with ExitStack() as stack:
-        for module in model.modules():
-            if _can_be_lean(module):
-                stack.callback(module.register_forward_pre_hook(before).remove)
-                # First of all, so that a gate on the layer's output stands behind it.
-                handle = module.register_forward_hook(after, prepend=True)
-                stack.callback(handle.remove)
+    with lean(model, _can_be_lean, ready, attach):
         yield

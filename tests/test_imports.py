@@ -28,6 +28,7 @@ LAYERS = (
         "_trace",
         "_foreign_hooks",
         "gating",
+        "_lean",
         "batchnorm",
         "convolution",
         "gates",
