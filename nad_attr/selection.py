@@ -261,6 +261,19 @@ class QuadraticModel:
         guess = self.trust * (self._square * moved).sum(1)
         return (self.residuals.square() * self._share).sum(1) + guess
 
+    def _copy(self) -> tuple[Tensor, ...]:
+        """What a round of flips changes, as it is now; see :meth:`_back`."""
+        return tuple(x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature))
+
+    def _back(self, before: tuple[Tensor, ...], rows: Tensor | None = None) -> None:
+        """Undo all flips since a copy, in some rows (R,) or in all."""
+        after = (self.gates, self.residuals, self._slope, self._curvature)
+        if rows is not None:
+            before = tuple(
+                torch.where(rows[:, None], old, new) for new, old in zip(after, before, strict=True)
+            )
+        self.gates, self.residuals, self._slope, self._curvature = before
+
     def exchange(self, n: int, least_gain: Tensor) -> None:
         """Open ``n`` gates and close as many in each row, by small groups, where that gains.
 
@@ -268,7 +281,7 @@ class QuadraticModel:
             n: How many, no more than are closed.
             least_gain: See :meth:`swap`.
         """
-        before = [x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature)]
+        before = self._copy()
         loss = self._loss()
         # Each group costs a pass over all gradients: a wide network's are not let become many.
         left, least = n, max(1, n // (2 * GROUPS))
@@ -277,11 +290,8 @@ class QuadraticModel:
             self.flip(lowest(self.cost(opening=True), group))
             left -= group
         self.close(n, least)
-        keep = (self._loss() < loss - least_gain)[:, None]
-        after = (self.gates, self.residuals, self._slope, self._curvature)
-        self.gates, self.residuals, self._slope, self._curvature = (
-            torch.where(keep, new, old) for new, old in zip(after, before, strict=True)
-        )
+        keep = self._loss() < loss - least_gain
+        self._back(before, ~keep)
 
     def swap(self, least_gain: Tensor) -> bool:
         """Open one gate and close another in each row, where that gains more than a minimum.
@@ -292,17 +302,15 @@ class QuadraticModel:
         Returns:
             Whether any row swapped. If none did, another try would end the same way.
         """
-        before = [x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature)]
+        before = self._copy()
         opened, channel = self.cost(opening=True).min(dim=1)
         self.flip(channel[:, None])
         closed, channel = self.cost(opening=False).min(dim=1)
-        keep = (opened + closed < -least_gain)[:, None]
+        keep = opened + closed < -least_gain
         swapped = any_of(keep)
         if swapped:
             self.flip(channel[:, None])
-            after = (self.gates, self.residuals, self._slope, self._curvature)
-            before = [torch.where(keep, new, old) for new, old in zip(after, before, strict=True)]
-        self.gates, self.residuals, self._slope, self._curvature = before
+        self._back(before, ~keep if swapped else None)
         return swapped
 
     def swap_pair(self, least_gain: Tensor, n_open: int | None = None) -> bool:
@@ -321,7 +329,7 @@ class QuadraticModel:
         n_open = int(self.gates[0].sum()) if n_open is None else n_open
         if n_open < 2 or n_open + 2 > self.gates.shape[1]:
             return False
-        before = [x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature)]
+        before = self._copy()
         total = torch.zeros_like(least_gain)
         for _ in range(2):
             cost, channel = self.cost(opening=True).min(dim=1)
@@ -338,13 +346,11 @@ class QuadraticModel:
         joint.diagonal(dim1=1, dim2=2).fill_(math.inf)
         cost, at = joint.flatten(1).min(dim=1)
         pair = torch.stack([at // m, at % m], dim=1)
-        keep = (total + cost < -least_gain)[:, None]
+        keep = total + cost < -least_gain
         swapped = any_of(keep)
         if swapped:
             self.flip(chosen.gather(1, pair))
-            after = (self.gates, self.residuals, self._slope, self._curvature)
-            before = [torch.where(keep, new, old) for new, old in zip(after, before, strict=True)]
-        self.gates, self.residuals, self._slope, self._curvature = before
+        self._back(before, ~keep if swapped else None)
         return swapped
 
 
