@@ -21,7 +21,7 @@ from nad_attr._foreign_hooks import relevance_rules
 from nad_attr.architecture import SubArchitecture
 from nad_attr.data import isolated_rng
 from nad_attr.evaluation._foreign import restored
-from nad_attr.evaluation.zennit_scorers import LRPScorer
+from nad_attr.evaluation.zennit_scorers import LRPScorer, composite_named
 from nad_attr.gates import Task, TaskGates
 from nad_attr.gating import GatingError, check_eval, gated, gates_and_sites, site_modules
 from nad_attr.sites import GateSite, unwrap
@@ -29,8 +29,7 @@ from nad_attr.sites import GateSite, unwrap
 try:
     from PIL import Image
     from zennit.attribution import Attributor, Gradient, IntegratedGradients, Occlusion, SmoothGrad
-    from zennit.canonizers import Canonizer, SequentialMergeBatchNorm
-    from zennit.composites import COMPOSITES
+    from zennit.canonizers import Canonizer
     from zennit.core import Composite, RemovableHandleList, collect_leaves
     from zennit.image import gridify, palette
     from zennit.types import BatchNorm, Linear
@@ -277,20 +276,13 @@ def named_composite(
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a composite's name, not {type(name).__name__}.")
-    if name not in COMPOSITES:
-        known = ", ".join(map(repr, COMPOSITES))
-        raise ValueError(f"Zennit has no composite {name!r}; it has {known}.")
-    chosen = [SequentialMergeBatchNorm()] if canonizers is None else list(canonizers)
     for key in ("low", "high"):
         if isinstance(arguments.get(key), (int, float)):
             arguments[key] = torch.tensor(arguments[key])
-    try:
-        return COMPOSITES[name](canonizers=chosen, **arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"the composite {name!r} does not go with these arguments ({error}); give them by name "
-            "to named_composite."
-        ) from error
+    made: Composite = composite_named(
+        name, canonizers, "give them by name to named_composite", **arguments
+    )
+    return made
 
 
 class SubArchitectureAttributor(Attributor):  # type: ignore[misc]

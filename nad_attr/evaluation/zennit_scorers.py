@@ -163,8 +163,6 @@ class LRPScorer(ChannelScorer):
 
 def _composite(composite: Any, canonizers: Sequence[Any] | None) -> Any:
     try:
-        from zennit.canonizers import SequentialMergeBatchNorm
-        from zennit.composites import COMPOSITES
         from zennit.core import Composite
     except ImportError as error:
         raise ImportError(
@@ -174,16 +172,36 @@ def _composite(composite: Any, canonizers: Sequence[Any] | None) -> Any:
         if canonizers is not None:
             raise TypeError("a composite brings its own canonizers; leave out canonizers=.")
         return composite
-    if not isinstance(composite, str):
-        raise TypeError(f"composite must be a name or a Zennit composite, not {composite!r:.60}.")
-    if composite not in COMPOSITES:
+    return composite_named(composite, canonizers, "make it with them and give the composite itself")
+
+
+def composite_named(
+    name: Any, canonizers: Sequence[Any] | None, remedy: str, **arguments: Any
+) -> Any:
+    """One of Zennit's composites by its name.
+
+    Args:
+        name: A key of ``zennit.composites.COMPOSITES``.
+        canonizers: Zennit's canonizers. None: ``SequentialMergeBatchNorm``.
+        remedy: What to do where the arguments do not go with the composite.
+        **arguments: What the composite needs or allows.
+
+    Raises:
+        TypeError: If the name is no string.
+        ValueError: If there is no such composite, or its arguments are others.
+    """
+    from zennit.canonizers import SequentialMergeBatchNorm
+    from zennit.composites import COMPOSITES
+
+    if not isinstance(name, str):
+        raise TypeError(f"composite must be a name or a Zennit composite, not {name!r:.60}.")
+    if name not in COMPOSITES:
         known = ", ".join(map(repr, COMPOSITES))
-        raise ValueError(f"Zennit has no composite {composite!r}; it has {known}.")
+        raise ValueError(f"Zennit has no composite {name!r}; it has {known}.")
     chosen = [SequentialMergeBatchNorm()] if canonizers is None else list(canonizers)
     try:
-        return COMPOSITES[composite](canonizers=chosen)
+        return COMPOSITES[name](canonizers=chosen, **arguments)
     except TypeError as error:
         raise ValueError(
-            f"the composite {composite!r} needs arguments ({error}); make it with them and give "
-            "the composite itself."
+            f"the composite {name!r} does not go with these arguments ({error}); {remedy}."
         ) from error
