@@ -20,9 +20,9 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from nad_attr.comparison.checkpoint import Checkpoint
-from nad_attr.comparison.concept_maps import LabelMaps, as_concepts, label_maps, label_parts
+from nad_attr.comparison.concept_maps import LabelMaps, as_concepts, label_maps
 from nad_attr.comparison.labelled_images import Batch, LabelledImages
-from nad_attr.comparison.overlap import Touched, count_active, grid, touched
+from nad_attr.comparison.overlap import Touched, above, count_active, divided, grid, touched
 from nad_attr.comparison.scratch import Scratch
 from nad_attr.comparison.shown import Shown
 from nad_attr.comparison.thresholds import ExactTail, Tail, TailSketch, not_above
@@ -40,7 +40,7 @@ _EXACT_BYTES = 2**33
 _SCRATCH_BYTES = 2**32
 #: Activations are written down in part once so many times the tail's values were seen, if it saves
 #: this share of their bytes.
-_FIRST_SPARSE, _WORTHWHILE = 8, 0.5
+_FIRST_SPARSE, _WORTHWHILE = 8, 1.0
 
 
 def dissect(
@@ -407,18 +407,17 @@ class _Dissection:
         self.first_in_scratch = self.done[0]
 
         def before(batch: Batch) -> None:
+            labels = self._labels(batch.labels, batch)  # wrong ones come to light before any work
             if scratch is not None:
-                parts = [
-                    label_parts(each, f"image {number}")
-                    for each, number in zip(batch.labels, batch.numbers, strict=True)
-                ]
-                scratch.put(np.array([*batch.size, *map(len, parts)]))
-                for part in [part for of_image in parts for part in of_image]:
-                    scratch.put(part.numpy().astype(np.int32))
+                for each in labels:
+                    kind = np.uint8 if len(each.concepts) <= 256 else np.int32
+                    scratch.put(each.combination.numpy().astype(kind))
+                    scratch.put(each.concepts.numpy())
+                    scratch.put(each.n_pixels.numpy())
 
         def each(site: GateSite, maps: Tensor, batch: Batch) -> None:
             try:
-                highest = self.tails[site.name].add(maps.flatten(1, 2))
+                highest, over = self.tails[site.name].add(maps.flatten(1, 2))
             except ValueError:
                 raise ValueError(
                     f"site {site.name!r} holds NaN or infinity for one of the images "
@@ -427,7 +426,7 @@ class _Dissection:
                 ) from None
             self._remember(site.name, highest, batch.numbers)
             if scratch is not None:
-                self._keep(site.name, maps, scratch)
+                self._keep(site.name, maps, over, scratch)
 
         def after(batch: Batch) -> None:
             if scratch is not None:
@@ -443,24 +442,29 @@ class _Dissection:
             name: not_above(value, self.dtypes[name]) for name, value in self.thresholds.items()
         }
 
-    def _keep(self, name: str, maps: Tensor, scratch: Scratch) -> None:
+    def _keep(self, name: str, maps: Tensor, over: Tensor, scratch: Scratch) -> None:
         """Write a site's activations down; only those that may matter, where these are few."""
         tail = self.tails[name]
-        if tail.n_seen >= _FIRST_SPARSE * tail.rank:
-            n_bytes = 8 + 4 * maps.element_size()
+        n_images, height, width, n_units = maps.shape
+        n_places = n_images * (height + 1) * (width + 1) * n_units
+        if tail.n_seen >= _FIRST_SPARSE * tail.rank and n_places < 2**31:
+            n_bytes = 4 + 4 * maps.element_size()
             most = int(_WORTHWHILE * maps.numel() * maps.element_size() / n_bytes)
-            found = touched(maps, not_above(tail.cut, maps.dtype), most)
+            found = touched(maps, over, most)
             if found is not None:
-                scratch.put(found.cell.to(torch.int32).cpu().numpy())
-                scratch.put(found.unit.to(torch.int32).cpu().numpy())
-                scratch.put(found.corners.cpu().numpy())
+                place = (found.cell * n_units).add_(found.unit)
+                scratch.put(place.to(torch.int32).cpu().numpy(), kept=True)
+                scratch.put(found.corners.cpu().numpy(), kept=True)
                 return
-        scratch.put(maps.cpu().numpy())
+        scratch.put(maps.cpu().numpy())  # perhaps the network's own, which it may write into
 
-    def _kept(self, name: str, parts: list[Tensor]) -> Touched:
+    def _kept(self, name: str, place: Tensor, corners: Tensor) -> Touched:
         """What :meth:`_keep` wrote down, less what turned out to be below the threshold."""
-        cell, unit, corners = (parts.pop(0).to(self.runner.device) for _ in range(3))
-        return Touched(cell.long(), unit.long(), corners).above(self.limits[name])
+        place, corners = place.to(self.runner.device), corners.to(self.runner.device)
+        limit = self.limits[name]
+        cell = divided(place, len(limit))
+        unit = place - cell * len(limit)
+        return Touched(cell, unit, corners).above(limit)
 
     def _remember(self, name: str, highest: Tensor, numbers: Sequence[int]) -> None:
         value, number = self.top[name]
@@ -479,12 +483,16 @@ class _Dissection:
         """Go through the images again, for what units and concepts have in common."""
         bar.update(self.done[1])
         now: list[Shown] = []
+        rooms: list[list[Tensor]] = []
+
+        def show(labels: Sequence[LabelMaps]) -> None:
+            now[:] = [self._show(labels, rooms)]
 
         def before(batch: Batch) -> None:
-            now[:] = [self._show(self._labels(batch.labels, batch))]
+            show(self._labels(batch.labels, batch))
 
         def each(site: GateSite, maps: Tensor, batch: Batch) -> None:
-            found = touched(maps, self.limits[site.name])
+            found = touched(maps, above(maps, self.limits[site.name]))
             assert found is not None
             self._count(site.name, found, now[0])
 
@@ -497,27 +505,27 @@ class _Dissection:
 
         if scratch is not None and self.done[1] == self.first_in_scratch:
             for places, parts in zip(self._places(self.done[1]), scratch.records(), strict=False):
-                height, width, *counts = parts[0].tolist()
-                rest = [torch.from_numpy(part) for part in parts[1:]]
-                labels = [[rest.pop(0) for _ in range(count)] for count in counts]
+                rest = [torch.from_numpy(part) for part in parts]
                 numbers = [self.images.numbers[place] for place in places]
-                batch = Batch(numbers, (), labels, (height, width))
-                before(batch)
+                batch = Batch(numbers, (), [], (0, 0))
+                show([LabelMaps(rest.pop(0).long(), rest.pop(0), rest.pop(0)) for _ in numbers])
                 for site in self.order:
                     if rest[0].ndim == 4:
                         each(site, rest.pop(0).to(self.runner.device), batch)
                     else:
-                        self._count(site.name, self._kept(site.name, rest), now[0])
+                        found = self._kept(site.name, rest.pop(0), rest.pop(0))
+                        self._count(site.name, found, now[0])
                 after(batch)
         self._pass(self.done[1], before, each, after)
 
-    def _show(self, labels: Sequence[LabelMaps]) -> Shown:
+    def _show(self, labels: Sequence[LabelMaps], rooms: list[list[Tensor]]) -> Shown:
         return Shown(
             labels,
             self.category,
             self.n_categories,
             everywhere=self.unlabelled == "count",
             device=self.runner.device,
+            rooms=rooms,
         )
 
     def _count(self, name: str, found: Touched, shown: Shown) -> None:

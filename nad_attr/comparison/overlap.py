@@ -34,6 +34,8 @@ __all__ = [
 
 #: Rows of pixels that are looked at together: few enough for a processor's cache.
 _CHUNK = 2**16
+#: Pixels from which on it pays to compute where a line crosses a limit.
+_FEW = 8
 #: Whole numbers up to this are exact in float32.
 _EXACT = 2**24
 
@@ -103,12 +105,14 @@ def _axis(n: int, n_pixels: int) -> tuple[Tensor, Tensor]:
     return index, weight
 
 
-def running_sums(combination: Tensor, shows: Tensor) -> Tensor:
+def running_sums(combination: Tensor, shows: Tensor, room: list[Tensor] | None = None) -> Tensor:
     """What the pixels of each row show, from the left edge up to each pixel.
 
     Args:
         combination: int64 (B, H, W), the combination of labels of each pixel.
         shows: (combinations, K), what each combination counts for.
+        room: Memory of earlier sums, no longer needed, that these take the place of: a tensor,
+            or none yet. Fresh memory costs as much as the sums themselves.
 
     Returns:
         Float (W + 1, B * H, K): at [x, y] the sum over the first x pixels of row y.
@@ -122,7 +126,12 @@ def running_sums(combination: Tensor, shows: Tensor) -> Tensor:
     dtype = torch.float32 if height * (width + 1) < _EXACT else torch.float64
     by_column = combination.permute(2, 0, 1).reshape(width, -1)
     shows = shows.to(dtype)
-    sums = shows.new_zeros(width + 1, n * height, shows.shape[1])
+    shape = (width + 1, n * height, shows.shape[1])
+    room = [] if room is None else room
+    if not room or room[0].numel() < math.prod(shape) or room[0].dtype != dtype:
+        room[:] = [shows.new_empty(math.prod(shape))]
+    sums = room[0][: math.prod(shape)].view(shape)
+    sums[0] = 0
     for x in range(width):
         torch.add(sums[x], shows.index_select(0, by_column[x]), out=sums[x + 1])
     return sums
@@ -135,7 +144,7 @@ class Touched:
     Attributes:
         cell: (n,), which cell of all images, image by image and row by row.
         unit: (n,), of which unit.
-        corners: (4, n), the unit's activations at the upper left, upper right, lower left and
+        corners: (n, 4), the unit's activations at the upper left, upper right, lower left and
             lower right.
     """
 
@@ -154,55 +163,66 @@ class Touched:
         new = place[image]
         chosen = where(new >= 0)
         cell = (self.cell + (new - image) * n_cells)[chosen]
-        return Touched(cell, self.unit[chosen], self.corners[:, chosen])
+        return Touched(cell, self.unit[chosen], self.corners[chosen])
 
     def above(self, thresholds: Tensor) -> Touched:
         """Those with a corner above a higher threshold."""
         limit = thresholds.index_select(0, self.unit)
-        chosen = where(self.corners.amax(0) > limit)
+        a, b, c, d = self.corners.unbind(1)
+        highest = torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
+        chosen = where(highest > limit)
         return Touched(
             self.cell.index_select(0, chosen),
             self.unit.index_select(0, chosen),
-            self.corners.index_select(1, chosen),
+            self.corners.index_select(0, chosen),
         )
 
 
-def touched(activations: Tensor, thresholds: Tensor, most: int | None = None) -> Touched | None:
+def touched(activations: Tensor, over: Tensor, most: int | None = None) -> Touched | None:
     """Cells of all images with a corner above the threshold.
 
     Args:
         activations: (B, h, w, C), contiguous.
-        thresholds: (C,), of the same type.
+        over: bool, as many: which are above their unit's threshold (:func:`above`).
         most: None is returned if there are more than so many.
 
     Example:
-        >>> found = touched(torch.tensor([0.0, 1.0]).reshape(1, 1, 2, 1), torch.tensor([0.5]))
-        >>> found.cell, found.corners[:2]  # 2 x 3 cells, of which 4 have the second as a corner
+        >>> maps = torch.tensor([0.0, 1.0]).reshape(1, 1, 2, 1)
+        >>> found = touched(maps, maps > 0.5)
+        >>> found.cell, found.corners  # 2 x 3 cells, of which 4 have the second as a corner
         (tensor([1, 2, 4, 5]), tensor([[0., 1., 0., 1.],
+                [1., 1., 1., 1.],
+                [0., 1., 0., 1.],
                 [1., 1., 1., 1.]]))
     """
     n, height, width, n_units = activations.shape
-    over = above(activations, thresholds)
-    framed = over.new_zeros(n, height + 1, width + 1, n_units)
-    for top in (0, 1):
-        for left in (0, 1):
-            framed[:, top : top + height, left : left + width] |= over
-    found = where(framed.view(-1))
-    if most is not None and len(found) > most:
+    framed = _either(_either(over.view(activations.shape), 1), 2)
+    place = where(framed.view(-1))
+    if most is not None and len(place) > most:
         return None
-    cell = divided(found, n_units)
-    unit = found - cell * n_units
-    flat, places = activations.reshape(-1), _corners(n, height, width, activations.device)
-    corners = activations.new_empty(4, len(cell))
-    for i in range(4):
-        place = places[i].index_select(0, cell).mul_(n_units).add_(unit)
-        torch.index_select(flat, 0, place, out=corners[i])
+    cell = divided(place, n_units)
+    unit = place - cell * n_units
+    at = _corners(n, height, width, activations.device).index_select(0, cell)
+    at.mul_(n_units).add_(unit[:, None])
+    corners = activations.reshape(-1).index_select(0, at.view(-1)).view(-1, 4)
     return Touched(cell, unit, corners)
+
+
+def _either(mask: Tensor, axis: int) -> Tensor:
+    """Where a mask or what stands before it along an axis is true: one longer there."""
+    n = mask.shape[axis]
+    found = mask.new_empty(*mask.shape[:axis], n + 1, *mask.shape[axis + 1 :])
+    found.narrow(axis, 0, 1).copy_(mask.narrow(axis, 0, 1))
+    torch.bitwise_or(
+        mask.narrow(axis, 0, n - 1), mask.narrow(axis, 1, n - 1), out=found.narrow(axis, 1, n - 1)
+    )
+    found.narrow(axis, n, 1).copy_(mask.narrow(axis, n - 1, 1))
+    return found
 
 
 @lru_cache(maxsize=32)
 def _corners(n: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Positions at the corners of each cell of n images, int64 (4, cells)."""
+    """Positions at the corners of each cell of n images, int64 (cells, 4)."""
     row, column = torch.arange(height + 1), torch.arange(width + 1)
     image = torch.arange(n)[:, None, None] * (height * width)
     found = [
@@ -210,7 +230,7 @@ def _corners(n: int, height: int, width: int, device: torch.device) -> Tensor:
         for y in ((row - 1).clamp(min=0), row.clamp(max=height - 1))
         for x in ((column - 1).clamp(min=0), column.clamp(max=width - 1))
     ]
-    return torch.stack(found).to(device)
+    return torch.stack(found, 1).to(device)
 
 
 def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -> Tensor:
@@ -231,7 +251,7 @@ def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -
     # One after the other, units are bags of rows of pixels.
     order = found.unit.to(torch.int32).sort(stable=True).indices
     unit, cell = found.unit.index_select(0, order), found.cell.index_select(0, order)
-    a, b, c, d = (corner.index_select(0, order)[:, None] for corner in found.corners)
+    a, b, c, d = found.corners.index_select(0, order)[:, None].unbind(2)
     limits = thresholds.index_select(0, unit)
     line = divided(cell, grid.shape[1] + 1)
     column = cell - line * (grid.shape[1] + 1)
@@ -240,7 +260,7 @@ def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -
     pixels = (grid.columns < width).sum(1)
     begin, table = grid.columns[:, 0], sums.view(-1, n_shown)
     step = max(1, min(_CHUNK, _EXACT // (width + 1)) // p)
-    signs = table.new_tensor([1.0, -1.0]).repeat(step * p)
+    signs = _signs(step * p, table.dtype, table.device)
     for start in range(0, len(cell), step):
         part = slice(start, start + step)
         left, right = _vertical(a[part], b[part], c[part], d[part], grid.down[row[part]])
@@ -250,8 +270,7 @@ def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -
         entry = divided(bar, p)
         left, right = left.view(-1).index_select(0, bar), right.view(-1).index_select(0, bar)
         across = column[part].index_select(0, entry)
-        values = _between(left, right, grid.right.index_select(0, across))
-        n_active = (values > limit.index_select(0, entry)[:, None]).sum(1, dtype=torch.int32)
+        n_active = _n_active(left, right, limit.index_select(0, entry), across, grid)
         # The first ones of the row, or the last.
         skipped = (pixels.index_select(0, across) - n_active).masked_fill_(left > right, 0)
         place = skipped.add_(begin.index_select(0, across)).mul_(n_rows)
@@ -259,7 +278,7 @@ def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -
         bar += row[part].index_select(0, entry).mul_(p)
         place += grid.rows.view(-1).index_select(0, bar)
         place += image[part].index_select(0, entry).mul_(height)
-        ends = torch.stack([place + n_active.long() * n_rows, place], 1)
+        ends = torch.stack([place + n_active * n_rows, place], 1)
         per_unit = torch.bincount(unit[part].index_select(0, entry), minlength=n_units)
         total += functional.embedding_bag(
             ends.view(-1),
@@ -271,6 +290,12 @@ def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -
     return total
 
 
+@lru_cache(maxsize=64)
+def _signs(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1 and -1 in turn, n times."""
+    return torch.tensor([1.0, -1.0], dtype=dtype, device=device).repeat(n)
+
+
 def above(values: Tensor, limits: Tensor) -> Tensor:
     """``values > limits`` for limits (C,) of the last axis, which may be short.
 
@@ -280,7 +305,10 @@ def above(values: Tensor, limits: Tensor) -> Tensor:
                 [ True,  True]])
     """
     n = math.gcd(values.numel() // len(limits), 64)
-    return (values.reshape(-1, n * len(limits)) > limits.repeat(n)).view(values.shape)
+    rows, repeated = values.reshape(-1, n * len(limits)), limits.repeat(n)
+    if values.device.type == "cpu":  # NumPy compares up to four times as fast
+        return torch.from_numpy(rows.numpy() > repeated.numpy()).view(values.shape)
+    return (rows > repeated).view(values.shape)
 
 
 def where(mask: Tensor) -> Tensor:
@@ -316,6 +344,55 @@ def _vertical(a: Tensor, b: Tensor, c: Tensor, d: Tensor, down: Tensor) -> tuple
     return (c - a).mul(down).add_(a), (d - b).mul(down).add_(b)
 
 
+def _n_active(left: Tensor, right: Tensor, limit: Tensor, across: Tensor, grid: Grid) -> Tensor:
+    """How many pixels between two ends, of which one is above the limit, are: int64 (n,).
+
+    Where the line crosses the limit is computed, and the two pixels around it are looked at: it
+    rises or falls throughout, so if one is above and the other is not, all others are known. Where
+    rounding has it otherwise, all pixels are looked at.
+
+    Args:
+        left: (n,), activations at the left ends.
+        right: (n,), at the right ends.
+        limit: (n,).
+        across: int64 (n,), in which column of cells.
+        grid: Of the activations under the labels.
+    """
+    n_there, q = (grid.columns < grid.size[1]).sum(1), grid.right.shape[1]
+    if q < _FEW:
+        values = _between(left, right, grid.right.index_select(0, across))
+        return (values > limit[:, None]).sum(1)
+    # The table gets a column at both ends, so that both neighbours of any crossing can be read.
+    first = grid.right[:, 0]
+    frame = first.new_full((len(first), 1), torch.nan)
+    table = torch.cat([frame, grid.right, frame], 1).view(-1)
+    there = n_there.index_select(0, across)
+    change = right - left
+    share = (limit - left).div_(change)
+    # Pixels stand at first + i * w / W.
+    share -= first.index_select(0, across)
+    share *= grid.size[1] / grid.shape[1]
+    # Of two equal ends, which are above the limit, this is minus infinity: no pixel is before.
+    n_before = share.ceil_().nan_to_num_(0.0).clamp_(0, q).long()
+    n_before = torch.minimum(n_before, there)
+    at = across * (q + 2) + n_before
+    before = table.index_select(0, at).mul_(change).add_(left) > limit
+    at += 1
+    after = table.index_select(0, at).mul_(change).add_(left) > limit
+    rises = change >= 0
+    n_active = torch.where(rises, there - n_before, n_before)
+    # Beyond an end there is no pixel: NaN is above nothing, though it should be on one side.
+    at_start, at_end = n_before == 0, n_before == there
+    right_before = at_start | (before != rises)
+    right_after = at_end | (after == rises)
+    wrong = where(~(right_before & right_after))
+    if len(wrong):
+        some = (x.index_select(0, wrong) for x in (left, right, across))
+        values = _between(next(some), next(some), grid.right.index_select(0, next(some)))
+        n_active[wrong] = (values > limit.index_select(0, wrong)[:, None]).sum(1)
+    return n_active
+
+
 def _between(left: Tensor, right: Tensor, across: Tensor) -> Tensor:
     """Activations between ends (n,) at shares (n, Q) of the way."""
     return ((right - left)[:, None] * across).add_(left[:, None])
@@ -337,7 +414,7 @@ def active_pixels(activation: Tensor, threshold: float, size: tuple[int, int]) -
     n_rows, n_columns = layout.rows.shape[0], layout.columns.shape[0]
     height, width = layout.shape
     flat, places = activation.reshape(-1), _corners(1, height, width, activation.device)
-    a, b, c, d = (flat[place][:, None] for place in places)
+    a, b, c, d = flat[places][:, None].unbind(2)
     left, right = _vertical(a, b, c, d, layout.down.repeat_interleave(n_columns, 0))
     p, q = left.shape[1], layout.right.shape[1]
     across = layout.right.repeat(n_rows, 1).repeat_interleave(p, 0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import mmap
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,16 @@ __all__ = ["Scratch"]
 #: Share of the free space of the temporary folder's disk that is never taken.
 _SPARED = 0.5
 _ALIGNED = 64
+#: Arrays that wait for being written at most.
+_WAITING = 4
 
 
 class Scratch:
     """A temporary file of records, written one after the other and read in the same order.
 
     Of the process alone: it has no name, and is gone when it is closed or the process ends.
-    Records are mapped into memory one at a time, not copied.
+    A thread writes, beside the work that goes on. Records are mapped into memory one at a time,
+    not copied.
 
     Args:
         n_bytes: Bytes that it may take at most. Half of the disk's free space is left alone.
@@ -46,6 +51,8 @@ class Scratch:
         # Buffers of the file object would only copy megabytes once more.
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._full = False
+        self._writer = ThreadPoolExecutor(1, "scratch")
+        self._waiting: deque[Future[None]] = deque()
         self._parts: list[tuple[str, tuple[int, ...]]] = []
         #: (start, kinds and shapes of the parts); the same list for records that are alike.
         self._index: list[tuple[int, list[tuple[str, tuple[int, ...]]]]] = []
@@ -57,45 +64,52 @@ class Scratch:
         """Records that are complete."""
         return len(self._index)
 
-    def put(self, part: NDArray[Any]) -> None:
+    def put(self, part: NDArray[Any], *, kept: bool = False) -> None:
         """Append an array to the present record; nothing is written any more once one is too long.
 
         Args:
             part: Numbers.
+            kept: Nobody will write into the array, so that it may be read later.
         """
         if self._full:
             return
         if self.n_bytes + part.nbytes + mmap.ALLOCATIONGRANULARITY > self._limit:
             self._full = True
             return
-        try:
-            self._write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-            self._write(bytes(-self.n_bytes % _ALIGNED))
-        except OSError:  # the disk is full: the network is run again instead
-            self._full = True
-            return
+        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+        self._waiting.append(self._writer.submit(self._write, self.n_bytes, data))
+        self._wait(_WAITING if kept else 0)
+        self.n_bytes += part.nbytes + -part.nbytes % _ALIGNED
         self._parts.append((part.dtype.str, part.shape))
 
-    def _write(self, data: Any) -> None:
-        view = memoryview(data)
-        while len(view):
-            n = self._file.write(view)
-            self.n_bytes += n
-            view = view[n:]
+    def _write(self, place: int, data: Any) -> None:
+        try:
+            self._file.seek(place)
+            view = memoryview(data)
+            while len(view):
+                view = view[self._file.write(view) :]
+        except OSError:  # the disk is full: the network is run again instead
+            self._full = True
+
+    def _wait(self, n: int) -> None:
+        """Until no more than n arrays are to be written."""
+        while len(self._waiting) > n:
+            self._waiting.popleft().result()
 
     def end(self) -> None:
         """The record is complete."""
+        self._wait(0)
         if self._full:
             return
         known = self._index[-1][1] if self._index else None
         self._index.append((self._start, known if known == self._parts else self._parts))
         self._parts = []
         self.n_bytes += -self.n_bytes % mmap.ALLOCATIONGRANULARITY
-        self._file.seek(self.n_bytes)
         self._start = self.n_bytes
 
     def records(self) -> Iterator[list[NDArray[Any]]]:
         """The complete records; each is valid until the next one is asked for."""
+        self._writer.shutdown()
         self._file.truncate(max(self._start, 1))
         ends = [start for start, _ in self._index[1:]] + [self._start]
         for (start, parts), end in zip(self._index, ends, strict=True):
@@ -112,6 +126,7 @@ class Scratch:
 
     def close(self) -> None:
         """Remove the file."""
+        self._writer.shutdown()
         self._file.close()
 
     def __enter__(self) -> Scratch:

@@ -37,6 +37,7 @@ class _Part:
         n_categories: int,
         everywhere: bool,
         device: torch.device,
+        room: list[Tensor],
     ) -> None:
         table = torch.cat([each.concepts for each in labels])
         place = torch.full((n_images,), -1)
@@ -63,7 +64,7 @@ class _Part:
             first += len(each.concepts)
         self.present = present.to(device)
         counted = torch.cat([shows, categories], 1).to(device)
-        self.sums = running_sums(torch.stack(maps).to(device), counted)
+        self.sums = running_sums(torch.stack(maps).to(device), counted, room)
 
 
 class Shown:
@@ -75,6 +76,8 @@ class Shown:
         n_categories: How many there are.
         everywhere: Whether unlabelled pixels count in images with labels of a category.
         device: Where to count.
+        rooms: Memory of an earlier batch, no longer needed, that this one takes the place of; a
+            list that grows as it must.
 
     Attributes:
         parts: Groups of images whose label maps have one size.
@@ -89,13 +92,16 @@ class Shown:
         *,
         everywhere: bool,
         device: torch.device,
+        rooms: list[list[Tensor]] | None = None,
     ) -> None:
+        rooms = [] if rooms is None else rooms
         by_size: dict[tuple[int, ...], list[int]] = {}
         for i, each in enumerate(labels):
             by_size.setdefault(tuple(each.combination.shape), []).append(i)
         groups = [
             group for images in by_size.values() for group in _split(images, labels, n_categories)
         ]
+        rooms += [[] for _ in range(len(rooms), len(groups))]
         self.parts = [
             _Part(
                 torch.tensor(images),
@@ -105,8 +111,9 @@ class Shown:
                 n_categories,
                 everywhere,
                 device,
+                room,
             )
-            for images in groups
+            for images, room in zip(groups, rooms, strict=False)
         ]
         self.n_pixels = torch.stack([part.n_pixels for part in self.parts]).sum(0)
 

@@ -63,14 +63,15 @@ class Tail(ABC):
         self._next_cut = _FIRST_CUT * self.rank
         self._first = True
 
-    def add(self, values: Tensor) -> Tensor:
+    def add(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take in the activations of some images.
 
         Args:
             values: (images, positions, C), of any float type; the same number of positions always.
 
         Returns:
-            The highest of each image and unit, (images, C).
+            The highest of each image and unit, (images, C), and which may be of the tail, bool,
+            as many as there are values, in a row.
 
         Raises:
             ValueError: If some are NaN or infinite; names the first such image by its place here.
@@ -80,19 +81,20 @@ class Tail(ABC):
         wrong = torch.nonzero(~torch.isfinite(highest).all(1)).flatten()
         if len(wrong):
             raise ValueError(f"activations of image {int(wrong[0])} are NaN or infinite")
-        done = 0
+        done, over = 0, []
         while done < n_images:
             # The tail is cut at fixed numbers of images, so that batches make no difference.
             n = min(n_images - done, max(1, -(-(self._next_cut - self.n_seen) // n_positions)))
-            self._add(values[done : done + n], highest[done : done + n].amax(0))
+            over.append(self._add(values[done : done + n], highest[done : done + n].amax(0)))
             done += n
-        return highest
+        return highest, over[0] if len(over) == 1 else torch.cat(over)
 
-    def _add(self, values: Tensor, highest: Tensor) -> None:
+    def _add(self, values: Tensor, highest: Tensor) -> Tensor:
         if self._first:
             self._begin(values)
         # Compared in the activations' own type, rounded down so that nothing above it is lost.
-        place = where(above(values, not_above(self.cut, values.dtype)).view(-1))
+        over = above(values, not_above(self.cut, values.dtype)).view(-1)
+        place = where(over)
         if len(place):
             unit = place - divided(place, self.n_units) * self.n_units
             found = values.reshape(-1).index_select(0, place)
@@ -102,6 +104,7 @@ class Tail(ABC):
             self.cut = torch.maximum(self.cut, self._lower())
             self._next_cut = math.ceil(self.n_seen * _GROWTH)
             self._first = False
+        return over
 
     @abstractmethod
     def _begin(self, values: Tensor) -> None:
@@ -208,6 +211,7 @@ class TailSketch(Tail):
         #: The lowest value of the first images, and the highest of all.
         self.low = torch.full((n_units,), math.inf, dtype=torch.float64, device=device)
         self.high = torch.full((n_units,), -math.inf, dtype=torch.float64, device=device)
+        self._reach()
 
     def _begin(self, values: Tensor) -> None:
         self.low = torch.minimum(self.low, values.amin((0, 1)).double())
@@ -230,6 +234,8 @@ class TailSketch(Tail):
 
     def _fit(self) -> None:
         """Make the bins of all units reach from ``low`` to ``high``."""
+        if not bool((self.low < self._from).any() | (self.high >= self._to).any()):
+            return
         scale = _power(-self.exponent)
         first, last = (self.low * scale).floor(), (self.high * scale).floor()
         fits = (first >= self.base) & (last < self.base + self.n_bins)
@@ -251,7 +257,7 @@ class TailSketch(Tail):
         start = torch.where(top - start >= self.n_bins, inside, start)
         moved = (new != old) | (start != base)
         rows = torch.nonzero(moved).flatten()
-        if len(rows):
+        if len(rows) and self.n_seen:  # before, there is nothing in the bins
             bins = torch.arange(self.n_bins, device=base.device)
             target = ((base[rows, None] + bins) >> shift[rows, None]) - start[rows, None]
             counts = self.counts[units[rows]]
@@ -260,6 +266,13 @@ class TailSketch(Tail):
             fresh.scatter_add_(1, target.clamp(0, self.n_bins - 1), counts)
             self.counts[units[rows]] = fresh
         self.exponent[units], self.base[units] = new, start
+        self._reach()
+
+    def _reach(self) -> None:
+        """Where the lowest bins begin, and the highest ones end."""
+        width = _power(self.exponent)
+        self._from = self.base.double() * width
+        self._to = (self.base + self.n_bins).double() * width
 
     def _bin(self) -> Tensor:
         """The i of the bin that holds the threshold."""
@@ -302,6 +315,7 @@ class TailSketch(Tail):
         super().restore(state)
         for name in ("counts", "base", "exponent", "low", "high"):
             setattr(self, name, _tensor(state[name], getattr(self, name)))
+        self._reach()
 
 
 def _power(exponent: Tensor) -> Tensor:
