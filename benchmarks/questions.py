@@ -3,9 +3,9 @@
     python -m benchmarks.questions
 
 Where (mosaics), how (sizes and overlaps along depth), why errors (misclassifications against null
-and controls, voting), stability across seeds and halves of the data, keep and ablate curves with
-all five ablation values, and what is left with random weights and shuffled labels. One JSON file
-for each network x data set in ``benchmarks/results/questions``; what is there is kept.
+and controls, voting), stability across seeds, also with longer runs, and halves of the data, keep
+and ablate curves with all five ablation values, and what is left with random weights and shuffled
+labels. One JSON file for each network x data set in ``benchmarks/results/questions``; what is there is kept.
 """
 
 from __future__ import annotations
@@ -35,12 +35,22 @@ from nad_attr.evaluation import (
     sanity,
     site_fidelity,
 )
+from nad_attr.evaluation.grid import measure_grid
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "questions"
 SIZE = 0.4
+#: (steps, images per step, memory) of runs whose seeds are compared.
+CONVERGENCE = (
+    (50, 20, 0.9),
+    (200, 20, 0.9),
+    (100, 20, 1.0),
+    (200, 20, 1.0),
+    (200, 60, 1.0),
+)
 #: Those that learn anew, or run many sub-architectures, on these alone by default.
 SANITY = ("resnet14/scene15", "vgg/scene15", "resnet14/cifar10")
 CURVES = ("resnet14/scene15", "resnet14/cifar10")
+CONVERGING = ("resnet14/scene15", "vgg/scene15")
 
 
 def where(cell: Cell) -> dict[str, Any]:
@@ -87,6 +97,35 @@ def seeds(cell: Cell) -> dict[str, Any]:
         for size in cell.args.sizes:
             found[f"{ablation}/{size:g}"] = _seed_kappa([run[size] for run in runs])
     return found
+
+
+def convergence(cell: Cell) -> dict[str, Any]:
+    """Do seeds agree better the longer a run is, and the less it forgets? For five classes."""
+    tasks = cell.tasks[:5]
+    held_out = per_class(cell.data.held_out, cell.args.val_per_class, 0)
+    rows = []
+    for steps, n_images, memory in CONVERGENCE:
+        recipe = Recipe(size=SIZE, steps=steps, images_per_step=n_images, memory=memory)
+        runs = [
+            learn_gates(
+                cell.model, cell.data.train, tasks, recipe, cell.sites, seed=seed, amp=True,
+                **cell.where,
+            )
+            for seed in (0, 1)
+        ]  # fmt: skip
+        archs = [gates.sub_architectures() for gates in runs]
+        grid = measure_grid(cell.model, archs, held_out, amp=True, **cell.where)
+        rows.append(
+            {
+                "steps": steps,
+                "images_per_step": n_images,
+                "memory": memory,
+                "kappa": _seed_kappa(runs),
+                **{m: float(np.nanmean(grid.values[m])) for m in ("own_auc", "fidelity")},
+            }
+        )
+        print(cell.pair, rows[-1], file=sys.stderr, flush=True)
+    return _plain({"size": SIZE, "n_tasks": len(tasks), "rows": rows})
 
 
 def _seed_kappa(runs: list[TaskGates]) -> float:
@@ -156,6 +195,7 @@ PARTS: dict[str, Callable[[Cell], dict[str, Any]]] = {
     "how": how,
     "why": why,
     "seeds": seeds,
+    "convergence": convergence,
     "curves": keep_and_ablate,
     "sanity": controls,
 }
@@ -182,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{pair}: skipped: {missing}", file=sys.stderr)
             continue
         for part in args.parts:
-            costly = {"sanity": SANITY, "curves": CURVES}.get(part)
+            costly = {"sanity": SANITY, "curves": CURVES, "convergence": CONVERGING}.get(part)
             if part in done or (costly and pair not in costly and not args.everywhere):
                 continue
             start = time.process_time()

@@ -25,8 +25,8 @@ from nad_attr.recipe import Recipe
 
 __all__ = ["QuadraticModel", "budgets", "learn_selection"]
 
-#: Steps whose images the quadratic model holds; older ones hardly count any more.
-MEMORY = 30
+#: Images of a step are let go once they count e to the power of minus this.
+FORGOTTEN = 3
 #: Steps before the first channel closes, at most: fewer images are no base for a choice.
 WAIT = 5
 #: Swaps of an open for a closed channel in each step (one in the last fifth of the steps).
@@ -83,6 +83,18 @@ def budgets(recipe: Recipe, n: int, ks: Sequence[int]) -> list[list[int]]:
         result.append([round(before * (k / before) ** share) for share in done])
         before = k
     return result
+
+
+def held(recipe: Recipe) -> int:
+    """Steps whose images the quadratic model holds; older ones hardly count any more.
+
+    Example:
+        >>> held(Recipe(memory=0.9)), held(Recipe(memory=1.0))
+        (30, 100)
+    """
+    if recipe.memory == 1:
+        return recipe.steps
+    return min(recipe.steps, round(FORGOTTEN / (1 - recipe.memory)))
 
 
 def lowest(cost: Tensor, n: int) -> Tensor:
@@ -373,7 +385,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     steps = [open_after for part in path for open_after in part]
     ends = set(itertools.accumulate(map(len, path)))
     per_task = recipe.images_per_step
-    capacity = min(recipe.steps, MEMORY) * per_task
+    capacity = held(recipe) * per_task
     gates = torch.ones(rows, n, device=network.device, dtype=network.dtype)
     closed_at = torch.full_like(gates, -1.0)
     model = QuadraticModel(gates, capacity, recipe.trust)
@@ -398,7 +410,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
         model.age(recipe.memory)
         whole = clean[batch.places].view(rows, per_task)
         model.add(whole, residual, gradient[batch.places].view(rows, per_task, n))
-        seen = min(t + 1, MEMORY) * per_task
+        seen = min((t + 1) * per_task, capacity)
         variance = model.whole[:, :seen].var(dim=1, correction=0).clamp(min=TINY)
         if steps[t] < n or t + 1 in ends:  # the last step also ranks what is open
             before = model.gates.clone()
