@@ -5,7 +5,8 @@
 Where (mosaics), how (sizes and overlaps along depth), why errors (misclassifications against null
 and controls, voting), stability across seeds, also with longer runs, and halves of the data, keep
 and ablate curves with all five ablation values, and what is left with random weights and shuffled
-labels. One JSON file for each network x data set in ``benchmarks/results/questions``; what is there is kept.
+labels. One JSON file for each network x data set in ``benchmarks/results/questions``; what is there
+is kept.
 """
 
 from __future__ import annotations
