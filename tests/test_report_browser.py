@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -73,14 +76,14 @@ def browser() -> Iterator[Any]:
 class Opened:
     """A page of the report, with everything that went wrong in it."""
 
-    def __init__(self, browser: Any, file: Path, **options: Any) -> None:
-        self.page = browser.new_page(viewport={"width": 1280, "height": 900}, **options)
+    def __init__(self, browser: Any, file: Path | str, height: int = 900, **options: Any) -> None:
+        self.page = browser.new_page(viewport={"width": 1280, "height": height}, **options)
         self.wrong: list[str] = []
         self.asked: list[str] = []
         self.page.on("console", self._said)
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(file.as_uri(), wait_until="load")
+        self.page.goto(file if isinstance(file, str) else file.as_uri(), wait_until="load")
 
     def _said(self, message: Any) -> None:
         if message.type in ("error", "warning"):
@@ -118,6 +121,42 @@ def opened(browser: Any, small: Path) -> Iterator[Opened]:
     yield found
     assert found.wrong == []
     found.page.close()
+
+
+class _Slowly(BaseHTTPRequestHandler):
+    """Hands out a page, with a pause before its last megabyte."""
+
+    content: bytes
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(self.content[:-1_000_000])
+        self.wfile.flush()
+        time.sleep(1.5)
+        self.wfile.write(self.content[-1_000_000:])
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def test_charts_in_sight_wait_for_the_whole_page(browser: Any, small: Path) -> None:
+    handler = type("Handler", (_Slowly,), {"content": small.read_bytes()})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}/"
+    try:
+        opened = Opened(browser, address, height=6000)  # all charts are in sight at once
+        for chart in opened.page.query_selector_all(".chart"):
+            name = chart.get_attribute("id")
+            opened.page.wait_for_selector(f"#{name} .main-svg", timeout=20_000, state="attached")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [text for text in opened.wrong if "favicon" not in text] == []
+    opened.page.close()
 
 
 def test_loads_and_draws_without_a_word(opened: Opened) -> None:

@@ -48,5 +48,9 @@ describe();
 performance.mark("nad-attr-shown");
 for (const part of [examples, nearest, cards]) safely(part);
 // The charts wait until the first sight of the page is on the screen.
-requestAnimationFrame(() => setTimeout(watch, 0));
+// The library of the charts stands at the end of the page, which may not be there yet.
+requestAnimationFrame(() => setTimeout(() => {
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", watch);
+  else watch();
+}, 0));
 document.documentElement.setAttribute("data-ready", "true");
