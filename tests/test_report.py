@@ -18,12 +18,14 @@ from nad_attr import GateSite, GateStore, GateStoreError, Recipe, TaskGates
 from nad_attr.comparison import Comparison, Concept, UnitConcepts, mann_whitney
 from nad_attr.evaluation import Evaluation, curves, errors, evaluate, mosaics
 from nad_attr.history import History
+from nad_attr.pictures import class_mosaics
 from nad_attr.report import Report
 from nad_attr.report.contents import Results, contents, summary
 from nad_attr.report.measuring import evenly, example_rows, responses, sampled
 from nad_attr.report.overlaps import block_means, overlaps_part
 from nad_attr.report.packing import gate_levels, plain, script_json
 from nad_attr.report.pictures import is_picture, tensor_picture
+from nad_attr.report.saving import keep_results
 from nad_attr.store import write_result
 
 from .helpers import TinyCNN, assert_model_untouched, build, labelled_images
@@ -434,7 +436,7 @@ def test_results_that_are_given_take_the_place_of_measured_ones() -> None:
     )
 
 
-def test_mosaics_of_four_tasks() -> None:
+def test_mosaics_of_four_tasks(tmp_path: Path) -> None:
     torch_model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Flatten()).eval()
     model = torch.nn.Sequential(
         torch_model[0], torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
@@ -447,6 +449,28 @@ def test_mosaics_of_four_tasks() -> None:
     page = page_of(Report(gates, mosaics=result))
     assert "chart-mosaics" in page.ids()
     assert page.data()["mosaics"]["excess"] == pytest.approx(result.mean("excess"), rel=1e-3)
+
+    path = tmp_path / "gates.h5"
+    gates.save(path)
+    report = Report(path).measure(model, data, parts=["mosaics"])
+    assert report.results.notes == []
+    made = report.results.mosaics["examples"]
+    assert all(is_picture(found[kind]) for found in made for kind in ("mosaic", "coloured"))
+    assert all(sorted(found["tasks"]) == ["0", "1", "2", "3"] for found in made)
+    found = class_mosaics(model, gates, data, n=len(made))
+    shares = [np.nan if share is None else share for share in made[0]["shares"]]
+    assert shares == pytest.approx(found.own_share()[0].tolist(), rel=1e-2, nan_ok=True)
+    report.keep()
+    again = page_of(Report(path))
+    pictures = [a["src"] for tag, a in again.tags if tag == "img" and "src" in a]
+    assert pictures == [found[kind] for found in made for kind in ("mosaic", "coloured")]
+    assert "examples" not in again.data()["mosaics"]  # not twice in the page
+
+    made[0]["coloured"] = "https://example.org/x.png"
+    keep_results(path, report.results)
+    report = Report(path)
+    assert report.results.mosaics is None
+    assert "example.org" not in report.html()
 
 
 def test_what_cannot_be_measured_is_noted() -> None:

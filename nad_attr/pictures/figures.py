@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from nad_attr.pictures.contrast import ContrastMaps
     from nad_attr.pictures.top_images import TopImages
 
-__all__ = ["draw_class_mosaics", "draw_contrast", "draw_heat_maps", "draw_top_images"]
+__all__ = [
+    "coloured_by_class",
+    "draw_class_mosaics",
+    "draw_contrast",
+    "draw_heat_maps",
+    "draw_top_images",
+]
 
 #: Inches of a picture's side.
 SIDE = 1.75
@@ -128,30 +134,38 @@ def draw_contrast(
     return figure
 
 
+def coloured_by_class(
+    found: ClassMosaics, *, site: str | None = None, to_pixels: ToPixels | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mosaics as pictures, and coloured: (M, H, W, 3) in [0, 1] each.
+
+    Each position has the colour of the class that has most to say there, the stronger the more.
+    """
+    colours = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in PALETTE[:4]])
+    rgb = _rgb(found.images, to_pixels)
+    strengths = found.strengths(site).numpy()
+    winner, strength = strengths.argmax(1), strengths.max(1)
+    largest = strength.max((1, 2), keepdims=True)
+    weight = (strength / np.where(largest > 0, largest, 1.0))[..., None]
+    return rgb, _grey(rgb) * (1 - weight) + colours[winner] / 255 * weight
+
+
 def draw_class_mosaics(
     found: ClassMosaics, *, site: str | None = None, to_pixels: ToPixels | None = None
 ) -> Figure:
     """See :meth:`nad_attr.pictures.ClassMosaics.plot`."""
-    from matplotlib.colors import to_rgb
     from matplotlib.patches import Rectangle
 
-    strengths = found.strengths(site).numpy()
     shares = found.own_share(site)
-    rgb = _rgb(found.images, to_pixels)
-    grey = _grey(rgb)
+    rgb, coloured = coloured_by_class(found, site=site, to_pixels=to_pixels)
     height, width = rgb.shape[1:3]
-    colours = np.array([to_rgb(colour) for colour in PALETTE[:4]])
     side = 2.6
     figure, axes = new_figure(
         len(rgb), 2, panel=(side + 0.1, side * height / width + 0.3), extra=(1.9, 0.4)
     )
     for i, row in enumerate(axes):
-        winner, strength = strengths[i].argmax(0), strengths[i].max(0)
-        largest = strength.max()
-        weight = (strength / largest if largest > 0 else strength)[..., None]
-        coloured = grey[i] * (1 - weight) + colours[winner] * weight
         _picture(row[0], rgb[i], "mosaic" if i == 0 else None)
-        _picture(row[1], coloured, "coloured by class" if i == 0 else None)
+        _picture(row[1], coloured[i], "coloured by class" if i == 0 else None)
         for axis in row:
             for q in range(4):
                 corner = ((q % 2) * width / 2 - 0.5, (q // 2) * height / 2 - 0.5)

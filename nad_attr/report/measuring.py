@@ -20,10 +20,12 @@ from nad_attr.evaluation.measures import overlap_matrix
 from nad_attr.evaluation.mosaics import mosaics
 from nad_attr.gates import TaskGates
 from nad_attr.gating import GatingError, channel_shape, recorded
+from nad_attr.pictures.class_mosaics import class_mosaics
+from nad_attr.pictures.figures import coloured_by_class
 from nad_attr.report.contents import Results
 from nad_attr.report.packing import plain, text64
 from nad_attr.report.parts import curves_part, errors_part, mosaics_part
-from nad_attr.report.pictures import Album
+from nad_attr.report.pictures import Album, array_picture, encoded
 from nad_attr.running import Runner, chunks
 
 __all__ = ["PARTS", "Sample", "measure", "sampled"]
@@ -34,7 +36,9 @@ PARTS = ("evaluation", "curves", "mosaics", "errors", "pictures")
 #: Sizes of the keep and ablate curves; tasks and images that they are measured on at most.
 _SIZES = (0.05, 0.1, 0.2, 0.4, 0.7)
 _CURVE_TASKS, _CURVE_IMAGES = 20, 100
-_MOSAICS = 200
+_MOSAICS, _MOSAIC_PICTURES = 200, 3
+#: Pixels of a mosaic's side in the page.
+MOSAIC_SIDE = 240
 #: Examples of errors, pictures of a channel.
 _EXAMPLES, _TOP = 12, 5
 
@@ -162,6 +166,11 @@ def measure(
             "mosaics",
             lambda: mosaics_part(mosaics(model, gates, sample.data, n=_MOSAICS, **options)),
         )
+    if "mosaics" in parts and results.mosaics is not None:
+        results.mosaics["examples"] = (
+            attempt("mosaic pictures", lambda: _mosaic_pictures(model, gates, sample, seed, device))
+            or []
+        )
     album = Album(sample.source)
     calls: NDArray[np.int64] | None = None
     if "pictures" in parts or "errors" in parts:
@@ -200,6 +209,30 @@ def _curves(
         ),
     }
     return curves_part(made)
+
+
+def _mosaic_pictures(
+    model: nn.Module,
+    gates: TaskGates,
+    sample: Sample,
+    seed: int,
+    device: torch.device | str | None,
+) -> list[dict[str, Any]]:
+    """Some mosaics, and the same coloured by the class whose channels have most to say."""
+    options: dict[str, Any] = {"seed": seed, "device": device}
+    found = class_mosaics(model, gates, sample.data, n=_MOSAIC_PICTURES, **options)
+    shares = found.own_share()
+    return [
+        {
+            "mosaic": encoded(array_picture(plain_picture), MOSAIC_SIDE),
+            "coloured": encoded(array_picture(coloured), MOSAIC_SIDE),
+            "tasks": [found.task_names[task] for task in chosen],
+            "shares": plain(own.tolist(), 3),
+        }
+        for plain_picture, coloured, chosen, own in zip(
+            *coloured_by_class(found), found.chosen.tolist(), shares, strict=True
+        )
+    ]
 
 
 def responses(

@@ -78,7 +78,7 @@ def page(found: Contents) -> str:
         "SUMMARY": "".join(f"<p>{escape(text)}</p>" for text in found.sentences),
         "TILES": _tiles(found),
         "BODY": _sections(found),
-        "DATA": script_json(found.data),
+        "DATA": script_json({**found.data, "mosaics": _without_pictures(found.data["mosaics"])}),
         "GATES": "\n".join(found.gates),
         "PROGRAM": program,
         "PLOTLY": plotly,
@@ -215,7 +215,8 @@ def _sections(found: Contents) -> str:
             _section(
                 "mosaics",
                 "Mosaics",
-                _chart("mosaics", "Hits beyond chance, site by site"),
+                _chart("mosaics", "Hits beyond chance, site by site")
+                + _mosaics(data["mosaics"].get("examples") or []),
                 "Four images of four classes in one: does a class's sub-architecture look at its "
                 f"own? Shown is the share of the highest {escape(share)} of positions in the own "
                 "quadrant, minus chance (a quarter).",
@@ -246,6 +247,37 @@ def _sections(found: Contents) -> str:
         )
     parts.append(_provenance(found))
     return "".join(parts)
+
+
+def _without_pictures(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Mosaics as the chart needs them: the pictures stand in the page itself."""
+    return part and {key: value for key, value in part.items() if key != "examples"}
+
+
+def _mosaics(examples: Sequence[dict[str, Any]]) -> str:
+    """Mosaics beside themselves coloured by class, with what each class has in its quadrant."""
+    if not examples:
+        return ""
+    figures = []
+    for found in examples:
+        names = "".join(
+            f'<li><i class="q{q}"></i>{escape(name)} '
+            f"<small>{'silent' if share is None else f'{share:.2f}'}</small></li>"
+            for q, (name, share) in enumerate(zip(found["tasks"], found["shares"], strict=True))
+        )
+        said = "; ".join(found["tasks"])
+        figures.append(
+            f'<figure class="mosaic"><img src="{found["mosaic"]}" '
+            f'alt="{escape(f"Mosaic of {said}")}"><img src="{found["coloured"]}" '
+            f'alt="{escape("The same, coloured by class")}"><figcaption><ol>{names}</ol>'
+            "</figcaption></figure>"
+        )
+    return (
+        '<p class="note">Some of them, and the same coloured by the class whose kept channels have '
+        "most to say at each place, mean over sites. Beside each class stands the share of it "
+        "that lies in its own quadrant; chance is 0.25.</p>"
+        f'<div class="mosaics">{"".join(figures)}</div>'
+    )
 
 
 def _measured(part: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nad_attr.data import Source, seed_of
@@ -16,7 +17,7 @@ from nad_attr.data import Source, seed_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Album", "is_picture", "tensor_picture"]
+__all__ = ["Album", "array_picture", "encoded", "is_picture", "tensor_picture"]
 
 #: Pixels of the longer side.
 SIDE = 72
@@ -59,6 +60,26 @@ def tensor_picture(value: Tensor, low: float, high: float) -> Image:
     return image
 
 
+def encoded(picture: Image, side: int) -> str:
+    """A picture as a data URI, with at most ``side`` pixels on its longer side."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((side, side))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def array_picture(pixels: NDArray[np.float64]) -> Image:
+    """A picture of numbers (H, W, 3) in [0, 1].
+
+    Example:
+        >>> array_picture(np.ones((2, 4, 3))).size
+        (4, 2)
+    """
+    image: Image = _pillow().fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8), "RGB")
+    return image
+
+
 class Album:
     """The pictures of a page, numbered as they are asked for.
 
@@ -94,11 +115,7 @@ class Album:
                 picture = self._of_tensor(image)
         else:
             picture = self._of_tensor(image)
-        picture = picture.convert("RGB")
-        picture.thumbnail((self._side, self._side))
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=82)
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+        return encoded(picture, self._side)
 
     def _input(self, image: int) -> Tensor:
         draw = [[(image, seed_of("report", image))]]

@@ -28,6 +28,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "pictures": ("album",),
 }
 _CURVE = ("name", "metric", "sizes", "full", "empty", "delta", "keep", "ablate", "n_images")
+_EXAMPLE = ("mosaic", "coloured", "tasks", "shares")
 FORMAT = 1
 #: The title of statistics.
 STATISTICS = "Gates against concepts"
@@ -138,4 +139,14 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
     check_parts(found, _NEEDED[name])
     if name == "pictures" and not all(map(is_picture, found["album"])):
         raise ValueError("a picture in it is none")
+    if name == "mosaics":
+        for example in found.get("examples") or []:
+            check_parts(example, _EXAMPLE)
+            if not (is_picture(example["mosaic"]) and is_picture(example["coloured"])):
+                raise ValueError("a picture in it is none")
+            if not (
+                all(isinstance(task, str) for task in example["tasks"])
+                and all(share is None or isinstance(share, float) for share in example["shares"])
+            ):
+                raise ValueError("a class in it is none")
     return found
