@@ -320,8 +320,8 @@ def test_demo_command(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--size", "1.5"), "size must be a number from 0 to 1, not 1.5"),
-        (("--size", "0"), "size must be above 0"),
+        (("--size", "1.5"), "for 1.5 % write 0.015"),
+        (("--size", "0"), "above 0, up to 1, not 0"),
         (("--device", "nowhere"), "device 'nowhere' cannot be used here"),
         (("--classes", "0"), "--classes"),
         (("--steps", "many"), "--steps"),

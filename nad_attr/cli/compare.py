@@ -14,7 +14,7 @@ import typer
 from nad_attr.architecture import SubArchitecture
 from nad_attr.cli import options as opt
 from nad_attr.cli.evaluate import print_evaluation
-from nad_attr.cli.messages import UsageError, guarded, number, print_table, say
+from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
 from nad_attr.cli.opening import (
     check_folder,
     chosen_device,
@@ -94,8 +94,7 @@ def compare(
     with guarded(debug):
         if len(files) > 2:
             raise UsageError(f"compare takes one file or two, not {len(files)}.")
-        if size is not None and not 0 < size <= 1:
-            raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size}.")
+        check_size(size)
         methods = check_methods(rival)
         if bool(methods) != (data is not None):
             raise UsageError("--with and --data go together: methods are measured on images.")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nad_attr.cli.messages import guarded, print_table
+from nad_attr.cli.messages import check_size, guarded, print_table
 from nad_attr.cli.options import Debug
 from nad_attr.demo import N_CLASSES, SIZE, STEPS, run_demo
 
@@ -40,6 +40,7 @@ def demo(
     """
     # All that can be wrong here are options and the installation.
     with guarded(debug, code=2):
+        check_size(size)
         result = run_demo(
             out,
             n_classes=classes,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nad_attr.cli import options as opt
-from nad_attr.cli.messages import UsageError, guarded, number, print_table, say
+from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
 from nad_attr.cli.opening import (
     check_folder,
     chosen_device,
@@ -113,8 +113,7 @@ def evaluate(
     with guarded(debug, stopped=lambda: "Nothing was measured to the end."):
         if ablation is not None and ablation not in ABLATIONS:
             raise UsageError(f"--ablation takes {', '.join(ABLATIONS)}, not {ablation!r}.")
-        if size is not None and not 0 < size <= 1:
-            raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size}.")
+        check_size(size)
         if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
             raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
         if out is not None and not out.parent.is_dir():

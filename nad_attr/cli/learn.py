@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from nad_attr.cli import options as opt
-from nad_attr.cli.messages import UsageError, counted, duration, guarded, say
+from nad_attr.cli.messages import UsageError, check_size, counted, duration, guarded, say
 from nad_attr.cli.opening import (
     check_folder,
     chosen_device,
@@ -245,6 +245,7 @@ def _recipe(
     beta: float | None,
     epochs: int | None,
 ) -> Recipe:
+    check_size(size)
     fields: dict[str, Any] = {
         "size": size,
         "steps": steps,

@@ -19,6 +19,18 @@ class UsageError(ValueError):
     """Options do not fit; ends the program with exit code 2."""
 
 
+def check_size(size: float | None) -> None:
+    """Refuse what is no share of the channels, before anything is read.
+
+    Raises:
+        UsageError: Says what was meant, where it looks like per cent.
+    """
+    if size is None or 0 < size <= 1:
+        return
+    hint = f"; for {size:g} % write {size / 100:g}" if 1 < size <= 100 else ""
+    raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size:g}{hint}.")
+
+
 class Stopped(KeyboardInterrupt):
     """The process was asked to end by a signal."""
 

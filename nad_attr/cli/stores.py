@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from nad_attr.cli import options as opt
-from nad_attr.cli.messages import UsageError, counted, guarded, number, print_table, say
+from nad_attr.cli.messages import UsageError, check_size, counted, guarded, number, print_table, say
 from nad_attr.cli.opening import chosen_tasks
 from nad_attr.gates import TaskGates
 from nad_attr.store import GateStore
@@ -184,8 +184,7 @@ def export(
     with guarded(debug):
         if csv_file is None and json_file is None and npz_file is None:
             raise UsageError("say what to write: --csv, --json or --npz, with a file name.")
-        if size is not None and not 0 < size <= 1:
-            raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size}.")
+        check_size(size)
         for path in (csv_file, json_file, npz_file):
             if path is not None and not path.parent.is_dir():
                 raise UsageError(f"there is no folder {path.parent} to write {path.name} into.")
