@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,28 @@ def _escape_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
             lines[i] = re.sub(r"(?<![\\\w])\|(\w[^|]*)\|", r"\\|\1\\|", line)
 
 
+def _own_words(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """For a value: the comment above it, wherever it is defined, not what its type is."""
+    from sphinx.errors import PycodeError
+    from sphinx.pycode import ModuleAnalyzer
+
+    known = inspect.getdoc(type(obj)) or ""
+    if what != "data" or lines[:1] != known.splitlines()[:1]:
+        return
+    lines[:] = []
+    for module in sorted(m for m in sys.modules if m.partition(".")[0] == "nad_attr"):
+        try:
+            found = ModuleAnalyzer.for_module(module).find_attr_docs()
+        except PycodeError:
+            continue
+        if ("", name.rpartition(".")[2]) in found:
+            lines[:] = found["", name.rpartition(".")[2]]
+            return
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Before Sphinx lists the pages and autosummary looks for what it has to make."""
     app.connect("config-inited", lambda app, config: _write(app))
+    app.connect("autodoc-process-docstring", _own_words)
     app.connect("autodoc-process-docstring", _escape_bars)
     return {"version": "1", "parallel_read_safe": True}
