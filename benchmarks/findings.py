@@ -262,6 +262,43 @@ def stability(found: Mapping[str, dict[str, Any]]) -> str:
     return _lines(["network / data", "closed", *(f"{float(s):.0%}" for s in sizes)], rows, 2)
 
 
+def convergence(found: Mapping[str, dict[str, Any]]) -> str:
+    """Kappa between seeds of longer runs that forget less, with what they keep of the output."""
+    rows = [
+        [
+            name,
+            f"{row['steps']} x {row['images_per_step']}",
+            f"{row['memory']:g}",
+            _f(row["kappa"], 2),
+            _f(row["own_auc"], 2),
+            _f(row["fidelity"], 2),
+        ]
+        for name, parts in found.items()
+        for row in parts.get("convergence", {}).get("rows", [])
+    ]
+    head = ["network / data", "steps x images", "memory", "kappa", "own AUC", "fidelity"]
+    return _lines(head, rows, 3)
+
+
+def sanity(found: Mapping[str, dict[str, Any]]) -> str:
+    """Own AUC beyond random channels where there is something to be found, and where not."""
+    rows = []
+    for name, parts in found.items():
+        for control in parts.get("sanity", {}).get("controls", []):
+            means, (low, high) = control["means"], control["gain_interval_95"]
+            rows.append(
+                [
+                    name,
+                    control["name"],
+                    *(_f(means[m], 2) for m in ("whole_auc", "own_auc", "random_auc")),
+                    f"{means['gain']:+.2f} [{low:+.2f}, {high:+.2f}]",
+                    _f(means["fidelity"], 2),
+                ]
+            )
+    head = ["network / data", "control", "whole", "own AUC", "random", "gain", "fidelity"]
+    return _lines(head, rows, 2)
+
+
 def tables() -> dict[str, str]:
     """All of them by name."""
     pairs = load()
@@ -278,7 +315,10 @@ def tables() -> dict[str, str]:
     }
     if any("seeds" in parts for parts in found.values()):
         result["seeds"] = stability(found)
-    for name, make in (("where", where), ("how", how), ("why", why)):
+    for name, make in (
+        ("where", where), ("how", how), ("why", why), ("convergence", convergence),
+        ("sanity", sanity),
+    ):  # fmt: skip
         if found:
             result[name] = make(found)
     if PLANTED.is_file():
