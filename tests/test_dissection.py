@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +256,38 @@ def test_the_network_runs_once_with_scratch_and_twice_without(scratch: int, pass
         model, [GateSite("relu", 3)], (images(), labels()), 0.1, CONCEPTS, scratch_bytes=scratch
     )
     assert model.n == 1 + passes * 12  # one to look at
+
+
+def test_a_full_disk_costs_passes_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, maps = images(20), labels(20)
+    sites = [GateSite("relu", 3)]
+
+    def units(model: Counting) -> UnitConcepts:
+        return dissect(model.eval(), sites, (x, maps), 0.1, CONCEPTS, batch_size=4)
+
+    expected = units(Counting())
+    make = tempfile.TemporaryFile
+
+    def small_disk(*args: Any, **options: Any) -> Any:
+        file = make(*args, **options)
+
+        class Full:
+            """A file on a disk with room for some batches."""
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(file, name)
+
+            def write(self, data: Any) -> int:
+                if file.tell() > 2 * x[:4].nbytes:
+                    raise OSError(errno.ENOSPC, "no space left on device")
+                return int(file.write(data))
+
+        return Full()
+
+    monkeypatch.setattr("nad_attr.comparison.scratch.tempfile.TemporaryFile", small_disk)
+    model = Counting()
+    assert units(model) == expected
+    assert 1 + 20 < model.n < 1 + 40  # batches that were written down did not run again
 
 
 class Stream(torch.utils.data.Dataset[Any]):
