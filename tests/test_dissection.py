@@ -178,6 +178,37 @@ def test_pixels_are_those_of_interpolate(shape: tuple[int, int], size: tuple[int
             assert torch.equal(found, active[i, u])
 
 
+def test_pixels_exactly_at_the_threshold_and_flat_maps() -> None:
+    # Whole numbers and weights of 64ths: all of it is exact, and the line often meets the limit.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 3, (2, 7, 7, 5), generator=generator).float()
+    x[..., 4] = 1.0
+    limits = torch.tensor([1.0, 0.5, 1.5, 1.25, 0.75])
+    up = F.interpolate(x.permute(0, 3, 1, 2), (224, 224), mode="bilinear", align_corners=False)
+    sums = running_sums(torch.zeros(2, 224, 224, dtype=torch.int64), torch.ones(1, 1))
+    found = touched(x, x > limits)
+    assert found is not None
+    counts = count_active(found, limits, sums, grid((7, 7), (224, 224), x.dtype, x.device))
+    assert torch.equal(counts[:, 0].long(), (up > limits[:, None, None]).sum((0, 2, 3)))
+    assert counts[4, 0] == 2 * 224 * 224  # flat and above
+
+
+def test_rounding_where_a_line_crosses_the_threshold() -> None:
+    # Two neighbouring numbers: where the line rounds up is not where it crosses.
+    low = torch.tensor(1.0)
+    high = torch.nextafter(low, torch.tensor(2.0))
+    x = torch.where(
+        torch.rand(1, 7, 7, 3, generator=torch.Generator().manual_seed(0)) > 0.5, high, low
+    )
+    limits = low.expand(3)
+    found = touched(x, x > limits)
+    assert found is not None
+    sums = running_sums(torch.zeros(1, 224, 224, dtype=torch.int64), torch.ones(1, 1))
+    counts = count_active(found, limits, sums, grid((7, 7), (224, 224), x.dtype, x.device))
+    by_pixel = [active_pixels(x[0, :, :, u], 1.0, (224, 224)).sum() for u in range(3)]
+    assert counts[:, 0].long().tolist() == [int(n) for n in by_pixel]
+
+
 def test_a_flat_map_at_its_threshold_is_nowhere_active() -> None:
     # 0.1 has no exact binary form: weights that sum up to more than one would exceed it.
     flat = torch.full((5, 4), 0.1)
