@@ -170,7 +170,42 @@ def _mask(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         raise ConceptDataError(f"{path} is no label mask that can be read: {error}.") from None
 
 
-class MaskData(_Photos):
+class _Masked(_Photos):
+    """Photos with an index mask each; ``paths`` holds the pairs."""
+
+    paths: list[tuple[Path, Path]]
+
+    def __init__(
+        self,
+        concepts: Sequence[Concept],
+        ignored: Iterable[int],
+        size: Size,
+        label_size: Size,
+        transform: Transform | None,
+        colours: bool,
+    ) -> None:
+        super().__init__(concepts, size, transform, colours)
+        self._ignored, self._label_size = list(ignored), _size(label_size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, list[Any]]:
+        """The image and its label maps."""
+        photo, mask = self.paths[i]
+        image, shown = self._photo(photo)
+        labels = _mask(mask, self._label_size)
+        for number in self._ignored:
+            labels[labels == number] = -1
+        if int(labels.max()) >= self._n_given:
+            raise ConceptDataError(
+                f"{mask} holds the label {int(labels.max())}, but there are {self._n_given} "
+                "concepts; if that is unlabelled, say so with ignore_index."
+            )
+        return image, self._with_colours(shown, [labels])
+
+
+class MaskData(_Masked):
     """Photos and index masks of the same names in two folders, as CamVid comes.
 
     Args:
@@ -208,9 +243,8 @@ class MaskData(_Photos):
         transform: Transform | None = None,
         colours: bool = False,
     ) -> None:
-        super().__init__(as_concepts(concepts), size, transform, colours)
-        self._ignored = [ignore_index] if isinstance(ignore_index, int) else list(ignore_index)
-        self._label_size = _size(label_size)
+        ignored = [ignore_index] if isinstance(ignore_index, int) else ignore_index
+        super().__init__(as_concepts(concepts), ignored, size, label_size, transform, colours)
         photos = _folder(Path(root) / images, "the photos")
         masks = _folder(Path(root) / labels, "the label masks")
         self.paths = [
@@ -227,25 +261,8 @@ class MaskData(_Photos):
                 f"that is missing is {missing[0]}."
             )
 
-    def __len__(self) -> int:
-        return len(self.paths)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, list[Any]]:
-        """The image and its label maps."""
-        photo, mask = self.paths[i]
-        image, shown = self._photo(photo)
-        labels = _mask(mask, self._label_size)
-        for number in self._ignored:
-            labels[labels == number] = -1
-        if int(labels.max()) >= self._n_given:
-            raise ConceptDataError(
-                f"{mask} holds the label {int(labels.max())}, but there are {self._n_given} "
-                "concepts; if that is unlabelled, say so with ignore_index."
-            )
-        return image, self._with_colours(shown, [labels])
-
-
-class VOCData(MaskData):
+class VOCData(_Masked):
     """Pascal VOC with masks of classes: ``JPEGImages``, ``SegmentationClass``, ``ImageSets``.
 
     Args:
@@ -276,8 +293,7 @@ class VOCData(MaskData):
         transform: Transform | None = None,
         colours: bool = False,
     ) -> None:
-        _Photos.__init__(self, VOC, size, transform, colours)
-        self._ignored, self._label_size = [255], _size(label_size)
+        super().__init__(VOC, [255], size, label_size, transform, colours)
         photos = _folder(Path(root) / "JPEGImages", "the photos")
         masks = _folder(Path(root) / "SegmentationClass", "the masks of classes")
         if split is None:
