@@ -518,6 +518,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _command(argv: Sequence[str]) -> str:
+    """The command as others would write it: without the folders of this machine."""
+    words, skip = ["python -m benchmarks.speed"], False
+    for word in argv:
+        if not skip and word not in ("--shared", "--cache"):
+            words.append(word)
+        skip = word in ("--shared", "--cache")
+    return " ".join(words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the sections that were asked for; print tables, write JSON."""
     args = _parser().parse_args(argv)
@@ -534,9 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "clock": args.clock,
-        "command": " ".join(
-            ["python -m benchmarks.speed", *(sys.argv[1:] if argv is None else argv)]
-        ),
+        "command": _command(sys.argv[1:] if argv is None else argv),
     }
     begun = time.perf_counter()
     for section in SECTIONS:
