@@ -299,6 +299,22 @@ def sanity(found: Mapping[str, dict[str, Any]]) -> str:
     return _lines(head, rows, 2)
 
 
+def deltas(found: Mapping[str, dict[str, Any]]) -> str:
+    """Area between the keep and the ablate curve of own AUC, for each ablation value."""
+    rows = []
+    for name, parts in found.items():
+        known = parts.get("curves", {})
+        for ablation in dict.fromkeys(key.partition("/")[0] for key in known):
+            cells = []
+            for method in ("nad", "neuron_mct"):
+                delta = known[f"{ablation}/{method}"]["delta"]["own_auc"]
+                low, high = delta["interval_95"]
+                cells.append(f"{delta['mean']:.2f} [{low:.2f}, {high:.2f}]")
+            rows.append([name, ablation.replace("_", " "), *cells])
+    head = ["network / data", "closed channels are", "NAD, learned at 40 %", "NeuronMCT"]
+    return _lines(head, rows, 2)
+
+
 def tables() -> dict[str, str]:
     """All of them by name."""
     pairs = load()
@@ -317,7 +333,7 @@ def tables() -> dict[str, str]:
         result["seeds"] = stability(found)
     for name, make in (
         ("where", where), ("how", how), ("why", why), ("convergence", convergence),
-        ("sanity", sanity),
+        ("sanity", sanity), ("curves", deltas),
     ):  # fmt: skip
         if found:
             result[name] = make(found)

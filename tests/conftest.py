@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -15,6 +16,10 @@ from tests import helpers
 
 # The networks are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
+
+# A shell starts what runs in its background deaf to Ctrl-C, and some tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadlines, for machines differ, and the same examples every time: a run must not fail by
 # chance. HYPOTHESIS_PROFILE=explore looks for new ones.

@@ -483,7 +483,7 @@ def test_bad_composites(monkeypatch: pytest.MonkeyPatch) -> None:
     model = helpers.build(make)
     with pytest.raises(ValueError, match=r"no composite 'lrp'; it has .*'epsilon_plus_flat'"):
         LRPScorer(model, sites, "lrp")
-    with pytest.raises(ValueError, match="'epsilon_gamma_box' needs arguments"):
+    with pytest.raises(ValueError, match=r"'epsilon_gamma_box' does not go .* make it with them"):
         LRPScorer(model, sites, "epsilon_gamma_box")
     with pytest.raises(TypeError, match="not 3"):
         LRPScorer(model, sites, 3)

@@ -163,6 +163,7 @@ class LRPScorer(ChannelScorer):
 
 def _composite(composite: Any, canonizers: Sequence[Any] | None) -> Any:
     try:
+        import zennit.composites  # noqa: F401 (part of it may be missing)
         from zennit.core import Composite
     except ImportError as error:
         raise ImportError(
