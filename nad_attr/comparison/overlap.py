@@ -202,8 +202,8 @@ def touched(activations: Tensor, over: Tensor, most: int | None = None) -> Touch
         return None
     cell = divided(place, n_units)
     unit = place - cell * n_units
-    at = _corners(n, height, width, activations.device).index_select(0, cell)
-    at.mul_(n_units).add_(unit[:, None])
+    at = _corners(n, height, width, n_units, activations.device).index_select(0, cell)
+    at += unit[:, None]
     corners = activations.reshape(-1).index_select(0, at.view(-1)).view(-1, 4)
     return Touched(cell, unit, corners)
 
@@ -221,8 +221,8 @@ def _either(mask: Tensor, axis: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _corners(n: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Positions at the corners of each cell of n images, int64 (cells, 4)."""
+def _corners(n: int, height: int, width: int, n_units: int, device: torch.device) -> Tensor:
+    """Where unit 0 stands at the corners of each cell of n images, int64 (cells, 4)."""
     row, column = torch.arange(height + 1), torch.arange(width + 1)
     image = torch.arange(n)[:, None, None] * (height * width)
     found = [
@@ -230,7 +230,7 @@ def _corners(n: int, height: int, width: int, device: torch.device) -> Tensor:
         for y in ((row - 1).clamp(min=0), row.clamp(max=height - 1))
         for x in ((column - 1).clamp(min=0), column.clamp(max=width - 1))
     ]
-    return torch.stack(found, 1).to(device)
+    return torch.stack(found, 1).mul_(n_units).to(device)
 
 
 def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -> Tensor:
@@ -249,7 +249,7 @@ def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -
     (height, width), p = grid.size, grid.rows.shape[1]
     total = torch.zeros(n_units, n_shown, dtype=torch.float64, device=sums.device)
     # One after the other, units are bags of rows of pixels.
-    order = found.unit.to(torch.int32).sort(stable=True).indices
+    order = _in_order(found.unit, n_units)
     unit, cell = found.unit.index_select(0, order), found.cell.index_select(0, order)
     a, b, c, d = found.corners.index_select(0, order)[:, None].unbind(2)
     limits = thresholds.index_select(0, unit)
@@ -288,6 +288,13 @@ def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -
             per_sample_weights=signs[: 2 * len(ends)],
         )
     return total
+
+
+def _in_order(unit: Tensor, n_units: int) -> Tensor:
+    """Where the units stand in rising order, int64 (n,): NumPy counts short numbers, not sorts."""
+    if unit.device.type == "cpu" and n_units <= 2**16:
+        return torch.from_numpy(unit.numpy().astype(np.uint16).argsort(kind="stable"))
+    return unit.to(torch.int32).sort(stable=True).indices
 
 
 @lru_cache(maxsize=64)
@@ -413,7 +420,7 @@ def active_pixels(activation: Tensor, threshold: float, size: tuple[int, int]) -
     layout = grid(tuple(activation.shape), size, activation.dtype, activation.device)
     n_rows, n_columns = layout.rows.shape[0], layout.columns.shape[0]
     height, width = layout.shape
-    flat, places = activation.reshape(-1), _corners(1, height, width, activation.device)
+    flat, places = activation.reshape(-1), _corners(1, height, width, 1, activation.device)
     a, b, c, d = flat[places][:, None].unbind(2)
     left, right = _vertical(a, b, c, d, layout.down.repeat_interleave(n_columns, 0))
     p, q = left.shape[1], layout.right.shape[1]
