@@ -38,9 +38,9 @@ __all__ = ["dissect", "site_maps"]
 _EXACT_BYTES = 2**33
 #: Bytes of activations in a temporary file, where nothing is said.
 _SCRATCH_BYTES = 2**32
-#: Activations are written down in part once so many times the tail's values were seen, if it saves
-#: this share of their bytes.
-_FIRST_SPARSE, _WORTHWHILE = 8, 1.0
+#: Activations are written down in part, where that takes fewer bytes, once so many times the tail's
+#: values were seen.
+_FIRST_SPARSE = 8
 
 
 def dissect(
@@ -448,9 +448,8 @@ class _Dissection:
         n_images, height, width, n_units = maps.shape
         n_places = n_images * (height + 1) * (width + 1) * n_units
         if tail.n_seen >= _FIRST_SPARSE * tail.rank and n_places < 2**31:
-            n_bytes = 4 + 4 * maps.element_size()
-            most = int(_WORTHWHILE * maps.numel() * maps.element_size() / n_bytes)
-            found = touched(maps, over, most)
+            n_bytes = maps.element_size()
+            found = touched(maps, over, most=maps.numel() * n_bytes // (4 + 4 * n_bytes))
             if found is not None:
                 place = (found.cell * n_units).add_(found.unit)
                 scratch.put(place.to(torch.int32).cpu().numpy(), kept=True)

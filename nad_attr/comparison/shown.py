@@ -20,8 +20,7 @@ class _Part:
     """Images of a batch whose label maps have one size.
 
     Attributes:
-        images: int64 (n,), which of the batch.
-        place: int64 (B,), which of these each of the batch is, -1 for none.
+        place: int64 (B,), which of these images each of the batch is, -1 for none.
         size: (H, W).
         present: int64 (p,), the concepts that they show.
         sums: Float (W + 1, n * H, p + categories), of these concepts and of the pixels that count
@@ -42,7 +41,7 @@ class _Part:
         table = torch.cat([each.concepts for each in labels])
         place = torch.full((n_images,), -1)
         place[images] = torch.arange(len(images))
-        self.images, self.place = images.to(device), place.to(device)
+        self.place = place.to(device)
         self.size = (labels[0].combination.shape[0], labels[0].combination.shape[1])
         present = torch.nonzero(table.any(0)).flatten()
         shows = table[:, present].double()
