@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from nad_attr.data import Draw, Inputs
 from nad_attr.engine import Chunk, Network
 from nad_attr.gating import frozen
+from nad_attr.memory import keep_freed_memory
 from nad_attr.objective import own_task_output
 from nad_attr.paper import learn_paper
 from nad_attr.recipe import PaperRecipe, Recipe
@@ -606,6 +607,12 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the recipe's, at most the batch)",
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--heap",
+        choices=("kept", "plain"),
+        default="kept",
+        help="kept: freed memory stays with the process (nad_attr.memory.keep_freed_memory)",
+    )
     parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of step and bare passes")
@@ -622,6 +629,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every combination that was asked for; print a table and write JSON."""
     arguments = _parser().parse_args(argv)
+    if arguments.heap == "kept":
+        keep_freed_memory()
     rows: list[Row] = []
     path = None if arguments.json in (None, "-") else Path(arguments.json)
     if path is not None:

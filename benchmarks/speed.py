@@ -5,6 +5,9 @@
     python -m benchmarks.speed --device cuda --batch 128 --bf16 --channels-last --json gpu.json
     python -m benchmarks.speed --profile --models resnet50
 
+On a CPU, freed memory stays with the process, as in the command line; ``--heap plain`` leaves the
+C library as it is.
+
 Sections (``--sections``):
 
 - *steps*: a step of the default recipe against the bare passes of the same batch (clean forward;
@@ -48,6 +51,7 @@ from benchmarks.released_loop import BATCH, EPOCHS, ReleasedLoop
 from nad_attr import GateSite, Recipe, TaskGates, find_gate_sites, learn_gates
 from nad_attr.evaluation import evaluate, top_k
 from nad_attr.gating import frozen
+from nad_attr.memory import keep_freed_memory
 
 __all__ = ["main"]
 
@@ -502,6 +506,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16 everywhere")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument(
+        "--heap",
+        choices=("kept", "plain"),
+        default="kept",
+        help="kept: freed memory stays with the process (nad_attr.memory.keep_freed_memory)",
+    )
     parser.add_argument("--image-size", type=int, default=224, help="pixels (not for ViT)")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of step and bare passes")
     parser.add_argument("--quality-tasks", type=int, default=3)
@@ -533,6 +543,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.quick:
         args.models, args.image_size, args.repeats = ["efficientnet_lite0"], 64, 1
+    kept = args.heap == "kept" and keep_freed_memory()
     speed = Speed(args)
     if args.profile:
         speed.profile()
@@ -544,6 +555,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "clock": args.clock,
+        "heap": "kept" if kept else "plain",
         "command": _command(sys.argv[1:] if argv is None else argv),
     }
     begun = time.perf_counter()

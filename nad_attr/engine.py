@@ -16,7 +16,7 @@ from nad_attr.data import Draw, Inputs, Source, seed_of
 from nad_attr.gates import Task
 from nad_attr.gating import GatingError, channel_shape, installed, multiply_learned
 from nad_attr.objective import own_task_output
-from nad_attr.running import Runner, sent
+from nad_attr.running import Runner, chunks, sent
 from nad_attr.sites import GateSite
 
 __all__ = ["Batch", "Chunk", "CleanOutputs", "Learned", "Network", "TaskImages"]
@@ -32,9 +32,12 @@ class Network(Runner):
         forward_func: See there.
         additional_forward_args: See there.
         amp: Autocast dtype, or None for none.
+        batch_size: Images in one pass at most, in :meth:`clean` and :meth:`output_and_gradient`;
+            None: all that are given.
 
     Attributes:
         sites: As given.
+        batch_size: As given.
         dtype: Of gates and outputs: float32, or float64 for a float64 network, whatever the
             activations are.
         means: What closed channels are replaced by, ``{site name: (C,)}``; None: zero.
@@ -49,6 +52,7 @@ class Network(Runner):
         forward_func: Callable[..., Any] | None = None,
         additional_forward_args: Any = None,
         amp: torch.dtype | None = None,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -56,7 +60,7 @@ class Network(Runner):
             forward_func=forward_func,
             additional_forward_args=additional_forward_args,
         )
-        self.sites, self.amp = tuple(sites), amp
+        self.sites, self.amp, self.batch_size = tuple(sites), amp, batch_size
         parameter = next(self.model.parameters(), None)
         double = parameter is not None and parameter.dtype == torch.float64
         self.dtype = torch.float64 if double else torch.float32
@@ -85,7 +89,16 @@ class Network(Runner):
     @torch.no_grad()
     def clean(self, inputs: Inputs) -> Tensor:
         """Outputs (B, K) of the whole network."""
-        return self(inputs)
+        outputs = [
+            self(tuple(item[part.start : part.stop] for item in inputs))
+            for part in self._passes(len(inputs[0]))
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _passes(self, n: int) -> list[range]:
+        """Images 0 to n - 1 in as many passes as it takes, of about equal size."""
+        n_passes = 1 if self.batch_size is None else max(1, -(-n // self.batch_size))
+        return list(chunks(n, -(-n // n_passes)))
 
     @torch.no_grad()
     def clean_recorded(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -127,6 +140,8 @@ class Network(Runner):
     ) -> tuple[Tensor, Tensor]:
         """Each image's task output, and its gradient with respect to that image's gates.
 
+        An image's gradient is its own, so a batch may be cut into passes as memory asks for.
+
         Args:
             inputs: B images.
             gates: (B, all channels).
@@ -136,6 +151,21 @@ class Network(Runner):
         Returns:
             (B,) and (B, all channels), detached.
         """
+        results = [
+            self._output_and_gradient(
+                tuple(item[part.start : part.stop] for item in inputs),
+                *(item[part.start : part.stop] for item in (gates, classes, valid)),
+            )
+            for part in self._passes(len(gates))
+        ]
+        if len(results) == 1:
+            return results[0]
+        outputs, gradients = zip(*results, strict=True)
+        return torch.cat(outputs), torch.cat(gradients)
+
+    def _output_and_gradient(
+        self, inputs: Inputs, gates: Tensor, classes: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
         leaf = gates.detach().requires_grad_(True)
         output = own_task_output(self.gated(inputs, leaf), classes, valid)
         if not output.requires_grad:

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nad_attr._version import __version__
-from nad_attr.architecture import budget, split_sites
+from nad_attr.architecture import budget, n_channels, split_sites
 from nad_attr.data import Data, Inputs, Source, as_source, seed_of
 from nad_attr.engine import Chunk, CleanOutputs, Learned, Network
 from nad_attr.gates import Task, TaskGates, as_task
@@ -24,16 +24,19 @@ from nad_attr.gating import (
 )
 from nad_attr.history import History
 from nad_attr.means import channel_means
+from nad_attr.memory import largest_batch, parse_bytes
 from nad_attr.paper import learn_paper, paper_steps
 from nad_attr.recipe import PaperRecipe, Recipe
 from nad_attr.running import amp_dtype, check_batch_size, check_classes, chunks
-from nad_attr.selection import learn_selection
+from nad_attr.selection import held, learn_selection
 from nad_attr.sites import GateSite, find_gate_sites, unwrap
 
 __all__ = ["Session", "learn_gates", "learn_sizes"]
 
 #: Images that the ablation value "mean" is taken over, at most.
 MEAN_IMAGES = 512
+#: Images in a batch, at most, where the size is found: more are hardly faster.
+MOST = 512
 
 
 def learn_gates(
@@ -46,7 +49,8 @@ def learn_gates(
     seed: int = 0,
     device: str | torch.device | None = None,
     amp: bool | torch.dtype | None = None,
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = 64,
+    memory_limit: int | str | None = None,
     augmented: bool | None = None,
     forward_func: Callable[..., Any] | None = None,
     additional_forward_args: Any = None,
@@ -75,8 +79,12 @@ def learn_gates(
         seed: Any whole number; each task draws from a generator of (seed, task).
         device: Where to learn. None: where the network is. Elsewhere, a copy of it is used.
         amp: Mixed precision: a dtype for autocast, True for bfloat16. Gates stay float32.
-        batch_size: Images in one pass of the network at most (a task's images of one step always
-            go together). Changes memory and speed, not the result.
+        batch_size: Images in one pass of the network at most; with the paper's recipe, a task's
+            images of one step always go together. "auto": the largest that fits into memory,
+            measured with the first image (on a CPU or CUDA; the default recipe). Changes memory
+            and speed, not the result beyond the rounding of the arithmetic.
+        memory_limit: What "auto" may take: bytes, or a text such as "8GB". None: half of what is
+            free on a CPU, 90 % on a GPU.
         augmented: Whether the same image may look different each time it is drawn. None: yes for
             datasets and loaders, no for tensors. False lets the whole network's outputs be
             computed once per image and kept.
@@ -117,6 +125,7 @@ def learn_gates(
         device=device,
         amp=amp,
         batch_size=batch_size,
+        memory_limit=memory_limit,
         augmented=augmented,
         forward_func=forward_func,
         additional_forward_args=additional_forward_args,
@@ -138,7 +147,8 @@ def learn_sizes(
     seed: int = 0,
     device: str | torch.device | None = None,
     amp: bool | torch.dtype | None = None,
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = 64,
+    memory_limit: int | str | None = None,
     augmented: bool | None = None,
     forward_func: Callable[..., Any] | None = None,
     additional_forward_args: Any = None,
@@ -162,6 +172,7 @@ def learn_sizes(
         device: See there.
         amp: See there.
         batch_size: See there.
+        memory_limit: See there.
         augmented: See there.
         forward_func: See there.
         additional_forward_args: See there.
@@ -196,6 +207,7 @@ def learn_sizes(
         device=device,
         amp=amp,
         batch_size=batch_size,
+        memory_limit=memory_limit,
         augmented=augmented,
         forward_func=forward_func,
         additional_forward_args=additional_forward_args,
@@ -221,6 +233,7 @@ class Session:
         device: See there.
         amp: See there.
         batch_size: See there.
+        memory_limit: See there.
         augmented: See there.
         forward_func: See there.
         additional_forward_args: See there.
@@ -232,7 +245,8 @@ class Session:
         names: Their names, or None.
         recipe: The recipe.
         seed: As given.
-        width: Tasks that share a pass of the network, at most.
+        batch_size: Images in one pass, at most.
+        width: Tasks that are learned together, at most.
 
     Raises:
         SiteError: See :func:`learn_gates`.
@@ -257,7 +271,8 @@ class Session:
         seed: int = 0,
         device: str | torch.device | None = None,
         amp: bool | torch.dtype | None = None,
-        batch_size: int = 64,
+        batch_size: int | Literal["auto"] = 64,
+        memory_limit: int | str | None = None,
         augmented: bool | None = None,
         forward_func: Callable[..., Any] | None = None,
         additional_forward_args: Any = None,
@@ -272,7 +287,7 @@ class Session:
             )
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be a whole number, not {seed!r}.")
-        check_batch_size(batch_size)
+        limit = _check_batch(batch_size, memory_limit, self.recipe)
         self.seed = seed
         self.network = Network(
             model,
@@ -281,7 +296,6 @@ class Session:
             additional_forward_args=additional_forward_args,
             amp=amp_dtype(amp),
         )
-        self.width = max(1, batch_size // self.recipe.images_per_step)
         # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
         with torch.inference_mode(False):
             self.source = as_source(data, augmented=augmented)
@@ -293,6 +307,42 @@ class Session:
                 _sites(self.network, sites, example, additional_forward_args)
             )
             _check_outputs(self.network, example, self.tasks, labels)
+            self.batch_size = (
+                self._largest_batch(example, limit) if batch_size == "auto" else batch_size
+            )
+        self.network.batch_size = self.batch_size
+        self.width = max(1, self.batch_size // self.recipe.images_per_step)
+
+    def _largest_batch(self, example: Inputs, limit: int | None) -> int:
+        """Images of a step that fit into memory, together with what the recipe holds for them."""
+        network, recipe = self.network, self.recipe
+        n = n_channels(network.sites)
+        # What learn_selection holds for each image of a batch: the gradients of past steps, and
+        # those of the candidates, a third of all at most.
+        held_for_image = held(recipe) * n * 4 / 3 * torch.finfo(network.dtype).bits / 8
+        image = network.to_device(tuple(item[:1] for item in example))
+
+        def run(n_images: int) -> None:
+            batch = tuple(item.expand(n_images, *item.shape[1:]).contiguous() for item in image)
+            gates = torch.ones(n_images, n, device=network.device, dtype=network.dtype)
+            classes = torch.zeros(n_images, 1, device=network.device, dtype=torch.int64)
+            network.output_and_gradient(batch, gates, classes, torch.ones_like(classes).bool())
+
+        if recipe.ablation == "mean":
+            network.set_means({site.name: torch.zeros(site.n_channels) for site in network.sites})
+        try:
+            with torch.enable_grad(), frozen(network.model):
+                found = largest_batch(
+                    network.device,
+                    run,
+                    limit=limit,
+                    fixed=held_for_image * recipe.images_per_step,
+                    beside=held_for_image,
+                    most=min(MOST, recipe.images_per_step * len(self.tasks)),
+                )
+        finally:
+            network.means = None
+        return max(found - found % recipe.images_per_step, min(found, recipe.images_per_step))
 
     @property
     def sites(self) -> tuple[GateSite, ...]:
@@ -404,6 +454,7 @@ class Session:
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
             "model": type(unwrap(network.model)).__name__,
             "seed": self.seed,
+            "batch_size": self.batch_size,
             "device": str(network.device),
             "amp": None if network.amp is None else str(network.amp),
             "n_images": len(source.labels),
@@ -437,6 +488,25 @@ class Session:
             task_names=None if names is None else [names[task] for task in tasks],
             info=info,
         )
+
+
+def _check_batch(
+    batch_size: int | str, memory_limit: int | str | None, recipe: Recipe
+) -> int | None:
+    """The memory limit in bytes; None: none was given."""
+    if batch_size != "auto":
+        check_batch_size(batch_size, auto=True)
+        if memory_limit is not None:
+            raise ValueError(
+                f"memory_limit is for batch_size='auto'; batch_size is {batch_size!r}."
+            )
+        return None
+    if isinstance(recipe, PaperRecipe):
+        raise ValueError(
+            "batch_size='auto' is for the default recipe; give a number for the paper's, whose "
+            f"steps take {recipe.images_per_step} images of each task."
+        )
+    return None if memory_limit is None else parse_bytes(memory_limit)
 
 
 def _tasks(

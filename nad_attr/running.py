@@ -18,14 +18,21 @@ from nad_attr.sites import unwrap
 __all__ = ["Runner", "amp_dtype", "check_batch_size", "check_classes", "chunks", "sent"]
 
 
-def check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: object, auto: bool = False) -> None:
     """Refuse what is no whole number from 1 on.
+
+    Args:
+        batch_size: As given by the user.
+        auto: "auto" would have been taken as well.
 
     Raises:
         ValueError: Names it.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number from 1 on, not {batch_size!r}.")
+        or_auto = " or 'auto'" if auto else ""
+        raise ValueError(
+            f"batch_size must be a whole number from 1 on{or_auto}, not {batch_size!r}."
+        )
 
 
 def amp_dtype(amp: bool | torch.dtype | None) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,8 @@ def learn_to_store(
     seed: int = 0,
     device: str | torch.device | None = None,
     amp: bool | torch.dtype | None = None,
-    batch_size: int = 64,
+    batch_size: int | Literal["auto"] = 64,
+    memory_limit: int | str | None = None,
     chunk_size: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -190,7 +191,9 @@ def learn_to_store(
         device: Where to learn. None: where the network is, or where the executor's workers are
             best.
         amp: See :func:`nad_attr.learn_gates`.
-        batch_size: See there.
+        batch_size: See there. "auto": on resume, what the store was begun with; not with an
+            executor, whose workers' memory is not known here.
+        memory_limit: See there.
         chunk_size: Tasks in a chunk: what is lost at most, and what is handed to a worker. None:
             as many as share a pass of the network, ``batch_size // recipe.images_per_step``; on
             resume, what the store was begun with.
@@ -233,6 +236,15 @@ def learn_to_store(
     """
     target = Path(path)
     _check_options(target, resume, overwrite, may_differ, chunk_size)
+    if batch_size == "auto" and executor is not None:
+        raise ValueError(
+            "batch_size='auto' measures the memory of this process, not of the executor's workers; "
+            "give a number."
+        )
+    if batch_size == "auto" and resume and target.exists():
+        with GateStore.open(target) as begun:
+            batch_size = begun.provenance.get("batch_size", batch_size)
+            memory_limit = memory_limit if batch_size == "auto" else None
     executor = InProcess() if executor is None else executor
     session = Session(
         model,
@@ -244,6 +256,7 @@ def learn_to_store(
         device=executor.session_device(device),
         amp=amp,
         batch_size=batch_size,
+        memory_limit=memory_limit,
         augmented=augmented,
         forward_func=forward_func,
         additional_forward_args=additional_forward_args,
@@ -256,7 +269,7 @@ def learn_to_store(
         "data_fingerprint": data_fingerprint(session.source),
         "seed": seed,
         "amp": None if session.network.amp is None else str(session.network.amp),
-        "batch_size": batch_size,
+        "batch_size": session.batch_size,
         "n_images": len(session.source.labels),
         "device": str(session.network.device if device is None else device),
         "n_threads": torch.get_num_threads(),

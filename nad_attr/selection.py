@@ -11,6 +11,7 @@ model likes best at the step's budget, which shrinks from all channels to the si
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -48,6 +49,12 @@ GROUPS = 8
 BLOCK = 32
 #: Channels from which on it pays to sort those alone that close.
 WIDE = 2048
+#: Channels from which on a step looks at candidates alone: those that are cheapest to close and to
+#: open, and those with the largest effect. Each flip costs a pass over the gradients of all that
+#: are looked at, and of a wide network's channels most are far from being flipped.
+NARROWED = 2048
+#: Candidates for each flip that a step makes, and candidates beside them.
+CANDIDATES, SPARE = 2, 256
 #: Stands in for the variance of a task output that is the same for all images.
 TINY = 1e-12
 
@@ -113,6 +120,8 @@ def lowest(cost: Tensor, n: int) -> Tensor:
         >>> lowest(torch.tensor([[3.0, 1.0, 2.0, 1.0, 2.0]]), 3)
         tensor([[1, 3, 2]])
     """
+    if n == 0:
+        return cost.new_zeros(len(cost), 0, dtype=torch.int64)
     if n == 1:
         return cost.argmin(dim=1, keepdim=True)
     if cost.shape[1] < WIDE:
@@ -173,6 +182,54 @@ class QuadraticModel:
         self.whole[:, at] = whole
         self.weights[at] = 1.0
         self._next = (self._next + b) % len(self.weights)
+
+    def candidates(self, n_open: int, n_close: int, n_exchange: int) -> tuple[Tensor, int] | None:
+        """Channels worth looking at in a round of flips; after :meth:`begin`.
+
+        Args:
+            n_open: How many gates are open in each row.
+            n_close: How many will be closed.
+            n_exchange: How many more will be opened, and closed.
+
+        Returns:
+            int64 (R, K), rising, and how many of each row's K are open; None: all channels.
+        """
+        n = self.gates.shape[1]
+        n_effect = min(PAIRED, n_open)
+        n_cheap = min(CANDIDATES * (n_close + n_exchange) + SPARE, n_open - n_effect)
+        n_closed = min(CANDIDATES * n_exchange + SPARE, n - n_open)
+        # A copy of many columns would cost more than it saves.
+        if n < NARROWED or n_effect + n_cheap + n_closed > n // 3:
+            return None
+        effect = lowest(-self._square.masked_fill(self.gates < 0.5, -1.0), n_effect)
+        cheap = lowest(self.cost(opening=False).scatter_(1, effect, math.inf), n_cheap)
+        closed = lowest(self.cost(opening=True), n_closed)
+        channels = torch.cat([effect, cheap, closed], dim=1).sort(dim=1).values
+        return channels, n_effect + n_cheap
+
+    def narrowed(self, channels: Tensor) -> QuadraticModel:
+        """The same model for some channels of each row; all others stay as they are.
+
+        Args:
+            channels: int64 (R, K), different ones in a row.
+
+        Returns:
+            A model whose channels are 0 to K - 1; :meth:`widened` takes over what it did.
+        """
+        part = copy.copy(self)
+        over_images = channels[:, None, :].expand(-1, self.residuals.shape[1], -1)
+        part.gradients = self.gradients.gather(2, over_images)
+        for name in ("gates", "_square", "_slope", "_origin", "_curvature"):
+            setattr(part, name, getattr(self, name).gather(1, channels))
+        part.residuals = self.residuals.clone()
+        return part
+
+    def widened(self, part: QuadraticModel, channels: Tensor) -> None:
+        """Take over the flips that were made in :meth:`narrowed`."""
+        self.gates = self.gates.scatter(1, channels, part.gates)
+        self.residuals = part.residuals
+        self._slope = self._over_images(self.residuals)
+        self._curvature = self._charged()
 
     def begin(self) -> None:
         """Compute what a round of flips needs, once."""
@@ -417,16 +474,22 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
             forgiven = model.forgiven(recipe.free_scale)
             model.residuals -= forgiven
             model.begin()
-            model.close(n_open - steps[t])
-            n_open = steps[t]
             settling = t >= SETTLING * recipe.steps
+            n_exchanged = 0 if settling else min(round(EXCHANGED * steps[t]), n - steps[t])
+            n_close, least_gain = n_open - steps[t], LEAST_GAIN * variance
+            chosen = model.candidates(n_open, n_close, n_exchanged)
+            channels, n_open_there = chosen or (None, n_open)
+            part = model if channels is None else model.narrowed(channels)
+            part.close(n_close)
             if not settling:
-                n_exchanged = min(round(EXCHANGED * n_open), n - n_open)
-                model.exchange(n_exchanged, LEAST_GAIN * variance)
-            model.swap_pair(LEAST_GAIN * variance, n_open)
+                part.exchange(n_exchanged, least_gain)
+            part.swap_pair(least_gain, n_open_there - n_close)
             for _ in range(1 if settling else SWAPS):
-                if not model.swap(LEAST_GAIN * variance):
+                if not part.swap(least_gain):
                     break
+            if channels is not None:
+                model.widened(part, channels)
+            n_open = steps[t]
             model.residuals += forgiven
             closed_at = torch.where(model.gates < before, torch.full_like(gates, t), closed_at)
         curves["loss"].append(residual.square().mean(1) / variance)

@@ -39,6 +39,7 @@ LAYERS = (
         "data",
         "means",
         "running",
+        "memory",
         "provenance",
     ),
     ("engine", "paper", "selection", "learning", "runs", "store"),

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nad_attr import Recipe, SubArchitecture, TaskGates, find_gate_sites, learn_gates
+from nad_attr import (
+    Recipe,
+    SubArchitecture,
+    TaskGates,
+    find_gate_sites,
+    learn_gates,
+    selection,
+)
 from nad_attr.evaluation import (
     PLANTED_KINDS,
     EnergyScorer,
@@ -24,6 +31,7 @@ from nad_attr.evaluation import (
 )
 from nad_attr.gating import gated, recorded
 from nad_attr.means import channel_means
+from nad_attr.selection import QuadraticModel
 from tests.helpers import assert_model_untouched
 
 #: What a float64 network may differ by where sums cancel.
@@ -433,3 +441,22 @@ def test_cancelling_channels_deceive_scores_more_than_learning(
 
 def test_cancelling_channels_are_seen_through(cancelling: tuple[float, float]) -> None:
     assert cancelling[0] >= 0.95
+
+
+@pytest.mark.parametrize("kind", ["redundant", "cancelling", "distractors"])
+def test_candidates_alone_are_enough(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What spares wide networks most of the work loses no circuit."""
+    known = planted(kind, n_classes=2, width=80)
+    narrowed = []
+    candidates = QuadraticModel.candidates
+
+    def noted(self: QuadraticModel, *numbers: int) -> tuple[Tensor, int] | None:
+        found = candidates(self, *numbers)
+        narrowed.append(found is not None)
+        return found
+
+    monkeypatch.setattr(QuadraticModel, "candidates", noted)
+    for name, value in {"NARROWED": 1, "PAIRED": 16, "SPARE": 8}.items():
+        monkeypatch.setattr(selection, name, value)
+    assert recall_of(known) >= 0.95
+    assert sum(narrowed) > len(narrowed) / 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nad_attr import selection
 from nad_attr.selection import BLOCK, QuadraticModel
 
 ROWS, N, IMAGES, TRUST = 3, 12, BLOCK + 8, 0.3
@@ -310,3 +311,86 @@ def test_groups_do_not_overshoot_with_few_images_and_many_channels() -> None:
     closed = squares[model.gates[0] == 0]
     # Nearly the 200 smallest, although larger ones fit together better on these images.
     assert closed.max() < 4 * squares.sort().values[200]
+
+
+# -- A few channels of many ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_narrowed_is_the_model_of_its_channels_alone(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gates = (torch.rand(ROWS, N, generator=generator).argsort(1) < 8).double()
+    whole, _ = fill(gates, generator)
+    channels = torch.rand(ROWS, N, generator=generator).argsort(1)[:, :9].sort(1).values
+    by_hand = QuadraticModel(gates.gather(1, channels), IMAGES, TRUST)
+    by_hand.weights, by_hand.residuals = whole.weights.clone(), whole.residuals.clone()
+    by_hand.gradients = torch.stack(
+        [rows[:, chosen] for rows, chosen in zip(whole.gradients, channels, strict=True)]
+    )
+    by_hand.begin()
+    part = whole.narrowed(channels)
+    least = torch.zeros(ROWS, dtype=torch.float64)
+    before = whole.gates.clone(), whole.residuals.clone()
+    for model in (part, by_hand):
+        model.close(2)
+        model.exchange(2, least)
+        model.swap_pair(least, 6) if (model.gates.sum(1) > 1).all() else None
+        model.swap(least)
+    assert torch.equal(part.gates, by_hand.gates)
+    torch.testing.assert_close(part.residuals, by_hand.residuals)
+    # So far nothing has happened to the whole.
+    assert torch.equal(whole.gates, before[0])
+    assert torch.equal(whole.residuals, before[1])
+    whole.widened(part, channels)
+    assert whole.gates.sum(1).tolist() == [6] * ROWS
+
+    # The same flips in the whole model leave the same state.
+    again, _ = fill(gates, torch.Generator().manual_seed(seed))
+    again.weights, again.gradients = whole.weights, whole.gradients
+    again.residuals = before[1].clone()
+    again.begin()
+    for row in range(ROWS):
+        for c in (whole.gates[row] != gates[row]).nonzero()[:, 0]:
+            others = again.gates.clone()
+            state = again._copy()
+            again.flip(c.expand(ROWS, 1))
+            rows = torch.arange(ROWS) != row
+            again._back(state, rows)
+            assert torch.equal(again.gates[rows], others[rows])
+    for name in ("gates", "residuals", "_slope", "_curvature"):
+        torch.testing.assert_close(getattr(again, name), getattr(whole, name))
+
+
+def test_candidates_are_the_cheapest_and_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, n_open = 400, 300
+    generator = torch.Generator().manual_seed(0)
+    gates = (torch.rand(ROWS, n, generator=generator).argsort(1) < n_open).double()
+    model = QuadraticModel(gates, 16, TRUST)
+    model.add(
+        torch.zeros(ROWS, 16, dtype=torch.float64),
+        torch.randn(ROWS, 16, generator=generator, dtype=torch.float64),
+        torch.randn(ROWS, 16, n, generator=generator, dtype=torch.float64),
+    )
+    model.begin()
+    assert model.candidates(n_open, 10, 5) is None  # a narrow network
+    for name, value in {"NARROWED": 400, "PAIRED": 12, "SPARE": 8}.items():
+        monkeypatch.setattr(selection, name, value)
+    found = model.candidates(n_open, 10, 5)
+    assert found is not None
+    channels, n_open_there = found
+    n_cheap, n_closed = 2 * 15 + 8, 2 * 5 + 8
+    assert channels.shape == (ROWS, 12 + n_cheap + n_closed)
+    assert n_open_there == 12 + n_cheap
+    closing, opening = model.cost(opening=False), model.cost(opening=True)
+    for row in range(ROWS):
+        chosen = channels[row].tolist()
+        assert chosen == sorted(set(chosen))
+        is_open = [c for c in chosen if gates[row, c]]
+        assert len(is_open) == n_open_there
+        largest = sorted(gates[row].nonzero()[:, 0].tolist(), key=lambda c: -model._square[row, c])
+        assert set(largest[:12]) <= set(chosen)
+        cheap = sorted(set(range(n)) - set(largest[:12]), key=lambda c: closing[row, c])
+        assert set(is_open) == set(largest[:12]) | set(cheap[:n_cheap])
+        first = sorted(range(n), key=lambda c: opening[row, c])[:n_closed]
+        assert set(chosen) - set(is_open) == set(first)
+    assert model.candidates(n_open, 60, 5) is None  # a third of the channels and more

@@ -301,9 +301,13 @@ def _reads(steps: int, recipe: str) -> int:
     return reads.n
 
 
-@pytest.mark.parametrize("recipe", ["default", "paper"])
+@pytest.mark.parametrize("recipe", ["default", "narrowed", "paper"])
 def test_no_step_waits_for_the_device(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "any_of", lambda values: True)  # as on a GPU
+    if recipe == "narrowed":  # as on a wide network
+        for name, value in {"NARROWED": 1, "PAIRED": 2, "SPARE": 1}.items():
+            monkeypatch.setattr(selection, name, value)
+        recipe = "default"
     assert _reads(12, recipe) == _reads(6, recipe)
 
 

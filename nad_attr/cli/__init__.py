@@ -39,4 +39,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    from nad_attr.memory import keep_freed_memory
+
+    keep_freed_memory()
     app()(prog_name="nad-attr")

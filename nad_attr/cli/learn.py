@@ -118,7 +118,14 @@ def learn(
     ] = False,
     device: opt.Device = None,
     amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
-    batch_size: opt.BatchSize = 64,
+    batch_size: opt.LearningBatch = 64,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help="What --batch-size auto may take, such as 8GB. [half of what is free; GPU: 90 %]",
+        ),
+    ] = None,
     workers: opt.Workers = 0,
     chunk_size: Annotated[
         int | None, typer.Option(min=1, help="Classes that are learned and saved together.")
@@ -203,6 +210,7 @@ def learn(
                 device=place,
                 amp=amp or None,
                 batch_size=batch_size,
+                memory_limit=memory_limit,
                 chunk_size=chunk_size,
                 resume=resume,
                 overwrite=overwrite,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -67,6 +67,31 @@ Device: TypeAlias = Annotated[
 ]
 BatchSize: TypeAlias = Annotated[
     int, typer.Option(min=1, help="Images in one pass of the network, at most.")
+]
+
+
+def batch_or_auto(value: str | int) -> int | str:
+    """A number of images, or "auto".
+
+    Example:
+        >>> batch_or_auto("32"), batch_or_auto("auto")
+        (32, 'auto')
+    """
+    text = str(value)
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither a whole number from 1 on nor auto.")
+    return int(text)
+
+
+LearningBatch: TypeAlias = Annotated[
+    Any,
+    typer.Option(
+        parser=batch_or_auto,
+        metavar="N|auto",
+        help="Images in one pass of the network, at most; auto: as many as fit into memory.",
+    ),
 ]
 Workers: TypeAlias = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
 Seed: TypeAlias = Annotated[int, typer.Option(help="All random numbers come from it.")]
