@@ -118,7 +118,7 @@ def _free_ram() -> int | None:
         found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())
         if found:
             free.append(int(found[1]) * 1024)
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+    elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):  # not on Windows
         free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for limit, used in _CGROUPS:  # containers and batch systems allow less than the machine has
         try:
