@@ -231,8 +231,8 @@ def largest_batch(
     room = FILLED * limit - fixed - max(2 * one - two, 0)
     if each > room:
         raise ValueError(
-            f"a batch of one image takes {(FILLED * limit - room + each) / 1e6:,.0f} MB beside the "
-            f"weights, and {FILLED * limit / 1e6:,.0f} MB may be filled: raise memory_limit, or "
+            f"a batch of one image takes {(FILLED * limit - room + each) / 1e6:,.1f} MB beside the "
+            f"weights, and {FILLED * limit / 1e6:,.1f} MB may be filled: raise memory_limit, or "
             "use smaller images, amp=True or fewer images per step."
         )
     return min(most, math.floor(room / each)) if each > 0 else most
