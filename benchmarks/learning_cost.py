@@ -53,6 +53,7 @@ from nad_attr.data import Draw, Inputs
 from nad_attr.engine import Chunk, Network
 from nad_attr.gating import frozen
 from nad_attr.memory import keep_freed_memory
+from nad_attr.memory import peak_memory as allocated_memory
 from nad_attr.objective import own_task_output
 from nad_attr.paper import learn_paper
 from nad_attr.recipe import PaperRecipe, Recipe
@@ -422,14 +423,9 @@ def peak_memory(device: torch.device, function: Callable[[], object]) -> int:
         >>> peak_memory(torch.device("cpu"), lambda: torch.zeros(1000)) // 1000
         4
     """
-    gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return allocated_memory(device, function)
+    gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()
@@ -591,6 +587,21 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+def add_heap_argument(parser: argparse.ArgumentParser) -> None:
+    """Let the command line say what becomes of freed memory; :func:`used_heap` reads it."""
+    parser.add_argument(
+        "--heap",
+        choices=("kept", "plain"),
+        default="kept",
+        help="kept: freed memory stays with the process (nad_attr.memory.keep_freed_memory)",
+    )
+
+
+def used_heap(arguments: argparse.Namespace) -> str:
+    """Do what the command line says of freed memory; "kept" or "plain", as it then is."""
+    return "kept" if arguments.heap == "kept" and keep_freed_memory() else "plain"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
@@ -607,12 +618,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the recipe's, at most the batch)",
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--heap",
-        choices=("kept", "plain"),
-        default="kept",
-        help="kept: freed memory stays with the process (nad_attr.memory.keep_freed_memory)",
-    )
+    add_heap_argument(parser)
     parser.add_argument("--image-size", type=int, default=224, help="pixels")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of step and bare passes")
@@ -629,8 +635,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure every combination that was asked for; print a table and write JSON."""
     arguments = _parser().parse_args(argv)
-    if arguments.heap == "kept":
-        keep_freed_memory()
+    heap = used_heap(arguments)
     rows: list[Row] = []
     path = None if arguments.json in (None, "-") else Path(arguments.json)
     if path is not None:
@@ -650,6 +655,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     repeats=arguments.repeats,
                     clock=arguments.clock,
                 )
+                row["heap"] = heap
                 rows.append(row)
                 print(table([row]), file=sys.stderr, flush=True)
                 if path is not None:  # now, for some of these take long

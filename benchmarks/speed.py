@@ -46,12 +46,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cifar import SharedMissingError, add_shared_arguments, load_cifar10, load_resnet
-from benchmarks.learning_cost import CLOCKS, MODELS, BarePasses, measure
+from benchmarks.learning_cost import (
+    CLOCKS,
+    MODELS,
+    BarePasses,
+    add_heap_argument,
+    measure,
+    used_heap,
+)
 from benchmarks.released_loop import BATCH, EPOCHS, ReleasedLoop
 from nad_attr import GateSite, Recipe, TaskGates, find_gate_sites, learn_gates
 from nad_attr.evaluation import evaluate, top_k
 from nad_attr.gating import frozen
-from nad_attr.memory import keep_freed_memory
 
 __all__ = ["main"]
 
@@ -506,12 +512,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16 everywhere")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument(
-        "--heap",
-        choices=("kept", "plain"),
-        default="kept",
-        help="kept: freed memory stays with the process (nad_attr.memory.keep_freed_memory)",
-    )
+    add_heap_argument(parser)
     parser.add_argument("--image-size", type=int, default=224, help="pixels (not for ViT)")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of step and bare passes")
     parser.add_argument("--quality-tasks", type=int, default=3)
@@ -543,7 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.quick:
         args.models, args.image_size, args.repeats = ["efficientnet_lite0"], 64, 1
-    kept = args.heap == "kept" and keep_freed_memory()
+    heap = used_heap(args)
     speed = Speed(args)
     if args.profile:
         speed.profile()
@@ -555,7 +556,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "clock": args.clock,
-        "heap": "kept" if kept else "plain",
+        "heap": heap,
         "command": _command(sys.argv[1:] if argv is None else argv),
     }
     begun = time.perf_counter()

@@ -224,7 +224,8 @@ def largest_batch(
         200
     """
     if limit is None:
-        limit = int(SHARE[device.type if device.type == "cuda" else "cpu"] * available(device))
+        free = available(device)  # refuses other kinds of device
+        limit = int(SHARE[device.type] * free)
     run(1)  # what is made once, such as the network's choice of algorithms, is not the batch's
     one, two = (peak_memory(device, lambda n=n: run(n)) for n in (1, 2))  # type: ignore[misc]
     each = max(two - one, 0) + beside
