@@ -318,6 +318,10 @@ def _terms(
     return factor, expand((1 - gate) * mean.to(gate.dtype), site, tensor).to(tensor.dtype)
 
 
+#: Elements of a site's tensor, and of one image of it, from which on a CPU takes image by image.
+LARGE, LARGE_IMAGE = 2**21, 2**16
+
+
 class _Gate(torch.autograd.Function):
     """What :func:`multiply` gives, for one gate vector per image that is learned.
 
@@ -337,17 +341,31 @@ class _Gate(torch.autograd.Function):
         x, gate, mean = ctx.saved_tensors
         dim, ndim = channel_shape(ctx.site, x)
         over = [axis for axis in range(1, ndim) if axis != dim]
-        grad_x = grad_gate = None
-        if ctx.needs_input_grad[1]:
-            product = grad * x
-            grad_gate = _summed(product, over, gate.dtype)
+        factor = expand(gate, ctx.site, x).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return None if factor is None else grad * factor, None, None, None
+        grad_x = torch.empty_like(grad)
+        grad_gate = []
+        for part in _parts(x):
+            of_output, of_x = grad[part], grad_x[part]
+            torch.mul(of_output, x[part], out=of_x)
+            of_gate = _summed(of_x, over, gate.dtype)
             if mean is not None:
-                grad_gate = grad_gate - mean * _summed(grad, over, gate.dtype)
-            grad_x = product  # its memory serves twice
-        if ctx.needs_input_grad[0]:
-            factor = expand(gate, ctx.site, x).to(grad.dtype)
-            grad_x = grad * factor if grad_x is None else torch.mul(grad, factor, out=grad_x)
-        return grad_x if ctx.needs_input_grad[0] else None, grad_gate, None, None
+                of_gate = of_gate - mean * _summed(of_output, over, gate.dtype)
+            if factor is not None:  # the product's memory serves twice
+                torch.mul(of_output, factor[part], out=of_x)
+            grad_gate.append(of_gate)
+        return grad_x if factor is not None else None, torch.cat(grad_gate), None, None
+
+
+def _parts(x: Tensor) -> list[slice]:
+    """A batch as it is worked off: on a CPU a large one image by image.
+
+    What one operation leaves in the processor's cache is then still there for the next.
+    """
+    if x.device.type != "cpu" or x.numel() < LARGE or x[0].numel() < LARGE_IMAGE:
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(len(x))]
 
 
 def _summed(values: Tensor, over: list[int], dtype: torch.dtype) -> Tensor:

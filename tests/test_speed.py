@@ -22,6 +22,7 @@ from nad_attr import (
     SubArchitecture,
     engine,
     find_gate_sites,
+    gating,
     learn_gates,
     selection,
 )
@@ -82,7 +83,12 @@ def _plain_step(
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("mean", [False, True])
-def test_step_is_the_plain_one(make: Callable[[], nn.Module], mean: bool) -> None:
+@pytest.mark.parametrize("by_image", [False, True])
+def test_step_is_the_plain_one(
+    make: Callable[[], nn.Module], mean: bool, by_image: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gating, "LARGE", 0 if by_image else 2**21)
+    monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
     model, x = build(make), images(5)
     sites = find_gate_sites(model, x)
     n = sum(site.n_channels for site in sites)
@@ -164,10 +170,13 @@ def test_learned_gates_are_those_of_the_plain_step(
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
+@pytest.mark.parametrize("by_image", [False, True])
 def test_bfloat16_gates_are_those_of_the_plain_step(
-    ablation: str, monkeypatch: pytest.MonkeyPatch
+    ablation: str, by_image: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On all channels: what is rounded is rounded in the same places."""
+    monkeypatch.setattr(gating, "LARGE", 0 if by_image else 2**21)
+    monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model, x = _wide().eval(), torch.randn(24, 3, 8, 8)
