@@ -18,6 +18,7 @@ tables, figures and the documentation's page of them.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import nad_attr.selection
 from benchmarks.cifar import REPOSITORY, SharedMissingError, add_shared_arguments, default_cache
 from benchmarks.image_data import ImageData, load_images, per_class
 from benchmarks.networks import PAIRS, load_network
@@ -103,14 +105,12 @@ class Cell:
         """The default recipe at all sizes, from the cache where it is there."""
         if ablation not in self._nad:
             folder = gates_folder(self.args)
-            paths = {
-                size: folder / f"{self.pair.replace('/', '_')}_{self.seed}_{ablation}_{size:g}.h5"
-                for size in self.args.sizes
-            }
+            recipe = Recipe(ablation=ablation, steps=self.args.steps * len(self.args.sizes))
+            name = f"{self.pair.replace('/', '_')}_{self.seed}_{recipe_key(recipe)}"
+            paths = {size: folder / f"{name}_{ablation}_{size:g}.h5" for size in self.args.sizes}
             if all(path.is_file() for path in paths.values()):
                 self._nad[ablation] = {size: TaskGates.load(p) for size, p in paths.items()}
             else:
-                recipe = Recipe(ablation=ablation, steps=self.args.steps * len(self.args.sizes))
                 found = learn_sizes(
                     self.model, self.data.train, self.args.sizes, self.tasks, recipe, self.sites,
                     seed=self.seed, amp=True, **self.where,
@@ -286,6 +286,12 @@ def _rounded(values: Any) -> list[float | None]:
 def gates_folder(args: argparse.Namespace) -> Path:
     """Where learned gates are kept between runs."""
     return (args.cache or default_cache()) / "gates"
+
+
+def recipe_key(recipe: Recipe) -> str:
+    """Another one for other settings, and for other code that carries them out."""
+    code = Path(nad_attr.selection.__file__).read_bytes()
+    return hashlib.sha256(recipe.to_json().encode() + code).hexdigest()[:8]
 
 
 def results_file(folder: Path, pair: str) -> Path:

@@ -8,8 +8,8 @@ same images and with the same number of passes as the default recipe, and is mea
 images as in ``benchmarks.disentanglement``. A variant is the default recipe with other settings
 (of :class:`nad_attr.Recipe` or of :mod:`nad_attr.selection`), or another way to learn altogether:
 
-- forgiving what is lost: the more of the task output's variance is lost, the more of a difference
-  of scale and offset is forgiven: ``free_scale`` where nothing is lost, 0.8 where all is.
+- forgiving the same throughout: ``free_scale`` of a difference of scale and offset is forgiven,
+  however much of the task output's variance is lost (the default recipe of earlier versions).
 - straight-through: logits by Adam, gates the highest of them at exactly the budget of the step, the
   gradient of the squared change of the output passed straight through.
 - annealed sigmoid: the same with soft gates whose temperature falls from 1 to 0.05, moved so that
@@ -42,15 +42,13 @@ from nad_attr.architecture import budget, n_channels
 from nad_attr.data import Draw
 from nad_attr.engine import Chunk, Learned, TaskImages
 from nad_attr.evaluation import evaluate
-from nad_attr.selection import TINY, QuadraticModel, budgets
+from nad_attr.selection import budgets
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "recipe_study.jsonl"
 PAIRS = ("vgg/cifar10", "resnet14/scene15")
 MEASURES = ("own_auc", "disentanglement", "fidelity", "rank_fidelity")
 LEARNING_RATE = 0.1
 COLDEST = 0.05
-MOST_FORGIVEN = 0.8
-FORGIVEN = QuadraticModel.forgiven
 
 #: {name: (settings of the recipe, constants of nad_attr.selection)}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -59,6 +57,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "free_scale 0.5": ({"free_scale": 0.5}, {}),
     "free_scale 0.8": ({"free_scale": 0.8}, {}),
     "free_scale 1": ({"free_scale": 1.0}, {}),
+    "forgiving the same throughout": ({}, {"LENIENCE": 0.0}),
     "no exchange": ({}, {"EXCHANGED": 0.0}),
     "exchange 10 %": ({}, {"EXCHANGED": 0.1}),
     "no single swaps": ({}, {"SWAPS": 0}),
@@ -136,18 +135,8 @@ def shift(values: Tensor, k: int) -> Tensor:
     return (low + high) / 2
 
 
-def forgiven_by_loss(model: QuadraticModel, share: float) -> Tensor:
-    """In place of :meth:`QuadraticModel.forgiven`: more, where more is lost."""
-    weights = model.weights / model.weights.sum()
-    mean = (model.whole * weights).sum(1, keepdim=True)
-    variance = ((model.whole - mean).square() * weights).sum(1, keepdim=True).clamp(min=TINY)
-    lost = ((model.residuals.square() * weights).sum(1, keepdim=True) / variance).clamp(max=1)
-    return FORGIVEN(model, share + (MOST_FORGIVEN - share) * lost)  # type: ignore[arg-type]
-
-
 OTHERS = {"straight-through": adam(soft=False), "annealed sigmoid": adam(soft=True)}
-BY_LOSS = "forgiving what is lost"
-VARIANTS = (*SETTINGS, BY_LOSS, *OTHERS)
+VARIANTS = (*SETTINGS, *OTHERS)
 
 
 @contextmanager
@@ -155,10 +144,6 @@ def variant(name: str) -> Iterator[dict[str, Any]]:
     """Inside, learning is the variant's; gives the settings of its recipe."""
     if name in OTHERS:
         with mock.patch("nad_attr.learning.learn_selection", OTHERS[name]):
-            yield {}
-        return
-    if name == BY_LOSS:
-        with mock.patch.object(QuadraticModel, "forgiven", forgiven_by_loss):
             yield {}
         return
     recipe, constants = SETTINGS[name]

@@ -67,8 +67,9 @@ class Recipe:
             ``steps``.
         trust: How much more a change of gates is charged for being a guess from gradients.
         free_scale: How much is forgiven of a difference that is one of scale and offset alone, in
-            [0, 1]. 0 asks for the task output's values (highest fidelity), 1 for what rises and
-            falls with it (highest own AUC at small sizes).
+            [0, 1], where little is lost; the more of the task output's variance is lost, the more
+            is forgiven (0.3 becomes 0.8). 0 asks for the task output's values, always (highest
+            fidelity), 1 for what rises and falls with it.
 
     Raises:
         ValueError: If a field has no sensible value.

@@ -39,6 +39,10 @@ PAIRED = 256
 EXCHANGED = 0.02
 #: Share of the steps after which only single channels are swapped, and fewer of them.
 SETTLING = 0.8
+#: By how much the power of ``free_scale`` falls from where nothing of the task output's variance is
+#: lost, so that 0.3 becomes 0.8 where all is: an output that hardly varies any more is closest in
+#: value to the whole network's when it is constant, and only forgiving keeps it from going there.
+LENIENCE = 0.8
 #: Straight lines that are flatter or steeper than these are not trusted.
 SLOPES = (0.3, 3.0)
 #: What a swap must gain, in units of the task output's variance.
@@ -252,7 +256,8 @@ class QuadraticModel:
         can mend, and the rest.
 
         Args:
-            share: How much of the rest is forgiven.
+            share: How much of the rest is forgiven where nothing is lost, in [0, 1]; the more of
+                the variance of z is lost, the more is forgiven.
 
         Returns:
             (R, M), to be subtracted from the residuals.
@@ -266,7 +271,10 @@ class QuadraticModel:
         variance = (centred.square() * weights).sum(1, keepdim=True).clamp(min=TINY)
         slope = (covariance / variance).clamp(*SLOPES)
         aim = mean_gated + (self.whole - mean_whole) / slope
-        return share * (aim - self.whole)
+        loss = (self.residuals.square() * weights).sum(1, keepdim=True)
+        full = ((self.whole - mean_whole).square() * weights).sum(1, keepdim=True).clamp(min=TINY)
+        lost = (loss / full).clamp(max=1)
+        return share ** (1 - LENIENCE * lost) * (aim - self.whole)
 
     def _over_images(self, values: Tensor, share: Tensor | None = None) -> Tensor:
         """Weighted mean over images of a value times the gradients: (R, M) to (R, n)."""
