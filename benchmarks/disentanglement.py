@@ -25,12 +25,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+import nad_attr.paper
 import nad_attr.selection
 from benchmarks.cifar import REPOSITORY, SharedMissingError, add_shared_arguments, default_cache
 from benchmarks.image_data import ImageData, load_images, per_class
@@ -104,10 +106,12 @@ class Cell:
     def nad(self, ablation: str) -> dict[float, TaskGates]:
         """The default recipe at all sizes, from the cache where it is there."""
         if ablation not in self._nad:
-            folder = gates_folder(self.args)
             recipe = Recipe(ablation=ablation, steps=self.args.steps * len(self.args.sizes))
-            name = f"{self.pair.replace('/', '_')}_{self.seed}_{recipe_key(recipe)}"
-            paths = {size: folder / f"{name}_{ablation}_{size:g}.h5" for size in self.args.sizes}
+            run = "-".join(f"{size:g}" for size in self.args.sizes)  # one run goes through them all
+            paths = {
+                size: self._kept_gates(recipe, nad_attr.selection, f"{ablation}_{size:g}_of_{run}")
+                for size in self.args.sizes
+            }
             if all(path.is_file() for path in paths.values()):
                 self._nad[ablation] = {size: TaskGates.load(p) for size, p in paths.items()}
             else:
@@ -115,7 +119,6 @@ class Cell:
                     self.model, self.data.train, self.args.sizes, self.tasks, recipe, self.sites,
                     seed=self.seed, amp=True, **self.where,
                 )  # fmt: skip
-                folder.mkdir(parents=True, exist_ok=True)
                 for size, gates in found.items():
                     gates.save(paths[size])
                 self._nad[ablation] = found
@@ -167,18 +170,25 @@ class Cell:
             yield from self._rival(method, ablation, variants)
 
     def _paper(self) -> TaskGates:
-        path = gates_folder(self.args) / f"{self.pair.replace('/', '_')}_{self.seed}_paper.h5"
+        recipe = Recipe.paper(beta=0.02, epochs=self.args.paper_epochs)
+        path = self._kept_gates(recipe, nad_attr.paper, f"{self.args.paper_images}_paper")
         if path.is_file():
             return TaskGates.load(path)
         images = per_class(self.data.train, self.args.paper_images, self.seed)
-        recipe = Recipe.paper(beta=0.02, epochs=self.args.paper_epochs)
         gates = learn_gates(
             self.model, images, self.tasks, recipe, self.sites, seed=self.seed, amp=True,
             **self.where,
         )  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
         gates.save(path)
         return gates
+
+    def _kept_gates(self, recipe: Recipe, code: ModuleType, rest: str) -> Path:
+        """Where gates are kept between runs: elsewhere for another recipe, or other code of it."""
+        folder: Path = (self.args.cache or default_cache()) / "gates"
+        folder.mkdir(parents=True, exist_ok=True)
+        source = Path(str(code.__file__)).read_bytes()
+        key = hashlib.sha256(recipe.to_json().encode() + source).hexdigest()[:8]
+        return folder / f"{self.pair.replace('/', '_')}_{self.seed}_{key}_{rest}.h5"
 
     def _scorer(self, method: str) -> ChannelScorer:
         """A rival that scores the same images once for all ablation values."""
@@ -281,17 +291,6 @@ class Cell:
 
 def _rounded(values: Any) -> list[float | None]:
     return [None if np.isnan(v) else round(float(v), 4) for v in values]
-
-
-def gates_folder(args: argparse.Namespace) -> Path:
-    """Where learned gates are kept between runs."""
-    return (args.cache or default_cache()) / "gates"
-
-
-def recipe_key(recipe: Recipe) -> str:
-    """Another one for other settings, and for other code that carries them out."""
-    code = Path(nad_attr.selection.__file__).read_bytes()
-    return hashlib.sha256(recipe.to_json().encode() + code).hexdigest()[:8]
 
 
 def results_file(folder: Path, pair: str) -> Path:
