@@ -50,7 +50,7 @@ class Recipe:
 
     Keeps the task output, as a function of the image, on own and other images alike, with exactly
     the number of channels asked for: it minimises the mean squared difference of the task output
-    between sub-architecture and whole network, own and other images counting the same; most of
+    between sub-architecture and whole network, own and other images counting the same; part of
     what another scale and offset of the output would mend is forgiven. So it cannot be met by
     always answering the class, nor by an output that hardly changes. Channels are closed one by
     one, by a quadratic model of what closing does (see :mod:`nad_attr.selection`).

@@ -266,13 +266,13 @@ class QuadraticModel:
         gated = self.residuals + self.whole
         mean_whole = (self.whole * weights).sum(1, keepdim=True)
         mean_gated = (gated * weights).sum(1, keepdim=True)
-        centred = gated - mean_gated
-        covariance = (centred * (self.whole - mean_whole) * weights).sum(1, keepdim=True)
+        centred, centred_whole = gated - mean_gated, self.whole - mean_whole
+        covariance = (centred * centred_whole * weights).sum(1, keepdim=True)
         variance = (centred.square() * weights).sum(1, keepdim=True).clamp(min=TINY)
         slope = (covariance / variance).clamp(*SLOPES)
-        aim = mean_gated + (self.whole - mean_whole) / slope
+        aim = mean_gated + centred_whole / slope
         loss = (self.residuals.square() * weights).sum(1, keepdim=True)
-        full = ((self.whole - mean_whole).square() * weights).sum(1, keepdim=True).clamp(min=TINY)
+        full = (centred_whole.square() * weights).sum(1, keepdim=True).clamp(min=TINY)
         lost = (loss / full).clamp(max=1)
         return share ** (1 - LENIENCE * lost) * (aim - self.whole)
 

@@ -87,8 +87,9 @@ def _plain_step(
 def test_step_is_the_plain_one(
     make: Callable[[], nn.Module], mean: bool, by_image: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gating, "LARGE", 0 if by_image else 2**21)
-    monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
+    if by_image:
+        monkeypatch.setattr(gating, "LARGE", 0)
+        monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
     model, x = build(make), images(5)
     sites = find_gate_sites(model, x)
     n = sum(site.n_channels for site in sites)
@@ -175,8 +176,9 @@ def test_bfloat16_gates_are_those_of_the_plain_step(
     ablation: str, by_image: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On all channels: what is rounded is rounded in the same places."""
-    monkeypatch.setattr(gating, "LARGE", 0 if by_image else 2**21)
-    monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
+    if by_image:
+        monkeypatch.setattr(gating, "LARGE", 0)
+        monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model, x = _wide().eval(), torch.randn(24, 3, 8, 8)
