@@ -264,8 +264,8 @@ def learn_to_store(
     _name_and_sort(session, task_names)
     facts = {
         **(provenance or {}),
-        "model": (provenance or {}).get("model", type(unwrap(session.network.model)).__name__),
-        "model_hash": model_hash(unwrap(session.network.model)),
+        "model": (provenance or {}).get("model", type(unwrap(model)).__name__),
+        "model_hash": model_hash(unwrap(model)),
         "data_fingerprint": data_fingerprint(session.source),
         "seed": seed,
         "amp": None if session.network.amp is None else str(session.network.amp),

@@ -31,6 +31,7 @@ LAYERS = (
         "_lean",
         "batchnorm",
         "convolution",
+        "folding",
         "gates",
         "recipe",
         "history",

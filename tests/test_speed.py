@@ -152,6 +152,7 @@ def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(engine, "multiply_learned", multiply)
         patch.setattr(Network, "lean", lambda self: contextlib.nullcontext())
+        patch.setattr(Network, "fold", lambda self, inputs: None)
         patch.setattr(selection, "lowest", lambda cost, n: cost.argsort(dim=1, stable=True)[:, :n])
         yield
 
@@ -368,7 +369,7 @@ def test_images_passed(n_tasks: int) -> None:
 
     session = Session(model, data, list(range(n_tasks)), recipe, sites)
     with contextlib.ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(note).remove)
+        stack.callback(session.network.model.register_forward_pre_hook(note).remove)
         session.learn()
     assert seen[True] == n_tasks * 5 * 4
     assert seen[False] <= 12
