@@ -344,10 +344,12 @@ class _Gate(torch.autograd.Function):
         factor = expand(gate, ctx.site, x).to(grad.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return None if factor is None else grad * factor, None, None, None
-        grad_x = torch.empty_like(grad)
+        parts = _parts(x)
+        # At the first gate no gradient goes on: one part's memory then serves all.
+        grad_x = torch.empty_like(grad if factor is not None else grad[parts[0]])
         grad_gate = []
-        for part in _parts(x):
-            of_output, of_x = grad[part], grad_x[part]
+        for part in parts:
+            of_output, of_x = grad[part], grad_x[part] if factor is not None else grad_x
             torch.mul(of_output, x[part], out=of_x)
             of_gate = _summed(of_x, over, gate.dtype)
             if mean is not None:
