@@ -44,14 +44,15 @@ SIZE = 0.4
 CONVERGENCE = (
     (50, 20, 0.9),
     (200, 20, 0.9),
-    (100, 20, 1.0),
-    (200, 20, 1.0),
-    (200, 60, 1.0),
+    (50, 200, 0.9),
+    (50, 20, 1.0),
+    (50, 200, 1.0),
+    (50, 400, 1.0),
 )
 #: Those that learn anew, or run many sub-architectures, on these alone by default.
 SANITY = ("resnet14/scene15", "vgg/scene15", "resnet14/cifar10")
-CURVES = ("resnet14/scene15", "resnet14/cifar10")
-CONVERGING = ("resnet14/scene15", "vgg/scene15")
+CURVES = ("resnet14/scene15", "resnet14/cifar10", "vgg/scene15", "densenet/cifar10")
+CONVERGING = ("resnet14/scene15", "vgg/scene15", "vgg/cifar10")
 
 
 def where(cell: Cell) -> dict[str, Any]:
@@ -101,7 +102,10 @@ def seeds(cell: Cell) -> dict[str, Any]:
 
 
 def convergence(cell: Cell) -> dict[str, Any]:
-    """Do seeds agree better the longer a run is, and the less it forgets? For five classes."""
+    """Do seeds agree better with more steps, with more images in each, or less forgotten?
+
+    For five classes.
+    """
     tasks = cell.tasks[:5]
     held_out = per_class(cell.data.held_out, cell.args.val_per_class, 0)
     rows = []

@@ -13,9 +13,9 @@ from nad_attr.architecture import split_sites
 from nad_attr.batchnorm import lean_batchnorm
 from nad_attr.convolution import lean_convolutions
 from nad_attr.data import Draw, Inputs, Source, seed_of
-from nad_attr.folding import folded
 from nad_attr.gates import Task
 from nad_attr.gating import GatingError, channel_shape, installed, multiply_learned
+from nad_attr.lighter import lighter
 from nad_attr.objective import own_task_output
 from nad_attr.running import Runner, chunks, sent
 from nad_attr.sites import GateSite
@@ -68,16 +68,17 @@ class Network(Runner):
         self.means: dict[str, Tensor] | None = None
         self._scales: dict[nn.Module, Tensor] = {}
 
-    def fold(self, inputs: Inputs) -> None:
-        """Merge BatchNorm layers into convolutions from now on, in a copy of the network.
+    def lighten(self, inputs: Inputs) -> None:
+        """Run a copy of the network from now on that does the same with less work.
 
-        Where that gives the same outputs, with channels closed as well. Not under autocast, where
-        rounding the merged weights is no small matter. See :func:`nad_attr.folding.folded`.
+        Where it gives the same outputs, with channels closed as well. Under autocast BatchNorm
+        layers stay: rounding the merged weights would be no small matter. See
+        :func:`nad_attr.lighter.lighter`.
 
         Args:
             inputs: A few images.
         """
-        if self.amp is not None or self._run is not self.model:
+        if self._run is not self.model:
             return
         images = self.to_device(inputs)
         n = sum(site.n_channels for site in self.sites)
@@ -94,8 +95,8 @@ class Network(Runner):
             return self(images)
 
         whole = self.model
-        lighter = folded(whole, gated, clean)
-        self.model = self._run = whole if lighter is None else lighter
+        copied = lighter(whole, gated, clean, folding=self.amp is None)
+        self.model = self._run = whole if copied is None else copied
 
     @contextmanager
     def lean(self) -> Iterator[None]:

@@ -307,7 +307,7 @@ class Session:
                 _sites(self.network, sites, example, additional_forward_args)
             )
             _check_outputs(self.network, example, self.tasks, labels)
-            self.network.fold(example)
+            self.network.lighten(example)
             self.batch_size = (
                 self._largest_batch(example, limit) if batch_size == "auto" else batch_size
             )

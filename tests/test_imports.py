@@ -32,6 +32,8 @@ LAYERS = (
         "batchnorm",
         "convolution",
         "folding",
+        "pooling",
+        "lighter",
         "gates",
         "recipe",
         "history",

@@ -152,7 +152,7 @@ def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(engine, "multiply_learned", multiply)
         patch.setattr(Network, "lean", lambda self: contextlib.nullcontext())
-        patch.setattr(Network, "fold", lambda self, inputs: None)
+        patch.setattr(Network, "lighten", lambda self, inputs: None)
         patch.setattr(selection, "lowest", lambda cost, n: cost.argsort(dim=1, stable=True)[:, :n])
         yield
 

@@ -1,4 +1,4 @@
-"""BatchNorm layers merged into convolutions: the same outputs and gradients, or not at all."""
+"""Copies that do the same with less work: the same outputs and gradients, or no copy at all."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from nad_attr import GateSite, Recipe, find_gate_sites, learn_gates
 from nad_attr.engine import Network
-from nad_attr.folding import folded
 from nad_attr.gating import frozen
+from nad_attr.lighter import lighter
+from nad_attr.pooling import MaxPool2d
 from tests.helpers import (
     TinyCNN,
     TinyResNet,
@@ -60,7 +61,7 @@ def test_outputs_and_gradients_are_the_same(make: Callable[[], nn.Module], mean:
     sites = find_gate_sites(model, x)
     networks = [Network(model, sites), Network(model, sites)]
     with assert_model_untouched(model, x):
-        networks[1].fold((x[:2],))
+        networks[1].lighten((x[:2],))
         assert networks[1].model is not model
         assert _norms(networks[1].model) == 0 < _norms(model)
         if mean:
@@ -77,7 +78,7 @@ def test_learned_gates_are_the_same(ablation: str, monkeypatch: pytest.MonkeyPat
     model, data = build(TinyResNet), labelled_images(30)
     recipe = Recipe(size=0.5, steps=12, images_per_step=6, ablation=ablation)  # type: ignore[arg-type]
     found = learn_gates(model, data, recipe=recipe)
-    monkeypatch.setattr(Network, "fold", lambda self, inputs: None)
+    monkeypatch.setattr(Network, "lighten", lambda self, inputs: None)
     expected = learn_gates(model, data, recipe=recipe)
     for site in expected.sites:
         assert torch.equal(found[site.name], expected[site.name])
@@ -91,12 +92,12 @@ def test_learned_gates_are_the_same(ablation: str, monkeypatch: pytest.MonkeyPat
 def test_a_gate_between_the_two_stays_there(site: GateSite) -> None:
     model, x = _plain(), images(4)
     network = Network(model, [site])
-    network.fold((x[:2],))
+    network.lighten((x[:2],))
     assert network.model is model
     # Elsewhere they may be merged, and the gate is where it was.
     behind = Network(model, [GateSite("bn", 4, 1)])
     expected = _gradient(behind, x)
-    behind.fold((x[:2],))
+    behind.lighten((x[:2],))
     assert isinstance(behind.model.get_submodule("bn"), nn.Identity)
     torch.testing.assert_close(_gradient(behind, x), expected, rtol=1e-12, atol=1e-12)
 
@@ -108,7 +109,7 @@ def test_a_gate_on_a_container_between_the_two_stays_there() -> None:
     model = _plain(forward)
     model.inner = nn.Sequential(model.get_submodule("conv")).eval()
     network = Network(model, [GateSite("inner", 4, 1)])
-    network.fold((images(2),))
+    network.lighten((images(2),))
     assert network.model is model
 
 
@@ -135,14 +136,14 @@ def test_left_alone_where_merging_would_change_something(
 ) -> None:
     model, x = _plain(forward), images(3)
     with assert_model_untouched(model, x):
-        assert folded(model, lambda net: net(x)) is None
+        assert lighter(model, lambda net: net(x)) is None
 
 
 def test_what_only_other_passes_show_is_seen() -> None:
     """A pass in which nothing tells the two apart is not enough."""
     model, x = _plain(_beside), images(3)
-    assert folded(model, lambda net: net(x) * 0) is not None
-    assert folded(model, lambda net: net(x) * 0, lambda net: net(x)) is None
+    assert lighter(model, lambda net: net(x) * 0) is not None
+    assert lighter(model, lambda net: net(x) * 0, lambda net: net(x)) is None
 
 
 def _hooked(model: nn.Module) -> nn.Module:
@@ -159,29 +160,117 @@ def _uncopyable(model: nn.Module) -> nn.Module:
 def test_networks_that_are_left_alone(change: Callable[[nn.Module], nn.Module]) -> None:
     model, x = change(_plain()), images(3)
     x = x.to(next(model.parameters()).dtype)
-    assert folded(model, lambda net: net(x)) is None
+    assert lighter(model, lambda net: net(x)) is None
 
 
 def test_errors_of_the_network_are_its_own() -> None:
     with pytest.raises(RuntimeError, match="channels"):
-        folded(_plain(), lambda net: net(torch.zeros(1, 2, 8, 8, dtype=torch.float64)))
+        lighter(_plain(), lambda net: net(torch.zeros(1, 2, 8, 8, dtype=torch.float64)))
 
 
-def test_neither_under_autocast_nor_with_a_function_in_between() -> None:
+def test_no_copy_with_a_function_in_between() -> None:
     model, x = _plain(), images(2)
-    sites = [GateSite("relu", 4, 1)]
-    for options in ({"amp": torch.bfloat16}, {"forward_func": lambda x: model(x)}):
-        network = Network(model, sites, **options)  # type: ignore[arg-type]
-        network.fold((x,))
-        assert network.model is model
+    network = Network(model, [GateSite("relu", 4, 1)], forward_func=lambda x: model(x))
+    network.lighten((x,))
+    assert network.model is model
+
+
+def test_autocast_keeps_batchnorm() -> None:
+    model, x = _pooling().float(), images(2, dtype=torch.float32)
+    network = Network(model, [GateSite("2", 4, 1)], amp=torch.bfloat16)
+    expected = network((x,))
+    network.lighten((x,))
+    assert [type(m) for m in network.model][:4] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, MaxPool2d]  # type: ignore[arg-type]
+    assert torch.equal(network((x,)), expected)
+
+
+def _pooling() -> nn.Module:
+    def make() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+            nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(16, 3),
+        )  # fmt: skip
+
+    return build(make)
+
+
+def test_tensors_are_shared() -> None:
+    model, x = _pooling(), images(2)
+    copied: Any = lighter(model, lambda net: net(x))
+    assert copied[4].weight is model.get_submodule("4").weight
+    assert copied[0].weight is not model.get_submodule("0").weight
+    assert isinstance(copied[3], MaxPool2d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 2},
+        {"kernel_size": (2, 2), "stride": [2, 2]},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 3, "stride": 1},
+        {"kernel_size": (1, 3), "stride": (2, 1), "padding": (0, 1)},
+        {"kernel_size": 2, "stride": 2, "padding": 1},
+        {"kernel_size": 2, "ceil_mode": True},
+        {"kernel_size": 2, "dilation": 2},
+        {"kernel_size": 5, "stride": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 9, 7), (3, 8, 8)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_is_pytorchs_bit_by_bit(
+    options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """Many numbers are equal, as behind a ReLU: the first of the highest has the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 4, shape, generator=generator).to(dtype)
+    if x.ndim == 4:
+        x = x.to(memory_format=layout)
+    ours, torchs = MaxPool2d(**options), nn.MaxPool2d(**options)
+    expected = torchs(x)
+    assert torch.equal(ours(x), expected)
+    weights = torch.randn(expected.shape, generator=generator).to(dtype)
+    gradients = []
+    for pool in (ours, torchs):
+        leaf = x.clone().requires_grad_(True)
+        outputs = pool(leaf)
+        assert torch.equal(outputs, expected)
+        gradients += torch.autograd.grad(outputs, leaf, weights)
+    assert torch.equal(*gradients)
+
+
+def test_pooling_keeps_a_quarter_of_the_numbers() -> None:
+    """As bytes: whether the left, and whether the upper one is the higher."""
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        MaxPool2d(2)(x)
+    assert sum(t.numel() * t.element_size() for t in kept) == 3 * x.numel() // 4
+    assert all(t.dtype == torch.bool for t in kept)
+
+
+def test_pooling_returns_indices_as_asked() -> None:
+    x = torch.randn(1, 2, 4, 4)
+    for one, other in zip(
+        MaxPool2d(2, return_indices=True)(x), nn.MaxPool2d(2, return_indices=True)(x), strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 def test_float32_and_layout() -> None:
     """Weights keep their layout, and what rounding makes of the outputs is small."""
     model = _plain().float().to(memory_format=torch.channels_last)
     x = images(3, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
-    lighter = folded(model, lambda net: net(x))
-    assert lighter is not None
-    weight: Any = lighter.get_submodule("conv").weight
+    copied = lighter(model, lambda net: net(x))
+    assert copied is not None
+    weight: Any = copied.get_submodule("conv").weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(lighter(x), model(x))
+    torch.testing.assert_close(copied(x), model(x))
