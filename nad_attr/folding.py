@@ -66,7 +66,7 @@ def found_pairs(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
 
     def used(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         calls[module] = calls.get(module, 0) + 1
-        for convolution in [c for c, made in outputs.items() if made is args[0]]:
+        for convolution in [c for c, made in outputs.items() if args and made is args[0]]:
             after[module] = convolution
             del outputs[convolution]  # nothing is held longer than it has to be
 

@@ -38,6 +38,7 @@ class MaxPool2d(nn.MaxPool2d):
         )
         learning = torch.is_grad_enabled() and x.requires_grad
         beside = size == stride == (2, 2) and padding == (0, 0)
+        fits = all(n + 2 * p >= k for n, p, k in zip(x.shape[2:], padding, size, strict=False))
         if (
             x.device.type != "cpu"
             or x.ndim != 4
@@ -46,6 +47,7 @@ class MaxPool2d(nn.MaxPool2d):
             or self.return_indices
             or dilation != (1, 1)
             or max(size) > _WIDEST
+            or not fits  # PyTorch says why
             or (learning and not beside)
         ):
             result: Tensor = super().forward(x)

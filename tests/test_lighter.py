@@ -130,7 +130,11 @@ def _another(net: Any, x: Tensor) -> Tensor:
     return net.bn(2 * net.conv(x))
 
 
-@pytest.mark.parametrize("forward", [_beside, _asks, _twice, _another])
+def _by_name(net: Any, x: Tensor) -> Tensor:
+    return net.bn(input=net.conv(x))
+
+
+@pytest.mark.parametrize("forward", [_beside, _asks, _twice, _another, _by_name])
 def test_left_alone_where_merging_would_change_something(
     forward: Callable[[Any, Tensor], Tensor],
 ) -> None:
@@ -255,6 +259,12 @@ def test_pooling_keeps_a_quarter_of_the_numbers() -> None:
         MaxPool2d(2)(x)
     assert sum(t.numel() * t.element_size() for t in kept) == 3 * x.numel() // 4
     assert all(t.dtype == torch.bool for t in kept)
+
+
+def test_pooling_refuses_what_pytorch_refuses() -> None:
+    for x in (torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 4, 1, requires_grad=True)):
+        with pytest.raises(RuntimeError, match="size is too small"):
+            MaxPool2d(2)(x)
 
 
 def test_pooling_returns_indices_as_asked() -> None:
