@@ -26,7 +26,7 @@ Sections (``--sections``):
   once for a forward and once for a backward pass.
 - *projection*: hours for 1,000 ImageNet classes, worked out from the rates above and not measured.
 
-On one core the default takes about a quarter of an hour. What a package is missing for is left out,
+On one core the default takes about 25 minutes. What a package is missing for is left out,
 and said.
 """
 
