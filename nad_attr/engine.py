@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nad_attr.architecture import split_sites
+from nad_attr.architecture import n_channels, split_sites
 from nad_attr.batchnorm import lean_batchnorm
 from nad_attr.convolution import lean_convolutions
 from nad_attr.data import Draw, Inputs, Source, seed_of
@@ -81,10 +81,9 @@ class Network(Runner):
         if self._run is not self.model:
             return
         images = self.to_device(inputs)
-        n = sum(site.n_channels for site in self.sites)
-        generator = torch.Generator().manual_seed(0)
-        half = (torch.rand(len(images[0]), n, generator=generator) < 0.5).to(self.dtype)
-        gates = half.to(self.device)
+        shape = len(images[0]), n_channels(self.sites)
+        random = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        gates = (random < 0.5).to(self.device, self.dtype)
 
         def gated(model: nn.Module) -> Tensor:
             self.model = self._run = model

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from nad_attr._foreign_hooks import carried, changes_weights, relevance_rules, stand_behind
 from nad_attr._trace import no_attention_fast_path
-from nad_attr.sites import GateSite, SiteError, resolve_name, unwrap
+from nad_attr.sites import GateSite, SiteError, is_compiled, resolve_name, unwrap
 
 if TYPE_CHECKING:
     from nad_attr.architecture import SubArchitecture
@@ -144,11 +144,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _eager(model: nn.Module) -> AbstractContextManager[object]:
     """Let a compiled network run eagerly: compiled code ignores hooks added after compilation."""
-    # By torch.compile(model) or, in place, by model.compile().
-    if not any(
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    ):
+    if not any(map(is_compiled, model.modules())):
         return nullcontext()
     set_stance = getattr(torch.compiler, "set_stance", None)
     if set_stance is None:  # torch < 2.6

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nad_attr.folding import fold, found_pairs
 from nad_attr.pooling import MaxPool2d
+from nad_attr.sites import is_compiled
 
 __all__ = ["lighter"]
 
@@ -84,8 +85,7 @@ def _is_watched(model: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
-        or hasattr(module, "_orig_mod")
-        or getattr(module, "_compiled_call_impl", None) is not None
+        or is_compiled(module)
         for module in model.modules()
     )
 

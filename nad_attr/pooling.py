@@ -79,7 +79,7 @@ def _highest(x: Tensor, dim: int, size: int, stride: int) -> Tensor:
 
 
 class _Pooled(torch.autograd.Function):
-    """Maxima of 2 x 2 windows; what is kept for the backward pass is a quarter of the input.
+    """Maxima of 2 x 2 windows; three bytes for four numbers are kept for the backward pass.
 
     The maximum of each row's two numbers first, then that of the two rows: so the first of equal
     ones is the first in reading order.

@@ -101,6 +101,19 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` made or changed a module: it ignores hooks that are added later.
+
+    By ``torch.compile(module)`` or, in place, by ``module.compile()``.
+
+    Example:
+        >>> is_compiled(nn.Linear(2, 2))
+        False
+    """
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or hasattr(module, "_orig_mod")
+
+
 def find_gate_sites(
     model: nn.Module,
     example_inputs: Tensor | tuple[Tensor, ...],
@@ -247,8 +260,7 @@ def _checked_model(model: nn.Module) -> nn.Module:
                 f"{called} is compiled by torch.jit, which hides its data flow and ignores hooks; "
                 "give the model it was made from"
             )
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or hasattr(module, "_orig_mod"):
+        if is_compiled(module):
             raise SiteError(
                 f"{called} is compiled by torch.compile, which ignores hooks added afterwards; "
                 "give the model from before compiling"

@@ -246,7 +246,7 @@ def test_pooling_is_pytorchs_bit_by_bit(
     assert torch.equal(*gradients)
 
 
-def test_pooling_keeps_a_quarter_of_the_numbers() -> None:
+def test_pooling_keeps_three_bytes_for_four_numbers() -> None:
     """As bytes: whether the left, and whether the upper one is the higher."""
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     kept: list[Tensor] = []
