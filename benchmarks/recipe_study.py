@@ -9,7 +9,7 @@ images as in ``benchmarks.disentanglement``. A variant is the default recipe wit
 (of :class:`nad_attr.Recipe` or of :mod:`nad_attr.selection`), or another way to learn altogether:
 
 - forgiving the same throughout: ``free_scale`` of a difference of scale and offset is forgiven,
-  however much of the task output's variance is lost (the default recipe of earlier versions).
+  however much of the task output's variance no scale and offset can mend.
 - straight-through: logits by Adam, gates the highest of them at exactly the budget of the step, the
   gradient of the squared change of the output passed straight through.
 - annealed sigmoid: the same with soft gates whose temperature falls from 1 to 0.05, moved so that
@@ -58,6 +58,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "free_scale 0.8": ({"free_scale": 0.8}, {}),
     "free_scale 1": ({"free_scale": 1.0}, {}),
     "forgiving the same throughout": ({}, {"LENIENCE": 0.0}),
+    "all images the same (boundary 0)": ({"boundary": 0.0}, {}),
+    "boundary 0.5": ({"boundary": 0.5}, {}),
+    "boundary to the end": ({}, {"FADING": 1000}),
+    "values of all images (free_scale 0, boundary 0)": ({"free_scale": 0.0, "boundary": 0.0}, {}),
     "no exchange": ({}, {"EXCHANGED": 0.0}),
     "exchange 10 %": ({}, {"EXCHANGED": 0.1}),
     "no single swaps": ({}, {"SWAPS": 0}),

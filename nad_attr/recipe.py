@@ -50,10 +50,11 @@ class Recipe:
 
     Keeps the task output, as a function of the image, on own and other images alike, with exactly
     the number of channels asked for: it minimises the mean squared difference of the task output
-    between sub-architecture and whole network, own and other images counting the same; part of
-    what another scale and offset of the output would mend is forgiven. So it cannot be met by
-    always answering the class, nor by an output that hardly changes. Channels are closed one by
-    one, by a quadratic model of what closing does (see :mod:`nad_attr.selection`).
+    between sub-architecture and whole network, over as many own as other images, those next to
+    the boundary between them first; part of what another scale and offset of the output would
+    mend is forgiven. So it cannot be met by always answering the class, nor by an output that
+    hardly changes. Channels are closed one by one, by a quadratic model of what closing does (see
+    :mod:`nad_attr.selection`).
 
     Attributes:
         size: Kept channels / all channels over all sites, in (0, 1]; reached exactly.
@@ -67,9 +68,11 @@ class Recipe:
             ``steps``.
         trust: How much more a change of gates is charged for being a guess from gradients.
         free_scale: How much is forgiven of a difference that is one of scale and offset alone, in
-            [0, 1], where little is lost; the more of the task output's variance is lost, the more
-            is forgiven (0.3 becomes 0.8). 0 asks for the task output's values, always (highest
-            fidelity), 1 for what rises and falls with it.
+            [0, 1], where that is all; the more of the task output's variance no scale can mend,
+            the more is forgiven (0.3 becomes 0.9). 0 asks for the task output's values, always
+            (highest fidelity), 1 for what rises and falls with it.
+        boundary: How much less images count that lie far from the class's boundary, in [0, 1]:
+            there own and other images are told apart. 0: all count the same (highest fidelity).
 
     Raises:
         ValueError: If a field has no sensible value.
@@ -87,6 +90,7 @@ class Recipe:
     memory: float = field(default=0.9, repr=False)
     trust: float = field(default=0.3, repr=False)
     free_scale: float = field(default=0.3, repr=False)
+    boundary: float = field(default=0.9, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
@@ -102,6 +106,7 @@ class Recipe:
         _check_number("memory", self.memory, 0, 1)
         _check_number("trust", self.trust, 0)
         _check_number("free_scale", self.free_scale, 0, 1)
+        _check_number("boundary", self.boundary, 0, 1)
 
     @staticmethod
     def paper(
@@ -175,6 +180,8 @@ class Recipe:
         if set(fields) - set(known):
             raise ValueError(f"unknown recipe fields {sorted(set(fields) - set(known))}.")
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        if kind is Recipe:  # an earlier version's, for which all images counted the same
+            fields.setdefault("boundary", 0.0)
         return kind(**fields)
 
 
@@ -221,6 +228,7 @@ class PaperRecipe(Recipe):
     memory: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     trust: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     free_scale: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    boundary: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
 
     def _check(self) -> None:
         if self.size is not None:

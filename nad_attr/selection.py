@@ -39,10 +39,17 @@ PAIRED = 256
 EXCHANGED = 0.02
 #: Share of the steps after which only single channels are swapped, and fewer of them.
 SETTLING = 0.8
-#: By how much the power of ``free_scale`` falls from where nothing of the task output's variance is
-#: lost, so that 0.3 becomes 0.8 where all is: an output that hardly varies any more is closest in
-#: value to the whole network's when it is constant, and only forgiving keeps it from going there.
-LENIENCE = 0.8
+#: By how much the power of ``free_scale`` falls, so that 0.3 becomes 0.9, until UNMENDED of the
+#: task output's variance can be mended by no other scale: what hardly varies any more is closest
+#: in value to the whole network's output when it is constant, and only forgiving keeps it from
+#: going there. While another scale mends nearly all, it stays: half of each of two redundant
+#: copies looks like that.
+LENIENCE, UNMENDED = 0.9, 0.15
+#: How fast images count less with their distance from the boundary, in ranks (half of it at 0.1).
+SHARPNESS = 9.0
+#: The power of the lost share of the variance with which the boundary fades: where nearly all is
+#: lost, few images near it would say too little.
+FADING = 8
 #: Straight lines that are flatter or steeper than these are not trusted.
 SLOPES = (0.3, 3.0)
 #: What a swap must gain, in units of the task output's variance.
@@ -155,12 +162,17 @@ class QuadraticModel:
         capacity: M, images kept.
         trust: Share of a channel's own squared effect that a flip is charged on top, since the
             gradient is only local.
+        boundary: (R,), how much less the images count whose task output is far from the median of
+            all; None: all count the same.
     """
 
-    def __init__(self, gates: Tensor, capacity: int, trust: float) -> None:
+    def __init__(
+        self, gates: Tensor, capacity: int, trust: float, boundary: Tensor | None = None
+    ) -> None:
         rows, n = gates.shape
         self.gates = gates.clone()
         self.trust = trust
+        self.boundary = gates.new_zeros(rows) if boundary is None else boundary
         self.gradients = gates.new_zeros(rows, capacity, n)
         self.residuals = gates.new_zeros(rows, capacity)
         self.whole = gates.new_zeros(rows, capacity)
@@ -235,20 +247,43 @@ class QuadraticModel:
         self._slope = self._over_images(self.residuals)
         self._curvature = self._charged()
 
-    def begin(self) -> None:
-        """Compute what a round of flips needs, once."""
-        self._share = self.weights / self.weights.sum()
+    def shares(self) -> Tensor:
+        """How much each image counts in the loss: (R, M), summing to 1 in each row.
+
+        Recent ones more than older ones, and those more whose rank, by the whole network's task
+        output, is close to one half: of as many own as other images, those next to the boundary
+        between the two. There it is decided which images the sub-architecture tells apart.
+        """
+        weights = (self.weights / self.weights.sum()).expand_as(self.residuals)
+        mean = (self.whole * weights).sum(1, keepdim=True)
+        full = ((self.whole - mean).square() * weights).sum(1, keepdim=True).clamp(min=TINY)
+        loss = (self.residuals.square() * weights).sum(1, keepdim=True)
+        lost = (loss / full).clamp(max=1)
+        order = self.whole.argsort(dim=1, stable=True)
+        rising = weights.gather(1, order)
+        rank = torch.empty_like(rising).scatter_(1, order, rising.cumsum(1) - rising / 2)
+        near = torch.cosh(SHARPNESS * (rank - 0.5)).square().reciprocal()
+        counted = weights * (1 - self.boundary[:, None] * (1 - lost**FADING) * (1 - near))
+        return counted / counted.sum(1, keepdim=True)
+
+    def begin(self, shares: Tensor | None = None) -> None:
+        """Compute what a round of flips needs, once.
+
+        Args:
+            shares: How much each image counts, if not as in :meth:`shares`: (R, M).
+        """
+        self._share = self.shares() if shares is None else shares
         # A few images at a time: a second buffer as large as the gradients is never made.
         self._square = torch.zeros_like(self.gates)
         for share, part in zip(
-            self._share.split(BLOCK), self.gradients.split(BLOCK, dim=1), strict=True
+            self._share.split(BLOCK, dim=1), self.gradients.split(BLOCK, dim=1), strict=True
         ):
-            self._square += torch.einsum("m,rmn->rn", share, part.square())
+            self._square += torch.bmm(share[:, None, :], part.square())[:, 0]
         self._slope = self._over_images(self.residuals)
         self._origin = self.gates.clone()
         self._curvature = self._charged()
 
-    def forgiven(self, share: float) -> Tensor:
+    def forgiven(self, share: float, shares: Tensor | None = None) -> Tensor:
         """Part of the residuals that another scale and offset of the task output would mend.
 
         With z the whole network's output, y the gated one's and a y + b the straight line through
@@ -256,13 +291,14 @@ class QuadraticModel:
         can mend, and the rest.
 
         Args:
-            share: How much of the rest is forgiven where nothing is lost, in [0, 1]; the more of
-                the variance of z is lost, the more is forgiven.
+            share: How much of the rest is forgiven where it is all there is, in [0, 1]; the more
+                of the variance of z no scale and offset can mend, the more is forgiven.
+            shares: How much each image counts, if not as in :meth:`shares`: (R, M).
 
         Returns:
             (R, M), to be subtracted from the residuals.
         """
-        weights = self.weights / self.weights.sum()
+        weights = self.shares() if shares is None else shares
         gated = self.residuals + self.whole
         mean_whole = (self.whole * weights).sum(1, keepdim=True)
         mean_gated = (gated * weights).sum(1, keepdim=True)
@@ -271,15 +307,13 @@ class QuadraticModel:
         variance = (centred.square() * weights).sum(1, keepdim=True).clamp(min=TINY)
         slope = (covariance / variance).clamp(*SLOPES)
         aim = mean_gated + centred_whole / slope
-        loss = (self.residuals.square() * weights).sum(1, keepdim=True)
         full = (centred_whole.square() * weights).sum(1, keepdim=True).clamp(min=TINY)
-        lost = (loss / full).clamp(max=1)
-        return share ** (1 - LENIENCE * lost) * (aim - self.whole)
+        unmended = (1 - covariance.square() / (variance * full)).clamp(0, UNMENDED)
+        return share ** (1 - LENIENCE * unmended / UNMENDED) * (aim - self.whole)
 
-    def _over_images(self, values: Tensor, share: Tensor | None = None) -> Tensor:
+    def _over_images(self, values: Tensor) -> Tensor:
         """Weighted mean over images of a value times the gradients: (R, M) to (R, n)."""
-        share = self._share if share is None else share
-        return torch.bmm((values * share)[:, None, :], self.gradients)[:, 0]
+        return torch.bmm((values * self._share)[:, None, :], self.gradients)[:, 0]
 
     def _charged(self) -> Tensor:
         """Each channel's own squared effect, with what distrust adds to the next flip: (R, n)."""
@@ -417,7 +451,7 @@ class QuadraticModel:
         chosen = self._square.masked_fill(self.gates < 0.5, -1.0).topk(m, dim=1).indices
         over_images = chosen[:, None, :].expand(-1, self.residuals.shape[1], -1)
         gradients = self.gradients.gather(2, over_images)
-        products = gradients.mT @ (gradients * self._share[:, None])
+        products = gradients.mT @ (gradients * self._share[:, :, None])
         alone = self.cost(opening=False).gather(1, chosen)
         joint = alone[:, :, None] + alone[:, None, :] + 2 * (1 + self.trust) * products
         joint.diagonal(dim1=1, dim2=2).fill_(math.inf)
@@ -453,7 +487,10 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     capacity = held(recipe) * per_task
     gates = torch.ones(rows, n, device=network.device, dtype=network.dtype)
     closed_at = torch.full_like(gates, -1.0)
-    model = QuadraticModel(gates, capacity, recipe.trust)
+    # Own images alone have no boundary among them.
+    beside = [bool(len(images.pools["other"])) for images in chunk.images]
+    boundary = recipe.boundary * gates.new_tensor(beside)
+    model = QuadraticModel(gates, capacity, recipe.trust, boundary)
     curves: dict[str, list[Tensor]] = {"loss": [], "size": []}
 
     def draws(images: TaskImages) -> list[Draw]:
@@ -479,9 +516,10 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
         variance = model.whole[:, :seen].var(dim=1, correction=0).clamp(min=TINY)
         if steps[t] < n or t + 1 in ends:  # the last step also ranks what is open
             before = model.gates.clone()
-            forgiven = model.forgiven(recipe.free_scale)
+            shares = model.shares()
+            forgiven = model.forgiven(recipe.free_scale, shares)
             model.residuals -= forgiven
-            model.begin()
+            model.begin(shares)
             settling = t >= SETTLING * recipe.steps
             n_exchanged = 0 if settling else min(round(EXCHANGED * steps[t]), n - steps[t])
             n_close, least_gain = n_open - steps[t], LEAST_GAIN * variance

@@ -979,6 +979,7 @@ cases(
         "trust negative": (lambda c: Recipe(trust=-1), ValueError, "trust"),
         "trust infinite": (lambda c: Recipe(trust=INF), ValueError, "trust"),
         "free_scale": (lambda c: Recipe(free_scale=1.1), ValueError, "free_scale"),
+        "boundary": (lambda c: Recipe(boundary=-0.1), ValueError, "boundary"),
         "unknown field": (lambda c: Recipe(beta=1), TypeError, "beta"),
         "JSON of nothing": (lambda c: Recipe.from_json(""), ValueError, "not a recipe"),
         "JSON of a list": (lambda c: Recipe.from_json("[]"), ValueError, "not a recipe"),

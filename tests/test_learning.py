@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import warnings
 
@@ -198,6 +200,12 @@ def test_paper_recipe_values() -> None:
     assert Recipe.from_json(densenet.to_json()) == densenet
 
 
+def test_recipes_of_earlier_versions_are_read_as_what_they_were() -> None:
+    fields = json.loads(Recipe(size=0.3).to_json())
+    del fields["boundary"]
+    assert Recipe.from_json(json.dumps(fields)) == Recipe(size=0.3, boundary=0.0)
+
+
 # -- the default recipe ------------------------------------------------------------------------
 
 
@@ -282,6 +290,13 @@ def test_own_images_alone_are_said_clearly() -> None:
         warnings.simplefilter("error")
         both = learn_gates(model, helpers.labelled_images(), [1], QUICK)
     assert both.info["own_images_only"] == []
+    # There is no boundary among own images: all count the same.
+    everywhere = dataclasses.replace(QUICK, boundary=0.0)
+    with pytest.warns(UserWarning, match="own images only"):
+        alike = learn_gates(model, (x, labels), [1], everywhere)
+    assert all(torch.equal(alike.logits[site], gates.logits[site]) for site in gates)
+    other = learn_gates(model, helpers.labelled_images(), [1], everywhere)
+    assert not all(torch.equal(other.logits[site], both.logits[site]) for site in both)
 
 
 def test_all_kinds_of_data_give_the_same_gates() -> None:

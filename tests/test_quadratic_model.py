@@ -228,31 +228,65 @@ def test_exchange(
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_scale_and_offset_are_forgiven(share: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    whole, noise = torch.randn(2, 2, 40, generator=generator, dtype=torch.float64)
-    gated = torch.stack([0.5 * whole[0] + 3, 0.7 * whole[1] - 0.2 + 0.3 * noise[1]])
-    model = QuadraticModel(torch.ones(2, N, dtype=torch.float64), 40, TRUST)
+    whole, noise = torch.randn(2, 3, 40, generator=generator, dtype=torch.float64)
+    noisy = [0.7 * whole[1] - 0.2 + 0.2 * noise[1], whole[2] + noise[2]]
+    gated = torch.stack([0.5 * whole[0] + 3, *noisy])
+    model = QuadraticModel(torch.ones(3, N, dtype=torch.float64), 40, TRUST)
     for part in range(2):  # the older half counts less
         images = slice(20 * part, 20 * part + 20)
         model.age(0.5)
         model.add(
-            whole[:, images], (gated - whole)[:, images], torch.zeros(2, 20, N, dtype=torch.float64)
+            whole[:, images], (gated - whole)[:, images], torch.zeros(3, 20, N, dtype=torch.float64)
         )
     left = model.residuals - model.forgiven(share)
     weights = torch.tensor([0.5] * 20 + [1.0] * 20, dtype=torch.float64).sqrt()
-    for row in range(2):
+    for row in range(3):
         line = torch.stack([gated[row], torch.ones_like(gated[row])], dim=1)
         slope, offset = torch.linalg.lstsq(line * weights[:, None], whole[row] * weights).solution
         aim = (whole[row] - offset) / slope
         square = weights.square()
         centred = whole[row] - (whole[row] * square).sum() / square.sum()
-        loss = ((gated[row] - whole[row]).square() * square).sum()
-        lost = min(1.0, float(loss / (centred.square() * square).sum()))
-        assert (lost == 1) == (row == 0)  # the first row has another offset altogether
-        expected = gated[row] - whole[row] - share ** (1 - 0.8 * lost) * (aim - whole[row])
+        left_over = whole[row] - (slope * gated[row] + offset)
+        unmended = float((left_over.square() * square).sum() / (centred.square() * square).sum())
+        assert [unmended < 1e-9, 0.02 < unmended < 0.12, unmended > 0.15][row]
+        power = 1 - 0.9 * min(unmended / 0.15, 1.0)
+        expected = gated[row] - whole[row] - share**power * (aim - whole[row])
         torch.testing.assert_close(left[row], expected)
     if share == 1:  # the first row is the whole network's output, shrunk and moved
         assert left[0].abs().max() < 1e-12
         assert left[1].abs().max() > 0.1
+
+
+def test_images_next_to_the_boundary_count_most() -> None:
+    boundary = torch.tensor([0.0, 0.95, 0.95, 1.0], dtype=torch.float64)
+    whole = torch.tensor([[3.0, -5.0, 0.1, 40.0, -1.0]], dtype=torch.float64).repeat(4, 1)
+    residuals = torch.zeros_like(whole)
+    residuals[2] = 100.0  # more than all of the output's variance is lost
+    model = QuadraticModel(torch.ones(4, N, dtype=torch.float64), 6, TRUST, boundary)
+    model.add(whole, residuals, torch.zeros(4, 5, N, dtype=torch.float64))
+    ranks = [0.7, 0.1, 0.5, 0.9, 0.3]  # (number from below - 1/2) / 5, however far apart
+    near = [1 / math.cosh(9 * (rank - 0.5)) ** 2 for rank in ranks]
+    for row, far in enumerate([0.0, 0.95, 0.0, 1.0]):
+        counted = [1 - far * (1 - x) for x in near] + [0.0]  # the sixth was not seen yet
+        expected = torch.tensor(counted, dtype=torch.float64) / sum(counted)
+        torch.testing.assert_close(model.shares()[row], expected)
+
+
+def test_older_images_shift_the_ranks_less() -> None:
+    model = QuadraticModel(
+        torch.ones(1, N, dtype=torch.float64), 3, TRUST, torch.ones(1, dtype=torch.float64)
+    )
+    for value in (0.0, 1.0, 2.0):
+        model.age(0.5)
+        model.add(
+            torch.full((1, 1), value, dtype=torch.float64),
+            torch.zeros(1, 1, dtype=torch.float64),
+            torch.zeros(1, 1, N, dtype=torch.float64),
+        )
+    weights, ranks = [1 / 7, 2 / 7, 4 / 7], [0.5 / 7, 2 / 7, 5 / 7]
+    counted = [w / math.cosh(9 * (r - 0.5)) ** 2 for w, r in zip(weights, ranks, strict=True)]
+    expected = torch.tensor([counted], dtype=torch.float64) / sum(counted)
+    torch.testing.assert_close(model.shares(), expected)
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, 100.0])
