@@ -263,12 +263,11 @@ def stability(found: Mapping[str, dict[str, Any]]) -> str:
 
 
 def convergence(found: Mapping[str, dict[str, Any]]) -> str:
-    """Kappa between seeds of longer runs that forget less, with what they keep of the output."""
+    """Kappa between seeds with several recipes, and what these keep of the output."""
     rows = [
         [
             name,
-            f"{row['steps']} x {row['images_per_step']}",
-            f"{row['memory']:g}",
+            ", ".join(f"{field}={value:g}" for field, value in row["recipe"].items()),
             _f(row["kappa"], 2),
             _f(row["own_auc"], 2),
             _f(row["fidelity"], 2),
@@ -276,8 +275,7 @@ def convergence(found: Mapping[str, dict[str, Any]]) -> str:
         for name, parts in found.items()
         for row in parts.get("convergence", {}).get("rows", [])
     ]
-    head = ["network / data", "steps x images", "memory", "kappa", "own AUC", "fidelity"]
-    return _lines(head, rows, 3)
+    return _lines(["network / data", "recipe", "kappa", "own AUC", "fidelity"], rows, 2)
 
 
 def sanity(found: Mapping[str, dict[str, Any]]) -> str:

@@ -53,7 +53,7 @@ COLDEST = 0.05
 #: {name: (settings of the recipe, constants of nad_attr.selection)}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({}, {}),
-    "values only (free_scale 0)": ({"free_scale": 0.0}, {}),
+    "free_scale 0": ({"free_scale": 0.0}, {}),
     "free_scale 0.5": ({"free_scale": 0.5}, {}),
     "free_scale 0.8": ({"free_scale": 0.8}, {}),
     "free_scale 1": ({"free_scale": 1.0}, {}),
