@@ -51,6 +51,7 @@ CONVERGENCE: tuple[dict[str, Any], ...] = (
     {"steps": 50, "memory": 1.0},
     {**_MANY, "memory": 1.0},
     _CAREFUL,
+    {**_CAREFUL, "images_per_step": 400, "trust": 3.0},
     {**_CAREFUL, "boundary": 0.0, "free_scale": 0.0},
 )
 #: Those that learn anew, or run many sub-architectures, on these alone by default.
