@@ -40,10 +40,10 @@ from nad_attr.evaluation.grid import measure_grid
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "questions"
 SIZE = 0.4
-#: Recipes of runs whose seeds are compared: more steps, more images, nothing forgotten, changes of
-#: gates charged more and made over more of the steps, and asked for the output's values alone.
 _MANY = {"steps": 50, "images_per_step": 200}
 _CAREFUL = {**_MANY, "memory": 1.0, "trust": 1.0, "removal": 0.9}
+#: Recipes of runs whose seeds are compared: more steps, more images, nothing forgotten, changes of
+#: gates charged more and made over more of the steps, and asked for the output's values alone.
 CONVERGENCE: tuple[dict[str, Any], ...] = (
     {"steps": 50},
     {"steps": 200},
