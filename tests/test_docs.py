@@ -623,3 +623,26 @@ def test_citation_has_the_version() -> None:
     text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {nad_attr.__version__}\n" in text
     assert "2003.13268" in text
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------
+
+
+def _exceptions() -> set[str]:
+    """Exceptions that a user can meet: those that a public module defines, the command line aside."""
+    defined = {
+        name
+        for path in (ROOT / "nad_attr").rglob("*.py")
+        if "cli" not in path.parts
+        for name in re.findall(r"^class (\w+Error)\(", path.read_text(encoding="utf-8"), re.M)
+    }
+    return {name for name in defined if not name.startswith("_")}
+
+
+def test_every_exception_has_a_page() -> None:
+    pages = {path.stem for path in (DOCS / "errors").glob("*.md")} - {"index"}
+    assert pages == _exceptions()
+    index = (DOCS / "errors" / "index.md").read_text(encoding="utf-8")
+    assert not [name for name in pages if f"({name}.md)" not in index]
