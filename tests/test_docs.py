@@ -631,7 +631,7 @@ def test_citation_has_the_version() -> None:
 
 
 def _exceptions() -> set[str]:
-    """Exceptions that a user can meet: those that a public module defines, the command line aside."""
+    """Exceptions that a user can meet: those of all modules but the command line."""
     defined = {
         name
         for path in (ROOT / "nad_attr").rglob("*.py")
