@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 
 from nad_attr.comparison.aligned import Aligned, Gates, align
 from nad_attr.comparison.result import Comparison, RowList
-from nad_attr.comparison.statistics import standard_ranks
-from nad_attr.comparison.statistics_sentences import DEPTH_MEASURES
-from nad_attr.comparison.statistics_strata import permutations, two_sided_p, with_tail
 from nad_attr.comparison.unit_concepts import UnitConcepts
 from nad_attr.data import seed_of
 from nad_attr.display import html_text
-from nad_attr.evaluation.resampling import bootstrap_means, check_count, interval_of
-from nad_attr.evaluation.tables import nan_mean
+from nad_attr.stats.bootstrap import bootstrap_means, check_count, interval_of
+from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.sentences import DEPTH_MEASURES
+from nad_attr.stats.strata import permutations, with_tail
+from nad_attr.stats.tables import nan_mean
+from nad_attr.stats.tests import standard_ranks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +130,7 @@ class DepthSemantics:
             low=low,
             high=high,
             p=with_tail(
-                two_sided_p(mean, draws.T, control),
+                permutation_p(mean, draws.T, tail="both", centre=control),
                 len(draws),
                 _standard(mean, draws),
                 _enough(draws),
@@ -166,7 +167,7 @@ class DepthSemantics:
                 order = np.random.default_rng(seed_of("depth trend", self.seed))
                 shuffled = order.permuted(np.broadcast_to(value, (n, len(value))), axis=1)
                 null, centre = _trends(shuffled, depth), 0.0
-            p = two_sided_p(effect, null[None], centre) if len(null) else np.full(1, np.nan)
+            p = permutation_p(effect, null[None], tail="both", centre=centre)
             # Of kept channels: what random ones have; of all: what sites in random order have.
             shown = of_random if group == "kept" else null
             ends = interval_of(shown, level) if len(shown) else (math.nan, math.nan)

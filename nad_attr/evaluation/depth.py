@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.display import html_text
-from nad_attr.evaluation.pairs import site_overlaps
-from nad_attr.evaluation.resampling import check_interval, interval_of
 from nad_attr.evaluation.rows import NamedArchitectures, named_architectures
-from nad_attr.evaluation.tables import pandas, plain, table
 from nad_attr.gates import TaskGates
+from nad_attr.stats.bootstrap import check_interval, interval_of, times_drawn
+from nad_attr.stats.pairs import site_overlaps
+from nad_attr.stats.tables import pandas, plain, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,9 +127,7 @@ class NetworkProfile:
         return np.asarray(np.where(count > 0, total, np.nan) / np.where(count > 0, count, 1.0))
 
     def _times(self, n_draws: int, seed: int) -> FloatArray:
-        n = len(self.tasks)
-        generator = np.random.default_rng(seed)
-        return generator.multinomial(n, np.full(n, 1 / n), size=n_draws).astype(np.float64)
+        return np.concatenate([times for _, times in times_drawn(len(self.tasks), n_draws, seed)])
 
     def interval(
         self, measure: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0

@@ -42,9 +42,6 @@ GRID_MEASURES = (
 #: Those that need the outputs of the other tasks as well.
 OF_OTHERS = ("other_auc", "disentanglement")
 
-#: Measures of which less is better.
-LOWER_IS_BETTER = ("other_auc", "fpr")
-
 
 def check_measure(name: Any, known: Collection[str] = GRID_MEASURES) -> str:
     """A measure's name.

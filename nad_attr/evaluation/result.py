@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nad_attr.display import html_table
-from nad_attr.evaluation.intervals import bootstrap_interval
+from nad_attr.evaluation.measure_table import MEASURE_TABLE, MEASURES, p_against
 from nad_attr.gates import Task
+from nad_attr.stats.bootstrap import bootstrap_interval
+from nad_attr.stats.p_values import permutation_p
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,25 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["MEASURES", "Evaluation"]
 
 FloatArray: TypeAlias = "NDArray[np.float64]"
-
-#: Names that :meth:`Evaluation.mean` and :meth:`Evaluation.interval` know: one number per task.
-MEASURES = (
-    "size",
-    "flop_size",
-    "parameter_size",
-    "dead_fraction",
-    "own_auc",
-    "other_auc",
-    "disentanglement",
-    "fidelity",
-    "rank_fidelity",
-    "detector_ba",
-    "margin_auc",
-    "recall",
-    "fpr",
-    "ba",
-    "other_accuracy",
-)
 
 
 def _none() -> FloatArray:
@@ -189,30 +172,31 @@ class Evaluation:
         """
         return bootstrap_interval(self.values(name), level=level, n_draws=n_draws, seed=seed)
 
-    def p_value(self, name: str, *, lower: bool = False) -> float:
+    def p_value(self, name: str, *, lower: bool | None = None) -> float:
         """How often random channels of the same size do as well, in the mean over tasks.
 
         ``(1 + number of draws that reach the observed mean) / (draws + 1)``: a valid p-value of
         the hypothesis that the sub-architectures are random channels (permutation test). With few
-        draws it cannot be small: n draws give 1 / (n + 1) at best.
+        draws it cannot be small: n draws give 1 / (n + 1) at best, three of them 0.25, so ask
+        :func:`evaluate` for ``n_random=19`` to see 0.05.
 
         Args:
             name: One of ``MEASURES``.
-            lower: Whether less is better, as for FPR: count draws that are as low.
+            lower: Whether less is better. None: as the measure says (FPR, other AUC and dead
+                fraction are better when low).
 
         Returns:
-            In (0, 1]; NaN without random draws, or where the measure is not known.
+            In (0, 1]; NaN without random draws, where the measure is not known, or where neither
+            way is better (sizes, other-task accuracy).
 
         Raises:
             ValueError: If there is no such measure.
         """
         observed = self.mean(name)
-        draws = np.array([result.mean(name) for result in self.random])
-        draws = draws[~np.isnan(draws)]
-        if len(draws) == 0 or math.isnan(observed):
-            return math.nan
-        reached = draws <= observed if lower else draws >= observed
-        return float((1 + reached.sum()) / (len(draws) + 1))
+        draws = [result.mean(name) for result in self.random]
+        if lower is not None:
+            return float(permutation_p(observed, draws, tail="lower" if lower else "higher"))
+        return float(p_against(name, observed, draws))
 
     def frame(self) -> pd.DataFrame:
         """One row per task with all measures, for pandas.
@@ -242,17 +226,8 @@ class Evaluation:
         Args:
             max_tasks: Tasks that are listed one by one, at most.
         """
-        head = {
-            "size": "size",
-            "own_auc": "own AUC",
-            "other_auc": "other AUC",
-            "fidelity": "fidelity",
-            "detector_ba": "det. BA",
-            "recall": "recall",
-            "fpr": "FPR",
-            "ba": "BA",
-            "other_accuracy": "other acc.",
-        }
+        shown = ("size", "own_auc", "other_auc", "fidelity", "detector_ba", "recall", "fpr", "ba")
+        head = {name: MEASURE_TABLE[name].head for name in (*shown, "other_accuracy")}
         if np.isnan(self.detector_ba).all():
             del head["detector_ba"]
         bare = self._whole is not None and not self.random and not self.rivals
@@ -348,10 +323,8 @@ class Evaluation:
     def _repr_html_(self) -> str:
         """How notebooks show it: the means, beside what they have to beat."""
         shown = ["own_auc", "other_auc", "fidelity", "recall", "fpr", "ba"]
-        head = ["size", "own AUC", "other AUC", "fidelity", "recall", "FPR", "BA"]
         if self._whole is not None and not self.random and not self.rivals:
             shown.remove("recall")  # as in summary: alone it says nothing
-            head.remove("recall")
         rows = [
             [name, *(_number(self.values(m)[k]) for m in ("size", *shown))]
             for k, name in enumerate(self.task_names[:_SHOWN])
@@ -369,7 +342,7 @@ class Evaluation:
         return html_table(
             f"{'Sub-architectures' if self._whole is not None else 'The whole network'}: "
             f"{len(self.tasks)} task{'s' * (len(self.tasks) != 1)} on {self.n_images:,} images",
-            ["task", *head],
+            ["task", *(MEASURE_TABLE[m].head for m in ("size", *shown))],
             rows,
             rule_before=n_listed,
             note=f"and {rest} more tasks, which the mean counts" if rest > 0 else "",

@@ -26,7 +26,6 @@ from nad_attr.evaluation.controls import (
     shuffled_labels,
 )
 from nad_attr.evaluation.evaluating import evaluate
-from nad_attr.evaluation.intervals import bootstrap_interval
 from nad_attr.evaluation.stability import (
     FloatArray,
     Learn,
@@ -40,6 +39,7 @@ from nad_attr.evaluation.stability import (
 from nad_attr.gates import Task
 from nad_attr.gating import check_eval
 from nad_attr.running import check_batch_size
+from nad_attr.stats.bootstrap import bootstrap_interval
 
 if TYPE_CHECKING:
     import pandas as pd

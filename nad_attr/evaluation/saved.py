@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr.evaluation.result import MEASURES, Evaluation
+from nad_attr.evaluation.measure_table import MEASURES
+from nad_attr.evaluation.result import Evaluation
 from nad_attr.gates import Task, as_task
+from nad_attr.stats.p_values import least_p
 from nad_attr.store import GateStoreError, read_result, write_result
 
 __all__ = ["read_hdf5", "read_json", "to_dict", "write_hdf5", "write_json"]
@@ -64,6 +66,7 @@ def to_dict(result: Evaluation) -> dict[str, Any]:
     if result.random:
         found["random"] = [to_dict(replace(draw, _whole=None)) for draw in result.random]
         found["p_values"] = {name: _plain(result.p_value(name)) for name in MEASURES}
+        found["p_least"] = least_p(len(result.random))
     if result.rivals:
         found["rivals"] = {
             name: to_dict(replace(rival, _whole=None)) for name, rival in result.rivals.items()

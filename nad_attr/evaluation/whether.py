@@ -24,7 +24,8 @@ from nad_attr.display import html_text
 from nad_attr.evaluation.ablation import Ablation
 from nad_attr.evaluation.baselines import EnergyScorer, NeuronMCTScorer, TaylorScorer
 from nad_attr.evaluation.curves import closed_at
-from nad_attr.evaluation.grid import LOWER_IS_BETTER, check_measure, fitted, measure_grid
+from nad_attr.evaluation.grid import check_measure, fitted, measure_grid
+from nad_attr.evaluation.measure_table import MEASURE_TABLE, p_against
 from nad_attr.evaluation.rankings import (
     SIZES,
     Ranks,
@@ -34,11 +35,12 @@ from nad_attr.evaluation.rankings import (
     random_ranking,
 )
 from nad_attr.evaluation.scorer import ChannelScorer
-from nad_attr.evaluation.tables import intervals, nan_mean, number, pandas, plain, table
 from nad_attr.gates import TaskGates
 from nad_attr.gating import check_mapping
 from nad_attr.running import chunks
 from nad_attr.sites import GateSite
+from nad_attr.stats.p_values import least_p
+from nad_attr.stats.tables import intervals, nan_mean, number, pandas, plain, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,7 +192,8 @@ class Whether:
         """How often random channels of the same size do as well.
 
         ``(1 + number of draws that reach the method's value) / (draws + 1)``, where less is better
-        (``"fpr"``, ``"other_auc"``) draws that are as low: n draws give 1 / (n + 1) at best.
+        (``"fpr"``, ``"other_auc"``) draws that are as low: n draws give 1 / (n + 1) at best. NaN
+        where neither way is better (``"other_accuracy"``).
 
         Args:
             method: One of ``methods``.
@@ -208,11 +211,7 @@ class Whether:
         if not per_task:
             observed = nan_mean(observed.T)
             draws = np.array([nan_mean(draw.T) for draw in draws]).reshape(-1, len(observed))
-        sign = -1.0 if measure in LOWER_IS_BETTER else 1.0
-        # Means of equal values differ by rounding.
-        reached = (sign * draws >= sign * observed - 1e-12).sum(0)
-        known = ~np.isnan(observed) & ~np.isnan(draws).any(0) & (len(draws) > 0)
-        return np.where(known, (1 + reached) / (len(draws) + 1), np.nan)
+        return np.asarray(p_against(measure, observed, np.moveaxis(draws, 0, -1)))
 
     def frame(self) -> pd.DataFrame:
         """One row per method, size and task (and draw), one column per measure, for pandas.
@@ -270,22 +269,13 @@ class Whether:
             ValueError: If a size was not measured.
         """
         shown = self.requested if sizes is None else check_sizes(sizes)
-        heads = {
-            "own_auc": "own AUC",
-            "other_auc": "other AUC",
-            "disentanglement": "disent.",
-            "fidelity": "fidelity",
-            "rank_fidelity": "rank fid.",
-            "recall": "recall",
-            "fpr": "FPR",
-            "ba": "BA",
-        }
-        heads = {measure: head for measure, head in heads.items() if measure in self.whole}
+        heads = {m: MEASURE_TABLE[m].head for m in PANELS if m in self.whole}
         names = [*self.methods, *([RANDOM] if self.n_random else [])]
         how = "at each site" if self.per_site else "over all sites"
         lines = [
             f"{len(self.tasks)} task(s) on {self.n_images} images, share kept {how}, closed "
             f"channels: {self.ablation}; p against {self.n_random} random draws"
+            f" (least possible {least_p(self.n_random):.3g})"
         ]
         for size in shown:
             if size not in self.requested:
@@ -332,6 +322,7 @@ class Whether:
             "ablation": self.ablation,
             "baselines": list(self.baselines),
             "methods": results,
+            "p_least": least_p(self.n_random) if self.n_random else None,
             "random": {m: plain(values.tolist()) for m, values in self.random.items()},
             "whole": {m: plain(values.tolist()) for m, values in self.whole.items()},
         }

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data, as_source
 from nad_attr.evaluation.mosaics import Grid, grid_of, only_images
-from nad_attr.evaluation.resampling import check_count
 from nad_attr.gating import as_tensor, channel_shape, check_mapping, recorded
 from nad_attr.pictures.pixels import ToPixels
 from nad_attr.running import Runner, check_batch_size, chunks
 from nad_attr.sites import GateSite
+from nad_attr.stats.bootstrap import check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
