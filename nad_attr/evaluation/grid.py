@@ -77,7 +77,7 @@ def fitted(
     return fit_ablation(model, sites, train_data, ablation, tasks=tasks, **run)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """Measures of G groups of T sub-architectures, and of the whole network.
 

@@ -234,8 +234,9 @@ class Evaluation:
         if bare:
             del head["recall"]
         rows = [["task", *head.values()]]
-        for k, name in enumerate(self.task_names[:max_tasks]):
-            rows.append([name, *(_number(self.values(m)[k]) for m in head)])
+        columns = [self.values(m)[:max_tasks] for m in head]
+        for name, cells in zip(self.task_names, zip(*columns, strict=True), strict=False):
+            rows.append([name, *map(_number, cells)])
         if len(self.tasks) > max_tasks:
             rows.append([f"... {len(self.tasks) - max_tasks} more", *("" for _ in head)])
         n_listed = len(rows)
@@ -325,9 +326,10 @@ class Evaluation:
         shown = ["own_auc", "other_auc", "fidelity", "recall", "fpr", "ba"]
         if self._whole is not None and not self.random and not self.rivals:
             shown.remove("recall")  # as in summary: alone it says nothing
+        columns = [self.values(m)[:_SHOWN] for m in ("size", *shown)]
         rows = [
-            [name, *(_number(self.values(m)[k]) for m in ("size", *shown))]
-            for k, name in enumerate(self.task_names[:_SHOWN])
+            [name, *map(_number, cells)]
+            for name, cells in zip(self.task_names, zip(*columns, strict=True), strict=False)
         ]
         n_listed = len(rows)
         rows.append(["mean", *(_number(self.mean(m)) for m in ("size", *shown))])

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from nad_attr.architecture import SubArchitecture, Task
-from nad_attr.data import Data, Source, as_source, seed_of
+from nad_attr.data import Data, as_source
 from nad_attr.display import html_text
 from nad_attr.evaluation.ablation import Ablation
 from nad_attr.evaluation.baselines import EnergyScorer, NeuronMCTScorer, TaylorScorer
@@ -37,7 +37,6 @@ from nad_attr.evaluation.rankings import (
 from nad_attr.evaluation.scorer import ChannelScorer
 from nad_attr.gates import TaskGates
 from nad_attr.gating import check_mapping
-from nad_attr.running import chunks
 from nad_attr.sites import GateSite
 from nad_attr.stats.p_values import least_p
 from nad_attr.stats.tables import intervals, nan_mean, number, pandas, plain, table
@@ -400,14 +399,6 @@ def _standard(
     return {name: make(model, sites) for name, make in scorers.items() if name not in methods}
 
 
-def _in_memory(source: Source) -> tuple[tuple[Tensor, ...], Tensor]:
-    """All images at once; a random transform gives the same images every time."""
-    n = len(source.labels)
-    draws = ([(i, seed_of("scores", i)) for i in chunk] for chunk in chunks(n, 64))
-    parts = list(source.batches(draws))
-    return tuple(torch.cat(items) for items in zip(*parts, strict=True)), source.labels
-
-
 def whether(
     model: nn.Module,
     methods: Mapping[str, Ranks | ChannelScorer],
@@ -546,12 +537,11 @@ def whether(
             "all methods are measured alike."
         )
     prepared = fitted(ablation, model, sites, tasks, train_data, **run)
-    images = None if not scoring else _in_memory(as_source(train_data))
+    train = as_source(train_data) if scoring else None
     for name in scoring:
         scorer = named[name]
         assert isinstance(scorer, ChannelScorer)
-        assert images is not None
-        scores = scorer(*images, tasks=tasks, **run)
+        scores = scorer(train, tasks=tasks, **run)
         found[name] = as_ranking(
             scores, sites=sites, tasks=tasks, task_names=task_names, what=repr(name)
         )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ClassMosaics", "class_mosaics"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassMosaics:
     """Mosaics of four images of four classes, with the map of each class at each site.
 

@@ -28,7 +28,7 @@ __all__ = ["TopImages", "top_images"]
 Pool = Literal["max", "mean"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TopImages:
     """For each channel that was looked at, the images with its highest activations.
 
@@ -274,10 +274,10 @@ def _chosen_channels(
     for name in [*wanted, *(channels or {})]:
         if name not in known:
             raise ValueError(f"no gate site {name!r}; there are {list(known)}.")
-    chosen = {}
+    kept, chosen = arch.kept, {}
     for name in wanted:
         if channels is None or name not in channels:
-            chosen[name] = arch.kept[name]
+            chosen[name] = kept[name]
             continue
         numbers = as_tensor(channels[name], f"channels of {name!r}")
         whole = not (numbers.is_floating_point() or numbers.dtype == torch.bool)

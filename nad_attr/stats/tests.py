@@ -154,7 +154,7 @@ def normal_p(z: FloatArray) -> FloatArray:
 # -- kept against dropped ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Pairs:
     """Mann and Whitney's numbers of T tasks in S strata, (T, S) each."""
 
