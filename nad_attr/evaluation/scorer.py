@@ -335,7 +335,7 @@ class ChannelScorer(ABC):
         with torch.inference_mode(False), torch.enable_grad(), frozen(runner.model):
             source: Source = (
                 TensorSource(inputs, targets)
-                if targets is not None
+                if targets is not None or isinstance(inputs, Tensor)
                 else _Scored(inputs if hasattr(inputs, "batches") else as_source(inputs))
             )
             rows = tasks_of(source.labels, tasks)
