@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from nad_attr.stats.bootstrap import (
     bootstrap_means,
@@ -170,7 +169,9 @@ def binomial_p(successes: float, trials: int, probability: float) -> float:
     least = math.floor(successes + 1e-9)
     if least <= 0:
         return 1.0
-    return float(stats.binomtest(least, trials, probability, alternative="greater").pvalue)
+    from scipy.stats import binomtest  # takes long to load
+
+    return float(binomtest(least, trials, probability, alternative="greater").pvalue)
 
 
 def error_ranks(

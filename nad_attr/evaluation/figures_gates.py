@@ -243,7 +243,7 @@ def plot_overlap(
         A matplotlib figure, not shown.
 
     Raises:
-        ImportError: If matplotlib, or scipy for ``clustered``, is missing.
+        ImportError: If matplotlib is missing.
         TypeError: If they are something else.
         ValueError: If there are fewer than two tasks.
 

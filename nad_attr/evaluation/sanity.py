@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
 from torch import nn
 
 from nad_attr.architecture import SubArchitecture
@@ -106,6 +105,8 @@ class Control:
         """
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not margin > 0:
             raise ValueError(f"margin must be a gain in AUC above 0, not {margin!r}.")
+        from scipy import stats  # takes long to load
+
         gains = nan_mean(self.gain)
         gains = gains[~np.isnan(gains)]
         if len(gains) < 2:
@@ -190,7 +191,7 @@ class SanityReport:
         """A table as plain text, means over draws and tasks, with the 95 % interval of the gain."""
         width = max(len(control.name) for control in self.controls)
         head = f"{'':<{width}}  whole  own AUC  random   gain  95 % from     to  fidelity  random"
-        head += "  gain"
+        head += "  verdict"
         lines = [head, "-" * len(head)]
         for control in self.controls:
             low, high = control.interval
@@ -202,8 +203,8 @@ class SanityReport:
                 f"{_VERDICTS[self.vanishes(control.name)]}"
             )
         lines.append(
-            f"(gone: within {MARGIN:g} of zero, by two one-sided t-tests over tasks at "
-            f"{100 * ALPHA:g} %; there: the 95 % interval leaves out zero; unknown: neither)"
+            f"(gone: within {MARGIN:g} of zero by two one-sided t-tests over tasks at "
+            f"{100 * ALPHA:g} %;\n there: the 95 % interval leaves out zero; unknown: neither)"
         )
         text = "\n".join(lines)
         return text if self.stability is None else f"{text}\n\n{self.stability.summary()}"
