@@ -34,7 +34,8 @@ from nad_attr.comparison import (
 )
 from nad_attr.comparison.agreement import places, rbo_of_places
 from nad_attr.stats.p_values import permutation_p
-from nad_attr.stats.strata import midranks, null_counts
+from nad_attr.stats.ranks import midranks
+from nad_attr.stats.strata import null_counts
 
 # -- kept against dropped ----------------------------------------------------------------------
 

@@ -39,9 +39,9 @@ from nad_attr.data import seed_of
 from nad_attr.stats.bootstrap import bootstrap_interval, bootstrap_means, check_count, interval_of
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.pairs import overlap_matrix
+from nad_attr.stats.ranks import midranks
 from nad_attr.stats.strata import (
     Tables,
-    midranks,
     permutations,
     with_tail,
 )

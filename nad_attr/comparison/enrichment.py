@@ -13,13 +13,13 @@ from nad_attr.comparison.result import ALL_TASKS, Comparison, RowList
 from nad_attr.comparison.unit_concepts import UnitConcepts
 from nad_attr.stats.bootstrap import bootstrap_interval, check_count
 from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.ranks import standard_ranks
 from nad_attr.stats.strata import Tables, permutations, with_tail
 from nad_attr.stats.tests import (
     count_test,
     fisher_interval,
     normal_interval,
     normal_p,
-    standard_ranks,
 )
 
 __all__ = ["concept_enrichment"]

@@ -17,7 +17,8 @@ from nad_attr.data import seed_of
 from nad_attr.stats.bootstrap import check_count, interval_of, times_drawn
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.pairs import cosines
-from nad_attr.stats.tests import Statistic, standard_ranks
+from nad_attr.stats.ranks import standard_ranks
+from nad_attr.stats.tests import Statistic
 
 __all__ = ["classifier_similarity", "confusion_similarity", "mantel", "wordnet_similarity"]
 

@@ -40,7 +40,7 @@ from nad_attr.gates import Task
 from nad_attr.gating import check_eval
 from nad_attr.running import check_batch_size
 from nad_attr.stats.bootstrap import bootstrap_interval
-from nad_attr.stats.tables import nan_mean
+from nad_attr.stats.tables import nan_mean, plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,12 +220,12 @@ class SanityReport:
             "controls": [
                 {
                     "name": control.name,
-                    "means": {name: _plain(_mean(getattr(control, name))) for name in _COLUMNS},
-                    "gain_interval_95": _plain(list(control.interval)),
+                    "means": {name: plain(_mean(getattr(control, name))) for name in _COLUMNS},
+                    "gain_interval_95": plain(list(control.interval)),
                     "vanishes": self.vanishes(control.name),
                     "margin": MARGIN,
-                    "equivalence_p": _plain(control.equivalence_p()),
-                    **{name: _plain(getattr(control, name).tolist()) for name in _COLUMNS},
+                    "equivalence_p": plain(control.equivalence_p()),
+                    **{name: plain(getattr(control, name).tolist()) for name in _COLUMNS},
                 }
                 for control in self.controls
             ],
@@ -382,9 +382,3 @@ def _measured(
 def _mean(values: FloatArray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

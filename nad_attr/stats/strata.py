@@ -19,7 +19,6 @@ from nad_attr.data import seed_of
 __all__ = [
     "Tables",
     "exact_p",
-    "midranks",
     "null_counts",
     "pair_counts",
     "permutations",
@@ -59,16 +58,6 @@ def strata_of(strata: ArrayLike | None, n: int) -> list[IntArray]:
     _, first, inverse = np.unique(names, return_index=True, return_inverse=True)
     order = np.argsort(first)
     return [np.flatnonzero(inverse == k) for k in order]
-
-
-def midranks(values: ArrayLike) -> FloatArray:
-    """Ranks from 1 along the last axis; equal values share the mean of their ranks.
-
-    Example:
-        >>> midranks([10.0, 30.0, 10.0])
-        array([1.5, 3. , 1.5])
-    """
-    return np.asarray(stats.rankdata(values, axis=-1), dtype=np.float64)
 
 
 def permutations(

@@ -17,11 +17,11 @@ from scipy import stats
 
 from nad_attr.stats.bootstrap import check_count
 from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.ranks import midranks, standard_ranks
 from nad_attr.stats.sentences import MEASURES, sentence_of
 from nad_attr.stats.strata import (
     Tables,
     exact_p,
-    midranks,
     null_counts,
     pair_counts,
     permutations,
@@ -318,14 +318,6 @@ def random_us(
 
 
 # -- gates against values ----------------------------------------------------------------------
-
-
-def standard_ranks(values: ArrayLike) -> FloatArray:
-    """Midranks along the last axis with mean 0 and sum of squares 1; 0 where nothing varies."""
-    ranks = midranks(values)
-    centred = ranks - ranks.mean(-1, keepdims=True)
-    length = np.sqrt(np.square(centred).sum(-1, keepdims=True))
-    return np.asarray(centred / np.where(length > 0, length, 1.0))
 
 
 def fisher_interval(
