@@ -185,6 +185,8 @@ class SubArchitecture:
         SubArchitecture(2 of 4 channels (50.0 %) at 1 site, closed channels zero)
         >>> arch | ~arch == SubArchitecture.full([site])
         True
+
+    Two are equal if sites, masks, task and means are.
     """
 
     __slots__ = ("_masks", "means", "sites", "task")
@@ -461,13 +463,18 @@ class SubArchitecture:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SubArchitecture):
             return NotImplemented
-        return self.sites == other.sites and all(
-            torch.equal(mask, other._masks[name]) for name, mask in self._masks.items()
+        return (
+            (self.sites, self.task) == (other.sites, other.task)
+            and same_tensors(self._masks, other._masks)
+            and same_tensors(self.means, other.means)
         )
 
     def __hash__(self) -> int:
-        bits = b"".join(mask.numpy().tobytes() for mask in self._masks.values())
-        return hash((self.sites, bits))
+        # Adding zero makes -0, which is equal to 0, the same bytes.
+        means = [self.means[site.name] + 0.0 for site in self.sites] if self.means else []
+        numbers = [*self._masks.values(), *means]
+        bits = b"".join(value.numpy().tobytes() for value in numbers)
+        return hash((self.sites, self.task, bits))
 
     def __repr__(self) -> str:
         sites = f"{len(self.sites)} site" + ("s" if len(self.sites) > 1 else "")
@@ -513,6 +520,13 @@ class SubArchitecture:
         from nad_attr.store import read_sub_architecture
 
         return read_sub_architecture(path)
+
+
+def same_tensors(a: Mapping[str, Tensor] | None, b: Mapping[str, Tensor] | None) -> bool:
+    """Whether two ``{site name: numbers}`` hold the same sites and numbers, or both are None."""
+    if a is None or b is None:
+        return a is b
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 def check_means(

@@ -20,7 +20,7 @@ from nad_attr.gates import TaskGates
 from nad_attr.gating import check_eval, expand, multiply, recorded
 from nad_attr.learning import learn_gates
 from nad_attr.recipe import Recipe
-from nad_attr.sites import GateSite, SiteError, find_gate_sites, unwrap
+from nad_attr.sites import GateSite, SiteError, asked_layers, find_gate_sites, unwrap
 
 __all__ = ["NADAttribution"]
 
@@ -54,8 +54,9 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             DataParallel and ``torch.compile`` wrappers are looked through: the network inside
             does the work, on its own device.
         layer: Where the gates stand: a module, a site's name or a :class:`~nad_attr.GateSite`
-            (then ``attribute`` returns a tensor), or a list of these (then a list, **in forward
-            order**, see ``sites``). None: all gate sites that the data flow shows (a list).
+            (then ``attribute`` returns a tensor), or a list of these (then a list, in the order
+            asked for, as in Captum). None: all gate sites that the data flow shows (a list, in
+            forward order).
         device_ids: As in Captum. A function that spreads its batch over several devices is
             refused; the DataParallel network itself is not.
         recipe: How gates are learned; None: the default :class:`~nad_attr.Recipe`.
@@ -138,8 +139,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         self._multiply_by_inputs = multiply_by_inputs
         # Of the latest attribute() that learned: one for all classes, or one for each image.
         self._latest: TaskGates | list[TaskGates] | None = None
-        # What the sites were looked for with, and the sites.
-        self._found: tuple[object, tuple[GateSite, ...]] | None = None
+        # What the sites were looked for with, the sites in forward order and in the order asked.
+        self._found: tuple[object, tuple[GateSite, ...], tuple[GateSite, ...]] | None = None
 
     # -- learning ------------------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             self.task_gates = learn_gates(
                 root, data, tasks, recipe or self.recipe, sites, **options
             )
-        self._found = self._key(attribute_to_layer_input), self.task_gates.sites
+        self._keep_found(root, layers, self.task_gates.sites, attribute_to_layer_input)
         self._latest = None
         return self
 
@@ -287,7 +288,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
 
         Returns:
             Gate times activation, of the layer's output size, dtype and device; one tensor for
-            one layer, otherwise a list, one tensor for each of ``sites``, in forward order.
+            one layer, otherwise a list, one tensor for each of ``sites``, in their order: that of
+            ``layer``, or forward order where no layers were named.
 
         Raises:
             AssertionError: If the target is None, a tuple, or no class index of the output.
@@ -329,7 +331,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
 
         attributions = []
         with torch.no_grad():
-            for site in sites:
+            for site in self.sites:
                 activation = activations[site.name]
                 gate = gates[site.name].to(activation.device)
                 if self._multiply_by_inputs:
@@ -343,10 +345,13 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
 
     @property
     def sites(self) -> tuple[GateSite, ...]:
-        """The gate sites of the latest call, in forward order; empty before the first."""
+        """The gate sites of the latest call, in the order of its results; empty before the first.
+
+        That is the order of ``layer``, or forward order where no layers were named.
+        """
         if self.layer is None and self.task_gates is not None:
             return self.task_gates.sites
-        return () if self._found is None else self._found[1]
+        return () if self._found is None else self._found[2]
 
     def gates(self, target: object) -> dict[str, Tensor]:
         """The gates behind the attributions: ``{site name: float32 (C,)}``.
@@ -434,7 +439,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         extra: tuple[Any, ...],
         at_input: bool,
     ) -> tuple[GateSite, ...]:
-        """The sites, looked for only if what they depend on has changed."""
+        """The sites in forward order, looked for only if what they depend on has changed."""
         key = self._key(at_input)
         if self._found is None or self._found[0] != key:
             with _own_errors():
@@ -446,8 +451,22 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                     at_input=at_input,
                     additional_forward_args=extra or None,
                 )
-            self._found = key, tuple(sites)
+            self._keep_found(root, layers, sites, at_input)
+        assert self._found is not None
         return self._found[1]
+
+    def _keep_found(
+        self,
+        root: nn.Module,
+        layers: list[Layer] | None,
+        sites: Sequence[GateSite],
+        at_input: bool,
+    ) -> None:
+        forward = asked = tuple(sites)
+        if layers is not None:
+            by_name = {site.name: site for site in sites}
+            asked = tuple(by_name[layer.name] for layer in asked_layers(root, layers, at_input))
+        self._found = self._key(at_input), forward, asked
 
 
 class _Function(nn.Module):
@@ -665,9 +684,10 @@ def _check_learned(
 
 def _rows(gates: TaskGates, sites: Sequence[GateSite], targets: Sequence[int]) -> dict[str, Tensor]:
     """``{site name: (C,) for all images, or (N, C)}``."""
+    # Of these rows only: the gates of 1,000 tasks are 60 MB.
     one = len(set(targets)) == 1
-    rows: Any = gates.index(targets[0]) if one else [gates.index(index) for index in targets]
-    return {site.name: gates[site.name][rows] for site in sites}
+    found, _, _ = gates._gating(targets[0] if one else list(targets))
+    return {site.name: found[site.name] for site in sites}
 
 
 def _is_per_image(value: object, n: int) -> bool:

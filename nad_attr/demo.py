@@ -91,7 +91,7 @@ class MissingExtraError(ImportError):
     """What the demo needs is not installed; the message says how to install it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Photo:
     """A photo with its class.
 
@@ -106,7 +106,7 @@ class Photo:
     image: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StrongChannel:
     """A channel that says much about one image.
 

@@ -10,8 +10,10 @@ one run, which trust each other as Ray's own do; nothing of it is ever read from
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import pickle
 import random
 import uuid
 import warnings
@@ -20,6 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -163,15 +167,15 @@ class RayExecutor:
             ray.exceptions.ObjectLostError,
             ray.exceptions.OutOfMemoryError,
         )
-        packed = _packed(ray, session, means)
+        packed, storages = _packed(ray, session, means)
         cpus = self.cpus_per_worker
         if cpus is None:
             cpus = 1 if self.gpus_per_worker else torch.get_num_threads()
         with self._cluster(ray, cpus):
             self._check_room(ray, cpus)
-            # In a list it is handed on as a reference; each process fetches it when it must.
-            session_at = [ray.put(packed)]
-            del packed
+            # In a list they are handed on as references; each process fetches them when it must.
+            session_at = [ray.put(packed), *map(ray.put, storages)]
+            del packed, storages
             key = uuid.uuid4().hex
             settings = _settings()
             # Lost workers are counted and tried again here and not by Ray, which would do it
@@ -332,16 +336,60 @@ def _first_line(error: BaseException) -> str:
     return line if line.endswith(".") else f"{line}."
 
 
-def _packed(ray: Any, session: Session, means: Mapping[str, Tensor] | None) -> bytes:
-    # Bytes and not the objects, whose arrays Ray would hand out read-only.
+def _packed(
+    ray: Any, session: Session, means: Mapping[str, Tensor] | None
+) -> tuple[bytes, list[npt.NDArray[np.uint8]]]:
+    """What workers need, and beside it the numbers of its tensors, which are not copied here.
+
+    The images can be most of this process's memory; pickle would hold them two or three times.
+    """
+    storages: list[npt.NDArray[np.uint8]] = []
+    numbers: dict[int, int] = {}
+
+    class Pickler(ray.cloudpickle.CloudPickler):  # type: ignore[misc]
+        def persistent_id(self, value: Any) -> tuple[int, torch.dtype | None] | None:
+            dtype = None
+            if isinstance(value, torch.storage.TypedStorage):
+                dtype, value = value.dtype, value._untyped_storage
+            if not isinstance(value, torch.UntypedStorage) or value.device.type != "cpu":
+                return None
+            if not value.nbytes():
+                return None
+            # Tensors that share memory share it on the worker as well.
+            number = numbers.setdefault(value.data_ptr(), len(storages))
+            if number == len(storages):
+                view = torch.empty(0, dtype=torch.uint8, device="cpu").set_(value)
+                storages.append(view.numpy())
+            return number, dtype
+
+    file = io.BytesIO()
     try:
-        return bytes(ray.cloudpickle.dumps((session, means)))
+        Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump((session, means))
+        return file.getvalue(), storages
     except Exception as error:
         raise TypeError(
             "the network, its forward_func or the data cannot be sent to other processes: "
             f"{type(error).__name__}: {_first_line(error)} Open files and connections, for "
             "example, have to be opened by the dataset when it needs them."
         ) from error
+
+
+def _unpacked(packed: bytes, storages: Sequence[npt.NDArray[np.uint8]]) -> Any:
+    """What :func:`_packed` packed, with memory of its own: Ray's is read-only."""
+    known: dict[int, torch.UntypedStorage] = {}
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, key: tuple[int, torch.dtype | None]) -> Any:
+            number, dtype = key
+            if number not in known:
+                known[number] = torch.from_numpy(storages[number].copy()).untyped_storage()
+            if dtype is None:
+                return known[number]
+            return torch.storage.TypedStorage(
+                wrap_storage=known[number], dtype=dtype, _internal=True
+            )
+
+    return Unpickler(io.BytesIO(packed)).load()
 
 
 def _settings() -> dict[str, Any]:
@@ -379,7 +427,8 @@ def _learn_chunk(
         torch.use_deterministic_algorithms(
             settings["deterministic"], warn_only=settings["warn_only"]
         )
-        session, means = ray.cloudpickle.loads(ray.get(session_at[0]))
+        packed, *storages = ray.get(list(session_at))
+        session, means = _unpacked(packed, storages)
         # This process's own copy, and a forward_func refers to the very same network.
         session.network.model.to(device)
         session.network.device = torch.device(device)

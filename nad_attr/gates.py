@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nad_attr.architecture import (
@@ -17,6 +16,7 @@ from nad_attr.architecture import (
     check_means,
     distinct_sites,
     n_channels,
+    same_tensors,
     top_k_masks,
 )
 from nad_attr.display import MOST_ROWS, html_table
@@ -68,6 +68,9 @@ class TaskGates:
         tensor([ True, False,  True])
         >>> gates.sub_architecture(7, size=1 / 3)["layer1"]
         tensor([ True, False, False])
+
+    Two are equal if they do the same: if sites, tasks, gates, logits and means are. What the tasks
+    are called and how they were learned (recipe, history, info) plays no part.
     """
 
     def __init__(
@@ -295,9 +298,10 @@ class TaskGates:
         if not isinstance(other, TaskGates):
             return NotImplemented
         return (
-            self.sites == other.sites
-            and self.tasks == other.tasks
-            and all(torch.equal(gate, other._gates[name]) for name, gate in self._gates.items())
+            (self.sites, self.tasks) == (other.sites, other.tasks)
+            and same_tensors(self._gates, other._gates)
+            and same_tensors(self._logits, other._logits)
+            and same_tensors(self.means, other.means)
         )
 
     __hash__ = None  # type: ignore[assignment]

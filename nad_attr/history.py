@@ -56,6 +56,16 @@ class History(Mapping[str, npt.NDArray[np.float32]]):
     def __len__(self) -> int:
         return len(self._curves)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, History):
+            return NotImplemented
+        return self._curves.keys() == other._curves.keys() and all(
+            np.array_equal(curve, other[name], equal_nan=True)
+            for name, curve in self._curves.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     def select(self, rows: Sequence[int]) -> History:
         """The curves of some of the tasks."""
         return History({name: curve[:, list(rows)] for name, curve in self._curves.items()})

@@ -166,7 +166,7 @@ def find_gate_sites(
     """
     model = _checked_model(model)
     inputs = _checked_inputs(example_inputs)
-    asked = None if layers is None else _asked_layers(model, layers, at_input)
+    asked = None if layers is None else asked_layers(model, layers, at_input)
     if asked is None and at_input:
         raise SiteError("at_input=True needs layers=: the modules at whose inputs to put the gates")
     try:
@@ -296,7 +296,7 @@ class _Asked:
     site: GateSite | None = None
 
 
-def _asked_layers(model: nn.Module, layers: Layers, at_input: bool) -> list[_Asked]:
+def asked_layers(model: nn.Module, layers: Layers, at_input: bool) -> list[_Asked]:
     """Resolves names, modules and sites to canonical names."""
     if isinstance(layers, (str, nn.Module, GateSite)):
         layers = [layers]

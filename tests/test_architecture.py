@@ -103,8 +103,7 @@ def test_gates_are_zeros_and_ones() -> None:
 
 def test_from_kept() -> None:
     arch = SubArchitecture.from_kept({"b": torch.tensor([5, 0, 5])}, SITES, task=(1, 2))
-    assert arch == arch_of("0000", "100001")
-    assert arch.task == (1, 2)
+    assert arch == arch_of("0000", "100001", task=(1, 2))
     assert SubArchitecture.from_kept({}, SITES).n_kept == 0
     assert SubArchitecture.from_kept({"a": [], "b": range(6)}, SITES) == arch_of("0000", "111111")
 
@@ -122,7 +121,7 @@ def test_other_means_same_channels() -> None:
     arch = arch_of("1010", "000001", task=2)
     means = {"a": torch.arange(4.0), "b": torch.arange(6, dtype=torch.float64)}
     at_mean = arch.with_means(means)
-    assert at_mean == arch
+    assert at_mean.with_means(None) == arch
     assert at_mean.task == 2
     assert at_mean.means["b"].dtype == torch.float32
     assert at_mean.with_means(None).means is None
@@ -140,14 +139,36 @@ def test_it_can_be_sent_to_another_process() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_equal_means_same_sites_and_channels() -> None:
+def test_equal_means_same_sites_channels_task_and_means() -> None:
     arch = arch_of("1010", "000001")
-    assert arch == arch_of("1010", "000001", task=7)
+    assert arch == arch_of("1010", "000001")
+    assert arch != arch_of("1010", "000001", task=7)
     assert arch != arch_of("1010", "000011")
     assert arch != SubArchitecture(arch.masks, [A, GateSite("b", 6, 1)])
     assert arch != SubArchitecture(arch.masks, [B, A])
     assert arch != "a sub-architecture"
-    assert hash(arch) == hash(arch_of("1010", "000001", task=7))
+    assert hash(arch) == hash(arch_of("1010", "000001"))
+
+
+def test_a_set_keeps_what_differs_in_task_or_means() -> None:
+    def means(value: float) -> dict[str, Tensor]:
+        return {"a": torch.full((4,), value), "b": torch.zeros(6)}
+
+    different = [
+        arch_of("1010", "000001", **options)
+        for options in (
+            {},
+            {"task": 7},
+            {"task": (7, 8)},
+            {"means": means(0.0)},
+            {"means": means(1.0)},
+            {"means": means(1.0), "task": 7},
+        )
+    ]
+    again = [SubArchitecture(a.masks, SITES, task=a.task, means=a.means) for a in different]
+    again.append(arch_of("1010", "000001", means=means(-0.0)))  # -0 is 0
+    assert len({*different, *again}) == len(different)
+    assert len({hash(arch) for arch in different}) == len(different)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from captum.attr import LayerActivation, LayerAttribution, NoiseTunnel
 from captum.concept import TCAV, Classifier, Concept
 from captum.log import log_usage
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 import nad_attr.attribution as attribution_module
@@ -181,15 +182,63 @@ def test_one_layer_gives_a_tensor(
     assert torch.equal(many[0], attribution)
 
 
-def test_layers_come_in_forward_order(tiny_cnn: nn.Module) -> None:
+def test_layers_come_in_the_order_asked_for(tiny_cnn: nn.Module) -> None:
+    """As in Captum 0.9; gates are learned alike whatever the order."""
     x, y = labelled_images()
     nad = NADAttribution(tiny_cnn, [tiny_cnn.relu2, "conv1"], recipe=RECIPE)
     attributions = nad.attribute(x, y)
-    assert [site.name for site in nad.sites] == ["conv1", "relu2"]
-    assert [a.shape[1] for a in attributions] == [6, 8]
+    assert [site.name for site in nad.sites] == ["relu2", "conv1"]
+    assert [a.shape[1] for a in attributions] == [8, 6]
+    theirs = LayerActivation(tiny_cnn, [tiny_cnn.relu2, tiny_cnn.conv1]).attribute(x)
+    assert [a.shape for a in theirs] == [a.shape for a in attributions]
+    # Learned gates are a mapping, in forward order.
     assert [*nad.learn((x, y)).gates(0)] == ["conv1", "relu2"]
-    for one, other in zip(nad.attribute(x, y), attributions, strict=True):
-        assert torch.equal(one, other)
+    assert [site.name for site in nad.sites] == ["relu2", "conv1"]
+    forward = NADAttribution(tiny_cnn, ["conv1", tiny_cnn.relu2], recipe=RECIPE)
+    for again in (nad.attribute(x, y), forward.attribute(x, y)[::-1]):
+        for one, other in zip(again, attributions, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"channel_dim": 1}])
+def test_layers_of_equal_width_are_not_swapped(options: dict[str, int]) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
+    model = nn.Sequential(*model, nn.Flatten(), nn.Linear(16, 2)).double().eval()
+    x, y = torch.rand(6, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 1] * 3)
+    order = [model[3], model[1]]
+    nad = NADAttribution(model, order, recipe=RECIPE, **options)
+    for together in (nad.attribute(x, y), nad.learn((x, y)).attribute(x, y)):
+        for layer, site, found in zip(order, nad.sites, together, strict=True):
+            gate = torch.stack([nad.gates(k)[site.name] for k in range(2)])[y]
+            activation = LayerActivation(model, layer).attribute(x)
+            torch.testing.assert_close(found, expanded(gate, activation) * activation)
+
+
+def test_attributing_copies_the_rows_it_needs_and_no_more() -> None:
+    """Cloning the gates of 1,000 tasks at 15,000 channels would be 60 MB in each call."""
+    n_tasks, width = 1000, 50
+    model = nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, n_tasks)).eval()
+    gates = torch.rand(n_tasks, width)
+    nad = NADAttribution(
+        model, "1", gates=TaskGates({"1": gates}, [GateSite("1", width, 1)], range(n_tasks))
+    )
+
+    aten = torch.ops.aten
+
+    class Copied(TorchDispatchMode):
+        n_bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func in (aten.clone.default, aten._to_copy.default, aten.index.Tensor):
+                self.n_bytes += result.numel() * result.element_size()
+            return result
+
+    targets = torch.tensor([7, 993])
+    with Copied() as copied:
+        found = nad.attribute(torch.rand(2, 3), target=targets)
+    assert found.shape == (2, width)
+    assert copied.n_bytes < gates.numel() * 4 / 4
 
 
 def test_bare_gates(learned: tuple[nn.Module, TaskGates]) -> None:
@@ -972,7 +1021,7 @@ def test_captum_list_of_layers() -> None:
     model, args, _ = _prepared(config)
     nad = LearnsOnce(model, get_target_layer(model, ["relu", "linear1", "linear0"]))
     together = nad.attribute(**args)
-    assert [item.shape[1] for item in together] == [3, 4, 4]
+    assert [item.shape[1] for item in together] == [4, 4, 3]  # the order asked for
     for i, target in enumerate(args["target"]):
         alone = nad.attribute(args["inputs"][i : i + 1], target=target)
         torch.testing.assert_close(alone, [item[i : i + 1] for item in together])

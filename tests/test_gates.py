@@ -158,7 +158,8 @@ def test_a_gate_above_one_half_is_kept(gates: TaskGates) -> None:
 
 def test_another_size_keeps_the_highest_over_all_sites(gates: TaskGates) -> None:
     arch = gates.sub_architecture(4, size=0.4)
-    assert arch == SubArchitecture.from_kept({"a": [0], "b": [0]}, SITES)
+    expected = SubArchitecture.from_kept({"a": [0], "b": [0]}, SITES, task=4, means=gates.means)
+    assert arch == expected
     assert gates.sub_architecture(0, size=0.6).sizes == {"a": 1.0, "b": 0.0}
     assert [a.n_kept for a in gates.sub_architectures(0.2)] == [1, 1, 1]
 
@@ -191,7 +192,7 @@ def test_every_size_is_met_exactly(widths: list[int], size: float, levels: int, 
         assert arch.n_kept == budget(size, sites) == max(1, round(size * sum(widths)))
         assert arch & gates.sub_architecture(arch.task, 1.0) == arch
         smaller = gates.sub_architecture(arch.task, size / 2)
-        assert smaller - arch == SubArchitecture.from_kept({}, sites)
+        assert smaller - arch == SubArchitecture.from_kept({}, sites, task=arch.task)
         lowest = min(float(values[n][arch.task][m].min()) for n, m in arch.masks.items() if m.any())
         closed = [values[n][arch.task][~m] for n, m in arch.masks.items()]
         assert all(bool((v <= lowest).all()) for v in closed)
@@ -232,7 +233,16 @@ def test_select_keeps_the_ranking() -> None:
 
 def test_equal_means_same_sites_tasks_and_gates(gates: TaskGates) -> None:
     values = {name: gates[name] for name in gates}
-    assert gates == TaskGates(values, SITES, gates.tasks)
+    rest = {"logits": gates.logits, "means": gates.means}
+    assert gates == TaskGates(values, SITES, gates.tasks, **rest, task_names=["x", "y", "z"])
+    assert gates.means is not None
+    assert gates != TaskGates(values, SITES, gates.tasks, **{**rest, "means": None})
+    other = {name: mean + 1 for name, mean in gates.means.items()}
+    assert gates != TaskGates(values, SITES, gates.tasks, **{**rest, "means": other})
+    for logits in ({"a": values["a"] + 1, "b": values["b"]}, {**values}):
+        one = TaskGates(values, SITES, gates.tasks, logits=logits, means=gates.means)
+        assert gates != one  # other ranks: another size keeps other channels
+        assert one == TaskGates(values, SITES, gates.tasks, logits=logits, means=gates.means)
     assert gates != TaskGates(values, SITES, [4, (1, 2), 1])
     assert gates != TaskGates(values, [A, GateSite("b", 2, 1)], gates.tasks)
     assert gates != TaskGates({**values, "b": values["b"] / 2}, SITES, gates.tasks)

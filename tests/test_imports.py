@@ -47,6 +47,7 @@ LAYERS = (
     ),
     ("engine", "paper", "selection", "learning", "runs", "store"),
     ("attribution",),
+    ("stats",),
     ("evaluation", "comparison"),
     ("__init__",),
     ("bridges", "pictures"),

@@ -57,6 +57,49 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> TaskGates:
     return TaskGates.load(path)
 
 
+@needs_ray
+def test_tensors_are_not_copied_to_be_packed() -> None:
+    """Pickle would hold the images two or three times; they go to Ray's store as they are."""
+    import ray
+    import torch
+
+    from nad_attr.distributed import _packed, _unpacked
+
+    images = torch.rand(50, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    weight = torch.nn.Parameter(torch.rand(4, 4, dtype=torch.float64))
+    half, nothing = torch.rand(9).bfloat16(), torch.zeros(0)
+    given = {
+        "images": images,
+        "some": images[3:5],
+        "tied": [weight, weight],
+        "half": half,
+        "nothing": nothing,
+        "rest": "text",
+    }
+    means = {"a": torch.arange(3.0)}
+    packed, storages = _packed(ray, given, means)  # type: ignore[arg-type]
+    assert len(packed) < 5000 < images.numel() * 4
+    n_bytes = sum(4 * x.numel() for x in (images, means["a"])) + 8 * 16 + 2 * 9
+    assert sum(storage.nbytes for storage in storages) == n_bytes
+    assert storages[0].__array_interface__["data"][0] == images.untyped_storage().data_ptr()
+    for storage in storages:
+        storage.flags.writeable = False  # as Ray hands them out
+    found, found_means = _unpacked(packed, storages)
+    assert torch.equal(found["images"], images)
+    assert found["images"].stride() == images.stride()
+    assert torch.equal(found["some"], images[3:5])
+    assert found["some"].untyped_storage().data_ptr() == found["images"].data_ptr()
+    assert found["images"].data_ptr() != images.data_ptr()
+    found["images"].zero_()
+    assert images.abs().sum() > 0 == found["some"].abs().sum()
+    assert found["tied"][0] is found["tied"][1]
+    assert isinstance(found["tied"][0], torch.nn.Parameter)
+    assert torch.equal(found["tied"][0], weight)
+    assert torch.equal(found["half"], half)
+    assert (found["nothing"].shape, found["rest"]) == ((0,), "text")
+    assert torch.equal(found_means["a"], means["a"])
+
+
 def assert_same_bits(one: TaskGates, other: TaskGates) -> None:
     """The same tasks, in whatever order, with gates, logits and means equal bit by bit."""
     assert set(one.tasks) == set(other.tasks)

@@ -31,7 +31,6 @@ from nad_attr.store import write_result
 from .helpers import TinyCNN, assert_model_untouched, build, labelled_images
 
 pytest.importorskip("plotly")
-pytest.importorskip("scipy")
 
 SITES = (GateSite("relu1", 6), GateSite("relu2", 8))
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><script>window.owned=1</script>"

@@ -21,7 +21,6 @@ from nad_attr.history import History
 from nad_attr.report import Report
 
 pytest.importorskip("plotly")
-pytest.importorskip("scipy")
 playwright = pytest.importorskip("playwright.sync_api")
 
 CHROMIUM = next(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -311,10 +312,12 @@ def test_the_gain_is_there_and_vanishes_where_it_has_to(report: SanityReport) ->
     trained = report["trained network"]
     assert trained.own_auc.shape == (1, 4)
     assert trained.gain.mean() > 0.3
-    assert not report.vanishes("trained network")
-    assert report.vanishes("random weights")
+    assert report.vanishes("trained network") is False
+    # Two networks and four tasks cannot show that a gain is within 0.05: that is not "gone".
+    assert report.vanishes("random weights") is None
+    assert report["random weights"].equivalence_p(0.3) < 0.05
     assert report["random weights"].own_auc.shape == (2, 4)
-    assert report.vanishes("labels shuffled for measuring")
+    assert report.vanishes("labels shuffled for measuring", margin=0.1) is True
     wrong = report["labels shuffled for measuring"]
     assert abs(wrong.own_auc.mean() - 0.5) < 0.1
     # The default recipe keeps what the network computes, whatever the images are called.
@@ -369,13 +372,58 @@ def test_gain_and_whether_it_vanishes_by_hand() -> None:
     def control(name: str, own: list[float]) -> Control:
         return Control(name, flat, np.array([own]), flat, flat, flat)
 
+    nan = float("nan")
     report = SanityReport(
         (0, 1, 2),
-        (control("all above", [0.6, 0.7, 0.9]), control("about", [0.4, 0.5, 0.65])),
+        (
+            control("all above", [0.6, 0.7, 0.9]),
+            control("all below", [0.1, 0.2, 0.3]),
+            control("about", [0.4, 0.5, 0.65]),
+            control("near", [0.49, 0.5, 0.52]),
+            control("equal", [0.5, 0.5, 0.5]),
+            control("equally far", [0.6, 0.6, 0.6]),
+            control("nothing known", [nan, nan, nan]),
+            control("one task known", [0.5, nan, nan]),
+        ),
     )
     np.testing.assert_allclose(report["all above"].gain, [[0.1, 0.2, 0.4]])
-    assert not report.vanishes("all above")
-    assert report.vanishes("about")
+    expected = {
+        "all above": False,
+        "all below": False,
+        "about": None,  # from -0.1 to 0.15: wide, which shows nothing
+        "near": True,
+        "equal": True,
+        "equally far": False,
+        "nothing known": None,
+        "one task known": None,
+    }
+    assert {c.name: report.vanishes(c.name) for c in report.controls} == expected
+    # Another margin, another question.
+    assert report.vanishes("about", margin=0.5) is True
+    assert report.vanishes("near", margin=0.01) is None
+    se = np.std([-0.01, 0, 0.02], ddof=1) / np.sqrt(3)
+    t = (0.05 - 0.01 / 3) / se
+    assert report["near"].equivalence_p() == pytest.approx(stats.t.sf(t, df=2))
+    words = {line.split("  ")[0]: line.split()[-1] for line in report.summary().splitlines()}
+    assert {words[n] for n, v in expected.items() if v is None} == {"unknown"}
+    assert (words["near"], words["all above"]) == ("gone", "there")
+    listed = {c["name"]: c["vanishes"] for c in report.to_dict()["controls"]}
+    assert listed == expected
+    assert report.to_dict()["controls"][0]["margin"] == 0.05
+    for margin in (0, -1.0, True, None, nan):
+        with pytest.raises(ValueError, match="margin must be"):
+            report.vanishes("near", margin=margin)
+
+
+def test_wide_gains_are_called_gone_in_one_of_twenty_at_most() -> None:
+    """Of gains whose true mean lies at the margin, the test says "gone" at its level."""
+    generator = np.random.default_rng(0)
+    flat = np.zeros((1, 6))
+    said = 0
+    for _ in range(400):
+        gains = 0.05 + 0.02 * generator.normal(size=(1, 6))
+        said += Control("", flat, gains, flat, flat, flat).equivalence_p() <= 0.05
+    assert said / 400 < 0.08
 
 
 def test_sanity_refuses(known: PlantedCircuit) -> None:

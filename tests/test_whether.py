@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nad_attr.architecture import SubArchitecture
-from nad_attr.evaluation import TaylorScorer, best_variants, evaluate, top_k
+from nad_attr.evaluation import (
+    EnergyScorer,
+    TaylorOutputScorer,
+    TaylorScorer,
+    best_variants,
+    evaluate,
+    top_k,
+)
 from nad_attr.evaluation.grid import GRID_MEASURES
 from nad_attr.evaluation.rankings import as_ranking, random_ranking
 from nad_attr.evaluation.whether import Whether, whether
@@ -379,3 +387,72 @@ def test_other_sites_are_refused() -> None:
     few = TaskGates({"relu1": torch.ones(1, 6)}, other.sites, [0])
     with pytest.raises(ValueError, match=r"'b'.*sites"):
         measure({"a": gates(0), "b": few})
+
+
+# ---------------------------------------------------------------------------------------------
+# Training images
+# ---------------------------------------------------------------------------------------------
+
+
+class Loaded(torch.utils.data.Dataset):
+    """Images that are made when they are asked for, and differ with each draw of a transform."""
+
+    def __init__(self, n: int, *, random: bool = False) -> None:
+        self.targets, self.random, self.asked = [i % 3 for i in range(n)], random, []
+        self.images, _ = helpers.labelled_images(n)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        self.asked.append(i)
+        image = self.images[i]
+        return (image + torch.rand(()) if self.random else image), self.targets[i]
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that was made."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(item, Tensor) and not item._is_view():
+                self.n_bytes = max(self.n_bytes, item.numel() * item.element_size())
+        return result
+
+
+def test_training_images_are_loaded_a_batch_at_a_time() -> None:
+    cnn = helpers.build(helpers.TinyCNN)
+    sites = [GateSite("relu1", 6, 1), GateSite("relu2", 8, 1)]
+    train, held_out = Loaded(600), helpers.labelled_images(12)
+    methods = {"energy": EnergyScorer(cnn, sites)}
+    options = {"baselines": {}, "sites": sites, "tasks": [0, 1, 2], "n_random": 0, "sizes": [0.5]}
+    with Largest() as largest:
+        found = whether(cnn, methods, held_out, train_data=train, batch_size=4, **options)
+    assert sorted(train.asked) == list(range(600))
+    assert largest.n_bytes < train.images.numel() * train.images.element_size() / 8
+    tensors = train.images, torch.tensor(train.targets)
+    again = whether(cnn, methods, held_out, train_data=tensors, batch_size=4, **options)
+    for measure in found.measures:
+        np.testing.assert_array_equal(
+            found.values("energy", measure), again.values("energy", measure)
+        )
+
+
+def test_scorers_take_data_and_load_each_image_once() -> None:
+    cnn = helpers.build(helpers.TinyCNN)
+    scorer = TaylorOutputScorer(cnn, [GateSite("relu1", 6, 1)])
+    for random in (False, True):
+        train = Loaded(20, random=random)
+        found = scorer(train, tasks=[0, 1, 2], include_others=True, batch_size=6)
+        # Three tasks look at every image; those that a batch's end parts are loaded twice.
+        assert len(train.asked) <= 20 + 60 / 6
+        again = scorer(train, tasks=[0, 1, 2], include_others=True, batch_size=60)
+        torch.testing.assert_close(found["relu1"], again["relu1"])
+        if not random:
+            tensors = scorer(
+                train.images, torch.tensor(train.targets), tasks=[0, 1, 2], include_others=True
+            )
+            torch.testing.assert_close(found["relu1"], tensors["relu1"])

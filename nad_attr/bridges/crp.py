@@ -82,7 +82,7 @@ def relevance_masked(model: nn.Module, arch: SubArchitecture) -> Iterator[None]:
         handle.remove()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CRPComparison:
     """Three heat-maps of the same images and class, (B, C, H, W) each.
 

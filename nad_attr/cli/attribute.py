@@ -167,8 +167,9 @@ def _top(
     channels: dict[str, Tensor],
     top: int,
 ) -> Iterator[_Row]:
+    own = gates.gates_of(task)
     for site, values in channels.items():
-        gate = gates[site][gates.index(task)]
+        gate = own[site]
         order = values.abs().argsort(descending=True, stable=True)[:top]
         for channel in order.tolist():
             yield _Row(

@@ -51,7 +51,8 @@ def inspect(
             results = {"results": list(store.results), "scores": list(store.score_methods)}
         archs = learned.sub_architectures()
         names = learned.task_names or tuple(map(str, learned.tasks))
-        shares = {s.name: [arch.sizes[s.name] for arch in archs] for s in learned.sites}
+        sizes = [arch.sizes for arch in archs]
+        shares = {s.name: [size[s.name] for size in sizes] for s in learned.sites}
         if json_file:
             content = {
                 "file": str(gates),
@@ -221,10 +222,10 @@ def _csv(gates: TaskGates, size: float | None, kept_only: bool, file: IO[str]) -
     logits = gates.logits
     count = 0
     for row, (task, name) in enumerate(zip(gates.tasks, names, strict=True)):
-        masks = gates.sub_architecture(task, size).masks
+        masks, own = gates.sub_architecture(task, size).masks, gates.gates_of(task)
         label = task if isinstance(task, int) else "+".join(map(str, task))
         for site in gates.sites:
-            values = gates[site.name][row].tolist()
+            values = own[site.name].tolist()
             ranks = [""] * len(values) if logits is None else logits[site.name][row].tolist()
             flags = masks[site.name].tolist()
             for channel, (gate, logit, kept) in enumerate(zip(values, ranks, flags, strict=True)):

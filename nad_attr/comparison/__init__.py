@@ -35,15 +35,15 @@ from nad_attr.comparison.semantics import (
     mantel,
     wordnet_similarity,
 )
-from nad_attr.comparison.statistics import (
+from nad_attr.comparison.unit_concepts import Concept, UnitConcepts
+from nad_attr.comparison.unit_pictures import draw_unit, unit_masks
+from nad_attr.stats.tests import (
     Statistic,
     association,
     benjamini_hochberg,
     mann_whitney,
     rank_correlation,
 )
-from nad_attr.comparison.unit_concepts import Concept, UnitConcepts
-from nad_attr.comparison.unit_pictures import draw_unit, unit_masks
 
 __all__ = [
     "CAMVID",

@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
-from nad_attr.comparison.statistics import Statistic, count_test, fisher_interval, normal_p
-from nad_attr.comparison.statistics_strata import Tables, scipy, strata_of, two_sided_p
 from nad_attr.data import seed_of
-from nad_attr.evaluation.intervals import bootstrap_interval
-from nad_attr.evaluation.resampling import check_count
+from nad_attr.stats.bootstrap import bootstrap_interval, check_count
+from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.strata import Tables, strata_of
+from nad_attr.stats.tests import Statistic, count_test, fisher_interval, normal_p
 
 __all__ = [
     "kendall",
@@ -229,7 +230,7 @@ def rank_agreement(
         [random_rbo(len(part), float(p), n_random, seed, s) for s, part in enumerate(parts)], axis=0
     )
     effect, control = float(each.mean()), float(draws.mean())
-    found = two_sided_p(np.array([effect]), draws[None], control)
+    found = permutation_p(np.array([effect]), draws[None], tail="both", centre=control)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Statistic(
         "rbo",
@@ -251,7 +252,6 @@ def kendall_parts(first: FloatArray, second: FloatArray) -> tuple[float, float]:
     Source:
         Kendall 1970, equation 4.3 (variance with ties on both sides).
     """
-    stats, _ = scipy("Kendall's tau")
     n = float(len(first))
     ties = [np.unique(x, return_counts=True)[1].astype(np.float64) for x in (first, second)]
     pairs = n * (n - 1) / 2
@@ -323,7 +323,6 @@ def kendall(
 
 def normal_control(deviation: FloatArray, level: float) -> FloatArray:
     """How far from its mean a normal value lies with probability ``level`` at most."""
-    stats, _ = scipy("an interval")
     return np.asarray(stats.norm.ppf((1 + level) / 2) * deviation)
 
 

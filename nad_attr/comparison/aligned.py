@@ -28,7 +28,7 @@ Gates: TypeAlias = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Aligned:
     """T tasks, S sites, K concepts.
 

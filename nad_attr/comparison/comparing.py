@@ -34,7 +34,18 @@ from nad_attr.comparison.enrichment import (
 )
 from nad_attr.comparison.result import ALL_TASKS, Comparison, RowList
 from nad_attr.comparison.semantics import mantel
-from nad_attr.comparison.statistics import (
+from nad_attr.comparison.unit_concepts import UnitConcepts
+from nad_attr.data import seed_of
+from nad_attr.stats.bootstrap import bootstrap_interval, bootstrap_means, check_count, interval_of
+from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.pairs import overlap_matrix
+from nad_attr.stats.ranks import midranks
+from nad_attr.stats.strata import (
+    Tables,
+    permutations,
+    with_tail,
+)
+from nad_attr.stats.tests import (
     ENOUGH,
     count_test,
     fisher_interval,
@@ -42,18 +53,6 @@ from nad_attr.comparison.statistics import (
     normal_p,
     pairs_of,
 )
-from nad_attr.comparison.statistics_strata import (
-    Tables,
-    midranks,
-    permutations,
-    two_sided_p,
-    with_tail,
-)
-from nad_attr.comparison.unit_concepts import UnitConcepts
-from nad_attr.data import seed_of
-from nad_attr.evaluation.intervals import bootstrap_interval
-from nad_attr.evaluation.measures import overlap_matrix
-from nad_attr.evaluation.resampling import bootstrap_means, check_count, interval_of
 from nad_attr.store import GateStore
 
 __all__ = ["compare"]
@@ -271,7 +270,7 @@ def _add_pairs(
                 "low": np.clip(low, 0, 1),
                 "high": np.clip(high, 0, 1),
                 "p": with_tail(
-                    two_sided_p(auc, random, 0.5),
+                    permutation_p(auc, random, tail="both", centre=0.5),
                     n_random,
                     (auc - 0.5) / single.null_deviation,
                     (n1 >= ENOUGH) & (len(values[s]) - n1 >= ENOUGH),
@@ -298,7 +297,10 @@ def _add_pairs(
         low=np.clip(low, 0, 1),
         high=np.clip(high, 0, 1),
         p=with_tail(
-            two_sided_p(auc, pooled, 0.5), n_random, (auc - 0.5) / found.null_deviation, enough
+            permutation_p(auc, pooled, tail="both", centre=0.5),
+            n_random,
+            (auc - 0.5) / found.null_deviation,
+            enough,
         ),
         null=0.5,
         control=pooled.mean(1),
@@ -323,7 +325,7 @@ def _add_pairs(
             high=high_mean,
             # The deviation of the draws themselves: tasks share channels.
             p=with_tail(
-                two_sided_p(mean, means[None], 0.5),
+                permutation_p(mean, means[None], tail="both", centre=0.5),
                 n_random,
                 (mean - 0.5) / means.std(),
                 bool(enough.all()),
@@ -393,7 +395,7 @@ def _add_agreement(
         "control_low": ends[0],
         "control_high": ends[1],
     }
-    p = two_sided_p(effect, np.broadcast_to(random, (t, n_random)), control)
+    p = permutation_p(effect, np.broadcast_to(random, (t, n_random)), tail="both", centre=control)
     rows.add("rbo", t, **common, n=n, effect=effect, low=low, high=high, p=p, **by_chance)
     _add_mean(rows, "rbo", method, effect, control, ends, seed, level)
 

@@ -37,7 +37,7 @@ def as_concepts(concepts: Any, what: str = "concepts") -> tuple[Concept, ...]:
     return table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelMaps:
     """What one image shows at each pixel.
 

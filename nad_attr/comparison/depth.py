@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 
 from nad_attr.comparison.aligned import Aligned, Gates, align
 from nad_attr.comparison.result import Comparison, RowList
-from nad_attr.comparison.statistics import standard_ranks
-from nad_attr.comparison.statistics_sentences import DEPTH_MEASURES
-from nad_attr.comparison.statistics_strata import permutations, two_sided_p, with_tail
 from nad_attr.comparison.unit_concepts import UnitConcepts
 from nad_attr.data import seed_of
 from nad_attr.display import html_text
-from nad_attr.evaluation.resampling import bootstrap_means, check_count, interval_of
-from nad_attr.evaluation.tables import nan_mean
+from nad_attr.stats.bootstrap import bootstrap_means, check_count, interval_of
+from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.ranks import rank_trends
+from nad_attr.stats.sentences import DEPTH_MEASURES
+from nad_attr.stats.strata import permutations, with_tail
+from nad_attr.stats.tables import nan_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +130,7 @@ class DepthSemantics:
             low=low,
             high=high,
             p=with_tail(
-                two_sided_p(mean, draws.T, control),
+                permutation_p(mean, draws.T, tail="both", centre=control),
                 len(draws),
                 _standard(mean, draws),
                 _enough(draws),
@@ -151,22 +152,22 @@ class DepthSemantics:
         resampled = np.full((1, len(depth)), np.nan)
         if len(self.task_names) > 1:
             resampled = bootstrap_means(self.kept[measure][:, known], seed=self.seed)
-        of_random = _trends(draws, depth)
+        of_random = rank_trends(draws, depth)
         for group, value, boot in (
             ("kept", mean, resampled),
             ("all", whole, np.full((1, len(depth)), np.nan)),
             ("kept - all", mean - whole, resampled - whole),
         ):
-            effect = _trends(value[None], depth)
-            low, high = interval_of(_trends(boot, depth), level)
+            effect = rank_trends(value[None], depth)
+            low, high = interval_of(rank_trends(boot, depth), level)
             if group == "kept - all":
-                null = _trends(draws - whole, depth)
+                null = rank_trends(draws - whole, depth)
                 centre = float(nan_mean(null[:, None])[0]) if len(null) else math.nan
             else:
                 order = np.random.default_rng(seed_of("depth trend", self.seed))
                 shuffled = order.permuted(np.broadcast_to(value, (n, len(value))), axis=1)
-                null, centre = _trends(shuffled, depth), 0.0
-            p = two_sided_p(effect, null[None], centre) if len(null) else np.full(1, np.nan)
+                null, centre = rank_trends(shuffled, depth), 0.0
+            p = permutation_p(effect, null[None], tail="both", centre=centre)
             # Of kept channels: what random ones have; of all: what sites in random order have.
             shown = of_random if group == "kept" else null
             ends = interval_of(shown, level) if len(shown) else (math.nan, math.nan)
@@ -329,16 +330,6 @@ def _standard(mean: FloatArray, draws: FloatArray) -> FloatArray:
 def _enough(draws: FloatArray) -> NDArray[np.bool_]:
     """Sites whose draws take many values, so that their tails are nearly normal."""
     return np.array([len(np.unique(np.round(column, 12))) >= 20 for column in draws.T])
-
-
-def _trends(rows: FloatArray, depth: FloatArray) -> FloatArray:
-    """Spearman's correlation of each row with depth; NaN where a row does not vary."""
-    if not len(rows):
-        return np.zeros(0)
-    known = np.asarray(~np.isnan(rows).any(1))
-    ranks = standard_ranks(np.where(known[:, None], np.round(rows, 12), 0.0))
-    rho = ranks @ standard_ranks(depth)
-    return np.asarray(np.where(known & np.any(ranks, axis=1), rho, np.nan))
 
 
 def semantics_along_depth(

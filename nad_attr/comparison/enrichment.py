@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 
 from nad_attr.comparison.aligned import Aligned, Gates, align
 from nad_attr.comparison.result import ALL_TASKS, Comparison, RowList
-from nad_attr.comparison.statistics import (
+from nad_attr.comparison.unit_concepts import UnitConcepts
+from nad_attr.stats.bootstrap import bootstrap_interval, check_count
+from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.ranks import standard_ranks
+from nad_attr.stats.strata import Tables, permutations, with_tail
+from nad_attr.stats.tests import (
     count_test,
     fisher_interval,
     normal_interval,
     normal_p,
-    standard_ranks,
 )
-from nad_attr.comparison.statistics_strata import Tables, permutations, two_sided_p, with_tail
-from nad_attr.comparison.unit_concepts import UnitConcepts
-from nad_attr.evaluation.intervals import bootstrap_interval
-from nad_attr.evaluation.resampling import check_count
 
 __all__ = ["concept_enrichment"]
 
@@ -101,7 +101,7 @@ def add_detectors(
         low=np.exp(low),
         high=np.exp(high),
         p=with_tail(
-            two_sided_p(np.array([mean]), shuffled_means[None], centre),
+            permutation_p(np.array([mean]), shuffled_means[None], tail="both", centre=centre),
             n_random,
             np.array([(mean - centre) / shuffled_means.std()]),
         ),

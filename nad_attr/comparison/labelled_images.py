@@ -18,7 +18,7 @@ from nad_attr.data import Inputs, check_finite, isolated_rng, seed_of
 __all__ = ["Batch", "LabelledImages"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Some images.
 

@@ -40,7 +40,7 @@ _FEW = 8
 _EXACT = 2**24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """How a map of h x w activations lies under H x W pixels.
 
@@ -137,7 +137,7 @@ def running_sums(combination: Tensor, shows: Tensor, room: list[Tensor] | None =
     return sums
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Touched:
     """Cells with a corner above a threshold.
 

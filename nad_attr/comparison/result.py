@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr.comparison.statistics import Statistic, benjamini_hochberg
-from nad_attr.comparison.statistics_sentences import (
+from nad_attr.display import html_text
+from nad_attr.stats.sentences import (
     ALL_TASKS,
     DEPTH_MEASURES,
     LEVEL,
     MEASURES,
     sentence_of,
 )
-from nad_attr.display import html_text
+from nad_attr.stats.tests import Statistic, benjamini_hochberg
 from nad_attr.store import GateStoreError, read_result, write_result
 
 if TYPE_CHECKING:

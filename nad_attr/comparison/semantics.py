@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from nad_attr.architecture import Task
-from nad_attr.comparison.statistics import Statistic, standard_ranks
-from nad_attr.comparison.statistics_strata import two_sided_p
 from nad_attr.data import seed_of
-from nad_attr.evaluation.pairs import cosines
-from nad_attr.evaluation.resampling import check_count, interval_of
+from nad_attr.stats.bootstrap import check_count, interval_of, times_drawn
+from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.pairs import cosines
+from nad_attr.stats.ranks import standard_ranks
+from nad_attr.stats.tests import Statistic
 
 __all__ = ["classifier_similarity", "confusion_similarity", "mantel", "wordnet_similarity"]
 
@@ -105,7 +106,7 @@ def mantel(
     for i in range(n_permutations):
         order = generator.permutation(t)
         draws[i] = np.einsum("ij,ij->", left, right[np.ix_(order, order)]) / 2
-    p = float(two_sided_p(np.array([effect]), draws[None])[0])
+    p = float(permutation_p(effect, draws, tail="both"))
     ends = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Statistic(
         "mantel",
@@ -128,8 +129,8 @@ def _bootstrap(
     t = len(left)
     if n_draws == 0 or t < 4:
         return math.nan, math.nan
-    generator = np.random.default_rng(seed_of("mantel bootstrap", seed))
-    times = generator.multinomial(t, np.full(t, 1 / t), size=n_draws).astype(np.float64)
+    drawn = times_drawn(t, n_draws, seed_of("mantel bootstrap", seed))
+    times = np.concatenate([some for _, some in drawn])
 
     def total(matrix: FloatArray) -> FloatArray:
         return np.asarray(((times @ matrix) * times).sum(1))

@@ -52,9 +52,10 @@ from nad_attr.evaluation.given_scorers import (
     OtherTaskScorer,
     shuffled,
 )
-from nad_attr.evaluation.intervals import bootstrap_interval, paired_interval
+from nad_attr.evaluation.intervals import paired_interval
 from nad_attr.evaluation.learned_scorers import CDRPScorer
 from nad_attr.evaluation.magnitude import MagnitudeScorer
+from nad_attr.evaluation.measure_table import MEASURES
 from nad_attr.evaluation.measures import (
     auc,
     balanced_accuracy,
@@ -70,7 +71,7 @@ from nad_attr.evaluation.mosaic_result import MosaicResult
 from nad_attr.evaluation.mosaics import mosaics, quadrant_shares
 from nad_attr.evaluation.planted import PLANTED_KINDS, PlantedCircuit, PlantedScore, planted
 from nad_attr.evaluation.responses import Responses, site_fidelity, sweep
-from nad_attr.evaluation.result import MEASURES, Evaluation
+from nad_attr.evaluation.result import Evaluation
 from nad_attr.evaluation.rivals import SCORERS, Variant, best_variant, best_variants
 from nad_attr.evaluation.sanity import Control, SanityReport, sanity
 from nad_attr.evaluation.scorer import Batch, ChannelScorer, TaskScorer, tasks_of
@@ -78,6 +79,7 @@ from nad_attr.evaluation.sizes import SiteCosts, flop_size, parameter_size, site
 from nad_attr.evaluation.stability import Stability, stability
 from nad_attr.evaluation.whether import Whether, whether
 from nad_attr.evaluation.zennit_scorers import LRPScorer
+from nad_attr.stats.bootstrap import bootstrap_interval
 
 __all__ = [
     "ABLATIONS",

@@ -20,9 +20,6 @@ def cluster_order(similarity: NDArray[np.float64]) -> NDArray[np.int64]:
     Returns:
         int64 (T,), a permutation.
 
-    Raises:
-        ImportError: If scipy is missing.
-
     Example:
         >>> like = np.eye(4)
         >>> like[0, 2] = like[2, 0] = like[1, 3] = like[3, 1] = 0.9
@@ -30,13 +27,9 @@ def cluster_order(similarity: NDArray[np.float64]) -> NDArray[np.int64]:
         >>> abs(order.index(0) - order.index(2)), abs(order.index(1) - order.index(3))
         (1, 1)
     """
-    try:
-        from scipy.cluster.hierarchy import leaves_list, linkage
-        from scipy.spatial.distance import squareform
-    except ImportError as error:
-        raise ImportError(
-            "the order of similar tasks needs scipy: pip install 'nad-attr[report]'"
-        ) from error
+    from scipy.cluster.hierarchy import leaves_list, linkage  # takes long to load
+    from scipy.spatial.distance import squareform
+
     n = len(similarity)
     if n < 3:
         return np.arange(n)

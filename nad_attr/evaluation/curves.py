@@ -29,8 +29,8 @@ from nad_attr.evaluation.rankings import (
     as_ranking,
     check_sizes,
 )
-from nad_attr.evaluation.tables import intervals, nan_mean, number, pandas, plain, table
 from nad_attr.sites import GateSite
+from nad_attr.stats.tables import intervals, nan_mean, number, pandas, plain, table
 
 if TYPE_CHECKING:
     import pandas as pd

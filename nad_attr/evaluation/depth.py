@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.display import html_text
-from nad_attr.evaluation.pairs import site_overlaps
-from nad_attr.evaluation.resampling import check_interval, interval_of
 from nad_attr.evaluation.rows import NamedArchitectures, named_architectures
-from nad_attr.evaluation.tables import pandas, plain, table
 from nad_attr.gates import TaskGates
+from nad_attr.stats.bootstrap import check_interval, interval_of, times_drawn
+from nad_attr.stats.pairs import site_overlaps
+from nad_attr.stats.ranks import rank_trends
+from nad_attr.stats.tables import pandas, plain, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,22 +53,6 @@ def _weighted_means(matrix: FloatArray, times: FloatArray) -> FloatArray:
     total = np.einsum("nt,tu,nu->n", times, off, times, optimize=True)
     count = np.square(times.sum(1)) - np.square(times).sum(1)
     return np.asarray(np.where(count > 0, total, np.nan) / np.where(count > 0, count, 1.0))
-
-
-def _spearman(a: FloatArray, b: FloatArray) -> FloatArray:
-    """Rank correlation of the rows of a (N, S) with b (S,); NaN where one does not vary."""
-    x, y = _ranks(a), _ranks(b[None])
-    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
-    scale = np.sqrt(np.square(x).sum(-1) * np.square(y).sum(-1))
-    known = (scale > 0) & ~np.isnan(a).any(-1)
-    return np.asarray(np.where(known, (x * y).sum(-1), np.nan) / np.where(known, scale, 1.0))
-
-
-def _ranks(values: FloatArray) -> FloatArray:
-    """Midranks along the last axis."""
-    smaller = (values[..., None, :] < values[..., :, None]).sum(-1)
-    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
-    return np.asarray(smaller + (equal + 1) / 2)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -127,9 +112,7 @@ class NetworkProfile:
         return np.asarray(np.where(count > 0, total, np.nan) / np.where(count > 0, count, 1.0))
 
     def _times(self, n_draws: int, seed: int) -> FloatArray:
-        n = len(self.tasks)
-        generator = np.random.default_rng(seed)
-        return generator.multinomial(n, np.full(n, 1 / n), size=n_draws).astype(np.float64)
+        return np.concatenate([times for _, times in times_drawn(len(self.tasks), n_draws, seed)])
 
     def interval(
         self, measure: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
@@ -177,11 +160,11 @@ class NetworkProfile:
         check_interval(level, n_draws)
         if len(self.sites) < 3:
             return math.nan, math.nan, math.nan
-        value = float(_spearman(mean[None], self.depths)[0])
+        value = float(rank_trends(mean[None], self.depths)[0])
         if np.isnan(self.interval(measure, n_draws=1)[0]).any():
             return value, math.nan, math.nan
         draws = self._means(measure, self._times(n_draws, seed))
-        low, high = interval_of(_spearman(draws, self.depths), level)
+        low, high = interval_of(rank_trends(draws, self.depths), level)
         return value, float(low), float(high)
 
 

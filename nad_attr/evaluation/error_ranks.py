@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nad_attr.evaluation.resampling import (
+from nad_attr.stats.bootstrap import (
     bootstrap_means,
     check_count,
     interval_of,
-    permutation_p,
 )
+from nad_attr.stats.p_values import permutation_p
 
 __all__ = [
     "PartialCorrelation",
@@ -169,13 +169,9 @@ def binomial_p(successes: float, trials: int, probability: float) -> float:
     least = math.floor(successes + 1e-9)
     if least <= 0:
         return 1.0
-    if probability >= 1.0:
-        return 1.0
-    k = np.arange(trials + 1)
-    log_factorial = np.concatenate([[0.0], np.log(np.arange(1, trials + 1)).cumsum()])
-    log_p = log_factorial[-1] - log_factorial - log_factorial[::-1]
-    log_p = log_p + k * math.log(probability) + (trials - k) * math.log1p(-probability)
-    return min(1.0, float(np.exp(log_p[least:]).sum()))
+    from scipy.stats import binomtest  # takes long to load
+
+    return float(binomtest(least, trials, probability, alternative="greater").pvalue)
 
 
 def error_ranks(

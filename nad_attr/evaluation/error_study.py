@@ -16,7 +16,8 @@ from nad_attr.evaluation.error_ranks import (
     RankStatistics,
     as_dict,
 )
-from nad_attr.evaluation.tables import number, pandas, plain, table
+from nad_attr.stats.p_values import least_p, permutation_p
+from nad_attr.stats.tables import number, pandas, plain, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,10 +50,11 @@ class Voting:
 
     @property
     def p_value(self) -> float:
-        """``(1 + #{random >= accuracy}) / (draws + 1)``; NaN without draws."""
-        if not self.random:
-            return math.nan
-        return (1 + sum(x >= self.accuracy for x in self.random)) / (len(self.random) + 1)
+        """``(1 + #{random >= accuracy}) / (draws + 1)``; NaN without draws.
+
+        Three draws give 0.25 at best; ask :func:`errors` for ``n_random=19`` to see 0.05.
+        """
+        return float(permutation_p(self.accuracy, self.random))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -159,9 +161,12 @@ class ErrorStudy:
         )
         null = [x for k in k_all for x in (number(self.ranks.hit_null[k]), "")]
         rows.append(["chance", *null, number(self.ranks.mrr_null), ""])
+        n_draws = len(self.ranks.permuted_mrr)
+        least = least_p(n_draws)
         lines = [
             f"{self.n_errors} errors among {self.n_images} images of {len(self.tasks)} classes"
-            + (f"; {self.n_outside} more called other classes" if self.n_outside else ""),
+            + (f"; {self.n_outside} more called other classes" if self.n_outside else "")
+            + f"; p from {n_draws} permutations of the classes (least possible {least:.3g})",
             *table(rows),
         ]
         for name, partial in self.partial.items():
@@ -217,6 +222,7 @@ class ErrorStudy:
                 "agreement": vote.agreement,
                 "n_images": vote.n_images,
                 "p": plain(vote.p_value),
+                "p_least": least_p(len(vote.random)) if vote.random else None,
             }
         return result
 

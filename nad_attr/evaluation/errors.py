@@ -25,15 +25,14 @@ from nad_attr.evaluation.error_ranks import (
 )
 from nad_attr.evaluation.error_study import ErrorStudy, Voting
 from nad_attr.evaluation.evaluating import random_architectures
-from nad_attr.evaluation.measures import overlap_matrix
-from nad_attr.evaluation.pairs import chance_overlaps, cosines
-from nad_attr.evaluation.resampling import check_count
 from nad_attr.evaluation.responses import answers
 from nad_attr.evaluation.rows import NamedArchitectures, named_architectures
 from nad_attr.gates import TaskGates
 from nad_attr.gating import GatingError, recorded
 from nad_attr.running import Runner, check_batch_size, check_classes, chunks
 from nad_attr.sites import GateSite, unwrap
+from nad_attr.stats.bootstrap import check_count
+from nad_attr.stats.pairs import chance_overlaps, cosines, overlap_matrix
 
 __all__ = ["SIMILARITIES", "errors"]
 

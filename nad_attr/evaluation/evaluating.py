@@ -286,13 +286,14 @@ def _sizes(
 ) -> dict[str, Any]:
     """The measures that need no answers."""
     masks = {name: torch.stack([arch[name] for arch in archs]) for name in archs[0]}
+    sizes = [arch.sizes for arch in archs]
     dead = [
         dead_fraction(arch, {name: fires[k] for name, fires in firing.items()})
         for k, arch in enumerate(archs)
     ]
     return {
         "size": np.array([arch.size for arch in archs]),
-        "sizes": {name: np.array([arch.sizes[name] for arch in archs]) for name in archs[0]},
+        "sizes": {name: np.array([size[name] for size in sizes]) for name in archs[0]},
         "flop_size": np.array([flop_size(arch, costs) for arch in archs]),
         "parameter_size": np.array([parameter_size(arch, costs) for arch in archs]),
         "dead_fraction": np.where(has_own.numpy(), np.array(dead), np.nan),

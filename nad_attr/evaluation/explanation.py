@@ -251,14 +251,18 @@ def explain_error(
                 inside = runner(inputs)[0].cpu()
             logits[name] = float(inside[y]), float(inside[called])
     jaccards, kappas = right.overlaps(wrong), right.overlaps(wrong, chance_corrected=True)
-    both, only_right, only_called = (right & wrong), (right - wrong), (wrong - right)
+    shared, only_right, only_called = (
+        (right & wrong).kept,
+        (right - wrong).kept,
+        (wrong - right).kept,
+    )
     sites = tuple(
         SharedSite(
             name=site.name,
             n_channels=site.n_channels,
-            shared=tuple(both.kept[site.name].tolist()),
-            only_right=tuple(only_right.kept[site.name].tolist()),
-            only_called=tuple(only_called.kept[site.name].tolist()),
+            shared=tuple(shared[site.name].tolist()),
+            only_right=tuple(only_right[site.name].tolist()),
+            only_called=tuple(only_called[site.name].tolist()),
             jaccard=jaccards[site.name],
             kappa=kappas[site.name],
         )

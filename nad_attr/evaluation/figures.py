@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nad_attr.evaluation.measure_table import MEASURE_TABLE
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -52,20 +54,6 @@ DIVERGING = "RdBu_r"
 TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 10.0, 9.0, 8.0
 #: Inches of one panel, width and height.
 PANEL = (3.1, 2.5)
-
-#: How measures are called in figures.
-LABELS = {
-    "own_auc": "own AUC",
-    "other_auc": "other AUC",
-    "disentanglement": "disentanglement",
-    "fidelity": "fidelity (R²)",
-    "rank_fidelity": "rank fidelity",
-    "margin_auc": "margin AUC",
-    "recall": "recall",
-    "fpr": "FPR",
-    "ba": "balanced accuracy",
-    "other_accuracy": "other-task accuracy",
-}
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
@@ -440,6 +428,7 @@ def label_of(measure: str) -> str:
 
     Example:
         >>> label_of("own_auc"), label_of("flop_size")
-        ('own AUC', 'flop size')
+        ('own AUC', 'size in multiply-adds')
     """
-    return LABELS.get(measure, measure.replace("_", " "))
+    known = MEASURE_TABLE.get(measure)
+    return measure.replace("_", " ") if known is None else known.label

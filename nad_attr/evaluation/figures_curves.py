@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nad_attr.evaluation import figures
 from nad_attr.evaluation.curves import Curves
 from nad_attr.evaluation.figures import label_of
-from nad_attr.evaluation.tables import intervals, nan_mean, number
+from nad_attr.stats.tables import intervals, nan_mean, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from nad_attr.architecture import SubArchitecture
 from nad_attr.evaluation import figures
 from nad_attr.evaluation.clustering import cluster_order
-from nad_attr.evaluation.measures import overlap_matrix
 from nad_attr.evaluation.rows import named_architectures
 from nad_attr.gates import TaskGates
+from nad_attr.stats.pairs import overlap_matrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -243,7 +243,7 @@ def plot_overlap(
         A matplotlib figure, not shown.
 
     Raises:
-        ImportError: If matplotlib, or scipy for ``clustered``, is missing.
+        ImportError: If matplotlib is missing.
         TypeError: If they are something else.
         ValueError: If there are fewer than two tasks.
 

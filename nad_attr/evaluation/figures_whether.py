@@ -9,8 +9,8 @@ import numpy as np
 
 from nad_attr.evaluation import figures
 from nad_attr.evaluation.figures import label_of
-from nad_attr.evaluation.tables import nan_mean
 from nad_attr.evaluation.whether import RANDOM, Whether
+from nad_attr.stats.tables import nan_mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -42,9 +42,6 @@ GRID_MEASURES = (
 #: Those that need the outputs of the other tasks as well.
 OF_OTHERS = ("other_auc", "disentanglement")
 
-#: Measures of which less is better.
-LOWER_IS_BETTER = ("other_auc", "fpr")
-
 
 def check_measure(name: Any, known: Collection[str] = GRID_MEASURES) -> str:
     """A measure's name.
@@ -80,7 +77,7 @@ def fitted(
     return fit_ablation(model, sites, train_data, ablation, tasks=tasks, **run)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """Measures of G groups of T sub-architectures, and of the whole network.
 

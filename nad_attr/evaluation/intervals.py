@@ -1,77 +1,18 @@
-"""Bootstrap intervals of means over tasks, and of differences between two methods."""
+"""Bootstrap intervals of differences between two methods."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+from nad_attr.stats.bootstrap import bootstrap_interval
 
 if TYPE_CHECKING:
     from nad_attr.evaluation.result import Evaluation
 
 __all__ = ["bootstrap_interval", "paired_interval"]
-
-FloatArray: TypeAlias = "NDArray[np.float64]"
-
-
-def bootstrap_interval(
-    values: FloatArray, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Bootstrap interval of a mean over tasks (percentiles of the means of resampled tasks).
-
-    With several seeds, tasks are drawn first and then, for each task drawn, as many seeds as there
-    are: tasks are what differs most, and seeds of one task are not independent of it.
-
-    Args:
-        values: (T,), one value per task, or (S, T), one per seed and task. NaN is left out: a task
-            counts with the seeds that are known, and not at all without.
-        level: Coverage.
-        n_draws: Times that tasks are drawn with replacement.
-        seed: Of the draws; the global random state is not used.
-
-    Returns:
-        Lower and upper end; NaN with fewer than two known tasks.
-
-    Raises:
-        ValueError: If an argument makes no sense.
-
-    Example:
-        >>> import numpy as np
-        >>> bootstrap_interval(np.array([1.0, 1.0, 1.0]))
-        (1.0, 1.0)
-    """
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level!r}.")
-    if isinstance(n_draws, bool) or not isinstance(n_draws, int) or n_draws < 1:
-        raise ValueError(f"n_draws must be at least 1, not {n_draws!r}.")
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim not in (1, 2):
-        raise ValueError(f"values must be (tasks,) or (seeds, tasks), not {table.shape}.")
-    table = np.atleast_2d(table)
-    known = ~np.isnan(table)
-    tasks = np.flatnonzero(known.any(0))
-    if len(tasks) < 2:
-        return math.nan, math.nan
-    table, known = table[:, tasks], known[:, tasks]
-    generator = np.random.default_rng(seed)
-    n_seeds, n_tasks = table.shape
-    # Known seeds of each task come first, so that one is drawn by its place among them.
-    order = np.argsort(~known, axis=0, kind="stable")
-    counts = known.sum(0)
-    drawn = generator.integers(n_tasks, size=(n_draws, n_tasks))
-    if n_seeds == 1:
-        means = table[0][drawn].mean(1)
-    else:
-        total = np.zeros(n_draws)
-        for _ in range(n_seeds):
-            place = np.floor(generator.random(drawn.shape) * counts[drawn]).astype(np.int64)
-            total += table[order[place, drawn], drawn].mean(1)
-        means = total / n_seeds
-    ends = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(ends[0]), float(ends[1])
 
 
 def paired_interval(
@@ -96,8 +37,9 @@ def paired_interval(
         seed: Of the draws; the global random state is not used.
 
     Returns:
-        Lower and upper end; above 0, a is better beyond chance in which tasks (and seeds) there
-        are. NaN with fewer than two tasks that both know.
+        Lower and upper end; above 0 (where less is better, as for FPR: below 0), a is better
+        beyond chance in which tasks (and seeds) there are. NaN with fewer than two tasks that both
+        know.
 
     Raises:
         ValueError: If there is no such measure, a and b are not equally many, or of other tasks.

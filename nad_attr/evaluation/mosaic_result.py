@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from nad_attr.architecture import Task
 from nad_attr.display import html_text
-from nad_attr.evaluation.resampling import bootstrap_means, check_interval, interval_of
-from nad_attr.evaluation.tables import number, pandas, plain, table
+from nad_attr.stats.bootstrap import bootstrap_means, check_interval, interval_of
+from nad_attr.stats.tables import number, pandas, plain, table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,13 +23,13 @@ from tqdm.auto import tqdm
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data, Inputs, as_source, seed_of
 from nad_attr.evaluation.mosaic_result import MosaicResult
-from nad_attr.evaluation.resampling import check_count
 from nad_attr.evaluation.responses import Rows
 from nad_attr.evaluation.rows import NamedArchitectures, named_architectures
 from nad_attr.gates import TaskGates
 from nad_attr.gating import channel_shape, installed
 from nad_attr.running import Runner, check_batch_size, check_classes, chunks
 from nad_attr.sites import GateSite
+from nad_attr.stats.bootstrap import check_count
 
 __all__ = ["mosaics", "quadrant_shares"]
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["PLANTED_KINDS", "PlantedCircuit", "PlantedScore", "planted"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlantedScore:
     """How many of the planted channels sub-architectures keep, and how much else.
 
@@ -119,7 +119,7 @@ class PlantedScore:
 _MEASURES = ("precision", "recall", "union_precision", "f1", "whole", "size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlantedCircuit:
     """A network, images, and the channels that each of its outputs depends on. See `planted`.
 

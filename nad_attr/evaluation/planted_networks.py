@@ -383,7 +383,7 @@ class Plan:
         return weights, bias
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scattered:
     """Where the slots of a gate site stand, and how large their activations are."""
 

@@ -65,7 +65,7 @@ def ranks_of(gates: TaskGates) -> dict[str, Tensor]:
     return {name: gates[name] for name in gates} if logits is None else logits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ranking:
     """An order of the channels for each of T tasks.
 

@@ -23,7 +23,7 @@ from nad_attr.sites import GateSite
 __all__ = ["Responses", "site_fidelity", "sweep"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Responses:
     """What the whole network and R sub-architectures answered to N images.
 

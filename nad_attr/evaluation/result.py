@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nad_attr.display import html_table
-from nad_attr.evaluation.intervals import bootstrap_interval
+from nad_attr.evaluation.measure_table import MEASURE_TABLE, MEASURES, p_against
 from nad_attr.gates import Task
+from nad_attr.stats.bootstrap import bootstrap_interval
+from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.tables import nan_mean, number, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,25 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["MEASURES", "Evaluation"]
 
 FloatArray: TypeAlias = "NDArray[np.float64]"
-
-#: Names that :meth:`Evaluation.mean` and :meth:`Evaluation.interval` know: one number per task.
-MEASURES = (
-    "size",
-    "flop_size",
-    "parameter_size",
-    "dead_fraction",
-    "own_auc",
-    "other_auc",
-    "disentanglement",
-    "fidelity",
-    "rank_fidelity",
-    "detector_ba",
-    "margin_auc",
-    "recall",
-    "fpr",
-    "ba",
-    "other_accuracy",
-)
 
 
 def _none() -> FloatArray:
@@ -164,9 +147,7 @@ class Evaluation:
         Raises:
             ValueError: If there is no such measure.
         """
-        values = self.values(name)
-        values = values[~np.isnan(values)]
-        return float(values.mean()) if len(values) else math.nan
+        return float(nan_mean(self.values(name)))
 
     def interval(
         self, name: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
@@ -189,30 +170,31 @@ class Evaluation:
         """
         return bootstrap_interval(self.values(name), level=level, n_draws=n_draws, seed=seed)
 
-    def p_value(self, name: str, *, lower: bool = False) -> float:
+    def p_value(self, name: str, *, lower: bool | None = None) -> float:
         """How often random channels of the same size do as well, in the mean over tasks.
 
         ``(1 + number of draws that reach the observed mean) / (draws + 1)``: a valid p-value of
         the hypothesis that the sub-architectures are random channels (permutation test). With few
-        draws it cannot be small: n draws give 1 / (n + 1) at best.
+        draws it cannot be small: n draws give 1 / (n + 1) at best, three of them 0.25, so ask
+        :func:`evaluate` for ``n_random=19`` to see 0.05.
 
         Args:
             name: One of ``MEASURES``.
-            lower: Whether less is better, as for FPR: count draws that are as low.
+            lower: Whether less is better. None: as the measure says (FPR, other AUC and dead
+                fraction are better when low).
 
         Returns:
-            In (0, 1]; NaN without random draws, or where the measure is not known.
+            In (0, 1]; NaN without random draws, where the measure is not known, or where neither
+            way is better (sizes, other-task accuracy).
 
         Raises:
             ValueError: If there is no such measure.
         """
         observed = self.mean(name)
-        draws = np.array([result.mean(name) for result in self.random])
-        draws = draws[~np.isnan(draws)]
-        if len(draws) == 0 or math.isnan(observed):
-            return math.nan
-        reached = draws <= observed if lower else draws >= observed
-        return float((1 + reached.sum()) / (len(draws) + 1))
+        draws = [result.mean(name) for result in self.random]
+        if lower is not None:
+            return float(permutation_p(observed, draws, tail="lower" if lower else "higher"))
+        return float(p_against(name, observed, draws))
 
     def frame(self) -> pd.DataFrame:
         """One row per task with all measures, for pandas.
@@ -242,54 +224,39 @@ class Evaluation:
         Args:
             max_tasks: Tasks that are listed one by one, at most.
         """
-        head = {
-            "size": "size",
-            "own_auc": "own AUC",
-            "other_auc": "other AUC",
-            "fidelity": "fidelity",
-            "detector_ba": "det. BA",
-            "recall": "recall",
-            "fpr": "FPR",
-            "ba": "BA",
-            "other_accuracy": "other acc.",
-        }
+        shown = ("size", "own_auc", "other_auc", "fidelity", "detector_ba", "recall", "fpr", "ba")
+        head = {name: MEASURE_TABLE[name].head for name in (*shown, "other_accuracy")}
         if np.isnan(self.detector_ba).all():
             del head["detector_ba"]
         bare = self._whole is not None and not self.random and not self.rivals
         if bare:
             del head["recall"]
         rows = [["task", *head.values()]]
-        for k, name in enumerate(self.task_names[:max_tasks]):
-            rows.append([name, *(_number(self.values(m)[k]) for m in head)])
+        columns = [self.values(m)[:max_tasks] for m in head]
+        for name, cells in zip(self.task_names, zip(*columns, strict=True), strict=False):
+            rows.append([name, *map(number, cells)])
         if len(self.tasks) > max_tasks:
             rows.append([f"... {len(self.tasks) - max_tasks} more", *("" for _ in head)])
         n_listed = len(rows)
-        rows.append(["mean", *(_number(self.mean(m)) for m in head)])
+        rows.append(["mean", *(number(self.mean(m)) for m in head)])
         if len(self.tasks) > 1:
             ends = {m: self.interval(m) for m in head}
-            rows.append(["  95 % from", *(_number(ends[m][0]) for m in head)])
-            rows.append(["  to", *(_number(ends[m][1]) for m in head)])
+            rows.append(["  95 % from", *(number(ends[m][0]) for m in head)])
+            rows.append(["  to", *(number(ends[m][1]) for m in head)])
         if self.random:
-            means = [_mean([draw.mean(m) for draw in self.random]) for m in head]
-            rows.append(["random, same size", *map(_number, means)])
+            means = [_mean_of(self.random, m) for m in head]
+            rows.append(["random, same size", *map(number, means)])
         for name, rival in self.rivals.items():
-            rows.append([name, *(_number(rival.mean(m)) for m in head)])
+            rows.append([name, *(number(rival.mean(m)) for m in head)])
         if self._whole is not None:
-            rows.append(["whole network", *(_number(self.whole.mean(m)) for m in head)])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0])]
-                + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            ).rstrip()
-            for row in rows
-        ]
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+            rows.append(["whole network", *(number(self.whole.mean(m)) for m in head)])
+        names, rule, *lines = table(rows)
         what = "the whole network" if self._whole is None else "sub-architectures"
         title = f"{what} of {len(self.tasks)} task(s) on {self.n_images} images"
         if bare:
             title += "\n(recall is left out: it says nothing without random channels or rivals)"
-        return "\n".join([title, lines[0], rule, *lines[1:n_listed], rule, *lines[n_listed:]])
+        n = n_listed - 1
+        return "\n".join([title, names, rule, *lines[:n], rule, *lines[n:]])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
@@ -348,28 +315,29 @@ class Evaluation:
     def _repr_html_(self) -> str:
         """How notebooks show it: the means, beside what they have to beat."""
         shown = ["own_auc", "other_auc", "fidelity", "recall", "fpr", "ba"]
-        head = ["size", "own AUC", "other AUC", "fidelity", "recall", "FPR", "BA"]
         if self._whole is not None and not self.random and not self.rivals:
             shown.remove("recall")  # as in summary: alone it says nothing
-            head.remove("recall")
+        columns = [self.values(m)[:_SHOWN] for m in ("size", *shown)]
         rows = [
-            [name, *(_number(self.values(m)[k]) for m in ("size", *shown))]
-            for k, name in enumerate(self.task_names[:_SHOWN])
+            [name, *map(number, cells)]
+            for name, cells in zip(self.task_names, zip(*columns, strict=True), strict=False)
         ]
         n_listed = len(rows)
-        rows.append(["mean", *(_number(self.mean(m)) for m in ("size", *shown))])
-        others = {"random, same size": list(self.random)} if self.random else {}
+        rows.append(["mean", *(number(self.mean(m)) for m in ("size", *shown))])
+        others: dict[str, Sequence[Evaluation]] = {}
+        if self.random:
+            others["random, same size"] = self.random
         others |= {name: [rival] for name, rival in self.rivals.items()}
         if self._whole is not None:
             others["whole network"] = [self._whole]
         for name, each in others.items():
-            means = [_mean([one.mean(m) for one in each]) for m in ("size", *shown)]
-            rows.append([name, *map(_number, means)])
+            means = [_mean_of(each, m) for m in ("size", *shown)]
+            rows.append([name, *map(number, means)])
         rest = len(self.tasks) - n_listed
         return html_table(
             f"{'Sub-architectures' if self._whole is not None else 'The whole network'}: "
             f"{len(self.tasks)} task{'s' * (len(self.tasks) != 1)} on {self.n_images:,} images",
-            ["task", *head],
+            ["task", *(MEASURE_TABLE[m].head for m in ("size", *shown))],
             rows,
             rule_before=n_listed,
             note=f"and {rest} more tasks, which the mean counts" if rest > 0 else "",
@@ -378,8 +346,8 @@ class Evaluation:
     def __repr__(self) -> str:
         return (
             f"Evaluation({len(self.tasks)} tasks, {self.n_images} images, size "
-            f"{_number(self.mean('size'))}, own AUC {_number(self.mean('own_auc'))}, other AUC "
-            f"{_number(self.mean('other_auc'))}, fidelity {_number(self.mean('fidelity'))})"
+            f"{number(self.mean('size'))}, own AUC {number(self.mean('own_auc'))}, other AUC "
+            f"{number(self.mean('other_auc'))}, fidelity {number(self.mean('fidelity'))})"
         )
 
 
@@ -387,10 +355,5 @@ class Evaluation:
 _SHOWN = 12
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
-
-
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+def _mean_of(results: Sequence[Evaluation], name: str) -> float:
+    return float(nan_mean(np.array([result.mean(name) for result in results])))

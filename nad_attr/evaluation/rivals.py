@@ -65,7 +65,7 @@ SCORERS: MappingProxyType[str, Callable[..., ChannelScorer]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One way to make sub-architectures of a scorer's numbers, and how good they are.
 

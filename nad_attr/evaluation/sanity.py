@@ -26,7 +26,6 @@ from nad_attr.evaluation.controls import (
     shuffled_labels,
 )
 from nad_attr.evaluation.evaluating import evaluate
-from nad_attr.evaluation.intervals import bootstrap_interval
 from nad_attr.evaluation.stability import (
     FloatArray,
     Learn,
@@ -40,14 +39,21 @@ from nad_attr.evaluation.stability import (
 from nad_attr.gates import Task
 from nad_attr.gating import check_eval
 from nad_attr.running import check_batch_size
+from nad_attr.stats.bootstrap import bootstrap_interval
+from nad_attr.stats.tables import nan_mean, plain
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Control", "SanityReport", "sanity"]
 
+#: The largest gain in own AUC that counts as none, and the level of the test that says so.
+MARGIN, ALPHA = 0.05, 0.05
+#: How a table says what :meth:`SanityReport.vanishes` returns.
+_VERDICTS = {True: "gone", False: "there", None: "unknown"}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Control:
     """Learned sub-architectures against random ones of equal size, in one network.
 
@@ -78,6 +84,39 @@ class Control:
         """95 % bootstrap interval of the mean gain over tasks; NaN with fewer than two."""
         return bootstrap_interval(self.gain)
 
+    def equivalence_p(self, margin: float = MARGIN) -> float:
+        """P-value of "the mean gain over tasks is at least ``margin`` away from zero".
+
+        The larger one of two one-sided t-tests (TOST) over tasks, each task's gain being the mean
+        over draws. A small value shows that the gain is within the margin; a large one shows
+        nothing.
+
+        Args:
+            margin: The largest gain, in AUC and on either side of zero, that counts as none.
+
+        Returns:
+            In [0, 1]; NaN with fewer than two tasks whose gain is known.
+
+        Raises:
+            ValueError: If the margin is not above zero.
+
+        Source:
+            Schuirmann 1987 (two one-sided tests).
+        """
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not margin > 0:
+            raise ValueError(f"margin must be a gain in AUC above 0, not {margin!r}.")
+        from scipy import stats  # takes long to load
+
+        gains = nan_mean(self.gain)
+        gains = gains[~np.isnan(gains)]
+        if len(gains) < 2:
+            return math.nan
+        if np.ptp(gains) == 0:  # no spread, no t
+            return 0.0 if abs(gains[0]) < margin else 1.0
+        above = stats.ttest_1samp(gains, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(gains, margin, alternative="less").pvalue
+        return float(max(above, below))
+
 
 @dataclass(frozen=True)
 class SanityReport:
@@ -105,13 +144,29 @@ class SanityReport:
         names = ", ".join(repr(control.name) for control in self.controls)
         raise KeyError(f"no control {name!r}; there are {names}.")
 
-    def vanishes(self, name: str) -> bool:
-        """Whether a control's gain is not above zero: the lower end of its interval is not.
+    def vanishes(self, name: str, *, margin: float = MARGIN) -> bool | None:
+        """Whether a control's gain is gone: shown to be within a margin of zero.
+
+        A wide interval around zero does not show that there is no gain, so "gone" is an equivalence
+        test (:meth:`Control.equivalence_p`, at 5 %).
+
+        Args:
+            name: The control's.
+            margin: The largest gain, in AUC and on either side of zero, that counts as none.
+
+        Returns:
+            True: the gain is within the margin. False: there is one, the 95 % interval leaves out
+            zero. None: unknown, for want of tasks, or as they differ too much to tell.
 
         Raises:
             KeyError: If there is no such control.
+            ValueError: If the margin is not above zero.
         """
-        return not self[name].interval[0] > 0
+        control = self[name]
+        if control.equivalence_p(margin) <= ALPHA:
+            return True
+        low, high = control.interval
+        return False if low > 0 or high < 0 else None
 
     def frame(self) -> pd.DataFrame:
         """One row per control, draw and task, for pandas.
@@ -136,6 +191,7 @@ class SanityReport:
         """A table as plain text, means over draws and tasks, with the 95 % interval of the gain."""
         width = max(len(control.name) for control in self.controls)
         head = f"{'':<{width}}  whole  own AUC  random   gain  95 % from     to  fidelity  random"
+        head += "  verdict"
         lines = [head, "-" * len(head)]
         for control in self.controls:
             low, high = control.interval
@@ -143,8 +199,13 @@ class SanityReport:
             whole, own, random, gain, fidelity, random_fidelity = means
             lines.append(
                 f"{control.name:<{width}}  {whole:5.3f}  {own:7.3f}  {random:6.3f}  {gain:+5.3f}  "
-                f"{low:+9.3f} {high:+6.3f}  {fidelity:8.3f}  {random_fidelity:6.3f}"
+                f"{low:+9.3f} {high:+6.3f}  {fidelity:8.3f}  {random_fidelity:6.3f}  "
+                f"{_VERDICTS[self.vanishes(control.name)]}"
             )
+        lines.append(
+            f"(gone: within {MARGIN:g} of zero by two one-sided t-tests over tasks at "
+            f"{100 * ALPHA:g} %;\n there: the 95 % interval leaves out zero; unknown: neither)"
+        )
         text = "\n".join(lines)
         return text if self.stability is None else f"{text}\n\n{self.stability.summary()}"
 
@@ -159,9 +220,12 @@ class SanityReport:
             "controls": [
                 {
                     "name": control.name,
-                    "means": {name: _plain(_mean(getattr(control, name))) for name in _COLUMNS},
-                    "gain_interval_95": _plain(list(control.interval)),
-                    **{name: _plain(getattr(control, name).tolist()) for name in _COLUMNS},
+                    "means": {name: plain(_mean(getattr(control, name))) for name in _COLUMNS},
+                    "gain_interval_95": plain(list(control.interval)),
+                    "vanishes": self.vanishes(control.name),
+                    "margin": MARGIN,
+                    "equivalence_p": plain(control.equivalence_p()),
+                    **{name: plain(getattr(control, name).tolist()) for name in _COLUMNS},
                 }
                 for control in self.controls
             ],
@@ -195,7 +259,8 @@ def sanity(
     Own AUC of the learned sub-architectures above that of random channels of the same size, in
 
     * the trained network;
-    * "random weights": networks with all weights drawn anew. Has to vanish;
+    * "random weights": networks with all weights drawn anew. Has to vanish
+      (:meth:`SanityReport.vanishes`);
     * "labels shuffled for learning": gates learned with wrong labels, measured with right ones.
       What is left does not come from labels. The default recipe keeps the network's own output
       and takes from labels only which images to look at, so here little need be lost;
@@ -317,9 +382,3 @@ def _measured(
 def _mean(values: FloatArray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

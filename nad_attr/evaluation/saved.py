@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -12,8 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr.evaluation.result import MEASURES, Evaluation
+from nad_attr.evaluation.measure_table import MEASURES
+from nad_attr.evaluation.result import Evaluation
 from nad_attr.gates import Task, as_task
+from nad_attr.stats.p_values import least_p
+from nad_attr.stats.tables import plain
 from nad_attr.store import GateStoreError, read_result, write_result
 
 __all__ = ["read_hdf5", "read_json", "to_dict", "write_hdf5", "write_json"]
@@ -50,20 +52,21 @@ def to_dict(result: Evaluation) -> dict[str, Any]:
         "n_own": result.n_own.tolist(),
         "means": {
             name: {
-                "mean": _plain(result.mean(name)),
-                "interval_95": _plain(list(result.interval(name))),
+                "mean": plain(result.mean(name)),
+                "interval_95": plain(list(result.interval(name))),
             }
             for name in MEASURES
         },
-        **{name: _plain(result.values(name).tolist()) for name in MEASURES},
-        "sizes": {name: _plain(size.tolist()) for name, size in result.sizes.items()},
-        **{name: _plain(getattr(result, name).tolist()) for name in PER_PAIR},
+        **{name: plain(result.values(name).tolist()) for name in MEASURES},
+        "sizes": {name: plain(size.tolist()) for name, size in result.sizes.items()},
+        **{name: plain(getattr(result, name).tolist()) for name in PER_PAIR},
     }
     if result._whole is not None:
         found["whole"] = to_dict(result.whole)
     if result.random:
         found["random"] = [to_dict(replace(draw, _whole=None)) for draw in result.random]
-        found["p_values"] = {name: _plain(result.p_value(name)) for name in MEASURES}
+        found["p_values"] = {name: plain(result.p_value(name)) for name in MEASURES}
+        found["p_least"] = least_p(len(result.random))
     if result.rivals:
         found["rivals"] = {
             name: to_dict(replace(rival, _whole=None)) for name, rival in result.rivals.items()
@@ -228,9 +231,3 @@ def _made(
 
 def _listed(tasks: tuple[Task, ...]) -> list[Any]:
     return [list(task) if isinstance(task, tuple) else task for task in tasks]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

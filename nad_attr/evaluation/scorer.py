@@ -9,7 +9,7 @@ class's work.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeAlias
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nad_attr.data import Inputs, Source, TensorSource
+from nad_attr.data import Draw, Inputs, Source, TensorSource, as_source, seed_of
 from nad_attr.evaluation.measures import own_images
 from nad_attr.gates import Task, as_task
 from nad_attr.gating import (
@@ -70,7 +70,7 @@ def positions(values: Tensor, site: GateSite) -> Tensor:
     return values.detach().double().movedim(dim, 1).reshape(len(values), site.n_channels, -1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Images to score, and the network to run them through.
 
@@ -133,6 +133,17 @@ def _weights(labels: Tensor, tasks: Sequence[Task], include_others: bool) -> Ten
                 raise ValueError(f"there is no {what} image for task {task} among the inputs.")
         weights += part / part.sum(-1, keepdim=True, dtype=torch.float64) / len(parts)
     return weights
+
+
+class _Scored:
+    """Images that are loaded when they are scored; a random transform has its own draw for that."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.labels, self.augmented = source, source.labels, source.augmented
+
+    def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
+        """The inputs of each list of draws."""
+        return self.source.batches([(i, seed_of("scores", i)) for i, _ in some] for some in draws)
 
 
 class ChannelScorer(ABC):
@@ -198,7 +209,7 @@ class ChannelScorer(ABC):
     def __call__(
         self,
         inputs: Any,
-        targets: Any,
+        targets: Any = None,
         *,
         tasks: Sequence[Task] | None = None,
         include_others: bool = False,
@@ -211,7 +222,9 @@ class ChannelScorer(ABC):
         """Score all channels.
 
         Args:
-            inputs: The network's input or tuple of inputs, axis 0 = N images.
+            inputs: The network's input or tuple of inputs, axis 0 = N images. Or, without
+                ``targets``, data of any kind (a Dataset of (input, label), a DataLoader), of which
+                a batch at a time is loaded.
             targets: int (N,), the images' own classes.
             tasks: T class indices or groups of them; None: the sorted different targets (see
                 :func:`tasks_of`).
@@ -241,7 +254,7 @@ class ChannelScorer(ABC):
     def variants(
         self,
         inputs: Any,
-        targets: Any,
+        targets: Any = None,
         *,
         tasks: Sequence[Task] | None = None,
         include_others: Sequence[bool] = (False, True),
@@ -320,7 +333,11 @@ class ChannelScorer(ABC):
         )
         # A caller's inference mode would leave nothing to differentiate.
         with torch.inference_mode(False), torch.enable_grad(), frozen(runner.model):
-            source = TensorSource(inputs, targets)
+            source: Source = (
+                TensorSource(inputs, targets)
+                if targets is not None or isinstance(inputs, Tensor)
+                else _Scored(inputs if hasattr(inputs, "batches") else as_source(inputs))
+            )
             rows = tasks_of(source.labels, tasks)
             weights = torch.stack([_weights(source.labels, rows, both) for both in include_others])
             check_batch_size(batch_size)
@@ -362,13 +379,22 @@ class ChannelScorer(ABC):
         # Either every image that counts once, or every (task, image) pair that counts.
         if self.task_specific:
             row, image = counts.nonzero(as_tuple=True)
+            if isinstance(source, _Scored):  # one image's tasks together, so that it is loaded once
+                order = image.argsort(stable=True)
+                row, image = row[order], image[order]
         else:
             row, image = torch.empty(0, dtype=torch.long), counts.any(0).nonzero()[:, 0]
         cuts = list(chunks(len(image), self.images_per_batch(batch_size)))
         numbers = [image[cut[0] : cut[-1] + 1].tolist() for cut in cuts]
+        once = [list(dict.fromkeys(chosen)) for chosen in numbers]
         prepared = self.prepare(runner, source, batch_size)
-        for cut, chosen, inputs in zip(cuts, numbers, runner.draw(source, numbers), strict=True):
+        for cut, chosen, drawn, inputs in zip(
+            cuts, numbers, once, runner.draw(source, once), strict=True
+        ):
             here = row[cut[0] : cut[-1] + 1]
+            if len(drawn) < len(chosen):
+                places = {number: place for place, number in enumerate(drawn)}
+                inputs = tuple(x[[places[number] for number in chosen]] for x in inputs)
             batch = Batch(
                 runner.model,
                 inputs,
@@ -483,7 +509,7 @@ class TaskScorer(ChannelScorer):
     def variants(
         self,
         inputs: Any,
-        targets: Any,
+        targets: Any = None,
         *,
         include_others: Sequence[bool] = (False,),
         **options: Any,

@@ -61,7 +61,7 @@ def _kappas(a: Sequence[SubArchitecture], b: Sequence[SubArchitecture]) -> list[
     return [sum(overlap.values()) / len(overlap) for overlap in overlaps]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stability:
     """Overlaps of what was found again: mean over sites of kappa (:func:`nad_attr.kappa`).
 

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from nad_attr.architecture import SubArchitecture, Task
-from nad_attr.data import Data, Source, as_source, seed_of
+from nad_attr.data import Data, as_source
 from nad_attr.display import html_text
 from nad_attr.evaluation.ablation import Ablation
 from nad_attr.evaluation.baselines import EnergyScorer, NeuronMCTScorer, TaylorScorer
 from nad_attr.evaluation.curves import closed_at
-from nad_attr.evaluation.grid import LOWER_IS_BETTER, check_measure, fitted, measure_grid
+from nad_attr.evaluation.grid import check_measure, fitted, measure_grid
+from nad_attr.evaluation.measure_table import MEASURE_TABLE, p_against
 from nad_attr.evaluation.rankings import (
     SIZES,
     Ranks,
@@ -34,11 +35,11 @@ from nad_attr.evaluation.rankings import (
     random_ranking,
 )
 from nad_attr.evaluation.scorer import ChannelScorer
-from nad_attr.evaluation.tables import intervals, nan_mean, number, pandas, plain, table
 from nad_attr.gates import TaskGates
 from nad_attr.gating import check_mapping
-from nad_attr.running import chunks
 from nad_attr.sites import GateSite
+from nad_attr.stats.p_values import least_p
+from nad_attr.stats.tables import intervals, nan_mean, number, pandas, plain, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,7 +191,8 @@ class Whether:
         """How often random channels of the same size do as well.
 
         ``(1 + number of draws that reach the method's value) / (draws + 1)``, where less is better
-        (``"fpr"``, ``"other_auc"``) draws that are as low: n draws give 1 / (n + 1) at best.
+        (``"fpr"``, ``"other_auc"``) draws that are as low: n draws give 1 / (n + 1) at best. NaN
+        where neither way is better (``"other_accuracy"``).
 
         Args:
             method: One of ``methods``.
@@ -208,11 +210,7 @@ class Whether:
         if not per_task:
             observed = nan_mean(observed.T)
             draws = np.array([nan_mean(draw.T) for draw in draws]).reshape(-1, len(observed))
-        sign = -1.0 if measure in LOWER_IS_BETTER else 1.0
-        # Means of equal values differ by rounding.
-        reached = (sign * draws >= sign * observed - 1e-12).sum(0)
-        known = ~np.isnan(observed) & ~np.isnan(draws).any(0) & (len(draws) > 0)
-        return np.where(known, (1 + reached) / (len(draws) + 1), np.nan)
+        return np.asarray(p_against(measure, observed, np.moveaxis(draws, 0, -1)))
 
     def frame(self) -> pd.DataFrame:
         """One row per method, size and task (and draw), one column per measure, for pandas.
@@ -270,22 +268,13 @@ class Whether:
             ValueError: If a size was not measured.
         """
         shown = self.requested if sizes is None else check_sizes(sizes)
-        heads = {
-            "own_auc": "own AUC",
-            "other_auc": "other AUC",
-            "disentanglement": "disent.",
-            "fidelity": "fidelity",
-            "rank_fidelity": "rank fid.",
-            "recall": "recall",
-            "fpr": "FPR",
-            "ba": "BA",
-        }
-        heads = {measure: head for measure, head in heads.items() if measure in self.whole}
+        heads = {m: MEASURE_TABLE[m].head for m in PANELS if m in self.whole}
         names = [*self.methods, *([RANDOM] if self.n_random else [])]
         how = "at each site" if self.per_site else "over all sites"
         lines = [
             f"{len(self.tasks)} task(s) on {self.n_images} images, share kept {how}, closed "
             f"channels: {self.ablation}; p against {self.n_random} random draws"
+            f" (least possible {least_p(self.n_random):.3g})"
         ]
         for size in shown:
             if size not in self.requested:
@@ -332,6 +321,7 @@ class Whether:
             "ablation": self.ablation,
             "baselines": list(self.baselines),
             "methods": results,
+            "p_least": least_p(self.n_random) if self.n_random else None,
             "random": {m: plain(values.tolist()) for m, values in self.random.items()},
             "whole": {m: plain(values.tolist()) for m, values in self.whole.items()},
         }
@@ -407,14 +397,6 @@ def _standard(
         "NeuronMCT": NeuronMCTScorer,
     }
     return {name: make(model, sites) for name, make in scorers.items() if name not in methods}
-
-
-def _in_memory(source: Source) -> tuple[tuple[Tensor, ...], Tensor]:
-    """All images at once; a random transform gives the same images every time."""
-    n = len(source.labels)
-    draws = ([(i, seed_of("scores", i)) for i in chunk] for chunk in chunks(n, 64))
-    parts = list(source.batches(draws))
-    return tuple(torch.cat(items) for items in zip(*parts, strict=True)), source.labels
 
 
 def whether(
@@ -555,12 +537,11 @@ def whether(
             "all methods are measured alike."
         )
     prepared = fitted(ablation, model, sites, tasks, train_data, **run)
-    images = None if not scoring else _in_memory(as_source(train_data))
+    train = as_source(train_data) if scoring else None
     for name in scoring:
         scorer = named[name]
         assert isinstance(scorer, ChannelScorer)
-        assert images is not None
-        scores = scorer(*images, tasks=tasks, **run)
+        scores = scorer(train, tasks=tasks, **run)
         found[name] = as_ranking(
             scores, sites=sites, tasks=tasks, task_names=task_names, what=repr(name)
         )

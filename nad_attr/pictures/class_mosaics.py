@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data, as_source
 from nad_attr.evaluation.mosaics import assemble, choose, only_images
-from nad_attr.evaluation.resampling import check_count
 from nad_attr.evaluation.rows import named_architectures
 from nad_attr.gates import TaskGates
 from nad_attr.pictures.evidence import Measure, check_measure, evidence_maps
 from nad_attr.pictures.pixels import ToPixels
 from nad_attr.running import Runner
+from nad_attr.stats.bootstrap import check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ClassMosaics", "class_mosaics"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClassMosaics:
     """Mosaics of four images of four classes, with the map of each class at each site.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["ContrastMaps", "contrast_maps"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ContrastMaps:
     """Maps of images at each site, for the channels that only one of two classes keeps.
 

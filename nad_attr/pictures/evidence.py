@@ -23,7 +23,7 @@ __all__ = ["Measure", "SiteMaps", "check_measure", "evidence_maps"]
 Measure: TypeAlias = Literal["evidence", "presence"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SiteMaps:
     """Maps of a batch at the sites that have positions.
 

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data, as_source
 from nad_attr.evaluation.mosaics import Grid, grid_of, only_images
-from nad_attr.evaluation.resampling import check_count
 from nad_attr.gating import as_tensor, channel_shape, check_mapping, recorded
 from nad_attr.pictures.pixels import ToPixels
 from nad_attr.running import Runner, check_batch_size, chunks
 from nad_attr.sites import GateSite
+from nad_attr.stats.bootstrap import check_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ __all__ = ["TopImages", "top_images"]
 Pool = Literal["max", "mean"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TopImages:
     """For each channel that was looked at, the images with its highest activations.
 
@@ -274,10 +274,10 @@ def _chosen_channels(
     for name in [*wanted, *(channels or {})]:
         if name not in known:
             raise ValueError(f"no gate site {name!r}; there are {list(known)}.")
-    chosen = {}
+    kept, chosen = arch.kept, {}
     for name in wanted:
         if channels is None or name not in channels:
-            chosen[name] = arch.kept[name]
+            chosen[name] = kept[name]
             continue
         numbers = as_tensor(channels[name], f"channels of {name!r}")
         whole = not (numbers.is_floating_point() or numbers.dtype == torch.bool)

@@ -16,7 +16,6 @@ from nad_attr.evaluation.curves import curves
 from nad_attr.evaluation.errors import errors
 from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.evaluation.explanation import ErrorExplanation, explain_error
-from nad_attr.evaluation.measures import overlap_matrix
 from nad_attr.evaluation.mosaics import mosaics
 from nad_attr.gates import TaskGates
 from nad_attr.gating import GatingError, channel_shape, recorded
@@ -27,6 +26,7 @@ from nad_attr.report.packing import plain, text64
 from nad_attr.report.parts import curves_part, errors_part, mosaics_part
 from nad_attr.report.pictures import Album, array_picture, encoded
 from nad_attr.running import Runner, chunks
+from nad_attr.stats.pairs import overlap_matrix
 
 __all__ = ["PARTS", "Sample", "measure", "sampled"]
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nad_attr.evaluation.clustering import cluster_order
-from nad_attr.evaluation.measures import overlap_matrix
 from nad_attr.report.packing import plain, text64
+from nad_attr.stats.pairs import overlap_matrix
 
 __all__ = ["MOST", "block_means", "overlaps_part"]
 

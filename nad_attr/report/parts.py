@@ -14,9 +14,9 @@ from nad_attr.evaluation.curves import Curves
 from nad_attr.evaluation.error_study import ErrorStudy
 from nad_attr.evaluation.mosaic_result import MosaicResult
 from nad_attr.evaluation.result import Evaluation
-from nad_attr.evaluation.tables import nan_mean
 from nad_attr.history import History
 from nad_attr.report.packing import plain
+from nad_attr.stats.tables import nan_mean
 
 __all__ = [
     "SHOWN",
@@ -81,14 +81,13 @@ def evaluation_part(result: Evaluation, tasks: Sequence[Task]) -> dict[str, Any]
     has_whole = result.whole is not result
     if has_whole:
         rows.append(row("whole network", "whole", [result.whole]))
-    lower = ("fpr", "size")
     draws = np.array([draw.own_auc for draw in result.random]).reshape(-1, len(result.tasks))
     return {
         "values": {m: of_page(result.values(m)) for m in measures},
         "random_auc": of_page(nan_mean(draws)) if len(draws) else None,
         "whole_auc": of_page(result.whole.own_auc) if has_whole else None,
         "rows": rows,
-        "p": plain({m: result.p_value(m, lower=m in lower) for m in measures if m != "size"}),
+        "p": plain({m: result.p_value(m) for m in measures}),
         "n_images": result.n_images,
         "n_tasks": len(result.tasks),
         "n_random": len(result.random),

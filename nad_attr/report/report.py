@@ -250,7 +250,7 @@ class Report:
         """The page.
 
         Raises:
-            ImportError: If plotly or scipy is missing.
+            ImportError: If plotly is missing.
         """
         return page(self.contents())
 
@@ -264,7 +264,7 @@ class Report:
             The file.
 
         Raises:
-            ImportError: If plotly or scipy is missing.
+            ImportError: If plotly is missing.
             OSError: If the file cannot be written.
         """
         target = Path(path)

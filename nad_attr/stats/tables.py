@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr.evaluation.intervals import bootstrap_interval
+from nad_attr.stats.bootstrap import bootstrap_interval
 
 __all__ = ["intervals", "nan_mean", "number", "pandas", "plain", "table"]
 

@@ -12,19 +12,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special, stats
 
 from nad_attr.data import seed_of
 
 __all__ = [
     "Tables",
     "exact_p",
-    "midranks",
     "null_counts",
     "pair_counts",
     "permutations",
-    "scipy",
     "strata_of",
-    "two_sided_p",
     "with_tail",
 ]
 
@@ -36,24 +34,6 @@ BoolArray: TypeAlias = "NDArray[np.bool_]"
 _BLOCK = 4_000_000
 #: Two tables whose probabilities differ by less than this are equally likely.
 _SLACK = 1e-7
-
-
-def scipy(what: str) -> Any:
-    """The modules ``scipy.stats`` and ``scipy.special``.
-
-    Raises:
-        ImportError: If SciPy is not installed.
-
-    Example:
-        >>> stats, special = scipy("an example")
-        >>> round(float(special.gammaln(4)), 3)
-        1.792
-    """
-    try:
-        from scipy import special, stats
-    except ImportError as error:
-        raise ImportError(f"{what} needs SciPy: pip install 'nad-attr[stats]'.") from error
-    return stats, special
 
 
 def strata_of(strata: ArrayLike | None, n: int) -> list[IntArray]:
@@ -78,22 +58,6 @@ def strata_of(strata: ArrayLike | None, n: int) -> list[IntArray]:
     _, first, inverse = np.unique(names, return_index=True, return_inverse=True)
     order = np.argsort(first)
     return [np.flatnonzero(inverse == k) for k in order]
-
-
-def midranks(values: ArrayLike) -> FloatArray:
-    """Ranks from 1 along the last axis; equal values share the mean of their ranks.
-
-    Example:
-        >>> midranks([10.0, 30.0, 10.0])
-        array([1.5, 3. , 1.5])
-    """
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim > 1:
-        stats, _ = scipy("ranks of many rows")
-        return np.asarray(stats.rankdata(array, axis=-1), dtype=np.float64)
-    _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return np.asarray((last - (counts - 1) / 2)[inverse], dtype=np.float64)
 
 
 def permutations(
@@ -124,31 +88,6 @@ def permutations(
         yield slice(start, stop), block
 
 
-def two_sided_p(observed: FloatArray, draws: FloatArray, centre: ArrayLike = 0.0) -> FloatArray:
-    """``(1 + #{draws at least as far from the centre}) / (draws + 1)``, one for each row.
-
-    Args:
-        observed: (T,).
-        draws: (T, P); NaN counts as no draw.
-        centre: (T,) or a number: where draws lie in the mean.
-
-    Returns:
-        (T,); NaN where nothing was observed.
-
-    Example:
-        >>> two_sided_p(np.array([2.0]), np.array([[-2.0, 0.0, 1.0]]))
-        array([0.5])
-    """
-    middle = np.asarray(centre, dtype=np.float64)
-    far = np.abs(observed - middle)
-    away = np.abs(draws - (middle[:, None] if middle.ndim else middle))
-    # What differs by rounding alone is a tie.
-    slack = 1e-9 * np.maximum(1.0, far)
-    reached = (away >= (far - slack)[:, None]).sum(1)
-    p = (1 + reached) / ((~np.isnan(away)).sum(1) + 1)
-    return np.asarray(np.where(np.isnan(far), np.nan, p))
-
-
 def with_tail(p: FloatArray, n_draws: int, z: FloatArray, enough: ArrayLike = True) -> FloatArray:
     """p-values by permutation, whose smallest ones are told apart by the normal approximation.
 
@@ -157,7 +96,7 @@ def with_tail(p: FloatArray, n_draws: int, z: FloatArray, enough: ArrayLike = Tr
     approximation stands in if it is smaller.
 
     Args:
-        p: (T,), of :func:`two_sided_p`.
+        p: (T,), of :func:`nad_attr.stats.p_values.permutation_p`.
         n_draws: Draws that it rests on.
         z: (T,), observed value less the mean, in standard deviations of its exact null.
         enough: (T,) or one, whether there are enough channels for the approximation.
@@ -166,7 +105,6 @@ def with_tail(p: FloatArray, n_draws: int, z: FloatArray, enough: ArrayLike = Tr
         >>> with_tail(np.array([0.01, 0.01, 0.5]), 99, np.array([5.0, 2.0, 0.7])).round(8)
         array([5.7e-07, 1.0e-02, 5.0e-01])
     """
-    stats, _ = scipy("a p-value")
     lowest = 1 / (n_draws + 1)
     tail = 2 * stats.norm.sf(np.abs(z))
     use = (p <= lowest * (1 + 1e-9)) & np.asarray(enough) & (tail < p)
@@ -268,7 +206,6 @@ class Tables:
         Where the odds ratio is 0 or infinite, half a channel is added to each cell of the strata
         that tell anything.
         """
-        stats, _ = scipy("an interval of an odds ratio")
         informative = (self.kept > 0) & (self.kept < self.total)
         informative &= (self.flagged > 0) & (self.flagged < self.total)
         r, s, *_ = self._sums()
@@ -300,7 +237,6 @@ def null_counts(kept: FloatArray, flagged: FloatArray, total: FloatArray) -> Flo
         >>> null_counts(np.array([[1.0, 1.0]]), np.array([1.0, 1.0]), np.array([2.0, 2.0]))
         array([[0.25, 0.5 , 0.25]])
     """
-    _, special = scipy("the exact distribution of a count")
     whole = np.ones((len(kept), 1))
     # Small ones first: the long array is then touched least often.
     for s in np.argsort(flagged, kind="stable"):

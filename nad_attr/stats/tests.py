@@ -13,21 +13,21 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
-from nad_attr.comparison.statistics_sentences import MEASURES, sentence_of
-from nad_attr.comparison.statistics_strata import (
+from nad_attr.stats.bootstrap import check_count
+from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.ranks import midranks, standard_ranks
+from nad_attr.stats.sentences import MEASURES, sentence_of
+from nad_attr.stats.strata import (
     Tables,
     exact_p,
-    midranks,
     null_counts,
     pair_counts,
     permutations,
-    scipy,
     strata_of,
-    two_sided_p,
     with_tail,
 )
-from nad_attr.evaluation.resampling import check_count
 
 __all__ = [
     "Statistic",
@@ -142,21 +142,19 @@ def normal_interval(
     centre: FloatArray, deviation: FloatArray, level: float
 ) -> tuple[FloatArray, FloatArray]:
     """Both ends of what holds ``level`` of a normal distribution."""
-    stats, _ = scipy("an interval")
     width = stats.norm.ppf((1 + level) / 2) * deviation
     return centre - width, centre + width
 
 
 def normal_p(z: FloatArray) -> FloatArray:
     """Two-sided p-value of a standard normal value."""
-    stats, _ = scipy("a p-value")
     return np.asarray(2 * stats.norm.sf(np.abs(z)))
 
 
 # -- kept against dropped ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Pairs:
     """Mann and Whitney's numbers of T tasks in S strata, (T, S) each."""
 
@@ -262,7 +260,12 @@ def mann_whitney(
         draws = random_aucs(masks, vals, n_permutations, seed)
         kept_in = sum(int(m.sum()) for m in masks)
         p = float(
-            with_tail(two_sided_p(auc, draws, 0.5), n_permutations, z, _enough(kept_in, n))[0]
+            with_tail(
+                permutation_p(auc, draws, tail="both", centre=0.5),
+                n_permutations,
+                z,
+                _enough(kept_in, n),
+            )[0]
         )
         control = float(draws.mean())
         ends = np.quantile(draws[0], [(1 - level) / 2, (1 + level) / 2])
@@ -315,14 +318,6 @@ def random_us(
 
 
 # -- gates against values ----------------------------------------------------------------------
-
-
-def standard_ranks(values: ArrayLike) -> FloatArray:
-    """Midranks along the last axis with mean 0 and sum of squares 1; 0 where nothing varies."""
-    ranks = midranks(values)
-    centred = ranks - ranks.mean(-1, keepdims=True)
-    length = np.sqrt(np.square(centred).sum(-1, keepdims=True))
-    return np.asarray(centred / np.where(length > 0, length, 1.0))
 
 
 def fisher_interval(
@@ -400,7 +395,7 @@ def rank_correlation(
         for where, block in permutations(second, n_permutations, seed, "rank_correlation"):
             sums = sum(w * (y @ x) for w, x, y in zip(weight, first, block, strict=True))
             draws[0, where] = np.asarray(sums) / weight.sum()
-        by_draws = two_sided_p(np.array([rho]), draws)
+        by_draws = permutation_p([rho], draws, tail="both")
         p = float(
             with_tail(by_draws, n_permutations, np.array([rho / deviation]), n >= 2 * ENOUGH)[0]
         )
@@ -542,8 +537,6 @@ def benjamini_hochberg(p: ArrayLike) -> FloatArray:
         raise ValueError("p must be one list of numbers in [0, 1].")
     q = np.full(len(values), np.nan)
     tested = np.flatnonzero(~np.isnan(values))
-    order = tested[np.argsort(values[tested], kind="stable")]
-    n = len(order)
-    scaled = values[order] * n / np.arange(1, n + 1)
-    q[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    if len(tested):
+        q[tested] = stats.false_discovery_control(values[tested])
     return q
