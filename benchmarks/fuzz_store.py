@@ -70,8 +70,6 @@ def make_files(folder: Path) -> list[Path]:
     gates = make_gates()
     gates.save(folder / "gates.h5")
     gates.sub_architecture(2).save(folder / "architecture.h5")
-    shutil.copy(folder / "gates.h5", folder / "version_2.h5")
-    _as_version_2(folder / "version_2.h5")
     write_result(
         folder / "results.h5",
         "evaluation/heldout",
@@ -92,23 +90,6 @@ def make_files(folder: Path) -> list[Path]:
     store.close()
     (folder / "begun.h5").unlink()
     return sorted(folder.iterdir())
-
-
-def _as_version_2(path: Path) -> None:
-    """Put logits and means where they were in format version 2: at each site."""
-    with h5py.File(path, "r+", libver=("v110", "v110")) as file:
-        file.attrs["format_version"] = np.int64(2)
-        for order, (_, start, end) in enumerate(json.loads(file["logit"].attrs["columns"])):
-            width = end - start
-            for name, data in (
-                ("logit", file["logit"][:, start:end]),
-                ("mean", file["mean"][start:end]),
-            ):
-                chunks = (1, width) if data.ndim == 2 else (width,)
-                file[f"site/{order}"].create_dataset(
-                    name, data=data, chunks=chunks, compression="gzip"
-                )
-        del file["logit"], file["mean"]
 
 
 # -- damage ----------------------------------------------------------------------------------------

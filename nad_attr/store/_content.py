@@ -27,9 +27,7 @@ from nad_attr.store._journal import Record, now
 from nad_attr.store._layout import Layout, raw_rows, read_means
 from nad_attr.store._read import Reader, Table
 from nad_attr.store._result_groups import (
-    free_name,
     read_result_group,
-    reserved,
     result_groups,
     write_result_group,
 )
@@ -462,20 +460,6 @@ class Content:
 
     # -- writing -------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Read everything once, before it takes the place of the file that it comes from.
-
-        Raises:
-            GateStoreError: If anything cannot be read.
-        """
-        for start in range(0, len(self.rows), 64):
-            self.read(self.rows[start : start + 64])
-        for method in self.methods:
-            self.scores(method)
-            self.score_attributes(method)
-        for name in self.results:
-            self.result(name)
-
     def write(self, target: Path, ready: Callable[[], None] = lambda: None) -> None:
         """Put everything into one HDF5 file, which replaces what is there in one step."""
         head = self.head
@@ -594,11 +578,9 @@ class Content:
         """What other programs put into the file stays; links do not."""
         if self.reader is None:
             return
-        known = reserved(self.reader.version)
         for name in self.reader.names(self.reader.file):
-            target = name if name in known else free_name(name)
-            if target not in file and self.reader.is_hard(self.reader.file, name):
-                h5py.h5o.copy(self.reader.file.id, name.encode(), file.id, target.encode())
+            if name not in file and self.reader.is_hard(self.reader.file, name):
+                h5py.h5o.copy(self.reader.file.id, name.encode(), file.id, name.encode())
 
 
 def _padded(curve: Floats, steps: int) -> Floats:

@@ -25,7 +25,7 @@ from nad_attr.sites import GateSite
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._write import FORMAT_VERSION
 
-__all__ = ["Reader", "Table", "opened", "superblock"]
+__all__ = ["Reader", "Table", "check_hdf5", "opened"]
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_BYTES = 2**33  # 8 GB: more than any real store, less than a hostile shape
@@ -36,17 +36,15 @@ _SLACK = 4096
 _AT_ONCE = 2**24 // _RATIO
 #: Tasks whose chunks are counted one by one; for more, the sizes of all chunks are summed.
 _FEW = 16
-#: What version 1 was is read by :mod:`nad_attr.store._version1`.
-_OLDEST = 2
 _FILTERS = (h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
 _REQUIRED = object()
 
 
-def superblock(path: Path) -> int:
-    """Version of the superblock of an HDF5 file; from 2 on there are checksums.
+def check_hdf5(path: Path) -> None:
+    """Refuse what is no HDF5 file whose metadata have checksums, without asking HDF5.
 
     Raises:
-        GateStoreError: If it is no HDF5 file.
+        GateStoreError: If it is something else.
     """
     if not path.is_file():
         raise GateStoreError(f"there is no file {path}.")
@@ -54,7 +52,11 @@ def superblock(path: Path) -> int:
         start = file.read(9)
     if start[:8] != SIGNATURE or len(start) < 9:
         raise GateStoreError(f"{path} is not a readable store of gates: it is no HDF5 file.")
-    return start[8]
+    if start[8] < 2:
+        raise GateStoreError(
+            f"{path} is not a readable store of gates: it is an HDF5 file, but not one written by "
+            "nad_attr, for its metadata have no checksums (superblock of version 0 or 1)."
+        )
 
 
 def hdf5(path: Path) -> h5py.File:
@@ -66,18 +68,18 @@ def hdf5(path: Path) -> h5py.File:
 @contextmanager
 def opened(path: Path, *kinds: str) -> Iterator[Reader]:
     """A checked file of one of these kinds, closed afterwards."""
+    check_hdf5(path)
     with reading(path), hdf5(path) as file:
         yield Reader(file, path, *kinds)
 
 
 class Reader:
-    """Checked access to an open file of format 2 or later.
+    """Checked access to an open file of today's format.
 
     Attributes:
         file: The file.
         path: Where it is, for messages.
         size: Its bytes.
-        version: Of its format.
         kind: What it holds.
     """
 
@@ -93,11 +95,11 @@ class Reader:
                 f"{path} has format version {version}; this nad_attr reads up to "
                 f"{FORMAT_VERSION}. Install a newer nad_attr."
             )
-        if version < _OLDEST:
+        if version < FORMAT_VERSION:
             raise GateStoreError(
-                f"{path} has format version {version}, which never was in a file of this kind."
+                f"{path} has format version {version}, which no release wrote; this nad_attr reads "
+                f"{FORMAT_VERSION}. Learn the gates again."
             )
-        self.version = version
         self.kind: str = self.text(file, "kind")
         if self.kind not in kinds:
             wanted = " or ".join(map(repr, kinds))

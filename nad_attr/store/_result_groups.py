@@ -16,29 +16,15 @@ from nad_attr.store._read import Reader
 from nad_attr.store._write import check_name, put_array, put_attribute, put_strings, to_json, utf8
 
 __all__ = [
-    "free_name",
     "read_result_group",
-    "reserved",
     "result_groups",
     "result_record",
     "write_result_group",
 ]
 
-#: What of a store is no result; logits and means are at the sites before version 3.
+#: What of a store is no result.
 RESERVED = ("task", "site", "history", "score", "logit", "mean")
-_RESERVED_2 = RESERVED[:4]
 _DEEPEST = 16
-
-
-def reserved(version: int) -> tuple[str, ...]:
-    """The names that mean something else than a result, in a file of this version."""
-    return RESERVED if version >= 3 else _RESERVED_2
-
-
-def free_name(name: str) -> str:
-    """What becomes of a name in a file of version 2 that has a meaning of its own since."""
-    top, *rest = name.split("/")
-    return "/".join([f"{top}_" if top in RESERVED else top, *rest])
 
 
 def result_record(
@@ -87,7 +73,6 @@ def result_record(
 def result_groups(reader: Reader) -> list[str]:
     """The groups of a file that hold results."""
     found: list[str] = []
-    no_results = reserved(reader.version)
     # Hard links can make circles: no group is looked at twice.
     seen = {_address(reader.file)}
     waiting = [("", reader.file, 0)]
@@ -95,7 +80,7 @@ def result_groups(reader: Reader) -> list[str]:
         path, parent, depth = waiting.pop()
         for name in reader.names(parent):
             # Whatever is no result of ours belongs to others; a link might lead anywhere.
-            if (depth == 0 and name in no_results) or not reader.is_group(parent, name):
+            if (depth == 0 and name in RESERVED) or not reader.is_group(parent, name):
                 continue
             group = parent[name]
             if _address(group) in seen:
@@ -135,7 +120,7 @@ def read_result_group(reader: Reader, name: str) -> Record:
 def write_result_group(file: h5py.File, record: Record) -> None:
     """Put a result into a file."""
     try:
-        group = file.require_group(free_name(record.header["group"]))
+        group = file.require_group(record.header["group"])
         put_attribute(group, "kind", "result")
         put_attribute(group, "attributes", to_json(record.header["attributes"]))
         for name, texts in record.header["texts"].items():

@@ -21,8 +21,7 @@ from nad_attr.store._compare import differences, some
 from nad_attr.store._content import Content
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._journal import journal_path, read_journal
-from nad_attr.store._migrate import content_of_version_1
-from nad_attr.store._read import Reader, hdf5, superblock
+from nad_attr.store._read import Reader, check_hdf5, hdf5
 from nad_attr.store._rows import Row
 from nad_attr.store._units import UNITS, Units, unpacked
 
@@ -289,10 +288,9 @@ class StoreView:
         return xarray.Dataset(variables, coordinates, attributes)
 
 
-def opened(path: Path) -> tuple[Content, h5py.File | None]:
-    """What the HDF5 file says by itself; no file, if it is of version 1 and was read whole."""
-    if superblock(path) < 2:
-        return content_of_version_1(path), None
+def opened(path: Path) -> tuple[Content, h5py.File]:
+    """What the HDF5 file says by itself."""
+    check_hdf5(path)
     with reading(path):
         file = hdf5(path)
         try:
@@ -302,14 +300,12 @@ def opened(path: Path) -> tuple[Content, h5py.File | None]:
             raise
 
 
-def seen(path: Path) -> tuple[Content, h5py.File | None]:
+def seen(path: Path) -> tuple[Content, h5py.File]:
     """The state of a store that may be replaced at any moment: file and journal that fit."""
     for _ in range(_LOOKS):
         before = _identity(path)
         content, file = opened(path)
         head = content.head
-        if file is None:
-            return content, None
         try:
             with reading(path):
                 records = read_journal(journal_path(path), head.store, head.revision)
@@ -328,5 +324,5 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return None  # superblock says it better
+        return None  # check_hdf5 says it better
     return found.st_ino, found.st_mtime_ns, found.st_size
