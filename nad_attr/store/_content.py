@@ -274,6 +274,26 @@ class Content:
                     f"expected float32 {(n, site.n_channels)}."
                 )
 
+    def holds(self, records: Sequence[Record]) -> bool:
+        """Whether all that a journal of this store appends is here already.
+
+        So it is when a writer died after it had replaced the file, before it emptied the journal.
+        """
+        if not records or records[0].header.get("store") != self.head.store:
+            return False
+        with reading(self.path):
+            for record in records[1:]:
+                header = record.header
+                if header["kind"] == "append":
+                    there = all(as_task(task) in self.where for task in header["tasks"])
+                else:
+                    there = (
+                        header.get("method") in self._scores or header.get("group") in self._results
+                    )
+                if not there:
+                    return False
+        return True
+
     # -- gates ---------------------------------------------------------------------------------
 
     @property

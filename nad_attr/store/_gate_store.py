@@ -22,7 +22,7 @@ from nad_attr.sites import GateSite
 from nad_attr.store._compare import differences, different_means
 from nad_attr.store._content import Content, Head, append_record
 from nad_attr.store._errors import GateStoreError, reading
-from nad_attr.store._journal import Journal, Record, now
+from nad_attr.store._journal import Journal, Record, locked, now
 from nad_attr.store._read import check_hdf5
 from nad_attr.store._result_groups import result_record
 from nad_attr.store._rows import Row
@@ -142,12 +142,14 @@ class GateStore(StoreView):
         try:
             if target.exists() and not overwrite:
                 raise GateStoreError(f"{target} was made by another process just now.")
+            with reading(target):
+                journal.clear(_store_name(target))
             content = Content(target, head)
             content.write(target)
             journal.begin(head.store, head.revision)
             return cls(target, "a", *opened(target), journal)
         except BaseException:
-            journal.close(remove=True)
+            journal.close(remove=journal.n_bytes > 0)  # else it is not this store's
             raise
 
     @classmethod
@@ -178,7 +180,7 @@ class GateStore(StoreView):
             content, file = opened(target)
             head = content.head
             with reading(target):
-                records = journal.resume(head.store, head.revision)
+                records = journal.resume(head.store, head.revision, content.holds)
             needed = bool(records)
             for record in records:
                 content.apply(record)
@@ -502,6 +504,16 @@ class GateStore(StoreView):
         )
 
 
+def _store_name(path: Path) -> str | None:
+    """Name of the store that is there, if there is one."""
+    try:
+        content, file = opened(path)
+    except GateStoreError:
+        return None
+    file.close()
+    return content.head.store
+
+
 def _copied(
     parts: Sequence[tuple[GateStore, Sequence[Row]]],
     out: str | PathLike[str],
@@ -560,11 +572,8 @@ def write_task_gates(gates: TaskGates, path: str | PathLike[str]) -> None:
     target = check_target(path)
     content = Content(target, Head(gates.sites, provenance={"environment": environment()}))
     content.apply(record)
-    lock = Journal(target)
-    try:
+    with locked(target):
         content.write(target)
-    finally:
-        lock.close(remove=True)
 
 
 def read_task_gates(path: str | PathLike[str]) -> TaskGates:

@@ -11,7 +11,7 @@ import h5py
 
 from nad_attr.store._errors import GateStoreError
 from nad_attr.store._gate_store import GateStore
-from nad_attr.store._journal import Journal, Record
+from nad_attr.store._journal import Record, locked
 from nad_attr.store._read import opened
 from nad_attr.store._result_groups import (
     read_result_group,
@@ -62,8 +62,7 @@ def write_result(
         with GateStore.open(target, "a") as store:
             store.write_result(group, arrays, attributes)
         return
-    lock = Journal(target)
-    try:
+    with locked(target):
         found: dict[str, Record] = {}
         if target.exists():
             with opened(target, "results") as reader:
@@ -77,8 +76,6 @@ def write_result(
                 write_result_group(file, each)
 
         write_file(target, "results", fill)
-    finally:
-        lock.close(remove=True)
 
 
 def _kind(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,7 +21,7 @@ from nad_attr.sites import GateSite
 from nad_attr.store._compare import differences, some
 from nad_attr.store._content import Content
 from nad_attr.store._errors import GateStoreError, reading
-from nad_attr.store._journal import journal_path, read_journal
+from nad_attr.store._journal import goes_on, journal_path, left_over, read_journal
 from nad_attr.store._read import Reader, check_hdf5, hdf5
 from nad_attr.store._rows import Row
 from nad_attr.store._units import UNITS, Units, unpacked
@@ -302,16 +303,25 @@ def opened(path: Path) -> tuple[Content, h5py.File]:
 
 def seen(path: Path) -> tuple[Content, h5py.File]:
     """The state of a store that may be replaced at any moment: file and journal that fit."""
+    # A writer follows a link to the store, so its journal is where that leads.
+    journal = journal_path(Path(os.path.realpath(path)))
     for _ in range(_LOOKS):
         before = _identity(path)
         content, file = opened(path)
         head = content.head
         try:
             with reading(path):
-                records = read_journal(journal_path(path), head.store, head.revision)
+                records = read_journal(journal)
             if _identity(path) == before:
-                for record in records:
-                    content.apply(record)
+                if goes_on(records, head.store, head.revision):
+                    for record in records[1:]:
+                        content.apply(record)
+                elif len(records) > 1 and not content.holds(records):
+                    warnings.warn(
+                        f"{left_over(journal, records)}. They are not read.",
+                        RuntimeWarning,
+                        stacklevel=3,
+                    )
                 return content, file
         except BaseException:
             file.close()

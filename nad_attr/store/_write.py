@@ -90,6 +90,8 @@ def check_target(path: str | PathLike[str]) -> Path:
         raise GateStoreError(f"{target} is a folder; name a file, such as {target / 'gates.h5'}.")
     if not target.parent.is_dir():
         raise GateStoreError(f"there is no folder {target.parent} to write {target.name} into.")
+    if target.exists() and not target.is_file():
+        raise GateStoreError(f"{target} is a device or a pipe; name a file.")
     return target
 
 
