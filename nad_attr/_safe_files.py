@@ -77,7 +77,7 @@ def open_file(path: str | PathLike[str], flags: int = os.O_RDONLY, *, follow: bo
 
 
 def most_bytes() -> int:
-    """What reading one file may take: half of the memory that is free, 8 GB where that is unknown."""
+    """What reading one file may take: half of the free memory, 8 GB where that is unknown."""
     try:
         return available(torch.device("cpu")) // 2
     except ValueError:

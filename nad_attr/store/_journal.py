@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import shutil
@@ -35,7 +34,7 @@ import numpy.typing as npt
 
 from nad_attr._safe_files import NotAFileError, most_bytes, open_file
 from nad_attr.store._errors import GateStoreError, reading
-from nad_attr.store._write import sweep, to_json
+from nad_attr.store._write import from_json, sweep, to_json
 
 __all__ = [
     "Journal",
@@ -111,7 +110,7 @@ def unpacked(content: bytes | memoryview) -> tuple[list[Record], int]:
 
 
 def _record(header: memoryview, body: memoryview) -> Record:
-    values = json.loads(bytes(header))
+    values = from_json(bytes(header))
     arrays, start = {}, 0
     for name, kind, shape in values.pop("arrays"):
         if kind not in _TYPES or not all(isinstance(n, int) and n >= 0 for n in shape):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import Task, as_task, n_channels
 from nad_attr.gates import TaskGates
 from nad_attr.recipe import Recipe
@@ -248,7 +249,7 @@ class StoreView:
         if self.results:
             lines.append(f"  results     {some(self.results)}")
         lines.append(f"  written     {head.created} to {head.modified}")
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
     def check_same_gates(self, other: StoreView) -> None:
         both = [task for task in other.tasks if task in self] if other is not self else []
