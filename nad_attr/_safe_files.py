@@ -11,7 +11,7 @@ import torch
 
 from nad_attr.memory import available
 
-__all__ = ["NotAFileError", "check_file_kind", "most_bytes", "open_file"]
+__all__ = ["NotAFileError", "check_file", "check_file_kind", "most_bytes", "open_file"]
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -26,6 +26,16 @@ _UNKNOWN = 2**33
 
 class NotAFileError(ValueError):
     """A path leads to a folder, link, named pipe, socket or device where a file belongs."""
+
+
+def check_file(path: str | PathLike[str]) -> None:
+    """Refuse what is no ordinary file, or a link to one, before anybody opens it and waits.
+
+    Raises:
+        NotAFileError: Says what it is.
+        OSError: If it is not there.
+    """
+    check_file_kind(path, os.stat(path))
 
 
 def check_file_kind(path: str | PathLike[str], found: os.stat_result) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["cell", "shown"]
+from collections.abc import Mapping
+from typing import TypeVar
+
+__all__ = ["cell", "members", "shown"]
+
+V = TypeVar("V")
 
 #: Joiners inside words and emoji, and wide or fixed blanks: they move nothing and hide nothing.
 _HARMLESS = frozenset("\u200c\u200d\u00a0\u3000")
@@ -61,3 +66,22 @@ def cell(value: object) -> object:
     except ValueError:
         return f"'{text}"
     return text
+
+
+def members(arrays: Mapping[str, V]) -> dict[str, V]:
+    r"""The same under names that may stand in an archive: none leads out of where it is unpacked.
+
+    Example:
+        >>> list(members({"gate/layer1.0": 1, "gate/../../x": 2, "/x": 3, "gate/__/__/x": 4}))
+        ['gate/layer1.0', 'gate/__/__/x', '_/x', 'gate/__/__/x~2']
+    """
+    found: dict[str, V] = {}
+    for name, value in arrays.items():
+        parts = shown(name).replace("\\", "/").replace(":", "_").split("/")
+        safe = "/".join("_" * max(1, len(part)) if not part.strip(". ") else part for part in parts)
+        tried, number = safe, 1
+        while tried in found:
+            number += 1
+            tried = f"{safe}~{number}"
+        found[tried] = value
+    return found

@@ -1,4 +1,4 @@
-"""What stands beside a store or in it may be anything: nothing hangs, is lost or is written over."""
+"""What stands beside a store or in it may be anything: nothing hangs, is lost or written over."""
 
 import json
 import os
@@ -161,15 +161,15 @@ def test_tasks_of_another_store_are_put_aside_and_counted(path: Path, how: str) 
         path.unlink()
     elif how != "save":
         _other_file(path)
+    write = {
+        "open": lambda: GateStore.open(path, "a").close(),
+        "save": lambda: make_gates().save(path),
+        "results": lambda: write_result(path, "evaluation/x", {"a": [1.0]}),
+        "create": lambda: GateStore.create(path, SITES).close(),
+        "overwrite": lambda: GateStore.create(path, SITES, overwrite=True).close(),
+    }[how]
     with pytest.warns(RuntimeWarning, match=r"2 finished tasks.*put aside as gates.h5.journal.1"):
-        if how == "open":
-            GateStore.open(path, "a").close()
-        elif how == "save":
-            make_gates().save(path)
-        elif how == "results":
-            write_result(path, "evaluation/x", {"a": [1.0]})
-        else:
-            GateStore.create(path, SITES, overwrite=how == "overwrite").close()
+        write()
     kept = path.with_name("gates.h5.journal.1")
     assert kept.read_bytes() == journal
     # What the message says to do.
@@ -185,7 +185,11 @@ def test_two_of_them_do_not_replace_each_other(path: Path) -> None:
         killed(path, number)
         with pytest.warns(RuntimeWarning, match=f"journal.{number}"):
             make_gates().save(path)
-    assert sorted(os.listdir(path.parent)) == ["gates.h5", "gates.h5.journal.1", "gates.h5.journal.2"]
+    assert sorted(os.listdir(path.parent)) == [
+        "gates.h5",
+        "gates.h5.journal.1",
+        "gates.h5.journal.2",
+    ]
 
 
 def test_readers_name_the_tasks_that_they_do_not_read(path: Path) -> None:
@@ -346,7 +350,7 @@ def test_no_more_is_read_than_half_of_the_free_memory(
     site = GateSite("features", 5000)
     TaskGates({"features": torch.ones(60, 5000)}, [site], range(60)).save(tmp_path / "gates.h5")
     with GateStore.open(tmp_path / "gates.h5") as store:
-        with pytest.raises(GateStoreError, match="half of the memory.*fewer tasks"):
+        with pytest.raises(GateStoreError, match=r"half of the memory.*fewer tasks"):
             store.read()
         assert len(store.read(range(20))) == 20
     monkeypatch.setattr(_safe_files, "available", lambda device: 2**24)

@@ -6,11 +6,12 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from functools import cache
-from html import escape
+from html import escape as escaped_html
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from nad_attr._safe_text import shown
 from nad_attr.report.contents import Contents
 from nad_attr.report.packing import script_json
 
@@ -55,6 +56,11 @@ def _plotly() -> str:
 def _hash(script: str) -> str:
     digest = hashlib.sha256(script.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def escape(text: str) -> str:
+    """A text of a file as HTML that shows it."""
+    return escaped_html(shown(text))
 
 
 def page(found: Contents) -> str:
