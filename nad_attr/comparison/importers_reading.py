@@ -50,8 +50,8 @@ def check_room(n_cells: int, what: str) -> None:
     n_bytes = 9 * n_cells
     if n_bytes > _LITTLE and n_bytes > most_bytes():
         raise ImportFileError(
-            f"{what} make a table that takes {n_bytes / 2**30:.1f} GiB, over half of the memory that "
-            "is free; import fewer layers at a time, or fewer labels."
+            f"{what} make a table that takes {n_bytes / 2**30:.1f} GiB, over half of the memory "
+            "that is free; import fewer layers at a time, or fewer labels."
         )
 
 

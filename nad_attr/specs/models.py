@@ -263,8 +263,8 @@ def _other_kind(given: Tensor, own: Tensor) -> str:
     if _kind(given) != _kind(own):
         # load_state_dict would cut them to what fits, without a word.
         return (
-            f"holds {_kind(given)} ({given.dtype}) in the file and {_kind(own)} ({own.dtype}) in the "
-            "model; save it as the model holds it"
+            f"holds {_kind(given)} ({given.dtype}) in the file and {_kind(own)} ({own.dtype}) in "
+            "the model; save it as the model holds it"
         )
     return ""
 
