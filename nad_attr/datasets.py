@@ -60,6 +60,9 @@ _PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")
 class UnreadableImageError(ValueError):
     """A file is no image that can be read; the message says why."""
 
+    def __init__(self, message: object) -> None:
+        super().__init__(shown(message))  # it quotes what stands in files
+
 
 def _pillow() -> Any:
     if importlib.util.find_spec("PIL") is None:

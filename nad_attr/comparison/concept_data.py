@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nad_attr._safe_files import NotAFileError, check_file
+from nad_attr._safe_text import shown
 from nad_attr.comparison.colours import COLOURS, colour_map
 from nad_attr.comparison.concept_maps import as_concepts
 from nad_attr.comparison.unit_concepts import Concept
@@ -78,6 +79,9 @@ Size = int | tuple[int, int] | None
 
 class ConceptDataError(ValueError):
     """A folder does not hold what it should; the message says what is missing, and where."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shown(message))  # it quotes what stands in files
 
 
 def _pillow() -> Any:

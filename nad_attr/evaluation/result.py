@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr._safe_text import shown
 from nad_attr.display import html_table
 from nad_attr.evaluation.intervals import bootstrap_interval
 from nad_attr.gates import Task
@@ -289,7 +290,8 @@ class Evaluation:
         title = f"{what} of {len(self.tasks)} task(s) on {self.n_images} images"
         if bare:
             title += "\n(recall is left out: it says nothing without random channels or rivals)"
-        return "\n".join([title, lines[0], rule, *lines[1:n_listed], rule, *lines[n_listed:]])
+        listed = [*title.split("\n"), lines[0], rule, *lines[1:n_listed], rule, *lines[n_listed:]]
+        return "\n".join(map(shown, listed))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""

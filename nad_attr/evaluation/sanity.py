@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import SubArchitecture
 from nad_attr.data import Data, seed_of
 from nad_attr.display import html_text
@@ -145,7 +146,7 @@ class SanityReport:
                 f"{control.name:<{width}}  {whole:5.3f}  {own:7.3f}  {random:6.3f}  {gain:+5.3f}  "
                 f"{low:+9.3f} {high:+6.3f}  {fidelity:8.3f}  {random_fidelity:6.3f}"
             )
-        text = "\n".join(lines)
+        text = "\n".join(map(shown, lines))
         return text if self.stability is None else f"{text}\n\n{self.stability.summary()}"
 
     def _repr_html_(self) -> str:
