@@ -5,9 +5,11 @@
 Files of gates, sub-architectures and results, and journals of unfinished runs, are mutated: bytes
 and bits flipped, numbers replaced by extreme ones, pieces copied, cut out or zeroed, ends cut off;
 and, with HDF5 itself so that every checksum is right again, groups and datasets deleted, linked
-elsewhere, given other shapes, types, chunks and huge claims. A process forked for the purpose reads
-all of what is left of each one under a limit of time and memory; when it dies, that is counted, and
-another one goes on.
+elsewhere, given other shapes, types, chunks and huge claims, groups of others by thousands and
+nested deep, JSON of absurd numbers and of characters that command a terminal. Beside the file
+stands what is no journal, or one of another store. A third of the files are written to as well. A
+process forked for the purpose reads all of what is left of each one under a limit of time and
+memory; when it dies, that is counted, and another one goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -70,8 +74,6 @@ def make_files(folder: Path) -> list[Path]:
     gates = make_gates()
     gates.save(folder / "gates.h5")
     gates.sub_architecture(2).save(folder / "architecture.h5")
-    shutil.copy(folder / "gates.h5", folder / "version_2.h5")
-    _as_version_2(folder / "version_2.h5")
     write_result(
         folder / "results.h5",
         "evaluation/heldout",
@@ -94,25 +96,10 @@ def make_files(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def _as_version_2(path: Path) -> None:
-    """Put logits and means where they were in format version 2: at each site."""
-    with h5py.File(path, "r+", libver=("v110", "v110")) as file:
-        file.attrs["format_version"] = np.int64(2)
-        for order, (_, start, end) in enumerate(json.loads(file["logit"].attrs["columns"])):
-            width = end - start
-            for name, data in (
-                ("logit", file["logit"][:, start:end]),
-                ("mean", file["mean"][start:end]),
-            ):
-                chunks = (1, width) if data.ndim == 2 else (width,)
-                file[f"site/{order}"].create_dataset(
-                    name, data=data, chunks=chunks, compression="gzip"
-                )
-        del file["logit"], file["mean"]
-
-
 # -- damage ----------------------------------------------------------------------------------------
 
+#: Clears the screen, writes to the clipboard, turns the direction, forges a line.
+_TERMINAL = "\x1b[2J\x1b]52;c;aGk=\x07\u202e\x9b\u2028\nError: "
 _WORDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**20, 2**63 - 1, 2**64 - 1, 2**40)
 
 
@@ -164,6 +151,8 @@ def reshaped(path: Path, dice: random.Random) -> None:
                 _link(file, name, dice)
         if dice.random() < 0.3:
             _set_attribute(file, dice)
+        if dice.random() < 0.3:
+            dice.choice((_nest, _say, _say, _say, _bomb))(file, dice)
 
 
 def _link(file: h5py.File, name: str, dice: random.Random) -> None:
@@ -218,6 +207,72 @@ def _replace(file: h5py.File, name: str, item: h5py.Dataset, dice: random.Random
             data[...] = (values * dice.choice((0, 0.1, 1, 1e30))).astype(kind)
 
 
+def _nest(file: h5py.File, dice: random.Random) -> None:
+    """Groups of somebody else's: a few or thousands, side by side or each in the one before."""
+    group, deep = h5py.h5g.create(file.id, b"theirs"), dice.random() < 0.5
+    for i in range(dice.choice((3, 100, 12_000 if deep else 21_000))):
+        made = h5py.h5g.create(group, b"%d" % i)
+        group = made if deep else group
+
+
+def _say(file: h5py.File, dice: random.Random) -> None:
+    """JSON and numbers that are whole, and absurd."""
+    value = dice.choice(
+        ("9" * 400, "9" * 5000, "1e999", "-Infinity", "NaN", json.dumps(_TERMINAL), "[" * 40_000)
+    )
+    which = dice.randrange(4)
+    if which == 0:
+        file.attrs[dice.choice(("provenance", "info"))] = np.bytes_(f'{{"model": {value}}}')
+    elif which == 1:
+        file.attrs["revision"] = np.int64(dice.choice((2**63 - 1, 2**62, -1)))
+    elif which == 2 and "task/index" in file:
+        n = min(len(file["task/index"]), 99)
+        del file["task/index"]
+        texts = [str(i) for i in range(n - 1)] + [dice.choice((value, str(2**63), f"[{2**64}]"))]
+        file["task"].create_dataset("index", data=np.array([t.encode() for t in texts], "S"))
+    elif "task/name" in file:
+        names = [f"{i}{_TERMINAL}".encode() for i in range(min(len(file["task/name"]), 99))]
+        del file["task/name"]
+        file["task"].create_dataset("name", data=np.array(names, "S"))
+
+
+def _bomb(file: h5py.File, dice: random.Random) -> None:
+    """Gates of one number, which compress a thousandfold."""
+    if "task/index" not in file or "site/0/gate" not in file:
+        return
+    n, width = min(len(file["task/index"]), 99), dice.choice((10**4, 10**6))
+    del file["site/0/gate"]
+    data = (
+        file["site/0"]
+        .create_dataset("gate", (n, width), "f4", chunks=(1, width), compression="gzip")
+        .id
+    )
+    chunk = zlib.compress(bytes(4 * width), 1)
+    for i in range(n):
+        data.write_direct_chunk((i, 0), chunk)
+    index = json.loads(file["site"].attrs["index"])
+    index[0][1] = width
+    file["site"].attrs["index"] = np.bytes_(json.dumps(index))
+
+
+def beside(journal: Path, others: list[Path], dice: random.Random) -> None:
+    """Put something in the place of a journal that is none, or is another store's."""
+    journal.unlink(missing_ok=True)
+    which = dice.randrange(6)
+    if which == 0:
+        journal.symlink_to(dice.choice(("/dev/zero", "/etc/passwd", "nowhere")))
+    elif which == 1:
+        os.mkfifo(journal)
+    elif which == 2:
+        journal.write_bytes(b"a diary" * 9)
+    elif which == 3:
+        with journal.open("wb") as file:
+            file.write(b"nad_attr journal 1\n")
+            file.truncate(2**42)
+    else:
+        shutil.copy(dice.choice(others), journal)
+
+
 def _set_attribute(item: h5py.HLObject, dice: random.Random) -> None:
     name = dice.choice(list(item.attrs) or ["kind"])
     value = dice.choice(
@@ -254,7 +309,8 @@ def read_everything(path: Path) -> None:
 
 def _read_store(path: Path) -> None:
     with GateStore.open(path) as store:
-        store.describe()
+        if not store.describe().replace("\n", "").isprintable():
+            raise AssertionError("what is shown commands the terminal")
         if len(store):
             store.read(store.tasks[:1])
             store.read()
@@ -263,6 +319,12 @@ def _read_store(path: Path) -> None:
             store.score_attributes(method)
         for name in store.results:
             store.result(name)
+
+
+def write_something(path: Path) -> None:
+    """Append to what may be a store; all of it is written anew then."""
+    with GateStore.open(path, "a") as store:
+        store.write_result("evaluation/new", {"auc": np.zeros(3)})
 
 
 def _read_architecture(path: Path) -> None:
@@ -282,15 +344,20 @@ def damage(bases: list[Path], folder: Path, number: int, seed: int) -> Path:
     dice = random.Random(f"{seed}/{number}")
     base = dice.choice(bases)
     path = folder / "damaged.h5"
-    beside = folder / "damaged.h5.journal"
-    beside.unlink(missing_ok=True)
+    for left in folder.iterdir():
+        left.unlink()
+    journal = folder / "damaged.h5.journal"
     if base.suffix == ".journal":
         shutil.copy(base.with_suffix(""), path)
-        beside.write_bytes(mutated(base.read_bytes(), dice))
+        journal.write_bytes(mutated(base.read_bytes(), dice))
         return path
     path.write_bytes(base.read_bytes())
     if base.with_name(base.name + ".journal").exists():
-        shutil.copy(base.with_name(base.name + ".journal"), beside)
+        shutil.copy(base.with_name(base.name + ".journal"), journal)
+    if dice.random() < 0.08:
+        beside(journal, [b for b in bases if b.suffix == ".journal"], dice)
+        if dice.random() < 0.5:
+            return path
     if dice.random() < 0.35:
         # What HDF5 does not do is left out; what it did before stays.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RuntimeError):
@@ -313,6 +380,7 @@ def _reset_peak() -> None:
 def _reader(
     bases: list[Path], folder: Path, numbers: range, seed: int, tell: Callable[[object], None]
 ) -> None:
+    warnings.simplefilter("ignore")  # journals of other stores are warned of
     used = _memory("VmSize")
     # Far more than allowed, so that a large allocation is seen and not only refused.
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, used + 2**31))
@@ -326,9 +394,11 @@ def _reader(
         started = time.perf_counter()
         try:
             read_everything(path)
+            if number % 3 == 0:
+                write_something(path)
             end = "success"
-        except GateStoreError:
-            end = "GateStoreError"
+        except GateStoreError as error:
+            end = "GateStoreError" if str(error).isprintable() else "a message that commands"
         except BaseException as error:
             end = f"{type(error).__name__}: {error}"[:200]
         seconds = time.perf_counter() - started

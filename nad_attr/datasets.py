@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nad_attr._safe_files import NotAFileError, check_file
+from nad_attr._safe_text import shown
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -56,6 +59,9 @@ _PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 class UnreadableImageError(ValueError):
     """A file is no image that can be read; the message says why."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shown(message))  # it quotes what stands in files
 
 
 def _pillow() -> Any:
@@ -98,6 +104,10 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     image_module = _pillow()
     from PIL import ImageOps
 
+    try:
+        check_file(path)
+    except NotAFileError as error:
+        raise UnreadableImageError(str(error)) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own limit, and odd metadata
@@ -496,7 +506,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
             how.append(f"{len(names) - left} replaced by the next image of the class")
         files = "1 image" if len(names) == 1 else f"{len(names):,} images"
         lines = [f"{files} could not be read ({', '.join(how)}):"]
-        lines += [f"  {name}: {self._why_not(name)}" for name in names[:_SHOWN]]
+        lines += [shown(f"  {name}: {self._why_not(name)}") for name in names[:_SHOWN]]
         if len(names) > _SHOWN:
             lines.append(f"  and {len(names) - _SHOWN:,} more")
         return "\n".join(lines)
@@ -567,7 +577,7 @@ class ClassMapping:
     how: str
 
     def __str__(self) -> str:
-        items = [f"{folder} = {index}" for folder, index in self.index.items()]
+        items = [f"{shown(folder)} = {index}" for folder, index in self.index.items()]
         if len(items) > 6:
             items = [*items[:3], "...", items[-1]]
         folders = "1 class folder" if len(self.index) == 1 else f"{len(self.index):,} class folders"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
+from html import escape as escaped_html
+
+from nad_attr._safe_text import shown
 
 __all__ = ["MOST_ROWS", "bar", "html_table", "html_text"]
 
@@ -15,6 +17,11 @@ MOST_ROWS = 24
 _LINE = "1px solid color-mix(in srgb, currentColor 25%, transparent)"
 _TABLE = "border-collapse:collapse;margin:.3em 0;color:inherit;background:transparent"
 _CELL = "padding:.15em .7em;text-align:{side};color:inherit;background:transparent"
+
+
+def escape(text: str) -> str:
+    """A text of a file as HTML that shows it."""
+    return escaped_html(shown(text, lines=True))
 
 
 def bar(share: float) -> str:

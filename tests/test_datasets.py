@@ -442,3 +442,41 @@ def test_class_index_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xff{")
     with pytest.raises(ValueError, match="is no JSON file"):
         read_class_index(tmp_path / "a.json")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is no file
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and devices as on POSIX")
+def test_a_pipe_or_device_named_as_a_photo_is_a_broken_one(tmp_path: Path) -> None:
+    """Reading a pipe waits for ever, a link to /dev/zero never ends."""
+    for name in "abc":
+        save(tmp_path / "cat" / f"{name}.png", grey(9))
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    (tmp_path / "cat" / "zero.png").symlink_to("/dev/zero")
+    for name, what in (("pipe", "a named pipe"), ("zero", "a device")):
+        with pytest.raises(UnreadableImageError, match=what):
+            read_image(tmp_path / "cat" / f"{name}.png")
+    data = ImageFolderData(tmp_path, transform=PLAIN)
+    for i in range(len(data)):
+        assert data[i][0].shape == (3, 4, 4)
+    assert "2 images could not be read" in data.report()
+    assert "named pipe" in data.report()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and devices as on POSIX")
+def test_a_pipe_named_as_a_label_mask(tmp_path: Path) -> None:
+    from nad_attr.comparison import ConceptDataError, concept_data
+
+    os.mkfifo(tmp_path / "pipe")
+    readers = (
+        concept_data._mask,
+        concept_data.BrodenData._codes,
+        lambda path: concept_data._text(path, "a table"),
+        concept_data._Photos([], None, None, False)._photo,
+    )
+    for read in readers:
+        with pytest.raises(ConceptDataError, match="named pipe"):
+            read(tmp_path / "pipe")

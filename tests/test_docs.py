@@ -31,7 +31,7 @@ from torch import nn
 
 import nad_attr
 from nad_attr import Recipe, cli, learn_gates
-from tests.stores import make_gates, write_version_1
+from tests.stores import make_gates
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -220,7 +220,6 @@ def given_to(page: str, root: Path) -> dict[str, Any]:
     """The names that a page takes for granted, and the files."""
     if page == "docs/file_format.md":
         make_gates().save(root / "gates.h5")
-        write_version_1(make_gates(), root / "old.h5")
     if page not in GIVEN:
         return {}
     model = small_network()

@@ -40,7 +40,7 @@ from nad_attr.store import (
     write_result,
 )
 from tests import helpers
-from tests.stores import assert_same, make_gates, write_version_1
+from tests.stores import assert_same, make_gates
 
 SITES = [GateSite("conv", 5), GateSite("blocks.0", 3, -1)]
 RECIPE = Recipe(size=0.4, steps=3)
@@ -877,7 +877,7 @@ def test_diff_says_what_differs(path: Path, tmp_path: Path) -> None:
 def test_stores_are_listed_by_what_they_hold(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     some_gates([0]).save(tmp_path / "deep" / "a.hdf5")
-    write_version_1(make_gates(), tmp_path / "old.h5")
+    make_gates().save(tmp_path / "old.h5")
     write_result(tmp_path / "results.h5", "x", {"a": [1]})
     (tmp_path / "notes.h5").write_text("nothing")
     assert GateStore.list(tmp_path) == [tmp_path / "deep" / "a.hdf5", tmp_path / "old.h5"]

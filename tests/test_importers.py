@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -428,3 +429,66 @@ def test_damaged_files_end_in_one_kind_of_error(tmp_path, data):
             import_clip_dissect(path)
     except ImportFileError:
         pass
+
+
+# ---------------------------------------------------------------------------------------------
+# Bounds
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_line_separator_in_a_cell_ends_no_line(tmp_path):
+    path = tmp_path / "descriptions.csv"
+    rows = "layer,unit,description,similarity\nlayer1,0,a\u2028b\x85c,0.3\nlayer1,1,d,0.2\n"
+    path.write_text(rows, encoding="utf-8")
+    found = import_clip_dissect(path)
+    assert [concept.name for concept in found.concepts] == ["a\u2028b\x85c", "d"]
+    path.write_text(rows.replace("0.2", "x"), encoding="utf-8")
+    with pytest.raises(ImportFileError, match=r"descriptions.csv, line 3: "):
+        import_clip_dissect(path)
+
+
+def _distinct(path: Path, n: int) -> Path:
+    rows = [f"layer1,{i},label {i},0.3" for i in range(n)]
+    path.write_text("\n".join(["layer,unit,description,similarity", *rows, ""]))
+    return path
+
+
+def test_distinct_labels_of_many_units_have_to_fit_into_memory(tmp_path, monkeypatch):
+    path = _distinct(tmp_path / "descriptions.csv", 300)
+    monkeypatch.setattr(reading, "_LITTLE", 2**10)
+    monkeypatch.setattr(reading, "most_bytes", lambda: 2**19)
+    with pytest.raises(ImportFileError, match=r"descriptions.csv: 300 units with 300 different"):
+        import_clip_dissect(path)
+    monkeypatch.setattr(reading, "most_bytes", lambda: 2**20)
+    assert import_clip_dissect(path).iou["layer1"].shape == (300, 300)
+
+
+@pytest.mark.parametrize(
+    ("iou", "words"), [("9" * 400, "too large"), ("9" * 5000, "digits"), ("Infinity", "infinite")]
+)
+def test_absurd_numbers_in_a_report(tmp_path, iou, words):
+    path = tmp_path / "report.json"
+    path.write_text(f'{{"units": [{{"unit": 0, "iou": {iou}, "label": "a", "cat": "b"}}]}}')
+    with pytest.raises(ImportFileError, match=words) as error:
+        import_dissect_report({"a": path})
+    assert str(path) in str(error.value)
+
+
+def test_an_infinite_count(tmp_path):
+    path = _condi99(tmp_path / "condi99.npz", {**COUNTS, 0: np.inf}, MEANS)
+    with pytest.raises(ImportFileError, match=r"condi99.npz: '\d.count' is no number of pixels"):
+        import_condi99({"a": path})
+
+
+def test_errors_show_no_control_characters(tmp_path):
+    path = tmp_path / "descriptions.csv"
+    path.write_text("layer,unit,description,similarity,x\x1b[2J\n")
+    with pytest.raises(ImportFileError) as error:
+        import_netdissect_lite({"a": path})
+    assert str(error.value).isprintable()
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "tally.csv")
+    with pytest.raises(ImportFileError, match="no such file"):
+        import_netdissect_lite({"a": tmp_path / "tally.csv"})

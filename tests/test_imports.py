@@ -21,7 +21,7 @@ PACKAGE = ROOT / "nad_attr"
 # From the bottom up. A module may import from its own line (as long as there is no circle) and
 # from the lines above it, never from below.
 LAYERS = (
-    ("_version",),
+    ("_version", "_safe_text"),
     (
         "display",
         "sites",
@@ -43,6 +43,7 @@ LAYERS = (
         "means",
         "running",
         "memory",
+        "_safe_files",
         "provenance",
     ),
     ("engine", "paper", "selection", "learning", "runs", "store"),

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -354,6 +355,101 @@ def test_damaged_results_are_left_out_with_a_note(tmp_path: Path) -> None:
     assert len(report.results.notes) == 5
     assert "alert(1)" not in report.html()
     assert "What did not work" in page_of(report).text
+
+
+ERRORS = {
+    "n_errors": 3, "n_images": 9, "n_others": 2, "similarity": "kappa", "confused": [],
+    "examples": [],
+    "rows": [{"name": "x", "hits": {"1": 0.5}, "null": {"1": 0.3}, "p": {"1": 0.1}, "mrr": 0.4}],
+}  # fmt: skip
+MOSAICS = {
+    "n": 8, "n_tasks": 2, "top": 0.1, "sites": ["a"], "excess": [0.1], "low": [0.0], "high": [0.2],
+    "tasks": [[0.1], [0.2]], "task_names": ["cat", "dog"], "left_out": {},
+    "examples": [
+        {
+            "mosaic": "data:image/png;base64,AAAA", "coloured": "data:image/png;base64,AAAA",
+            "tasks": ["cat", "dog", "cow", "owl"], "shares": [0.1, 0.2, 0.3, 0.4],
+        }
+    ],
+}  # fmt: skip
+CURVES = [
+    {
+        "name": "gates", "metric": "auc", "sizes": [0.0, 1.0], "full": 0.9, "empty": 0.5,
+        "delta": 0.1, "n_images": 9,
+        **{key: [0.5, 0.9] for key in ("keep", "keep_low", "keep_high")},
+        **{key: [0.5, 0.9] for key in ("ablate", "ablate_low", "ablate_high")},
+    }
+]  # fmt: skip
+PICTURES = {"album": ["data:image/png;base64,AAAA"], "top": "AAAAAA==", "per_channel": 1}
+
+
+def changed(part: object, *where: object, to: object) -> object:
+    """A copy in which one thing is another."""
+    copy = json.loads(json.dumps(part))
+    inner = copy
+    for step in where[:-1]:
+        inner = inner[step]
+    inner[where[-1]] = to
+    return copy
+
+
+MALFORMED = {
+    "errors rows": ("errors", changed(ERRORS, "rows", to=[1])),
+    "errors hits": ("errors", changed(ERRORS, "rows", 0, "hits", to=None)),
+    "errors null": ("errors", changed(ERRORS, "rows", 0, "null", to=[1])),
+    "errors mrr": ("errors", changed(ERRORS, "rows", 0, "mrr", to="x")),
+    "errors counts": ("errors", changed(ERRORS, "n_errors", to="many")),
+    "errors examples": ("errors", changed(ERRORS, "examples", to=5)),
+    "three shares": ("mosaics", changed(MOSAICS, "examples", 0, "shares", to=[0.1, 0.2, 0.3])),
+    "mosaics top": ("mosaics", changed(MOSAICS, "top", to="x")),
+    "mosaics sites": ("mosaics", changed(MOSAICS, "sites", to=None)),
+    "mosaics tasks": ("mosaics", changed(MOSAICS, "tasks", to=[[0.1, 0.2]])),
+    "curves texts": ("curves", changed(CURVES, 0, "keep", to=["a", "b"])),
+    "curves short": ("curves", changed(CURVES, 0, "ablate_low", to=[0.5])),
+    "curves number": ("curves", 5),
+    "curves of numbers": ("curves", [5]),
+    "pictures cut short": ("pictures", changed(PICTURES, "top", to="AAAA")),
+    "pictures no base64": ("pictures", changed(PICTURES, "top", to="?")),
+    "pictures none": ("pictures", changed(PICTURES, "album", to=None)),
+}
+
+
+def write_part(path: Path, name: str, part: object) -> None:
+    text = json.dumps(part).encode()
+    about = {"what": f"report {name}", "format": 1}
+    write_result(path, f"report/{name}", {"json": np.frombuffer(text, np.uint8)}, about)
+
+
+@pytest.mark.parametrize(("name", "part"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_part_is_left_out_with_a_note(tmp_path: Path, name: str, part: object) -> None:
+    path = tmp_path / "gates.h5"
+    make_gates().save(path)
+    well = {"errors": ERRORS, "mosaics": MOSAICS, "curves": CURVES, "pictures": PICTURES}
+    for other, good in well.items():
+        write_part(path, other, part if other == name else good)
+    page = page_of(Report(path))
+    data = page.data()
+    assert f"No {name}" in page.text
+    assert data[name] is None
+    assert all(data[other] is not None for other in well if other != name)
+    assert page.text.count("cannot be") == 1
+
+
+def test_results_that_cannot_even_be_read_are_left_out_with_a_note(tmp_path: Path) -> None:
+    path = tmp_path / "gates.h5"
+    make_gates().save(path)
+    write_result(path, "evaluation", {"auc": [0.5]}, {"what": "evaluation", "format": 1})
+    write_result(path, "evaluation2", {"auc": [0.5]}, {})
+    write_result(path, "comparison/x", {"test": ["x"]}, {"what": "comparison", "format": 1})
+    write_result(path, "units/dissection", {"iou.0": [[0.5]]}, {"what": "units", "format": 1})
+    with h5py.File(path, "r+") as file:
+        del file["evaluation2/auc"]
+        file["evaluation2/auc"] = h5py.SoftLink("/nowhere")
+    page = page_of(Report(path))
+    assert "No evaluation" in page.text
+    assert "No statistics" in page.text
+    assert "No concepts" in page.text
+    assert "Left out" in page.text
 
 
 # ---------------------------------------------------------------------------------------------

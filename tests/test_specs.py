@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -319,6 +320,44 @@ def test_weights_that_do_not_do(here: Path) -> None:
     assert not (here / "evil").exists()
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda v: (v * 9).long(),
+            r"0.weight holds whole numbers \(torch.int64\) in the file and fl",
+        ),
+        (lambda v: v > 0, "0.weight holds truth values"),
+        (lambda v: v.to(torch.complex64), "0.weight holds complex numbers"),
+        (lambda v: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8), "holds quantised numbers"),
+        (lambda v: v.to_sparse(), r"0.weight is sparse in the file.*to_dense\(\)$"),
+        (lambda v: v.to("meta"), "0.weight has no values in the file"),
+    ],
+    ids=["int", "bool", "complex", "quantised", "sparse", "meta"],
+)
+def test_weights_of_another_kind_are_refused_in_one_line(
+    here: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    model = load_model("specs_of_a_user:net").model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = model.state_dict()
+    torch.save({**state, "0.weight": change(state["0.weight"])}, here / "w.pt")
+    with pytest.raises(SpecError, match=message) as error:
+        load_weights(model, here / "w.pt")
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 400
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_weights_of_another_precision_do(here: Path) -> None:
+    model = load_model("specs_of_a_user:net").model
+    state = {key: value.bfloat16() for key, value in model.state_dict().items()}
+    torch.save(state, here / "w.pt")
+    assert load_weights(model, here / "w.pt") == ()
+    assert torch.equal(model.state_dict()["0.weight"], state["0.weight"].float())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,12 @@ from nad_attr.store import (
     FORMAT_VERSION,
     GateStore,
     GateStoreError,
-    _content,
-    _journal,
-    read_result,
-    result_names,
-    write_result,
 )
 from tests.stores import (
     SITES,
     assert_same,
     make_arch,
     make_gates,
-    write_version_1,
-    write_version_2,
 )
 
 
@@ -218,11 +210,8 @@ def repacked(path: Path, other: Path, options: dict[str, Any]) -> None:
         copy(old, new)
 
 
-@pytest.mark.parametrize("version", [2, FORMAT_VERSION])
-def test_files_that_another_program_wrote_anew(path: Path, tmp_path: Path, version: int) -> None:
+def test_files_that_another_program_wrote_anew(path: Path, tmp_path: Path) -> None:
     """As h5repack does: other chunks, other filters, none at all."""
-    if version == 2:
-        write_version_2(make_gates(), path)
     for i, options in enumerate(
         (
             {},
@@ -250,234 +239,3 @@ def test_files_that_another_program_wrote_anew(path: Path, tmp_path: Path, versi
         file["site/0"].create_dataset("gate", data=data, compression="lzf")
     with pytest.raises(GateStoreError, match="filters"):
         TaskGates.load(other)
-
-
-# ---------------------------------------------------------------------------------------------
-# Version 1
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("changes", [{}, {"logits": None, "means": None, "history": None}])
-def test_files_of_version_1_are_read(tmp_path: Path, changes: dict[str, object]) -> None:
-    gates, path = make_gates(**changes), tmp_path / "gates.h5"
-    write_version_1(gates, path)
-    before = path.read_bytes()
-    assert_same(TaskGates.load(path), gates)
-    with GateStore.open(path) as store:
-        assert store.tasks == gates.tasks
-        assert store.read([0]) == gates.select([0])
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["gates.h5"]
-
-
-def test_sub_architectures_of_version_1_are_read(tmp_path: Path) -> None:
-    write_version_1(make_arch(), tmp_path / "arch.h5")
-    again = SubArchitecture.load(tmp_path / "arch.h5")
-    assert again == make_arch()
-    assert again.task == (1, 2)
-    assert all(torch.equal(again.means[n], m) for n, m in make_arch().means.items())
-    with pytest.raises(GateStoreError, match="holds 'sub_architecture', not 'task_gates'"):
-        TaskGates.load(tmp_path / "arch.h5")
-
-
-def test_writing_to_a_file_of_version_1_makes_it_one_of_today(tmp_path: Path) -> None:
-    gates, path = make_gates(), tmp_path / "gates.h5"
-    write_version_1(gates.select([7, 0]), path)
-    with GateStore.open(path, "a") as store:
-        assert store.append(gates) == ((1, 2),)
-    with h5py.File(path) as file:
-        assert file.attrs["format_version"] == FORMAT_VERSION
-    assert os.listdir(tmp_path) == ["gates.h5"]
-    assert_same(TaskGates.load(path).select(gates.tasks), gates)
-
-
-# ---------------------------------------------------------------------------------------------
-# Version 2: logits and means at each site
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"logits": None, "means": None, "history": None, "task_names": None}]
-)
-def test_files_of_version_2_are_read(tmp_path: Path, changes: dict[str, object]) -> None:
-    gates, path = make_gates(**changes), tmp_path / "gates.h5"
-    write_version_2(gates, path)
-    before = path.read_bytes()
-    assert_same(TaskGates.load(path), gates)
-    with GateStore.open(path) as store:
-        assert_same(store.read([0, 7]), gates.select([0, 7]))
-        assert store.sample_counts == {7: 5, (1, 2): 5, 0: 5}
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["gates.h5"]
-
-
-@pytest.mark.parametrize("changes", [{}, {"task": None, "means": None}], ids=str)
-def test_sub_architectures_of_version_2_are_read(
-    tmp_path: Path, changes: dict[str, object]
-) -> None:
-    arch = make_arch(**changes)
-    write_version_2(arch, tmp_path / "arch.h5")
-    again = SubArchitecture.load(tmp_path / "arch.h5")
-    assert again == arch
-    assert again.task == arch.task
-    assert (again.means is None) == (arch.means is None)
-    if arch.means is not None:
-        assert all(torch.equal(again.means[n], m) for n, m in arch.means.items())
-
-
-def test_writing_to_a_file_of_version_2_makes_it_one_of_today(tmp_path: Path) -> None:
-    gates, path = make_gates(), tmp_path / "gates.h5"
-    write_version_2(gates, path)
-    scores = np.arange(9, dtype=np.float32)
-    with h5py.File(path, "r+") as file:
-        for order, (start, end) in enumerate(((0, 3), (3, 5), (5, 9))):
-            table = np.full((3, end - start), np.nan, np.float32)
-            table[0] = scores[start:end]
-            file[f"score/taylor/{order}"] = table
-    # At once, and not when it is closed.
-    with GateStore.open(path, "a"), h5py.File(path) as file:
-        assert file.attrs["format_version"] == FORMAT_VERSION
-        assert "logit" not in file["site/0"]
-        assert file["logit"].shape == (3, 9)
-        assert file["task/n_sample"][:].tolist() == [5, 5, 5]
-        assert file["task/finished"][:].tolist() == [1.5, 1.5, 1.5]
-    assert os.listdir(tmp_path) == ["gates.h5"]
-    assert_same(TaskGates.load(path), gates)
-    with GateStore.open(path) as store:
-        assert store.provenance == {"seed": 3}
-        found = store.scores("taylor")
-        np.testing.assert_array_equal(np.concatenate([f[0] for f in found.values()]), scores)
-        assert all(bool(f[1:].isnan().all()) for f in found.values())
-
-
-def test_many_tasks_of_version_2_become_those_of_today(tmp_path: Path) -> None:
-    """More than are put together at a time."""
-    generator = torch.Generator().manual_seed(1)
-    logits = {s.name: torch.randn(37, s.n_channels, generator=generator) for s in SITES}
-    values = {name: value.sigmoid() for name, value in logits.items()}
-    gates = TaskGates(values, SITES, range(37), logits=logits)
-    write_version_2(gates, tmp_path / "gates.h5")
-    with GateStore.open(tmp_path / "gates.h5", "a") as store:
-        assert_same(store.read(), gates)
-    assert_same(TaskGates.load(tmp_path / "gates.h5"), gates)
-
-
-def test_an_unfinished_run_of_version_2_goes_on(tmp_path: Path) -> None:
-    """Its journal goes on from the old file."""
-    gates, path = make_gates(), tmp_path / "gates.h5"
-    write_version_2(gates.select([7]), path)
-    begin = _journal.Record({"kind": "begin", "store": "0123456789abcdef", "revision": 4})
-    record = _content.append_record(gates, [1], [9])
-    journal = _journal.journal_path(path)
-    journal.write_bytes(_journal.MAGIC + begin.packed() + record.packed())
-    with GateStore.open(path) as store:
-        assert_same(store.read(), gates.select([7, (1, 2)]))
-        assert_same(store.read([(1, 2), 7]), gates.select([(1, 2), 7]))
-    with GateStore.open(path, "a") as store:
-        assert_same(store.read(), gates.select([7, (1, 2)]))
-        assert store.append(gates) == (0,)
-        with GateStore.open(path) as reader:
-            assert_same(reader.read(), gates)
-    assert os.listdir(tmp_path) == ["gates.h5"]
-    assert_same(TaskGates.load(path), gates)
-    with GateStore.open(path) as store:
-        assert store.sample_counts == {7: 5, (1, 2): 9}
-
-
-def test_a_file_of_version_2_that_cannot_be_replaced_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "gates.h5"
-    write_version_2(make_gates(), path)
-    before = path.read_bytes()
-
-    def fail(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="No space left"):
-            GateStore.open(path, "a")
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["gates.h5"]
-    assert_same(TaskGates.load(path), make_gates())
-    GateStore.open(path, "a").close()
-    assert os.listdir(tmp_path) == ["gates.h5"]
-    assert_same(TaskGates.load(path), make_gates())
-
-
-def test_results_of_version_2_keep_out_of_the_way(tmp_path: Path) -> None:
-    """Names that have a meaning since, and had none then."""
-    path, alone = tmp_path / "gates.h5", tmp_path / "results.h5"
-    write_version_2(make_gates(), path)
-    write_result(alone, "x", {"a": [0.5]})
-    for target in (path, alone):
-        with h5py.File(target, "r+") as file:
-            file.attrs["format_version"] = np.int64(2)
-            group = file.create_group("mean/over all")
-            group.attrs["kind"] = np.bytes_(b"result")
-            group.attrs["attributes"] = np.bytes_(b'{"n": 3}')
-            group.create_dataset("a", data=np.array([1.0, 2.0]))
-            file["logit"] = np.arange(3)
-        assert "mean/over all" in result_names(target)
-        assert read_result(target, "mean/over all")[0]["a"].tolist() == [1, 2]
-        if target == path:
-            assert_same(TaskGates.load(path), make_gates())
-        write_result(target, "y", {"b": [1]})
-        assert {"mean_/over all", "y"} <= set(result_names(target))
-        arrays, attributes = read_result(target, "mean_/over all")
-        assert arrays["a"].tolist() == [1, 2]
-        assert attributes == {"n": 3}
-    assert_same(TaskGates.load(path), make_gates())
-    with h5py.File(path) as file:
-        assert file["logit_"][:].tolist() == [0, 1, 2]
-    for name in ("mean", "logit/x"):
-        with pytest.raises(GateStoreError, match="the store itself has that"):
-            write_result(alone, name, {"a": [1]})
-
-
-# ---------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------
-
-
-def test_an_interrupted_write_leaves_the_old_file(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = path.read_bytes()
-
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(_content, "put_sites", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        make_gates().save(path)
-    assert path.read_bytes() == before
-    assert os.listdir(path.parent) == [path.name]
-
-
-def test_info_that_json_cannot_hold_leaves_the_old_file(path: Path) -> None:
-    before = path.read_bytes()
-    with pytest.raises(TypeError, match="JSON"):
-        make_gates(info={"model": object()}).save(path)
-    assert path.read_bytes() == before
-    assert os.listdir(path.parent) == [path.name]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
-def test_a_new_file_has_the_usual_rights(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        make_gates().save(tmp_path / "gates.h5")
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE((tmp_path / "gates.h5").stat().st_mode) == 0o640
-
-
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    for save in (make_gates().save, make_arch().save):
-        with pytest.raises(GateStoreError, match="is a folder; name a file"):
-            save(tmp_path)
-        with pytest.raises(GateStoreError, match=r"there is no folder .*missing"):
-            save(tmp_path / "missing" / "gates.h5")
-    assert os.listdir(tmp_path) == []

@@ -12,6 +12,7 @@ import torch
 import typer
 from torch import Tensor
 
+from nad_attr._safe_text import cell, shown
 from nad_attr.attribution import NADAttribution
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, guarded, print_table, say
@@ -133,7 +134,7 @@ def attribute(
             with csv_file.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(_Row._fields)
-                writer.writerows(rows)
+                writer.writerows(map(cell, row) for row in rows)
             say(f"written: {csv_file}", quiet)
         if hdf5_file is not None:
             _write(hdf5_file, images, rows, learned, everything)
@@ -188,12 +189,11 @@ def _print(rows: list[_Row]) -> None:
     for image in dict.fromkeys(row.image for row in rows):
         own = [row for row in rows if row.image == image]
         say("")
-        typer.echo(f"{image}: {own[0].name} ({own[0].task}), output {own[0].output:.2f}")
+        typer.echo(shown(f"{image}: {own[0].name} ({own[0].task}), output {own[0].output:.2f}"))
         table = []
         for site in dict.fromkeys(row.site for row in own):
             at = [row for row in own if row.site == site]
-            shown = [f"{row.channel} ({row.attribution:.3g})" for row in at]
-            table.append([site, *shown])
+            table.append([site, *(f"{row.channel} ({row.attribution:.3g})" for row in at)])
         width = max(map(len, table))
         table = [row + [""] * (width - len(row)) for row in table]
         header = ["site", *(f"channel {i + 1}" for i in range(width - 1))]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from nad_attr._safe_text import cell
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
 from nad_attr.cli.opening import (
@@ -213,6 +214,7 @@ def _write(result: Evaluation, out: Path) -> None:
     if out.suffix == ".json":
         result.save_json(out)
     elif out.suffix == ".csv":
-        result.frame().to_csv(out)
+        frame = result.frame().rename(index=cell, columns=cell)
+        frame.apply(lambda column: column.map(cell)).to_csv(out)
     else:
         result.save(out)

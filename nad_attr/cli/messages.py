@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import typer
 
+from nad_attr._safe_text import shown
+
 
 class UsageError(ValueError):
     """Options do not fit; ends the program with exit code 2."""
@@ -39,10 +41,10 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def say(text: str, quiet: bool = False) -> None:
-    """A note to the user, apart from the results."""
+def say(text: str, quiet: bool = False, *, lines: bool = False) -> None:
+    """A note to the user, apart from the results; of several ``lines`` if it is said."""
     if text and not quiet:
-        typer.echo(text, err=True)
+        typer.echo(shown(text, lines=lines), err=True)
 
 
 @contextmanager
@@ -77,7 +79,7 @@ def guarded(
 
 def _fail(error: Exception, code: int, debug: bool) -> NoReturn:
     if debug:
-        typer.echo("".join(traceback.format_exception(error)), err=True)
+        typer.echo(shown("".join(traceback.format_exception(error)), lines=True), err=True)
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())
     expected = isinstance(error, (ValueError, TypeError, OSError, ImportError, KeyError))
@@ -85,19 +87,19 @@ def _fail(error: Exception, code: int, debug: bool) -> NoReturn:
         text = f"{type(error).__name__}: {text}"
         if not debug:
             text += " (--debug shows where it comes from)"
-    typer.echo(f"Error: {text}", err=True)
+    typer.echo(f"Error: {shown(text)}", err=True)
     raise typer.Exit(code) from error
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    shown: set[str] = set()
+    said: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         text = " ".join(str(message).split())
-        if text not in shown:
-            shown.add(text)
-            typer.echo(f"Warning: {text}", err=True)
+        if text not in said:
+            said.add(text)
+            typer.echo(f"Warning: {shown(text)}", err=True)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -137,10 +139,14 @@ def print_table(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, cell in enumerate(header):
         side = "left" if i < left else "right"
-        table.add_column(cell, justify=side, vertical="bottom", no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(
+            Text(shown(cell, lines=True)), justify=side, vertical="bottom", no_wrap=True
+        )  # type: ignore[arg-type]
     for row in rows:
         # As Text: names of classes may hold what rich takes for markup.
-        table.add_row(*map(Text, row), style="bold" if row[0] in bold else None)
+        table.add_row(
+            *(Text(shown(cell)) for cell in row), style="bold" if row[0] in bold else None
+        )
     # A pipe counts as 80 columns, and cells would be cut off.
     Console(width=max(Console().width, 120), highlight=False).print(table)
 

@@ -274,7 +274,7 @@ def rebuilt(
 def finished(data: LoadedData, quiet: bool) -> None:
     """Say which images could not be read."""
     if data.images is not None:
-        say(data.images.report(), quiet)
+        say(data.images.report(), quiet, lines=True)
 
 
 def opened_gates(

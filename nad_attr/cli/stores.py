@@ -13,6 +13,7 @@ from typing import IO, Annotated, Any
 import numpy as np
 import typer
 
+from nad_attr._safe_text import cell, members, shown
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, counted, guarded, number, print_table, say
 from nad_attr.cli.opening import chosen_tasks
@@ -113,13 +114,13 @@ def _print_facts(
     lines.append(("seed", facts.get("seed")))
     environment = facts.get("environment")
     if isinstance(environment, dict):
-        shown = [f"{key} {environment[key]}" for key in ("nad_attr", "torch") if key in environment]
-        lines.append(("with", ", ".join([*shown, str(facts.get("device") or "")])))
+        used = [f"{key} {environment[key]}" for key in ("nad_attr", "torch") if key in environment]
+        lines.append(("with", ", ".join([*used, str(facts.get("device") or "")])))
     for name, values in results.items():
         lines.append((name, ", ".join(values)))
     for name, value in lines:
         if value not in (None, ""):
-            typer.echo(f"{name:16} {value}")
+            typer.echo(f"{name:16} {shown(value)}")
 
 
 def merge(
@@ -224,15 +225,16 @@ def _csv(gates: TaskGates, size: float | None, kept_only: bool, file: IO[str]) -
     for row, (task, name) in enumerate(zip(gates.tasks, names, strict=True)):
         masks, own = gates.sub_architecture(task, size).masks, gates.gates_of(task)
         label = task if isinstance(task, int) else "+".join(map(str, task))
+        texts = {site.name: (cell(name), cell(site.name)) for site in gates.sites}
         for site in gates.sites:
             values = own[site.name].tolist()
             ranks = [""] * len(values) if logits is None else logits[site.name][row].tolist()
             flags = masks[site.name].tolist()
             for channel, (gate, logit, kept) in enumerate(zip(values, ranks, flags, strict=True)):
                 if kept or not kept_only:
-                    shown = logit if logit == "" else f"{logit:.6g}"
+                    rank = logit if logit == "" else f"{logit:.6g}"
                     writer.writerow(
-                        [label, name, site.name, channel, f"{gate:.6g}", shown, int(kept)]
+                        [label, *texts[site.name], channel, f"{gate:.6g}", rank, int(kept)]
                     )
                     count += 1
     return count
@@ -267,4 +269,4 @@ def _arrays(gates: TaskGates, size: float | None) -> dict[str, Any]:
         arrays[f"kept/{site.name}"] = np.stack([arch[site.name].numpy() for arch in archs])
         if logits is not None:
             arrays[f"logit/{site.name}"] = logits[site.name].numpy()
-    return arrays
+    return members(arrays)

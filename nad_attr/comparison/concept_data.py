@@ -7,6 +7,7 @@ Each yields (image, labels) and has a concept table ``concepts``. Whole images a
 from __future__ import annotations
 
 import csv
+import io
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nad_attr._safe_files import NotAFileError, check_file
+from nad_attr._safe_text import shown
 from nad_attr.comparison.colours import COLOURS, colour_map
 from nad_attr.comparison.concept_maps import as_concepts
 from nad_attr.comparison.unit_concepts import Concept
@@ -77,6 +80,9 @@ Size = int | tuple[int, int] | None
 class ConceptDataError(ValueError):
     """A folder does not hold what it should; the message says what is missing, and where."""
 
+    def __init__(self, message: object) -> None:
+        super().__init__(shown(message))  # it quotes what stands in files
+
 
 def _pillow() -> Any:
     try:
@@ -94,8 +100,9 @@ def _folder(path: Path, what: str) -> Path:
 
 def _text(path: Path, what: str) -> str:
     try:
+        check_file(path)
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, NotAFileError) as error:
         raise ConceptDataError(f"{path}, {what}, cannot be read: {error}.") from None
 
 
@@ -126,6 +133,7 @@ class _Photos(Dataset[Any]):
         """The image as the network takes it, and as Pillow read it."""
         pillow = _pillow()
         try:
+            check_file(path)
             with pillow.open(path) as file:
                 photo = file.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:
@@ -157,6 +165,7 @@ def _mask(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """An index mask, int64 (H, W): palette and grey images as the numbers that they hold."""
     pillow = _pillow()
     try:
+        check_file(path)
         with pillow.open(path) as file:
             if file.mode not in ("P", "L", "1", "I", "I;16"):
                 raise ConceptDataError(
@@ -166,7 +175,7 @@ def _mask(path: Path, size: tuple[int, int] | None = None) -> Tensor:
             if size is not None:
                 file = file.resize(size[::-1], pillow.Resampling.NEAREST)
             return torch.from_numpy(np.array(file).astype(np.int64))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, NotAFileError) as error:
         raise ConceptDataError(f"{path} is no label mask that can be read: {error}.") from None
 
 
@@ -347,7 +356,7 @@ class ADE20KData(_Photos):
         folder = _folder(Path(root), "ADE20K")
         photos = _folder(folder / "images" / split, "the photos")
         masks = _folder(folder / "annotations" / split, "the label masks")
-        rows = _text(folder / "objectInfo150.txt", "the table of objects").strip().splitlines()
+        rows = _text(folder / "objectInfo150.txt", "the table of objects").strip().split("\n")
         objects = [
             Concept(row.split("\t")[-1].split(",")[0].strip(), "object")
             for row in rows
@@ -361,7 +370,7 @@ class ADE20KData(_Photos):
         listed = folder / "sceneCategories.txt"
         scenes: dict[str, str] = {}
         if listed.is_file():
-            pairs = [line.split() for line in _text(listed, "the table of scenes").splitlines()]
+            pairs = [line.split() for line in _text(listed, "the table of scenes").split("\n")]
             scenes = {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
         self.paths = [
             (path, masks / f"{path.stem}.png")
@@ -523,9 +532,10 @@ class BrodenData(_Photos):
     @staticmethod
     def _codes(path: Path) -> Tensor:
         try:
+            check_file(path)
             with _pillow().open(path) as file:
                 pixels = np.array(file.convert("RGB")).astype(np.int64)
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, NotAFileError) as error:
             raise ConceptDataError(f"{path} is no label image that can be read: {error}.") from None
         return torch.from_numpy(pixels[:, :, 0] + 256 * pixels[:, :, 1])
 
@@ -538,7 +548,7 @@ def _number(text: str, path: Path) -> int:
 
 
 def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    rows = csv.DictReader(_text(path, "a table of Broden").splitlines())
+    rows = csv.DictReader(io.StringIO(_text(path, "a table of Broden"), newline=""))
     missing = [column for column in columns if column not in (rows.fieldnames or ())]
     if missing:
         raise ConceptDataError(

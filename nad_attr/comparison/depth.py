@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr._safe_text import shown
 from nad_attr.comparison.aligned import Aligned, Gates, align
 from nad_attr.comparison.result import Comparison, RowList
 from nad_attr.comparison.unit_concepts import UnitConcepts
@@ -267,7 +268,7 @@ class DepthSemantics:
             f"share of channels that detect {', '.join(self.high)}; {len(self.task_names)} task(s)"
         )
         lines += [f"Note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
     def _repr_html_(self) -> str:
         """How notebooks show it."""

@@ -18,6 +18,7 @@ from nad_attr.comparison.importers_reading import (
     Row,
     Table,
     as_number,
+    check_room,
     read_json,
     read_npz,
     read_table,
@@ -68,15 +69,24 @@ class _Cells:
             None if category is None else Concept("any", category).category
         )
 
-    def tables(self) -> dict[str, FloatArray]:
+    def tables(self, path: StrPath) -> dict[str, FloatArray]:
+        n_units = sum(max(units) + 1 for units in self.sites.values())
+        check_room(
+            n_units * len(self.concepts),
+            f"{fspath(path)}: {n_units:,} units with {len(self.concepts):,} different labels",
+        )
+        columns_of: dict[frozenset[str | None], list[int]] = {}
         result = {}
         for site, units in self.sites.items():
             table = np.full((max(units) + 1, len(self.concepts)), np.nan, np.float32)
             for unit, cells in units.items():
-                none = self.zeros.get((site, unit), set())
+                none = frozenset(self.zeros.get((site, unit), ()))
                 if none:
-                    columns = [i for c, i in self.concepts.items() if none & {None, c.category}]
-                    table[unit, columns] = 0.0
+                    if none not in columns_of:
+                        columns_of[none] = [
+                            i for c, i in self.concepts.items() if none & {None, c.category}
+                        ]
+                    table[unit, columns_of[none]] = 0.0
                 for column, value in cells.items():
                     table[unit, column] = value
             result[site] = table
@@ -181,7 +191,7 @@ def import_netdissect_lite(
     if not cells.concepts:
         raise ImportFileError(f"{next(iter(paths.values()))}: no unit has any label.")
     return UnitConcepts(
-        cells.tables(),
+        cells.tables(next(iter(paths.values()))),
         list(cells.concepts),
         source="NetDissect-Lite tally.csv",
         quantile=quantile,
@@ -267,7 +277,7 @@ def import_dissect_report(
     if not cells.concepts:
         raise ImportFileError(f"{next(iter(paths.values()))}: no unit has an IoU.")
     return UnitConcepts(
-        cells.tables(),
+        cells.tables(next(iter(paths.values()))),
         list(cells.concepts),
         source="dissect report.json",
         quantile=quantile,
@@ -352,6 +362,11 @@ def import_condi99(
             f"{len(concepts)} concepts were named and the files speak of label {labels[-1]}; name "
             "all, from label 0 on."
         )
+    n_units = sum(len(next(iter(columns.values()))) for columns in tables.values())
+    check_room(
+        n_units * len(labels),
+        f"{fspath(next(iter(paths.values())))}: {n_units:,} units with {len(labels):,} labels",
+    )
     iou = {}
     for site, columns in tables.items():
         n_units = len(next(iter(columns.values())))
@@ -395,7 +410,11 @@ def _conditional(path: StrPath) -> dict[int, NDArray[np.float64]]:
     means: dict[int, NDArray[np.float64]] = {}
     for label, i in where.items():
         count, mean = arrays[f"{i}.count"], arrays[f"{i}.mean"]
-        if count.size != 1 or count.dtype.kind not in "iuf" or not float(count.reshape(())) > 0:
+        if (
+            count.size != 1
+            or count.dtype.kind not in "iuf"
+            or not 0 < float(count.reshape(())) < np.inf
+        ):
             raise ImportFileError(f"{name}: '{i}.count' is no number of pixels.")
         if mean.ndim != 1 or mean.dtype.kind != "f" or not len(mean):
             raise ImportFileError(f"{name}: '{i}.mean' is no number per unit.")
@@ -476,7 +495,7 @@ def import_clip_dissect(
     if not cells.concepts:
         raise ImportFileError(f"{table.path}: no unit has a similarity.")
     return UnitConcepts(
-        cells.tables(),
+        cells.tables(table.path),
         list(cells.concepts),
         source="CLIP-Dissect descriptions.csv",
         iou_threshold=1.0,

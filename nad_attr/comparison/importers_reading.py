@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import zipfile
@@ -15,7 +16,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ImportFileError", "Table", "read_json", "read_npz", "read_table"]
+from nad_attr._safe_files import most_bytes
+from nad_attr._safe_text import shown
+
+__all__ = ["ImportFileError", "Table", "check_room", "read_json", "read_npz", "read_table"]
 
 StrPath: TypeAlias = "str | PathLike[str]"
 
@@ -25,10 +29,30 @@ MAX_BYTES = 256 * 2**20
 MAX_UNPACKED = 4 * 2**30
 #: Deeper JSON is not what any of these programs writes.
 MAX_DEPTH = 32
+#: Up to here nobody asks how much memory is free.
+_LITTLE = 2**28
 
 
 class ImportFileError(ValueError):
     """A file of another program is truncated, foreign or wrong; the message names file and line."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shown(message))  # it quotes what stands in the file
+
+
+def check_room(n_cells: int, what: str) -> None:
+    """Refuse a table that would not fit into memory, before it is made.
+
+    Raises:
+        ImportFileError: If it takes more than half of what is free.
+    """
+    # The table, its copy of the same type, and where its values are known.
+    n_bytes = 9 * n_cells
+    if n_bytes > _LITTLE and n_bytes > most_bytes():
+        raise ImportFileError(
+            f"{what} make a table that takes {n_bytes / 2**30:.1f} GiB, over half of the memory "
+            "that is free; import fewer layers at a time, or fewer labels."
+        )
 
 
 def check_file(path: StrPath) -> Path:
@@ -125,6 +149,8 @@ def as_number(value: Any, error: Any) -> float:
         raise error(f"must be a number, not {value!r:.40}.")
     try:
         number = float(value)
+    except OverflowError:
+        raise error("is too large for a number.") from None
     except ValueError:
         raise error(f"must be a number, not {value!r:.40}.") from None
     if math.isinf(number):
@@ -146,7 +172,7 @@ def read_table(path: StrPath, needed: Sequence[str], what: str) -> Table:
     found = check_file(path)
     text = _text(found)
     try:
-        reader = csv.reader(text.splitlines(keepends=True), strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(reader, [])
         columns = [name.strip() for name in header]
         missing = [name for name in needed if name not in columns]
@@ -214,6 +240,8 @@ def read_json(path: StrPath) -> Any:
         raise ImportFileError(
             f"{found}, line {error.lineno}: {error.msg}; was the file written to the end?"
         ) from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ImportFileError(f"{found}: {error}.") from None
 
 
 def read_npz(path: StrPath, names: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -234,7 +262,7 @@ def read_npz(path: StrPath, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         raise ImportFileError(
             f"{found}: not a NumPy archive, or not written to the end ({error})."
         ) from None
-    if unpacked > MAX_UNPACKED:
+    if unpacked > min(MAX_UNPACKED, most_bytes()):
         raise ImportFileError(f"{found}: would unpack to {unpacked / 2**30:.0f} GiB.")
     result = {}
     try:

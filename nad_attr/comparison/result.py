@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr._safe_text import shown
 from nad_attr.display import html_text
 from nad_attr.stats.sentences import (
     ALL_TASKS,
@@ -278,7 +279,7 @@ class Comparison:
             )
         lines += [f"- {sentence}" for sentence in self.conclusions(limit)]
         lines += [f"Note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
     def _repr_html_(self) -> str:
         """How notebooks show it."""

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nad_attr._safe_text import shown
 from nad_attr.display import html_text
 from nad_attr.store import GateStoreError, read_units, unit_names, write_units
 
@@ -412,7 +413,7 @@ class UnitConcepts:
         about += "in brackets: different concepts."
         if self.measure != "IoU":
             about = f"{self!r}\nLabelled by {self.measure}, not IoU: no unit counts as a detector."
-        return "\n".join([about, *lines])
+        return "\n".join(map(shown, [*about.split("\n"), *lines]))
 
     def _repr_html_(self) -> str:
         """How notebooks show it."""

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data
 from nad_attr.display import html_text
@@ -353,7 +354,7 @@ class Curves:
         )
         delta = number(float(nan_mean(self.delta(metric))))
         foot = f"delta {delta} ({number(low)} to {number(high)})"
-        return "\n".join([title, *table(rows), foot])
+        return "\n".join(map(shown, [title, *table(rows), foot]))
 
     def _repr_html_(self) -> str:
         """How notebooks show it."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.display import html_text
 from nad_attr.evaluation.rows import NamedArchitectures, named_architectures
@@ -226,7 +227,7 @@ class DepthProfile:
             "mean over tasks (overlaps: over pairs of tasks) with 95 % interval over tasks; with "
             "depth: rank correlation"
         )
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
     def _repr_html_(self) -> str:
         """How notebooks show it."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr._safe_text import shown
 from nad_attr.display import html_text
 from nad_attr.evaluation.error_ranks import (
     DECIMALS,
@@ -186,7 +187,7 @@ class ErrorStudy:
                 f"voting: accuracy {vote.accuracy:.3f}, whole network {vote.whole:.3f}{random} "
                 f"({vote.n_images} images)"
             )
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
     def _repr_html_(self) -> str:
         """How notebooks show it."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import as_task
 from nad_attr.data import as_source
 from nad_attr.display import html_text
@@ -100,7 +101,7 @@ class ErrorExplanation:
             )
             if site.shared:
                 lines.append(f"    {_listed(site.shared)}")
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
     def _repr_html_(self) -> str:
         """How notebooks show it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import Task
 from nad_attr.display import html_text
 from nad_attr.stats.bootstrap import bootstrap_means, check_interval, interval_of
@@ -208,7 +209,7 @@ class MosaicResult:
             f"of {len(self.tasks)} tasks (chance: 0.250)"
         )
         left = [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
-        return "\n".join([title, *table(rows), *left])
+        return "\n".join(map(shown, [title, *table(rows), *left]))
 
     def _repr_html_(self) -> str:
         """How notebooks show it."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr._safe_text import shown
 from nad_attr.display import html_table
 from nad_attr.evaluation.measure_table import MEASURE_TABLE, MEASURES, p_against
 from nad_attr.gates import Task
@@ -256,7 +257,8 @@ class Evaluation:
         if bare:
             title += "\n(recall is left out: it says nothing without random channels or rivals)"
         n = n_listed - 1
-        return "\n".join([title, names, rule, *lines[:n], rule, *lines[n:]])
+        listed = [*title.split("\n"), names, rule, *lines[:n], rule, *lines[n:]]
+        return "\n".join(map(shown, listed))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""

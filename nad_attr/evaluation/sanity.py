@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import SubArchitecture
 from nad_attr.data import Data, seed_of
 from nad_attr.display import html_text
@@ -204,9 +205,10 @@ class SanityReport:
             )
         lines.append(
             f"(gone: within {MARGIN:g} of zero by two one-sided t-tests over tasks at "
-            f"{100 * ALPHA:g} %;\n there: the 95 % interval leaves out zero; unknown: neither)"
+            f"{100 * ALPHA:g} %;"
         )
-        text = "\n".join(lines)
+        lines.append(" there: the 95 % interval leaves out zero; unknown: neither)")
+        text = "\n".join(map(shown, lines))
         return text if self.stability is None else f"{text}\n\n{self.stability.summary()}"
 
     def _repr_html_(self) -> str:

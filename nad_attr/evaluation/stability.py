@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import SubArchitecture
 from nad_attr.data import Data, as_source, seed_of
 from nad_attr.display import html_text
@@ -101,7 +102,7 @@ class Stability:
     def summary(self) -> str:
         """Mean kappa of each comparison, as plain text."""
         lines = [f"  {name:<24} {kappa.mean():6.3f}" for name, kappa in self._rows()]
-        return "\n".join(["kappa between sub-architectures of the same task", *lines])
+        return "\n".join(["kappa between sub-architectures of the same task", *map(shown, lines)])
 
     def _repr_html_(self) -> str:
         """How notebooks show it."""

@@ -289,7 +289,7 @@ class Whether:
             whole = [number(float(nan_mean(self.whole[measure]))) for measure in heads]
             rows.append(["whole network", "", "", *whole])
             lines += ["", *table(rows)]
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
     def _repr_html_(self) -> str:
         """How notebooks show it."""

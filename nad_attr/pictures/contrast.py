@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import check_finite
 from nad_attr.evaluation.mosaics import only_images
@@ -104,7 +105,7 @@ class ContrastMaps:
         lines = [f"only {a} / only {b} keeps, by site:"]
         lines += [f"  {name}: {n} / {m} channels" for name, (n, m) in self.n_only.items()]
         lines += [f"  {name}: no map, {why}" for name, why in self.left_out.items()]
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
     def plot(
         self,

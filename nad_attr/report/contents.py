@@ -19,7 +19,11 @@ from nad_attr.report.overlaps import overlaps_part
 from nad_attr.report.packing import LARGE, gate_levels, text64
 from nad_attr.report.parts import SHOWN, evaluation_part, history_part
 
-__all__ = ["Contents", "Results", "check_parts", "contents", "not_there", "summary"]
+__all__ = ["BROKEN", "Contents", "Results", "check_parts", "contents", "not_there", "summary"]
+
+
+#: What malformed results of a file end in, wherever they are first looked at.
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass
@@ -100,7 +104,16 @@ def contents(
     bits = 8 if everything.size <= LARGE else 4
     levels = gate_levels(everything, bits)
     evaluation = results.evaluation
-    part = None if evaluation is None else evaluation_part(evaluation, gates.tasks)
+    part = None
+    if evaluation is not None:
+        try:
+            part = evaluation_part(evaluation, gates.tasks)
+            sentences = summary(gates, evaluation, file)
+        except BROKEN as error:
+            results.notes.append(f"No evaluation: it cannot be shown ({error!r:.200}).")
+            part = results.evaluation = evaluation = None
+    if part is None:
+        sentences = summary(gates, None, file)
     made = title or _network(origin) or file or "sub-architectures"
     data = {
         "title": made,
@@ -121,7 +134,7 @@ def contents(
     }
     return Contents(
         made,
-        summary(gates, evaluation, file),
+        sentences,
         _facts(gates, origin, file, results, bits),
         not_there(gates, results, file or "GATES.h5"),
         data,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
-from functools import cache
-from html import escape
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from html import escape as escaped_html
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nad_attr.report.contents import Contents
+from nad_attr._safe_text import shown
+from nad_attr.report.contents import BROKEN, Contents
 from nad_attr.report.packing import script_json
 
 __all__ = ["page"]
@@ -57,6 +58,11 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
+def escape(text: str) -> str:
+    """A text of a file as HTML that shows it."""
+    return escaped_html(shown(text))
+
+
 def page(found: Contents) -> str:
     """The whole page.
 
@@ -67,6 +73,9 @@ def page(found: Contents) -> str:
         ImportError: If plotly is missing.
     """
     program, plotly = _program(), _plotly()
+    body, data = _sections(found)
+    # The tiles show what the section of the measures shows.
+    tiles = _tiles(data["evaluation"])
     policy = (
         f"default-src 'none'; script-src {_hash(program)} {_hash(plotly)}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -76,9 +85,9 @@ def page(found: Contents) -> str:
         "TITLE": escape(found.title),
         "STYLE": _asset("report.css"),
         "SUMMARY": "".join(f"<p>{escape(text)}</p>" for text in found.sentences),
-        "TILES": _tiles(found),
-        "BODY": _sections(found),
-        "DATA": script_json({**found.data, "mosaics": _without_pictures(found.data["mosaics"])}),
+        "TILES": tiles,
+        "BODY": body,
+        "DATA": script_json({**data, "mosaics": _without_pictures(data["mosaics"])}),
         "GATES": "\n".join(found.gates),
         "PROGRAM": program,
         "PLOTLY": plotly,
@@ -92,9 +101,8 @@ def _shown(value: Any) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _tiles(found: Contents) -> str:
+def _tiles(part: dict[str, Any] | None) -> str:
     """The numbers that matter, each beside what it has to beat."""
-    part = found.data["evaluation"]
     if part is None:
         return ""
     rows = {kind: [r for r in part["rows"] if r["kind"] == kind] for kind in _KINDS}
@@ -182,11 +190,24 @@ def _chart(name: str, label: str) -> str:
     return f'<figure class="chart" id="chart-{name}" {about}></figure>'
 
 
-def _sections(found: Contents) -> str:
-    data = found.data
+def _sections(found: Contents) -> tuple[str, dict[str, Any]]:
+    """All sections, and the page's data without what could not be shown.
+
+    Results come from files, and a page has more to say than each of them: one that is malformed is
+    left out, with a note.
+    """
+    data, notes = dict(found.data), list(found.notes)
     parts = []
+
+    def add(what: str, build: Callable[[], str], *keys: str) -> None:
+        try:
+            parts.append(build())
+        except BROKEN as error:
+            notes.append(f"No {what}: it cannot be shown ({error!r:.200}).")
+            data.update(dict.fromkeys(keys))
+
     if data["evaluation"] is not None:
-        parts.append(_measured(data["evaluation"]))
+        add("evaluation", lambda: _measured(data["evaluation"]), "evaluation")
     parts.append(
         _section(
             "depth",
@@ -199,31 +220,11 @@ def _sections(found: Contents) -> str:
     if data["overlaps"] is not None:
         parts.append(_overlaps(data["overlaps"]))
     if data["curves"]:
-        parts.append(
-            _section(
-                "curves",
-                "Keep and ablate curves",
-                f'<div class="pair">{_chart("keep", "Top channels kept")}'
-                f"{_chart('ablate', 'Top channels removed')}</div>",
-                "The channels that a ranking puts first, kept alone (left) and removed (right). "
-                "A good ranking is high on the left and low on the right, from small sizes on.",
-            )
-        )
+        add("curves", lambda: _curves(data["curves"]), "curves")
     if data["mosaics"]:
-        share = f"{100 * float(data['mosaics']['top']):.3g} %"
-        parts.append(
-            _section(
-                "mosaics",
-                "Mosaics",
-                _chart("mosaics", "Hits beyond chance, site by site")
-                + _mosaics(data["mosaics"].get("examples") or []),
-                "Four images of four classes in one: does a class's sub-architecture look at its "
-                f"own? Shown is the share of the highest {escape(share)} of positions in the own "
-                "quadrant, minus chance (a quarter).",
-            )
-        )
+        add("mosaics", lambda: _mosaic_part(data["mosaics"]), "mosaics")
     if data["errors"]:
-        parts.append(_errors(data["errors"]))
+        add("errors", lambda: _errors(data["errors"]), "errors")
     if data["pictures"] is not None or data["units"] is not None:
         parts.append(
             _section(
@@ -235,7 +236,7 @@ def _sections(found: Contents) -> str:
             )
         )
     for number, (name, table) in enumerate(found.statistics.items()):
-        parts.append(_statistics(number, name, table))
+        add(f"statistics {name!r}", partial(_statistics, number, name, table))
     if data["history"]:
         parts.append(
             _section(
@@ -245,8 +246,54 @@ def _sections(found: Contents) -> str:
                 "Mean over classes and the middle 80 % of them; the chosen classes by themselves.",
             )
         )
-    parts.append(_provenance(found))
-    return "".join(parts)
+    parts.append(_provenance(found, notes))
+    return "".join(parts), data
+
+
+def _curves(curves: Sequence[dict[str, Any]]) -> str:
+    """The section of the charts, if each curve is one."""
+    for curve in curves:
+        n = len(curve["sizes"])
+        for key in ("keep", "ablate", "keep_low", "keep_high", "ablate_low", "ablate_high"):
+            _numbers(curve[key], n)
+        _numbers(curve["sizes"], n)
+        for key in ("full", "empty"):
+            _numbers([curve[key]], 1)
+        if not isinstance(curve["name"], str) or not isinstance(curve["metric"], str):
+            raise ValueError("a curve's name is no text")
+    return _section(
+        "curves",
+        "Keep and ablate curves",
+        f'<div class="pair">{_chart("keep", "Top channels kept")}'
+        f"{_chart('ablate', 'Top channels removed')}</div>",
+        "The channels that a ranking puts first, kept alone (left) and removed (right). "
+        "A good ranking is high on the left and low on the right, from small sizes on.",
+    )
+
+
+def _numbers(values: Any, n: int) -> None:
+    """Refuse what a chart cannot draw: anything but n numbers, None where one is not known."""
+    good = isinstance(values, list) and len(values) == n
+    if not good or not all(v is None or type(v) in (int, float) for v in values):
+        raise ValueError(f"{str(values)[:40]} in place of {n} numbers")
+
+
+def _mosaic_part(part: dict[str, Any]) -> str:
+    """The section of the chart, if it can be drawn, and the pictures."""
+    share = f"{100 * float(part['top']):.3g} %"
+    for values in (part["excess"], part["low"], part["high"], *part["tasks"]):
+        _numbers(values, len(part["sites"]))
+    if part["tasks"] and len(part["task_names"]) != len(part["tasks"]):
+        raise ValueError(f"{len(part['task_names'])} names of {len(part['tasks'])} tasks")
+    return _section(
+        "mosaics",
+        "Mosaics",
+        _chart("mosaics", "Hits beyond chance, site by site")
+        + _mosaics(part.get("examples") or []),
+        "Four images of four classes in one: does a class's sub-architecture look at its "
+        f"own? Shown is the share of the highest {escape(share)} of positions in the own "
+        "quadrant, minus chance (a quarter).",
+    )
 
 
 def _without_pictures(part: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -393,7 +440,7 @@ def _statistics(number: int, name: str, table: dict[str, Any]) -> str:
     return _section(f"statistics-{number}", name, body, escape(note))
 
 
-def _provenance(found: Contents) -> str:
+def _provenance(found: Contents, notes: Sequence[str]) -> str:
     facts = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in found.facts
     )
@@ -403,7 +450,7 @@ def _provenance(found: Contents) -> str:
             f"<li>{escape(what)}: <code>{escape(how)}</code></li>" for what, how in found.missing
         )
         body += f'<h3 id="missing">Not in this report, and how to add it</h3><ul>{items}</ul>'
-    if found.notes:
-        items = "".join(f"<li>{escape(note)}</li>" for note in found.notes)
+    if notes:
+        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
         body += f"<h3>What did not work</h3><ul>{items}</ul>"
     return _section("provenance", "Where this comes from", body)

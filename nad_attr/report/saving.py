@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from nad_attr.comparison import Comparison, UnitConcepts
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.report.concepts import units_part
-from nad_attr.report.contents import Results, check_parts
+from nad_attr.report.contents import BROKEN, Results, check_parts
 from nad_attr.report.packing import plain
 from nad_attr.report.parts import statistics_part
 from nad_attr.report.pictures import is_picture
@@ -76,10 +77,18 @@ def found_results(
     """
     results = Results()
     names = result_names(path)
-    heads = {name: read_result(path, name)[1] for name in names if name.startswith("evaluation")}
+
+    def head(name: str) -> Mapping[str, Any]:
+        try:
+            return read_result(path, name)[1]
+        except GateStoreError as error:
+            results.notes.append(f"Left out: {error}")
+            return {}
+
+    heads = {name: head(name) for name in names if name.startswith("evaluation")}
     evaluations = [n for n in names if heads.get(n, {}).get("what") == "evaluation"]
     if evaluation is not None and evaluation not in evaluations:
-        heads = {name: read_result(path, name)[1] for name in names}
+        heads |= {name: head(name) for name in names if name not in heads}
         evaluations = [n for n in names if heads[n].get("what") == "evaluation"]
         if evaluation not in evaluations:
             there = ", ".join(map(repr, evaluations)) or "none"
@@ -89,7 +98,7 @@ def found_results(
         try:
             results.evaluation = Evaluation.load(path, wanted)
             results.evaluation_from = wanted
-        except GateStoreError as error:
+        except BROKEN as error:
             if evaluation is not None:
                 raise
             results.notes.append(f"No evaluation: {error}")
@@ -98,7 +107,7 @@ def found_results(
         if group in names:
             try:
                 setattr(results, name, _part(name, *read_result(path, group)))
-            except (GateStoreError, ValueError, TypeError, KeyError, RecursionError) as error:
+            except BROKEN as error:
                 results.notes.append(f"No {name}: what is in the file cannot be read ({error})")
     _take_units(path, sites, results)
     for group in names:
@@ -108,7 +117,7 @@ def found_results(
         title = STATISTICS if name == "comparison" else f"{STATISTICS}: {name}"
         try:
             results.statistics[title] = statistics_part(Comparison.load(path, name))
-        except GateStoreError as error:
+        except BROKEN as error:
             results.notes.append(f"No statistics: {error}")
     return results
 
@@ -120,7 +129,7 @@ def _take_units(path: Path, sites: Sequence[GateSite], results: Results) -> None
     chosen = "dissection" if "dissection" in names else names[0]
     try:
         results.units = units_part(UnitConcepts.load(path, chosen), sites)
-    except (GateStoreError, ValueError) as error:
+    except BROKEN as error:
         results.notes.append(f"No concepts: {error}")
 
 
@@ -137,8 +146,14 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
     if not isinstance(found, dict):
         raise ValueError("it is no table")
     check_parts(found, _NEEDED[name])
-    if name == "pictures" and not all(map(is_picture, found["album"])):
-        raise ValueError("a picture in it is none")
+    if name == "pictures":
+        if not all(map(is_picture, found["album"])):
+            raise ValueError("a picture in it is none")
+        # The page's program takes it for int32 as soon as it begins.
+        if found.get("top") and len(base64.b64decode(found["top"], validate=True)) % 4:
+            raise ValueError("the channels' pictures are cut short")
+    if name == "errors" and not isinstance(found["examples"], list):
+        raise ValueError("its examples are no list")
     if name == "mosaics":
         for example in found.get("examples") or []:
             check_parts(example, _EXAMPLE)

@@ -234,6 +234,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
         f"{key} is {tuple(state[key].shape)} in the file and {tuple(value.shape)} in the model"
         for key, value in own.items()
         if key in state and state[key].shape != value.shape
+    ] or [
+        f"{key} {why}"
+        for key, value in own.items()
+        if key in state and (why := _other_kind(state[key], value))
     ]
     problems = [
         f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
@@ -248,6 +252,31 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
         )
     model.load_state_dict(state, strict=False)  # compared above
     return tuple(notes)
+
+
+def _other_kind(given: Tensor, own: Tensor) -> str:
+    """Why values cannot take the place of others of the same shape; empty if they can."""
+    if given.device.type == "meta":
+        return "has no values in the file (device meta); save the weights after they were made"
+    if given.layout != torch.strided and own.layout == torch.strided:
+        return f"is sparse in the file ({given.layout}); save value.to_dense()"
+    if _kind(given) != _kind(own):
+        # load_state_dict would cut them to what fits, without a word.
+        return (
+            f"holds {_kind(given)} ({given.dtype}) in the file and {_kind(own)} ({own.dtype}) in "
+            "the model; save it as the model holds it"
+        )
+    return ""
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_quantized:
+        return "quantised numbers"
+    if value.is_complex():
+        return "complex numbers"
+    if value.is_floating_point():
+        return "floating-point numbers"
+    return "truth values" if value.dtype == torch.bool else "whole numbers"
 
 
 def _other_classes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

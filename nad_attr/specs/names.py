@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nad_attr._safe_text import shown
 from nad_attr.data import isolated_rng
 
 __all__ = ["SpecError", "import_object"]
@@ -19,6 +20,9 @@ __all__ = ["SpecError", "import_object"]
 
 class SpecError(ValueError):
     """A name does not lead to a model, data or transform; the message says why."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shown(message))  # it quotes what stands in files
 
 
 def near(name: str, names: Iterable[str]) -> str:

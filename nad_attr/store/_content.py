@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nad_attr.architecture import Task, as_task, distinct_sites
+from nad_attr.architecture import Task, distinct_sites
 from nad_attr.gates import TaskGates
 from nad_attr.history import History
 from nad_attr.recipe import Recipe
@@ -27,16 +27,16 @@ from nad_attr.store._journal import Record, now
 from nad_attr.store._layout import Layout, raw_rows, read_means
 from nad_attr.store._read import Reader, Table
 from nad_attr.store._result_groups import (
-    free_name,
+    check_result,
     read_result_group,
-    reserved,
     result_groups,
     write_result_group,
 )
-from nad_attr.store._rows import Row, Rows, in_range, no_nan, wrong_sites
+from nad_attr.store._rows import TOO_LARGE, Row, Rows, in_range, no_nan, stored_task, wrong_sites
 from nad_attr.store._write import (
     check_name,
     encoded,
+    from_json,
     put_array,
     put_attribute,
     put_columns,
@@ -145,6 +145,9 @@ class Content:
         sites = reader.sites()
         means = read_means(reader, sites)
         recipe = reader.text(file, "recipe", None)
+        revision = reader.integer(file, "revision")
+        if not 0 <= revision < TOO_LARGE // 2:
+            raise GateStoreError(f"{path}: {revision} is no number of times that it was written.")
         head = Head(
             distinct_sites(sites),
             None if recipe is None else Recipe.from_json(recipe),
@@ -152,7 +155,7 @@ class Content:
             reader.json(file, "provenance", dict, {}),
             reader.json(file, "info", dict, {}),
             reader.text(file, "store"),
-            reader.integer(file, "revision"),
+            revision,
             reader.text(file, "created"),
             reader.text(file, "modified"),
         )
@@ -162,7 +165,7 @@ class Content:
     def _rows_of_file(reader: Reader) -> Rows:
         group = reader.group(reader.file, "task")
         texts = reader.raw_strings(group, "index")
-        tasks = json.loads(b"[%b]" % b",".join(texts))
+        tasks = from_json(b"[%b]" % b",".join(texts))
         n = len(tasks)
         if n != len(texts):
             raise GateStoreError(f"{reader.path}: /task/index holds {len(texts)} texts, {n} tasks.")
@@ -172,7 +175,9 @@ class Content:
         counts = reader.array(group, "n_sample", "i", (n,)).tolist()
         finished = reader.array(group, "finished", "f", (n,)).tolist()
         if set(map(type, tasks)) != {int} or min(tasks) < 0:
-            tasks = [as_task(task) for task in tasks]
+            tasks = [stored_task(task) for task in tasks]
+        elif max(tasks) >= TOO_LARGE:
+            raise GateStoreError(f"{reader.path}: {max(tasks)} is no class index.")
         return Rows(tasks, names, counts, finished)
 
     def _take(self, rows: Rows) -> None:
@@ -217,25 +222,29 @@ class Content:
                 self._apply_append(record, number)
             elif kind == "score":
                 where = {
-                    as_task(task): (number, i) for i, task in enumerate(record.header["tasks"])
+                    stored_task(task): (number, i) for i, task in enumerate(record.header["tasks"])
                 }
+                method = check_name(record.header["method"], "a method")
+                if not isinstance(record.header["attributes"] or {}, dict):
+                    raise GateStoreError(f"{self.path}: attributes of scores are no dictionary.")
                 self._check_arrays(record, "score/", len(where))
                 if any(task not in self.where for task in where):
                     raise GateStoreError(f"{self.path}: scores of tasks that it does not hold.")
-                self._scores.setdefault(str(record.header["method"]), {}).update(where)
+                self._scores.setdefault(method, {}).update(where)
             elif kind == "result":
-                self._results[str(record.header["group"])] = record
+                check_result(record)
+                self._results[record.header["group"]] = record
             else:
                 raise GateStoreError(f"{self.path}: its journal holds {kind!r:.20}.")
             self.records.append(record)
 
     def _apply_append(self, record: Record, number: int) -> None:
         header = record.header
-        tasks = [as_task(task) for task in header["tasks"]]
+        tasks = [stored_task(task) for task in header["tasks"]]
         n = len(tasks)
         names = [None] * n if header["names"] is None else [str(name) for name in header["names"]]
         counts = [int(count) for count in header["n_sample"]]
-        if not n or len(names) != n or len(counts) != n:
+        if not n or len(names) != n or len(counts) != n or max(counts) >= TOO_LARGE:
             raise GateStoreError(f"{self.path}: its journal names {n} tasks otherwise.")
         self._check_arrays(record, "gate/", n)
         has_logits = "logit/0" in record.arrays
@@ -244,6 +253,8 @@ class Content:
         if self.rows and has_logits != self.has_logits:
             raise GateStoreError(f"{self.path}: some of its tasks have logits and some do not.")
         for name, curve in record.arrays.items():
+            if name.startswith("history/"):
+                check_name(name.removeprefix("history/"), "a quantity of the history")
             if name.startswith("history/") and (curve.ndim != 2 or curve.shape[1] != n):
                 raise GateStoreError(f"{self.path}: its history is not one of {n} tasks.")
         head = self.head
@@ -275,6 +286,26 @@ class Content:
                     f"{self.path}: {prefix}{i} has shape {array.shape} and type {array.dtype}, "
                     f"expected float32 {(n, site.n_channels)}."
                 )
+
+    def holds(self, records: Sequence[Record]) -> bool:
+        """Whether all that a journal of this store appends is here already.
+
+        So it is when a writer died after it had replaced the file, before it emptied the journal.
+        """
+        if not records or records[0].header.get("store") != self.head.store:
+            return False
+        with reading(self.path):
+            for record in records[1:]:
+                header = record.header
+                if header["kind"] == "append":
+                    there = all(stored_task(task) in self.where for task in header["tasks"])
+                else:
+                    there = (
+                        header.get("method") in self._scores or header.get("group") in self._results
+                    )
+                if not there:
+                    return False
+        return True
 
     # -- gates ---------------------------------------------------------------------------------
 
@@ -462,20 +493,6 @@ class Content:
 
     # -- writing -------------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Read everything once, before it takes the place of the file that it comes from.
-
-        Raises:
-            GateStoreError: If anything cannot be read.
-        """
-        for start in range(0, len(self.rows), 64):
-            self.read(self.rows[start : start + 64])
-        for method in self.methods:
-            self.scores(method)
-            self.score_attributes(method)
-        for name in self.results:
-            self.result(name)
-
     def write(self, target: Path, ready: Callable[[], None] = lambda: None) -> None:
         """Put everything into one HDF5 file, which replaces what is there in one step."""
         head = self.head
@@ -594,11 +611,9 @@ class Content:
         """What other programs put into the file stays; links do not."""
         if self.reader is None:
             return
-        known = reserved(self.reader.version)
         for name in self.reader.names(self.reader.file):
-            target = name if name in known else free_name(name)
-            if target not in file and self.reader.is_hard(self.reader.file, name):
-                h5py.h5o.copy(self.reader.file.id, name.encode(), file.id, target.encode())
+            if name not in file and self.reader.is_hard(self.reader.file, name):
+                h5py.h5o.copy(self.reader.file.id, name.encode(), file.id, name.encode())
 
 
 def _padded(curve: Floats, steps: int) -> Floats:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import Task
 from nad_attr.store._compare import differences, different_means, some
 from nad_attr.store._gate_store import GateStore
@@ -60,7 +61,7 @@ class StoreDiff:
         if len(self.changed) > 20:
             lines.append(f"  ... {len(self.changed)} tasks with other gates in all")
         lines += [f"  {text}" for text in self.others]
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
 
 def diff(a: str | PathLike[str], b: str | PathLike[str]) -> StoreDiff:

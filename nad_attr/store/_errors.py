@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 
+from nad_attr._safe_text import shown
+
 __all__ = ["GateStoreError", "reading"]
 
 
 class GateStoreError(ValueError):
     """A file is no readable store, or cannot be written; the message says what is wrong."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(shown(message))  # it quotes what stands in the file
 
 
 #: What h5py, zlib, json and this package's own classes make of damaged content.

@@ -22,13 +22,13 @@ from nad_attr.sites import GateSite
 from nad_attr.store._compare import differences, different_means
 from nad_attr.store._content import Content, Head, append_record
 from nad_attr.store._errors import GateStoreError, reading
-from nad_attr.store._journal import Journal, Record, now
-from nad_attr.store._read import superblock
+from nad_attr.store._journal import Journal, Record, locked, now
+from nad_attr.store._read import check_hdf5
 from nad_attr.store._result_groups import result_record
 from nad_attr.store._rows import Row
 from nad_attr.store._units import UNITS, UnitTables, packed
 from nad_attr.store._view import StoreView, opened, seen
-from nad_attr.store._write import FORMAT_VERSION, check_name, check_target, to_json
+from nad_attr.store._write import check_name, check_target, to_json
 
 __all__ = ["GateStore", "read_task_gates", "write_task_gates"]
 
@@ -142,12 +142,14 @@ class GateStore(StoreView):
         try:
             if target.exists() and not overwrite:
                 raise GateStoreError(f"{target} was made by another process just now.")
+            with reading(target):
+                journal.clear(_store_name(target))
             content = Content(target, head)
             content.write(target)
             journal.begin(head.store, head.revision)
             return cls(target, "a", *opened(target), journal)
         except BaseException:
-            journal.close(remove=True)
+            journal.close(remove=journal.n_bytes > 0)  # else it is not this store's
             raise
 
     @classmethod
@@ -157,7 +159,7 @@ class GateStore(StoreView):
         Args:
             path: The file.
             mode: "r" to read: what is complete at this moment, see :meth:`refresh`. "a" to append
-                as well; a file of an older format version becomes one of today's then.
+                as well.
 
         Raises:
             GateStoreError: If the file is missing, damaged, foreign or newer than this program;
@@ -170,28 +172,19 @@ class GateStore(StoreView):
         if mode != "a":
             raise ValueError(f"mode must be 'r' or 'a', not {mode!r}.")
         target = check_target(path)
-        superblock(target)  # before anything is made beside it
+        check_hdf5(target)  # before anything is made beside it
         journal = Journal(target)
         # What a writer that died has left there may be all that there is of it.
         needed = True
         try:
             content, file = opened(target)
             head = content.head
-            if file is None:
-                content.write(target)  # from version 1
-                journal.begin(head.store, head.revision)
-                content, file = opened(target)
-            else:
-                with reading(target):
-                    records = journal.resume(head.store, head.revision)
-                needed = bool(records)
-                for record in records:
-                    content.apply(record)
-            store = cls(target, mode, content, file, journal)
-            if content.reader is not None and content.reader.version < FORMAT_VERSION:
-                content.check()
-                store._fold()
-            return store
+            with reading(target):
+                records = journal.resume(head.store, head.revision, content.holds)
+            needed = bool(records)
+            for record in records:
+                content.apply(record)
+            return cls(target, mode, content, file, journal)
         except BaseException:
             journal.close(remove=not needed)
             raise
@@ -496,7 +489,7 @@ class GateStore(StoreView):
         found = []
         for path in sorted(Path(folder).rglob("*")):
             try:
-                if path.is_file() and superblock(path) >= 0:
+                if path.is_file():
                     GateStore.open(path).close()
                     found.append(path)
             except (GateStoreError, OSError):
@@ -509,6 +502,16 @@ class GateStore(StoreView):
             f"GateStore({str(self.path)!r}, {state}: {len(self)} tasks, {len(self.sites)} sites, "
             f"{n_channels(self.sites):,} channels)"
         )
+
+
+def _store_name(path: Path) -> str | None:
+    """Name of the store that is there, if there is one."""
+    try:
+        content, file = opened(path)
+    except GateStoreError:
+        return None
+    file.close()
+    return content.head.store
 
 
 def _copied(
@@ -569,11 +572,8 @@ def write_task_gates(gates: TaskGates, path: str | PathLike[str]) -> None:
     target = check_target(path)
     content = Content(target, Head(gates.sites, provenance={"environment": environment()}))
     content.apply(record)
-    lock = Journal(target)
-    try:
+    with locked(target):
         content.write(target)
-    finally:
-        lock.close(remove=True)
 
 
 def read_task_gates(path: str | PathLike[str]) -> TaskGates:

@@ -12,31 +12,46 @@ arrays that the header's ``arrays`` lists as ``[name, dtype, shape]``, one after
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import math
 import os
+import shutil
 import socket
 import struct
 import sys
 import warnings
 import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from nad_attr.store._errors import GateStoreError
-from nad_attr.store._write import sweep, to_json
+from nad_attr._safe_files import NotAFileError, most_bytes, open_file
+from nad_attr.store._errors import GateStoreError, reading
+from nad_attr.store._write import from_json, sweep, to_json
 
-__all__ = ["Journal", "Record", "journal_path", "now", "read_journal", "unpacked"]
+__all__ = [
+    "Journal",
+    "Record",
+    "goes_on",
+    "journal_path",
+    "left_over",
+    "locked",
+    "now",
+    "read_journal",
+    "unpacked",
+]
 
 MAGIC = b"nad_attr journal 1\n"
 _HEAD = struct.Struct("<4sIQI")
+#: Of a journal of so many bytes nobody asks how much memory is free.
+_SMALL = 2**26
 _TYPES = ("<f4", "<f8", "<f2", "<i8", "<i4", "<i2", "|i1", "<u8", "<u4", "<u2", "|u1", "|b1")
 
 
@@ -95,7 +110,7 @@ def unpacked(content: bytes | memoryview) -> tuple[list[Record], int]:
 
 
 def _record(header: memoryview, body: memoryview) -> Record:
-    values = json.loads(bytes(header))
+    values = from_json(bytes(header))
     arrays, start = {}, 0
     for name, kind, shape in values.pop("arrays"):
         if kind not in _TYPES or not all(isinstance(n, int) and n >= 0 for n in shape):
@@ -110,23 +125,74 @@ def _record(header: memoryview, body: memoryview) -> Record:
     return Record(values, arrays)
 
 
-def read_journal(path: Path, store: str, revision: int) -> list[Record]:
-    """What was appended to this revision of a store; nothing, if the journal is of another."""
+def read_journal(path: Path) -> list[Record]:
+    """The records of a journal, the one of its beginning first; nothing, if there is none.
+
+    Raises:
+        NotAFileError: If there is a link, a named pipe or a device in its place.
+        ValueError: If it does not fit into memory, or a complete record holds what none can.
+    """
     try:
-        content = path.read_bytes()
+        file = open_file(path, follow=False)
     except (FileNotFoundError, PermissionError):
         return []
-    records, _ = unpacked(content)
-    return _of(records, store, revision)
+    with os.fdopen(file, "rb") as opened:
+        return unpacked(_content(opened, path))[0]
 
 
-def _of(records: list[Record], store: str, revision: int) -> list[Record]:
-    if not records:
-        return []
-    begin = records[0].header
-    if (begin.get("kind"), begin.get("store"), begin.get("revision")) != ("begin", store, revision):
-        return []
-    return records[1:]
+def _content(file: BinaryIO, path: Path) -> bytes:
+    """All of a journal that fits into memory; more than it has now is not waited for."""
+    size = os.fstat(file.fileno()).st_size
+    if size > _SMALL and size > most_bytes():
+        raise ValueError(
+            f"its journal {path} has {size:,} bytes, more than half of the memory that is free."
+        )
+    return file.read(size)
+
+
+def goes_on(records: Sequence[Record], store: str, revision: int) -> bool:
+    """Whether a journal goes on from this revision of a store."""
+    begin = records[0].header if records else {}
+    return (begin.get("kind"), begin.get("store"), begin.get("revision")) == (
+        "begin",
+        store,
+        revision,
+    )
+
+
+def n_tasks(records: Sequence[Record]) -> int:
+    """How many tasks the records of a journal append."""
+    return sum(
+        len(r.header["tasks"])
+        for r in records
+        if r.header["kind"] == "append" and isinstance(r.header.get("tasks"), list)
+    )
+
+
+def left_over(path: Path, records: Sequence[Record]) -> str:
+    """What is said of a journal that belongs to no file that is there."""
+    n, others = n_tasks(records), len(records) - 1
+    what = f"{n} finished task{'s' * (n != 1)}" if n else f"{others} results or scores"
+    return (
+        f"{path} holds {what} of another store than the file beside it (a run that was killed, "
+        "and whose file was replaced or moved away)"
+    )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let nobody else write a file that is written in one step, without a journal.
+
+    Raises:
+        GateStoreError: If another process writes it, or its journal is nobody's.
+    """
+    lock = Journal(path)
+    try:
+        with reading(path):
+            lock.clear()
+        yield
+    finally:
+        lock.close(remove=False)  # an empty one is removed
 
 
 class Journal:
@@ -146,19 +212,71 @@ class Journal:
         sweep(path)
         _ALL.add(self)
 
-    def resume(self, store: str, revision: int) -> list[Record]:
-        """What a writer that died had appended; what it had not finished is cut off."""
-        os.lseek(self._file, 0, os.SEEK_SET)
-        with os.fdopen(os.dup(self._file), "rb") as file:
-            content = file.read()
-        records, end = unpacked(content)
-        found = _of(records, store, revision)
-        if found:
+    def resume(
+        self, store: str, revision: int, has: Callable[[Sequence[Record]], bool]
+    ) -> list[Record]:
+        """What a writer that died had appended; what it had not finished is cut off.
+
+        Args:
+            store: Name of the store that the file is.
+            revision: Of the file.
+            has: Whether the file is of the same store and holds all that a journal appends.
+        """
+        records, end = self._read()
+        if goes_on(records, store, revision) and len(records) > 1:
             self._end = end
             os.ftruncate(self._file, end)
-        else:
-            self.begin(store, revision)
-        return found
+            return records[1:]
+        # A writer that died between replacing the file and emptying the journal lost nothing.
+        if has(records):
+            records = []
+        self._put_aside(records)
+        self.begin(store, revision)
+        return []
+
+    def clear(self, replaced: str | None = None) -> None:
+        """Make room for another file: what a killed run has left here is put aside.
+
+        Args:
+            replaced: Name of the store that is there and shall be replaced with its journal.
+
+        Raises:
+            ValueError: If it holds what no journal can.
+        """
+        records, _ = self._read()
+        # What replaces the store of a journal empties it when it is there.
+        if replaced is None or not records or records[0].header.get("store") != replaced:
+            self._put_aside(records)
+            os.ftruncate(self._file, 0)
+
+    def _read(self) -> tuple[list[Record], int]:
+        os.lseek(self._file, 0, os.SEEK_SET)
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            return unpacked(_content(file, self.path))
+
+    def _put_aside(self, records: Sequence[Record]) -> None:
+        """Keep a journal that is not of the file that is there, under another name."""
+        if len(records) < 2:
+            return
+        os.lseek(self._file, 0, os.SEEK_SET)
+        for number in itertools.count(1):
+            kept = self.path.with_name(f"{self.path.name}.{number}")
+            try:
+                copy = open_file(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, follow=False)
+            except (FileExistsError, NotAFileError):
+                continue
+            break
+        # Copied, for its lock stays with the file that is there.
+        with os.fdopen(copy, "wb") as target, os.fdopen(os.dup(self._file), "rb") as source:
+            shutil.copyfileobj(source, target)
+            target.flush()
+            os.fsync(copy)
+        warnings.warn(
+            f"{left_over(self.path, records)}. It is put aside as {kept.name}; put the file that "
+            f"it goes on from back and name it {self.path.name} again to use it.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def begin(self, store: str, revision: int) -> None:
         """Empty it, and start with what revision it goes on from."""
@@ -256,8 +374,10 @@ def _lock(file: int) -> None:
 
 def _locked(path: Path, store: Path) -> int:
     while True:
-        flags = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        try:
+            file = open_file(path, os.O_RDWR | os.O_CREAT, follow=False)
+        except NotAFileError as error:
+            raise GateStoreError(f"{store} cannot be written: {error} Remove it.") from None
         try:
             try:
                 _lock(file)
@@ -273,7 +393,8 @@ def _locked(path: Path, store: Path) -> int:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-            if os.path.samestat(os.fstat(file), os.stat(path)):
+            if os.path.samestat(os.fstat(file), os.lstat(path)):
+                _check_ours(file, path)
                 return file
         except FileNotFoundError:
             pass  # its last writer removed it a moment ago
@@ -283,10 +404,24 @@ def _locked(path: Path, store: Path) -> int:
         os.close(file)
 
 
+def _check_ours(file: int, path: Path) -> None:
+    """Refuse to empty what no store has written."""
+    start = os.read(file, len(MAGIC))
+    if not MAGIC.startswith(start):
+        raise GateStoreError(
+            f"{path} is no journal of a store, and would be written over. Move it away, or give "
+            "the store another name."
+        )
+    if os.fstat(file).st_nlink > 1:
+        raise GateStoreError(
+            f"{path} stands under another name as well (a hard link), and both would be changed. "
+            "Replace it by a copy of itself."
+        )
+
+
 def _owner(path: Path) -> str:
     try:
-        records, _ = unpacked(path.read_bytes())
-        header: Mapping[str, Any] = records[0].header
+        header: Mapping[str, Any] = read_journal(path)[0].header
         return f"process {header['pid']} on {header['host']} (since {header['time']})"
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return "another process"

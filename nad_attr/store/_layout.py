@@ -1,8 +1,4 @@
-"""Where a file of format 2 or 3 has gates, logits and means.
-
-Format 2 has all three at each site: 17 x 3 arrays for a ResNet50, of which each takes its time to
-open. Format 3 has logits and means of all sites in one array each.
-"""
+"""Where a file has gates, logits and means: gates at each site, the others in one array each."""
 
 from __future__ import annotations
 
@@ -20,8 +16,6 @@ from nad_attr.store._write import encoded
 __all__ = ["Layout", "raw_rows", "read_means"]
 
 Floats = npt.NDArray[np.float32]
-#: Tasks that are put together at a time: so few that their chunks are counted one by one.
-_PART = 16
 
 
 def read_means(reader: Reader, sites: Sequence[GateSite]) -> dict[str, Floats] | None:
@@ -31,17 +25,9 @@ def read_means(reader: Reader, sites: Sequence[GateSite]) -> dict[str, Floats] |
         GateStoreError: If they are not finite, or anything else is wrong with them.
     """
     widths = [site.n_channels for site in sites]
-    if reader.version >= 3:
-        if not reader.has(reader.file, "mean"):
-            return None
-        flat = reader.array(reader.file, "mean", "f", (sum(widths),)).astype(np.float32)
-    else:
-        root = reader.group(reader.file, "site")
-        if not reader.has(reader.group(root, "0"), "mean"):
-            return None
-        flat = np.concatenate(
-            [reader.array(root, f"{i}/mean", "f", (n,)) for i, n in enumerate(widths)]
-        ).astype(np.float32)
+    if not reader.has(reader.file, "mean"):
+        return None
+    flat = reader.array(reader.file, "mean", "f", (sum(widths),)).astype(np.float32)
     if not np.isfinite(flat).all():
         raise GateStoreError(f"{reader.path}: its means are not finite.")
     ends = itertools.accumulate(widths)
@@ -66,46 +52,30 @@ class Layout:
         self.reader, self._n_tasks = reader, n_tasks
         self._widths = [site.n_channels for site in sites]
         self._root = reader.group(reader.file, "site")
-        self._packed = reader.version >= 3
-        self.has_logits = (
-            reader.has(reader.file, "logit")
-            if self._packed
-            else reader.has(reader.group(self._root, "0"), "logit")
-        )
+        self.has_logits = reader.has(reader.file, "logit")
 
-    def _of_site(self, order: int, key: str) -> Table:
+    def _gate(self, order: int) -> Table:
         shape = (self._n_tasks, self._widths[order])
-        return self.reader.table(self._root, f"{order}/{key}", shape)
+        return self.reader.table(self._root, f"{order}/gate", shape)
 
     def _logit(self) -> Table:
         return self.reader.table(self.reader.file, "logit", (self._n_tasks, sum(self._widths)))
 
     def gates(self, rows: Sequence[int]) -> list[Floats]:
         """Gates of some tasks at each site, float32 (rows, C)."""
-        return [self._of_site(order, "gate").rows(rows) for order in range(len(self._widths))]
+        return [self._gate(order).rows(rows) for order in range(len(self._widths))]
 
     def logits(self, rows: Sequence[int]) -> list[Floats]:
         """Logits of some tasks at each site, float32 (rows, C)."""
-        if self._packed:
-            return self._logit().split(rows, self._widths)
-        return [self._of_site(order, "logit").rows(rows) for order in range(len(self._widths))]
+        return self._logit().split(rows, self._widths)
 
     def raw_gates(self, order: int) -> Iterator[bytes | None]:
         """Gates of all tasks at one site, as :func:`encoded` leaves them."""
-        return raw_rows(self._of_site(order, "gate"))
+        return raw_rows(self._gate(order))
 
     def raw_logits(self) -> Iterator[bytes | None]:
         """Logits of all tasks at all sites, as :func:`encoded` leaves them."""
-        if self._packed:
-            yield from raw_rows(self._logit())
-            return
-        tables = [self._of_site(order, "logit") for order in range(len(self._widths))]
-        if not all(table.by_task() for table in tables):
-            yield from map(encoded, np.concatenate([table.whole() for table in tables], axis=1))
-            return
-        for start in range(0, self._n_tasks, _PART):
-            rows = range(start, min(self._n_tasks, start + _PART))
-            yield from map(encoded, np.concatenate([table.rows(rows) for table in tables], axis=1))
+        return raw_rows(self._logit())
 
 
 def raw_rows(table: Table, *, sparse: bool = False) -> Iterator[bytes | None]:

@@ -8,8 +8,8 @@ length; and its own decompression, which goes on for as long as the compressed s
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,32 +21,33 @@ import numpy as np
 import numpy.typing as npt
 from h5py import h5a, h5d, h5g, h5l, h5t, h5z
 
+from nad_attr._safe_files import most_bytes
 from nad_attr.sites import GateSite
 from nad_attr.store._errors import GateStoreError, reading
-from nad_attr.store._write import FORMAT_VERSION
+from nad_attr.store._write import FORMAT_VERSION, UNLOCKED, from_json
 
-__all__ = ["Reader", "Table", "opened", "superblock"]
+__all__ = ["Reader", "Table", "check_hdf5", "opened"]
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_BYTES = 2**33  # 8 GB: more than any real store, less than a hostile shape
 #: Deflate shrinks nothing further than this.
 _RATIO = 1032
 _SLACK = 4096
+#: Up to here nobody asks how much memory is free.
+_LITTLE = 2**28
 #: Inflating in one go is the fastest way, as long as no stream can fill the memory.
 _AT_ONCE = 2**24 // _RATIO
 #: Tasks whose chunks are counted one by one; for more, the sizes of all chunks are summed.
 _FEW = 16
-#: What version 1 was is read by :mod:`nad_attr.store._version1`.
-_OLDEST = 2
 _FILTERS = (h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
 _REQUIRED = object()
 
 
-def superblock(path: Path) -> int:
-    """Version of the superblock of an HDF5 file; from 2 on there are checksums.
+def check_hdf5(path: Path) -> None:
+    """Refuse what is no HDF5 file whose metadata have checksums, without asking HDF5.
 
     Raises:
-        GateStoreError: If it is no HDF5 file.
+        GateStoreError: If it is something else.
     """
     if not path.is_file():
         raise GateStoreError(f"there is no file {path}.")
@@ -54,37 +55,50 @@ def superblock(path: Path) -> int:
         start = file.read(9)
     if start[:8] != SIGNATURE or len(start) < 9:
         raise GateStoreError(f"{path} is not a readable store of gates: it is no HDF5 file.")
-    return start[8]
+    if start[8] < 2:
+        raise GateStoreError(
+            f"{path} is not a readable store of gates: it is an HDF5 file, but not one written by "
+            "nad_attr, for its metadata have no checksums (superblock of version 0 or 1)."
+        )
 
 
 def hdf5(path: Path) -> h5py.File:
-    """Open for reading; HDF5's own lock is shared, and files are replaced, never changed."""
+    """Open for reading, without HDF5's lock: files are replaced, never changed."""
     # No cache of chunks, which takes its time to make for each array: chunks are read as they are.
-    return h5py.File(path, "r", rdcc_nbytes=0, rdcc_nslots=1)
+    return h5py.File(path, "r", rdcc_nbytes=0, rdcc_nslots=1, **UNLOCKED)
 
 
 @contextmanager
 def opened(path: Path, *kinds: str) -> Iterator[Reader]:
     """A checked file of one of these kinds, closed afterwards."""
+    check_hdf5(path)
     with reading(path), hdf5(path) as file:
         yield Reader(file, path, *kinds)
 
 
+class _Budget(threading.local):
+    """What one call may still read and allocate: of each thread, for several may read at once."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+        self.room = self.whole = min(_MAX_BYTES, _RATIO * size + _SLACK)
+        self.most: int | None = None
+
+
 class Reader:
-    """Checked access to an open file of format 2 or later.
+    """Checked access to an open file of today's format.
 
     Attributes:
         file: The file.
         path: Where it is, for messages.
         size: Its bytes.
-        version: Of its format.
         kind: What it holds.
     """
 
     def __init__(self, file: h5py.File, path: Path, *kinds: str) -> None:
         self.file, self.path = file, path
         self.size = int(file.id.get_filesize())
-        self.begin()
+        self._budget = _Budget(self.size)
         if not self._has_attribute(file, "format") or self.text(file, "format") != "nad_attr":
             raise GateStoreError(f"{path} is an HDF5 file, but not one written by nad_attr.")
         version = self.integer(file, "format_version")
@@ -93,11 +107,11 @@ class Reader:
                 f"{path} has format version {version}; this nad_attr reads up to "
                 f"{FORMAT_VERSION}. Install a newer nad_attr."
             )
-        if version < _OLDEST:
+        if version < FORMAT_VERSION:
             raise GateStoreError(
-                f"{path} has format version {version}, which never was in a file of this kind."
+                f"{path} has format version {version}, which no release wrote; this nad_attr reads "
+                f"{FORMAT_VERSION}. Learn the gates again."
             )
-        self.version = version
         self.kind: str = self.text(file, "kind")
         if self.kind not in kinds:
             wanted = " or ".join(map(repr, kinds))
@@ -105,8 +119,7 @@ class Reader:
 
     def begin(self) -> None:
         """Start another operation: nothing is read yet."""
-        self._left = self.size
-        self._room = min(_MAX_BYTES, _RATIO * self.size + _SLACK)
+        _Budget.__init__(self._budget, self.size)
 
     # -- attributes ----------------------------------------------------------------------------
 
@@ -152,7 +165,7 @@ class Reader:
         text = self.text(group, name, None if default is not _REQUIRED else _REQUIRED)
         if text is None:
             return default
-        value = json.loads(text)
+        value = from_json(text)
         if not isinstance(value, kind):
             raise GateStoreError(
                 f"{self.path}: attribute {name!r} of {group.name} is no {kind.__name__}."
@@ -272,8 +285,8 @@ class Reader:
             raise GateStoreError(
                 f"{self.path}: {table.name} claims {claimed:,} bytes but holds {stored:,}."
             )
-        self._left -= stored
-        if self._left < 0:
+        self._budget.left -= stored
+        if self._budget.left < 0:
             raise GateStoreError(
                 f"{self.path}: {table.name} claims bytes that stand in several places or nowhere."
             )
@@ -281,11 +294,22 @@ class Reader:
 
     def reserve(self, claimed: int, what: str | Table) -> None:
         """Count what an operation allocates, wherever it comes from."""
-        self._room -= claimed
-        if self._room < 0:
-            name = what if isinstance(what, str) else what.name
+        budget = self._budget
+        budget.room -= claimed
+        taken = budget.whole - budget.room
+        if budget.room >= 0 and taken <= _LITTLE:
+            return
+        name = what if isinstance(what, str) else what.name
+        if budget.room < 0:
             raise GateStoreError(
                 f"{self.path}: {name} claims more bytes than a file of {self.size:,} can hold."
+            )
+        if budget.most is None:
+            budget.most = most_bytes()
+        if taken > budget.most:
+            raise GateStoreError(
+                f"{self.path}: with {name}, {taken:,} bytes would be read at once, over half of "
+                "the memory that is free. Read fewer tasks at a time."
             )
 
     # -- what every kind of file has -----------------------------------------------------------
@@ -434,27 +458,22 @@ class Table:
             # Another program wrote it anew. Nothing is known but the whole.
             values = self.whole()
             return np.ascontiguousarray(np.take(values, rows, self.axis).swapaxes(0, self.axis))
-        width = self.shape[1 - self.axis]
-        content, none = [], b""
-        for row in self._contents(rows, sparse=sparse):
-            if row is None:
-                none = none or np.full(width, np.nan, self.dtype).tobytes()
-            content.append(none if row is None else row)
-        return np.frombuffer(bytearray().join(content), self.dtype).reshape(len(rows), width)
+        return self.split(rows, [self.shape[1 - self.axis]], sparse=sparse)[0]
 
-    def split(self, rows: Sequence[int], widths: Sequence[int]) -> list[npt.NDArray[np.float32]]:
+    def split(
+        self, rows: Sequence[int], widths: Sequence[int], *, sparse: bool = False
+    ) -> list[npt.NDArray[np.float32]]:
         """:meth:`rows`, cut into arrays of so many columns, each with memory of its own."""
         ends = list(itertools.accumulate(widths))
         if not self.by_task():
             return [part.copy() for part in np.split(self.rows(rows), ends[:-1], axis=1)]
-        parts: list[npt.NDArray[np.float32]] = []
-        for i, content in enumerate(self._contents(rows)):
-            assert content is not None
-            row = np.frombuffer(content, self.dtype)
-            # Not before the first of them has shown that there is such a width.
-            parts = parts or [np.empty((len(rows), width), np.float32) for width in widths]
+        parts = [np.empty((0, width), np.float32) for width in widths]
+        for i, content in enumerate(self._contents(rows, sparse=sparse)):
+            if not i:  # the first of them has shown that there is such a width
+                parts = [np.empty((len(rows), width), np.float32) for width in widths]
+            row = None if content is None else np.frombuffer(content, self.dtype)
             for part, end, width in zip(parts, ends, widths, strict=True):
-                part[i] = row[end - width : end]
+                part[i] = np.nan if row is None else row[end - width : end]
         return parts
 
     def _charge(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from h5py import h5g, h5l, h5o
 from torch import Tensor
 
 from nad_attr.store._errors import GateStoreError
@@ -16,29 +17,18 @@ from nad_attr.store._read import Reader
 from nad_attr.store._write import check_name, put_array, put_attribute, put_strings, to_json, utf8
 
 __all__ = [
-    "free_name",
+    "check_result",
     "read_result_group",
-    "reserved",
     "result_groups",
     "result_record",
     "write_result_group",
 ]
 
-#: What of a store is no result; logits and means are at the sites before version 3.
+#: What of a store is no result.
 RESERVED = ("task", "site", "history", "score", "logit", "mean")
-_RESERVED_2 = RESERVED[:4]
 _DEEPEST = 16
-
-
-def reserved(version: int) -> tuple[str, ...]:
-    """The names that mean something else than a result, in a file of this version."""
-    return RESERVED if version >= 3 else _RESERVED_2
-
-
-def free_name(name: str) -> str:
-    """What becomes of a name in a file of version 2 that has a meaning of its own since."""
-    top, *rest = name.split("/")
-    return "/".join([f"{top}_" if top in RESERVED else top, *rest])
+#: What others may put beside it: HDF5 copies groups by recursion, and looking at each takes time.
+_DEEPEST_OF_OTHERS, _MOST_GROUPS = 64, 20_000
 
 
 def result_record(
@@ -50,12 +40,7 @@ def result_record(
         GateStoreError: If names or values cannot stand in a file.
         TypeError: If ``attributes`` hold what JSON cannot.
     """
-    if not isinstance(group, str) or group.split("/")[0] in RESERVED:
-        raise GateStoreError(f"a result cannot be called {group!r}; the store itself has that.")
-    if group.count("/") >= _DEEPEST:
-        raise GateStoreError(f"{group!r:.60} lies too deep.")
-    for part in group.split("/"):
-        check_name(part, "a result")
+    _check_group(group)
     if not isinstance(arrays, Mapping) or not isinstance(attributes or {}, Mapping):
         raise TypeError("arrays and attributes must be dictionaries.")
     numbers: dict[str, Any] = {}
@@ -84,32 +69,69 @@ def result_record(
     return Record({"kind": "result", "group": group, "attributes": plain, "texts": texts}, numbers)
 
 
+def _check_group(group: object) -> None:
+    if not isinstance(group, str) or group.split("/")[0] in RESERVED:
+        raise GateStoreError(f"a result cannot be called {group!r:.60}; the store itself has that.")
+    if group.count("/") >= _DEEPEST:
+        raise GateStoreError(f"{group!r:.60} lies too deep.")
+    for part in group.split("/"):
+        check_name(part, "a result")
+
+
+def check_result(record: Record) -> None:
+    """Refuse what a journal calls a result and is none.
+
+    Raises:
+        GateStoreError: If :func:`result_record` would not have made it.
+    """
+    header = record.header
+    _check_group(header["group"])
+    texts = header["texts"]
+    if not isinstance(header["attributes"], dict) or not isinstance(texts, dict):
+        raise GateStoreError(f"the result {header['group']!r} has no attributes or texts.")
+    for name in (*record.arrays, *texts):
+        check_name(name, "an array of a result")
+    if not all(
+        isinstance(listed, list) and all(isinstance(text, str) for text in listed)
+        for listed in texts.values()
+    ):
+        raise GateStoreError(f"the result {header['group']!r} has texts that are none.")
+
+
 def result_groups(reader: Reader) -> list[str]:
-    """The groups of a file that hold results."""
+    """The groups of a file that hold results.
+
+    Raises:
+        GateStoreError: If there are too many groups to look at, or they are nested too deep for
+            HDF5, which copies them with the gates and crashes then.
+    """
     found: list[str] = []
-    no_results = reserved(reader.version)
     # Hard links can make circles: no group is looked at twice.
-    seen = {_address(reader.file)}
-    waiting = [("", reader.file, 0)]
+    seen = {h5o.get_info(reader.file.id).addr}
+    waiting = [("", reader.file.id, 0)]
     while waiting:
         path, parent, depth = waiting.pop()
-        for name in reader.names(parent):
+        if parent.get_num_objs() + len(seen) > _MOST_GROUPS or depth > _DEEPEST_OF_OTHERS:
+            raise GateStoreError(
+                f"{reader.path}: beside the gates it holds more than {_MOST_GROUPS:,} groups, or "
+                f"groups nested deeper than {_DEEPEST_OF_OTHERS} levels, under {path!r:.60}. Move "
+                "them to a file of their own."
+            )
+        for name in parent:
             # Whatever is no result of ours belongs to others; a link might lead anywhere.
-            if (depth == 0 and name in no_results) or not reader.is_group(parent, name):
+            if depth == 0 and name.decode(errors="replace") in RESERVED:
                 continue
-            group = parent[name]
-            if _address(group) in seen:
+            if parent.links.get_info(name).type != h5l.TYPE_HARD:
                 continue
-            seen.add(_address(group))
-            if reader.is_result(group):
-                found.append(path + name)
-            if depth < _DEEPEST:
-                waiting.append((f"{path}{name}/", group, depth + 1))
+            info = h5o.get_info(parent, name)
+            if info.type != h5o.TYPE_GROUP or info.addr in seen:
+                continue
+            seen.add(info.addr)
+            group, inside = h5g.open(parent, name), path + name.decode()
+            if depth <= _DEEPEST and reader.is_result(h5py.Group(group)):
+                found.append(inside)
+            waiting.append((f"{inside}/", group, depth + 1))
     return found
-
-
-def _address(group: h5py.Group) -> int:
-    return int(h5py.h5o.get_info(group.id).addr)
 
 
 def read_result_group(reader: Reader, name: str) -> Record:
@@ -135,7 +157,7 @@ def read_result_group(reader: Reader, name: str) -> Record:
 def write_result_group(file: h5py.File, record: Record) -> None:
     """Put a result into a file."""
     try:
-        group = file.require_group(free_name(record.header["group"]))
+        group = file.require_group(record.header["group"])
         put_attribute(group, "kind", "result")
         put_attribute(group, "attributes", to_json(record.header["attributes"]))
         for name, texts in record.header["texts"].items():

@@ -11,8 +11,8 @@ import h5py
 
 from nad_attr.store._errors import GateStoreError
 from nad_attr.store._gate_store import GateStore
-from nad_attr.store._journal import Journal, Record
-from nad_attr.store._read import opened, superblock
+from nad_attr.store._journal import Record, locked
+from nad_attr.store._read import opened
 from nad_attr.store._result_groups import (
     read_result_group,
     result_groups,
@@ -62,8 +62,7 @@ def write_result(
         with GateStore.open(target, "a") as store:
             store.write_result(group, arrays, attributes)
         return
-    lock = Journal(target)
-    try:
+    with locked(target):
         found: dict[str, Record] = {}
         if target.exists():
             with opened(target, "results") as reader:
@@ -77,13 +76,9 @@ def write_result(
                 write_result_group(file, each)
 
         write_file(target, "results", fill)
-    finally:
-        lock.close(remove=True)
 
 
 def _kind(path: Path) -> str:
-    if superblock(path) < 2:
-        return "task_gates"  # version 1; opening it says if it is something else
     with opened(path, "task_gates", "results", "sub_architecture") as reader:
         return reader.kind
 
@@ -106,16 +101,15 @@ def read_result(path: str | PathLike[str], group: str) -> tuple[Arrays, dict[str
         See :func:`write_result`.
     """
     source = Path(path)
-    if superblock(source) >= 2:
-        with opened(source, "task_gates", "results", "sub_architecture") as reader:
-            if reader.kind == "results":
-                names = result_groups(reader)
-                if group not in names:
-                    there = ", ".join(map(repr, sorted(names))) or "none"
-                    raise GateStoreError(f"{path} has no result {group!r}; there are {there}.")
-                reader.begin()
-                record = read_result_group(reader, group)
-                return {**record.arrays, **record.header["texts"]}, record.header["attributes"]
+    with opened(source, "task_gates", "results", "sub_architecture") as reader:
+        if reader.kind == "results":
+            names = result_groups(reader)
+            if group not in names:
+                there = ", ".join(map(repr, sorted(names))) or "none"
+                raise GateStoreError(f"{path} has no result {group!r}; there are {there}.")
+            reader.begin()
+            record = read_result_group(reader, group)
+            return {**record.arrays, **record.header["texts"]}, record.header["attributes"]
     with GateStore.open(source) as store:
         return store.result(group)
 
@@ -134,10 +128,9 @@ def result_names(path: str | PathLike[str]) -> list[str]:
         ['evaluation/heldout']
     """
     source = Path(path)
-    if superblock(source) >= 2:
-        with opened(source, "task_gates", "results", "sub_architecture") as reader:
-            if reader.kind == "results":
-                return sorted(result_groups(reader))
+    with opened(source, "task_gates", "results", "sub_architecture") as reader:
+        if reader.kind == "results":
+            return sorted(result_groups(reader))
     with GateStore.open(source) as store:
         return list(store.results)
 

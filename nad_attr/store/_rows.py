@@ -8,12 +8,29 @@ from typing import NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from nad_attr.architecture import Task
+from nad_attr.architecture import Task, as_task
 from nad_attr.sites import GateSite
 
-__all__ = ["Row", "Rows", "in_range", "no_nan", "wrong_sites"]
+__all__ = ["TOO_LARGE", "Row", "Rows", "in_range", "no_nan", "stored_task", "wrong_sites"]
 
 Floats = npt.NDArray[np.float32]
+
+
+#: Numbers of a file below this fit into the int64 that everything else computes with.
+TOO_LARGE = 2**63
+
+
+def stored_task(value: object) -> Task:
+    """A task of a file.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it is none, or a class index that fits into no array.
+    """
+    task = as_task(value)
+    if (task if isinstance(task, int) else max(task)) >= TOO_LARGE:
+        raise ValueError(f"{task} is no class index.")
+    return task
 
 
 class Row(NamedTuple):

@@ -12,8 +12,7 @@ import torch
 from nad_attr.architecture import SubArchitecture, as_task
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._layout import read_means
-from nad_attr.store._migrate import sub_architecture_of_version_1
-from nad_attr.store._read import opened, superblock
+from nad_attr.store._read import opened
 from nad_attr.store._write import check_target, put_array, put_sites, put_strings, write_file
 
 __all__ = ["read_sub_architecture", "write_sub_architecture"]
@@ -42,8 +41,6 @@ def read_sub_architecture(path: str | PathLike[str]) -> SubArchitecture:
         GateStoreError: If the file is missing, damaged, foreign or newer than this program.
     """
     source = Path(path)
-    if superblock(source) < 2:
-        return sub_architecture_of_version_1(source)
     with opened(source, "sub_architecture") as reader, reading(source):
         texts = reader.strings(reader.group(reader.file, "task"), "index")
         if len(texts) != 1:

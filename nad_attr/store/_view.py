@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nad_attr._safe_text import shown
 from nad_attr.architecture import Task, as_task, n_channels
 from nad_attr.gates import TaskGates
 from nad_attr.recipe import Recipe
@@ -20,9 +22,8 @@ from nad_attr.sites import GateSite
 from nad_attr.store._compare import differences, some
 from nad_attr.store._content import Content
 from nad_attr.store._errors import GateStoreError, reading
-from nad_attr.store._journal import journal_path, read_journal
-from nad_attr.store._migrate import content_of_version_1
-from nad_attr.store._read import Reader, hdf5, superblock
+from nad_attr.store._journal import goes_on, journal_path, left_over, read_journal
+from nad_attr.store._read import Reader, check_hdf5, hdf5
 from nad_attr.store._rows import Row
 from nad_attr.store._units import UNITS, Units, unpacked
 
@@ -248,7 +249,7 @@ class StoreView:
         if self.results:
             lines.append(f"  results     {some(self.results)}")
         lines.append(f"  written     {head.created} to {head.modified}")
-        return "\n".join(lines)
+        return "\n".join(map(shown, lines))
 
     def check_same_gates(self, other: StoreView) -> None:
         both = [task for task in other.tasks if task in self] if other is not self else []
@@ -289,10 +290,9 @@ class StoreView:
         return xarray.Dataset(variables, coordinates, attributes)
 
 
-def opened(path: Path) -> tuple[Content, h5py.File | None]:
-    """What the HDF5 file says by itself; no file, if it is of version 1 and was read whole."""
-    if superblock(path) < 2:
-        return content_of_version_1(path), None
+def opened(path: Path) -> tuple[Content, h5py.File]:
+    """What the HDF5 file says by itself."""
+    check_hdf5(path)
     with reading(path):
         file = hdf5(path)
         try:
@@ -302,20 +302,27 @@ def opened(path: Path) -> tuple[Content, h5py.File | None]:
             raise
 
 
-def seen(path: Path) -> tuple[Content, h5py.File | None]:
+def seen(path: Path) -> tuple[Content, h5py.File]:
     """The state of a store that may be replaced at any moment: file and journal that fit."""
+    # A writer follows a link to the store, so its journal is where that leads.
+    journal = journal_path(Path(os.path.realpath(path)))
     for _ in range(_LOOKS):
         before = _identity(path)
         content, file = opened(path)
         head = content.head
-        if file is None:
-            return content, None
         try:
             with reading(path):
-                records = read_journal(journal_path(path), head.store, head.revision)
+                records = read_journal(journal)
             if _identity(path) == before:
-                for record in records:
-                    content.apply(record)
+                if goes_on(records, head.store, head.revision):
+                    for record in records[1:]:
+                        content.apply(record)
+                elif len(records) > 1 and not content.holds(records):
+                    warnings.warn(
+                        f"{left_over(journal, records)}. They are not read.",
+                        RuntimeWarning,
+                        stacklevel=3,
+                    )
                 return content, file
         except BaseException:
             file.close()
@@ -328,5 +335,5 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return None  # superblock says it better
+        return None  # check_hdf5 says it better
     return found.st_ino, found.st_mtime_ns, found.st_size

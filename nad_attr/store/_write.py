@@ -10,6 +10,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import sys
 import tempfile
 import zlib
@@ -29,9 +30,11 @@ from nad_attr.store._errors import GateStoreError
 
 __all__ = [
     "FORMAT_VERSION",
+    "UNLOCKED",
     "check_name",
     "check_target",
     "encoded",
+    "from_json",
     "put_array",
     "put_attribute",
     "put_columns",
@@ -50,6 +53,13 @@ FORMAT_VERSION = 3
 LEVEL = 1
 _CHUNK = 2**20
 _PART = ".part"
+#: Longer integers become no float and no array.
+_DIGITS = 100
+_LONG = re.compile(rf"\d{{{_DIGITS}}}")
+#: Locks of HDF5 fail on many network file systems, and protect nothing here: files are replaced.
+UNLOCKED: dict[str, Any] = (
+    {"locking": False} if hasattr(h5py.h5p.PropFAID, "set_file_locking") else {}
+)
 
 
 def to_json(value: Any) -> str:
@@ -64,7 +74,25 @@ def to_json(value: Any) -> str:
             return item.tolist()
         raise TypeError(f"JSON cannot hold {type(item).__name__}.")
 
-    return json.dumps(value, default=plain)
+    text = json.dumps(value, default=plain)
+    if _LONG.search(text):
+        from_json(text)  # nothing is written that would not be read
+    return text
+
+
+def from_json(text: str | bytes) -> Any:
+    """What JSON says, without integers so long that nothing can compute with them.
+
+    Raises:
+        ValueError: If it is no JSON, or holds such an integer.
+    """
+    return json.loads(text, parse_int=_whole)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits, more than {_DIGITS}.")
+    return int(digits)
 
 
 def check_name(name: object, what: str) -> str:
@@ -90,6 +118,8 @@ def check_target(path: str | PathLike[str]) -> Path:
         raise GateStoreError(f"{target} is a folder; name a file, such as {target / 'gates.h5'}.")
     if not target.parent.is_dir():
         raise GateStoreError(f"there is no folder {target.parent} to write {target.name} into.")
+    if target.exists() and not target.is_file():
+        raise GateStoreError(f"{target} is a device or a pipe; name a file.")
     return target
 
 
@@ -119,7 +149,7 @@ def write_file(
     scratch = Path(name)
     try:
         # Format 1.10 checks its metadata; later ones would shut out older programs.
-        with h5py.File(scratch, "w", libver=("v110", "v110")) as file:
+        with h5py.File(scratch, "w", libver=("v110", "v110"), **UNLOCKED) as file:
             put_attribute(file, "format", "nad_attr")
             put_attribute(file, "format_version", FORMAT_VERSION)
             put_attribute(file, "kind", kind)

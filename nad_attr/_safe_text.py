@@ -1,0 +1,87 @@
+"""Text that others wrote, shown so that it can do nothing to a terminal or a spreadsheet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+__all__ = ["cell", "members", "shown"]
+
+V = TypeVar("V")
+
+#: Joiners inside words and emoji, and wide or fixed blanks: they move nothing and hide nothing.
+_HARMLESS = frozenset("\u200c\u200d\u00a0\u3000")
+#: A spreadsheet computes a cell that begins with one of these.
+_FORMULA = ("=", "+", "-", "@")
+
+
+def shown(value: object, *, lines: bool = False) -> str:
+    r"""Text of a file for people: what is no visible character is written as an escape.
+
+    Control characters (ESC starts commands to the terminal, newlines forge lines), C1, marks that
+    turn the direction of writing, line and paragraph separators, and what is no character at all.
+
+    Args:
+        value: Anything; ``str(value)`` is shown.
+        lines: Newlines stay: for a text of several lines that this program put together.
+
+    Returns:
+        The text, in which such characters stand as Python writes them.
+
+    Example:
+        >>> print(shown("cat\x1b]52;c;aGk=\x07\nError: none"))
+        cat\x1b]52;c;aGk=\x07\nError: none
+        >>> shown("großer Hund, 猫")
+        'großer Hund, 猫'
+    """
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(
+        c
+        if c.isprintable() or c in _HARMLESS or (lines and c == "\n")
+        else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )
+
+
+def cell(value: object) -> object:
+    r"""A cell of a CSV file: :func:`shown`, and never a formula of a spreadsheet.
+
+    A text that a spreadsheet would compute begins with an apostrophe, as it shows it itself.
+    Numbers, and texts that are numbers, stay as they are.
+
+    Example:
+        >>> [cell(value) for value in (-0.5, "-0.5", "+1e3", "=1+1", "-cat", "cat")]
+        [-0.5, '-0.5', '+1e3', "'=1+1", "'-cat", 'cat']
+    """
+    if not isinstance(value, str):
+        return value
+    text = shown(value)
+    # Blanks before it do not keep a spreadsheet from computing it.
+    if not text.lstrip().startswith(_FORMULA):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
+def members(arrays: Mapping[str, V]) -> dict[str, V]:
+    r"""The same under names that may stand in an archive: none leads out of where it is unpacked.
+
+    Example:
+        >>> list(members({"gate/layer1.0": 1, "gate/../../x": 2, "/x": 3, "gate/__/__/x": 4}))
+        ['gate/layer1.0', 'gate/__/__/x', '_/x', 'gate/__/__/x~2']
+    """
+    found: dict[str, V] = {}
+    for name, value in arrays.items():
+        parts = shown(name).replace("\\", "/").replace(":", "_").split("/")
+        safe = "/".join("_" * max(1, len(part)) if not part.strip(". ") else part for part in parts)
+        tried, number = safe, 1
+        while tried in found:
+            number += 1
+            tried = f"{safe}~{number}"
+        found[tried] = value
+    return found
