@@ -12,10 +12,12 @@ import torch
 import typer
 from torch import Tensor
 
+from nad_attr._files import written
 from nad_attr.attribution import NADAttribution
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, guarded, print_table, say
 from nad_attr.cli.opening import (
+    check_outputs,
     chosen_device,
     image_options,
     opened_gates,
@@ -87,6 +89,9 @@ def attribute(
                 raise UsageError(f"{path} is a folder; name image files, as in {path}/*.jpg.")
             if not path.exists():
                 raise UsageError(f"there is no file {path}.")
+        check_outputs([(csv_file, "text"), (hdf5_file, "HDF5")], [*images, weights])
+        if csv_file is not None:
+            check_outputs([(csv_file, "text")], [gates])
         place = chosen_device(device)
         learned, provenance = opened_gates(gates)
         opened = rebuilt(
@@ -130,7 +135,7 @@ def attribute(
             )
         _print(rows)
         if csv_file is not None:
-            with csv_file.open("w", newline="", encoding="utf-8") as file:
+            with written(csv_file) as file:
                 writer = csv.writer(file)
                 writer.writerow(_Row._fields)
                 writer.writerows(rows)

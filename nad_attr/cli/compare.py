@@ -11,12 +11,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from nad_attr._files import write_text
 from nad_attr.architecture import SubArchitecture
 from nad_attr.cli import options as opt
 from nad_attr.cli.evaluate import print_evaluation
 from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
 from nad_attr.cli.opening import (
     check_folder,
+    check_outputs,
     chosen_device,
     finished,
     image_options,
@@ -95,6 +97,7 @@ def compare(
         if len(files) > 2:
             raise UsageError(f"compare takes one file or two, not {len(files)}.")
         check_size(size)
+        check_outputs([(json_file, "text")], [*files, weights, class_index, data, train_data])
         methods = check_methods(rival)
         if bool(methods) != (data is not None):
             raise UsageError("--with and --data go together: methods are measured on images.")
@@ -166,7 +169,7 @@ def compare(
             _per_site(shares)
             result = {"evaluation": measured.to_dict(), "sites": shares}
         if json_file is not None:
-            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_text(json_file, json.dumps(result, indent=1) + "\n")
             say(f"written: {json_file}", quiet)
 
 

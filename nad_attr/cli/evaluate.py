@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
+from nad_attr._files import written
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
 from nad_attr.cli.opening import (
     check_folder,
+    check_outputs,
     chosen_device,
     finished,
     image_options,
@@ -116,8 +118,9 @@ def evaluate(
         check_size(size)
         if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
             raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
-        if out is not None and not out.parent.is_dir():
-            raise UsageError(f"there is no folder {out.parent} to write {out.name} into.")
+        text = out is not None and out.suffix in (".json", ".csv")
+        read = [weights, class_index, data, train_data, *([gates] if text else [])]
+        check_outputs([(out, "text" if text else "HDF5")], read)
         place = chosen_device(device)
         check_folder(data)
         learned, provenance = opened_gates(gates, tasks)
@@ -213,6 +216,7 @@ def _write(result: Evaluation, out: Path) -> None:
     if out.suffix == ".json":
         result.save_json(out)
     elif out.suffix == ".csv":
-        result.frame().to_csv(out)
+        with written(out) as file:
+            result.frame().to_csv(file, lineterminator="\n")
     else:
         result.save(out)

@@ -17,6 +17,7 @@ from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, counted, duration, guarded, say
 from nad_attr.cli.opening import (
     check_folder,
+    check_outputs,
     chosen_device,
     finished,
     image_options,
@@ -174,8 +175,7 @@ def learn(
             raise UsageError(
                 f"{out} is there already: --resume goes on with it, --overwrite replaces it."
             )
-        if not out.parent.is_dir():
-            raise UsageError(f"there is no folder {out.parent} to write {out.name} into.")
+        check_outputs([(out, "HDF5")], [weights, class_index, data])
         place = None if executor is not None and device is None else chosen_device(device)
         check_folder(data)
         opened = open_model(

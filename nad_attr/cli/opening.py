@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nad_attr._files import check_output
 from nad_attr.cli.messages import UsageError, progress_bar, say
 from nad_attr.datasets import ImageFolderData, class_folders, read_class_index
 from nad_attr.gates import Task, TaskGates
@@ -126,6 +128,37 @@ def open_images(
         say(f"data: {data}", quiet)
     say(opened.note and f"      {opened.note}", quiet)
     return opened
+
+
+def check_outputs(
+    outputs: Iterable[tuple[Path | None, str]], inputs: Iterable[object] = ()
+) -> None:
+    """Refuse to write where something would be lost, before any work is done.
+
+    Args:
+        outputs: Files to write, and of which kind, see :func:`nad_attr._files.check_output`; None
+            is not asked for.
+        inputs: Files and folders that are read, also as names of data; None is not given.
+
+    Raises:
+        UsageError: Says what would be lost.
+    """
+    places = [place for given in inputs if given is not None for place in _places(str(given))]
+    wanted = [(path, kind) for path, kind in outputs if path is not None]
+    for i, (path, kind) in enumerate(wanted):
+        try:
+            check_output(path, kind, places)
+        except OSError as error:
+            raise UsageError(str(error)) from None
+        if any(os.path.realpath(path) == os.path.realpath(other) for other, _ in wanted[:i]):
+            raise UsageError(f"{path} is asked for twice; give each output a file of its own.")
+
+
+def _places(name: str) -> tuple[str, ...]:
+    """Where data of that name may lie: a folder, or torchvision's root."""
+    _, _, rest = name.partition(":")
+    root = rest.partition(":")[2] if name.startswith("torchvision:") else ""
+    return tuple(place for place in (name, root, root.rpartition(":")[0]) if place)
 
 
 def check_folder(data: str) -> None:

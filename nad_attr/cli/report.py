@@ -11,6 +11,7 @@ from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, guarded, say
 from nad_attr.cli.opening import (
     check_folder,
+    check_outputs,
     chosen_device,
     finished,
     image_options,
@@ -101,10 +102,8 @@ def report(
             raise UsageError("--with needs --data: methods are measured on images.")
         if keep and data is None:
             raise UsageError("--keep needs --data: nothing is measured without images.")
-        if not out.parent.is_dir():
-            raise UsageError(f"there is no folder {out.parent} to write {out.name} into.")
-        if out.resolve() == gates.resolve():
-            raise UsageError(f"{out} is the file of the gates; write the page to another one.")
+        read = [gates, weights, class_index, data, train_data, measured]
+        check_outputs([(out, "text")], read)
         result = Report(gates, evaluation=_evaluation(measured), title=title)
         if data is not None:
             place = chosen_device(device)
