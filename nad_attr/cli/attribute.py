@@ -64,6 +64,7 @@ def attribute(
     weights: opt.Weights = None,
     model_arg: opt.ModelArg = None,
     any_model: opt.AnyModel = False,
+    trust_file: opt.TrustFile = False,
     transform: opt.TransformOption = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -96,6 +97,7 @@ def attribute(
         learned, provenance = opened_gates(gates)
         opened = rebuilt(
             provenance,
+            trust=trust_file,
             model=model,
             weights=weights,
             arguments=model_arg,

@@ -26,8 +26,9 @@ from nad_attr.cli.opening import (
     open_images,
     opened_gates,
     rebuilt,
+    training_name,
 )
-from nad_attr.cli.rivals import METHODS, check_methods, rivals_of, scoring_images
+from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import evaluate
 from nad_attr.gates import TaskGates
 from nad_attr.specs import SpecError
@@ -68,6 +69,7 @@ def compare(
     weights: opt.Weights = None,
     model_arg: opt.ModelArg = None,
     any_model: opt.AnyModel = False,
+    trust_file: opt.TrustFile = False,
     transform: opt.TransformOption = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -114,6 +116,7 @@ def compare(
             gates, provenance = opened_gates(files[0], tasks)
             opened = rebuilt(
                 provenance,
+                trust=trust_file,
                 model=model,
                 weights=weights,
                 arguments=model_arg,
@@ -122,7 +125,9 @@ def compare(
                 any_model=any_model,
                 quiet=quiet,
             )
-            name = scoring_images(train_data, provenance)
+            name = training_name(
+                train_data, provenance, trust_file, "name the images to score channels on"
+            )
             known = known_folders(provenance)
             training, held_out = (
                 open_images(

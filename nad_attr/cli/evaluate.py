@@ -22,10 +22,11 @@ from nad_attr.cli.opening import (
     open_images,
     opened_gates,
     rebuilt,
+    training_name,
 )
 from nad_attr.evaluation import ABLATIONS, Evaluation, fit_ablation
 from nad_attr.evaluation import evaluate as measure
-from nad_attr.specs import LoadedData, SpecError
+from nad_attr.specs import LoadedData
 
 __all__ = ["evaluate", "print_evaluation"]
 
@@ -79,6 +80,7 @@ def evaluate(
     weights: opt.Weights = None,
     model_arg: opt.ModelArg = None,
     any_model: opt.AnyModel = False,
+    trust_file: opt.TrustFile = False,
     transform: opt.TransformOption = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -126,6 +128,7 @@ def evaluate(
         learned, provenance = opened_gates(gates, tasks)
         opened = rebuilt(
             provenance,
+            trust=trust_file,
             model=model,
             weights=weights,
             arguments=model_arg,
@@ -153,10 +156,8 @@ def evaluate(
         images = images_of(data, True)
         training = None
         if train_data is not None or ablation not in (None, "zero"):
-            name = train_data or provenance.get("data")
-            if not isinstance(name, str):
-                raise SpecError(f"--ablation {ablation} needs training images: --train-data.")
-            training = images_of(name, False)
+            why = f"name the training images that --ablation {ablation} needs"
+            training = images_of(training_name(train_data, provenance, trust_file, why), False)
         closed = None
         if ablation is not None:
             closed = fit_ablation(

@@ -30,7 +30,7 @@ from nad_attr.cli.opening import (
 from nad_attr.data import as_source
 from nad_attr.recipe import Recipe
 from nad_attr.runs import MAY_DIFFER, Executor, Progress, learn_to_store
-from nad_attr.specs import LoadedData
+from nad_attr.specs import LoadedData, is_plain_model
 from nad_attr.store import GateStore
 
 __all__ = ["learn"]
@@ -231,7 +231,11 @@ def learn(
                 f"{out}: {counted(len(store.tasks), 'task')}, {counted(len(store.sites), 'site')}, "
                 f"{counted(channels, 'channel')} ({learned} learned in {duration(last.seconds)})"
             )
-            say(f"next: nad-attr evaluate {shlex.quote(str(out))} --data HELD_OUT_PHOTOS")
+            # Such a file may be yours; other people's cannot make us call or read what they like.
+            plain = weights is None and transform is None
+            plain = plain and is_plain_model(opened.loaded.name, opened.loaded.arguments)
+            trusted = "" if plain else " --trust-file"
+            say(f"next: nad-attr evaluate {shlex.quote(str(out))} --data HELD_OUT_PHOTOS{trusted}")
 
 
 def _again() -> str:

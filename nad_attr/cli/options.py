@@ -106,6 +106,14 @@ Debug: TypeAlias = Annotated[
 ]
 
 
+TrustFile: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--trust-file",
+        help="Call and read what the file of the gates names: functions, weights, folders. They "
+        "are printed first.",
+    ),
+]
 AnyModel: TypeAlias = Annotated[
     bool,
     typer.Option(

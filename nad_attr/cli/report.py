@@ -18,8 +18,9 @@ from nad_attr.cli.opening import (
     known_folders,
     open_images,
     rebuilt,
+    training_name,
 )
-from nad_attr.cli.rivals import METHODS, check_methods, rivals_of, scoring_images
+from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import Evaluation
 from nad_attr.report import Report
 
@@ -72,6 +73,7 @@ def report(
     weights: opt.Weights = None,
     model_arg: opt.ModelArg = None,
     any_model: opt.AnyModel = False,
+    trust_file: opt.TrustFile = False,
     transform: opt.TransformOption = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -110,6 +112,7 @@ def report(
             check_folder(data)
             opened = rebuilt(
                 result.provenance,
+                trust=trust_file,
                 model=model,
                 weights=weights,
                 arguments=model_arg,
@@ -127,7 +130,12 @@ def report(
             images = open_images(data, opened.loaded, opened.transform, held_out=True, **options)
             rivals = None
             if methods:
-                name = scoring_images(train_data, result.provenance)
+                name = training_name(
+                    train_data,
+                    result.provenance,
+                    trust_file,
+                    "name the images to score channels on",
+                )
                 training = open_images(name, opened.loaded, opened.transform, **options)
                 rivals = rivals_of(
                     methods,
