@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nad_attr._processes import check_processes
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -437,8 +439,9 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
             How many were left out.
 
         Raises:
-            ValueError: If no image of a class is left.
+            ValueError: If no image of a class is left, or there are far more processes than CPUs.
         """
+        check_processes(n_workers)
         loader: DataLoader[Any] = DataLoader(
             _Check(self),
             batch_size=32,

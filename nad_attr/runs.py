@@ -267,6 +267,7 @@ def learn_to_store(
         "model": (provenance or {}).get("model", type(unwrap(model)).__name__),
         "model_hash": model_hash(unwrap(model)),
         "data_fingerprint": data_fingerprint(session.source),
+        "outputs": session.outputs(),
         "seed": seed,
         "amp": None if session.network.amp is None else str(session.network.amp),
         "batch_size": session.batch_size,
@@ -369,6 +370,8 @@ def _check_resumable(
     may_differ: Sequence[str],
 ) -> None:
     keys = {MAY_DIFFER[name] for name in may_differ}
+    if not keys.isdisjoint({"model_hash", "data_fingerprint", "amp"}):
+        keys.add("outputs")  # of another network, on other images or in another precision
     begun = store.provenance
     own = {key: begun.get(key) if key in keys else value for key, value in facts.items()}
     store.check_resumable(sites=session.sites, recipe=session.recipe, provenance=own)
