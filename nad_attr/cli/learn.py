@@ -301,7 +301,10 @@ def _executor(ray: str | None, gpus: float | None, workers: int | None) -> Execu
     given: dict[str, Any] = {} if gpus is None else {"gpus_per_worker": gpus}
     if workers is not None:
         given["n_workers"] = workers
-    executor: Executor = RayExecutor(ray, **given)
+    try:
+        executor: Executor = RayExecutor(ray, **given)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return executor
 
 
