@@ -430,30 +430,35 @@ def test_a_full_disk_truncates_nothing(here: Path, monkeypatch: pytest.MonkeyPat
 def test_nothing_is_written_past_the_one_way_to_write() -> None:
     """Every place that writes a file, found in the source, so that a new one is seen."""
     writes = re.compile(
-        r"\.write_(text|bytes)\(|\bopen\([^)]*[\"'][wax]b?\+?[\"']|\.savefig\(|np\.savez?\w*\("
-        r"|torch\.save\(|\.to_(csv|html|json|excel|pickle|parquet)\([^)]"
+        r"\.write_(text|bytes)\(|(?<!GateStore\.)(?<!def )\bopen\([^)]*[\"'][wax]b?\+?[\"']|\.savefig\(|np\.savez?\w*\("
+        r"|torch\.save\(|\.to_(csv|html|json|excel|pickle|parquet)\([^)]|h5py\.File\([^)]*\"[wa]\""
     )
     found = {
-        f"{path.relative_to(ROOT)}: {line.strip()}"
+        (path.relative_to(ROOT / "nad_attr").as_posix(), line.strip())
         for path in sorted((ROOT / "nad_attr").rglob("*.py"))
         for line in path.read_text(encoding="utf-8").splitlines()
-        if writes.search(line) and not line.strip().startswith((">>>", "...", "#", '"'))
+        if writes.search(line) and not line.strip().startswith((">>>", "...", "#", '"', "``"))
     }
+    # Into a file that is not there yet, which replacing() or written() gave, or into the folder
+    # that _appearing() moves as a whole.
     allowed = {
-        # Into a file that is not there yet: replacing() or written() gave it.
-        'nad_attr/_files.py: with open(target, "w", newline="", encoding="utf-8") as file:',
-        'nad_attr/_files.py: with replacing(target) as scratch, scratch.open("w", newline="", '
-        'encoding="utf-8") as file:',
-        'nad_attr/cli/evaluate.py: result.frame().to_csv(file, lineterminator="\\n")',
-        'nad_attr/cli/stores.py: with replacing(npz_file) as scratch, scratch.open("wb") as file:',
-        "nad_attr/cli/stores.py: np.savez_compressed(file, **_arrays(learned, size))",
-        'nad_attr/demo.py: figure.savefig(scratch, dpi=150, format="png")',
-        # Into the folder that _appearing() moves as a whole.
-        "nad_attr/bridges/virelay.py: (made / LABEL_MAP).write_text(json.dumps(table, indent=1) + "
-        '"\\n", encoding="utf-8")',
-        'nad_attr/bridges/virelay.py: (made / PROJECT).write_text(text, encoding="utf-8")',
+        ("_files.py", r"open\(target, .w"),
+        ("_files.py", r"with replacing\(target\) as scratch, scratch.open\("),
+        ("store/_write.py", r"h5py.File\(scratch, "),
+        ("cli/evaluate.py", r"to_csv\(file, "),
+        ("cli/stores.py", r"with replacing\(npz_file\) as scratch, scratch.open\("),
+        ("cli/stores.py", r"np.savez_compressed\(file, "),
+        ("demo.py", r"figure.savefig\(scratch, "),
+        ("bridges/virelay.py", r"\(made / (LABEL_MAP|PROJECT)\).write_text\("),
+        ("bridges/virelay.py", r"with h5py.File\(path, .w"),
+        ("specs/models.py", r"is not run\. Save the state dict alone"),
     }
-    assert found <= allowed, found - allowed
+    others = [
+        (file, line)
+        for file, line in found
+        if not any(file == known and re.search(text, line) for known, text in allowed)
+    ]
+    assert not others
 
 
 def test_what_is_replaced_keeps_its_rights_and_its_links(tmp_path: Path) -> None:
@@ -473,13 +478,17 @@ def test_what_is_replaced_keeps_its_rights_and_its_links(tmp_path: Path) -> None
     assert what_is(os.devnull) == "device"
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
-def test_a_write_protected_file_is_not_replaced(tmp_path: Path) -> None:
+def test_a_write_protected_file_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
     target.chmod(0o400)
-    with pytest.raises(PermissionError):
+    # The answer that a user gets who is not root.
+    monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & 0o200))
+    with pytest.raises(PermissionError, match="write-protected"):
         write_text(target, "new")
+    assert contents(tmp_path) == {str(target): b"old"}
 
 
 @pytest.mark.parametrize(
@@ -682,7 +691,7 @@ def test_a_dissection_of_another_network_does_not_go_on(tmp_path: Path) -> None:
 
     def run(model: nn.Module, data: Any) -> Any:
         return dissect(
-            *(model, data, ["1"]),
+            *(model, ["1"], data),
             concepts=concepts,
             checkpoint=tmp_path / "state.h5",
             checkpoint_every=1,
@@ -738,7 +747,7 @@ def test_ray_workers_are_counted_against_the_cluster() -> None:
         def nodes() -> list[dict[str, Any]]:
             return [{"Alive": True, "Resources": {"CPU": 8.0}}]
 
-    with pytest.raises(ValueError, match="at most|are the most"):
+    with pytest.raises(ValueError, match="are the most"):
         RayExecutor("auto", cpus_per_worker=0.001)._check_room(Ray, 0.001, 1000)
     RayExecutor("auto", n_workers=1000)._check_room(Ray, 1, 1000)  # no more than fit
 
