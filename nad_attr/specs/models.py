@@ -139,8 +139,9 @@ def is_plain_model(name: object, arguments: object = None) -> bool:
         re.ASCII,
     ):
         return False
-    return isinstance(arguments or {}, Mapping) and all(
-        isinstance(key, str) and _is_plain(key, value) for key, value in (arguments or {}).items()
+    given = {} if arguments is None else arguments
+    return isinstance(given, Mapping) and all(
+        isinstance(key, str) and _is_plain(key, value) for key, value in given.items()
     )
 
 

@@ -92,6 +92,8 @@ def check_target(path: str | PathLike[str], *, replaced: bool = False) -> Path:
         raise GateStoreError(f"{target} is a folder; name a file, such as {target / 'gates.h5'}.")
     if not target.parent.is_dir():
         raise GateStoreError(f"there is no folder {target.parent} to write {target.name} into.")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise GateStoreError(f"{target} is write-protected; write to another file.")
     if replaced and target.exists() and what_is(target) not in ("HDF5", "empty"):
         raise GateStoreError(
             f"{target} is there already and is no HDF5 file: it is not replaced. Write to another "
