@@ -1,16 +1,24 @@
 """Which channels of a network does it need for a class, and is that true?"""
 
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
 from nad_attr._version import __version__
-from nad_attr.architecture import SubArchitecture
-from nad_attr.attribution import NADAttribution
-from nad_attr.gates import Task, TaskGates
-from nad_attr.gating import GatingError, gated, recorded
-from nad_attr.history import History
-from nad_attr.learning import learn_gates, learn_sizes
-from nad_attr.recipe import PaperRecipe, Recipe
-from nad_attr.runs import learn_to_store
-from nad_attr.sites import GateSite, SiteError, find_gate_sites, paper_sites
-from nad_attr.store import GateStore, GateStoreError
+
+if TYPE_CHECKING:
+    from nad_attr.architecture import SubArchitecture
+    from nad_attr.attribution import NADAttribution
+    from nad_attr.gates import Task, TaskGates
+    from nad_attr.gating import GatingError, gated, recorded
+    from nad_attr.history import History
+    from nad_attr.learning import learn_gates, learn_sizes
+    from nad_attr.recipe import PaperRecipe, Recipe
+    from nad_attr.runs import learn_to_store
+    from nad_attr.sites import GateSite, SiteError, find_gate_sites, paper_sites
+    from nad_attr.store import GateStore, GateStoreError
 
 __all__ = [
     "GateSite",
@@ -34,3 +42,34 @@ __all__ = [
     "paper_sites",
     "recorded",
 ]
+
+#: Where the names are from. They are imported when they are asked for: torch takes seconds, in
+#: which the command line could not answer Ctrl-C.
+_HOMES = {
+    "architecture": ("SubArchitecture",),
+    "attribution": ("NADAttribution",),
+    "gates": ("Task", "TaskGates"),
+    "gating": ("GatingError", "gated", "recorded"),
+    "history": ("History",),
+    "learning": ("learn_gates", "learn_sizes"),
+    "recipe": ("PaperRecipe", "Recipe"),
+    "runs": ("learn_to_store",),
+    "sites": ("GateSite", "SiteError", "find_gate_sites", "paper_sites"),
+    "store": ("GateStore", "GateStoreError"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"nad_attr.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    # nad_attr.store and other modules, as after an import of all names.
+    if not name.startswith("__") and importlib.util.find_spec(f"nad_attr.{name}") is not None:
+        return importlib.import_module(f"nad_attr.{name}")
+    raise AttributeError(f"module 'nad_attr' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
 
+from nad_attr._processes import check_processes
+
 __all__ = ["Data", "Draw", "Inputs", "Source", "as_source", "isolated_rng", "seed_of"]
 
 #: Bytes of images that are read into memory where there is no other way to draw from them.
@@ -161,6 +163,7 @@ class DatasetSource:
         n_workers: int = 0,
         augmented: bool = True,
     ) -> None:
+        check_processes(n_workers, "num_workers of the loader")
         self.dataset, self.collate, self.n_workers = dataset, collate, n_workers
         self.augmented = augmented
         n = len(dataset)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nad_attr._processes import check_processes
 from nad_attr._safe_files import NotAFileError, check_file
 from nad_attr._safe_text import shown
 
@@ -447,8 +448,9 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
             How many were left out.
 
         Raises:
-            ValueError: If no image of a class is left.
+            ValueError: If no image of a class is left, or there are far more processes than CPUs.
         """
+        check_processes(n_workers)
         loader: DataLoader[Any] = DataLoader(
             _Check(self),
             batch_size=32,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nad_attr._files import check_output, replacing, write_text
 from nad_attr._version import __version__
 from nad_attr.architecture import SubArchitecture
 from nad_attr.data import seed_of
@@ -61,6 +62,14 @@ N_LEARN, N_HELD_OUT = 24, 6
 N_CLASSES, SIZE, STEPS, IMAGES_PER_STEP = 8, 0.4, 60, 8
 #: Images in a pass of the network: small enough for the activations to stay in the CPU's caches.
 BATCH_SIZE = 16
+#: What is written, and of which kind it is.
+_FILES = {
+    "gates.h5": "HDF5",
+    "table.txt": "text",
+    "table.json": "text",
+    "sizes.png": "picture",
+    "photo.png": "picture",
+}
 
 #: What the extra brings, by the names that they are imported by.
 _PACKAGES = (
@@ -456,6 +465,7 @@ def run_demo(
     where = _device(device)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    files = {name: check_output(folder / name, kind) for name, kind in _FILES.items()}
 
     say("Loading the network and the photos")
     network = (load_lite0() if model is None else model).to(where)
@@ -497,16 +507,19 @@ def run_demo(
         evaluations[name] = replace(evaluation, task_names=tuple(tasks))
 
     say("Writing gates, tables and pictures")
-    names = ("gates.h5", "table.txt", "table.json", "sizes.png", "photo.png")
-    files = {name: folder / name for name in names}
     result = DemoResult(gates, evaluations, folder, files, 0.0)
     gates.save(files["gates.h5"])
-    draw_sizes(gates).savefig(files["sizes.png"], dpi=150)
     shown = next(photo for photo in photos if photo.label == gates.tasks[0])
-    draw_photo(network, gates, shown, size=image_size).savefig(files["photo.png"], dpi=150)
-    files["table.txt"].write_text(result.table() + "\n", encoding="utf-8")
+    figures = {
+        "sizes.png": draw_sizes(gates),
+        "photo.png": draw_photo(network, gates, shown, size=image_size),
+    }
+    for name, figure in figures.items():
+        with replacing(files[name]) as scratch:
+            figure.savefig(scratch, dpi=150, format="png")
+    write_text(files["table.txt"], result.table() + "\n")
     result = DemoResult(gates, evaluations, folder, files, time.monotonic() - started)
-    files["table.json"].write_text(_as_json(result, image_size), encoding="utf-8")
+    write_text(files["table.json"], _as_json(result, image_size))
     return result
 
 

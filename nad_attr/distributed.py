@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nad_attr._processes import check_processes, most_processes, n_cpus
 from nad_attr.gates import Task, TaskGates
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class RayExecutor:
             machine alone, started for the run and ended with it. Else a cluster's address,
             ``HOST:6379`` from a machine of the cluster or ``ray://HOST:10001`` from outside. If
             this program has called ``ray.init`` itself, that connection is used, and kept.
-        n_workers: Chunks that are learned at the same time, at most; None: as many as fit.
+        n_workers: Chunks that are learned at the same time, at most; None: as many as fit. Not far
+            more than there are CPUs: four for each, and sixteen in any case.
         gpus_per_worker: Share of a GPU for each worker, 0 to 1: with 0.5 two workers share one.
             With 0 the workers use CPUs.
         cpus_per_worker: CPUs that are set aside for each worker. None: as many as this process has
@@ -101,6 +103,8 @@ class RayExecutor:
             not _is_number(cpus_per_worker) or not cpus_per_worker > 0
         ):
             raise ValueError(f"cpus_per_worker must be above 0, not {cpus_per_worker!r}.")
+        if address == "local" and n_workers is not None:
+            check_processes(n_workers, least=1)
         self.address, self.n_workers = address, n_workers
         self.gpus_per_worker, self.cpus_per_worker = gpus_per_worker, cpus_per_worker
         self.retries = retries
@@ -172,7 +176,7 @@ class RayExecutor:
         if cpus is None:
             cpus = 1 if self.gpus_per_worker else torch.get_num_threads()
         with self._cluster(ray, cpus):
-            self._check_room(ray, cpus)
+            self._check_room(ray, cpus, len(parts))
             # In a list they are handed on as references; each process fetches them when it must.
             session_at = [ray.put(packed), *map(ray.put, storages)]
             del packed, storages
@@ -280,9 +284,21 @@ class RayExecutor:
                 if name.startswith("RAY_") or name == "PYTHONBREAKPOINT":
                     del os.environ[name]
 
-    def _check_room(self, ray: Any, cpus: float) -> None:
-        """Say if no machine is large enough for a worker: Ray would wait without a word."""
+    def _check_room(self, ray: Any, cpus: float, n_chunks: int) -> None:
+        """Refuse far more workers than CPUs, and say if no machine is large enough for one.
+
+        Ray would start the former until memory ends, and wait for the latter without a word.
+        """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        there = sum(node.get("CPU", 0) for node in nodes)
+        wanted = min(self.n_workers or n_chunks, n_chunks, int(there / cpus))
+        real = n_cpus() if self.address == "local" else there
+        if wanted > most_processes(real):
+            raise ValueError(
+                f"{wanted:,} workers on {real:g} CPUs only take memory from each other, and "
+                f"{most_processes(real)} are the most; ask for fewer (n_workers), or for more "
+                "CPUs for each (cpus_per_worker)."
+            )
         if any(
             node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= self.gpus_per_worker
             for node in nodes

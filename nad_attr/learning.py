@@ -26,6 +26,7 @@ from nad_attr.history import History
 from nad_attr.means import channel_means
 from nad_attr.memory import largest_batch, parse_bytes
 from nad_attr.paper import learn_paper, paper_steps
+from nad_attr.provenance import fixed_outputs
 from nad_attr.recipe import PaperRecipe, Recipe
 from nad_attr.running import amp_dtype, check_batch_size, check_classes, chunks
 from nad_attr.selection import held, learn_selection
@@ -363,6 +364,14 @@ class Session:
             return None
         with torch.inference_mode(False), frozen(self.network.model):
             return _means(self.network, self.source, self.seed)
+
+    def outputs(self) -> dict[str, Any]:
+        """What the whole network gives on a few fixed images, to tell it from another one."""
+        n = len(self.source.labels)
+        draws = [[(i, 0)] for i in sorted({0, n // 3, 2 * n // 3, n - 1})]
+        with torch.inference_mode(False):
+            batches = map(self.network.to_device, self.source.batches(draws))
+            return fixed_outputs(self.network.clean, batches)
 
     def learn(
         self,

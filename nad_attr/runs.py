@@ -200,7 +200,8 @@ def learn_to_store(
         resume: Go on with the file if it is there.
         overwrite: Replace the file if it is there.
         may_differ: What a resumed run may have otherwise than the store: any of "model", "data",
-            "seed", "amp", "batch_size", "chunk_size". The store says what it was begun with, and
+            "seed", "amp", "batch_size", "chunk_size". With "data" or "amp", of the network only
+            the weights are compared. The store says what it was begun with, and
             under ``resumed/`` in its results, which tasks were learned otherwise, and how. Another
             recipe or other sites need another file.
         task_names: ``{class index: name}``, or one name for each of ``tasks`` in that order.
@@ -220,7 +221,8 @@ def learn_to_store(
     Raises:
         FileExistsError: If the file is there and neither ``resume`` nor ``overwrite`` is asked for.
         GateStoreError: If the file is no store, is being written by another process, or was begun
-            with another network, recipe, seed, other sites or data.
+            with another network (other weights, or other outputs on four of the images), recipe,
+            seed, other sites or data (:func:`nad_attr.provenance.data_fingerprint`).
         SiteError: See :func:`nad_attr.learn_gates`.
         TypeError: See there.
         ValueError: See there; or an argument has no sensible value.
@@ -267,6 +269,7 @@ def learn_to_store(
         "model": (provenance or {}).get("model", type(unwrap(model)).__name__),
         "model_hash": model_hash(unwrap(model)),
         "data_fingerprint": data_fingerprint(session.source),
+        "outputs": session.outputs(),
         "seed": seed,
         "amp": None if session.network.amp is None else str(session.network.amp),
         "batch_size": session.batch_size,
@@ -369,6 +372,8 @@ def _check_resumable(
     may_differ: Sequence[str],
 ) -> None:
     keys = {MAY_DIFFER[name] for name in may_differ}
+    if not keys.isdisjoint({"model_hash", "data_fingerprint", "amp"}):
+        keys.add("outputs")  # of another network, on other images or in another precision
     begun = store.provenance
     own = {key: begun.get(key) if key in keys else value for key, value in facts.items()}
     store.check_resumable(sites=session.sites, recipe=session.recipe, provenance=own)

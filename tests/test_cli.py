@@ -121,7 +121,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MODEL = ("--model", "colour_nets:colours")
 LEARN = ("learn", *MODEL, "--data", "train", "--size", "0.5", "--steps", "4", "--device", "cpu")
 NEW = (*LEARN, "--out", "new.h5")
-EVALUATE = ("evaluate", "gates.h5", "--data", "val")
+MINE = ("gates.h5", "--trust-file")
+EVALUATE = ("evaluate", *MINE, "--data", "val")
 
 
 @pytest.fixture(autouse=True)
@@ -206,14 +207,14 @@ def test_the_published_recipe(here: Path) -> None:
 
 
 def test_evaluate_and_its_files(here: Path) -> None:
-    text = succeeds("evaluate", "gates.h5", "--data", "val", "--out", "evaluation.json")
+    text = succeeds("evaluate", *MINE, "--data", "val", "--out", "evaluation.json")
     for part in ("15 images", "own", "fidelity", "recall", "FPR", "random channels", "whole netw"):
         assert part in text, text
     assert "as when the gates were learned" in text
     content = json.loads((here / "evaluation.json").read_text())
     assert content == Evaluation.load_json("evaluation.json").to_dict()
     succeeds(
-        *("evaluate", "gates.h5", "--data", "val", "--out", "evaluation.csv", "-q"),
+        *("evaluate", *MINE, "--data", "val", "--out", "evaluation.csv", "-q"),
         *("--tasks", "red", "--size", "0.25", "--random", "0", "--ablation", "zero"),
     )
     with open("evaluation.csv", newline="") as file:
@@ -222,13 +223,13 @@ def test_evaluate_and_its_files(here: Path) -> None:
 
 
 def test_evaluate_with_training_images(here: Path) -> None:
-    text = succeeds("evaluate", "gates.h5", "--data", "val", "--ablation", "resample")
+    text = succeeds("evaluate", *MINE, "--data", "val", "--ablation", "resample")
     assert "24 images in train" in text
     assert "detector" in text
 
 
 def test_evaluate_needs_the_same_network(here: Path) -> None:
-    other = ("evaluate", "gates.h5", "--data", "val", "--model-arg", "gain=2")
+    other = ("evaluate", *MINE, "--data", "val", "--model-arg", "gain=2")
     fails(1, "this is not the network that the gates were learned on", *other)
     text = succeeds(*other, "--any-model")
     assert "Warning: this is not the network" in text
@@ -296,7 +297,8 @@ def test_compare_tasks_and_files(here: Path) -> None:
 
 def test_compare_with_another_method(here: Path) -> None:
     text = succeeds(
-        *("compare", "gates.h5", "--with", "taylor", "--with", "energy", "--data", "val"),
+        *("compare", *MINE, "--with", "taylor", "--with", "energy"),
+        *("--data", "val"),
         *("--images", "4", "--json", "rivals.json"),
     )
     assert "scoring: taylor, 12 images" in text
@@ -307,7 +309,7 @@ def test_compare_with_another_method(here: Path) -> None:
 
 def test_attribute(here: Path) -> None:
     text = succeeds(
-        *("attribute", "gates.h5", "val/red/0.png", "val/blue/1.png"),
+        *("attribute", *MINE, "val/red/0.png", "val/blue/1.png"),
         *("--csv", "top.csv", "--hdf5", "all.h5"),
     )
     assert "val/red/0.png: red (2)" in text
@@ -325,7 +327,7 @@ def test_attribute(here: Path) -> None:
     expected = torch.cat([pixels.relu().mean((1, 2)), (-pixels).relu().mean((1, 2))])
     expected = expected * TaskGates.load("gates.h5").gates_of("red")["relu"]
     np.testing.assert_allclose(arrays["site_0"][0], expected.numpy(), rtol=1e-5, atol=1e-7)
-    assert "red (2)" in succeeds("attribute", "gates.h5", "val/blue/1.png", "--task", "red")
+    assert "red (2)" in succeeds("attribute", *MINE, "val/blue/1.png", "--task", "red")
 
 
 def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> None:
@@ -333,12 +335,21 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
 
     shutil.copytree("val", tmp_path / "val")
     (tmp_path / "val" / "red" / "3.png").write_bytes(b"broken")
-    text = succeeds("evaluate", "gates.h5", "--data", tmp_path / "val", "--random", "0")
+    text = succeeds("evaluate", *MINE, "--data", tmp_path / "val", "--random", "0")
     assert "1 image could not be read (1 left out):" in text
     assert "red/3.png: no image that Pillow knows" in text.replace(os.sep, "/")
     assert "14 images" in text
     text = succeeds(
-        *("evaluate", "gates.h5", "--data", tmp_path / "val", "--random", "0", "--no-check")
+        *(
+            "evaluate",
+            "gates.h5",
+            "--trust-file",
+            "--data",
+            tmp_path / "val",
+            "--random",
+            "0",
+            "--no-check",
+        )
     )
     assert "1 replaced by the next image of the class" in text
     assert "15 images" in text
@@ -410,7 +421,7 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
         (2, "one file or two", ("compare", "red.h5", "rest.h5", "gates.h5")),
         (2, "there is no file none.png", ("attribute", "gates.h5", "none.png")),
         (2, "is a folder; name image files", ("attribute", "gates.h5", "val")),
-        (1, "cannot be read", ("attribute", "gates.h5", "colour_nets.py")),
+        (1, "cannot be read", ("attribute", *MINE, "colour_nets.py")),
     ],
 )  # fmt: skip
 def test_wrong_input_is_a_line_and_a_code(

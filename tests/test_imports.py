@@ -23,6 +23,8 @@ PACKAGE = ROOT / "nad_attr"
 LAYERS = (
     ("_version", "_safe_text"),
     (
+        "_files",
+        "_processes",
         "display",
         "sites",
         "_trace",

@@ -672,7 +672,7 @@ def test_command_writes_the_page(tmp_path: Path) -> None:
         (["--with", "magic", "--data", "x"], 2, "--with takes"),
         (["--keep"], 2, "--keep needs --data"),
         (["--out", "none/report.html"], 2, "there is no folder none"),
-        (["--out", "gates.h5"], 2, "is the file of the gates"),
+        (["--out", "gates.h5"], 2, "gates.h5, which is read"),
         (["--evaluation", "held_out"], 1, "no evaluation 'held_out'"),
         (["--data", "none"], 1, "none"),
     ],
@@ -723,7 +723,8 @@ def test_command_measures_on_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     model = ("--model", "report_nets:report_colours", "--device", "cpu", "-q")
     learned = invoke("learn", *model, "--data", "photos", "--steps", 2, "--out", "gates.h5")
     assert learned.exit_code == 0, learned.output
-    options = ("--data", "photos", "--with", "energy", "--keep", "--device", "cpu", "--random", 1)
+    options = ("--trust-file", "--data", "photos", "--with", "energy", "--keep", "--device", "cpu")
+    options = (*options, "--random", 1)
     outcome = invoke("report", "gates.h5", *options)
     assert outcome.exit_code == 0, outcome.output
     page = _Page(Path("report.html").read_text(encoding="utf-8"))

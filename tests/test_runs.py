@@ -185,7 +185,7 @@ def test_failing_data_keeps_what_is_finished(whole: Path, tmp_path: Path) -> Non
     path = tmp_path / "gates.h5"
 
     class Failing(torch.utils.data.Dataset[Any]):
-        left = 120
+        left = 180
 
         def __init__(self) -> None:
             self.x, self.y = killable.data()

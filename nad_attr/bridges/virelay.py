@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from nad_attr._files import sync
 from nad_attr.architecture import SubArchitecture
 from nad_attr.bridges._embeddings import check_embeddings, check_n_clusters, clusters, embeddings
 from nad_attr.data import Data, Source, as_source
@@ -174,14 +175,27 @@ def _project(
 
 
 @contextmanager
-def _appearing(folder: Path, overwrite: bool) -> Iterator[Path]:
+def _appearing(folder: Path, overwrite: bool, source: Path | None) -> Iterator[Path]:
     """A folder beside the wanted one; what is in it at the end is moved there, all or nothing.
+
+    A new folder appears in one step. In one that is there, an earlier project's files are put
+    aside first, its project file before all others, and put back if anything fails.
+
+    Args:
+        folder: The wanted one.
+        overwrite: Whether to replace a project that is there.
+        source: The file of the gates, which is not replaced.
 
     Raises:
         FileExistsError: If there is a project already.
     """
     files = (DATASET, ATTRIBUTION, LABEL_MAP, GATES, ACTIVATIONS, PROJECT)
-    there = [name for name in files if (folder / name).exists()]
+    there = [name for name in files if os.path.lexists(folder / name)]
+    for name in there:
+        if source is not None and (folder / name).exists() and source.samefile(folder / name):
+            raise FileExistsError(
+                f"{folder / name} is the file of the gates; choose another folder."
+            )
     if there and not overwrite:
         raise FileExistsError(
             f"{folder / there[0]} is there already; choose another folder, or say overwrite=True."
@@ -189,17 +203,54 @@ def _appearing(folder: Path, overwrite: bool) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file, not a folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    made, before = beside / "new", beside / "before"
+    made.mkdir()
+    before.mkdir()
+    kept = False
     try:
         yield made
-        folder.mkdir(exist_ok=True)
-        for name in files:  # the project file last: with it, all it names is there
-            if (made / name).exists():
-                os.replace(made / name, folder / name)
-            elif (folder / name).exists():
-                (folder / name).unlink()  # of an earlier export
+        for path in made.iterdir():
+            sync(path, os.O_RDWR)
+        if not folder.exists():
+            made.rename(folder)
+            return
+        kept = True
+        _exchange(made, folder, before, files)
+        kept = False
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        # What could not be put back is not thrown away.
+        if not kept or not any(before.iterdir()):
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _exchange(made: Path, folder: Path, before: Path, files: Sequence[str]) -> None:
+    """Put a folder's files aside and others in their place, or leave everything as it is.
+
+    Raises:
+        OSError: If that failed; says where the old files are if they could not be put back.
+    """
+
+    def move(source: Path, target: Path, names: Iterable[str]) -> None:
+        for name in names:
+            if os.path.lexists(source / name):
+                os.replace(source / name, target / name)
+
+    # The project file goes first and comes last: where it is, all that it names is there.
+    new = [name for name in files if (made / name).exists()]
+    try:
+        move(folder, before, reversed(files))
+        move(made, folder, new)
+    except BaseException as error:
+        try:
+            move(folder, made, [name for name in reversed(new) if not (made / name).exists()])
+            move(before, folder, files)
+        except OSError:
+            raise OSError(
+                f"the earlier project could not be put back into {folder}: its files are in "
+                f"{before}."
+            ) from error
+        raise
 
 
 @torch.no_grad()
@@ -432,7 +483,10 @@ def export_virelay(
         store: A gate store or its path, task gates, or sub-architectures with tasks. Of a store,
             only the classes of the images are read.
         dataset: Images with labels: ``(inputs, labels)`` tensors, a Dataset or a DataLoader.
-        folder: Where to write; made if it is not there. Files appear when all are complete.
+        folder: Where to write; made if it is not there. Files appear when all are complete: a new
+            folder in one step; in a folder that is there, an earlier project stays if anything
+            fails. If the process is killed while files are moved there is no ``project.yaml``,
+            and the earlier files are in the hidden folder beside this one.
         model: The network, in eval mode; unchanged afterwards, whatever ``method`` does.
         method: The heat-maps, called as ``method(network, inputs, target)`` in the gated network,
             see :func:`nad_attr.pictures.heat_maps`.
@@ -462,7 +516,8 @@ def export_virelay(
         The path of ``project.yaml``.
 
     Raises:
-        FileExistsError: If there is a project already and ``overwrite`` is False.
+        FileExistsError: If there is a project already and ``overwrite`` is False, or one of its
+            files is the store.
         GateStoreError: If a store cannot be read.
         GatingError: If a site does not fire, fires twice or has another shape.
         ImportError: If an embedding was asked for whose package is missing.
@@ -524,7 +579,9 @@ def export_virelay(
             f"word_net_ids must differ from each other and from {EVERY!r}, without '/'."
         )
     target = Path(folder)
-    with _appearing(target, overwrite) as made:
+    named = store.path if isinstance(store, GateStore) else store
+    gates_file = Path(named) if isinstance(named, (str, PathLike)) else None
+    with _appearing(target, overwrite, gates_file) as made:
         outputs = _write_dataset(job, made / DATASET)
         table = [{"index": k, "word_net_id": ids[k], "name": names[k]} for k in range(n_classes)]
         (made / LABEL_MAP).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
@@ -538,12 +595,12 @@ def export_virelay(
             job, made / ACTIVATIONS, vectors, called, wanted, ks, ids, seed
         ):
             analyses["gated_activations"] = ACTIVATIONS
-        named = method_name or str(getattr(method, "__name__", type(method).__name__))
+        called_so = method_name or str(getattr(method, "__name__", type(method).__name__))
         text = _project(
             project_name,
             model_name or type(job.runner.model).__name__,
             dataset_name,
-            f"{named} through each class's sub-architecture",
+            f"{called_so} through each class's sub-architecture",
             analyses,
         )
         (made / PROJECT).write_text(text, encoding="utf-8")

@@ -8,13 +8,15 @@ after a termination signal), with everything finished saved.
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "stop_at_once"]
 
 
 def app() -> typer.Typer:
@@ -30,8 +32,17 @@ def app() -> typer.Typer:
     return make_app()
 
 
+def stop_at_once(number: int, frame: object) -> None:
+    """End with one line: nothing is being written yet, or everything has been."""
+    os.write(2, b"\nStopped.\n")
+    os._exit(128 + number)
+
+
 def main() -> None:
     """Run the command line; the entry point of ``nad-attr``."""
+    # Importing torch takes seconds, in which Ctrl-C would end in a traceback from deep inside.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop_at_once)
     if importlib.util.find_spec("typer") is None:
         print(
             "nad-attr: the command line needs typer and rich: pip install 'nad-attr[demo]' "

@@ -12,11 +12,13 @@ import torch
 import typer
 from torch import Tensor
 
+from nad_attr._files import written
 from nad_attr._safe_text import cell, shown
 from nad_attr.attribution import NADAttribution
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, guarded, print_table, say
 from nad_attr.cli.opening import (
+    check_outputs,
     chosen_device,
     image_options,
     opened_gates,
@@ -63,6 +65,7 @@ def attribute(
     weights: opt.Weights = None,
     model_arg: opt.ModelArg = None,
     any_model: opt.AnyModel = False,
+    trust_file: opt.TrustFile = False,
     transform: opt.TransformOption = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -88,10 +91,14 @@ def attribute(
                 raise UsageError(f"{path} is a folder; name image files, as in {path}/*.jpg.")
             if not path.exists():
                 raise UsageError(f"there is no file {path}.")
+        check_outputs([(csv_file, "text"), (hdf5_file, "HDF5")], [*images, weights])
+        if csv_file is not None:
+            check_outputs([(csv_file, "text")], [gates])
         place = chosen_device(device)
         learned, provenance = opened_gates(gates)
         opened = rebuilt(
             provenance,
+            trust=trust_file,
             model=model,
             weights=weights,
             arguments=model_arg,
@@ -131,7 +138,7 @@ def attribute(
             )
         _print(rows)
         if csv_file is not None:
-            with csv_file.open("w", newline="", encoding="utf-8") as file:
+            with written(csv_file) as file:
                 writer = csv.writer(file)
                 writer.writerow(_Row._fields)
                 writer.writerows(map(cell, row) for row in rows)

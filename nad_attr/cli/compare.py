@@ -11,12 +11,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from nad_attr._files import write_text
 from nad_attr.architecture import SubArchitecture
 from nad_attr.cli import options as opt
 from nad_attr.cli.evaluate import print_evaluation
 from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
 from nad_attr.cli.opening import (
     check_folder,
+    check_outputs,
     chosen_device,
     finished,
     image_options,
@@ -24,8 +26,9 @@ from nad_attr.cli.opening import (
     open_images,
     opened_gates,
     rebuilt,
+    training_name,
 )
-from nad_attr.cli.rivals import METHODS, check_methods, rivals_of, scoring_images
+from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import evaluate
 from nad_attr.gates import TaskGates
 from nad_attr.specs import SpecError
@@ -66,6 +69,7 @@ def compare(
     weights: opt.Weights = None,
     model_arg: opt.ModelArg = None,
     any_model: opt.AnyModel = False,
+    trust_file: opt.TrustFile = False,
     transform: opt.TransformOption = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -95,6 +99,7 @@ def compare(
         if len(files) > 2:
             raise UsageError(f"compare takes one file or two, not {len(files)}.")
         check_size(size)
+        check_outputs([(json_file, "text")], [*files, weights, class_index, data, train_data])
         methods = check_methods(rival)
         if bool(methods) != (data is not None):
             raise UsageError("--with and --data go together: methods are measured on images.")
@@ -111,6 +116,7 @@ def compare(
             gates, provenance = opened_gates(files[0], tasks)
             opened = rebuilt(
                 provenance,
+                trust=trust_file,
                 model=model,
                 weights=weights,
                 arguments=model_arg,
@@ -119,7 +125,9 @@ def compare(
                 any_model=any_model,
                 quiet=quiet,
             )
-            name = scoring_images(train_data, provenance)
+            name = training_name(
+                train_data, provenance, trust_file, "name the images to score channels on"
+            )
             known = known_folders(provenance)
             training, held_out = (
                 open_images(
@@ -166,7 +174,7 @@ def compare(
             _per_site(shares)
             result = {"evaluation": measured.to_dict(), "sites": shares}
         if json_file is not None:
-            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_text(json_file, json.dumps(result, indent=1) + "\n")
             say(f"written: {json_file}", quiet)
 
 

@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
+from nad_attr._files import written
 from nad_attr._safe_text import cell
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
 from nad_attr.cli.opening import (
     check_folder,
+    check_outputs,
     chosen_device,
     finished,
     image_options,
@@ -21,10 +23,11 @@ from nad_attr.cli.opening import (
     open_images,
     opened_gates,
     rebuilt,
+    training_name,
 )
 from nad_attr.evaluation import ABLATIONS, Evaluation, fit_ablation
 from nad_attr.evaluation import evaluate as measure
-from nad_attr.specs import LoadedData, SpecError
+from nad_attr.specs import LoadedData
 
 __all__ = ["evaluate", "print_evaluation"]
 
@@ -78,6 +81,7 @@ def evaluate(
     weights: opt.Weights = None,
     model_arg: opt.ModelArg = None,
     any_model: opt.AnyModel = False,
+    trust_file: opt.TrustFile = False,
     transform: opt.TransformOption = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -117,13 +121,15 @@ def evaluate(
         check_size(size)
         if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
             raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
-        if out is not None and not out.parent.is_dir():
-            raise UsageError(f"there is no folder {out.parent} to write {out.name} into.")
+        text = out is not None and out.suffix in (".json", ".csv")
+        read = [weights, class_index, data, train_data, *([gates] if text else [])]
+        check_outputs([(out, "text" if text else "HDF5")], read)
         place = chosen_device(device)
         check_folder(data)
         learned, provenance = opened_gates(gates, tasks)
         opened = rebuilt(
             provenance,
+            trust=trust_file,
             model=model,
             weights=weights,
             arguments=model_arg,
@@ -151,10 +157,8 @@ def evaluate(
         images = images_of(data, True)
         training = None
         if train_data is not None or ablation not in (None, "zero"):
-            name = train_data or provenance.get("data")
-            if not isinstance(name, str):
-                raise SpecError(f"--ablation {ablation} needs training images: --train-data.")
-            training = images_of(name, False)
+            why = f"name the training images that --ablation {ablation} needs"
+            training = images_of(training_name(train_data, provenance, trust_file, why), False)
         closed = None
         if ablation is not None:
             closed = fit_ablation(
@@ -215,6 +219,8 @@ def _write(result: Evaluation, out: Path) -> None:
         result.save_json(out)
     elif out.suffix == ".csv":
         frame = result.frame().rename(index=cell, columns=cell)
-        frame.apply(lambda column: column.map(cell)).to_csv(out)
+        frame = frame.apply(lambda column: column.map(cell))
+        with written(out) as file:
+            frame.to_csv(file, lineterminator="\n")
     else:
         result.save(out)

@@ -17,6 +17,7 @@ from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, counted, duration, guarded, say
 from nad_attr.cli.opening import (
     check_folder,
+    check_outputs,
     chosen_device,
     finished,
     image_options,
@@ -29,7 +30,7 @@ from nad_attr.cli.opening import (
 from nad_attr.data import as_source
 from nad_attr.recipe import Recipe
 from nad_attr.runs import MAY_DIFFER, Executor, Progress, learn_to_store
-from nad_attr.specs import LoadedData
+from nad_attr.specs import LoadedData, is_plain_model
 from nad_attr.store import GateStore
 
 __all__ = ["learn"]
@@ -174,8 +175,7 @@ def learn(
             raise UsageError(
                 f"{out} is there already: --resume goes on with it, --overwrite replaces it."
             )
-        if not out.parent.is_dir():
-            raise UsageError(f"there is no folder {out.parent} to write {out.name} into.")
+        check_outputs([(out, "HDF5")], [weights, class_index, data])
         place = None if executor is not None and device is None else chosen_device(device)
         check_folder(data)
         opened = open_model(
@@ -231,7 +231,11 @@ def learn(
                 f"{out}: {counted(len(store.tasks), 'task')}, {counted(len(store.sites), 'site')}, "
                 f"{counted(channels, 'channel')} ({learned} learned in {duration(last.seconds)})"
             )
-            say(f"next: nad-attr evaluate {shlex.quote(str(out))} --data HELD_OUT_PHOTOS")
+            # Such a file may be yours; other people's cannot make us call or read what they like.
+            plain = weights is None and transform is None
+            plain = plain and is_plain_model(opened.loaded.name, opened.loaded.arguments)
+            trusted = "" if plain else " --trust-file"
+            say(f"next: nad-attr evaluate {shlex.quote(str(out))} --data HELD_OUT_PHOTOS{trusted}")
 
 
 def _again() -> str:
@@ -297,7 +301,10 @@ def _executor(ray: str | None, gpus: float | None, workers: int | None) -> Execu
     given: dict[str, Any] = {} if gpus is None else {"gpus_per_worker": gpus}
     if workers is not None:
         given["n_workers"] = workers
-    executor: Executor = RayExecutor(ray, **given)
+    try:
+        executor: Executor = RayExecutor(ray, **given)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     return executor
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import typer
 
 from nad_attr._safe_text import shown
+from nad_attr.cli import stop_at_once
 
 
 class UsageError(ValueError):
@@ -110,7 +111,10 @@ def _plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Let a request to terminate, as of a cluster's scheduler, end the program as Ctrl-C does."""
+    """Let a request to terminate, as of a cluster's scheduler, end the program as Ctrl-C does.
+
+    Ctrl-C itself is an exception from here on, so that what is open gets closed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -119,10 +123,14 @@ def _signals() -> Iterator[None]:
         raise Stopped(number)
 
     before = signal.signal(signal.SIGTERM, stop)
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is stop_at_once:  # and not ignored, as by nohup
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def print_table(

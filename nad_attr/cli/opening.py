@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nad_attr._files import check_output
 from nad_attr.cli.messages import UsageError, progress_bar, say
 from nad_attr.datasets import ImageFolderData, class_folders, read_class_index
 from nad_attr.gates import Task, TaskGates
@@ -19,6 +22,7 @@ from nad_attr.specs import (
     LoadedModel,
     SpecError,
     Transform,
+    is_plain_model,
     load_data,
     load_model,
     make_transform,
@@ -128,6 +132,37 @@ def open_images(
     return opened
 
 
+def check_outputs(
+    outputs: Iterable[tuple[Path | None, str]], inputs: Iterable[object] = ()
+) -> None:
+    """Refuse to write where something would be lost, before any work is done.
+
+    Args:
+        outputs: Files to write, and of which kind, see :func:`nad_attr._files.check_output`; None
+            is not asked for.
+        inputs: Files and folders that are read, also as names of data; None is not given.
+
+    Raises:
+        UsageError: Says what would be lost.
+    """
+    places = [place for given in inputs if given is not None for place in _places(str(given))]
+    wanted = [(path, kind) for path, kind in outputs if path is not None]
+    for i, (path, kind) in enumerate(wanted):
+        try:
+            check_output(path, kind, places)
+        except OSError as error:
+            raise UsageError(str(error)) from None
+        if any(os.path.realpath(path) == os.path.realpath(other) for other, _ in wanted[:i]):
+            raise UsageError(f"{path} is asked for twice; give each output a file of its own.")
+
+
+def _places(name: str) -> tuple[str, ...]:
+    """Where data of that name may lie: a folder, or torchvision's root."""
+    _, _, rest = name.partition(":")
+    root = rest.partition(":")[2] if name.startswith("torchvision:") else ""
+    return tuple(place for place in (name, root, root.rpartition(":")[0]) if place)
+
+
 def check_folder(data: str) -> None:
     """Say early that a folder is not there, before a network is made.
 
@@ -214,6 +249,7 @@ def provenance_of(opened: Opened, data: LoadedData) -> dict[str, Any]:
 def rebuilt(
     provenance: Mapping[str, Any],
     *,
+    trust: bool = False,
     model: str | None = None,
     weights: Path | None = None,
     arguments: Sequence[str] | None = None,
@@ -224,8 +260,13 @@ def rebuilt(
 ) -> Opened:
     """The network that gates were learned on, made again and compared.
 
+    A file from elsewhere may name any function and any file. Taken from it are plain names of
+    architectures (:func:`nad_attr.specs.is_plain_model`) and numbers of transforms; the rest has
+    to be said on the command line, or to be trusted.
+
     Raises:
-        SpecError: If the store does not say how to make it, or it is another one.
+        SpecError: If the store does not say how to make it, says more than a file may, or it is
+            another network.
     """
     name = model or provenance.get("model")
     transform_record = provenance.get("transform")
@@ -234,19 +275,28 @@ def rebuilt(
             "the file does not say how to make its network (it was not written by nad-attr "
             "learn); name it with --model."
         )
+    own = model_arguments(arguments)
+    named: list[tuple[str, str]] = []
     if model is None:
         known = provenance.get("model_arguments")
-        own = {**(known if isinstance(known, dict) else {}), **model_arguments(arguments)}
+        known = known if isinstance(known, dict) else {}
+        if not is_plain_model(name, known):
+            named.append(("--model", str(name)))
+            named += [("--model-arg", f"{k}={json.dumps(v)}") for k, v in known.items()]
+        own = {**known, **own}
         file = provenance.get("weights")
         if weights is None and isinstance(file, str):
             weights = Path(file)
-            if not weights.is_file():
-                raise SpecError(
-                    f"the network's weights were in {file}, which is not there now; say where "
-                    "they are with --weights."
-                )
-    else:
-        own = model_arguments(arguments)
+            named.append(("--weights", file))
+    if isinstance(transform_record, dict) and transform_record.get("kind") == "factory":
+        if transform is None and not options:
+            named.append(("--transform", str(transform_record.get("factory"))))
+    check_trust(named, trust)
+    if ("--weights", str(weights)) in named and not Path(str(weights)).is_file():
+        raise SpecError(
+            f"the network's weights were in {shown(str(weights))}, which is not there now; say "
+            "where they are with --weights."
+        )
     opened = open_model(
         str(name),
         weights,
@@ -269,6 +319,52 @@ def rebuilt(
             )
         say(f"Warning: {text}.", quiet)
     return opened
+
+
+def check_trust(named: Sequence[tuple[str, str]], trust: bool) -> None:
+    """Refuse what a file names and may not, or print it before it is called.
+
+    Args:
+        named: Options that say the same, and their values.
+        trust: Whether the user trusts the file.
+
+    Raises:
+        SpecError: If not.
+    """
+    if not named:
+        return
+    said = " ".join(f"{option} {shown(shlex.quote(value))}" for option, value in named)
+    if not trust:
+        raise SpecError(
+            "the file of the gates names functions or files, and a file from elsewhere could name "
+            f"any. If these are yours, say so: {said} (or --trust-file, for all that it names)."
+        )
+    say(f"trusted: the file of the gates says {said}")
+
+
+def shown(text: str) -> str:
+    """A text from a file as a terminal may get it: what is not printable is written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def training_name(
+    train_data: str | None,
+    provenance: Mapping[str, Any],
+    trust: bool,
+    why: str = "name the images to score channels on",
+) -> str:
+    """Where training images are: as the user says, or as a trusted file does.
+
+    Raises:
+        SpecError: If neither is known, or the file is not trusted.
+    """
+    said = provenance.get("data")
+    if train_data is not None:
+        return train_data
+    if not isinstance(said, str):
+        raise SpecError(f"{why} with --train-data.")
+    check_trust([("--train-data", said)], trust)
+    return said
 
 
 def finished(data: LoadedData, quiet: bool) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from nad_attr._processes import check_processes
+
 Model: TypeAlias = Annotated[
     str,
     typer.Option(
@@ -93,7 +95,20 @@ LearningBatch: TypeAlias = Annotated[
         help="Images in one pass of the network, at most; auto: as many as fit into memory.",
     ),
 ]
-Workers: TypeAlias = Annotated[int, typer.Option(min=0, help="Processes that load images.")]
+
+
+def few_processes(n: int) -> int:
+    """Refuse far more processes than CPUs, before anything is read."""
+    try:
+        check_processes(n, "it")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return n
+
+
+Workers: TypeAlias = Annotated[
+    int, typer.Option(min=0, callback=few_processes, help="Processes that load images.")
+]
 Seed: TypeAlias = Annotated[int, typer.Option(help="All random numbers come from it.")]
 Store: TypeAlias = Annotated[
     Path, typer.Argument(metavar="GATES.h5", help="File written by nad-attr learn.")
@@ -106,6 +121,14 @@ Debug: TypeAlias = Annotated[
 ]
 
 
+TrustFile: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--trust-file",
+        help="Call and read what the file of the gates names: functions, weights, folders. They "
+        "are printed first.",
+    ),
+]
 AnyModel: TypeAlias = Annotated[
     bool,
     typer.Option(

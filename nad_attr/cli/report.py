@@ -11,14 +11,16 @@ from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, guarded, say
 from nad_attr.cli.opening import (
     check_folder,
+    check_outputs,
     chosen_device,
     finished,
     image_options,
     known_folders,
     open_images,
     rebuilt,
+    training_name,
 )
-from nad_attr.cli.rivals import METHODS, check_methods, rivals_of, scoring_images
+from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import Evaluation
 from nad_attr.report import Report
 
@@ -71,6 +73,7 @@ def report(
     weights: opt.Weights = None,
     model_arg: opt.ModelArg = None,
     any_model: opt.AnyModel = False,
+    trust_file: opt.TrustFile = False,
     transform: opt.TransformOption = None,
     resize: opt.Resize = None,
     crop: opt.Crop = None,
@@ -101,16 +104,15 @@ def report(
             raise UsageError("--with needs --data: methods are measured on images.")
         if keep and data is None:
             raise UsageError("--keep needs --data: nothing is measured without images.")
-        if not out.parent.is_dir():
-            raise UsageError(f"there is no folder {out.parent} to write {out.name} into.")
-        if out.resolve() == gates.resolve():
-            raise UsageError(f"{out} is the file of the gates; write the page to another one.")
+        read = [gates, weights, class_index, data, train_data, measured]
+        check_outputs([(out, "text")], read)
         result = Report(gates, evaluation=_evaluation(measured), title=title)
         if data is not None:
             place = chosen_device(device)
             check_folder(data)
             opened = rebuilt(
                 result.provenance,
+                trust=trust_file,
                 model=model,
                 weights=weights,
                 arguments=model_arg,
@@ -128,7 +130,12 @@ def report(
             images = open_images(data, opened.loaded, opened.transform, held_out=True, **options)
             rivals = None
             if methods:
-                name = scoring_images(train_data, result.provenance)
+                name = training_name(
+                    train_data,
+                    result.provenance,
+                    trust_file,
+                    "name the images to score channels on",
+                )
                 training = open_images(name, opened.loaded, opened.transform, **options)
                 rivals = rivals_of(
                     methods,

@@ -17,7 +17,7 @@ from nad_attr.gates import Task
 from nad_attr.sites import GateSite
 from nad_attr.specs import SpecError
 
-__all__ = ["METHODS", "check_methods", "rivals_of", "scoring_images"]
+__all__ = ["METHODS", "check_methods", "rivals_of"]
 
 #: Ways to score channels, by the names of their classes in nad_attr.evaluation.
 METHODS = {
@@ -45,18 +45,6 @@ def check_methods(names: Sequence[str] | None) -> list[str]:
     if unknown:
         raise UsageError(f"--with takes {', '.join(METHODS)}, not {unknown[0]!r}.")
     return list(names or ())
-
-
-def scoring_images(train_data: str | None, provenance: dict[str, Any]) -> str:
-    """Where the images to score channels on are: as said, or those that gates were learned on.
-
-    Raises:
-        SpecError: If neither is known.
-    """
-    name = train_data or provenance.get("data")
-    if not isinstance(name, str):
-        raise SpecError("name the images to score channels on with --train-data.")
-    return name
 
 
 def rivals_of(

@@ -10,8 +10,9 @@ from typing import Annotated
 import torch
 import typer
 
+from nad_attr._files import write_text
 from nad_attr.cli.messages import UsageError, guarded, print_table, say
-from nad_attr.cli.opening import model_arguments
+from nad_attr.cli.opening import check_outputs, model_arguments
 from nad_attr.cli.options import Debug, Model, ModelArg, Quiet
 from nad_attr.sites import find_gate_sites
 from nad_attr.specs import LoadedModel, load_model, make_transform
@@ -46,6 +47,7 @@ def sites(
       nad-attr sites --model torchvision:vit_b_16 --layer encoder.layers.encoder_layer_0
     """
     with guarded(debug):
+        check_outputs([(json_file, "text")])
         shape = None if input_shape is None else _shape(input_shape)
         loaded = load_model(model, arguments=model_arguments(model_arg), trained=False)
         shape = shape or _usual_shape(loaded)
@@ -80,7 +82,7 @@ def sites(
                 }
                 for site in found
             ]
-            json_file.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+            write_text(json_file, json.dumps(entries, indent=1) + "\n")
 
 
 def _shape(text: str) -> tuple[int, ...]:

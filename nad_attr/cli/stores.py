@@ -13,10 +13,11 @@ from typing import IO, Annotated, Any
 import numpy as np
 import typer
 
+from nad_attr._files import replacing, written
 from nad_attr._safe_text import cell, members, shown
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, counted, guarded, number, print_table, say
-from nad_attr.cli.opening import chosen_tasks
+from nad_attr.cli.opening import check_outputs, chosen_tasks
 from nad_attr.gates import TaskGates
 from nad_attr.store import GateStore
 from nad_attr.store import merge as merge_stores
@@ -142,11 +143,8 @@ def merge(
             raise UsageError("merge takes two files or more.")
         if out.exists() and not overwrite:
             raise UsageError(f"{out} is there already; --overwrite replaces it.")
-        if out.resolve() in [path.resolve() for path in files]:
-            raise UsageError(f"{out} is one of the files to merge; write to another one.")
-        if overwrite:
-            out.unlink(missing_ok=True)
-        merge_stores(files, out)
+        check_outputs([(out, "HDF5")], files)
+        merge_stores(files, out, overwrite=overwrite)
         with GateStore.open(out) as store:
             say(f"{out}: {counted(len(store), 'task')} of {len(files)} files", quiet)
 
@@ -187,9 +185,11 @@ def export(
         if csv_file is None and json_file is None and npz_file is None:
             raise UsageError("say what to write: --csv, --json or --npz, with a file name.")
         check_size(size)
-        for path in (csv_file, json_file, npz_file):
-            if path is not None and not path.parent.is_dir():
-                raise UsageError(f"there is no folder {path.parent} to write {path.name} into.")
+        if npz_file is not None and npz_file.suffix != ".npz":
+            npz_file = npz_file.with_name(f"{npz_file.name}.npz")
+        texts = [path for path in (csv_file, json_file) if path is not None and str(path) != "-"]
+        archives = [] if npz_file is None else [(npz_file, "archive")]
+        check_outputs([*((path, "text") for path in texts), *archives], [gates])
         with GateStore.open(gates) as store:
             learned = store.read(chosen_tasks(store, tasks))
         if csv_file is not None:
@@ -202,7 +202,8 @@ def export(
                 file.write("\n")
             say(f"written: {json_file}", quiet or str(json_file) == "-")
         if npz_file is not None:
-            np.savez_compressed(npz_file, **_arrays(learned, size))
+            with replacing(npz_file) as scratch, scratch.open("wb") as file:
+                np.savez_compressed(file, **_arrays(learned, size))
             say(f"written: {npz_file}", quiet)
 
 
@@ -212,7 +213,7 @@ def _written(path: Path) -> Iterator[IO[str]]:
         yield sys.stdout
         sys.stdout.flush()
     else:
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with written(path) as file:
             yield file
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from nad_attr.provenance import same_outputs
 from nad_attr.store import GateStoreError, read_result, result_names, write_result
 
 __all__ = ["Checkpoint"]
@@ -61,7 +63,12 @@ class Checkpoint:
         if about.get("format") != _FORMAT or not isinstance(about.get("identity"), dict):
             raise GateStoreError(f"{self.path} is no checkpoint of this version.")
         there = about["identity"]
-        wrong = [key for key, value in self.identity.items() if there.get(key) != value]
+        same = {"outputs": same_outputs}
+        wrong = [
+            key
+            for key, value in self.identity.items()
+            if not same.get(key, operator.eq)(there.get(key), value)
+        ]
         if wrong:
             raise GateStoreError(
                 f"{self.path} is of another dissection: {', '.join(wrong)} differ. Go on with what "

@@ -28,7 +28,7 @@ from nad_attr.comparison.shown import Shown
 from nad_attr.comparison.thresholds import ExactTail, Tail, TailSketch, not_above
 from nad_attr.comparison.unit_concepts import Concept, UnitConcepts
 from nad_attr.gating import channel_shape, installed
-from nad_attr.provenance import model_hash
+from nad_attr.provenance import fixed_outputs, model_hash
 from nad_attr.running import Runner, check_batch_size
 from nad_attr.sites import GateSite, find_gate_sites
 
@@ -545,9 +545,12 @@ class _Dissection:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint has to be of."""
+        places = [[0], [len(self.images) - 1]]
+        first = (self.runner.to_device(b.inputs) for b in self.images.batches(places))
         return {
             "model_hash": model_hash(self.model),
             "data": self.images.fingerprint(),
+            "outputs": fixed_outputs(self.runner, first),
             "sites": [[s.name, s.n_channels, s.channel_dim, s.at_input] for s in self.sites],
             "concepts": [[concept.name, concept.category] for concept in self.concepts],
             "quantile": self.quantile,

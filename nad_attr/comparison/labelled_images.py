@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nad_attr._processes import check_processes
 from nad_attr.comparison.concept_maps import label_parts
 from nad_attr.data import Inputs, check_finite, isolated_rng, seed_of
+from nad_attr.provenance import chosen_for_fingerprint
 
 __all__ = ["Batch", "LabelledImages"]
 
@@ -78,6 +79,7 @@ class LabelledImages:
                 f"dataset must have a length and items (image, labels), which {type(dataset)} has "
                 "not; read a stream into a list, or wrap it in a map-style dataset."
             )
+        check_processes(n_workers)
         n = len(dataset)
         if not n:
             raise ValueError("the dataset is empty.")
@@ -122,9 +124,12 @@ class LabelledImages:
             yield Batch(numbers, check_finite(inputs), [labels for _, labels in pairs], size)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the images' numbers and of eight of them with their labels."""
+        """SHA-256 of the images' numbers, of what is stored of them, and of some with their labels.
+
+        See :func:`nad_attr.provenance.data_fingerprint`.
+        """
         digest = hashlib.sha256(repr(self.numbers).encode())
-        places = np.unique(np.linspace(0, len(self) - 1, 8).round().astype(int)).tolist()
+        places = chosen_for_fingerprint(digest, self._items.dataset, self.numbers)
         for batch in self.batches([[place] for place in places]):
             for part in (*batch.inputs, *label_parts(batch.labels[0], "an image")):
                 array = part.detach().cpu().contiguous()

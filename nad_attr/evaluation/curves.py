@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from nad_attr._files import write_text
 from nad_attr._safe_text import shown
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data
@@ -327,8 +328,7 @@ class Curves:
             OSError: If the file cannot be written.
         """
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        with open(fspath(path), "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        write_text(path, text + "\n")
 
     def summary(self, metric: str | None = None) -> str:
         """A table as plain text: the mean curves with their 95 % intervals, and delta."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr._safe_text import shown
 from nad_attr.display import html_table
 from nad_attr.evaluation.measure_table import MEASURE_TABLE, MEASURES, p_against
 from nad_attr.gates import Task

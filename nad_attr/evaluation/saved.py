@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr._files import write_text
 from nad_attr.evaluation.measure_table import MEASURES
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.gates import Task, as_task
@@ -77,8 +78,7 @@ def to_dict(result: Evaluation) -> dict[str, Any]:
 def write_json(result: Evaluation, path: str | PathLike[str]) -> None:
     """Write :func:`to_dict` to a file."""
     text = json.dumps(to_dict(result), indent=1, allow_nan=False)
-    with open(fspath(path), "w", encoding="utf-8") as file:
-        file.write(text + "\n")
+    write_text(path, text + "\n")
 
 
 def read_json(path: str | PathLike[str]) -> Evaluation:

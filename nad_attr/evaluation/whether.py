@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from nad_attr._files import write_text
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data, as_source
 from nad_attr.display import html_text
@@ -333,8 +334,7 @@ class Whether:
             OSError: If the file cannot be written.
         """
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        with open(fspath(path), "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        write_text(path, text + "\n")
 
     def plot(
         self,

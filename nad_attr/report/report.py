@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nad_attr._files import check_output, write_text
 from nad_attr.architecture import SubArchitecture
 from nad_attr.comparison import UnitConcepts
 from nad_attr.data import Data
@@ -265,10 +266,12 @@ class Report:
 
         Raises:
             ImportError: If plotly is missing.
-            OSError: If the file cannot be written.
+            OSError: If the file cannot be written, or is there and is no text: neither the gates'
+                file nor another HDF5 file is replaced by a page.
         """
-        target = Path(path)
-        target.write_text(self.html(), encoding="utf-8")
+        target = check_output(path, "text", [self._path])
+        html = self.html()
+        write_text(target, html, [self._path])
         return target
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ pickled code is ever loaded.
 from __future__ import annotations
 
 from nad_attr.specs.data import LoadedData, load_data
-from nad_attr.specs.models import LoadedModel, load_model, load_weights, n_outputs
+from nad_attr.specs.models import LoadedModel, is_plain_model, load_model, load_weights, n_outputs
 from nad_attr.specs.names import SpecError, import_object
 from nad_attr.specs.tasks import parse_tasks
 from nad_attr.specs.transforms import Transform, make_transform
@@ -20,6 +20,7 @@ __all__ = [
     "SpecError",
     "Transform",
     "import_object",
+    "is_plain_model",
     "load_data",
     "load_model",
     "load_weights",

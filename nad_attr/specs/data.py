@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from nad_attr._processes import check_processes
 from nad_attr.data import Data, isolated_rng
 from nad_attr.datasets import ClassMapping, ImageFolderData, class_folders, match_classes
 from nad_attr.specs.names import SpecError, call, first_line, import_object, near, need
@@ -65,13 +66,14 @@ def load_data(
         class_names: See there.
         held_out: Whether torchvision's data are the test split unless a split is named.
         allow_empty: Accept class folders without images.
-        n_workers: Processes that load images.
+        n_workers: Processes that load images; not far more than CPUs.
 
     Raises:
         OSError: If a folder cannot be read.
         SpecError: If the name leads to nothing.
         ValueError: If it is unclear which folder is which class, or one is empty.
     """
+    check_processes(n_workers)
     note, mapping, images = "", None, None
     data: Any
     if name.startswith("torchvision:"):

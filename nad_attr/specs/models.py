@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 from nad_attr.data import isolated_rng
 from nad_attr.specs.names import SpecError, call, first_line, near, need
 
-__all__ = ["LoadedModel", "load_model", "load_weights", "n_outputs"]
+__all__ = ["LoadedModel", "is_plain_model", "load_model", "load_weights", "n_outputs"]
 
 #: Where checkpoints keep the state dict, if it is not all that they hold.
 _CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
 #: What wrappers put before each name.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _NO_WEIGHTS = ("none", "random", "untrained")
+#: Arguments that timm takes a word for, which it looks up in a list of its own.
+_NAMED_LAYERS = ("act_layer", "global_pool", "norm_layer")
+#: Of numbers that a file may give to an architecture, so that it cannot ask for all memory.
+_LARGEST = 100_000
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,46 @@ def load_model(
         loaded.class_names,
         loaded.transform,
         notes,
+    )
+
+
+def is_plain_model(name: object, arguments: object = None) -> bool:
+    """Whether a name from elsewhere can do no more than make a published architecture.
+
+    ``torchvision:NAME[:WEIGHTS]`` and ``timm:NAME[:none]``, the weights being those that the
+    package itself knows; arguments are numbers, truth values and lists of them, and the names of
+    a few kinds of layers. What leads to a function, a file, a folder or another repository
+    (``timm:hf-hub:...``, ``checkpoint_path=...``) is not plain.
+
+    Example:
+        >>> is_plain_model("timm:resnet18.a1_in1k", {"num_classes": 10})
+        True
+        >>> is_plain_model("os:system"), is_plain_model("timm:local-dir:nets")
+        (False, False)
+        >>> is_plain_model("timm:resnet18", {"checkpoint_path": "r18.pt"})
+        False
+    """
+    if not isinstance(name, str) or not re.fullmatch(
+        r"torchvision:\w+(:\w*)?|timm:[A-Za-z][\w.-]*(:(none|random|untrained))?",
+        name,
+        re.ASCII,
+    ):
+        return False
+    given = {} if arguments is None else arguments
+    return isinstance(given, Mapping) and all(
+        isinstance(key, str) and _is_plain(key, value) for key, value in given.items()
+    )
+
+
+def _is_plain(key: str, value: object) -> bool:
+    if not key.isidentifier() or re.search("pretrained|weights|path|file|dir|url|cache", key):
+        return False
+    if isinstance(value, str):
+        return key in _NAMED_LAYERS and value.isidentifier()
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return len(values) <= 32 and all(
+        item is None or (isinstance(item, (bool, int, float)) and abs(item) <= _LARGEST)
+        for item in values
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nad_attr.provenance import same_outputs
 from nad_attr.recipe import Recipe
 from nad_attr.sites import GateSite
 from nad_attr.store._content import Head
@@ -52,6 +53,13 @@ def differences(
         known, given = head.provenance.get(key), provenance.get(key)
         if known is not None and given is not None and known != given:
             wrong.append(f"{names.get(key, key)} ({key} is {known!s:.16} in it, not {given!s:.16})")
+    before = head.provenance
+    comparable = not wrong and before.get("amp") == provenance.get("amp")
+    if comparable and not same_outputs(before.get("outputs"), provenance.get("outputs")):
+        wrong.append(
+            "model (its weights are the same, but not its outputs on the same images: another "
+            "activation, pooling or the like in its code, or other settings of torch)"
+        )
     return wrong
 
 

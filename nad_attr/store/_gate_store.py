@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from nad_attr._files import replacing
 from nad_attr.architecture import Task, as_task, check_means, distinct_sites, n_channels
 from nad_attr.gates import TaskGates
 from nad_attr.provenance import environment
@@ -28,7 +30,7 @@ from nad_attr.store._result_groups import result_record
 from nad_attr.store._rows import Row
 from nad_attr.store._units import UNITS, UnitTables, packed
 from nad_attr.store._view import StoreView, opened, seen
-from nad_attr.store._write import check_name, check_target, to_json
+from nad_attr.store._write import check_name, check_target, sweep, to_json
 
 __all__ = ["GateStore", "read_task_gates", "write_task_gates"]
 
@@ -132,7 +134,7 @@ class GateStore(StoreView):
             raise ValueError("a store needs at least one gate site.")
         facts = {"environment": environment(), **(provenance or {})}
         head = Head(known, recipe, check_means(means, known), json.loads(to_json(facts)))
-        target = check_target(path)
+        target = check_target(path, replaced=True)
         if target.exists() and not overwrite:
             raise GateStoreError(
                 f"{target} is there already; open it with mode 'a' to go on with it, or say "
@@ -424,7 +426,7 @@ class GateStore(StoreView):
             overwrite: Replace a file that is there.
 
         Raises:
-            GateStoreError: If the new file cannot be written.
+            GateStoreError: If the new file cannot be written, or is this one.
             KeyError: If there is no such task.
         """
         self._check_open()
@@ -448,7 +450,8 @@ class GateStore(StoreView):
             overwrite: Replace a file that is there.
 
         Raises:
-            GateStoreError: If they do not fit together; says why.
+            GateStoreError: If they do not fit together; says why. A file that is there is as it
+                was then.
         """
         if isinstance(paths, (str, PathLike)) or not paths:
             raise TypeError("paths must be a list of at least one file.")
@@ -523,13 +526,34 @@ def _copied(
 ) -> Path:
     first = parts[0][0]
     head = first._content.head
+    target = check_target(out, replaced=True)
+    for store, _ in parts:
+        if target.exists() and os.path.samefile(target, store.path):
+            raise GateStoreError(f"{out} is {store.path}, which is read; write to another file.")
+    lock = Journal(target)
+    try:
+        if target.exists() and not overwrite:
+            raise GateStoreError(f"{target} is there already; overwrite=True replaces it.")
+        with replacing(target) as scratch:
+            _fill(scratch, head, parts, results)
+    finally:
+        sweep(target)
+        lock.close(remove=True)
+    return target
+
+
+def _fill(
+    path: Path, head: Head, parts: Sequence[tuple[GateStore, Sequence[Row]]], results: bool
+) -> None:
+    """Copy tasks, their scores and the results into a file."""
+    first = parts[0][0]
     with GateStore.create(
-        out,
+        path,
         head.sites,
         recipe=head.recipe,
         means=head.means,
         provenance=head.provenance,
-        overwrite=overwrite,
+        overwrite=True,
     ) as copy:
         for store, rows in parts:
             counts = {row.task: row.n_sample for row in rows}
@@ -557,7 +581,6 @@ def _copied(
                 if name in copy.results:
                     raise GateStoreError(f"both {first.path} and {store.path} hold {name!r}.")
                 copy.write_result(name, *store.result(name))
-        return copy.path
 
 
 def write_task_gates(gates: TaskGates, path: str | PathLike[str]) -> None:
@@ -569,7 +592,7 @@ def write_task_gates(gates: TaskGates, path: str | PathLike[str]) -> None:
     """
     record = append_record(gates, range(len(gates)), [-1] * len(gates))
     record = Record(json.loads(to_json(record.header)), record.arrays)
-    target = check_target(path)
+    target = check_target(path, replaced=True)
     content = Content(target, Head(gates.sites, provenance={"environment": environment()}))
     content.apply(record)
     with locked(target):

@@ -31,7 +31,7 @@ def write_sub_architecture(arch: SubArchitecture, path: str | PathLike[str]) -> 
         for site, group in zip(arch.sites, groups, strict=True):
             put_array(group, "kept", arch[site.name].to(torch.uint8).numpy())
 
-    write_file(check_target(path), "sub_architecture", fill)
+    write_file(check_target(path, replaced=True), "sub_architecture", fill)
 
 
 def read_sub_architecture(path: str | PathLike[str]) -> SubArchitecture:

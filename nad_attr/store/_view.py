@@ -215,8 +215,8 @@ class StoreView:
         Args:
             sites: The sites that would be gated; None: not compared.
             recipe: The recipe that would be used; None: not compared.
-            provenance: ``model_hash``, ``data_fingerprint`` and ``seed``, as far as they are in
-                it, are compared.
+            provenance: ``model_hash``, ``data_fingerprint``, ``seed`` and, within rounding,
+                ``outputs`` are compared, as far as they are in it.
 
         Raises:
             GateStoreError: Names everything that differs.

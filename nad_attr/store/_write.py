@@ -11,8 +11,6 @@ import glob
 import json
 import os
 import re
-import sys
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
@@ -24,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from nad_attr._files import PART, replacing, what_is
 from nad_attr._version import __version__
 from nad_attr.sites import GateSite
 from nad_attr.store._errors import GateStoreError
@@ -52,7 +51,6 @@ FORMAT_VERSION = 3
 #: shuffle filter would save 3 % more and double the time that reading takes.
 LEVEL = 1
 _CHUNK = 2**20
-_PART = ".part"
 #: Longer integers become no float and no array.
 _DIGITS = 100
 _LONG = re.compile(rf"\d{{{_DIGITS}}}")
@@ -107,8 +105,12 @@ def check_name(name: object, what: str) -> str:
     return name
 
 
-def check_target(path: str | PathLike[str]) -> Path:
+def check_target(path: str | PathLike[str], *, replaced: bool = False) -> Path:
     """Where to write; a symbolic link stays, and what it points to is written.
+
+    Args:
+        path: The file.
+        replaced: Whether the whole file is; then it has to be HDF5 or empty if it is there.
 
     Raises:
         GateStoreError: If nothing can be written there.
@@ -120,12 +122,19 @@ def check_target(path: str | PathLike[str]) -> Path:
         raise GateStoreError(f"there is no folder {target.parent} to write {target.name} into.")
     if target.exists() and not target.is_file():
         raise GateStoreError(f"{target} is a device or a pipe; name a file.")
+    if target.exists() and not os.access(target, os.W_OK):
+        raise GateStoreError(f"{target} is write-protected; write to another file.")
+    if replaced and target.exists() and what_is(target) not in ("HDF5", "empty"):
+        raise GateStoreError(
+            f"{target} is there already and is no HDF5 file: it is not replaced. Write to another "
+            "file."
+        )
     return target
 
 
 def sweep(target: Path) -> None:
     """Remove what writers of a file that were killed have left; for who has its lock."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*{_PART}"):
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*{PART}*"):
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -144,36 +153,16 @@ def write_file(
         fill: Writes the content.
         ready: Called before the target is replaced: Windows replaces no file that is open.
     """
-    number, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PART, dir=target.parent)
-    os.close(number)
-    scratch = Path(name)
-    try:
-        # Format 1.10 checks its metadata; later ones would shut out older programs.
-        with h5py.File(scratch, "w", libver=("v110", "v110"), **UNLOCKED) as file:
-            put_attribute(file, "format", "nad_attr")
-            put_attribute(file, "format_version", FORMAT_VERSION)
-            put_attribute(file, "kind", kind)
-            put_attribute(file, "created_by", f"nad_attr {__version__}, torch {torch.__version__}")
-            fill(file)
-        # mkstemp makes files that only their owner reads; give the usual rights instead.
-        mask = os.umask(0)
-        os.umask(mask)
-        scratch.chmod(0o666 & ~mask)
-        _sync(scratch, os.O_RDWR)
-        ready()
-        os.replace(scratch, target)
-        if sys.platform != "win32":
-            _sync(target.parent, os.O_RDONLY)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _sync(path: Path, flags: int) -> None:
-    number = os.open(path, flags)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    # Format 1.10 checks its metadata; later ones would shut out older programs.
+    with (
+        replacing(target, ready) as scratch,
+        h5py.File(scratch, "w", libver=("v110", "v110"), **UNLOCKED) as file,
+    ):
+        put_attribute(file, "format", "nad_attr")
+        put_attribute(file, "format_version", FORMAT_VERSION)
+        put_attribute(file, "kind", kind)
+        put_attribute(file, "created_by", f"nad_attr {__version__}, torch {torch.__version__}")
+        fill(file)
 
 
 def utf8(text: str) -> bytes:
