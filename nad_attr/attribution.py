@@ -19,6 +19,7 @@ from nad_attr.data import Data, TensorSource, as_source
 from nad_attr.gates import TaskGates
 from nad_attr.gating import check_eval, expand, multiply, recorded
 from nad_attr.learning import learn_gates
+from nad_attr.preserving import unchanged
 from nad_attr.recipe import Recipe
 from nad_attr.sites import GateSite, SiteError, find_gate_sites, unwrap
 
@@ -310,7 +311,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             sites = self.task_gates.sites
         else:
             sites = self._find(root, layers, images, extra, attribute_to_layer_input)
-        with torch.no_grad(), recorded(root, sites) as activations:
+        with torch.no_grad(), unchanged(root), recorded(root, sites) as activations:
             outputs = root(*images, *extra)
         _check_outputs(outputs, targets)
         if self.task_gates is not None:

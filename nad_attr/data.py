@@ -38,19 +38,46 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def _generators() -> list[torch.Generator]:
+    """torch's global generators: the CPU's, and those of all accelerators that are in use."""
+    found = [torch.default_generator]
+    for module in (torch.cuda, getattr(torch, "xpu", None)):
+        # False in a forked process too, which must not touch the device.
+        if module is not None and module.is_initialized():
+            found += module.default_generators
+    if torch.backends.mps.is_available():
+        found.append(torch.mps._get_default_mps_generator())
+    return found
+
+
 @contextmanager
-def isolated_rng(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU random states, and put them back afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's random states, and put them back afterwards.
+
+    Those of all devices that torch has initialised. If a device is initialised inside, its
+    generators are put back to how they came.
+
+    Args:
+        seed: None: the states stay as they are.
+    """
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    generators = [(generator, generator.get_state()) for generator in _generators()]
     try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.default_generator.manual_seed(seed)
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            for generator, _ in generators:
+                generator.manual_seed(seed)
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+        known = {id(generator) for generator, _ in generators}
+        for generator in _generators():
+            if id(generator) not in known:
+                generator.manual_seed(generator.initial_seed())
+        for generator, state in generators:
+            generator.set_state(state)
 
 
 class Source(Protocol):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr.gating import channel_shape, check_eval, installed
+from nad_attr.preserving import unchanged
 from nad_attr.sites import GateSite
 
 __all__ = ["channel_means"]
@@ -69,7 +70,7 @@ def channel_means(
                 f"a batch must be a tuple of input tensors, not {type(batch).__name__}; "
                 "write (images,) for a network with one input."
             )
-        with torch.no_grad(), installed(model, sites, add):
+        with torch.no_grad(), unchanged(model), installed(model, sites, add):
             run(*batch)
         n_batches += 1
     if n_batches == 0 or not all(counts.values()):

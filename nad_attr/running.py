@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nad_attr.data import Inputs, Source, check_finite, seed_of
 from nad_attr.gates import Task
 from nad_attr.gating import GatingError, check_eval
+from nad_attr.preserving import Copies, Kept
 from nad_attr.sites import unwrap
 
 __all__ = ["Runner", "amp_dtype", "check_batch_size", "check_classes", "chunks", "sent"]
@@ -131,6 +132,10 @@ def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
 class Runner:
     """A network in eval mode with the device it runs on and the way it is called.
 
+    Each pass leaves the network's modules as it found them (:mod:`nad_attr.preserving`), so what a
+    pass gives depends on no pass before it. Where gradients are wanted, the buffers that a pass
+    changes are put back by the next pass, and by the ``frozen`` around all of them.
+
     Args:
         model: The network. Wrappers that spread a batch over devices are looked through: one gate
             vector per image cannot be spread.
@@ -181,6 +186,7 @@ class Runner:
         elif places:
             root = copied_to(root, self.device)
         self.model = root if forward_func is None else model
+        self._copies = Copies()
         self._run = root if forward_func is None else forward_func
         extra = additional_forward_args
         if extra is None:
@@ -198,8 +204,13 @@ class Runner:
             TypeError: If the network returns no floating-point tensor.
             ValueError: If it returns another shape.
         """
-        with network_errors(inputs):
-            outputs = self._run(*inputs, *self._extra)
+        outputs = None
+        kept = Kept(self.model, self._copies)
+        try:
+            with network_errors(inputs):
+                outputs = self._run(*inputs, *self._extra)
+        finally:
+            kept.restore(graph=isinstance(outputs, Tensor) and outputs.requires_grad)
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise TypeError(
                 f"the network returned {type(outputs).__name__}, not a tensor of outputs; give a "

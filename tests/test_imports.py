@@ -25,6 +25,7 @@ LAYERS = (
     (
         "display",
         "sites",
+        "preserving",
         "_trace",
         "_foreign_hooks",
         "gating",

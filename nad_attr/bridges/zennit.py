@@ -24,6 +24,7 @@ from nad_attr.evaluation._foreign import restored
 from nad_attr.evaluation.zennit_scorers import LRPScorer, composite_named
 from nad_attr.gates import Task, TaskGates
 from nad_attr.gating import GatingError, check_eval, gated, gates_and_sites, site_modules
+from nad_attr.preserving import unchanged
 from nad_attr.sites import GateSite, unwrap
 
 try:
@@ -436,7 +437,7 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         self, input: Tensor, attr_output_fn: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Run the inner attributor, without registering anything (as Zennit's own do)."""
-        with isolated_rng(self.seed), torch.enable_grad():
+        with isolated_rng(self.seed), torch.enable_grad(), unchanged(self.model):
             output, relevance = self.inner.forward(input, attr_output_fn)
         return output, relevance
 
@@ -451,13 +452,14 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         """Compare the outputs with the gated network's without the other canonizers."""
         with torch.no_grad():
             try:
-                after = self.model(input)
+                with unchanged(self.model):
+                    after = self.model(input)
             except GatingError:
                 raise
             except RuntimeError as error:
                 raise GatingError(_CHANGED.format(f"fail on this network ({error})")) from error
             self.composite.remove()
-            with Composite(canonizers=[self.gates]).context(self.model):
+            with unchanged(self.model), Composite(canonizers=[self.gates]).context(self.model):
                 before = self.model(input)
             self.composite.register(self.model)
         spread = (before - before.mean()).abs().max() + before.abs().max()

@@ -133,7 +133,7 @@ def _estimate_norms(
     try:
         with torch.no_grad():
             for inputs in runner.draw(source, batches):
-                runner(inputs)
+                model(*inputs)  # a runner would put back what its passes change
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
