@@ -37,9 +37,12 @@ class Copies(dict[int, "_Held"]):
 
     Attributes:
         pending: A pass whose graph may still be needed.
+        stateful: A pass has changed a tensor. Writes that are not counted (through ``.data``, or
+            those of some observers) are then looked for in each pass; else in the first alone.
     """
 
     pending: Kept | None = None
+    stateful = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Copies, ()
@@ -80,7 +83,6 @@ class _Held:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.alias, self.copy = tensor, tensor.detach(), tensor.detach().clone()
         self.version, self.place = _version(tensor), _place(tensor)
-        # A write through .data is not counted: the first time, values are compared as well.
         self.compared = True
         self.after: int | None = None
 
@@ -88,20 +90,19 @@ class _Held:
         moved = _version(self.tensor) != self.version or _place(self.tensor) != self.place
         if not moved and self.compared and not self.tensor.is_meta:
             moved = not torch.equal(self.tensor, self.copy)
-            # Such a tensor is copied and compared each time.
-            self.compared = moved or self.version < 0
+            self.compared = self.version < 0
         return moved
 
     def restore(self) -> None:
         tensor, alias = self.tensor, self.alias
-        with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+        # Leaving inference mode switches gradients on.
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             here = (_place(tensor), tensor.shape, tensor.layout)
             if here != (self.place, alias.shape, alias.layout) or (
                 tensor.layout == torch.strided and tensor.stride() != alias.stride()
             ):
                 tensor.data = alias
             tensor.copy_(self.copy)
-        self.version = _version(tensor)
 
 
 class Kept:
@@ -165,7 +166,8 @@ class Kept:
             return
         self._seen.add(id(tensor))
         held = self._copies.get(id(tensor))
-        if held is None or held.compared or held.version != tensor._version:
+        known = self._copies
+        if held is None or held.compared or known.stateful or held.version != tensor._version:
             if torch.nn.parameter.is_lazy(tensor):
                 return
             held = self._copies[id(tensor)] = _Held(tensor)
@@ -210,6 +212,7 @@ class Kept:
         self._held = [held for held in self._held if held.changed()]
         for held in self._held:
             held.after = _version(held.tensor)
+        self._copies.stateful |= bool(self._held)
         self._copies.pending = self if graph and self._held else None
         if not graph:
             self._restore_tensors()
