@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from nad_attr.architecture import SubArchitecture
-from nad_attr.data import Data, TensorSource, as_source
+from nad_attr.data import Data, TensorSource, as_source, loading, numbers_of
 from nad_attr.gates import TaskGates
 from nad_attr.gating import check_eval, expand, multiply, recorded
 from nad_attr.learning import learn_gates
@@ -728,9 +728,12 @@ def _first_images(data: Data) -> tuple[tuple[Tensor, ...], Data]:
         and not isinstance(dataset, (IterableDataset, TensorDataset))
         and hasattr(dataset, "__len__")
     ):
-        few = Subset(dataset, range(min(2, len(dataset))))
+        numbers = None
+        if isinstance(data, DataLoader) and data.batch_sampler is not None:
+            numbers = numbers_of(data)
+        few = Subset(dataset, (range(len(dataset)) if numbers is None else numbers)[:2])
         if isinstance(data, DataLoader):
-            source = as_source(DataLoader(few, collate_fn=data.collate_fn))
+            source = as_source(DataLoader(few, **loading(data)))
         else:
             source = as_source(few)
     else:

@@ -18,6 +18,7 @@ from nad_attr.data import (
     TensorSource,
     as_source,
     isolated_rng,
+    loading,
     seed_of,
 )
 from nad_attr.gating import check_eval
@@ -257,8 +258,7 @@ def chosen(data: Data, source: Source, rows: Tensor, labels: Tensor) -> Data:
         return DataLoader(
             dataset,
             batch_size=data.batch_size or 1,
-            collate_fn=data.collate_fn,
-            num_workers=data.num_workers,
+            **loading(data),
         )
     return dataset
 
