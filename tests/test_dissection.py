@@ -273,10 +273,10 @@ class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.relu = nn.ReLU()
-        self.n = 0
+        Counting.n = 0  # not the module's own, which is put back after each pass
 
     def forward(self, x: Tensor) -> Tensor:
-        self.n += len(x)
+        Counting.n += len(x)
         return self.relu(x).mean((2, 3))
 
 
