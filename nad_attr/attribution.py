@@ -222,7 +222,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             tensors, forward = _bind(root, inputs, extra, own)
             return learn_gates(
                 root,
-                (tensors, torch.tensor(targets)),
+                (tensors, torch.tensor(targets, device="cpu")),
                 sorted(set(targets)),
                 self.recipe,
                 list(sites),
@@ -703,8 +703,10 @@ def _copies(image: tuple[Tensor, ...], n: int, seed: int) -> tuple[Tensor, ...]:
             "use scope='task', or attribute from the embedding on."
         )
     n_scaled = n // 2
-    scale = torch.ones(n, dtype=torch.float64)
-    scale[n - n_scaled :] = (torch.arange(n_scaled, dtype=torch.float64) + 0.5) / n_scaled
+    scale = torch.ones(n, dtype=torch.float64, device="cpu")
+    scale[n - n_scaled :] = (
+        torch.arange(n_scaled, dtype=torch.float64, device="cpu") + 0.5
+    ) / n_scaled
     generator = torch.Generator().manual_seed(seed)
     copies = []
     for item in image:
@@ -712,7 +714,7 @@ def _copies(image: tuple[Tensor, ...], n: int, seed: int) -> tuple[Tensor, ...]:
         if not item.is_floating_point():
             copies.append(item.expand(n, *item.shape[1:]))
             continue
-        noise = torch.randn((n, *item.shape[1:]), generator=generator)
+        noise = torch.randn((n, *item.shape[1:]), generator=generator, device="cpu")
         noise[0] = 0
         noise[n - n_scaled :] = 0
         spread = _NOISE * (item.max() - item.min())

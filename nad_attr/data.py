@@ -50,7 +50,7 @@ def seed_of(*parts: object) -> int:
 
 
 def _generators() -> list[torch.Generator]:
-    """torch's global generators: the CPU's, and those of all accelerators that are in use."""
+    """Torch's global generators: the CPU's, and those of all accelerators that are in use."""
     found = [torch.default_generator]
     for module in (torch.cuda, getattr(torch, "xpu", None)):
         # False in a forked process too, which must not touch the device.
@@ -104,9 +104,14 @@ class Source(Protocol):
         ...
 
 
+def tensor_of(values: Any) -> Tensor:
+    """A tensor as it is; other numbers as one on the CPU, whatever torch's default device is."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def _check_labels(labels: Any, n: int | None = None) -> Tensor:
     try:
-        tensor = torch.as_tensor(labels)
+        tensor = tensor_of(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"labels must be class indices, not {labels!r:.60}: {error}.") from None
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
@@ -171,7 +176,7 @@ class TensorSource:
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws, in order."""
         for chosen in draws:
-            index = torch.tensor([number for number, _ in chosen], dtype=torch.long)
+            index = torch.tensor([number for number, _ in chosen], dtype=torch.long, device="cpu")
             yield tuple(item.detach()[index.to(item.device)] for item in self.inputs)
 
 
@@ -224,6 +229,12 @@ def loading(loader: DataLoader[Any] | None) -> dict[str, Any]:
     return options | {"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn}
 
 
+def started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """A loader's pass. It draws a seed by its CPU generator, on the user's default device."""
+    with torch.device("cpu"):
+        return iter(loader)
+
+
 class SeededLoader:
     """Loads items of a dataset in any order, each a function of its number and seed.
 
@@ -273,7 +284,7 @@ class SeededLoader:
                 loader = self._open(_Draws(draws))
             finally:
                 self.options = options
-            yield from loader
+            yield from started(loader)
             return
         if self._lasting is None:
             self._lasting = self._open(_Draws(()))
@@ -281,7 +292,7 @@ class SeededLoader:
         try:
             assert isinstance(self._lasting.batch_sampler, _Draws)
             self._lasting.batch_sampler.draws = draws
-            yield from self._lasting
+            yield from started(self._lasting)
         finally:
             self._busy = False
 
@@ -316,9 +327,11 @@ class DatasetSource:
     def _labels(self) -> Tensor:
         known = _known_labels(self.dataset)
         if known is not None:
-            return _check_labels(known[torch.as_tensor(list(self.numbers), dtype=torch.long)])
+            return _check_labels(
+                known[torch.as_tensor(list(self.numbers), dtype=torch.long, device="cpu")]
+            )
         if len(self.numbers) == 0:
-            return _check_labels(torch.zeros(0, dtype=torch.long))
+            return _check_labels(torch.zeros(0, dtype=torch.long, device="cpu"))
         # Nothing says the labels but the items themselves: read them all once.
         every = ([(i, 0)] for i in range(len(self.numbers)))
         return _check_labels(torch.cat([_check_labels(label) for _, label in self._load(every)]))
@@ -356,13 +369,13 @@ def _known_labels(dataset: Any) -> Tensor | None:
     """Labels that a dataset tells without loading an image (``targets``, as torchvision's)."""
     if isinstance(dataset, Subset):
         inner = _known_labels(dataset.dataset)
-        return None if inner is None else inner[torch.as_tensor(list(dataset.indices))]
+        return None if inner is None else inner[tensor_of(list(dataset.indices))]
     # A target transform may turn the listed labels into others.
     if getattr(dataset, "target_transform", None) is not None:
         return None
     targets = getattr(dataset, "targets", None)
     try:
-        known = torch.as_tensor(targets)
+        known = tensor_of(targets)
         if known.ndim == 1 and len(known) == len(dataset) and not known.is_floating_point():
             return known
     except (TypeError, ValueError, RuntimeError):

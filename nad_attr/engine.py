@@ -82,7 +82,7 @@ class Network(Runner):
             return
         images = self.to_device(inputs)
         shape = len(images[0]), n_channels(self.sites)
-        random = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        random = torch.rand(shape, generator=torch.Generator().manual_seed(0), device="cpu")
         gates = (random < 0.5).to(self.device, self.dtype)
 
         def gated(model: nn.Module) -> Tensor:
@@ -214,7 +214,7 @@ class TaskImages:
     """
 
     def __init__(self, labels: Tensor, task: Task, seed: int) -> None:
-        classes = torch.tensor([task] if isinstance(task, int) else task)
+        classes = torch.tensor([task] if isinstance(task, int) else task, device="cpu")
         own = torch.isin(labels, classes)
         self.pools = {"own": own.nonzero().flatten(), "other": (~own).nonzero().flatten()}
         self._key = (seed, task)
@@ -228,7 +228,7 @@ class TaskImages:
         """The next ``n`` draws; every image comes once before any comes again."""
         queue, pool = self._queues[kind], self.pools[kind]
         while len(queue) < n:
-            order = torch.randperm(len(pool), generator=self._generators[kind])
+            order = torch.randperm(len(pool), generator=self._generators[kind], device="cpu")
             queue.extend(pool[order].tolist())
         numbers, self._queues[kind] = queue[:n], queue[n:]
         first = self._drawn[kind]
@@ -290,7 +290,7 @@ class CleanOutputs:
         new = {number: i for i, number in enumerate(batch.numbers) if not self._have[number]}
         if new:
             device = batch.inputs[0].device
-            at = sent(torch.tensor(list(new.values())), device)
+            at = sent(torch.tensor(list(new.values()), device="cpu"), device)
             # All of them, normally: then no copy of the images is made.
             whole = len(new) == len(batch.numbers)
             outputs = self.network.clean(
@@ -301,11 +301,11 @@ class CleanOutputs:
                     self.n_images = 0
                     return self.network.clean(batch.inputs)
                 self._known = outputs.new_zeros(self.n_images, outputs.shape[1])
-            self._known[sent(torch.tensor(list(new)), outputs.device)] = outputs
+            self._known[sent(torch.tensor(list(new), device="cpu"), outputs.device)] = outputs
             for number in new:
                 self._have[number] = True
         assert self._known is not None
-        return self._known[sent(torch.tensor(batch.numbers), self._known.device)]
+        return self._known[sent(torch.tensor(batch.numbers, device="cpu"), self._known.device)]
 
 
 class Chunk:
@@ -360,10 +360,10 @@ class Chunk:
             numbers = [number for _, (number, _) in images]
             yield Batch(
                 self.network.to_device(inputs),
-                sent(torch.tensor([row for row, _ in images]), device),
+                sent(torch.tensor([row for row, _ in images], device="cpu"), device),
                 sent(self.source.labels[numbers], device),
                 numbers,
-                sent(torch.tensor(places), device),
+                sent(torch.tensor(places, device="cpu"), device),
             )
 
     def _distinct(self, step: Sequence[Sequence[Draw]]) -> tuple[list[tuple[int, Draw]], list[int]]:

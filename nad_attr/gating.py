@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from nad_attr._foreign_hooks import carried, changes_weights, relevance_rules, stand_behind
 from nad_attr._trace import no_attention_fast_path
+from nad_attr.data import tensor_of
 from nad_attr.preserving import unchanged
 from nad_attr.sites import GateSite, SiteError, is_compiled, resolve_name, unwrap
 
@@ -54,7 +55,7 @@ def as_tensor(value: Any, what: str) -> Tensor:
         TypeError: If it is no tensor and cannot be made one.
     """
     try:
-        return torch.as_tensor(value)
+        return tensor_of(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what} are no tensor: {error}.") from None
 

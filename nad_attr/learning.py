@@ -330,7 +330,9 @@ class Session:
             network.output_and_gradient(batch, gates, classes, torch.ones_like(classes).bool())
 
         if recipe.ablation == "mean":
-            network.set_means({site.name: torch.zeros(site.n_channels) for site in network.sites})
+            network.set_means(
+                {site.name: torch.zeros(site.n_channels, device="cpu") for site in network.sites}
+            )
         try:
             with torch.enable_grad(), frozen(network.model):
                 found = largest_batch(
@@ -540,7 +542,7 @@ def _tasks(
 
 
 def _members(task: Task) -> Tensor:
-    return torch.tensor([task] if isinstance(task, int) else task)
+    return torch.tensor([task] if isinstance(task, int) else task, device="cpu")
 
 
 def _check_images(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> None:
@@ -649,7 +651,9 @@ def _steps(task: Task, labels: Tensor, recipe: Recipe) -> int:
 def _means(network: Network, source: Source, seed: int) -> dict[str, Tensor]:
     """Mean of each channel over images of all classes, whichever tasks are learned."""
     n = len(source.labels)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "means")))
+    order = torch.randperm(
+        n, generator=torch.Generator().manual_seed(seed_of(seed, "means")), device="cpu"
+    )
     chosen = order[:MEAN_IMAGES].tolist()
     draws = [
         [(i, seed_of(seed, "means", i)) for i in chosen[a : a + 32]]

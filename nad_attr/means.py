@@ -50,7 +50,9 @@ def channel_means(
     """
     check_eval(model)
     run = model if forward is None else forward
-    sums = {site.name: torch.zeros(site.n_channels, dtype=torch.float64) for site in sites}
+    sums = {
+        site.name: torch.zeros(site.n_channels, dtype=torch.float64, device="cpu") for site in sites
+    }
     counts = dict.fromkeys(sums, 0)
 
     def add(site: GateSite, tensor: Tensor) -> None:

@@ -79,8 +79,9 @@ class _State:
         nested = model.cache["nested"]
         assert isinstance(nested, dict)
         self.plain = (
-            model.n_calls, [*model.shapes], [*model.cache], [*nested["last"]], "latest" in vars(model),
-            model.plain.tolist(), id(model.plain), model.generator.get_state().tolist(),
+            model.n_calls, [*model.shapes], [*model.cache], [*nested["last"]],
+            "latest" in vars(model), model.plain.tolist(), id(model.plain),
+            model.generator.get_state().tolist(),
         )  # fmt: skip
 
 
@@ -177,9 +178,8 @@ def test_what_the_user_does_between_two_calls_stays(data: Any) -> None:
     with frozen(changing):
         runner((x,))
     changing(x)  # the user's own pass
-    with same(changing):
-        with frozen(changing):
-            runner((x,))
+    with same(changing), frozen(changing):
+        runner((x,))
     assert changing.n_calls == int(changing.calls) == 1
 
 

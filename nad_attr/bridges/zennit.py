@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nad_attr._foreign_hooks import relevance_rules
 from nad_attr.architecture import SubArchitecture
-from nad_attr.data import isolated_rng
+from nad_attr.data import isolated_rng, tensor_of
 from nad_attr.evaluation._foreign import restored
 from nad_attr.evaluation.zennit_scorers import LRPScorer, composite_named
 from nad_attr.gates import Task, TaskGates
@@ -188,7 +188,11 @@ class GateCanonizer(Canonizer):  # type: ignore[misc]
                     "seems to be merged into the layer already, so that its ablation value cannot "
                     "be known: put GateCanonizer before the merging canonizer in the list."
                 )
-            mean = torch.zeros(site.n_channels) if self.means is None else self.means[site.name]
+            mean = (
+                torch.zeros(site.n_channels, device="cpu")
+                if self.means is None
+                else self.means[site.name]
+            )
             name = names[id(norm)]
             moved[site.name] = GateSite(name, site.n_channels, 1)
             gates[name] = self.gates[site.name]
@@ -279,7 +283,7 @@ def named_composite(
         raise TypeError(f"name must be a composite's name, not {type(name).__name__}.")
     for key in ("low", "high"):
         if isinstance(arguments.get(key), (int, float)):
-            arguments[key] = torch.tensor(arguments[key])
+            arguments[key] = torch.tensor(arguments[key], device="cpu")
     made: Composite = composite_named(
         name, canonizers, "give them by name to named_composite", **arguments
     )
@@ -495,7 +499,7 @@ def _start(target: Any, n_images: int, from_output: bool) -> Callable[[Tensor], 
             "one-hot rows or a function of the output."
         )
     try:
-        given = torch.as_tensor(target)
+        given = tensor_of(target)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             "the target must be a class index, one for each image, one-hot rows or a function of "

@@ -281,7 +281,9 @@ class _Dissection:
         self.n_bins, self.n_top, self.seed, self.batch_size = n_bins, n_top, seed, batch_size
         categories = list(dict.fromkeys(concept.category for concept in self.concepts))
         #: Which category each concept has.
-        self.category = torch.tensor([categories.index(c.category) for c in self.concepts])
+        self.category = torch.tensor(
+            [categories.index(c.category) for c in self.concepts], device="cpu"
+        )
         self.n_categories = len(categories)
         #: Images that the first and the second pass are through with.
         self.done = [0, 0]
@@ -336,7 +338,7 @@ class _Dissection:
         n_concepts = len(self.concepts)
         self.both = self._zeros(n_concepts)
         self.active = self._zeros(self.n_categories)
-        self.shown = torch.zeros(n_concepts, dtype=torch.int64)
+        self.shown = torch.zeros(n_concepts, dtype=torch.int64, device="cpu")
         self.top = {
             site.name: (
                 torch.full((site.n_channels, 0), -math.inf, dtype=torch.float64, device=device),

@@ -149,7 +149,9 @@ def _only(batch: Any) -> Any:
         return batch  # refused with the item's number
     inputs, labels = batch
     several = isinstance(inputs, (tuple, list))
-    one = {key: value[0] for key, value in labels.items()} if isinstance(labels, dict) else labels[0]
+    one = (
+        {key: value[0] for key, value in labels.items()} if isinstance(labels, dict) else labels[0]
+    )
     return (tuple(x[0] for x in inputs) if several else inputs[0]), one
 
 

@@ -109,7 +109,7 @@ def _draw(module: nn.Module) -> None:
         # Weight normalisation, say, hides the true parameters from reset_parameters.
         if torch.equal(parameter, old):
             spread = old.double().std(correction=0)
-            normal = torch.randn(old.shape, dtype=torch.float64)
+            normal = torch.randn(old.shape, dtype=torch.float64, device="cpu")
             parameter.copy_(old.double().mean() + spread * normal)
 
 
@@ -122,7 +122,7 @@ def _estimate_norms(
     runner = Runner(model)
     n = len(source.labels)
     generator = torch.Generator().manual_seed(seed_of("BatchNorm images", seed))
-    numbers = torch.randperm(n, generator=generator)[:NORM_IMAGES].tolist()
+    numbers = torch.randperm(n, generator=generator, device="cpu")[:NORM_IMAGES].tolist()
     batches = [[numbers[i] for i in cut] for cut in chunks(len(numbers), batch_size)]
     # One image has no variance.
     batches = [batch for batch in batches if len(batch) > 1] or [numbers]
@@ -286,5 +286,5 @@ def shuffled_labels(data: Data, seed: int = 0) -> Data:
     source = as_source(data)
     n = len(source.labels)
     generator = torch.Generator().manual_seed(seed_of("shuffled labels", seed))
-    dealt = source.labels[torch.randperm(n, generator=generator)]
-    return chosen(data, source, torch.arange(n), dealt)
+    dealt = source.labels[torch.randperm(n, generator=generator, device="cpu")]
+    return chosen(data, source, torch.arange(n, device="cpu"), dealt)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nad_attr.data import tensor_of
 from nad_attr.gates import Task
 
 __all__ = [
@@ -27,7 +28,7 @@ ROUNDING = 1e-5
 
 
 def _numbers(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor:
-    tensor = torch.as_tensor(values).detach()
+    tensor = tensor_of(values).detach()
     if tensor.ndim == 0 or tensor.is_complex():
         raise ValueError(f"{what} must be real numbers with the images on the last axis.")
     tensor = tensor.to(dtype or torch.float64)
@@ -37,7 +38,7 @@ def _numbers(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor
 
 
 def _flags(values: Any, what: str = "positive") -> Tensor:
-    tensor = torch.as_tensor(values)
+    tensor = tensor_of(values)
     if tensor.dtype != torch.bool:
         raise TypeError(f"{what} must be boolean, not {tensor.dtype}.")
     return tensor

@@ -83,8 +83,12 @@ def sub_architecture_of_version_1(path: Path) -> SubArchitecture:
         (task,) = record.header["tasks"]
         means = None
         if "mean/0" in arrays:
-            means = {s.name: torch.tensor(arrays[f"mean/{i}"]) for i, s in enumerate(sites)}
-        masks = {s.name: torch.tensor(arrays[f"kept/{i}"]) > 0 for i, s in enumerate(sites)}
+            means = {
+                s.name: torch.tensor(arrays[f"mean/{i}"], device="cpu") for i, s in enumerate(sites)
+            }
+        masks = {
+            s.name: torch.tensor(arrays[f"kept/{i}"], device="cpu") > 0 for i, s in enumerate(sites)
+        }
         return SubArchitecture(
             masks, sites, task=None if task is None else as_task(task), means=means
         )
