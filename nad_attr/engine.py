@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from nad_attr.gates import Task
 from nad_attr.gating import GatingError, channel_shape, installed, multiply_learned
 from nad_attr.lighter import lighter
 from nad_attr.objective import own_task_output
+from nad_attr.preserving import Copies
 from nad_attr.running import Runner, chunks, sent
 from nad_attr.sites import GateSite
 
@@ -68,7 +70,7 @@ class Network(Runner):
         self.means: dict[str, Tensor] | None = None
         self._scales: dict[nn.Module, Tensor] = {}
 
-    def lighten(self, inputs: Inputs) -> None:
+    def lighten(self, batches: Iterable[Inputs]) -> None:
         """Run a copy of the network from now on that does the same with less work.
 
         Where it gives the same outputs, with channels closed as well. Under autocast BatchNorm
@@ -76,26 +78,40 @@ class Network(Runner):
         :func:`nad_attr.lighter.lighter`.
 
         Args:
-            inputs: A few images.
+            batches: Images to compare them on, each batch in passes of its own: some networks
+                choose their layers by what they see. Drawn only if there is something to compare.
         """
-        if self._run is not self.model:
+        kinds = (nn.modules.batchnorm._BatchNorm, nn.MaxPool2d)
+        if self._run is not self.model or not any(
+            isinstance(m, kinds) for m in self.model.modules()
+        ):
             return
-        images = self.to_device(inputs)
-        shape = len(images[0]), n_channels(self.sites)
-        random = torch.rand(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-        gates = (random < 0.5).to(self.device, self.dtype)
+        whole, dtype = self.model, self.dtype
 
-        def gated(model: nn.Module) -> Tensor:
+        def run(model: nn.Module, inputs: Inputs, closed: float) -> Tensor:
             self.model = self._run = model
-            return self.gated(images, gates)
+            parameter = next(model.parameters(), None)
+            if parameter is not None and parameter.dtype == torch.float64:
+                self.dtype = torch.float64
+                inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+            images = self.to_device(inputs)
+            shape = len(images[0]), n_channels(self.sites)
+            generator = torch.Generator().manual_seed(0)
+            random = torch.rand(shape, generator=generator, device="cpu")
+            try:
+                if not closed:
+                    return self(images)
+                return self.gated(images, (random >= closed).to(self.device, self.dtype))
+            finally:
+                self.dtype = dtype
 
-        def clean(model: nn.Module) -> Tensor:
-            self.model = self._run = model
-            return self(images)
-
-        whole = self.model
-        copied = lighter(whole, gated, clean, folding=self.amp is None)
+        runs = (
+            partial(run, inputs=inputs, closed=closed) for inputs in batches for closed in (0.5, 0)
+        )
+        copied = lighter(whole, next(runs), runs, folding=self.amp is None)
         self.model = self._run = whole if copied is None else copied
+        # What was kept of the networks that were compared.
+        self._scales, self._copies = {}, Copies()
 
     @contextmanager
     def lean(self) -> Iterator[None]:

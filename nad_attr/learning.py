@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +36,8 @@ __all__ = ["Session", "learn_gates", "learn_sizes"]
 
 #: Images that the ablation value "mean" is taken over, at most.
 MEAN_IMAGES = 512
+#: Images that a lighter copy is compared on one by one, and together in one pass.
+ALONE = 16
 #: Images in a batch, at most, where the size is found: more are hardly faster.
 MOST = 512
 
@@ -307,12 +310,26 @@ class Session:
                 _sites(self.network, sites, example, additional_forward_args)
             )
             _check_outputs(self.network, example, self.tasks, labels)
-            self.network.lighten(example)
+            self.network.lighten(chain([example], self._of_each_task()))
             self.batch_size = (
                 self._largest_batch(example, limit) if batch_size == "auto" else batch_size
             )
         self.network.batch_size = self.batch_size
         self.width = max(1, self.batch_size // self.recipe.images_per_step)
+
+    def _of_each_task(self) -> Iterator[Inputs]:
+        """An image of each task: some alone, and all of them."""
+        classes, places = self.source.labels.unique(return_inverse=True)
+        first = torch.full((len(classes),), len(places), device="cpu")
+        first = first.scatter_reduce(0, places, torch.arange(len(places), device="cpu"), "amin")
+        of_class = dict(zip(classes.tolist(), first.tolist(), strict=True))
+        images = [
+            (next(of_class[k] for k in _members(task).tolist() if k in of_class), 0)
+            for task in self.tasks
+        ]
+        alone = images[:: max(1, len(images) // ALONE)][:ALONE]
+        together = [images[part.start : part.stop] for part in chunks(len(images), ALONE)]
+        yield from self.source.batches([[image] for image in alone] + together)
 
     def _largest_batch(self, example: Inputs, limit: int | None) -> int:
         """Images of a step that fit into memory, together with what the recipe holds for them."""
