@@ -16,7 +16,15 @@ from nad_attr.gating import GatingError, check_eval
 from nad_attr.preserving import Copies, Kept
 from nad_attr.sites import unwrap
 
-__all__ = ["Runner", "amp_dtype", "check_batch_size", "check_classes", "chunks", "sent"]
+__all__ = [
+    "Runner",
+    "amp_dtype",
+    "check_batch_size",
+    "check_classes",
+    "chunks",
+    "cumulative",
+    "sent",
+]
 
 
 def check_batch_size(batch_size: object, auto: bool = False) -> None:
@@ -109,6 +117,24 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     Without that, each batch would have the host wait until all that the GPU has queued is done.
     """
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def cumulative(values: Tensor) -> Tensor:
+    """``values.cumsum(-1)``, also where deterministic algorithms are asked for.
+
+    On a GPU torch has none for floating-point numbers. Source: Hillis and Steele 1986.
+
+    Example:
+        >>> cumulative(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([1., 3., 6.])
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return values.cumsum(-1)
+    step = 1
+    while step < values.shape[-1]:
+        moved = values[..., step:] + values[..., :-step]
+        values, step = torch.cat([values[..., :step], moved], dim=-1), 2 * step
+    return values
 
 
 @contextmanager

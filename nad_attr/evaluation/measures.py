@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nad_attr.data import tensor_of
 from nad_attr.gates import Task
+from nad_attr.running import cumulative
 
 __all__ = [
     "auc",
@@ -60,7 +61,7 @@ def _midranks(values: Tensor, weights: Tensor | None = None) -> Tensor:
     up_to = torch.searchsorted(ordered, values, right=True)
     if weights is None:
         return (below + up_to).double() / 2
-    total = torch.nn.functional.pad(weights.gather(-1, order).cumsum(-1), (1, 0))
+    total = torch.nn.functional.pad(cumulative(weights.gather(-1, order)), (1, 0))
     return (total.gather(-1, below) + total.gather(-1, up_to)) / 2
 
 
@@ -289,7 +290,7 @@ def fit_threshold(scores: Tensor, positive: Tensor) -> Tensor:
         return torch.full(scores.shape[:-1], torch.nan, dtype=torch.float64, device=scores.device)
     # From the highest score down: after the first i images, t would lie below the i-th score.
     ordered, order = scores.sort(dim=-1, descending=True)
-    hits = positive.gather(-1, order).cumsum(-1, dtype=torch.float64)
+    hits = positive.gather(-1, order).cumsum(-1).double()
     called = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=torch.float64)
     # Twice the balanced accuracy less one: recall - FPR. Only between different scores.
     gain = hits / n_positive - (called - hits) / n_negative
