@@ -322,7 +322,7 @@ class _Case:
             n_pretended=n_pretended,
             seconds=self.clock,
         )
-        network.lighten((self.images[:2],))
+        network.lighten([(self.images[:2],)])
         network.spans.clear()
         n_channels = sum(site.n_channels for site in self.sites)
         # What learn_gates holds while the last tasks are learned: the logits of all others.

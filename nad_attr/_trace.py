@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from nad_attr.data import isolated_rng
+from nad_attr.preserving import unchanged
 
 Axes = frozenset[int]
 
@@ -227,8 +229,8 @@ def _run(
         for tensor in tensors_in(arguments[:n_inputs])
     )
     with ExitStack() as stack:
-        stack.enter_context(_unchanged(model))
-        stack.enter_context(_random_state_kept())
+        stack.enter_context(unchanged(model))
+        stack.enter_context(isolated_rng())
         stack.enter_context(no_attention_fast_path())
         # Inference mode would hand over composite operators undissolved.
         stack.enter_context(torch.inference_mode(False))
@@ -598,50 +600,6 @@ def _words(value: object) -> str:
     n = len(list(tensors_in(value)))
     kind = type(value).__name__
     return f"a {kind} with {n} tensor{'' if n == 1 else 's'}"
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts back what a forward pass leaves on the modules.
-
-    A pass on fake tensors must not leave one behind (a cached mask, a stored feature), so every
-    attribute is put back as it was. So are the values of buffers written to: among fake tensors,
-    operators that read real ones only are run for real.
-    """
-    kept = []
-    for module in model.modules():
-        attributes = dict(vars(module))
-        inner = {
-            key: (value, value.copy())
-            for key, value in attributes.items()
-            if type(value) in (dict, OrderedDict, list, set)
-        }
-        kept.append((module, attributes, inner))
-    values = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    try:
-        yield
-    finally:
-        for module, attributes, inner in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for value, copy in inner.values():
-                if isinstance(value, list):
-                    value[:] = copy
-                else:
-                    value.clear()
-                    value.update(copy)
-        with torch.no_grad():
-            for buffer, version, copy in values:
-                if buffer._version != version:
-                    buffer.copy_(copy)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Leaves the global random state as it was."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        yield
 
 
 @contextmanager

@@ -226,7 +226,9 @@ class SubArchitecture:
     @classmethod
     def full(cls, sites: Sequence[GateSite]) -> SubArchitecture:
         """The whole network: every channel kept."""
-        return cls({s.name: torch.ones(s.n_channels, dtype=torch.bool) for s in sites}, sites)
+        return cls(
+            {s.name: torch.ones(s.n_channels, dtype=torch.bool, device="cpu") for s in sites}, sites
+        )
 
     @classmethod
     def from_kept(
@@ -254,7 +256,7 @@ class SubArchitecture:
             raise ValueError(f"no gate site {sorted(unknown)[0]!r}.")
         masks = {}
         for site in sites:
-            mask = torch.zeros(site.n_channels, dtype=torch.bool)
+            mask = torch.zeros(site.n_channels, dtype=torch.bool, device="cpu")
             channels = as_tensor(kept.get(site.name, []), f"kept channels of {site.name!r}")
             if channels.numel() == 0:
                 channels = channels.long()

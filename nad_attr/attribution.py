@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from nad_attr.architecture import SubArchitecture
-from nad_attr.data import Data, TensorSource, as_source
+from nad_attr.data import Data, TensorSource, as_source, loading, numbers_of
 from nad_attr.gates import TaskGates
 from nad_attr.gating import check_eval, expand, multiply, recorded
 from nad_attr.learning import learn_gates
+from nad_attr.preserving import unchanged
 from nad_attr.recipe import Recipe
 from nad_attr.sites import GateSite, SiteError, asked_layers, find_gate_sites, unwrap
 
@@ -222,7 +223,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             tensors, forward = _bind(root, inputs, extra, own)
             return learn_gates(
                 root,
-                (tensors, torch.tensor(targets)),
+                (tensors, torch.tensor(targets, device="cpu")),
                 sorted(set(targets)),
                 self.recipe,
                 list(sites),
@@ -312,7 +313,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             sites = self.task_gates.sites
         else:
             sites = self._find(root, layers, images, extra, attribute_to_layer_input)
-        with torch.no_grad(), recorded(root, sites) as activations:
+        with torch.no_grad(), unchanged(root), recorded(root, sites) as activations:
             outputs = root(*images, *extra)
         _check_outputs(outputs, targets)
         if self.task_gates is not None:
@@ -722,8 +723,10 @@ def _copies(image: tuple[Tensor, ...], n: int, seed: int) -> tuple[Tensor, ...]:
             "use scope='task', or attribute from the embedding on."
         )
     n_scaled = n // 2
-    scale = torch.ones(n, dtype=torch.float64)
-    scale[n - n_scaled :] = (torch.arange(n_scaled, dtype=torch.float64) + 0.5) / n_scaled
+    scale = torch.ones(n, dtype=torch.float64, device="cpu")
+    scale[n - n_scaled :] = (
+        torch.arange(n_scaled, dtype=torch.float64, device="cpu") + 0.5
+    ) / n_scaled
     generator = torch.Generator().manual_seed(seed)
     copies = []
     for item in image:
@@ -731,7 +734,7 @@ def _copies(image: tuple[Tensor, ...], n: int, seed: int) -> tuple[Tensor, ...]:
         if not item.is_floating_point():
             copies.append(item.expand(n, *item.shape[1:]))
             continue
-        noise = torch.randn((n, *item.shape[1:]), generator=generator)
+        noise = torch.randn((n, *item.shape[1:]), generator=generator, device="cpu")
         noise[0] = 0
         noise[n - n_scaled :] = 0
         spread = _NOISE * (item.max() - item.min())
@@ -747,9 +750,12 @@ def _first_images(data: Data) -> tuple[tuple[Tensor, ...], Data]:
         and not isinstance(dataset, (IterableDataset, TensorDataset))
         and hasattr(dataset, "__len__")
     ):
-        few = Subset(dataset, range(min(2, len(dataset))))
+        numbers = None
+        if isinstance(data, DataLoader) and data.batch_sampler is not None:
+            numbers = numbers_of(data)
+        few = Subset(dataset, (range(len(dataset)) if numbers is None else numbers)[:2])
         if isinstance(data, DataLoader):
-            source = as_source(DataLoader(few, collate_fn=data.collate_fn))
+            source = as_source(DataLoader(few, **loading(data)))
         else:
             source = as_source(few)
     else:

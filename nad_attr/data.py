@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
@@ -16,8 +17,18 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
-from torch.utils.data.sampler import BatchSampler, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
 from nad_attr._processes import check_processes
 
@@ -40,19 +51,46 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def _generators() -> list[torch.Generator]:
+    """Torch's global generators: the CPU's, and those of all accelerators that are in use."""
+    found = [torch.default_generator]
+    for module in (torch.cuda, getattr(torch, "xpu", None)):
+        # False in a forked process too, which must not touch the device.
+        if module is not None and module.is_initialized():
+            found += module.default_generators
+    if torch.backends.mps.is_available():
+        found.append(torch.mps._get_default_mps_generator())
+    return found
+
+
 @contextmanager
-def isolated_rng(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU random states, and put them back afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's random states, and put them back afterwards.
+
+    Those of all devices that torch has initialised. If a device is initialised inside, its
+    generators are put back to how they came.
+
+    Args:
+        seed: None: the states stay as they are.
+    """
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    generators = [(generator, generator.get_state()) for generator in _generators()]
     try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.default_generator.manual_seed(seed)
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            for generator, _ in generators:
+                generator.manual_seed(seed)
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+        known = {id(generator) for generator, _ in generators}
+        for generator in _generators():
+            if id(generator) not in known:
+                generator.manual_seed(generator.initial_seed())
+        for generator, state in generators:
+            generator.set_state(state)
 
 
 class Source(Protocol):
@@ -68,9 +106,14 @@ class Source(Protocol):
         ...
 
 
+def tensor_of(values: Any) -> Tensor:
+    """A tensor as it is; other numbers as one on the CPU, whatever torch's default device is."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def _check_labels(labels: Any, n: int | None = None) -> Tensor:
     try:
-        tensor = torch.as_tensor(labels)
+        tensor = tensor_of(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"labels must be class indices, not {labels!r:.60}: {error}.") from None
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
@@ -135,7 +178,7 @@ class TensorSource:
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws, in order."""
         for chosen in draws:
-            index = torch.tensor([number for number, _ in chosen], dtype=torch.long)
+            index = torch.tensor([number for number, _ in chosen], dtype=torch.long, device="cpu")
             yield tuple(item.detach()[index.to(item.device)] for item in self.inputs)
 
 
@@ -151,6 +194,121 @@ class _SeededItems(Dataset[Any]):
             return self.dataset[number]
 
 
+#: What a loader says about how its items are loaded.
+_SETTINGS = (
+    "num_workers",
+    "pin_memory",
+    "pin_memory_device",
+    "timeout",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+)
+
+
+class _WorkerInit:
+    """A user's ``worker_init_fn``, which finds the user's dataset in ``get_worker_info()``."""
+
+    def __init__(self, function: Callable[[int], object] | None) -> None:
+        self.function = function
+
+    def __call__(self, number: int) -> None:
+        info = get_worker_info()
+        inner = getattr(info.dataset, "dataset", None) if info is not None else None
+        if inner is not None:
+            object.__setattr__(info, "dataset", inner)  # it lets nobody assign otherwise
+        if self.function is not None:
+            self.function(number)
+
+
+def loading(loader: DataLoader[Any] | None) -> dict[str, Any]:
+    """How a loader loads its items, as arguments of another one: workers, memory, collating."""
+    if loader is None:
+        return {}
+    options = {name: getattr(loader, name) for name in _SETTINGS}
+    if not options["pin_memory_device"]:  # torch warns of whoever names it
+        del options["pin_memory_device"]
+    return options | {"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn}
+
+
+def started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """A loader's pass. It draws a seed by its CPU generator, on the user's default device."""
+    with torch.device("cpu"):
+        return iter(loader)
+
+
+class SeededLoader:
+    """Loads items of a dataset in any order, each a function of its number and seed.
+
+    Args:
+        dataset: A map-style dataset.
+        loader: Its settings are used: workers, pinned memory, timeout and so on.
+        collate: What makes a batch of items; None: the loader's.
+        n_workers: Processes; 0: the loader's.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        loader: DataLoader[Any] | None = None,
+        *,
+        collate: Callable[[list[Any]], Any] | None = None,
+        n_workers: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.options = loading(loader)
+        if collate is not None:
+            self.options["collate_fn"] = collate
+        if n_workers:
+            self.options["num_workers"] = n_workers
+        self.options["worker_init_fn"] = _WorkerInit(self.options.get("worker_init_fn"))
+        self._lasting: DataLoader[Any] | None = None
+        self._busy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_lasting": None, "_busy": False}  # processes cannot be sent
+
+    def _open(self, draws: _Draws) -> DataLoader[Any]:
+        return DataLoader(
+            _SeededItems(self.dataset),
+            batch_sampler=draws,
+            generator=torch.Generator().manual_seed(0),  # never the global one
+            **self.options,
+        )
+
+    def __call__(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Any]:
+        """A batch for each list of (number, seed)."""
+        if not self.options.get("persistent_workers") or self._busy:
+            options = self.options
+            if self._busy:  # workers that stay serve one at a time
+                self.options = options | {"persistent_workers": False}
+            try:
+                loader = self._open(_Draws(draws))
+            finally:
+                self.options = options
+            yield from started(loader)
+            return
+        if self._lasting is None:
+            self._lasting = self._open(_Draws(()))
+        self._busy = True
+        try:
+            assert isinstance(self._lasting.batch_sampler, _Draws)
+            self._lasting.batch_sampler.draws = draws
+            yield from started(self._lasting)
+        finally:
+            self._busy = False
+
+
+class _Draws:
+    """A batch sampler whose batches are given anew for each pass."""
+
+    def __init__(self, draws: Iterable[Sequence[Draw]]) -> None:
+        self.draws = draws
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return map(list, self.draws)
+
+
 class DatasetSource:
     """Images that a map-style dataset makes on demand."""
 
@@ -159,13 +317,13 @@ class DatasetSource:
         dataset: Dataset[Any],
         *,
         numbers: Sequence[int] | None = None,
-        collate: Callable[[list[Any]], Any] | None = None,
-        n_workers: int = 0,
+        loader: DataLoader[Any] | None = None,
         augmented: bool = True,
     ) -> None:
-        check_processes(n_workers, "num_workers of the loader")
-        self.dataset, self.collate, self.n_workers = dataset, collate, n_workers
-        self.augmented = augmented
+        if loader is not None:
+            check_processes(loader.num_workers, "num_workers of the loader")
+        self.dataset, self.augmented = dataset, augmented
+        self._loader = SeededLoader(dataset, loader)
         n = len(dataset)  # type: ignore[arg-type]
         self.numbers = range(n) if numbers is None else list(numbers)
         self.labels = self._labels()
@@ -173,22 +331,18 @@ class DatasetSource:
     def _labels(self) -> Tensor:
         known = _known_labels(self.dataset)
         if known is not None:
-            return _check_labels(known[torch.as_tensor(list(self.numbers), dtype=torch.long)])
+            return _check_labels(
+                known[torch.as_tensor(list(self.numbers), dtype=torch.long, device="cpu")]
+            )
         if len(self.numbers) == 0:
-            return _check_labels(torch.zeros(0, dtype=torch.long))
+            return _check_labels(torch.zeros(0, dtype=torch.long, device="cpu"))
         # Nothing says the labels but the items themselves: read them all once.
         every = ([(i, 0)] for i in range(len(self.numbers)))
         return _check_labels(torch.cat([_check_labels(label) for _, label in self._load(every)]))
 
     def _load(self, draws: Iterable[Sequence[Draw]]) -> Iterator[tuple[Any, Any]]:
-        loader: DataLoader[Any] = DataLoader(
-            _SeededItems(self.dataset),
-            batch_sampler=([(self.numbers[i], s) for i, s in chosen] for chosen in draws),
-            collate_fn=self.collate,
-            num_workers=self.n_workers,
-            generator=torch.Generator().manual_seed(0),  # never the global one
-        )
-        for batch in self._collated(loader):
+        every = ([(self.numbers[i], s) for i, s in chosen] for chosen in draws)
+        for batch in self._collated(self._loader(every)):
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
                 raise TypeError(
@@ -198,7 +352,7 @@ class DatasetSource:
             yield batch[0], batch[1]
 
     @staticmethod
-    def _collated(loader: DataLoader[Any]) -> Iterator[Any]:
+    def _collated(loader: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from loader
         except RuntimeError as error:
@@ -219,13 +373,13 @@ def _known_labels(dataset: Any) -> Tensor | None:
     """Labels that a dataset tells without loading an image (``targets``, as torchvision's)."""
     if isinstance(dataset, Subset):
         inner = _known_labels(dataset.dataset)
-        return None if inner is None else inner[torch.as_tensor(list(dataset.indices))]
+        return None if inner is None else inner[tensor_of(list(dataset.indices))]
     # A target transform may turn the listed labels into others.
     if getattr(dataset, "target_transform", None) is not None:
         return None
     targets = getattr(dataset, "targets", None)
     try:
-        known = torch.as_tensor(targets)
+        known = tensor_of(targets)
         if known.ndim == 1 and len(known) == len(dataset) and not known.is_floating_point():
             return known
     except (TypeError, ValueError, RuntimeError):
@@ -239,7 +393,8 @@ def as_source(data: Any, *, augmented: bool | None = None) -> Source:
     Args:
         data: ``(inputs, labels)`` with ``inputs`` a tensor or tuple of tensors (axis 0 = images);
             a map-style dataset of (input, label); or a DataLoader, whose dataset, collate
-            function, workers and choice of images are used. Loaders without random access
+            function, workers with all their settings and choice of images are used, each image
+            once (:func:`numbers_of`). Loaders without random access
             (iterable datasets, or any other iterable of batches) are read into memory once, up
             to 4 GB.
         augmented: Whether an image may look different each time it is drawn. None: as the
@@ -286,24 +441,49 @@ def as_source(data: Any, *, augmented: bool | None = None) -> Source:
 
 
 def _loader_source(loader: DataLoader[Any], augmented: bool | None) -> Source:
-    numbers = None
     if isinstance(loader.dataset, TensorDataset) and loader.collate_fn is not None:
         augmented = False if augmented is None else augmented
-    batches: Any = loader.batch_sampler
-    if type(batches) is not BatchSampler:
-        with isolated_rng(0):
-            numbers = sorted({int(i) for batch in batches for i in batch})
-    elif not isinstance(batches.sampler, (SequentialSampler, RandomSampler)):
-        # A sampler that leaves images out (SubsetRandomSampler, say) means it.
-        with isolated_rng(0):
-            numbers = sorted({int(i) for i in batches.sampler})
     return DatasetSource(
         loader.dataset,
-        numbers=numbers,
-        collate=loader.collate_fn,
-        n_workers=loader.num_workers,
+        numbers=numbers_of(loader),
+        loader=loader,
         augmented=_augmented(loader.dataset, augmented),
     )
+
+
+def numbers_of(loader: DataLoader[Any]) -> list[int] | None:
+    """The images that a loader has chosen, each once and in rising order; None: all.
+
+    A sampler that leaves images out (``SubsetRandomSampler``, say) means it. One that draws by
+    weight, with replacement, leaves out those of weight zero only: what else one pass of it misses
+    is chance. Warns where the loader's choice counts images otherwise than they are used.
+    """
+    batches: Any = loader.batch_sampler
+    sampler = getattr(batches, "sampler", None) if type(batches) is BatchSampler else batches
+    if isinstance(sampler, (SequentialSampler, RandomSampler)):
+        return None
+    if type(sampler) is WeightedRandomSampler:
+        warnings.warn(
+            "the loader's WeightedRandomSampler decides only that images of weight 0 are left out: "
+            "each other image is used alike, whatever its weight. Images are balanced between a "
+            "task's own and the others anyway; give a loader without the sampler to say so.",
+            stacklevel=2,
+        )
+        return (sampler.weights > 0).nonzero().flatten().tolist()
+    with isolated_rng(0):
+        drawn = [int(i) for i in sampler] if sampler is not batches else [
+            int(i) for batch in batches for i in batch
+        ]  # fmt: skip
+    numbers = sorted(set(drawn))
+    if len(numbers) < len(drawn):
+        warnings.warn(
+            f"the loader's {type(sampler).__name__} draws some images more than once: a pass of it "
+            f"holds {len(numbers):,} of the dataset's {len(loader.dataset):,} images, and only "  # type: ignore[arg-type]
+            "these are used, each as often as any other. If that is chance (it draws with "
+            "replacement), give a loader with shuffle=True, or the dataset.",
+            stacklevel=2,
+        )
+    return numbers
 
 
 def _augmented(dataset: Any, augmented: bool | None) -> bool:

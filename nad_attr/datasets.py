@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from nad_attr._processes import check_processes
 from nad_attr._safe_files import NotAFileError, check_file
 from nad_attr._safe_text import shown
+from nad_attr.data import started
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -248,7 +249,7 @@ class ImageTransform:
             left, top = ((side - self.crop) // 2 for side in image.size)
             image = image.crop((left, top, left + self.crop, top + self.crop))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
-        mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, device="cpu").reshape(3, 1, 1) for v in (self.mean, self.std))
         return pixels.sub_(mean).div_(std).contiguous()
 
     def __str__(self) -> str:
@@ -375,7 +376,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
         self._names = _Names(names)
         self._starts = np.asarray(starts)
         # Shared with the workers of a loader: what one of them met, all know, and the main process.
-        self._broken = torch.zeros(len(names), dtype=torch.uint8).share_memory_()
+        self._broken = torch.zeros(len(names), dtype=torch.uint8, device="cpu").share_memory_()
         self._left_out: list[str] = []
 
     def _images(self, folder: str) -> Iterator[str]:
@@ -457,7 +458,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
             num_workers=n_workers,
             generator=torch.Generator().manual_seed(0),
         )
-        for flags in loader:
+        for flags in started(loader):
             if progress is not None:
                 progress(len(flags))
         keep = (self._broken == 0).numpy()
@@ -476,7 +477,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
         self._names = _Names(self._names[i] for i in kept)
         self.targets = [self.targets[i] for i in kept]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self._broken = torch.zeros(len(kept), dtype=torch.uint8).share_memory_()
+        self._broken = torch.zeros(len(kept), dtype=torch.uint8, device="cpu").share_memory_()
         return int((~keep).sum())
 
     @property

@@ -335,7 +335,7 @@ def center_crops(
         (torch.Size([1, 3, 8, 8]), 0.0, tensor([3]))
     """
     photos = load_photos() if photos is None else photos
-    labels = torch.tensor([photo.label for photo in photos])
+    labels = torch.tensor([photo.label for photo in photos], device="cpu")
     return _batch([_center(photo.image, size) for photo in photos]), labels
 
 
@@ -373,7 +373,7 @@ def random_crops(
             crop = _resized(photo.image[:, top : top + h, left : left + w], size, size)
             images.append(crop.flip(2) if random.random() < 0.5 else crop)
             labels.append(photo.label)
-    return _batch(images), torch.tensor(labels)
+    return _batch(images), torch.tensor(labels, device="cpu")
 
 
 @torch.no_grad()
@@ -528,7 +528,7 @@ def _baselines(
 ) -> dict[str, list[SubArchitecture]]:
     """Sub-architectures of the highest Taylor and random scores, with the same ablation value."""
     images, labels = data
-    own = torch.isin(labels, torch.tensor(gates.tasks))
+    own = torch.isin(labels, torch.tensor(gates.tasks, device="cpu"))
     scorers = {
         "Taylor": TaylorScorer(model, gates.sites),
         "random": RandomScorer(model, gates.sites, seed=seed),
@@ -625,7 +625,11 @@ def strongest_channels(
         if activations[site.name].ndim != 4 or not bool(kept[site.name].any()):
             continue
         values = activations[site.name].movedim(site.channel_dim, 1)[0].float().cpu()
-        mean = torch.zeros(len(values)) if gates.means is None else gates.means[site.name]
+        mean = (
+            torch.zeros(len(values), device="cpu")
+            if gates.means is None
+            else gates.means[site.name]
+        )
         distance = (values - mean[:, None, None]).abs()
         gate = gates.gates_of(task)[site.name]
         strength = (gate * distance.mean((1, 2))).masked_fill(~kept[site.name], -1.0)

@@ -19,7 +19,9 @@ import uuid
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import reduce
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -408,12 +410,44 @@ def _unpacked(packed: bytes, storages: Sequence[npt.NDArray[np.uint8]]) -> Any:
     return Unpickler(io.BytesIO(packed)).load()
 
 
+#: Where torch says how float32 is rounded, in its old way and in that of 2.9: wholes before parts.
+_OLD = ("cuda.matmul.allow_tf32", "cudnn.allow_tf32")
+_NEW = tuple(
+    f"{part}fp32_precision"
+    for part in (
+        "", "cudnn.", "mkldnn.", "cuda.matmul.", "cudnn.conv.", "cudnn.rnn.", "mkldnn.matmul.",
+        "mkldnn.conv.", "mkldnn.rnn.",
+    )
+)  # fmt: skip
+
+
+def _float32() -> dict[str, Any]:
+    """How this process rounds float32; what torch does not tell is left out."""
+    found: dict[str, Any] = {}
+    for name in (*_OLD, *_NEW):
+        # torch refuses to be asked in the old way what was set in the new one.
+        with suppress(AttributeError, RuntimeError):
+            found[name] = attrgetter(name)(torch.backends)
+    with suppress(RuntimeError):
+        found["matmul"] = torch.get_float32_matmul_precision()
+    return found
+
+
+def _set_float32(wanted: Mapping[str, Any]) -> None:
+    """Round float32 as another process does; what is so already is left alone."""
+    if "matmul" in wanted:
+        torch.set_float32_matmul_precision(wanted["matmul"])
+    for name in (*_OLD, *_NEW):
+        if name in wanted and _float32().get(name) != wanted[name]:
+            *where, last = name.split(".")
+            setattr(reduce(getattr, where, torch.backends), last, wanted[name])
+
+
 def _settings() -> dict[str, Any]:
     """What of this process decides how numbers are rounded."""
     return {
         "threads": torch.get_num_threads(),
-        "precision": torch.get_float32_matmul_precision(),
-        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "float32": _float32(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
     }
@@ -438,8 +472,7 @@ def _learn_chunk(
     if key not in _UNPACKED:
         _UNPACKED.clear()
         torch.set_num_threads(settings["threads"])
-        torch.set_float32_matmul_precision(settings["precision"])
-        torch.backends.cudnn.allow_tf32 = settings["cudnn_tf32"]
+        _set_float32(settings["float32"])
         torch.use_deterministic_algorithms(
             settings["deterministic"], warn_only=settings["warn_only"]
         )

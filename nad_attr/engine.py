@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from nad_attr.gates import Task
 from nad_attr.gating import GatingError, channel_shape, installed, multiply_learned
 from nad_attr.lighter import lighter
 from nad_attr.objective import own_task_output
+from nad_attr.preserving import Copies
 from nad_attr.running import Runner, chunks, sent
 from nad_attr.sites import GateSite
 
@@ -68,7 +70,7 @@ class Network(Runner):
         self.means: dict[str, Tensor] | None = None
         self._scales: dict[nn.Module, Tensor] = {}
 
-    def lighten(self, inputs: Inputs) -> None:
+    def lighten(self, batches: Iterable[Inputs]) -> None:
         """Run a copy of the network from now on that does the same with less work.
 
         Where it gives the same outputs, with channels closed as well. Under autocast BatchNorm
@@ -76,26 +78,40 @@ class Network(Runner):
         :func:`nad_attr.lighter.lighter`.
 
         Args:
-            inputs: A few images.
+            batches: Images to compare them on, each batch in passes of its own: some networks
+                choose their layers by what they see. Drawn only if there is something to compare.
         """
-        if self._run is not self.model:
+        kinds = (nn.modules.batchnorm._BatchNorm, nn.MaxPool2d)
+        if self._run is not self.model or not any(
+            isinstance(m, kinds) for m in self.model.modules()
+        ):
             return
-        images = self.to_device(inputs)
-        shape = len(images[0]), n_channels(self.sites)
-        random = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        gates = (random < 0.5).to(self.device, self.dtype)
+        whole, dtype = self.model, self.dtype
 
-        def gated(model: nn.Module) -> Tensor:
+        def run(model: nn.Module, inputs: Inputs, closed: float) -> Tensor:
             self.model = self._run = model
-            return self.gated(images, gates)
+            parameter = next(model.parameters(), None)
+            if parameter is not None and parameter.dtype == torch.float64:
+                self.dtype = torch.float64
+                inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+            images = self.to_device(inputs)
+            shape = len(images[0]), n_channels(self.sites)
+            generator = torch.Generator().manual_seed(0)
+            random = torch.rand(shape, generator=generator, device="cpu")
+            try:
+                if not closed:
+                    return self(images)
+                return self.gated(images, (random >= closed).to(self.device, self.dtype))
+            finally:
+                self.dtype = dtype
 
-        def clean(model: nn.Module) -> Tensor:
-            self.model = self._run = model
-            return self(images)
-
-        whole = self.model
-        copied = lighter(whole, gated, clean, folding=self.amp is None)
+        runs = (
+            partial(run, inputs=inputs, closed=closed) for inputs in batches for closed in (0.5, 0)
+        )
+        copied = lighter(whole, next(runs), runs, folding=self.amp is None)
         self.model = self._run = whole if copied is None else copied
+        # What was kept of the networks that were compared.
+        self._scales, self._copies = {}, Copies()
 
     @contextmanager
     def lean(self) -> Iterator[None]:
@@ -214,7 +230,7 @@ class TaskImages:
     """
 
     def __init__(self, labels: Tensor, task: Task, seed: int) -> None:
-        classes = torch.tensor([task] if isinstance(task, int) else task)
+        classes = torch.tensor([task] if isinstance(task, int) else task, device="cpu")
         own = torch.isin(labels, classes)
         self.pools = {"own": own.nonzero().flatten(), "other": (~own).nonzero().flatten()}
         self._key = (seed, task)
@@ -228,7 +244,7 @@ class TaskImages:
         """The next ``n`` draws; every image comes once before any comes again."""
         queue, pool = self._queues[kind], self.pools[kind]
         while len(queue) < n:
-            order = torch.randperm(len(pool), generator=self._generators[kind])
+            order = torch.randperm(len(pool), generator=self._generators[kind], device="cpu")
             queue.extend(pool[order].tolist())
         numbers, self._queues[kind] = queue[:n], queue[n:]
         first = self._drawn[kind]
@@ -290,7 +306,7 @@ class CleanOutputs:
         new = {number: i for i, number in enumerate(batch.numbers) if not self._have[number]}
         if new:
             device = batch.inputs[0].device
-            at = sent(torch.tensor(list(new.values())), device)
+            at = sent(torch.tensor(list(new.values()), device="cpu"), device)
             # All of them, normally: then no copy of the images is made.
             whole = len(new) == len(batch.numbers)
             outputs = self.network.clean(
@@ -301,11 +317,11 @@ class CleanOutputs:
                     self.n_images = 0
                     return self.network.clean(batch.inputs)
                 self._known = outputs.new_zeros(self.n_images, outputs.shape[1])
-            self._known[sent(torch.tensor(list(new)), outputs.device)] = outputs
+            self._known[sent(torch.tensor(list(new), device="cpu"), outputs.device)] = outputs
             for number in new:
                 self._have[number] = True
         assert self._known is not None
-        return self._known[sent(torch.tensor(batch.numbers), self._known.device)]
+        return self._known[sent(torch.tensor(batch.numbers, device="cpu"), self._known.device)]
 
 
 class Chunk:
@@ -360,10 +376,10 @@ class Chunk:
             numbers = [number for _, (number, _) in images]
             yield Batch(
                 self.network.to_device(inputs),
-                sent(torch.tensor([row for row, _ in images]), device),
+                sent(torch.tensor([row for row, _ in images], device="cpu"), device),
                 sent(self.source.labels[numbers], device),
                 numbers,
-                sent(torch.tensor(places), device),
+                sent(torch.tensor(places, device="cpu"), device),
             )
 
     def _distinct(self, step: Sequence[Sequence[Draw]]) -> tuple[list[tuple[int, Draw]], list[int]]:

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from nad_attr._foreign_hooks import carried, changes_weights, relevance_rules, stand_behind
 from nad_attr._trace import no_attention_fast_path
+from nad_attr.data import tensor_of
+from nad_attr.preserving import unchanged
 from nad_attr.sites import GateSite, SiteError, is_compiled, resolve_name, unwrap
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def as_tensor(value: Any, what: str) -> Tensor:
         TypeError: If it is no tensor and cannot be made one.
     """
     try:
-        return torch.as_tensor(value)
+        return tensor_of(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what} are no tensor: {error}.") from None
 
@@ -122,7 +124,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """Switch ``requires_grad`` off for all parameters, and back as it was afterwards.
 
     Gates are the only thing that is learned, so no graph is built before the first gate and no
-    weight gradient is computed.
+    weight gradient is computed. What forward passes inside change on the network's modules is put
+    back too (:func:`nad_attr.preserving.unchanged`).
 
     Example:
         >>> net = torch.nn.Linear(2, 1)
@@ -136,7 +139,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     try:
         for parameter in thawed:
             parameter.requires_grad_(False)
-        yield
+        with unchanged(model):
+            yield
     finally:
         for parameter in thawed:
             parameter.requires_grad_(True)

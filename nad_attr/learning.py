@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +37,8 @@ __all__ = ["Session", "learn_gates", "learn_sizes"]
 
 #: Images that the ablation value "mean" is taken over, at most.
 MEAN_IMAGES = 512
+#: Images that a lighter copy is compared on one by one, and together in one pass.
+ALONE = 16
 #: Images in a batch, at most, where the size is found: more are hardly faster.
 MOST = 512
 
@@ -308,12 +311,26 @@ class Session:
                 _sites(self.network, sites, example, additional_forward_args)
             )
             _check_outputs(self.network, example, self.tasks, labels)
-            self.network.lighten(example)
+            self.network.lighten(chain([example], self._of_each_task()))
             self.batch_size = (
                 self._largest_batch(example, limit) if batch_size == "auto" else batch_size
             )
         self.network.batch_size = self.batch_size
         self.width = max(1, self.batch_size // self.recipe.images_per_step)
+
+    def _of_each_task(self) -> Iterator[Inputs]:
+        """An image of each task: some alone, and all of them."""
+        classes, places = self.source.labels.unique(return_inverse=True)
+        first = torch.full((len(classes),), len(places), device="cpu")
+        first = first.scatter_reduce(0, places, torch.arange(len(places), device="cpu"), "amin")
+        of_class = dict(zip(classes.tolist(), first.tolist(), strict=True))
+        images = [
+            (next(of_class[k] for k in _members(task).tolist() if k in of_class), 0)
+            for task in self.tasks
+        ]
+        alone = images[:: max(1, len(images) // ALONE)][:ALONE]
+        together = [images[part.start : part.stop] for part in chunks(len(images), ALONE)]
+        yield from self.source.batches([[image] for image in alone] + together)
 
     def _largest_batch(self, example: Inputs, limit: int | None) -> int:
         """Images of a step that fit into memory, together with what the recipe holds for them."""
@@ -331,7 +348,9 @@ class Session:
             network.output_and_gradient(batch, gates, classes, torch.ones_like(classes).bool())
 
         if recipe.ablation == "mean":
-            network.set_means({site.name: torch.zeros(site.n_channels) for site in network.sites})
+            network.set_means(
+                {site.name: torch.zeros(site.n_channels, device="cpu") for site in network.sites}
+            )
         try:
             with torch.enable_grad(), frozen(network.model):
                 found = largest_batch(
@@ -549,7 +568,7 @@ def _tasks(
 
 
 def _members(task: Task) -> Tensor:
-    return torch.tensor([task] if isinstance(task, int) else task)
+    return torch.tensor([task] if isinstance(task, int) else task, device="cpu")
 
 
 def _check_images(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> None:
@@ -658,7 +677,9 @@ def _steps(task: Task, labels: Tensor, recipe: Recipe) -> int:
 def _means(network: Network, source: Source, seed: int) -> dict[str, Tensor]:
     """Mean of each channel over images of all classes, whichever tasks are learned."""
     n = len(source.labels)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "means")))
+    order = torch.randperm(
+        n, generator=torch.Generator().manual_seed(seed_of(seed, "means")), device="cpu"
+    )
     chosen = order[:MEAN_IMAGES].tolist()
     draws = [
         [(i, seed_of(seed, "means", i)) for i in chosen[a : a + 32]]

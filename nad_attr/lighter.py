@@ -6,7 +6,7 @@ The user's network stays as it is. The copy shares its tensors, and its layers h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -25,7 +25,8 @@ _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-11}
 def lighter(
     model: nn.Module,
     run: Callable[[nn.Module], Tensor],
-    *others: Callable[[nn.Module], Tensor],
+    others: Iterable[Callable[[nn.Module], Tensor]] = (),
+    *,
     folding: bool = True,
 ) -> nn.Module | None:
     """A copy of a network in which some layers do the same with less work.
@@ -38,7 +39,8 @@ def lighter(
         model: The network, in eval mode.
         run: Runs a network, this one or the copy, on some images, with whatever shall be found in
             it (gates, for one, that stand between two layers), and gives its outputs.
-        others: Further ways to run it in which the copy has to give the same outputs.
+        others: Further ways to run it in which the copy has to give the same outputs. All are asked
+            in float64 where the network runs in it.
         folding: Whether BatchNorm layers are merged; that rounds otherwise.
 
     Returns:
@@ -56,25 +58,50 @@ def lighter(
         return None
     with torch.no_grad():
         with found_pairs(model) as pairs:
-            outputs = [run(model)]
+            outputs = run(model)
         pools = [name for name, module in model.named_modules() if type(module) is nn.MaxPool2d]
-        if not ((pairs and folding) or pools) or outputs[0].dtype not in _ROUNDING:
+        if not ((pairs and folding) or pools) or outputs.dtype not in _ROUNDING:
             return None
-        outputs += [other(model) for other in others]
         try:
             # What a layer's forward asks of its BatchNorm, for one, an Identity may not have.
-            copied = _sharing_copy(model)
-            if folding:
-                fold(copied, pairs)
-            for name in pools:
-                copied.get_submodule(name).__class__ = MaxPool2d
-            same = [
-                _is_rounding(function(copied), output)
-                for function, output in zip((run, *others), outputs, strict=True)
-            ]
+            copied = _lighter_copy(model, pairs if folding else [], pools)
+            same = _agree(model, copied, pairs if folding else [], pools, run, others)
         except Exception:  # a saving that fails is none
             return None
-    return copied if all(same) else None
+    return copied if same else None
+
+
+def _lighter_copy(
+    model: nn.Module, pairs: Sequence[tuple[str, str]], pools: Sequence[str]
+) -> nn.Module:
+    copied = _sharing_copy(model)
+    fold(copied, pairs)
+    for name in pools:
+        copied.get_submodule(name).__class__ = MaxPool2d
+    return copied
+
+
+def _agree(
+    model: nn.Module,
+    copied: nn.Module,
+    pairs: Sequence[tuple[str, str]],
+    pools: Sequence[str],
+    run: Callable[[nn.Module], Tensor],
+    others: Iterable[Callable[[nn.Module], Tensor]],
+) -> bool:
+    """Whether the copy gives the network's outputs.
+
+    Asked in float64, where rounding is far below any difference: TF32, which GPUs use unless told
+    otherwise, rounds as coarsely as two networks may differ that are not the same.
+    """
+    try:
+        precise = copy.deepcopy(model).double()
+        compared = _lighter_copy(precise, pairs, pools), precise
+        same = _is_rounding(*map(run, compared))
+    except Exception:  # no float64 on the device, or float32 within the network
+        compared = copied, model
+        same = _is_rounding(*map(run, compared))
+    return same and all(_is_rounding(*map(other, compared)) for other in others)
 
 
 def _is_watched(model: nn.Module) -> bool:

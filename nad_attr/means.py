@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr.gating import channel_shape, check_eval, installed
+from nad_attr.preserving import unchanged
 from nad_attr.sites import GateSite
 
 __all__ = ["channel_means"]
@@ -49,7 +50,9 @@ def channel_means(
     """
     check_eval(model)
     run = model if forward is None else forward
-    sums = {site.name: torch.zeros(site.n_channels, dtype=torch.float64) for site in sites}
+    sums = {
+        site.name: torch.zeros(site.n_channels, dtype=torch.float64, device="cpu") for site in sites
+    }
     counts = dict.fromkeys(sums, 0)
 
     def add(site: GateSite, tensor: Tensor) -> None:
@@ -69,7 +72,7 @@ def channel_means(
                 f"a batch must be a tuple of input tensors, not {type(batch).__name__}; "
                 "write (images,) for a network with one input."
             )
-        with torch.no_grad(), installed(model, sites, add):
+        with torch.no_grad(), unchanged(model), installed(model, sites, add):
             run(*batch)
         n_batches += 1
     if n_batches == 0 or not all(counts.values()):

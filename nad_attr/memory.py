@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,10 @@ SHARE = {"cpu": 0.5, "cuda": 0.9}
 #: own, and the heap has gaps.
 FILLED = 0.8
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
 
 
+#: Where the system's files are; another folder in tests.
+_ROOT = Path("/")
 #: Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 #: Turns off giving back the heap's end; the largest int would still give back what exceeds 2 GB.
@@ -113,19 +109,82 @@ def available(device: torch.device) -> int:
 def _free_ram() -> int | None:
     """Bytes of main memory that are free for this process; None: unknown."""
     free = []
-    meminfo = Path("/proc/meminfo")
+    meminfo = _ROOT / "proc/meminfo"
     if meminfo.is_file():
         found = re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())
         if found:
             free.append(int(found[1]) * 1024)
     elif "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):  # not on Windows
         free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit, used in _CGROUPS:  # containers and batch systems allow less than the machine has
-        try:
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such file; "max" is no limit
+    free += _cgroup_rooms()  # containers and batch systems allow less than the machine has
+    return max(0, min(free)) if free else None
+
+
+#: Files of a memory cgroup: limit, use, and where memory.stat says what the system would give back.
+_V2 = ("memory.max", "memory.current", ("inactive_file", "slab_reclaimable"))
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file",))
+
+
+def _cgroup_rooms() -> list[int]:
+    """Bytes that are free in the memory cgroups that this process is in, nested ones each.
+
+    Source: "Control Group v2" and "Memory Resource Controller" in the Linux kernel's documentation.
+    """
+    try:
+        groups = (_ROOT / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    rooms = []
+    for line in groups:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            files, kind = _V2, "cgroup2"
+        elif "memory" in controllers.split(","):
+            files, kind = _V1, "cgroup"
+        else:
             continue
-    return min(free) if free else None
+        for root, top in _mounts(kind):
+            # In a container the mount may show a part of the tree alone, which then is all that
+            # can be seen; and the path may lead out of it.
+            parts = [part for part in Path(path).parts if part not in ("/", "..")]
+            shown = [part for part in Path(root).parts if part not in ("/", "..")]
+            if shown and parts[: len(shown)] == shown:
+                parts = parts[len(shown) :]
+            for depth in range(len(parts) + 1):
+                room = _room(top.joinpath(*parts[:depth]), *files)
+                if room is not None:
+                    rooms.append(room)
+    return rooms
+
+
+def _mounts(kind: str) -> list[tuple[str, Path]]:
+    """Where cgroups of a kind are mounted: what of the tree is shown there, and the place."""
+    try:
+        lines = (_ROOT / "proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = []
+    for line in lines:
+        fields, _, rest = line.partition(" - ")
+        if rest.split(" ")[0] == kind and (kind == "cgroup2" or "memory" in re.split("[ ,]", rest)):
+            root, place = (part.replace("\\040", " ") for part in fields.split(" ")[3:5])
+            found.append((root, _ROOT / place.lstrip("/")))
+    usual = "sys/fs/cgroup" if kind == "cgroup2" else "sys/fs/cgroup/memory"
+    return found or [("/", _ROOT / usual)]
+
+
+def _room(group: Path, limit: str, used: str, reclaimable: Sequence[str]) -> int | None:
+    """Bytes that are free in one cgroup; None: it has no limit."""
+    try:
+        allowed, taken = (int((group / name).read_text()) for name in (limit, used))
+    except (OSError, ValueError):  # no such file; "max" is no limit
+        return None
+    with suppress(OSError, ValueError):
+        # Files that were read stay in memory as long as nobody needs it.
+        stat = dict(line.split(" ", 1) for line in (group / "memory.stat").read_text().splitlines())
+        taken -= sum(int(stat.get(name, 0)) for name in reclaimable)
+    return allowed - max(0, taken)
 
 
 class _Live(TorchDispatchMode):

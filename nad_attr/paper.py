@@ -21,7 +21,9 @@ def initial_logits(chunk: Chunk) -> Tensor:
     total = n_channels(chunk.network.sites)
     draws = [
         torch.randn(
-            total, generator=torch.Generator().manual_seed(seed_of(chunk.seed, task, "logits"))
+            total,
+            generator=torch.Generator().manual_seed(seed_of(chunk.seed, task, "logits")),
+            device="cpu",
         )
         for task in chunk.tasks
     ]

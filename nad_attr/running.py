@@ -13,9 +13,18 @@ from torch import Tensor, nn
 from nad_attr.data import Inputs, Source, check_finite, seed_of
 from nad_attr.gates import Task
 from nad_attr.gating import GatingError, check_eval
+from nad_attr.preserving import Copies, Kept
 from nad_attr.sites import unwrap
 
-__all__ = ["Runner", "amp_dtype", "check_batch_size", "check_classes", "chunks", "sent"]
+__all__ = [
+    "Runner",
+    "amp_dtype",
+    "check_batch_size",
+    "check_classes",
+    "chunks",
+    "cumulative",
+    "sent",
+]
 
 
 def check_batch_size(batch_size: object, auto: bool = False) -> None:
@@ -110,6 +119,24 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
+def cumulative(values: Tensor) -> Tensor:
+    """``values.cumsum(-1)``, also where deterministic algorithms are asked for.
+
+    On a GPU torch has none for floating-point numbers. Source: Hillis and Steele 1986.
+
+    Example:
+        >>> cumulative(torch.tensor([1.0, 2.0, 3.0]))
+        tensor([1., 3., 6.])
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return values.cumsum(-1)
+    step = 1
+    while step < values.shape[-1]:
+        moved = values[..., step:] + values[..., :-step]
+        values, step = torch.cat([values[..., :step], moved], dim=-1), 2 * step
+    return values
+
+
 @contextmanager
 def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
     """Say which inputs a network was given that cannot be run on them.
@@ -130,6 +157,10 @@ def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
 
 class Runner:
     """A network in eval mode with the device it runs on and the way it is called.
+
+    Each pass leaves the network's modules as it found them (:mod:`nad_attr.preserving`), so what a
+    pass gives depends on no pass before it. Where gradients are wanted, the buffers that a pass
+    changes are put back by the next pass, and by the ``frozen`` around all of them.
 
     Args:
         model: The network. Wrappers that spread a batch over devices are looked through: one gate
@@ -181,6 +212,7 @@ class Runner:
         elif places:
             root = copied_to(root, self.device)
         self.model = root if forward_func is None else model
+        self._copies = Copies()
         self._run = root if forward_func is None else forward_func
         extra = additional_forward_args
         if extra is None:
@@ -198,8 +230,13 @@ class Runner:
             TypeError: If the network returns no floating-point tensor.
             ValueError: If it returns another shape.
         """
-        with network_errors(inputs):
-            outputs = self._run(*inputs, *self._extra)
+        outputs = None
+        kept = Kept(self.model, self._copies)
+        try:
+            with network_errors(inputs):
+                outputs = self._run(*inputs, *self._extra)
+        finally:
+            kept.restore(graph=isinstance(outputs, Tensor) and outputs.requires_grad)
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise TypeError(
                 f"the network returned {type(outputs).__name__}, not a tensor of outputs; give a "

@@ -472,7 +472,7 @@ class _Run:
 
 
 def _classes(task: Task) -> Tensor:
-    return torch.tensor([task] if isinstance(task, int) else task)
+    return torch.tensor([task] if isinstance(task, int) else task, device="cpu")
 
 
 @contextmanager

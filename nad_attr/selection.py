@@ -23,6 +23,7 @@ from nad_attr.architecture import budget, n_channels
 from nad_attr.data import Draw
 from nad_attr.engine import Chunk, Learned, TaskImages
 from nad_attr.recipe import Recipe
+from nad_attr.running import cumulative
 
 __all__ = ["QuadraticModel", "budgets", "learn_selection"]
 
@@ -261,7 +262,7 @@ class QuadraticModel:
         lost = (loss / full).clamp(max=1)
         order = self.whole.argsort(dim=1, stable=True)
         rising = weights.gather(1, order)
-        rank = torch.empty_like(rising).scatter_(1, order, rising.cumsum(1) - rising / 2)
+        rank = torch.empty_like(rising).scatter_(1, order, cumulative(rising) - rising / 2)
         near = torch.cosh(SHARPNESS * (rank - 0.5)).square().reciprocal()
         counted = weights * (1 - self.boundary[:, None] * (1 - lost**FADING) * (1 - near))
         return counted / counted.sum(1, keepdim=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import random
 from collections.abc import Iterator
 
@@ -20,6 +22,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 from nad_attr.data import (
@@ -342,3 +345,97 @@ def test_images_that_are_not_finite_are_named(bad: float) -> None:
 def test_a_source_of_a_dataset_can_be_made_by_hand() -> None:
     source = DatasetSource(Items(), numbers=[4, 2], augmented=False)
     assert torch.equal(everything(source), X[[4, 2]])
+
+
+# ---------------------------------------------------------------------------------------------
+# A loader's settings
+# ---------------------------------------------------------------------------------------------
+
+
+class Opened(Targets):
+    """Has to be opened in each worker, as datasets of one large file are."""
+
+    file: Tensor | None = None
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        assert self.file is not None, "not opened"
+        return self.file[number], int(LABELS[number])
+
+
+def open_in_worker(number: int) -> None:
+    info = get_worker_info()
+    assert info is not None
+    info.dataset.file = X
+
+
+def test_worker_init_fn_is_called_and_finds_the_dataset() -> None:
+    loader = DataLoader(
+        Opened(), num_workers=1, multiprocessing_context="fork", worker_init_fn=open_in_worker
+    )
+    assert torch.equal(everything(as_source(loader)), X)
+
+
+def test_all_settings_of_a_loader_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, object]] = []
+
+    class Spied(DataLoader):
+        def __init__(self, *args: object, **options: object) -> None:
+            given.append(options)
+            super().__init__(*args, **options)
+
+    settings = {
+        "num_workers": 2, "timeout": 30, "prefetch_factor": 3, "persistent_workers": True,
+        "pin_memory": True, "multiprocessing_context": "fork",
+    }  # fmt: skip
+    loader = DataLoader(Targets(), **settings)
+    monkeypatch.setattr("nad_attr.data.DataLoader", Spied)
+    source = DatasetSource(Targets(), loader=loader)
+    assert torch.equal(everything(source), X)
+    (options,) = given
+    context = options.pop("multiprocessing_context")
+    assert context is loader.multiprocessing_context
+    assert settings.items() - {("multiprocessing_context", "fork")} <= options.items()
+
+
+def test_persistent_workers_stay() -> None:
+    loader = DataLoader(
+        Processes(), num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    )
+    source = as_source(loader)
+    first, second = everything(source), everything(source)
+    assert torch.equal(first, second)
+    broken_off = iter(source.batches([[(i, 0)] for i in range(8)]))
+    next(broken_off)
+    assert not torch.equal(everything(source), first)  # others while one is under way
+    broken_off.close()
+    assert torch.equal(everything(source), first)
+    assert len(everything(pickle.loads(pickle.dumps(source)))) == 8  # without its processes
+
+
+class Processes(Targets):
+    """Images that hold the number of the process that made them."""
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        return torch.full_like(X[number], os.getpid()), int(LABELS[number])
+
+
+def test_a_weighted_sampler_loses_no_image() -> None:
+    weights = torch.ones(8)
+    weights[3] = 0
+    loader = DataLoader(Targets(), sampler=WeightedRandomSampler(weights, 8))
+    with pytest.warns(UserWarning, match="WeightedRandomSampler decides only"):
+        source = as_source(loader)
+    assert torch.equal(source.labels, LABELS[[0, 1, 2, 4, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("kind", ["sampler", "batch_sampler"])
+def test_a_sampler_that_draws_with_replacement_is_named(kind: str) -> None:
+    draws: list[object] = [5, 2, 5] if kind == "sampler" else [[5, 2], [5]]
+
+    class Twice(list):
+        pass
+
+    loader = DataLoader(Targets(), **{kind: Twice(draws)})
+    with pytest.warns(UserWarning, match=r"Twice draws some .* 2 of the dataset's 8 images"):
+        source = as_source(loader)
+    assert torch.equal(source.labels, LABELS[[2, 5]])

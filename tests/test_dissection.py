@@ -273,10 +273,10 @@ class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.relu = nn.ReLU()
-        self.n = 0
+        Counting.n = 0  # not the module's own, which is put back after each pass
 
     def forward(self, x: Tensor) -> Tensor:
-        self.n += len(x)
+        Counting.n += len(x)
         return self.relu(x).mean((2, 3))
 
 
@@ -441,6 +441,54 @@ def test_some_images_are_a_seeded_draw() -> None:
 
 
 # -- sites, labels, top images ---------------------------------------------------------------------
+
+
+def test_of_a_loader_only_what_it_has_chosen_is_used() -> None:
+    """Its sampler, workers and collate function; the images left out are not even touched."""
+    x, maps = images(6), torch.arange(6)[:, None, None].expand(6, 8, 8) % 2
+    touched: list[int] = []
+
+    class Dicts(torch.utils.data.Dataset[Any]):
+        concepts = ("a", "b")
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, number: int) -> Any:
+            touched.append(number)
+            return {"image": x[number], "mask": maps[number]}
+
+    def collate(items: list[Any]) -> Any:
+        return torch.stack([i["image"] for i in items]), torch.stack([i["mask"] for i in items])
+
+    net = build(TinyCNN)
+    sites = find_gate_sites(net, x[:1])
+    chosen = [4, 1, 2]
+    loader = torch.utils.data.DataLoader(
+        Dicts(), sampler=torch.utils.data.SubsetRandomSampler(chosen), collate_fn=collate
+    )
+    found = dissect(net, sites, loader, 0.1, exact=True, n_top=2)
+    assert sorted(set(touched)) == [1, 2, 4]
+    expected = dissect(net, sites, (x[[1, 2, 4]], maps[[1, 2, 4]]), 0.1, ["a", "b"], exact=True)
+    for site in sites:
+        np.testing.assert_array_equal(found.iou[site.name], expected.iou[site.name])
+    assert {n for (n, _, _) in unit_masks(net, found, loader, sites[0], 0)} <= {1, 2, 4}
+
+
+def test_a_loaders_workers_dissect() -> None:
+    x, maps = images(4), torch.zeros(4, 8, 8, dtype=torch.long)
+
+    class Where(torch.utils.data.TensorDataset):
+        def __getitem__(self, number: int) -> Any:
+            assert torch.utils.data.get_worker_info() is not None
+            return super().__getitem__(number)
+
+    loader = torch.utils.data.DataLoader(
+        Where(x, maps), num_workers=1, multiprocessing_context="fork"
+    )
+    net = build(TinyCNN)
+    found = dissect(net, find_gate_sites(net, x[:1]), loader, 0.1, ["a"], exact=True)
+    assert found.n_units("relu1") == 6
 
 
 def test_tokens_are_a_square_of_positions() -> None:

@@ -27,6 +27,7 @@ LAYERS = (
         "_processes",
         "display",
         "sites",
+        "preserving",
         "_trace",
         "_foreign_hooks",
         "gating",

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nad_attr import GateSite, Recipe, find_gate_sites, learn_gates
 from nad_attr.engine import Network
 from nad_attr.gating import frozen
+from nad_attr.learning import Session
 from nad_attr.lighter import lighter
 from nad_attr.pooling import MaxPool2d
 from tests.helpers import (
@@ -61,7 +63,7 @@ def test_outputs_and_gradients_are_the_same(make: Callable[[], nn.Module], mean:
     sites = find_gate_sites(model, x)
     networks = [Network(model, sites), Network(model, sites)]
     with assert_model_untouched(model, x):
-        networks[1].lighten((x[:2],))
+        networks[1].lighten([(x[:2],)])
         assert networks[1].model is not model
         assert _norms(networks[1].model) == 0 < _norms(model)
         if mean:
@@ -92,12 +94,12 @@ def test_learned_gates_are_the_same(ablation: str, monkeypatch: pytest.MonkeyPat
 def test_a_gate_between_the_two_stays_there(site: GateSite) -> None:
     model, x = _plain(), images(4)
     network = Network(model, [site])
-    network.lighten((x[:2],))
+    network.lighten([(x[:2],)])
     assert network.model is model
     # Elsewhere they may be merged, and the gate is where it was.
     behind = Network(model, [GateSite("bn", 4, 1)])
     expected = _gradient(behind, x)
-    behind.lighten((x[:2],))
+    behind.lighten([(x[:2],)])
     assert isinstance(behind.model.get_submodule("bn"), nn.Identity)
     torch.testing.assert_close(_gradient(behind, x), expected, rtol=1e-12, atol=1e-12)
 
@@ -109,7 +111,7 @@ def test_a_gate_on_a_container_between_the_two_stays_there() -> None:
     model = _plain(forward)
     model.inner = nn.Sequential(model.get_submodule("conv")).eval()
     network = Network(model, [GateSite("inner", 4, 1)])
-    network.lighten((images(2),))
+    network.lighten([(images(2),)])
     assert network.model is model
 
 
@@ -147,7 +149,79 @@ def test_what_only_other_passes_show_is_seen() -> None:
     """A pass in which nothing tells the two apart is not enough."""
     model, x = _plain(_beside), images(3)
     assert lighter(model, lambda net: net(x) * 0) is not None
-    assert lighter(model, lambda net: net(x) * 0, lambda net: net(x)) is None
+    assert lighter(model, lambda net: net(x) * 0, [lambda net: net(x)]) is None
+
+
+def _chosen() -> nn.Module:
+    """Bright images go through another BatchNorm."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, bias=False)
+            self.dark, self.bright = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.relu = nn.ReLU()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            norm = self.bright if x.mean() > 1 else self.dark
+            return self.linear(self.relu(norm(self.conv(x))).mean((2, 3)))
+
+    return build(Net)
+
+
+def test_a_batchnorm_that_other_images_choose_is_seen() -> None:
+    model, (x, labels) = _chosen(), labelled_images(24)
+    x[labels == 1] += 3  # neither the first nor the last image
+    assert labels[0] != 1 != labels[-1]
+    with assert_model_untouched(model, x):
+        session = Session(model, (x, labels), [0, 1], recipe=Recipe(size=0.5, steps=2))
+    assert session.network.model is model
+    dark = Session(model, (x, labels), [0, 2], recipe=Recipe(size=0.5, steps=2))
+    assert dark.network.model is not model
+
+
+class _Coarse(TorchDispatchMode):
+    """Convolutions of float32 as on a GPU with TF32: their inputs have 10 bits of mantissa."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "convolution" in func.name() and args[0].dtype == torch.float32:
+            _Coarse.n += 1
+            args = (*(_rounded(a) for a in args[:2]), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return ((x.detach().view(torch.int32) + 4096) & ~8191).view(torch.float32)
+
+
+def test_tf32_does_not_keep_from_merging() -> None:
+    """Its rounding is above any bound that would tell two networks apart."""
+    model, x = build(TinyResNet).float(), 3 * images(4, dtype=torch.float32)
+    network = Network(model, find_gate_sites(model, x))
+    with assert_model_untouched(model, x), _Coarse():
+        network.lighten([(x,)])
+        assert _Coarse.n
+        merged = network((x,))
+        expected = Network(model, network.sites)((x,))
+    assert _norms(network.model) == 0
+    assert network.dtype == next(network.model.parameters()).dtype == torch.float32
+    difference = float((merged - expected).abs().max() / expected.abs().max())
+    assert 1e-4 < difference < 1e-2, "as coarse as TF32 is"
+    assert not network._copies
+    assert not any(m in network._scales for m in model.modules())
+
+
+def test_a_network_that_has_to_be_in_float32_is_compared_as_it_is() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.bn(net.conv(x)) @ torch.eye(6)
+
+    model, x = _plain(forward).float(), images(2, dtype=torch.float32)
+    network = Network(model, [GateSite("relu", 4, 1)])
+    network.lighten([(x,)])
+    assert _norms(network.model) == 0
 
 
 def _hooked(model: nn.Module) -> nn.Module:
@@ -175,7 +249,7 @@ def test_errors_of_the_network_are_its_own() -> None:
 def test_no_copy_with_a_function_in_between() -> None:
     model, x = _plain(), images(2)
     network = Network(model, [GateSite("relu", 4, 1)], forward_func=lambda x: model(x))
-    network.lighten((x,))
+    network.lighten([(x,)])
     assert network.model is model
 
 
@@ -183,7 +257,7 @@ def test_autocast_keeps_batchnorm() -> None:
     model, x = _pooling().float(), images(2, dtype=torch.float32)
     network = Network(model, [GateSite("2", 4, 1)], amp=torch.bfloat16)
     expected = network((x,))
-    network.lighten((x,))
+    network.lighten([(x,)])
     assert [type(m) for m in network.model][:4] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, MaxPool2d]  # type: ignore[arg-type]
     assert torch.equal(network((x,)), expected)
 

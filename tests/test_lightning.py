@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from nad_attr import Recipe, TaskGates, learn_gates
-from nad_attr.bridges.lightning import LearnSubArchitectures
+from nad_attr.bridges.lightning import LearnSubArchitectures, _first_alone
 from nad_attr.evaluation import evaluate
 from tests import helpers
 
@@ -143,3 +145,71 @@ def test_missing_lightning_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "_Callback", object)
     with pytest.raises(ImportError, match="pip install lightning"):
         LearnSubArchitectures()
+
+
+UNSUITABLE: dict[str, tuple[int, Any, str]] = {
+    "multi-label": (3, F.one_hot(torch.arange(12) % 3, 3).float(), "class indices"),
+    "regression": (1, torch.rand(12, 1), "class indices"),
+    "one logit": (1, torch.arange(12) % 2, "label 1, but the network has 1 outputs"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSUITABLE)
+def test_unsuitable_labels_come_to_light_before_the_first_step(kind: str, tmp_path: Path) -> None:
+    k, labels, message = UNSUITABLE[kind]
+    model, steps = module(), []
+    model.net[0].linear = nn.Linear(8, k)
+    model.training_step = lambda *_: steps.append(1)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+        callbacks=[LearnSubArchitectures(recipe=RECIPE, network="net", path=False)],
+    )  # fmt: skip
+    data = DataLoader(TensorDataset(helpers.images(12).float(), labels), batch_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=f"own training images at the end.*{message}"):
+            trainer.fit(model, data)
+    assert not steps
+
+
+def _one_of_two(rank: int, folder: str, fails: bool) -> None:
+    import torch.distributed as distributed
+
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    trainer = SimpleNamespace(is_global_zero=rank == 0, world_size=2)
+
+    def work() -> None:
+        assert rank == 0
+        if fails:
+            raise KeyError("nothing to learn from")
+
+    try:
+        _first_alone(trainer, work)
+        said = "fine"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    (Path(folder) / str(rank)).write_text(said)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_processes_fail_with_the_first(fails: bool, tmp_path: Path) -> None:
+    """They used to wait in a barrier, for ever."""
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_one_of_two, args=(rank, str(tmp_path), fails)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    said = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
+    if fails:
+        assert said[0] == "KeyError: 'nothing to learn from'"
+        assert said[1].startswith("RuntimeError: LearnSubArchitectures failed on the first process")
+    else:
+        assert said == ["fine", "fine"]

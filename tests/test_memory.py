@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nad_attr import GateStore, Recipe, learn_gates, learn_to_store
+from nad_attr import GateStore, Recipe, learn_gates, learn_to_store, memory
 from nad_attr.engine import Network
 from nad_attr.learning import Session
 from nad_attr.memory import FILLED, available, largest_batch, parse_bytes, peak_memory
@@ -230,3 +230,93 @@ def test_auto_goes_on_with_the_store_s_own_batch(tmp_path: Path) -> None:
         assert list(store.tasks) == [0, 1]
     with pytest.raises(ValueError, match="executor"):
         learn_to_store(tmp_path / "b.h5", model, data, executor=InProcess(), **options)  # type: ignore[arg-type]
+
+
+# -- what is free, from fake /proc and /sys trees --------------------------------------------------
+
+
+def _tree(root: Path, files: dict[str, object]) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{content}\n")
+
+
+V2 = {
+    "proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB",
+    "proc/self/cgroup": "0::/system.slice/slurmstepd.scope/job_7/step_0",
+}
+V1 = {
+    "proc/meminfo": "MemAvailable: 8000 kB",
+    "proc/self/cgroup": "5:cpu,cpuacct:/else\n4:memory:/slurm/uid_1/job_7\n1:name=systemd:/",
+}
+JOB2 = "sys/fs/cgroup/system.slice/slurmstepd.scope/job_7"
+JOB1 = "sys/fs/cgroup/memory/slurm/uid_1/job_7"
+TREES: dict[str, tuple[dict[str, object], int]] = {
+    "no cgroup": ({"proc/meminfo": "MemAvailable: 8000 kB"}, 8000 * 1024),
+    "version 2, no limit": (
+        V2 | {f"{JOB2}/memory.max": "max", f"{JOB2}/memory.current": 5}, 8192000
+    ),
+    "version 2, the job's limit, above the step's": (
+        V2
+        | {
+            f"{JOB2}/memory.max": 1000,
+            f"{JOB2}/memory.current": 300,
+            f"{JOB2}/step_0/memory.max": 2000,
+            f"{JOB2}/step_0/memory.current": 200,
+        },
+        700,
+    ),
+    "version 2, page cache is no use": (
+        V2
+        | {
+            f"{JOB2}/step_0/memory.max": 1000,
+            f"{JOB2}/step_0/memory.current": 900,
+            f"{JOB2}/step_0/memory.stat": "anon 250\ninactive_file 600\nslab_reclaimable 50",
+        },
+        750,
+    ),
+    "version 2, a container sees its own part only": (
+        {
+            **V2,
+            "proc/self/cgroup": "0::/",
+            "sys/fs/cgroup/memory.max": 500,
+            "sys/fs/cgroup/memory.current": 100,
+        },
+        400,
+    ),
+    "version 1, nested": (
+        V1
+        | {
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": 2**63 - 4096,
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": 10**6,
+            f"{JOB1}/memory.limit_in_bytes": 1000,
+            f"{JOB1}/memory.usage_in_bytes": 950,
+            f"{JOB1}/memory.stat": "cache 800\ninactive_file 5\ntotal_inactive_file 700",
+        },
+        750,
+    ),
+    "version 1, a container's mount, at another place": (
+        {
+            **V1,
+            "proc/self/cgroup": "4:memory:/docker/abc/inner",
+            "proc/self/mountinfo": "36 25 0:32 /docker/abc /cg/my\\040memory ro - cgroup c "
+            "rw,memory\n37 25 0:33 / /cg/cpu ro - cgroup c rw,cpu",
+            "cg/my memory/inner/memory.limit_in_bytes": 300,
+            "cg/my memory/inner/memory.usage_in_bytes": 100,
+        },
+        200,
+    ),
+    "over the limit": (
+        V2 | {f"{JOB2}/memory.max": 100, f"{JOB2}/memory.current": 300}, 0
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TREES)
+def test_free_memory_is_that_of_the_tightest_cgroup(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, expected = TREES[case]
+    _tree(tmp_path, files)
+    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    assert memory.available(torch.device("cpu")) == expected

@@ -8,7 +8,7 @@ and tidies up what Captum leaves on a network.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -173,6 +173,10 @@ def _network(method: Any) -> Any:
     return None
 
 
+def _restored(model: nn.Module | None) -> AbstractContextManager[None]:
+    return nullcontext() if model is None else restored(model)
+
+
 def gaussian_perturbation(
     scale: float = 0.05,
 ) -> Callable[[Tensor | tuple[Tensor, ...]], tuple[Any, Any]]:
@@ -253,13 +257,15 @@ def infidelity(
     """
     _check_method(method)
     options |= {"target": target}
+    model = _network(method)
     if additional_forward_args is not None:
         options["additional_forward_args"] = additional_forward_args
-    attributions = _one_tensor(method.attribute(inputs, **options))
+    with _restored(model):
+        attributions = _one_tensor(method.attribute(inputs, **options))
     if attributions.shape != inputs.shape:
         attributions = input_shaped(attributions, inputs)
     inside = method.applied() if isinstance(method, GatedAttribution) else nullcontext()
-    with isolated_rng(seed), inside:
+    with isolated_rng(seed), _restored(model), inside:
         result: Tensor = metrics.infidelity(
             method.forward_func,
             gaussian_perturbation() if perturb_func is None else perturb_func,
@@ -328,7 +334,7 @@ def sensitivity(
 
     if perturb_func is not None:
         options["perturb_func"] = perturb_func
-    with isolated_rng(seed):
+    with isolated_rng(seed), _restored(_network(method)):
         result: Tensor = metrics.sensitivity_max(
             explain,
             inputs,

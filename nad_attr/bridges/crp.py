@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nad_attr._foreign_hooks import stand_behind
 from nad_attr.architecture import SubArchitecture
 from nad_attr.bridges.zennit import GateCanonizer, SubArchitectureAttributor
+from nad_attr.data import tensor_of
 from nad_attr.gating import expand, installed, site_modules
 from nad_attr.sites import GateSite, unwrap
 
@@ -180,7 +181,7 @@ def compare_with_condition(
         with relevance_masked(model, arch):
             _, condition = whole(images, explained)
     gated_output, gated = SubArchitectureAttributor(model, arch, composite)(images, explained)
-    index = torch.as_tensor(explained).to(output.device).flatten().expand(len(output))[:, None]
+    index = tensor_of(explained).to(output.device).flatten().expand(len(output))[:, None]
     return CRPComparison(
         whole=everything.detach(),
         condition=condition.detach(),

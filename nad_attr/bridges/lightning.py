@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from nad_attr.data import Data
+from nad_attr.data import Data, as_source, loading, numbers_of
 from nad_attr.evaluation import Evaluation, evaluate
 from nad_attr.gates import TaskGates
 from nad_attr.learning import learn_gates
 from nad_attr.recipe import Recipe
+from nad_attr.running import Runner, check_classes
 
 if TYPE_CHECKING:
     _Callback: type[Any] = object
@@ -31,6 +34,8 @@ else:
 
 __all__ = ["LearnSubArchitectures"]
 
+#: Images that are tried before training.
+SOME = 32
 #: Measures that are logged, as means over tasks.
 MEASURES = ("size", "own_auc", "other_auc", "fidelity", "recall", "fpr", "ba")
 
@@ -50,11 +55,13 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is not checked
     """Learn the gates of a network's classes when its training ends, and log what they are worth.
 
-    A Lightning callback (``lightning`` or ``pytorch_lightning``). On the first process alone; the
-    module's weights, flags and hooks are as before afterwards. The logged numbers are means over
-    tasks on held-out images: ``nad/own_auc``, ``nad/fidelity``, ``nad/recall``, ``nad/fpr`` and so
-    on, the random channels' own AUC and fidelity beside them (``nad/random/own_auc``), and each
-    task's own AUC (``nad/own_auc/<task>``).
+    A Lightning callback (``lightning`` or ``pytorch_lightning``). On the first process alone, while
+    the others wait, and fail with it if it fails. A few images and labels are tried before the
+    first training step, unless they come from a stream. The module's weights, flags and hooks are
+    as before afterwards. The logged numbers are means over tasks on held-out images:
+    ``nad/own_auc``, ``nad/fidelity``, ``nad/recall``, ``nad/fpr`` and so on, the random channels'
+    own AUC and fidelity beside them (``nad/random/own_auc``), and each task's own AUC
+    (``nad/own_auc/<task>``).
 
     Args:
         data: What gates are learned from, as for :func:`nad_attr.learn_gates`. None: the trainer's
@@ -116,17 +123,49 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
         self.gates: TaskGates | None = None
         self.evaluation: Evaluation | None = None
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning calls this before the first step: what would fail at the end fails now.
+
+        Raises:
+            RuntimeError: On the other processes, if the first one has failed.
+            ValueError: If gates cannot be learned from such images and labels, or of this network.
+        """
+        _first_alone(trainer, lambda: self._check(trainer, pl_module))
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Lightning calls this when training has ended.
 
         Raises:
+            RuntimeError: On the other processes, if the first one has failed.
             ValueError: If there is nothing to learn from, or no such network.
         """
-        if trainer.is_global_zero:
-            self._run(trainer, pl_module)
-        trainer.strategy.barrier("nad_attr")
+        _first_alone(trainer, lambda: self._run(trainer, pl_module))
 
-    def _run(self, trainer: Any, pl_module: Any) -> None:
+    def _check(self, trainer: Any, pl_module: Any) -> None:
+        model, forward_func, data, held_out = self._given(trainer, pl_module)
+        with torch.inference_mode(False), torch.no_grad(), _eval_mode(pl_module):
+            for what, images in (("data", data), ("held_out", held_out)):
+                some = None if images is None else _some(images)
+                if some is None:
+                    continue
+                try:
+                    source = as_source(some)
+                    draws = [(number, 0) for number in range(len(source.labels))]
+                    inputs = next(iter(source.batches([draws])))
+                    runner = Runner(model, forward_func=forward_func)
+                    outputs = runner(runner.to_device(inputs))
+                    check_classes(source.labels, [0], outputs.shape[1])
+                except (TypeError, ValueError) as error:
+                    where = "the trainer's own" if getattr(self, what) is None else f"{what}="
+                    raise ValueError(
+                        f"LearnSubArchitectures cannot use {where} "
+                        f"{'training' if what == 'data' else 'validation'} images at the end of "
+                        f"this training: {error} Give it {what}= with class indices as labels, "
+                        "network= the classifier, or forward_func=; nothing has been trained yet."
+                    ) from error
+
+    def _given(self, trainer: Any, pl_module: Any) -> tuple[nn.Module, Any, Data, Data | None]:
+        """The network, how it is called, what to learn from and to measure on."""
         model = self._network(pl_module)
         data = self.data if self.data is not None else _only(trainer.train_dataloader, "training")
         held_out = self.held_out
@@ -143,6 +182,10 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
             def forward_func(*inputs: Any) -> Any:
                 return given(model, *inputs)
 
+        return model, forward_func, data, held_out
+
+    def _run(self, trainer: Any, pl_module: Any) -> None:
+        model, forward_func, data, held_out = self._given(trainer, pl_module)
         common: dict[str, Any] = {
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -204,6 +247,58 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
             found[f"nad/own_auc/{task}"] = float(value)
         # Loggers take no NaN: what could not be measured is left out.
         return {name: value for name, value in found.items() if value == value}
+
+
+def _some(data: Any) -> Any:
+    """A few images of the data, without reading the rest; None: that cannot be done."""
+    loader = data if isinstance(data, DataLoader) else None
+    dataset = data if loader is None else loader.dataset
+    if isinstance(dataset, (tuple, list)) and len(dataset) == 2:
+        inputs, labels = dataset
+        several = isinstance(inputs, (tuple, list))
+        return (tuple(x[:SOME] for x in inputs) if several else inputs[:SOME]), labels[:SOME]
+    if isinstance(dataset, IterableDataset) or (
+        loader is not None and loader.batch_sampler is None
+    ):
+        return None  # what is taken from a stream may be lost to the training
+    if not isinstance(dataset, Dataset) or not hasattr(dataset, "__len__"):
+        return None
+    numbers = None if loader is None else numbers_of(loader)
+    few = Subset(dataset, (range(len(dataset)) if numbers is None else numbers)[:SOME])
+    if loader is None:
+        return few
+    return DataLoader(few, batch_size=SOME, **loading(loader))
+
+
+def _first_alone(trainer: Any, work: Callable[[], None]) -> None:
+    """Let the first process work and the others wait for it, whatever comes of it.
+
+    A barrier would have them wait forever for one that has failed, and NCCL's gives up after
+    minutes.
+
+    Raises:
+        RuntimeError: On the others, if the work fails.
+    """
+    error: BaseException | None = None
+    if trainer.is_global_zero:
+        try:
+            work()
+        except BaseException as failure:
+            error = failure
+    told: list[Any] = [None if error is None else f"{type(error).__name__}: {error}"]
+    if trainer.world_size > 1:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            # Learning may take longer than any collective of the training.
+            group = distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+            distributed.broadcast_object_list(told, src=0, group=group)
+            distributed.destroy_process_group(group)
+        else:
+            told = [trainer.strategy.broadcast(told[0], src=0)]
+    if error is not None:
+        raise error
+    if told[0] is not None:
+        raise RuntimeError(f"LearnSubArchitectures failed on the first process: {told[0]}")
 
 
 def _only(loaders: Any, what: str) -> Any:

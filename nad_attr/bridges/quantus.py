@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr.architecture import SubArchitecture
-from nad_attr.data import isolated_rng, seed_of
+from nad_attr.data import isolated_rng, seed_of, tensor_of
 from nad_attr.evaluation._foreign import restored
 from nad_attr.gates import TaskGates
 from nad_attr.gating import gated
@@ -197,7 +197,7 @@ class SubArchitectureExplainer:
             )
         # All lookups first: an error comes before the work.
         chosen = {task: self._of(task) for task in sorted(set(wanted.tolist()))}
-        found = torch.zeros(images.shape)
+        found = torch.zeros(images.shape, device="cpu")
         for task, gates in chosen.items():
             rows = (wanted == task).nonzero().flatten()
             part = self._explain(runner.model, images[rows], task, gates)
@@ -249,8 +249,8 @@ class SubArchitectureExplainer:
 def _tensors(runner: Runner, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     """Images as the network takes them, and a class for each."""
     try:
-        images = torch.as_tensor(inputs)
-        classes = torch.as_tensor(targets)
+        images = tensor_of(inputs)
+        classes = tensor_of(targets)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"inputs and targets must be arrays: {error}.") from None
     if images.ndim < 2 or not len(images):

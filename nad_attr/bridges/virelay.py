@@ -311,7 +311,7 @@ def _write_attributions(job: _Job, path: Path, outputs: FloatArray) -> FloatArra
             ]
             for part, inputs in zip(parts, job.runner.draw(job.source, parts), strict=True):
                 x = only_images(inputs)
-                target = torch.full((len(part),), label, dtype=torch.int64)
+                target = torch.full((len(part),), label, dtype=torch.int64, device="cpu")
                 found = run_method(job.runner, arch, job.method, x, target)
                 if found.shape[1] not in (1, 3):
                     found = found.sum(1, keepdim=True)

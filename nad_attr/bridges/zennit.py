@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from nad_attr._foreign_hooks import relevance_rules
 from nad_attr.architecture import SubArchitecture
-from nad_attr.data import isolated_rng
+from nad_attr.data import isolated_rng, tensor_of
 from nad_attr.evaluation._foreign import restored
 from nad_attr.evaluation.zennit_scorers import LRPScorer, composite_named
 from nad_attr.gates import Task, TaskGates
 from nad_attr.gating import GatingError, check_eval, gated, gates_and_sites, site_modules
+from nad_attr.preserving import unchanged
 from nad_attr.sites import GateSite, unwrap
 
 try:
@@ -187,7 +188,11 @@ class GateCanonizer(Canonizer):  # type: ignore[misc]
                     "seems to be merged into the layer already, so that its ablation value cannot "
                     "be known: put GateCanonizer before the merging canonizer in the list."
                 )
-            mean = torch.zeros(site.n_channels) if self.means is None else self.means[site.name]
+            mean = (
+                torch.zeros(site.n_channels, device="cpu")
+                if self.means is None
+                else self.means[site.name]
+            )
             name = names[id(norm)]
             moved[site.name] = GateSite(name, site.n_channels, 1)
             gates[name] = self.gates[site.name]
@@ -278,7 +283,7 @@ def named_composite(
         raise TypeError(f"name must be a composite's name, not {type(name).__name__}.")
     for key in ("low", "high"):
         if isinstance(arguments.get(key), (int, float)):
-            arguments[key] = torch.tensor(arguments[key])
+            arguments[key] = torch.tensor(arguments[key], device="cpu")
     made: Composite = composite_named(
         name, canonizers, "give them by name to named_composite", **arguments
     )
@@ -436,7 +441,7 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         self, input: Tensor, attr_output_fn: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Run the inner attributor, without registering anything (as Zennit's own do)."""
-        with isolated_rng(self.seed), torch.enable_grad():
+        with isolated_rng(self.seed), torch.enable_grad(), unchanged(self.model):
             output, relevance = self.inner.forward(input, attr_output_fn)
         return output, relevance
 
@@ -451,13 +456,14 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         """Compare the outputs with the gated network's without the other canonizers."""
         with torch.no_grad():
             try:
-                after = self.model(input)
+                with unchanged(self.model):
+                    after = self.model(input)
             except GatingError:
                 raise
             except RuntimeError as error:
                 raise GatingError(_CHANGED.format(f"fail on this network ({error})")) from error
             self.composite.remove()
-            with Composite(canonizers=[self.gates]).context(self.model):
+            with unchanged(self.model), Composite(canonizers=[self.gates]).context(self.model):
                 before = self.model(input)
             self.composite.register(self.model)
         spread = (before - before.mean()).abs().max() + before.abs().max()
@@ -493,7 +499,7 @@ def _start(target: Any, n_images: int, from_output: bool) -> Callable[[Tensor], 
             "one-hot rows or a function of the output."
         )
     try:
-        given = torch.as_tensor(target)
+        given = tensor_of(target)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             "the target must be a class index, one for each image, one-hot rows or a function of "

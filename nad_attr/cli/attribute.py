@@ -118,7 +118,7 @@ def attribute(
                 raise UsageError("--task takes one class.")
         network = opened.loaded.model.to(place)
         nad = NADAttribution(network, gates=learned)
-        parameter = next(network.parameters(), torch.zeros(0))
+        parameter = next(network.parameters(), torch.zeros(0, device="cpu"))
         rows: list[_Row] = []
         everything: list[dict[str, Tensor]] = []
         for path in images:

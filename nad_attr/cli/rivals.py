@@ -100,7 +100,9 @@ def _some(source: Source, tasks: Sequence[Task], n: int, seed: int) -> tuple[Any
     for label in source.labels.unique().tolist():
         numbers = (source.labels == label).nonzero().flatten()
         generator = torch.Generator().manual_seed(seed_of(seed, "compare", label))
-        chosen += numbers[torch.randperm(len(numbers), generator=generator)[:n]].tolist()
+        chosen += numbers[
+            torch.randperm(len(numbers), generator=generator, device="cpu")[:n]
+        ].tolist()
     labels = source.labels[chosen]
     missing = [t for t, own in zip(tasks, own_images(labels, tasks), strict=True) if not own.any()]
     if missing:

@@ -54,9 +54,11 @@ def sites(
         say(
             f"model: {loaded.name.removesuffix(':none')}, images {'x'.join(map(str, shape))}", quiet
         )
-        place = next(loaded.model.parameters(), torch.zeros(0))
+        place = next(loaded.model.parameters(), torch.zeros(0, device="cpu"))
         found = find_gate_sites(
-            loaded.model, torch.zeros(1, *shape, dtype=place.dtype), layers=layer or None
+            loaded.model,
+            torch.zeros(1, *shape, dtype=place.dtype, device="cpu"),
+            layers=layer or None,
         )
         modules = dict(loaded.model.named_modules())
         rows = [

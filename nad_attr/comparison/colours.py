@@ -93,7 +93,7 @@ def colour_map(image: Tensor) -> Tensor:
     )
     hue = 60 * sector
     saturation = span / value.clamp(min=1e-12)
-    found = torch.full(value.shape, _NUMBER["red"])
+    found = torch.full(value.shape, _NUMBER["red"], device="cpu")
     for end, name in reversed(_HUES):
         found[hue < end] = _NUMBER[name]
     pale = ((hue < 20) | (hue >= 310)) & (value > 0.7) & (saturation < 0.55)
@@ -137,7 +137,9 @@ class WithColours:
         self.dataset = dataset
         self._first = as_concepts(getattr(dataset, "concepts", None), "the dataset's concepts")
         self.concepts = (*self._first, *COLOURS)
-        self._mean, self._std = (torch.tensor(v).reshape(3, 1, 1) for v in (mean, std))
+        self._mean, self._std = (
+            torch.tensor(v, device="cpu").reshape(3, 1, 1) for v in (mean, std)
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -483,7 +483,7 @@ class BrodenData(_Photos):
             missing = [n for n in numbers if n not in named]
             if missing:
                 raise ConceptDataError(f"{path} lists the label {missing[0]}, label.csv does not.")
-            table = torch.full((max(named, default=0) + 1,), -1, dtype=torch.int64)
+            table = torch.full((max(named, default=0) + 1,), -1, dtype=torch.int64, device="cpu")
             for number in numbers:
                 table[number] = len(concepts)
                 concepts.append(Concept(named[number][0], category))
@@ -511,7 +511,9 @@ class BrodenData(_Photos):
         for category, index in self._index.items():
             for entry in filter(None, (row[category] or "").split(";")):
                 if entry.strip().isdigit():
-                    labels.append(torch.full((height, width), self._concept(index, entry, row)))
+                    labels.append(
+                        torch.full((height, width), self._concept(index, entry, row), device="cpu")
+                    )
                     continue
                 codes = self._codes(self._images / entry.strip())
                 if int(codes.max()) >= len(index):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nad_attr.comparison.unit_concepts import Concept
+from nad_attr.data import tensor_of
 
 __all__ = ["LabelMaps", "as_concepts", "label_maps", "label_parts", "show"]
 
@@ -96,8 +97,8 @@ def label_maps(
                 "the whole concept table."
             )
 
-    flat = torch.zeros(maps[0].shape if maps else shape, dtype=torch.int64)
-    table = torch.zeros(1, n_concepts, dtype=torch.bool)
+    flat = torch.zeros(maps[0].shape if maps else shape, dtype=torch.int64, device="cpu")
+    table = torch.zeros(1, n_concepts, dtype=torch.bool, device="cpu")
     for each in maps:
         known = torch.where(each == ignore_index, -1, each).clamp(min=-1)
         checked(int(known.min()), int(known.max()))
@@ -105,8 +106,8 @@ def label_maps(
         pair = flat * (n_concepts + 1) + known + 1
         n_pairs = len(table) * (n_concepts + 1)
         there = torch.nonzero(torch.bincount(pair.flatten(), minlength=n_pairs)).flatten()
-        number = torch.zeros(n_pairs, dtype=torch.int64)
-        number[there] = torch.arange(len(there))
+        number = torch.zeros(n_pairs, dtype=torch.int64, device="cpu")
+        number[there] = torch.arange(len(there), device="cpu")
         old, label = there // (n_concepts + 1), there % (n_concepts + 1) - 1
         table = table[old]
         rows = torch.nonzero(label >= 0).flatten()
@@ -143,7 +144,7 @@ def label_parts(labels: Any, where: str) -> list[Tensor]:
 
 def _integers(part: Any, where: str) -> Tensor:
     try:
-        tensor = torch.as_tensor(np.asarray(part) if not isinstance(part, Tensor) else part)
+        tensor = tensor_of(np.asarray(part) if not isinstance(part, Tensor) else part)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"labels of {where} must be integer tensors or numbers, not {type(part).__name__}."

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from nad_attr.comparison.checkpoint import Checkpoint
@@ -95,7 +95,8 @@ def dissect(
         sites: Where: gate sites, or names of modules. None: all of :func:`find_gate_sites`. Tokens
             (B, L, C) are taken as a square grid, less a class token; a site without positions is a
             single one.
-        dataset: Yields (image, labels): a map-style dataset, or a pair (images, maps) of tensors.
+        dataset: Yields (image, labels): a map-style dataset, a DataLoader of one (its choice of
+            images, workers and collate function are used), or a pair (images, maps) of tensors.
             Labels are indices of concepts: a map (H, W) of any resolution, covering the same field
             as the image; several maps (L, H, W) or a list of them, which may overlap; an integer
             for the whole image (a scene); or a list of those.
@@ -112,7 +113,7 @@ def dissect(
         n_images: Take only so many images, drawn with the seed. None: all.
         seed: Of that draw, and of random transforms of the dataset.
         batch_size: Images in one forward pass.
-        n_workers: Processes that load images.
+        n_workers: Processes that load images; 0: as a loader says, or none.
         scratch_bytes: Bytes of activations in the temporary file at most; 0: none. None: 4 GiB on
             a CPU, none elsewhere. At most half of the disk's free space.
         checkpoint: A file that an interrupted dissection goes on from. It is written to now and
@@ -264,7 +265,10 @@ class _Dissection:
                         f"{len(dataset[0])} images came with {len(dataset[1])} label maps."
                     )
                 dataset = TensorDataset(*dataset)
-        table = getattr(dataset, "concepts", None) if concepts is None else concepts
+        table = concepts
+        if table is None:
+            holder = dataset.dataset if isinstance(dataset, DataLoader) else dataset
+            table = getattr(holder, "concepts", None)
         if table is None:
             raise ValueError(
                 "what the labels' numbers stand for is not known: give concepts=[...], or a "
@@ -277,7 +281,9 @@ class _Dissection:
         self.n_bins, self.n_top, self.seed, self.batch_size = n_bins, n_top, seed, batch_size
         categories = list(dict.fromkeys(concept.category for concept in self.concepts))
         #: Which category each concept has.
-        self.category = torch.tensor([categories.index(c.category) for c in self.concepts])
+        self.category = torch.tensor(
+            [categories.index(c.category) for c in self.concepts], device="cpu"
+        )
         self.n_categories = len(categories)
         #: Images that the first and the second pass are through with.
         self.done = [0, 0]
@@ -332,7 +338,7 @@ class _Dissection:
         n_concepts = len(self.concepts)
         self.both = self._zeros(n_concepts)
         self.active = self._zeros(self.n_categories)
-        self.shown = torch.zeros(n_concepts, dtype=torch.int64)
+        self.shown = torch.zeros(n_concepts, dtype=torch.int64, device="cpu")
         self.top = {
             site.name: (
                 torch.full((site.n_channels, 0), -math.inf, dtype=torch.float64, device=device),

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, default_collate, default_convert
 
 from nad_attr._processes import check_processes
 from nad_attr.comparison.concept_maps import label_parts
-from nad_attr.data import Inputs, check_finite, isolated_rng, seed_of
+from nad_attr.data import (
+    Draw,
+    Inputs,
+    SeededLoader,
+    check_finite,
+    numbers_of,
+    seed_of,
+)
 from nad_attr.provenance import chosen_for_fingerprint
 
 __all__ = ["Batch", "LabelledImages"]
@@ -36,25 +44,15 @@ class Batch:
     size: tuple[int, int]
 
 
-class _Seeded(Dataset[Any]):
-    """Items whose random transforms depend on seed and number alone."""
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, number: int) -> Any:
-        with isolated_rng(seed_of("dissection", self.seed, number)):
-            return number, self.dataset[number]
-
-
 class LabelledImages:
     """The images of a dataset of (image, labels), or some of them.
 
     Args:
-        dataset: With ``len`` and ``[...]``.
+        dataset: With ``len`` and ``[...]``; or a DataLoader of one, whose choice of images, workers
+            and collate function (which is given one item at a time) are used.
         n_images: How many to take, drawn with the seed; None: all.
         seed: Of the draw and of random transforms.
-        n_workers: Processes that load them.
+        n_workers: Processes that load them; 0: as a loader says, or none.
 
     Attributes:
         numbers: The images' numbers in the dataset, rising.
@@ -72,26 +70,32 @@ class LabelledImages:
     def __init__(
         self, dataset: Any, n_images: int | None = None, seed: int = 0, n_workers: int = 0
     ) -> None:
-        if isinstance(dataset, DataLoader):
-            dataset = dataset.dataset
+        loader = dataset if isinstance(dataset, DataLoader) else None
+        if loader is not None:
+            dataset = loader.dataset
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 f"dataset must have a length and items (image, labels), which {type(dataset)} has "
                 "not; read a stream into a list, or wrap it in a map-style dataset."
             )
         check_processes(n_workers)
-        n = len(dataset)
+        numbers = None if loader is None or loader.batch_sampler is None else numbers_of(loader)
+        self.numbers = list(range(len(dataset))) if numbers is None else numbers
+        n = len(self.numbers)
         if not n:
             raise ValueError("the dataset is empty.")
-        self.numbers = list(range(n))
         if n_images is not None:
             if isinstance(n_images, bool) or not isinstance(n_images, int):
                 raise TypeError(f"n_images must be a whole number, not {n_images!r}.")
             if not 1 <= n_images <= n:
                 raise ValueError(f"n_images must be 1 to {n}, the images that there are.")
             generator = torch.Generator().manual_seed(seed_of("dissection images", seed))
-            self.numbers = sorted(torch.randperm(n, generator=generator)[:n_images].tolist())
-        self._items, self._n_workers = _Seeded(dataset, seed), n_workers
+            chosen = torch.randperm(n, generator=generator, device="cpu")[:n_images]
+            self.numbers = sorted(self.numbers[i] for i in chosen.tolist())
+        self._seed = seed
+        collate = None if loader is None else loader.collate_fn
+        own = collate if collate not in (None, default_collate, default_convert) else None
+        self._items = SeededLoader(dataset, loader, collate=_Listed(own), n_workers=n_workers)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -103,16 +107,17 @@ class LabelledImages:
             TypeError: If an item is no (image, labels).
             ValueError: If images differ in shape or hold NaN.
         """
-        loader: DataLoader[Any] = DataLoader(
-            self._items,
-            batch_sampler=([self.numbers[i] for i in chosen] for chosen in places),
-            collate_fn=_listed,
-            num_workers=self._n_workers,
-            generator=torch.Generator().manual_seed(0),  # never the global one
-        )
-        for items in loader:
-            numbers = [number for number, _ in items]
-            pairs = [_pair(number, item) for number, item in items]
+        # Loading runs ahead, so the numbers wait here for their items.
+        waiting: deque[list[int]] = deque()
+
+        def draws() -> Iterator[list[Draw]]:
+            for chosen in places:
+                waiting.append([self.numbers[i] for i in chosen])
+                yield [(i, seed_of("dissection", self._seed, i)) for i in waiting[-1]]
+
+        for items in self._items(draws()):
+            numbers = waiting.popleft()
+            pairs = [_pair(*item) for item in zip(numbers, items, strict=True)]
             shapes = {tuple(tuple(x.shape) for x in inputs) for inputs, _ in pairs}
             if len(shapes) > 1:
                 raise ValueError(
@@ -138,8 +143,28 @@ class LabelledImages:
         return digest.hexdigest()
 
 
-def _listed(items: list[Any]) -> list[Any]:
-    return items
+class _Listed:
+    """Items in a list; through a user's collate function one by one, so that none sees others."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any] | None) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[Any]) -> list[Any]:
+        if self.collate is None:
+            return items
+        return [_only(self.collate([item])) for item in items]
+
+
+def _only(batch: Any) -> Any:
+    """The item of a batch of one: (image, labels)."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        return batch  # refused with the item's number
+    inputs, labels = batch
+    several = isinstance(inputs, (tuple, list))
+    one = (
+        {key: value[0] for key, value in labels.items()} if isinstance(labels, dict) else labels[0]
+    )
+    return (tuple(x[0] for x in inputs) if several else inputs[0]), one
 
 
 def _pair(number: int, item: Any) -> tuple[Inputs, Any]:

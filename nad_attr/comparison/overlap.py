@@ -93,14 +93,14 @@ def grid(
 
 
 def _axis(n: int, n_pixels: int) -> tuple[Tensor, Tensor]:
-    middle = (torch.arange(n_pixels, dtype=torch.float64) + 0.5) * n / n_pixels - 0.5
+    middle = (torch.arange(n_pixels, dtype=torch.float64, device="cpu") + 0.5) * n / n_pixels - 0.5
     cell = middle.floor()
     number = cell.long() + 1  # the first cell begins half a pixel before the map
     counts = torch.bincount(number, minlength=n + 1)
-    place = torch.arange(n_pixels) - (counts.cumsum(0) - counts)[number]
-    index = torch.full((n + 1, int(counts.max())), n_pixels)
-    index[number, place] = torch.arange(n_pixels)
-    weight = torch.full(index.shape, torch.nan, dtype=torch.float64)
+    place = torch.arange(n_pixels, device="cpu") - (counts.cumsum(0) - counts)[number]
+    index = torch.full((n + 1, int(counts.max())), n_pixels, device="cpu")
+    index[number, place] = torch.arange(n_pixels, device="cpu")
+    weight = torch.full(index.shape, torch.nan, dtype=torch.float64, device="cpu")
     weight[number, place] = middle - cell
     return index, weight
 
@@ -223,8 +223,8 @@ def _either(mask: Tensor, axis: int) -> Tensor:
 @lru_cache(maxsize=32)
 def _corners(n: int, height: int, width: int, n_units: int, device: torch.device) -> Tensor:
     """Where unit 0 stands at the corners of each cell of n images, int64 (cells, 4)."""
-    row, column = torch.arange(height + 1), torch.arange(width + 1)
-    image = torch.arange(n)[:, None, None] * (height * width)
+    row, column = torch.arange(height + 1, device="cpu"), torch.arange(width + 1, device="cpu")
+    image = torch.arange(n, device="cpu")[:, None, None] * (height * width)
     found = [
         (image + y[:, None] * width + x).flatten()
         for y in ((row - 1).clamp(min=0), row.clamp(max=height - 1))

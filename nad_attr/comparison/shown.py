@@ -39,8 +39,8 @@ class _Part:
         room: list[Tensor],
     ) -> None:
         table = torch.cat([each.concepts for each in labels])
-        place = torch.full((n_images,), -1)
-        place[images] = torch.arange(len(images))
+        place = torch.full((n_images,), -1, device="cpu")
+        place[images] = torch.arange(len(images), device="cpu")
         self.place = place.to(device)
         self.size = (labels[0].combination.shape[0], labels[0].combination.shape[1])
         present = torch.nonzero(table.any(0)).flatten()
@@ -53,7 +53,7 @@ class _Part:
                 [part.amax(0, keepdim=True).expand_as(part) for part in of_image]
             )
         n_pixels = torch.cat([each.n_pixels for each in labels]).double()
-        self.n_pixels = torch.zeros(table.shape[1], dtype=torch.int64)
+        self.n_pixels = torch.zeros(table.shape[1], dtype=torch.int64, device="cpu")
         self.n_pixels[present] = (n_pixels @ shows).long()
         # Combinations of the images have numbers one after the other.
         first = 0
@@ -103,7 +103,7 @@ class Shown:
         rooms += [[] for _ in range(len(rooms), len(groups))]
         self.parts = [
             _Part(
-                torch.tensor(images),
+                torch.tensor(images, device="cpu"),
                 [labels[i] for i in images],
                 len(labels),
                 category,
@@ -123,7 +123,7 @@ def _split(
     """Images with labels of one size in groups whose running sums are not too large."""
     height, width = labels[images[0]].combination.shape
     groups: list[list[int]] = []
-    there = torch.zeros(0)
+    there = torch.zeros(0, device="cpu")
     for i in images:
         own = labels[i].concepts.any(0)
         if groups:

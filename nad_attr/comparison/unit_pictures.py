@@ -90,7 +90,8 @@ def unit_masks(
     threshold = float(units.thresholds[name][unit])
     found: list[tuple[int, Tensor, Tensor]] = []
     where = site if isinstance(site, GateSite) else None
-    for batch in images.batches([[number] for number in numbers]):
+    places = {number: place for place, number in enumerate(images.numbers)}
+    for batch in images.batches([[places[number]] for number in numbers]):
         inputs = runner.to_device(batch.inputs)
         if where is None:
             where = find_gate_sites(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nad_attr.data import isolated_rng
 from nad_attr.gating import site_modules
+from nad_attr.preserving import unchanged
 from nad_attr.sites import GateSite, unwrap
 
 __all__ = ["Explained", "flowing_copies", "restored", "untouched"]
@@ -32,27 +33,12 @@ def restored(model: nn.Module) -> Iterator[None]:
     Hooks that were left behind, attributes that were added (as Captum's DeepLift and Zennit's
     canonizers do), parameters that were exchanged.
     """
-    saved = []
-    for module in unwrap(model).modules():
-        attributes = dict(vars(module))
-        # Hooks, parameters, buffers and submodules are tables that are changed in place.
-        tables = [(t, list(t.items())) for t in attributes.values() if isinstance(t, dict)]
-        saved.append((module, attributes, tables))
     # Zennit's canonizers exchange what a parameter holds, and do not put it back when they fail.
-    contents = [
-        (tensor, tensor.data)
-        for tensors in (unwrap(model).parameters(), unwrap(model).buffers())
-        for tensor in tensors
-    ]
+    contents = [(parameter, parameter.data) for parameter in unwrap(model).parameters()]
     try:
-        yield
+        with unchanged(unwrap(model), hooks=True):
+            yield
     finally:
-        for module, attributes, tables in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for table, items in tables:
-                table.clear()
-                table.update(items)
         for tensor, content in contents:
             if tensor.data_ptr() != content.data_ptr() or tensor.shape != content.shape:
                 tensor.data = content

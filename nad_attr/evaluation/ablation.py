@@ -324,7 +324,9 @@ class NoiseAblation(_Fitted):
         self._check(sites)
         keys = {
             site.name: words(
-                torch.tensor([key_of(self.seed, "noise", task, site.name) for task in tasks])
+                torch.tensor(
+                    [key_of(self.seed, "noise", task, site.name) for task in tasks], device="cpu"
+                )
             ).to(device)
             for site in sites
         }
@@ -413,8 +415,10 @@ class ResampleAblation(Ablation):
                 )
         # The numbers of the images that may be donors come first.
         table = other.int().argsort(dim=1, descending=True, stable=True)
-        row_of = torch.tensor([different.index(task) for task in tasks])
-        keys = words(torch.tensor([key_of(self.seed, "resample", task) for task in different]))
+        row_of = torch.tensor([different.index(task) for task in tasks], device="cpu")
+        keys = words(
+            torch.tensor([key_of(self.seed, "resample", task) for task in different], device="cpu")
+        )
         return _DonorFiller(
             tuple(x.to(device) for x in self.inputs),
             table.to(device),
@@ -554,7 +558,11 @@ def fit_ablation(
     source = as_source(data)
     if kind in ("other_mean", "resample") and tasks is not None:
         known = [as_task(task) for task in tasks]
-        own = own_images(source.labels, known) if known else torch.zeros(0, 1, dtype=torch.bool)
+        own = (
+            own_images(source.labels, known)
+            if known
+            else torch.zeros(0, 1, dtype=torch.bool, device="cpu")
+        )
         for task, every in zip(known, own.all(1).tolist(), strict=True):
             if every:
                 raise ValueError(f"data holds no image of another class than those of task {task}.")
@@ -580,13 +588,16 @@ class _Totals:
     def __init__(self, sites: Sequence[GateSite], labels: Tensor, *, squares: bool) -> None:
         self.classes, self.place = labels.unique(return_inverse=True)
         shapes = {site.name: (len(self.classes), site.n_channels) for site in sites}
-        self.sums = {name: torch.zeros(s, dtype=torch.float64) for name, s in shapes.items()}
+        self.sums = {
+            name: torch.zeros(s, dtype=torch.float64, device="cpu") for name, s in shapes.items()
+        }
         self.squares = {name: torch.zeros_like(t) for name, t in self.sums.items() if squares}
         self.counts = {
-            name: torch.zeros(len(self.classes), dtype=torch.int64) for name in self.sums
+            name: torch.zeros(len(self.classes), dtype=torch.int64, device="cpu")
+            for name in self.sums
         }
         #: Which classes (rows) the images of the next pass have.
-        self.rows = torch.empty(0, dtype=torch.int64)
+        self.rows = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __call__(self, site: GateSite, tensor: Tensor) -> None:
         dim, ndim = channel_shape(site, tensor)
@@ -628,13 +639,13 @@ def _donor_pool(
     """Images of all classes in turn, in an order that the seed draws."""
     labels = source.labels
     generator = torch.Generator().manual_seed(seed_of(seed, "donors"))
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=generator, device="cpu")
     # How many of its class come before each image, in that order.
     same = labels[order].argsort(stable=True)
     ordered = labels[order][same]
     starts = torch.searchsorted(ordered, ordered)
     rank = torch.empty_like(order)
-    rank[same] = torch.arange(len(labels)) - starts
+    rank[same] = torch.arange(len(labels), device="cpu") - starts
     chosen = order[rank.argsort(stable=True)][:n_donors].sort().values
     numbers = [chosen[part[0] : part[-1] + 1].tolist() for part in chunks(len(chosen), batch_size)]
     parts = [tuple(x.cpu() for x in inputs) for inputs in runner.draw(source, numbers)]

@@ -79,7 +79,7 @@ class RandomScorer(TaskScorer):
         draws = []
         for task in tasks:
             generator = torch.Generator().manual_seed(seed_of("RandomScorer", self.seed, task))
-            draws.append(torch.rand(n, generator=generator, dtype=torch.float64))
+            draws.append(torch.rand(n, generator=generator, dtype=torch.float64, device="cpu"))
         return split_sites(torch.stack(draws), self.sites)
 
 
@@ -281,7 +281,7 @@ def check_scores(
         TypeError: If scores are no ``{site name: tensor}``.
         ValueError: If scores, sites and tasks do not fit, or scores hold NaN.
     """
-    rows = tasks_of(torch.empty(0), tasks)
+    rows = tasks_of(torch.empty(0, device="cpu"), tasks)
     check_mapping(scores, "scores")
     missing = {site.name for site in sites} ^ set(scores)
     if missing:

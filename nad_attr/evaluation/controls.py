@@ -18,6 +18,7 @@ from nad_attr.data import (
     TensorSource,
     as_source,
     isolated_rng,
+    loading,
     seed_of,
 )
 from nad_attr.gating import check_eval
@@ -108,7 +109,7 @@ def _draw(module: nn.Module) -> None:
         # Weight normalisation, say, hides the true parameters from reset_parameters.
         if torch.equal(parameter, old):
             spread = old.double().std(correction=0)
-            normal = torch.randn(old.shape, dtype=torch.float64)
+            normal = torch.randn(old.shape, dtype=torch.float64, device="cpu")
             parameter.copy_(old.double().mean() + spread * normal)
 
 
@@ -121,7 +122,7 @@ def _estimate_norms(
     runner = Runner(model)
     n = len(source.labels)
     generator = torch.Generator().manual_seed(seed_of("BatchNorm images", seed))
-    numbers = torch.randperm(n, generator=generator)[:NORM_IMAGES].tolist()
+    numbers = torch.randperm(n, generator=generator, device="cpu")[:NORM_IMAGES].tolist()
     batches = [[numbers[i] for i in cut] for cut in chunks(len(numbers), batch_size)]
     # One image has no variance.
     batches = [batch for batch in batches if len(batch) > 1] or [numbers]
@@ -133,7 +134,7 @@ def _estimate_norms(
     try:
         with torch.no_grad():
             for inputs in runner.draw(source, batches):
-                runner(inputs)
+                model(*inputs)  # a runner would put back what its passes change
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -257,8 +258,7 @@ def chosen(data: Data, source: Source, rows: Tensor, labels: Tensor) -> Data:
         return DataLoader(
             dataset,
             batch_size=data.batch_size or 1,
-            collate_fn=data.collate_fn,
-            num_workers=data.num_workers,
+            **loading(data),
         )
     return dataset
 
@@ -286,5 +286,5 @@ def shuffled_labels(data: Data, seed: int = 0) -> Data:
     source = as_source(data)
     n = len(source.labels)
     generator = torch.Generator().manual_seed(seed_of("shuffled labels", seed))
-    dealt = source.labels[torch.randperm(n, generator=generator)]
-    return chosen(data, source, torch.arange(n), dealt)
+    dealt = source.labels[torch.randperm(n, generator=generator, device="cpu")]
+    return chosen(data, source, torch.arange(n, device="cpu"), dealt)

@@ -159,22 +159,24 @@ class _ClassMeans:
     """
 
     def __init__(self, n_classes: int, n_features: int) -> None:
-        self.total = torch.zeros(2, n_classes, n_features, dtype=torch.float64)
-        self.count = torch.zeros(2, n_classes, dtype=torch.float64)
+        self.total = torch.zeros(2, n_classes, n_features, dtype=torch.float64, device="cpu")
+        self.count = torch.zeros(2, n_classes, dtype=torch.float64, device="cpu")
 
     def add(self, features: Tensor, y: Tensor, right: Tensor) -> None:
         """Features (B, F) of images of classes y (B,), with whether the network is right."""
         values = features.detach().cpu().double()
         for part, some in enumerate((right, torch.ones_like(right))):
             self.total[part].index_add_(0, y[some], values[some])
-            self.count[part].index_add_(0, y[some], torch.ones(int(some.sum())).double())
+            self.count[part].index_add_(
+                0, y[some], torch.ones(int(some.sum()), device="cpu").double()
+            )
 
     def means(self) -> FloatArray | None:
         """(K, F), or None if a class has no images."""
         if bool((self.count[1] == 0).any()):
             return None
         part = (self.count[0] == 0).long()
-        row = torch.arange(len(part))
+        row = torch.arange(len(part), device="cpu")
         return np.asarray((self.total[part, row] / self.count[part, row, None]).numpy())
 
 
@@ -222,7 +224,9 @@ def _clean_pass(
 def rows_of(labels: Tensor, tasks: Sequence[int]) -> Tensor:
     """The row of each label among the tasks: int64 (N,)."""
     row_of = {task: row for row, task in enumerate(tasks)}
-    return torch.tensor([row_of[label] for label in labels.tolist()], dtype=torch.int64)
+    return torch.tensor(
+        [row_of[label] for label in labels.tolist()], dtype=torch.int64, device="cpu"
+    )
 
 
 def _share_right(logits: Tensor, y: Tensor) -> float:
@@ -355,7 +359,7 @@ def errors(
         additional_forward_args=additional_forward_args,
     )
     source = as_source(data)
-    of_tasks = torch.isin(source.labels, torch.tensor(tasks)).nonzero()[:, 0]
+    of_tasks = torch.isin(source.labels, torch.tensor(tasks, device="cpu")).nonzero()[:, 0]
     if len(of_tasks) == 0:
         raise ValueError(f"data holds no image of any of the tasks {list(tasks[:10])}.")
     chosen: Source = source

@@ -74,7 +74,8 @@ def random_architectures(
     for arch in architectures:
         generator = torch.Generator().manual_seed(seed_of(seed, "random", draw, arch.task))
         scores = {
-            site.name: torch.rand(site.n_channels, generator=generator) for site in arch.sites
+            site.name: torch.rand(site.n_channels, generator=generator, device="cpu")
+            for site in arch.sites
         }
         masks = top_k_masks(scores, arch.sites, arch.n_kept)
         result.append(SubArchitecture(masks, arch.sites, task=arch.task, means=arch.means))
@@ -359,7 +360,7 @@ class _Measuring:
                     watch=self.activity,
                     **options,
                 )
-                self.clean = replace(found, gated=torch.empty(0))
+                self.clean = replace(found, gated=torch.empty(0, device="cpu"))
                 cuts = None
                 if self.threshold is not None:
                     fitted = answers(
@@ -370,7 +371,7 @@ class _Measuring:
                         own_only=True,
                         **options,
                     )
-                    self.clean_threshold = replace(fitted, gated=torch.empty(0))
+                    self.clean_threshold = replace(fitted, gated=torch.empty(0, device="cpu"))
                     cuts = self._thresholds(fitted, fitted.gated[..., 0])
                     del fitted
                 parts.append(self._reduced(found, cuts))
@@ -379,7 +380,7 @@ class _Measuring:
 
     def _thresholds(self, fitted: Responses, values: Tensor) -> Tensor:
         """The detector's threshold of each row: float64 (R,), from own task outputs (R, N)."""
-        column = torch.tensor([self.tasks.index(task) for task in fitted.tasks])
+        column = torch.tensor([self.tasks.index(task) for task in fitted.tasks], device="cpu")
         own = own_images(fitted.labels, self.tasks)[column]
         whole = fitted.whole.T[column]
         return fit_threshold(levelled(values, whole).to(self.device), own.to(self.device))
@@ -445,7 +446,7 @@ class _Measuring:
             [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
         )
         labels = self.source.labels.to(self.device)
-        detector = torch.full((len(tasks),), torch.nan)
+        detector = torch.full((len(tasks),), torch.nan, device="cpu")
         if thresholds is not None:
             found = balanced_accuracy(explained > thresholds[:, None], own)
             detector = torch.where(thresholds.isnan(), torch.nan, found)

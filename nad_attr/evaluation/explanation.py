@@ -221,7 +221,7 @@ def explain_error(
             f"there is no sub-architecture of class {y}; there are {list(tasks[:20])}."
         )
     inputs = _one(image)
-    as_source((inputs, torch.tensor([y])))  # refuses NaN and what is no image
+    as_source((inputs, torch.tensor([y], device="cpu")))  # refuses NaN and what is no image
     runner = Runner(
         model,
         device=device,
@@ -231,7 +231,7 @@ def explain_error(
     inputs = runner.to_device(inputs)
     with torch.no_grad():
         outputs = runner(inputs)[0].cpu()
-        check_classes(torch.tensor([y]), tasks, len(outputs))
+        check_classes(torch.tensor([y], device="cpu"), tasks, len(outputs))
         if bool(outputs.isnan().any()):
             raise ValueError("the network gives NaN for the image.")
         called = int(outputs.argmax())

@@ -131,10 +131,10 @@ class OtherTaskScorer(GivenScorer):
         n = len(gates.tasks)
         if n < 2:
             raise ValueError("another task's gates need gates of at least two tasks.")
-        order = torch.arange(n)
+        order = torch.arange(n, device="cpu")
         if seed is not None:
             generator = torch.Generator().manual_seed(seed_of("OtherTaskScorer", seed))
-            order = torch.randperm(n, generator=generator)
+            order = torch.randperm(n, generator=generator, device="cpu")
         # Each one's next in a circle through all of them.
         rows = torch.empty_like(order)
         rows[order] = order.roll(-1)
@@ -173,7 +173,7 @@ def shuffled(gates: TaskGates, *, seed: int = 0) -> TaskGates:
         orders = []
         for task in gates.tasks:
             generator = torch.Generator().manual_seed(seed_of("shuffled", seed, task, site.name))
-            orders.append(torch.randperm(site.n_channels, generator=generator))
+            orders.append(torch.randperm(site.n_channels, generator=generator, device="cpu"))
         order = torch.stack(orders)
         new_gates[site.name] = gates[site.name].gather(1, order)
         if logits is not None:

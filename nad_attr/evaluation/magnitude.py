@@ -70,7 +70,7 @@ class MagnitudeScorer(TaskScorer):
             # From here on, everything is a function of what this one module put out.
             number = len(cuts)
             generator = torch.Generator().manual_seed(seed_of("MagnitudeScorer", number))
-            noise = torch.randn(output.shape, generator=generator).to(output)
+            noise = torch.randn(output.shape, generator=generator, device="cpu").to(output)
             leaf = (output.detach() + _NOISE * spreads[number] * noise).requires_grad_()
             cuts.append((module, leaf))
             return leaf.clone()
@@ -96,9 +96,9 @@ class MagnitudeScorer(TaskScorer):
         dim, _ = channel_shape(site, tensor)
         shape = [1] * tensor.ndim
         shape[dim] = site.n_channels
-        number = torch.arange(1.0, site.n_channels + 1).to(tensor).reshape(shape)
-        squares = torch.zeros(site.n_channels, dtype=torch.float64)
-        made, mixed = torch.zeros(site.n_channels, dtype=torch.bool), False
+        number = torch.arange(1.0, site.n_channels + 1, device="cpu").to(tensor).reshape(shape)
+        squares = torch.zeros(site.n_channels, dtype=torch.float64, device="cpu")
+        made, mixed = torch.zeros(site.n_channels, dtype=torch.bool, device="cpu"), False
         leaves = [leaf for _, leaf in cuts]
         # A filter that reaches channel c alone has a slope to (c + 1) x_c of c + 1 times that to
         # x_c: the ratio says which channel it is, and whether there is only one.

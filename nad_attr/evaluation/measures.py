@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nad_attr.data import tensor_of
 from nad_attr.gates import Task
+from nad_attr.running import cumulative
 from nad_attr.stats.pairs import overlap_matrix
 
 __all__ = [
@@ -28,7 +30,7 @@ ROUNDING = 1e-5
 
 
 def _numbers(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor:
-    tensor = torch.as_tensor(values).detach()
+    tensor = tensor_of(values).detach()
     if tensor.ndim == 0 or tensor.is_complex():
         raise ValueError(f"{what} must be real numbers with the images on the last axis.")
     tensor = tensor.to(dtype or torch.float64)
@@ -38,7 +40,7 @@ def _numbers(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor
 
 
 def _flags(values: Any, what: str = "positive") -> Tensor:
-    tensor = torch.as_tensor(values)
+    tensor = tensor_of(values)
     if tensor.dtype != torch.bool:
         raise TypeError(f"{what} must be boolean, not {tensor.dtype}.")
     return tensor
@@ -60,7 +62,7 @@ def _midranks(values: Tensor, weights: Tensor | None = None) -> Tensor:
     up_to = torch.searchsorted(ordered, values, right=True)
     if weights is None:
         return (below + up_to).double() / 2
-    total = torch.nn.functional.pad(weights.gather(-1, order).cumsum(-1), (1, 0))
+    total = torch.nn.functional.pad(cumulative(weights.gather(-1, order)), (1, 0))
     return (total.gather(-1, below) + total.gather(-1, up_to)) / 2
 
 
@@ -289,7 +291,7 @@ def fit_threshold(scores: Tensor, positive: Tensor) -> Tensor:
         return torch.full(scores.shape[:-1], torch.nan, dtype=torch.float64, device=scores.device)
     # From the highest score down: after the first i images, t would lie below the i-th score.
     ordered, order = scores.sort(dim=-1, descending=True)
-    hits = positive.gather(-1, order).cumsum(-1, dtype=torch.float64)
+    hits = positive.gather(-1, order).cumsum(-1).double()
     called = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=torch.float64)
     # Twice the balanced accuracy less one: recall - FPR. Only between different scores.
     gain = hits / n_positive - (called - hits) / n_negative

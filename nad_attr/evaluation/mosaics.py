@@ -44,7 +44,7 @@ ROUNDING = 1e-5
 
 def _halves(n: int) -> Tensor:
     """Which share of each of n equal cells lies in the first and in the second half: (2, n)."""
-    first = (n / 2 - torch.arange(n, dtype=torch.float64)).clamp(0, 1)
+    first = (n / 2 - torch.arange(n, dtype=torch.float64, device="cpu")).clamp(0, 1)
     return torch.stack([first, 1 - first])
 
 
@@ -435,7 +435,11 @@ def mosaics(
     )
     # The sub-architectures of the four quadrants, and the whole network.
     rows = torch.cat(
-        [torch.from_numpy(chosen), torch.full((n, 1), len(given.tasks), dtype=torch.long)], dim=1
+        [
+            torch.from_numpy(chosen),
+            torch.full((n, 1), len(given.tasks), dtype=torch.long, device="cpu"),
+        ],
+        dim=1,
     )
     shares = _run(runner, maps, source, images, rows, given, resize, batch_size, show_progress)
     names = tuple(site.name for site in given.sites if site.name in maps.grids)
@@ -478,7 +482,7 @@ def _run(
         for chosen, inputs in zip(some, runner.draw(source, numbers), strict=True):
             whole = assemble(only_images(inputs), resize)
             for pairs in chunks(len(chosen) * n_rows, batch_size):
-                pair = torch.arange(pairs[0], pairs[-1] + 1)
+                pair = torch.arange(pairs[0], pairs[-1] + 1, device="cpu")
                 mosaic, row = pair // n_rows, pair % n_rows
                 at = mosaic + chosen[0]
                 outputs = maps.gated_pass(

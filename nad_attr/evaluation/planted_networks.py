@@ -233,12 +233,12 @@ class Plan:
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """float64 numbers in [low, high)."""
-        drawn = torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+        drawn = torch.rand(*shape, generator=self.generator, dtype=torch.float64, device="cpu")
         return low + (high - low) * drawn
 
     def places(self) -> Tensor:
         """Where each slot's channel stands, int64 (width,)."""
-        return torch.randperm(self.layout.width, generator=self.generator)
+        return torch.randperm(self.layout.width, generator=self.generator, device="cpu")
 
     def gains(self) -> Tensor:
         """How large each slot's activations are, (width,)."""
@@ -251,7 +251,7 @@ class Plan:
 
     def _powers(self, exponents: range, n: int) -> Tensor:
         bounds = exponents.start, exponents.stop
-        return 2.0 ** torch.randint(*bounds, (n,), generator=self.generator).double()
+        return 2.0 ** torch.randint(*bounds, (n,), generator=self.generator, device="cpu").double()
 
     def kernel(self) -> Tensor:
         """How a channel reads the neighbourhood of a position: (3, 3), 1 in the middle."""
@@ -274,10 +274,10 @@ class Plan:
         layout = self.layout
         n_blocks = -(-layout.width // PATCH_NUMBERS)
         shape = (n_blocks, PATCH_NUMBERS, PATCH_NUMBERS)
-        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        drawn = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         # Orthogonal as far as there is room, so that hardly any evidence looks like another.
         templates = torch.linalg.qr(drawn).Q.flatten(0, 1)[: layout.width].clone()
-        shown = torch.zeros(layout.n_classes, layout.width, dtype=torch.bool)
+        shown = torch.zeros(layout.n_classes, layout.width, dtype=torch.bool, device="cpu")
         for group in layout.groups:
             slots = list(group.slots)
             if group.role == "circuit":
@@ -302,7 +302,7 @@ class Plan:
 
     def bias(self) -> Tensor:
         """(width,)."""
-        bias = torch.full((self.layout.width,), -THRESHOLD, dtype=torch.float64)
+        bias = torch.full((self.layout.width,), -THRESHOLD, dtype=torch.float64, device="cpu")
         for group in self.layout.of("constant"):
             bias[list(group.slots)] = 1.0
         return bias
@@ -314,13 +314,15 @@ class Plan:
             float64 (width, width), rows read columns, and the bias (width,).
         """
         layout, n = self.layout, self.layout.width
-        weights = torch.zeros(n, n, dtype=torch.float64)
+        weights = torch.zeros(n, n, dtype=torch.float64, device="cpu")
         bias = self.bias()
         # Background reads everything, weakly, and only background reads it.
-        noise = torch.randn(n, n, generator=self.generator, dtype=torch.float64) / n**0.5
+        noise = (
+            torch.randn(n, n, generator=self.generator, dtype=torch.float64, device="cpu") / n**0.5
+        )
         inside: dict[tuple[str, int], Tensor] = {}
         for group in layout.groups:
-            rows = torch.tensor(list(group.slots), dtype=torch.long)
+            rows = torch.tensor(list(group.slots), dtype=torch.long, device="cpu")
             if group.role == "background":
                 weights[rows] = noise[rows]
             elif group.role == "pair":
@@ -336,12 +338,12 @@ class Plan:
         return weights, bias
 
     def _read_shared_and_decoys(self, group: Group, weights: Tensor, bias: Tensor) -> None:
-        layout, rows = self.layout, torch.tensor(list(group.slots), dtype=torch.long)
+        layout, rows = self.layout, torch.tensor(list(group.slots), dtype=torch.long, device="cpu")
         if not len(rows):
             return
         for shared in layout.of("shared"):
             if shared.of in (group.of, (group.of + 1) % layout.n_classes):
-                columns = torch.tensor(list(shared.slots))
+                columns = torch.tensor(list(shared.slots), device="cpu")
                 weights[rows[:, None], columns] = self.mixture(len(rows), len(columns))
         for pair in layout.of("pair"):
             if pair.of == group.of:
@@ -358,8 +360,10 @@ class Plan:
         """What the logits read of the last gate site: (copies x classes, width), and the bias."""
         layout = self.layout
         k_total = layout.n_classes
-        weights = torch.zeros(layout.copies * k_total, layout.width, dtype=torch.float64)
-        bias = torch.zeros(len(weights), dtype=torch.float64)
+        weights = torch.zeros(
+            layout.copies * k_total, layout.width, dtype=torch.float64, device="cpu"
+        )
+        bias = torch.zeros(len(weights), dtype=torch.float64, device="cpu")
         evidence: dict[int, Tensor] = {}
         for group in layout.of("circuit", "shared", "inhibitor"):
             n = len(group.slots)
@@ -417,7 +421,9 @@ def _spread(plan: Plan, weights: Tensor) -> Tensor:
     kernel = plan.kernel().expand(*weights.shape, 3, 3).clone()
     for group in plan.layout.of("constant"):
         # At the border less of a neighbourhood is inside: only the middle stays constant.
-        kernel[:, list(group.slots)] = F.pad(torch.ones(1, 1, dtype=kernel.dtype), (1, 1, 1, 1))
+        kernel[:, list(group.slots)] = F.pad(
+            torch.ones(1, 1, dtype=kernel.dtype, device="cpu"), (1, 1, 1, 1)
+        )
     return weights[:, :, None, None] * kernel
 
 
@@ -519,21 +525,25 @@ def draw_images(
     n_classes, n_features = shown.shape
 
     def uniform(low: float, high: float) -> Tensor:
-        drawn = torch.rand(n_images, n_features, generator=generator, dtype=torch.float64)
+        drawn = torch.rand(
+            n_images, n_features, generator=generator, dtype=torch.float64, device="cpu"
+        )
         return low + (high - low) * drawn
 
-    order = torch.randperm(n_images, generator=generator)
-    labels = (torch.arange(n_images) % n_classes)[order]
+    order = torch.randperm(n_images, generator=generator, device="cpu")
+    labels = (torch.arange(n_images, device="cpu") % n_classes)[order]
     own = shown[labels]
     known = shown.any(0)
     strong, weak = uniform(0.6, 1.6), uniform(0.2, 0.8)
     seldom = uniform(0.0, 1.0) < 0.3
     amount = torch.where(own, strong, torch.where(seldom & known, weak, 0.0))
-    where = torch.randint(POSITIONS, (n_images, n_features), generator=generator)
+    where = torch.randint(POSITIONS, (n_images, n_features), generator=generator, device="cpu")
     at = F.one_hot(where, POSITIONS).double() * amount[:, :, None]
     patches = torch.einsum("nfp,fd->ndp", at, templates)
     shape = (n_images, PATCH_NUMBERS, POSITIONS)
-    patches = patches + noise * torch.randn(shape, generator=generator, dtype=torch.float64)
+    patches = patches + noise * torch.randn(
+        shape, generator=generator, dtype=torch.float64, device="cpu"
+    )
     images = F.fold(patches, (SIDE, SIDE), kernel_size=PATCH, stride=PATCH)
     return images.float(), labels
 

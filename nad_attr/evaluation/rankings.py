@@ -185,7 +185,7 @@ def as_ranking(
     if len(given) < len(ranks if isinstance(ranks, Mapping) else given) or (by_size and variants):
         raise TypeError(f"{what} must hold task gates for all sizes, or variants for all sizes.")
     first = next(iter(given.values()))
-    rows = list(first.tasks) if tasks is None else tasks_of(torch.empty(0), tasks)
+    rows = list(first.tasks) if tasks is None else tasks_of(torch.empty(0, device="cpu"), tasks)
     wanted = first.sites if sites is None else check_sites(sites)
     for value in given.values():
         if value.sites != wanted:
@@ -244,7 +244,7 @@ def _of_scores(
             f"{what}: scores need sites= and tasks=, which say what their entries, rows and "
             "columns are; task gates bring theirs."
         )
-    rows = tasks_of(torch.empty(0), tasks)
+    rows = tasks_of(torch.empty(0, device="cpu"), tasks)
     try:
         top_k(scores, sites, rows, 1.0)
     except (TypeError, ValueError) as error:
@@ -268,7 +268,7 @@ def random_ranking(like: Ranking, seed: int, draw: int) -> Ranking:
     rows = []
     for task in like.tasks:
         generator = torch.Generator().manual_seed(seed_of("random ranking", seed, draw, task))
-        rows.append(torch.rand(n, generator=generator, dtype=torch.float64))
+        rows.append(torch.rand(n, generator=generator, dtype=torch.float64, device="cpu"))
     scores = split_sites(torch.stack(rows), like.sites)
     return Ranking(like.sites, like.tasks, like.task_names, {None: scores})
 

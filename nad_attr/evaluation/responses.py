@@ -76,7 +76,7 @@ class Rows:
             self.filler = VectorFiller(_own_means(architectures, device))
         #: Row and number in the data of each image of the next pass; rows None: the whole network.
         self.rows: Tensor | None = None
-        self.numbers: Tensor = torch.empty(0, dtype=torch.int64)
+        self.numbers: Tensor = torch.empty(0, dtype=torch.int64, device="cpu")
         self.n_clean = 0
         self.donor: Tensor | None = None
         #: Looks on at the sites while the whole network runs.
@@ -147,7 +147,7 @@ class Twins:
             known: dict[bytes, int] = {}
             self.of = [known.setdefault(row.tobytes(), len(known)) for row in gates.cpu().numpy()]
         device = next(iter(rows.gates.values())).device
-        of = torch.tensor(self.of)
+        of = torch.tensor(self.of, device="cpu")
         self._members = of.argsort(stable=True).to(device)
         counts = of.bincount()
         self._counts, self._start = counts.to(device), (counts.cumsum(0) - counts).to(device)
@@ -192,7 +192,9 @@ def _own_means(
     return {
         site.name: torch.stack(
             [
-                torch.zeros(site.n_channels) if arch.means is None else arch.means[site.name]
+                torch.zeros(site.n_channels, device="cpu")
+                if arch.means is None
+                else arch.means[site.name]
                 for arch in architectures
             ]
         ).to(device)
@@ -392,13 +394,13 @@ def answers(
     columns = tuple(dict.fromkeys(tasks)) if columns is None else columns
     n_rows, n_kept = len(tasks), 1 if own_only else len(columns)
 
-    gated = torch.empty(n_rows, n, n_kept)
-    gated_class = torch.empty(n_rows, n, dtype=torch.int32)
-    gated_margin = torch.empty(n_rows, n)
+    gated = torch.empty(n_rows, n, n_kept, device="cpu")
+    gated_class = torch.empty(n_rows, n, dtype=torch.int32, device="cpu")
+    gated_margin = torch.empty(n_rows, n, device="cpu")
     if whole is None:
-        clean = torch.empty(n, len(columns))
-        clean_class = torch.empty(n, dtype=torch.int32)
-        clean_margin = torch.empty(n, len(columns))
+        clean = torch.empty(n, len(columns), device="cpu")
+        clean_class = torch.empty(n, dtype=torch.int32, device="cpu")
+        clean_margin = torch.empty(n, len(columns), device="cpu")
     else:
         clean, clean_class = whole.whole, whole.whole_class
         clean_margin = whole.whole_margin
@@ -418,7 +420,9 @@ def answers(
             outputs = runner(inputs)
         if members is None:
             check_classes(labels, (*tasks, *columns), outputs.shape[1])
-            members = own_images(torch.arange(outputs.shape[1]), columns).to(outputs.device)
+            members = own_images(torch.arange(outputs.shape[1], device="cpu"), columns).to(
+                outputs.device
+            )
         return outputs
 
     with torch.no_grad(), installed(runner.model, rows_of.sites, rows_of):
@@ -502,7 +506,7 @@ class _Differences(Rows):
         super().__init__(architectures, device, ablation)
         n = len(architectures)
         self.error, self.energy = (
-            {site.name: torch.zeros(n, dtype=torch.float64) for site in self.sites}
+            {site.name: torch.zeros(n, dtype=torch.float64, device="cpu") for site in self.sites}
             for _ in range(2)
         )
 

@@ -223,7 +223,7 @@ def best_variants(
         ]
         responses = sweep(scorer.model, archs, choosing, **where, **sweep_options)
         column = [responses.columns.index(arch.task) for arch in archs if arch.task is not None]
-        gated = responses.gated[torch.arange(len(archs)), :, column]
+        gated = responses.gated[torch.arange(len(archs), device="cpu"), :, column]
         values = auc(gated, own_images(responses.labels, rows).repeat(len(keys), 1))
         means_of = values.reshape(len(keys), len(rows)).nanmean(1).tolist()
         tried = dict(zip(keys, means_of, strict=True))

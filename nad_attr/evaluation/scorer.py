@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nad_attr.data import Draw, Inputs, Source, TensorSource, as_source, seed_of
+from nad_attr.data import Draw, Inputs, Source, TensorSource, as_source, seed_of, tensor_of
 from nad_attr.evaluation.measures import own_images
 from nad_attr.gates import Task, as_task
 from nad_attr.gating import (
@@ -51,7 +51,7 @@ def tasks_of(targets: Any, tasks: Sequence[Task] | None = None) -> list[Task]:
         >>> tasks_of(torch.tensor([2, 0, 2])), tasks_of(torch.tensor([2, 0, 2]), [(0, 2), 2])
         ([0, 2], [(0, 2), 2])
     """
-    chosen = torch.as_tensor(targets).unique().tolist() if tasks is None else tasks
+    chosen = tensor_of(targets).unique().tolist() if tasks is None else tasks
     if isinstance(chosen, (str, bytes, Mapping, int)):
         raise TypeError(f"tasks must be a sequence of tasks, not {type(chosen).__name__}.")
     result = [as_task(task) for task in chosen]
@@ -126,7 +126,7 @@ def _weights(labels: Tensor, tasks: Sequence[Task], include_others: bool) -> Ten
     parts = [(own, "own")]
     if include_others:
         parts.append((~own, "other"))
-    weights = torch.zeros(own.shape, dtype=torch.float64)
+    weights = torch.zeros(own.shape, dtype=torch.float64, device="cpu")
     for part, what in parts:
         for task, has in zip(tasks, part.any(-1).tolist(), strict=True):
             if not has:
@@ -374,7 +374,9 @@ class ChannelScorer(ABC):
             ``{site name: float64 (V, S, T, C)}`` on the CPU.
         """
         shape = (len(weights), len(signed), len(tasks))
-        totals = {s.name: torch.zeros(*shape, s.n_channels).double() for s in self.sites}
+        totals = {
+            s.name: torch.zeros(*shape, s.n_channels, device="cpu").double() for s in self.sites
+        }
         counts = weights.any(0)
         # Either every image that counts once, or every (task, image) pair that counts.
         if self.task_specific:
@@ -383,7 +385,10 @@ class ChannelScorer(ABC):
                 order = image.argsort(stable=True)
                 row, image = row[order], image[order]
         else:
-            row, image = torch.empty(0, dtype=torch.long), counts.any(0).nonzero()[:, 0]
+            row, image = (
+                torch.empty(0, dtype=torch.long, device="cpu"),
+                counts.any(0).nonzero()[:, 0],
+            )
         cuts = list(chunks(len(image), self.images_per_batch(batch_size)))
         numbers = [image[cut[0] : cut[-1] + 1].tolist() for cut in cuts]
         once = [list(dict.fromkeys(chosen)) for chosen in numbers]

@@ -206,7 +206,7 @@ class Activity:
         self.low = {n: torch.full(s, torch.inf, device=device) for n, s in shapes.items()}
         self.high = {n: torch.full(s, -torch.inf, device=device) for n, s in shapes.items()}
         self.example: Inputs | None = None
-        self._rows = torch.empty(0, dtype=torch.int64)
+        self._rows = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def begin(self, numbers: range, inputs: Inputs) -> None:
         """The images whose pass comes next."""
@@ -237,7 +237,7 @@ class Activity:
             rows = []
             for members in own:
                 if not bool(members.any()):
-                    rows.append(torch.zeros(low.shape[1], dtype=torch.bool))
+                    rows.append(torch.zeros(low.shape[1], dtype=torch.bool, device="cpu"))
                     continue
                 bottom, top = low[members].amin(0), high[members].amax(0)
                 rows.append(top - bottom > ROUNDING * torch.maximum(bottom.abs(), top.abs()))

@@ -31,7 +31,7 @@ Learn: TypeAlias = "Callable[[nn.Module, Data, int], TaskGates | Sequence[SubArc
 def _per_class(labels: Tensor, seed: int) -> list[Tensor]:
     """The numbers of each class's images in random order."""
     generator = torch.Generator().manual_seed(seed_of("images per class", seed))
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=generator, device="cpu")
     return [order[labels[order] == k] for k in labels.unique().tolist()]
 
 

@@ -98,8 +98,8 @@ class ClassMosaics:
         """
         strengths = self.strengths(site)
         height, width = strengths.shape[-2:]
-        rows = (torch.arange(height) >= height / 2).long()
-        columns = (torch.arange(width) >= width / 2).long()
+        rows = (torch.arange(height, device="cpu") >= height / 2).long()
+        columns = (torch.arange(width, device="cpu") >= width / 2).long()
         quadrant = rows[:, None] * 2 + columns
         own = torch.stack([strengths[:, q][:, quadrant == q].sum(1) for q in range(4)], dim=1)
         return own / strengths.sum((2, 3))

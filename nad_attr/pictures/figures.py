@@ -270,7 +270,11 @@ def draw_top_images(
                 axis.set_axis_off()
                 continue
             highest = float(maps[i].max())
-            mask = large[i] > threshold * highest if highest > 0 else torch.zeros(size).bool()
+            mask = (
+                large[i] > threshold * highest
+                if highest > 0
+                else torch.zeros(size, device="cpu").bool()
+            )
             picture = np.where(mask.numpy()[..., None], rgb[i], 0.75 + 0.25 * _grey(rgb[i]))
             if crop is not None:
                 position = found.positions[site][at, i].tolist()

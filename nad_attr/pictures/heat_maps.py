@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr.architecture import SubArchitecture
+from nad_attr.data import tensor_of
 from nad_attr.evaluation._foreign import Explained, untouched
 from nad_attr.evaluation.rows import named_architectures
 from nad_attr.gates import TaskGates
@@ -81,7 +82,7 @@ def as_targets(targets: int | Tensor | Sequence[int], n: int) -> Tensor:
         ValueError: If they are something else.
     """
     try:
-        chosen = torch.as_tensor(targets)
+        chosen = tensor_of(targets)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"targets must be class indices, not {targets!r:.60}.") from error
     wrong = chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool

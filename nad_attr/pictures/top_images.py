@@ -209,12 +209,14 @@ class _Best:
     def __init__(self, site: GateSite, channels: Tensor, k: int, pool: Pool) -> None:
         self.site, self.channels, self.k, self.pool = site, channels, k, pool
         n = len(channels)
-        self.values = torch.full((n, k), float("nan"))
-        self.images = torch.full((n, k), -1, dtype=torch.int64)
-        self.where = torch.full((n, k), -1, dtype=torch.int64)
+        self.values = torch.full((n, k), float("nan"), device="cpu")
+        self.images = torch.full((n, k), -1, dtype=torch.int64, device="cpu")
+        self.where = torch.full((n, k), -1, dtype=torch.int64, device="cpu")
         self.grid: tuple[int, int] | None = None
         # Sums over own, over all, of squares over all.
-        self.own, self.all, self.squares = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
+        self.own, self.all, self.squares = (
+            torch.zeros(n, dtype=torch.float64, device="cpu") for _ in range(3)
+        )
 
     def add(self, tensor: Tensor, numbers: Tensor, own: Tensor, aspect: float) -> None:
         values, grid, _ = _by_channel(self.site, tensor, aspect)
@@ -255,10 +257,10 @@ class _Best:
     def selectivity(self, n_own: int, n: int) -> Tensor:
         """Own mean minus other mean, in standard deviations over all: float32 (n,)."""
         if not 0 < n_own < n:
-            return torch.full((len(self.channels),), float("nan"))
+            return torch.full((len(self.channels),), float("nan"), device="cpu")
         difference = self.own / n_own - (self.all - self.own) / (n - n_own)
         spread = (self.squares / n - (self.all / n).square()).clamp_min(0).sqrt()
-        return torch.where(spread > 0, difference / spread, torch.zeros(())).float()
+        return torch.where(spread > 0, difference / spread, torch.zeros((), device="cpu")).float()
 
 
 def _chosen_channels(
@@ -296,8 +298,10 @@ def _chosen_channels(
 
 def _own(labels: Tensor, task: Task | None) -> Tensor:
     if task is None:
-        return torch.zeros(len(labels), dtype=torch.bool)
-    return torch.isin(labels, torch.tensor(task if isinstance(task, tuple) else [task]))
+        return torch.zeros(len(labels), dtype=torch.bool, device="cpu")
+    return torch.isin(
+        labels, torch.tensor(task if isinstance(task, tuple) else [task], device="cpu")
+    )
 
 
 def _passes(n: int, batch_size: int, show_progress: bool) -> Iterator[list[int]]:
@@ -395,7 +399,7 @@ def top_images(
         for part, inputs in zip(shown, runner.draw(source, parts), strict=True):
             images = only_images(inputs)
             runner(inputs)
-            numbers = torch.tensor(part)
+            numbers = torch.tensor(part, device="cpu")
             for name, keeper in best.items():
                 aspect = images.shape[-2] / images.shape[-1]
                 keeper.add(activations[name], numbers, own[numbers], aspect)

@@ -55,7 +55,7 @@ class Sample:
 
     def __init__(self, source: Source, numbers: list[int], inputs: tuple[Tensor, ...]) -> None:
         self.source, self.numbers, self.inputs = source, numbers, inputs
-        self.labels = source.labels[torch.tensor(numbers, dtype=torch.long)]
+        self.labels = source.labels[torch.tensor(numbers, dtype=torch.long, device="cpu")]
 
     @property
     def data(self) -> tuple[Any, Tensor]:
@@ -64,7 +64,7 @@ class Sample:
 
     def some(self, n: int) -> tuple[Any, Tensor]:
         """At most n of them, evenly over the classes."""
-        rows = torch.tensor(evenly(self.labels, n, 0), dtype=torch.long)
+        rows = torch.tensor(evenly(self.labels, n, 0), dtype=torch.long, device="cpu")
         parts = tuple(part[rows] for part in self.inputs)
         return parts[0] if len(parts) == 1 else parts, self.labels[rows]
 
@@ -80,7 +80,9 @@ def evenly(labels: Tensor, n: int, seed: int) -> list[int]:
     for label in labels.unique().tolist():
         own = (labels == label).nonzero().flatten()
         order = torch.randperm(
-            len(own), generator=torch.Generator().manual_seed(seed_of(seed, "report", label))
+            len(own),
+            generator=torch.Generator().manual_seed(seed_of(seed, "report", label)),
+            device="cpu",
         )
         turns += [(turn, label, int(number)) for turn, number in enumerate(own[order].tolist())]
     return sorted(number for _, _, number in sorted(turns)[:n])
@@ -193,7 +195,7 @@ def _curves(
     chosen = gates.select([gates.tasks[int(row)] for row in rows])
     generator = torch.Generator().manual_seed(seed_of(options["seed"], "report", "curves"))
     random = {
-        site.name: torch.rand(len(chosen), site.n_channels, generator=generator)
+        site.name: torch.rand(len(chosen), site.n_channels, generator=generator, device="cpu")
         for site in chosen.sites
     }
     plain_options = {"batch_size": options["batch_size"], "device": options["device"]}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr.data import isolated_rng
+from nad_attr.preserving import unchanged
 from nad_attr.specs.names import SpecError, call, first_line, near, need
 
 __all__ = ["LoadedModel", "is_plain_model", "load_model", "load_weights", "n_outputs"]
@@ -368,7 +369,7 @@ def n_outputs(model: nn.Module, inputs: Tensor) -> int:
     """
     place = next(model.parameters(), None)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(model):
             outputs = model(inputs if place is None else inputs.to(place.device, place.dtype))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise SpecError(

@@ -1,0 +1,259 @@
+"""What a forward pass leaves on a network's modules, put back.
+
+Some networks change themselves when they run, in eval mode too: observers of quantisation-aware
+training, counters, moving averages, caches of features. Everything in this package that runs a
+user's network does so inside :func:`unchanged`, or through a ``Runner``, whose every pass starts
+from the state in which the network was handed over. Nothing is written where a pass has changed
+nothing, so threads may share such a network.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Copies", "Kept", "unchanged"]
+
+#: Hooks come and go with contexts, those of other threads among them; no pass adds any.
+_HOOKS = frozenset(key for key in vars(nn.Module()) if "hook" in key)
+_TABLES = frozenset({"_parameters", "_modules"})
+#: What each module has, in this order.
+_BASE = list(vars(nn.Module()))
+_EMPTY: dict[str, Any] = {}
+_DICTS = (dict, OrderedDict, defaultdict, Counter)
+_CONTAINERS = frozenset({*_DICTS, list, set, deque, tuple})
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.device, torch.dtype})
+
+
+class Copies(dict[int, "_Held"]):
+    """Copies of tensors, used again as long as nobody writes to the tensors; never pickled.
+
+    Attributes:
+        pending: A pass whose graph may still be needed.
+        stateful: A pass has changed a tensor. Writes that are not counted (through ``.data``, or
+            those of some observers) are then looked for in each pass; else in the first alone.
+    """
+
+    pending: Kept | None = None
+    stateful = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Copies, ()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; -1: it does not count."""
+    return -1 if tensor.is_inference() else int(tensor._version)
+
+
+def _place(tensor: Tensor) -> int | None:
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse, for one
+        return None
+
+
+def _same(now: Any, kept: Any) -> bool:
+    """Whether two containers of one kind hold the very same objects, in the same order."""
+    if len(now) != len(kept):
+        return False
+    if isinstance(now, dict) and not all(map(is_, now, kept)):
+        return False
+    if isinstance(now, set):
+        return bool(now == kept)
+    values = (now.values(), kept.values()) if isinstance(now, dict) else (now, kept)
+    return all(map(is_, *values))
+
+
+def _put_back(container: Any, kept: Any) -> None:
+    container.clear()
+    container.extend(kept) if isinstance(container, (list, deque)) else container.update(kept)
+
+
+class _Held:
+    """One tensor: which memory it has, and what is in it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.alias, self.copy = tensor, tensor.detach(), tensor.detach().clone()
+        self.version, self.place = _version(tensor), _place(tensor)
+        self.compared = True
+        self.after: int | None = None
+
+    def changed(self) -> bool:
+        moved = _version(self.tensor) != self.version or _place(self.tensor) != self.place
+        if not moved and self.compared and not self.tensor.is_meta:
+            moved = not torch.equal(self.tensor, self.copy)
+            self.compared = self.version < 0
+        return moved
+
+    def restore(self) -> None:
+        tensor, alias = self.tensor, self.alias
+        # Leaving inference mode switches gradients on.
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            here = (_place(tensor), tensor.shape, tensor.layout)
+            if here != (self.place, alias.shape, alias.layout) or (
+                tensor.layout == torch.strided and tensor.stride() != alias.stride()
+            ):
+                tensor.data = alias
+            tensor.copy_(self.copy)
+
+
+class Kept:
+    """What a network's modules hold at this moment.
+
+    Args:
+        model: The network.
+        copies: Where copies of its tensors are kept from one time to the next; None: nowhere. What
+            an earlier pass has left on them is put back first.
+        hooks: Hooks are put back too.
+
+    Example:
+        >>> net = nn.BatchNorm1d(2)  # in train mode
+        >>> kept = Kept(net)
+        >>> _ = net(torch.ones(3, 2))
+        >>> kept.restore()
+        >>> net.running_mean, net.num_batches_tracked
+        (tensor([0., 0.]), tensor(0))
+    """
+
+    def __init__(self, model: nn.Module, copies: Copies | None = None, hooks: bool = False) -> None:
+        self._copies = Copies() if copies is None else copies
+        if self._copies.pending is not None:
+            self._copies.pending._restore_tensors()
+        self._modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[torch.Generator, Tensor]] = []
+        self._seen = set[int]()
+        self._held: list[_Held] = []
+        for module in model.modules():
+            attributes = vars(module)
+            kept = dict(attributes)
+            self._modules.append((attributes, kept))
+            own: Iterable[tuple[str, Any]] = kept.items()
+            if not hooks and [*islice(kept, len(_BASE))] == _BASE:  # nearly always
+                own = islice(own, len(_BASE), None)
+                for table in (module._parameters, module._modules):
+                    self._containers.append((table, table.copy() if table else _EMPTY))
+                if module._buffers:
+                    self._look(module._buffers)
+                else:
+                    self._containers.append((module._buffers, _EMPTY))
+            for key, value in own:
+                kind = type(value)
+                if kind in _PLAIN or (key in _HOOKS and not hooks):
+                    continue
+                if key in _TABLES or key in _HOOKS:
+                    if kind in _DICTS:
+                        self._containers.append((value, dict(value)))
+                else:
+                    self._look(value)
+            # It scales its weights in its forward pass.
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+                self._hold(module.weight)
+        for buffer in model.buffers():  # those of scripted modules are not in a table
+            self._hold(buffer)
+        del self._seen
+
+    def _hold(self, tensor: Tensor) -> None:
+        if id(tensor) in self._seen:
+            return
+        self._seen.add(id(tensor))
+        held = self._copies.get(id(tensor))
+        known = self._copies
+        if held is None or held.compared or known.stateful or held.version != tensor._version:
+            if torch.nn.parameter.is_lazy(tensor):
+                return
+            held = self._copies[id(tensor)] = _Held(tensor)
+        self._held.append(held)
+
+    def _look(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter):
+                self._hold(value)
+        elif isinstance(value, torch.Generator):
+            self._generators.append((value, value.get_state()))
+        elif type(value) in _CONTAINERS and id(value) not in self._seen:
+            self._seen.add(id(value))
+            if type(value) is not tuple:
+                copied = dict(value) if isinstance(value, dict) else value.copy()
+                self._containers.append((value, copied))
+            for inner in value.values() if isinstance(value, dict) else value:
+                if type(inner) not in _PLAIN:
+                    self._look(inner)
+
+    def restore(self, *, graph: bool = False) -> None:
+        """Put back what has changed.
+
+        Args:
+            graph: The pass's graph is still needed: tensors that it has written to may be in it,
+                so they stay until the next pass with the same copies, or an :func:`unchanged`
+                around it ends.
+        """
+        for attributes, kept in self._modules:
+            if not _same(attributes, kept):
+                for key in [key for key in attributes if key not in kept]:
+                    del attributes[key]
+                for key, value in kept.items():
+                    if attributes.get(key, self) is not value:
+                        attributes[key] = value
+        for container, copied in self._containers:
+            if not _same(container, copied):
+                _put_back(container, copied)
+        for generator, state in self._generators:
+            if not torch.equal(generator.get_state(), state):
+                generator.set_state(state)
+        self._held = [held for held in self._held if held.changed()]
+        for held in self._held:
+            held.after = _version(held.tensor)
+        self._copies.stateful |= bool(self._held)
+        self._copies.pending = self if graph and self._held else None
+        if not graph:
+            self._restore_tensors()
+
+    def _restore_tensors(self) -> None:
+        """Put back the tensors that the pass has written to, unless somebody has since."""
+        for held in self._held:
+            if _version(held.tensor) == held.after:
+                held.restore()
+        self._held, self._copies.pending = [], None
+
+
+@contextmanager
+def unchanged(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
+    """Put back what forward passes inside leave on a network's modules, also after an exception.
+
+    Buffers and other tensors (values, memory, strides, the very objects), attributes such as
+    counters and caches, lists and dictionaries of them, and a module's own random generator. Not
+    seen are weights that a forward pass changes (save ``max_norm`` of embeddings), the inside of
+    other objects (a meter, a NumPy array), and what is outside of the network's modules.
+
+    Args:
+        model: The network.
+        hooks: Put hooks back as well: for other libraries, which may leave some.
+
+    Example:
+        >>> class Counting(nn.Identity):
+        ...     calls = 0
+        ...     def forward(self, x):
+        ...         self.calls += 1
+        ...         return x
+        >>> net = Counting()
+        >>> with unchanged(net):
+        ...     _ = net(torch.ones(1)), net(torch.ones(1))
+        ...     net.calls
+        2
+        >>> net.calls
+        0
+    """
+    kept = Kept(model, hooks=hooks)
+    try:
+        yield
+    finally:
+        kept.restore()
