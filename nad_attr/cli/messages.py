@@ -146,10 +146,12 @@ def print_table(
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, cell in enumerate(header):
-        side = "left" if i < left else "right"
         table.add_column(
-            Text(shown(cell, lines=True)), justify=side, vertical="bottom", no_wrap=True
-        )  # type: ignore[arg-type]
+            Text(shown(cell, lines=True)),
+            justify="left" if i < left else "right",
+            vertical="bottom",
+            no_wrap=True,
+        )
     for row in rows:
         # As Text: names of classes may hold what rich takes for markup.
         table.add_row(

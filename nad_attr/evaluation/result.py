@@ -224,8 +224,8 @@ class Evaluation:
         Args:
             max_tasks: Tasks that are listed one by one, at most.
         """
-        shown = ("size", "own_auc", "other_auc", "fidelity", "detector_ba", "recall", "fpr", "ba")
-        head = {name: MEASURE_TABLE[name].head for name in (*shown, "other_accuracy")}
+        listed_measures = ("size", "own_auc", "other_auc", "fidelity", "detector_ba", "recall", "fpr", "ba")
+        head = {name: MEASURE_TABLE[name].head for name in (*listed_measures, "other_accuracy")}
         if np.isnan(self.detector_ba).all():
             del head["detector_ba"]
         bare = self._whole is not None and not self.random and not self.rivals
@@ -315,16 +315,16 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         """How notebooks show it: the means, beside what they have to beat."""
-        shown = ["own_auc", "other_auc", "fidelity", "recall", "fpr", "ba"]
+        measures = ["own_auc", "other_auc", "fidelity", "recall", "fpr", "ba"]
         if self._whole is not None and not self.random and not self.rivals:
-            shown.remove("recall")  # as in summary: alone it says nothing
-        columns = [self.values(m)[:_SHOWN] for m in ("size", *shown)]
+            measures.remove("recall")  # as in summary: alone it says nothing
+        columns = [self.values(m)[:_SHOWN] for m in ("size", *measures)]
         rows = [
             [name, *map(number, cells)]
             for name, cells in zip(self.task_names, zip(*columns, strict=True), strict=False)
         ]
         n_listed = len(rows)
-        rows.append(["mean", *(number(self.mean(m)) for m in ("size", *shown))])
+        rows.append(["mean", *(number(self.mean(m)) for m in ("size", *measures))])
         others: dict[str, Sequence[Evaluation]] = {}
         if self.random:
             others["random, same size"] = self.random
@@ -332,13 +332,13 @@ class Evaluation:
         if self._whole is not None:
             others["whole network"] = [self._whole]
         for name, each in others.items():
-            means = [_mean_of(each, m) for m in ("size", *shown)]
+            means = [_mean_of(each, m) for m in ("size", *measures)]
             rows.append([name, *map(number, means)])
         rest = len(self.tasks) - n_listed
         return html_table(
             f"{'Sub-architectures' if self._whole is not None else 'The whole network'}: "
             f"{len(self.tasks)} task{'s' * (len(self.tasks) != 1)} on {self.n_images:,} images",
-            ["task", *(MEASURE_TABLE[m].head for m in ("size", *shown))],
+            ["task", *(MEASURE_TABLE[m].head for m in ("size", *measures))],
             rows,
             rule_before=n_listed,
             note=f"and {rest} more tasks, which the mean counts" if rest > 0 else "",

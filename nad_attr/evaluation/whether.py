@@ -268,7 +268,7 @@ class Whether:
         Raises:
             ValueError: If a size was not measured.
         """
-        shown = self.requested if sizes is None else check_sizes(sizes)
+        wanted = self.requested if sizes is None else check_sizes(sizes)
         heads = {m: MEASURE_TABLE[m].head for m in PANELS if m in self.whole}
         names = [*self.methods, *([RANDOM] if self.n_random else [])]
         how = "at each site" if self.per_site else "over all sites"
@@ -277,7 +277,7 @@ class Whether:
             f"channels: {self.ablation}; p against {self.n_random} random draws"
             f" (least possible {least_p(self.n_random):.3g})"
         ]
-        for size in shown:
+        for size in wanted:
             if size not in self.requested:
                 raise ValueError(f"size {size:g} was not measured; there are {self.requested}.")
             i = self.requested.index(size)
