@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr._safe_text import shown
 from nad_attr.display import html_table
 from nad_attr.evaluation.measure_table import MEASURE_TABLE, MEASURES, p_against
 from nad_attr.gates import Task
@@ -224,8 +225,17 @@ class Evaluation:
         Args:
             max_tasks: Tasks that are listed one by one, at most.
         """
-        listed_measures = ("size", "own_auc", "other_auc", "fidelity", "detector_ba", "recall", "fpr", "ba")
-        head = {name: MEASURE_TABLE[name].head for name in (*listed_measures, "other_accuracy")}
+        columns_shown = (
+            "size",
+            "own_auc",
+            "other_auc",
+            "fidelity",
+            "detector_ba",
+            "recall",
+            "fpr",
+            "ba",
+        )
+        head = {name: MEASURE_TABLE[name].head for name in (*columns_shown, "other_accuracy")}
         if np.isnan(self.detector_ba).all():
             del head["detector_ba"]
         bare = self._whole is not None and not self.random and not self.rivals

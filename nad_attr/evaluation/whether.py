@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nad_attr._files import write_text
+from nad_attr._safe_text import shown
 from nad_attr.architecture import SubArchitecture, Task
 from nad_attr.data import Data, as_source
 from nad_attr.display import html_text
