@@ -225,7 +225,7 @@ class Evaluation:
         Args:
             max_tasks: Tasks that are listed one by one, at most.
         """
-        columns_shown = (
+        main = (
             "size",
             "own_auc",
             "other_auc",
@@ -235,7 +235,7 @@ class Evaluation:
             "fpr",
             "ba",
         )
-        head = {name: MEASURE_TABLE[name].head for name in (*columns_shown, "other_accuracy")}
+        head = {name: MEASURE_TABLE[name].head for name in (*main, "other_accuracy")}
         if np.isnan(self.detector_ba).all():
             del head["detector_ba"]
         bare = self._whole is not None and not self.random and not self.rivals
