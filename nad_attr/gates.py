@@ -60,6 +60,7 @@ class TaskGates:
         ValueError: If shapes do not fit, a task is there twice or gates leave [0, 1].
 
     Example:
+        >>> import torch
         >>> site = GateSite("layer1", 3, 1)
         >>> gates = TaskGates({"layer1": torch.tensor([[0.9, 0.2, 0.6]])}, [site], [7])
         >>> gates["layer1"].shape
