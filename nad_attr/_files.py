@@ -85,8 +85,9 @@ def check_output(
         path: Where to write.
         kind: What will be written: "text" (CSV, JSON, HTML), "HDF5", "archive" or "picture". Only
             a file of the same kind, or an empty one, is replaced. Text may also go to a device.
-        inputs: What is read: files, whatever names lead to them, and folders, in which nothing
-            that is there is replaced. Those that are not there, and None, do not count.
+        inputs: What is read: files, whatever names lead to them, and folders of class folders, in
+            which nothing that is there is replaced. Those that are not there, and None, do not
+            count.
 
     Returns:
         The path.
@@ -121,9 +122,9 @@ def check_output(
         if given is not None and os.path.exists(given):
             if os.path.samefile(target, given):
                 raise FileExistsError(f"{target} is {given}, which is read: write to another file.")
-            if os.path.isdir(given) and contains(given, target):
+            if os.path.isdir(given) and contains(given, target.parent):
                 raise FileExistsError(
-                    f"{target} is in the folder {given}, which is read: write to another file."
+                    f"{target} is in a folder of {given}, which is read: write to another file."
                 )
     if found not in (kind, "empty") and not (kind == "text" and found == "device"):
         raise FileExistsError(
@@ -146,7 +147,7 @@ _WORDS = {
 
 
 def contains(folder: str | PathLike[str], path: str | PathLike[str]) -> bool:
-    """Whether a file lies in a folder or below it, links resolved."""
+    """Whether something lies in a folder or below it, links resolved."""
     return any(os.path.samefile(folder, parent) for parent in Path(os.path.realpath(path)).parents)
 
 

@@ -397,7 +397,7 @@ def test_an_interrupted_dissection_goes_on(tmp_path: Path, exact: bool, phase: i
     def failing(self: Stream, i: int) -> Any:
         nonlocal calls
         calls += 1
-        if calls == (12, 25)[phase - 1]:  # ten are for the first look and the fingerprint
+        if calls == (16, 29)[phase - 1]:  # 13 are for the first look and what is compared
             raise OSError("the disk is gone")
         return original(self, i)
 

@@ -301,7 +301,7 @@ EATEN: list[tuple[tuple[str, ...], Callable[[str], None], str]] = [
     (("attribute", *MINE, "photos/red/0.png", "--hdf5"), _nothing, "weights.pt"),
     ((*LEARN, "--weights", "weights.pt", "--overwrite", "--out"), _nothing, "weights.pt"),
     ((*LEARN, "--overwrite", "--out"), _nothing, "photos/red/0.png"),
-    ((*LEARN, "--overwrite", "--out"), _hdf5, "photos/other.h5"),
+    ((*LEARN, "--overwrite", "--out"), _hdf5, "photos/red/other.h5"),
     ((*LEARN, "--overwrite", "--out"), _nothing, "tiny_nets.py"),
     (("merge", "gates.h5", "gates.h5", "--overwrite", "--out"), _linked, "linked.h5"),
     (("merge", "gates.h5", "gates.h5", "--overwrite", "--out"), _nothing, "weights.pt"),
@@ -315,6 +315,17 @@ def test_no_output_replaces_an_input_or_a_file_of_another_kind(
     make(name)
     refused(2, Path(name).name, *command, name)
     assert not Path("called").exists()  # before any work
+
+
+def test_what_stands_beside_class_folders_is_replaced(here: Path) -> None:
+    for name in ("gates.h5", "tiny_nets.py"):
+        Path("photos", name).write_bytes(Path(name).read_bytes())
+    os.chdir("photos")
+    learn = ("." if word == "photos" else word for word in LEARN)
+    outcome = invoke(*learn, "--out", "gates.h5", "--overwrite", "-q")
+    assert outcome.exit_code == 0, outcome.output
+    assert invoke("report", "gates.h5", "--out", "a.html", "-q").exit_code == 0
+    assert invoke("report", "gates.h5", "--out", "a.html", "-q").exit_code == 0
 
 
 def test_json_inputs_are_not_replaced(here: Path) -> None:

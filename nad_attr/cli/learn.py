@@ -175,7 +175,7 @@ def learn(
             raise UsageError(
                 f"{out} is there already: --resume goes on with it, --overwrite replaces it."
             )
-        check_outputs([(out, "HDF5")], [weights, class_index, data])
+        check_outputs([(out, "HDF5")], [weights, class_index, None if resume else data])
         place = None if executor is not None and device is None else chosen_device(device)
         check_folder(data)
         opened = open_model(
