@@ -269,7 +269,7 @@ class Whether:
         Raises:
             ValueError: If a size was not measured.
         """
-        shown = self.requested if sizes is None else check_sizes(sizes)
+        chosen = self.requested if sizes is None else check_sizes(sizes)
         heads = {
             "own_auc": "own AUC",
             "other_auc": "other AUC",
@@ -287,7 +287,7 @@ class Whether:
             f"{len(self.tasks)} task(s) on {self.n_images} images, share kept {how}, closed "
             f"channels: {self.ablation}; p against {self.n_random} random draws"
         ]
-        for size in shown:
+        for size in chosen:
             if size not in self.requested:
                 raise ValueError(f"size {size:g} was not measured; there are {self.requested}.")
             i = self.requested.index(size)
