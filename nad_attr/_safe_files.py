@@ -35,7 +35,9 @@ def check_file(path: str | PathLike[str]) -> None:
         NotAFileError: Says what it is.
         OSError: If it is not there.
     """
-    check_file_kind(path, os.stat(path))
+    found = os.stat(path)
+    if not stat.S_ISDIR(found.st_mode):  # opening a folder fails, with the system's own error
+        check_file_kind(path, found)
 
 
 def check_file_kind(path: str | PathLike[str], found: os.stat_result) -> None:

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import typer
 
@@ -146,12 +146,9 @@ def print_table(
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, cell in enumerate(header):
-        table.add_column(
-            Text(shown(cell, lines=True)),
-            justify="left" if i < left else "right",
-            vertical="bottom",
-            no_wrap=True,
-        )
+        side: Literal["left", "right"] = "left" if i < left else "right"
+        title = Text(shown(cell, lines=True))
+        table.add_column(title, justify=side, vertical="bottom", no_wrap=True)
     for row in rows:
         # As Text: names of classes may hold what rich takes for markup.
         table.add_row(

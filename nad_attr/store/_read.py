@@ -63,9 +63,16 @@ def check_hdf5(path: Path) -> None:
 
 
 def hdf5(path: Path) -> h5py.File:
-    """Open for reading, without HDF5's lock: files are replaced, never changed."""
+    """Open for reading, without HDF5's lock where it cannot be had: files are replaced."""
     # No cache of chunks, which takes its time to make for each array: chunks are read as they are.
-    return h5py.File(path, "r", rdcc_nbytes=0, rdcc_nslots=1, **UNLOCKED)
+    options: dict[str, Any] = {"rdcc_nbytes": 0, "rdcc_nslots": 1}
+    try:
+        # As others open it: HDF5 refuses a file that this process has open with other settings.
+        return h5py.File(path, "r", **options)
+    except OSError as error:
+        if "lock" not in str(error):
+            raise
+        return h5py.File(path, "r", **options, **UNLOCKED)
 
 
 @contextmanager
