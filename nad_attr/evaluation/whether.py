@@ -271,18 +271,6 @@ class Whether:
         """
         wanted = self.requested if sizes is None else check_sizes(sizes)
         heads = {m: MEASURE_TABLE[m].head for m in PANELS if m in self.whole}
-        chosen = self.requested if sizes is None else check_sizes(sizes)
-        heads = {
-            "own_auc": "own AUC",
-            "other_auc": "other AUC",
-            "disentanglement": "disent.",
-            "fidelity": "fidelity",
-            "rank_fidelity": "rank fid.",
-            "recall": "recall",
-            "fpr": "FPR",
-            "ba": "BA",
-        }
-        heads = {measure: head for measure, head in heads.items() if measure in self.whole}
         names = [*self.methods, *([RANDOM] if self.n_random else [])]
         how = "at each site" if self.per_site else "over all sites"
         lines = [
@@ -291,7 +279,6 @@ class Whether:
             f" (least possible {least_p(self.n_random):.3g})"
         ]
         for size in wanted:
-        for size in chosen:
             if size not in self.requested:
                 raise ValueError(f"size {size:g} was not measured; there are {self.requested}.")
             i = self.requested.index(size)
