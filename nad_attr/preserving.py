@@ -29,6 +29,8 @@ _BASE = list(vars(nn.Module()))
 _EMPTY: dict[str, Any] = {}
 #: How many contexts have ended.
 _EPOCH = [0]
+#: How many contexts for other libraries are open, which keep things on modules between passes.
+_FOREIGN = [0]
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _CONTAINERS = frozenset({*_DICTS, list, set, deque, tuple})
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.device, torch.dtype})
@@ -198,7 +200,7 @@ class Kept:
                 and attributes that hooks have set for the backward pass. All of it stays until
                 the next pass with the same copies, or an :func:`unchanged` around it ends.
         """
-        if not graph:
+        if not graph and not _FOREIGN[0]:
             self._restore_attributes()
         self._held = [held for held in self._held if held.changed()]
         for held in self._held:
@@ -266,8 +268,10 @@ def unchanged(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
         0
     """
     kept = Kept(model, hooks=hooks)
+    _FOREIGN[0] += hooks
     try:
         yield
     finally:
+        _FOREIGN[0] -= hooks
         kept.restore()
         _EPOCH[0] += 1
