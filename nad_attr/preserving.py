@@ -213,7 +213,7 @@ class Kept:
 
     def _finish(self) -> None:
         """Put back what was left for the graph's sake, unless a context around it has done so."""
-        if self._epoch == _EPOCH[0]:
+        if self._epoch == _EPOCH[0] and not _FOREIGN[0]:
             self._restore_attributes()
         self._restore_tensors()
 
