@@ -27,6 +27,10 @@ _TABLES = frozenset({"_parameters", "_modules"})
 #: What each module has, in this order.
 _BASE = list(vars(nn.Module()))
 _EMPTY: dict[str, Any] = {}
+#: How many contexts have ended.
+_EPOCH = [0]
+#: How many contexts for other libraries are open, which keep things on modules between passes.
+_FOREIGN = [0]
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _CONTAINERS = frozenset({*_DICTS, list, set, deque, tuple})
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.device, torch.dtype})
@@ -126,7 +130,7 @@ class Kept:
     def __init__(self, model: nn.Module, copies: Copies | None = None, hooks: bool = False) -> None:
         self._copies = Copies() if copies is None else copies
         if self._copies.pending is not None:
-            self._copies.pending._restore_tensors()
+            self._copies.pending._finish()
         self._modules: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._generators: list[tuple[torch.Generator, Tensor]] = []
@@ -193,9 +197,27 @@ class Kept:
 
         Args:
             graph: The pass's graph is still needed: tensors that it has written to may be in it,
-                so they stay until the next pass with the same copies, or an :func:`unchanged`
-                around it ends.
+                and attributes that hooks have set for the backward pass. All of it stays until
+                the next pass with the same copies, or an :func:`unchanged` around it ends.
         """
+        if not graph and not _FOREIGN[0]:
+            self._restore_attributes()
+        self._held = [held for held in self._held if held.changed()]
+        for held in self._held:
+            held.after = _version(held.tensor)
+        self._copies.stateful |= bool(self._held)
+        self._epoch = _EPOCH[0]
+        self._copies.pending = self if graph else None
+        if not graph:
+            self._restore_tensors()
+
+    def _finish(self) -> None:
+        """Put back what was left for the graph's sake, unless a context around it has done so."""
+        if self._epoch == _EPOCH[0] and not _FOREIGN[0]:
+            self._restore_attributes()
+        self._restore_tensors()
+
+    def _restore_attributes(self) -> None:
         for attributes, kept in self._modules:
             if not _same(attributes, kept):
                 for key in [key for key in attributes if key not in kept]:
@@ -209,13 +231,6 @@ class Kept:
         for generator, state in self._generators:
             if not torch.equal(generator.get_state(), state):
                 generator.set_state(state)
-        self._held = [held for held in self._held if held.changed()]
-        for held in self._held:
-            held.after = _version(held.tensor)
-        self._copies.stateful |= bool(self._held)
-        self._copies.pending = self if graph and self._held else None
-        if not graph:
-            self._restore_tensors()
 
     def _restore_tensors(self) -> None:
         """Put back the tensors that the pass has written to, unless somebody has since."""
@@ -253,7 +268,10 @@ def unchanged(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
         0
     """
     kept = Kept(model, hooks=hooks)
+    _FOREIGN[0] += hooks
     try:
         yield
     finally:
+        _FOREIGN[0] -= hooks
         kept.restore()
+        _EPOCH[0] += 1

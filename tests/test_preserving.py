@@ -290,7 +290,8 @@ def test_a_network_that_changes_nothing_is_copied_once(monkeypatch: pytest.Monke
 
 def test_kept_is_never_part_of_a_pickle(changing: Changing, data: Any) -> None:
     runner = Runner(changing)
-    runner((data[0].clone().requires_grad_(),))
+    with frozen(changing):
+        runner((data[0].clone().requires_grad_(),))
     assert copy.deepcopy(runner)._copies == {}
     Kept(changing, runner._copies).restore()
 

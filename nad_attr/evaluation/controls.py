@@ -22,7 +22,7 @@ from nad_attr.data import (
     seed_of,
 )
 from nad_attr.gating import check_eval
-from nad_attr.running import Runner, check_batch_size, chunks
+from nad_attr.running import Runner, check_batch_size, chunks, network_errors
 from nad_attr.sites import unwrap
 
 __all__ = ["cascading_randomisation", "random_weights", "shuffled_labels"]
@@ -134,7 +134,8 @@ def _estimate_norms(
     try:
         with torch.no_grad():
             for inputs in runner.draw(source, batches):
-                model(*inputs)  # a runner would put back what its passes change
+                with network_errors(inputs):  # a runner would put back what its passes change
+                    model(*inputs)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
