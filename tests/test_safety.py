@@ -806,7 +806,8 @@ def test_every_row_of_the_page_is_held_by_a_test() -> None:
     rows = [
         line
         for line in text.splitlines()
-        if line.startswith("|") and not line.startswith(("|---", "| what", "| who", "| situation |"))
+        if line.startswith("|")
+        and not line.startswith(("|---", "| what", "| who", "| situation |"))
     ]
     assert len(rows) > 15
     for row in rows:
