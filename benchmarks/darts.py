@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nad_attr.sites import find_gate_sites, paper_sites
+from nad_attr.sites.finding import find_gate_sites, paper_sites
 
 
 class Genotype(NamedTuple):

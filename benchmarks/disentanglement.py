@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import nad_attr.paper
-import nad_attr.selection
+import nad_attr.learning.paper
+import nad_attr.learning.selection
 from benchmarks.cifar import REPOSITORY, SharedMissingError, add_shared_arguments, default_cache
 from benchmarks.image_data import ImageData, load_images, per_class
 from benchmarks.networks import PAIRS, load_network
@@ -47,7 +47,7 @@ from nad_attr import (
     learn_sizes,
 )
 from nad_attr.evaluation import SCORERS, ChannelScorer, RandomScorer, best_variants, top_k
-from nad_attr.evaluation.grid import measure_grid
+from nad_attr.evaluation.sweeps.grid import measure_grid
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "disentanglement"
 SIZES = (0.8, 0.4, 0.2, 0.1, 0.05)
@@ -109,7 +109,9 @@ class Cell:
             recipe = Recipe(ablation=ablation, steps=self.args.steps * len(self.args.sizes))
             run = "-".join(f"{size:g}" for size in self.args.sizes)  # one run goes through them all
             paths = {
-                size: self._kept_gates(recipe, nad_attr.selection, f"{ablation}_{size:g}_of_{run}")
+                size: self._kept_gates(
+                    recipe, nad_attr.learning.selection, f"{ablation}_{size:g}_of_{run}"
+                )
                 for size in self.args.sizes
             }
             if all(path.is_file() for path in paths.values()):
@@ -171,7 +173,7 @@ class Cell:
 
     def _paper(self) -> TaskGates:
         recipe = Recipe.paper(beta=0.02, epochs=self.args.paper_epochs)
-        path = self._kept_gates(recipe, nad_attr.paper, f"{self.args.paper_images}_paper")
+        path = self._kept_gates(recipe, nad_attr.learning.paper, f"{self.args.paper_images}_paper")
         if path.is_file():
             return TaskGates.load(path)
         images = per_class(self.data.train, self.args.paper_images, self.seed)

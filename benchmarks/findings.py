@@ -417,7 +417,7 @@ def planted_table(result: Mapping[str, Any]) -> str:
 
 def figure(pairs: list[Pair]) -> None:
     """Own AUC against size: NAD, the best rivals and random channels, one panel for each pair."""
-    from nad_attr.evaluation.figures import legend, line, line_styles, new_figure, size_axis, style
+    from nad_attr.plots.style import legend, line, line_styles, new_figure, size_axis, style
 
     names = ["nad", "centred_effect", "neuron_mct", "taylor", "nad_paper", "other_task", "random"]
     looks = line_styles(names, references=("random",))

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from nad_attr import GateSite, GateStoreError, Recipe, SubArchitecture, TaskGates
-from nad_attr.history import History
+from nad_attr.gates.history import History
 from nad_attr.store import GateStore, read_result, result_names, write_result
 
 #: Most seconds, and most bytes beyond what the process had before, that a file may take.

@@ -46,11 +46,16 @@ from torch.nn import functional as F
 
 from benchmarks.cifar import REPOSITORY
 from nad_attr import Recipe, SubArchitecture, TaskGates, __version__, learn_sizes
-from nad_attr.data import seed_of
-from nad_attr.demo import Photo, center_crops, choose_classes, load_lite0, load_photos, random_crops
 from nad_attr.evaluation import bootstrap_interval, quadrant_shares
-from nad_attr.evaluation.figures import GREY, PALETTE, legend, panels, style
-from nad_attr.evaluation.mosaics import assemble, choose
+from nad_attr.evaluation.questions.mosaics import assemble, choose
+from nad_attr.examples.demo import (
+    Photo,
+    center_crops,
+    choose_classes,
+    load_lite0,
+    load_photos,
+    random_crops,
+)
 from nad_attr.pictures import (
     HeatMapMethod,
     class_mosaics,
@@ -59,6 +64,8 @@ from nad_attr.pictures import (
     heat_maps,
 )
 from nad_attr.pictures.figures import draw_heat_maps
+from nad_attr.plots.style import GREY, PALETTE, legend, panels, style
+from nad_attr.system.rng import seed_of
 
 OUT = REPOSITORY / "benchmarks" / "results" / "heatmaps"
 DOCS = REPOSITORY / "docs" / "heatmaps.md"

@@ -49,16 +49,17 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from nad_attr.data import Draw, Inputs
-from nad_attr.engine import Chunk, Network
-from nad_attr.gating import frozen
-from nad_attr.memory import keep_freed_memory
-from nad_attr.memory import peak_memory as allocated_memory
-from nad_attr.objective import own_task_output
-from nad_attr.paper import learn_paper
-from nad_attr.recipe import PaperRecipe, Recipe
-from nad_attr.selection import learn_selection
-from nad_attr.sites import GateSite, find_gate_sites, paper_sites
+from nad_attr.data.sources import Draw, Inputs
+from nad_attr.gates.recipe import PaperRecipe, Recipe
+from nad_attr.gating.hooks import frozen
+from nad_attr.learning.engine import Chunk, Network
+from nad_attr.learning.paper import learn_paper
+from nad_attr.learning.selection import learn_selection
+from nad_attr.running.outputs import own_task_output
+from nad_attr.sites.finding import find_gate_sites, paper_sites
+from nad_attr.sites.site import GateSite
+from nad_attr.system.memory import keep_freed_memory
+from nad_attr.system.memory import peak_memory as allocated_memory
 
 __all__ = ["MODELS", "RECIPES", "BarePasses", "main", "measure", "table"]
 
@@ -159,7 +160,7 @@ class _MeasuredNetwork(Network):
     Args:
         n_pretended: Steps whose passes are random numbers.
         seconds: The clock.
-        **arguments: Of :class:`nad_attr.engine.Network`.
+        **arguments: Of :class:`nad_attr.learning.engine.Network`.
     """
 
     def __init__(

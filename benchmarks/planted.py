@@ -30,14 +30,7 @@ from typing import Any
 import torch
 
 from nad_attr import Recipe, learn_gates
-from nad_attr.evaluation import (
-    PLANTED_KINDS,
-    SCORERS,
-    PlantedCircuit,
-    PlantedScore,
-    planted,
-    top_k,
-)
+from nad_attr.evaluation import PLANTED_KINDS, SCORERS, PlantedCircuit, PlantedScore, planted, top_k
 
 #: Asked for, in units of the circuit's size.
 FACTORS = (1.0, 1.2)

@@ -46,9 +46,9 @@ from benchmarks.cifar import (
 from benchmarks.heatmaps import DOCS, put_into_docs, random_like
 from nad_attr import Recipe, SubArchitecture, TaskGates, __version__, learn_gates
 from nad_attr.bridges.quantus import SubArchitectureExplainer
-from nad_attr.data import isolated_rng
 from nad_attr.evaluation import bootstrap_interval
-from nad_attr.evaluation.mosaics import assemble, choose
+from nad_attr.evaluation.questions.mosaics import assemble, choose
+from nad_attr.system.rng import isolated_rng
 
 __all__ = ["as_markdown", "metrics", "quantus_scores", "quantus_table"]
 

@@ -36,7 +36,7 @@ from nad_attr.evaluation import (
     sanity,
     site_fidelity,
 )
-from nad_attr.evaluation.grid import measure_grid
+from nad_attr.evaluation.sweeps.grid import measure_grid
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "questions"
 SIZE = 0.4

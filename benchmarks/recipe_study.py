@@ -6,7 +6,8 @@
 Each variant learns all tasks of a network at five sizes in one run of falling budget, from the
 same images and with the same number of passes as the default recipe, and is measured on held-out
 images as in ``benchmarks.disentanglement``. A variant is the default recipe with other settings
-(of :class:`nad_attr.Recipe` or of :mod:`nad_attr.selection`), or another way to learn altogether:
+(of :class:`nad_attr.Recipe` or of :mod:`nad_attr.learning.selection`), or another way to learn
+altogether:
 
 - forgiving the same throughout: ``free_scale`` of a difference of scale and offset is forgiven,
   however much of the task output's variance no scale and offset can mend.
@@ -38,11 +39,11 @@ from benchmarks.disentanglement import Cell, parser
 from benchmarks.image_data import load_images
 from benchmarks.networks import load_network
 from nad_attr import Recipe, learn_sizes
-from nad_attr.architecture import budget, n_channels
-from nad_attr.data import Draw
-from nad_attr.engine import Chunk, Learned, TaskImages
+from nad_attr.data.sources import Draw
 from nad_attr.evaluation import evaluate
-from nad_attr.selection import budgets
+from nad_attr.gates.channels import budget, n_channels
+from nad_attr.learning.engine import Chunk, Learned, TaskImages
+from nad_attr.learning.selection import budgets
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "recipe_study.jsonl"
 PAIRS = ("vgg/cifar10", "resnet14/scene15")
@@ -50,21 +51,21 @@ MEASURES = ("own_auc", "disentanglement", "fidelity", "rank_fidelity")
 LEARNING_RATE = 0.1
 COLDEST = 0.05
 
-#: {name: (settings of the recipe, constants of nad_attr.selection)}
+#: {name: (settings of the recipe, constants of nad_attr.learning.selection)}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "default": ({}, {}),
     "free_scale 0": ({"free_scale": 0.0}, {}),
     "free_scale 0.5": ({"free_scale": 0.5}, {}),
     "free_scale 0.8": ({"free_scale": 0.8}, {}),
     "free_scale 1": ({"free_scale": 1.0}, {}),
-    "forgiving the same throughout": ({}, {"LENIENCE": 0.0}),
+    "forgiving the same throughout": ({}, {"SCALE_POWER_DROP": 0.0}),
     "all images the same (boundary 0)": ({"boundary": 0.0}, {}),
     "boundary 0.5": ({"boundary": 0.5}, {}),
-    "boundary to the end": ({}, {"FADING": 1000}),
+    "boundary to the end": ({}, {"BOUNDARY_FADING_POWER": 1000}),
     "values of all images (free_scale 0, boundary 0)": ({"free_scale": 0.0, "boundary": 0.0}, {}),
-    "no exchange": ({}, {"EXCHANGED": 0.0}),
-    "exchange 10 %": ({}, {"EXCHANGED": 0.1}),
-    "no single swaps": ({}, {"SWAPS": 0}),
+    "no exchange": ({}, {"MAX_EXCHANGED_SHARE": 0.0}),
+    "exchange 10 %": ({}, {"MAX_EXCHANGED_SHARE": 0.1}),
+    "no single swaps": ({}, {"SWAPS_PER_STEP": 0}),
     "no trust charge": ({"trust": 0.0}, {}),
     "memory 0.8": ({"memory": 0.8}, {}),
     "closing to the end": ({"removal": 1.0}, {}),
@@ -147,15 +148,16 @@ VARIANTS = (*SETTINGS, *OTHERS)
 def variant(name: str) -> Iterator[dict[str, Any]]:
     """Inside, learning is the variant's; gives the settings of its recipe."""
     if name in OTHERS:
-        with mock.patch("nad_attr.learning.learn_selection", OTHERS[name]):
+        with mock.patch("nad_attr.learning.session.learn_selection", OTHERS[name]):
             yield {}
         return
     recipe, constants = SETTINGS[name]
-    import nad_attr.selection
+    import nad_attr.learning.selection
 
     # patch.multiple wants at least one name.
     with mock.patch.multiple(
-        nad_attr.selection, **(constants or {"SWAPS": nad_attr.selection.SWAPS})
+        nad_attr.learning.selection,
+        **(constants or {"SWAPS_PER_STEP": nad_attr.learning.selection.SWAPS_PER_STEP}),
     ):
         yield recipe
 

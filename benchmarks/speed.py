@@ -57,7 +57,7 @@ from benchmarks.learning_cost import (
 from benchmarks.released_loop import BATCH, EPOCHS, ReleasedLoop
 from nad_attr import GateSite, Recipe, TaskGates, find_gate_sites, learn_gates
 from nad_attr.evaluation import evaluate, top_k
-from nad_attr.gating import frozen
+from nad_attr.gating.hooks import frozen
 
 __all__ = ["main"]
 

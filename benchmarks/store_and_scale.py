@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr import GateSite, Recipe, TaskGates, paper_sites
-from nad_attr.runs import learn_to_store
+from nad_attr.learning.runs import learn_to_store
 from nad_attr.store import GateStore
 
 __all__ = ["gates_of_resnet50", "main", "measure_scale", "measure_store", "table"]
@@ -276,7 +276,7 @@ def measure_scale(
     rows.append(row(0, seconds))
     if importlib.util.find_spec("ray") is None:
         return rows + [{"what": f"{n} Ray workers", "skipped": "ray is missing"} for n in workers]
-    from nad_attr.distributed import RayExecutor
+    from nad_attr.learning.ray_executor import RayExecutor
 
     for n in workers:
         with _cluster(n):

@@ -48,7 +48,7 @@ def measure(folder: Path, workers: int) -> dict[str, Any]:
     from torchvision import transforms
 
     from nad_attr import Recipe, learn_gates
-    from nad_attr.datasets import ImageFolderData
+    from nad_attr.data.images import ImageFolderData
     from nad_attr.evaluation import evaluate
 
     torch.manual_seed(0)

@@ -29,8 +29,9 @@ import torchvision
 from torch import Tensor, nn
 
 from benchmarks.darts import DARTSImageNet
-from nad_attr.gating import gated
-from nad_attr.sites import GateSite, find_gate_sites, paper_sites
+from nad_attr.gating.hooks import gated
+from nad_attr.sites.finding import find_gate_sites, paper_sites
+from nad_attr.sites.site import GateSite
 
 MOST_DRAWS = 20
 BATCH = 16

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 from nad_attr._version import __version__
 
 if TYPE_CHECKING:
-    from nad_attr.architecture import SubArchitecture
+    from nad_attr._checks import GatingError
     from nad_attr.attribution import NADAttribution
-    from nad_attr.gates import Task, TaskGates
-    from nad_attr.gating import GatingError, gated, recorded
-    from nad_attr.history import History
-    from nad_attr.learning import learn_gates, learn_sizes
-    from nad_attr.recipe import PaperRecipe, Recipe
-    from nad_attr.runs import learn_to_store
-    from nad_attr.sites import GateSite, SiteError, find_gate_sites, paper_sites
+    from nad_attr.data.labels import Task
+    from nad_attr.gates.history import History
+    from nad_attr.gates.recipe import PaperRecipe, Recipe
+    from nad_attr.gates.sub_architecture import SubArchitecture
+    from nad_attr.gates.task_gates import TaskGates
+    from nad_attr.gating.hooks import gated, recorded
+    from nad_attr.learning.api import learn_gates, learn_sizes
+    from nad_attr.learning.runs import learn_to_store
+    from nad_attr.sites.finding import find_gate_sites, paper_sites
+    from nad_attr.sites.site import GateSite, SiteError
     from nad_attr.store import GateStore, GateStoreError
 
 __all__ = [
@@ -46,14 +49,14 @@ __all__ = [
 #: Where the names are from. They are imported when they are asked for: torch takes seconds, in
 #: which the command line could not answer Ctrl-C.
 _HOMES = {
-    "architecture": ("SubArchitecture",),
+    "gates.sub_architecture": ("SubArchitecture",),
     "attribution": ("NADAttribution",),
     "gates": ("Task", "TaskGates"),
     "gating": ("GatingError", "gated", "recorded"),
-    "history": ("History",),
+    "gates.history": ("History",),
     "learning": ("learn_gates", "learn_sizes"),
-    "recipe": ("PaperRecipe", "Recipe"),
-    "runs": ("learn_to_store",),
+    "gates.recipe": ("PaperRecipe", "Recipe"),
+    "learning.runs": ("learn_to_store",),
     "sites": ("GateSite", "SiteError", "find_gate_sites", "paper_sites"),
     "store": ("GateStore", "GateStoreError"),
 }

@@ -14,14 +14,15 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import Data, TensorSource, as_source, loading, numbers_of
-from nad_attr.gates import TaskGates
-from nad_attr.gating import check_eval, expand, multiply, recorded
-from nad_attr.learning import learn_gates
-from nad_attr.preserving import unchanged
-from nad_attr.recipe import Recipe
-from nad_attr.sites import GateSite, SiteError, asked_layers, find_gate_sites, unwrap
+from nad_attr.data.sources import Data, TensorSource, as_source, loading, numbers_of
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import check_eval, expand, multiply, recorded
+from nad_attr.learning.api import learn_gates
+from nad_attr.sites.finding import asked_layers, find_gate_sites
+from nad_attr.sites.preserving import unchanged
+from nad_attr.sites.site import GateSite, SiteError, unwrap
 
 __all__ = ["NADAttribution"]
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from nad_attr.sites import GateSite
+from nad_attr.sites.site import GateSite
 from tests import helpers
 
 SITES = [GateSite("relu1", 6, 1), GateSite("relu2", 8, 1)]

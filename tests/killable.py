@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr import Recipe
-from nad_attr.learning import Session
-from nad_attr.runs import learn_to_store
+from nad_attr.learning.runs import learn_to_store
+from nad_attr.learning.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 N_TASKS = 20

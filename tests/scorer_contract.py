@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nad_attr.evaluation.baselines import ChannelScorer
-from nad_attr.gating import GatingError
-from nad_attr.sites import GateSite, SiteError
+from nad_attr._checks import GatingError
+from nad_attr.scoring.scorer import ChannelScorer
+from nad_attr.sites.site import GateSite, SiteError
 from tests import helpers
 
 NETWORKS = {

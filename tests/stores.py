@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.gates import TaskGates
-from nad_attr.history import History
-from nad_attr.recipe import Recipe
-from nad_attr.sites import GateSite
+from nad_attr.gates.history import History
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 
 SITES = [GateSite("layer1.0", 3), GateSite("blocks.1", 2, -1), GateSite("head", 4, at_input=True)]
 

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
+from nad_attr.data.counters import hashed, mixed, standard_normal, unsigned, words
 from nad_attr.evaluation.ablation import (
     ABLATIONS,
     Ablation,
@@ -20,12 +20,12 @@ from nad_attr.evaluation.ablation import (
     as_ablation,
     fit_ablation,
 )
-from nad_attr.evaluation.counters import hashed, mixed, standard_normal, unsigned, words
 from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.evaluation.responses import site_fidelity, sweep
-from nad_attr.gating import gated, installed, recorded
-from nad_attr.means import channel_means
-from nad_attr.sites import GateSite, SiteError
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gating.hooks import gated, installed, recorded
+from nad_attr.gating.means import channel_means
+from nad_attr.sites.site import GateSite, SiteError
 from tests import helpers
 
 SITES = {

@@ -12,17 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nad_attr.architecture import (
-    SubArchitecture,
-    budget,
-    jaccard,
-    kappa,
-    n_channels,
-    split_sites,
-    top_k_masks,
-)
-from nad_attr.gating import gated
-from nad_attr.sites import GateSite
+from nad_attr.gates.channels import budget, jaccard, kappa, n_channels, split_sites, top_k_masks
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gating.hooks import gated
+from nad_attr.sites.site import GateSite
 from tests import helpers
 from tests.helpers import assert_model_untouched
 

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 import nad_attr.attribution as attribution_module
-from nad_attr.architecture import SubArchitecture
+from nad_attr._checks import GatingError
 from nad_attr.attribution import NADAttribution
-from nad_attr.gates import TaskGates
-from nad_attr.gating import GatingError
-from nad_attr.learning import learn_gates
-from nad_attr.recipe import Recipe
-from nad_attr.sites import GateSite, SiteError
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.api import learn_gates
+from nad_attr.sites.site import GateSite, SiteError
 from tests.helpers import TinyCNN, assert_model_untouched, build, images, labelled_images, snapshot
 
 try:

@@ -52,8 +52,8 @@ from nad_attr.evaluation import (
     tasks_of,
     top_k,
 )
-from nad_attr.gating import site_modules
-from nad_attr.means import channel_means
+from nad_attr.gating.hooks import site_modules
+from nad_attr.gating.means import channel_means
 from tests import helpers
 from tests.helpers import TinyCNN, assert_model_untouched
 

@@ -7,19 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nad_attr.evaluation.baselines import (
-    ChannelScorer,
+from nad_attr.gating.hooks import gated, recorded
+from nad_attr.scoring.baselines import (
     EnergyScorer,
     GradientXActivationScorer,
     NeuronMCTScorer,
     RandomScorer,
     TaylorScorer,
-    positions,
-    tasks_of,
     top_k,
 )
-from nad_attr.gating import gated, recorded
-from nad_attr.sites import GateSite
+from nad_attr.scoring.scorer import ChannelScorer, positions, tasks_of
+from nad_attr.sites.site import GateSite
 from tests import helpers
 from tests.scorer_contract import NETWORKS, ScorerContract, assert_same
 

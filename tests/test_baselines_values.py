@@ -38,7 +38,7 @@ from nad_attr.evaluation import (
     shuffled,
     top_k,
 )
-from nad_attr.means import channel_means
+from nad_attr.gating.means import channel_means
 from tests import helpers
 from tests.scorer_contract import NETWORKS, assert_same
 

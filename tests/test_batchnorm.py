@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nad_attr.batchnorm import lean_batchnorm
+from nad_attr.learning.fast.batchnorm import lean_batchnorm
 from tests.helpers import assert_model_untouched
 
 

@@ -40,7 +40,7 @@ from nad_attr.bridges.captum import (
     input_shaped,
     sensitivity,
 )
-from nad_attr.data import isolated_rng
+from nad_attr.system.rng import isolated_rng
 from tests import helpers
 from tests.folded import (
     RESIDUAL_SITES,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nad_attr import GatingError, SiteError, SubArchitecture, TaskGates, gated
 from nad_attr.bridges.quantus import ATTRIBUTIONS, SubArchitectureExplainer, explain_func
-from nad_attr.data import isolated_rng
+from nad_attr.system.rng import isolated_rng
 from tests import helpers
 from tests.folded import SITES, Plain, into_next, plain, random_gates
 

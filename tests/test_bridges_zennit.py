@@ -30,11 +30,11 @@ from zennit.types import Activation, Linear
 from nad_attr import GateSite, GatingError, SubArchitecture, TaskGates, gated
 from nad_attr.bridges.zennit import (
     GateCanonizer,
-    LRPScorer,
     SubArchitectureAttributor,
     heatmap_image,
     named_composite,
 )
+from nad_attr.scoring.zennit_scorers import LRPScorer
 from tests import helpers
 from tests.folded import (
     RESIDUAL_SITES,
@@ -547,7 +547,7 @@ def test_without_zennit_the_message_names_the_extra() -> None:
 
 
 def test_channel_relevance_of_the_gated_network_is_a_scorer() -> None:
-    from nad_attr.evaluation.scorer import ChannelScorer
+    from nad_attr.scoring.scorer import ChannelScorer
 
     assert issubclass(LRPScorer, ChannelScorer)
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from nad_attr import TaskGates, cli, runs
+from nad_attr import TaskGates, cli
 from nad_attr.evaluation import Evaluation
+from nad_attr.learning import runs
 from nad_attr.store import GateStore, read_result
 
 Image = pytest.importorskip("PIL.Image")
@@ -321,7 +322,7 @@ def test_attribute(here: Path) -> None:
     best = int(np.abs(arrays["site_0"][0]).argmax())
     assert (rows[0]["site"], int(rows[0]["channel"])) == ("relu", best)
     # By hand: gate times the mean of relu(normalised colour).
-    from nad_attr.datasets import ImageTransform, read_image
+    from nad_attr.data.images import ImageTransform, read_image
 
     pixels = ImageTransform(None, None)(read_image("val/red/0.png"))
     expected = torch.cat([pixels.relu().mean((1, 2)), (-pixels).relu().mean((1, 2))])

@@ -13,18 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
 from nad_attr.evaluation import ABLATIONS, evaluate, fit_ablation
-from nad_attr.evaluation.curves import (
-    Curves,
-    area_under,
-    completeness,
-    curves,
-    faithfulness,
-)
-from nad_attr.evaluation.grid import GRID_MEASURES, measure_grid
-from nad_attr.gates import TaskGates
-from nad_attr.sites import GateSite
+from nad_attr.evaluation.sweeps.curves import Curves, area_under, completeness, curves, faithfulness
+from nad_attr.evaluation.sweeps.grid import GRID_MEASURES, measure_grid
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 from tests import helpers
 
 nan = math.nan

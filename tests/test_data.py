@@ -25,15 +25,8 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from nad_attr.data import (
-    DatasetSource,
-    Source,
-    TensorSource,
-    as_source,
-    check_finite,
-    isolated_rng,
-    seed_of,
-)
+from nad_attr.data.sources import DatasetSource, Source, TensorSource, as_source, check_finite
+from nad_attr.system.rng import isolated_rng, seed_of
 from tests.helpers import assert_model_untouched, labelled_images
 
 X, LABELS = labelled_images(8)

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from nad_attr.data import as_source
-from nad_attr.datasets import (
+from nad_attr.data.images import (
     ImageFolderData,
     ImageTransform,
     UnreadableImageError,
@@ -21,6 +20,7 @@ from nad_attr.datasets import (
     read_class_index,
     read_image,
 )
+from nad_attr.data.sources import as_source
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -468,7 +468,8 @@ def test_a_pipe_or_device_named_as_a_photo_is_a_broken_one(tmp_path: Path) -> No
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and devices as on POSIX")
 def test_a_pipe_named_as_a_label_mask(tmp_path: Path) -> None:
-    from nad_attr.comparison import ConceptDataError, concept_data
+    from nad_attr.concepts import ConceptDataError
+    from nad_attr.concepts.datasets import readers as concept_data
 
     os.mkfifo(tmp_path / "pipe")
     readers = (

@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from nad_attr import NADAttribution, Recipe, find_gate_sites, learn_gates
-from nad_attr.comparison import dissect
+from nad_attr.concepts import dissect
 from nad_attr.evaluation import evaluate
-from nad_attr.evaluation.baselines import TaylorScorer
-from nad_attr.gates import TaskGates
+from nad_attr.gates.task_gates import TaskGates
 from nad_attr.pictures import heat_maps
+from nad_attr.scoring.baselines import TaylorScorer
 from tests import helpers
 
 PACKAGE = Path(__file__).parent.parent / "nad_attr"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import nad_attr
 from nad_attr import SubArchitecture, TaskGates, cli
-from nad_attr import demo as demo_module
-from nad_attr.demo import (
+from nad_attr.examples import demo as demo_module
+from nad_attr.examples.demo import (
     DemoResult,
     MissingExtraError,
     Photo,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from scipy import stats
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.evaluation.depth import DepthProfile, along_depth
-from nad_attr.gates import TaskGates
-from nad_attr.sites import GateSite
+from nad_attr.evaluation.questions.depth import DepthProfile, along_depth
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 
 SITES = [GateSite("a", 4, 1), GateSite("b", 6, 1), GateSite("c", 8, -1)]
 

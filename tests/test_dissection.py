@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nad_attr import GateSite, TaskGates, find_gate_sites
-from nad_attr.comparison import Concept, UnitConcepts, dissect, draw_unit, unit_masks
-from nad_attr.comparison.concept_maps import label_maps
-from nad_attr.comparison.dissection import _Dissection
-from nad_attr.comparison.overlap import (
+from nad_attr.concepts import Concept, UnitConcepts, dissect, draw_unit, unit_masks
+from nad_attr.concepts.datasets.label_maps import label_maps
+from nad_attr.concepts.dissection.dissecting import _Dissection
+from nad_attr.concepts.dissection.overlap import (
     active_pixels,
     count_active,
     grid,
     running_sums,
     touched,
 )
-from nad_attr.gating import recorded
-from nad_attr.running import Runner
+from nad_attr.gating.hooks import recorded
+from nad_attr.running.forward import Runner
 from nad_attr.store import GateStore, GateStoreError, read_result, result_names, write_result
 from tests.helpers import TinyCNN, TinyResNet, TinyViT, assert_model_untouched, build, images
 
@@ -259,8 +259,8 @@ def test_parts_of_activations_and_of_batches_give_the_same(monkeypatch: pytest.M
 
         with monkeypatch.context() as patched:
             patched.setattr(_Dissection, "_kept", kept)
-            patched.setattr("nad_attr.comparison.shown._SUMS_BYTES", 1)  # image by image
-            patched.setattr("nad_attr.comparison.overlap._CHUNK", 64)
+            patched.setattr("nad_attr.concepts.dissection.shown._SUMS_BYTES", 1)  # image by image
+            patched.setattr("nad_attr.concepts.dissection.overlap._CHUNK", 64)
             again = units(scratch_bytes=2**24)
         assert read  # some were written down in part
         assert again == whole
@@ -315,7 +315,7 @@ def test_a_full_disk_costs_passes_and_nothing_else(monkeypatch: pytest.MonkeyPat
 
         return Full()
 
-    monkeypatch.setattr("nad_attr.comparison.scratch.tempfile.TemporaryFile", small_disk)
+    monkeypatch.setattr("nad_attr.concepts.dissection.scratch.tempfile.TemporaryFile", small_disk)
     model = Counting()
     assert units(model) == expected
     assert 1 + 20 < model.n < 1 + 40  # batches that were written down did not run again

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nad_attr.comparison import (
+from nad_attr.concepts import (
     CAMVID,
     COLOURS,
     ADE20KData,
@@ -24,8 +24,8 @@ from nad_attr.comparison import (
     WithColours,
     colour_map,
 )
-from nad_attr.comparison.concept_maps import label_maps, show
-from nad_attr.comparison.thresholds import ExactTail, TailSketch, n_above
+from nad_attr.concepts.datasets.label_maps import label_maps, show
+from nad_attr.concepts.dissection.thresholds import ExactTail, TailSketch, n_above
 
 Image = pytest.importorskip("PIL.Image")
 

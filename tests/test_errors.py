@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.evaluation.error_ranks import (
+from nad_attr._checks import GatingError
+from nad_attr.evaluation.questions.error_ranks import (
     binomial_p,
     error_ranks,
     partial_rank_correlation,
 )
-from nad_attr.evaluation.error_study import ErrorStudy
-from nad_attr.evaluation.errors import errors
-from nad_attr.evaluation.explanation import explain_error
-from nad_attr.gates import TaskGates
-from nad_attr.gating import GatingError
-from nad_attr.sites import GateSite
+from nad_attr.evaluation.questions.error_study import ErrorStudy
+from nad_attr.evaluation.questions.errors import errors
+from nad_attr.evaluation.questions.explanation import explain_error
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 from tests.helpers import assert_model_untouched, build
 
 # -- Ranks by hand -----------------------------------------------------------------------------

@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
 from nad_attr.evaluation import evaluating
 from nad_attr.evaluation.ablation import fit_ablation
 from nad_attr.evaluation.evaluating import evaluate, random_architectures
-from nad_attr.evaluation.intervals import bootstrap_interval, paired_interval
-from nad_attr.evaluation.result import MEASURES, Evaluation
-from nad_attr.gates import TaskGates
-from nad_attr.sites import GateSite
+from nad_attr.evaluation.paired import paired_interval
+from nad_attr.evaluation.result import Evaluation
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
+from nad_attr.stats.bootstrap import bootstrap_interval
+from nad_attr.stats.measure_table import MEASURES
 from nad_attr.store import GateStoreError
 from tests import helpers
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from nad_attr.evaluation import figures
-from nad_attr.evaluation.curves import Curves, curves
-from nad_attr.evaluation.figures_curves import plot_curves
-from nad_attr.sites import GateSite
-from tests.test_whether import made
+from nad_attr.evaluation.figures.curves import plot_curves
+from nad_attr.evaluation.sweeps.curves import Curves, curves
+from nad_attr.plots import style as figures
+from nad_attr.sites.site import GateSite
+from tests.test_size_sweep import made
 
 pytest.importorskip("matplotlib")
 
@@ -271,7 +271,8 @@ def test_no_pyplot_and_no_matplotlib_before_the_first_figure() -> None:
     code = (
         "import captum.attr, sys; [sys.modules.pop(n) for n in list(sys.modules)"
         " if n.partition('.')[0] == 'matplotlib']\n"
-        "import nad_attr.evaluation.whether, nad_attr.evaluation.figures_whether as f\n"
+        "import nad_attr.evaluation.sweeps.size_sweep\n"
+        "import nad_attr.evaluation.figures.size_sweep as f\n"
         "assert not [n for n in sys.modules if n.partition('.')[0] == 'matplotlib']\n"
         "f.figures.new_figure()\n"
         "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"

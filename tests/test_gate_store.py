@@ -23,11 +23,11 @@ import pytest
 import torch
 from torch import nn
 
-from nad_attr.gates import TaskGates
-from nad_attr.history import History
-from nad_attr.provenance import data_fingerprint, environment, model_hash
-from nad_attr.recipe import Recipe
-from nad_attr.sites import GateSite
+from nad_attr.data.fingerprints import data_fingerprint, environment, model_hash
+from nad_attr.gates.history import History
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 from nad_attr.store import (
     GateStore,
     GateStoreError,

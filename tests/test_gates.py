@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture, budget
-from nad_attr.gates import TaskGates, as_task
-from nad_attr.gating import gated
-from nad_attr.history import History
-from nad_attr.recipe import Recipe
-from nad_attr.sites import GateSite
+from nad_attr.data.labels import as_task
+from nad_attr.gates.channels import budget
+from nad_attr.gates.history import History
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import gated
+from nad_attr.sites.site import GateSite
 from tests import helpers
 from tests.helpers import assert_model_untouched
 

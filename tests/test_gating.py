@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.gates import TaskGates
-from nad_attr.gating import GatingError, check_eval, frozen, gated, recorded, site_modules
-from nad_attr.sites import GateSite, SiteError
+from nad_attr._checks import GatingError
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import check_eval, frozen, gated, recorded, site_modules
+from nad_attr.sites.site import GateSite, SiteError
 from tests import helpers
 from tests.helpers import assert_model_untouched
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from nad_attr.data import isolated_rng
+from nad_attr.system.rng import isolated_rng
 
 HOWTO = Path(__file__).resolve().parent.parent / "docs" / "howto"
 #: The table of contents holds no code.

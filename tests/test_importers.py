@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nad_attr.comparison import (
+from nad_attr.concepts import (
     Concept,
     ImportFileError,
     UnitConcepts,
@@ -21,7 +21,7 @@ from nad_attr.comparison import (
     import_dissect_report,
     import_netdissect_lite,
 )
-from nad_attr.comparison import importers_reading as reading
+from nad_attr.concepts.importers import reading
 
 CATEGORIES = ("color", "object", "part", "material", "scene", "texture")
 #: (unit, best category, {category: (label, IoU)}), in the order of the score as the tool writes.

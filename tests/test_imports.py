@@ -1,4 +1,4 @@
-"""What importing the package brings in, and which module may import which."""
+"""What importing the package brings in, which module may import which, and the tree of modules."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -18,51 +19,51 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nad_attr"
 
-# From the bottom up. A module may import from its own line (as long as there is no circle) and
-# from the lines above it, never from below.
+# The rooms from the ground up, with the modules of the root. A room imports from its own line (as
+# long as there is no circle) and from lines above it, whenever and for whatever the import happens.
 LAYERS = (
-    ("_version", "_safe_text"),
-    (
-        "_files",
-        "_processes",
-        "display",
-        "sites",
-        "preserving",
-        "_trace",
-        "_foreign_hooks",
-        "gating",
-        "_lean",
-        "batchnorm",
-        "convolution",
-        "folding",
-        "pooling",
-        "lighter",
-        "gates",
-        "recipe",
-        "history",
-        "objective",
-        "architecture",
-        "data",
-        "means",
-        "running",
-        "memory",
-        "_safe_files",
-        "provenance",
-    ),
-    ("engine", "paper", "selection", "learning", "runs", "store"),
-    ("attribution",),
+    ("_version", "_checks", "_display"),
+    ("system",),
+    ("sites",),
+    ("data",),
     ("stats",),
-    ("evaluation", "comparison"),
+    ("plots",),
+    ("gating",),
+    ("gates",),
+    ("store",),
+    ("running",),
+    ("learning",),
+    ("attribution",),
+    ("flow", "certainty"),
+    ("scoring",),
+    ("evaluation",),
+    ("concepts",),
     ("__init__",),
-    ("bridges", "pictures"),
-    ("report", "datasets", "distributed", "specs", "demo", "cli", "__main__"),
+    ("export",),
+    ("pictures",),
+    ("bridges",),
+    ("specs",),
+    ("report",),
+    ("examples",),
+    ("comparison", "datasets", "demo", "distributed", "memory"),  # the names that users import from
+    ("cli", "__main__"),
 )
-RANKS = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
+RANKS = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 
-# The one way up: saving and loading, from inside the method, so that nothing is imported early.
-LAZY_UPWARD = {
+#: Modules in the root, at most.
+MOST_IN_ROOT = 12
+
+# Methods that may import what writes, reads or draws their object when they are called: neither the
+# order of rooms nor the circles count these imports.
+LATE_METHODS = {"save", "load", "save_json", "load_json", "to_dict", "plot", "draw", "figure"}
+
+# The only ones of them that go up, with the room that they go to.
+LATE_UPWARD = {
     (module, f"{cls}.{method}", "store")
-    for module, cls in (("gates", "TaskGates"), ("architecture", "SubArchitecture"))
+    for module, cls in (
+        ("gates.task_gates", "TaskGates"),
+        ("gates.sub_architecture", "SubArchitecture"),
+    )
     for method in ("save", "load")
 }
 
@@ -76,10 +77,15 @@ class Import:
     line: int
     scope: str  # "" at module level, else "Class.method" or "function"
     in_function: bool  # happens when the function is called
-    for_types: bool  # under `if TYPE_CHECKING`
 
     def __str__(self) -> str:
         return f"{self.importer}:{self.line} imports {self.imported}"
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it happens in a method that is allowed to import late."""
+        cls, _, method = self.scope.rpartition(".")
+        return self.in_function and bool(cls) and method in LATE_METHODS
 
 
 class _Collector(ast.NodeVisitor):
@@ -90,14 +96,11 @@ class _Collector(ast.NodeVisitor):
         self.package = parts[:-1] if not is_package or name == "__init__" else parts
         self.scopes: list[str] = []
         self.in_function = False
-        self.for_types = False
         self.found: list[Import] = []
 
     def _add(self, imported: str, line: int) -> None:
         scope = ".".join(self.scopes)
-        self.found.append(
-            Import(self.name, imported, line, scope, self.in_function, self.for_types)
-        )
+        self.found.append(Import(self.name, imported, line, scope, self.in_function))
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
@@ -110,15 +113,6 @@ class _Collector(ast.NodeVisitor):
             # `from nad_attr import store` imports a module, just as `from .store import load` does.
             full = f"{source}.{alias.name}"
             self._add(full if full in self.modules else source, node.lineno)
-
-    def visit_If(self, node: ast.If) -> None:
-        is_for_types = ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-        outer, self.for_types = self.for_types, self.for_types or is_for_types
-        for child in node.body:
-            self.visit(child)
-        self.for_types = outer
-        for child in node.orelse:
-            self.visit(child)
 
     def _scope(self, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         outer = self.in_function
@@ -141,7 +135,7 @@ def _name(path: Path, package: Path) -> str:
 
 
 def imports_of(package: Path) -> list[Import]:
-    """Return every import in a package that is laid out like nad_attr."""
+    """Return every import in a package that is laid out like nad_attr, typed and late ones too."""
     paths = sorted(package.rglob("*.py"))
     modules = {f"nad_attr.{_name(path, package)}" for path in paths} - {"nad_attr.__init__"}
     found: list[Import] = []
@@ -161,22 +155,22 @@ def _inside(found: list[Import]) -> Iterator[tuple[Import, str, str]]:
 
 
 def order_violations(found: list[Import]) -> list[str]:
-    """Return the imports that go up, save those of LAZY_UPWARD, as messages."""
+    """Return the imports that go up, save those of LATE_UPWARD, as messages."""
     wrong = []
     for item, importer, imported in _inside(found):
         low, high = importer.partition(".")[0], imported.partition(".")[0]
         if low not in RANKS or high not in RANKS:
-            continue  # test_every_module_has_its_place names these
-        if RANKS[high] > RANKS[low] and (importer, item.scope, imported) not in LAZY_UPWARD:
+            continue  # test_every_room_has_its_place names these
+        if RANKS[high] > RANKS[low] and (importer, item.scope, imported) not in LATE_UPWARD:
             wrong.append(str(item))
     return wrong
 
 
 def find_circle(found: list[Import]) -> list[str] | None:
-    """Return a circle among the imports that happen when modules are loaded, if there is one."""
+    """Return a circle among the modules, if any; the methods' late imports alone do not count."""
     graph: dict[str, set[str]] = {}
     for item, importer, imported in _inside(found):
-        if not item.for_types and not item.in_function and importer != imported:
+        if not item.is_late and importer != imported:
             graph.setdefault(importer, set()).add(imported)
     try:
         TopologicalSorter(graph).prepare()
@@ -185,14 +179,53 @@ def find_circle(found: list[Import]) -> list[str] | None:
     return None
 
 
+def drawn_tree(package: Path) -> str:
+    """The rooms from the ground up, each with the first line of its docstring and its modules."""
+    lines = ["nad_attr/"]
+
+    def about(path: Path) -> str:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        return text.split("\n")[0].rstrip(".")
+
+    def add(folder: Path, depth: int) -> None:
+        pad = "  " * depth
+        lines.append(f"{pad}{folder.name + '/':<{18 - len(pad)}}{about(folder / '__init__.py')}")
+        files = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("__"))
+        if files:
+            lines.extend(
+                textwrap.wrap(
+                    ", ".join(files),
+                    100,
+                    initial_indent=pad + "    ",
+                    subsequent_indent=pad + "    ",
+                    break_on_hyphens=False,
+                )
+            )
+        for inner in sorted(folder.glob("*/__init__.py")):
+            add(inner.parent, depth + 1)
+
+    for layer in LAYERS:
+        for room in layer:
+            if (package / room / "__init__.py").exists():
+                add(package / room, 1)
+            elif (package / f"{room}.py").exists() and room != "__init__":
+                lines.append(f"  {room + '.py':<16}{about(package / f'{room}.py')}")
+    return "\n".join(lines) + "\n"
+
+
 # ---------------------------------------------------------------------------------------------
-# The order of imports
+# The order of imports, and the tree
 # ---------------------------------------------------------------------------------------------
 
 
-def test_every_module_has_its_place() -> None:
+def test_every_room_has_its_place() -> None:
     tops = {_name(path, PACKAGE).partition(".")[0] for path in PACKAGE.rglob("*.py")}
     assert tops <= set(RANKS), "give these a place in LAYERS"
+
+
+def test_root_is_small() -> None:
+    in_root = sorted(path.name for path in PACKAGE.glob("*.py"))
+    assert len(in_root) <= MOST_IN_ROOT, f"move something of {in_root} into a room"
 
 
 def test_imports_run_one_way() -> None:
@@ -201,6 +234,19 @@ def test_imports_run_one_way() -> None:
 
 def test_imports_have_no_circle() -> None:
     assert find_circle(imports_of(PACKAGE)) is None
+
+
+def test_allowed_late_imports_are_still_needed() -> None:
+    used = {
+        (i.importer, i.scope, i.imported.removeprefix("nad_attr.")) for i in imports_of(PACKAGE)
+    }
+    assert used >= LATE_UPWARD
+
+
+def test_the_page_on_contributing_shows_the_tree() -> None:
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    drawn = drawn_tree(PACKAGE)
+    assert f"```text\n{drawn}```" in page, f"put this into docs/contributing.md:\n{drawn}"
 
 
 def test_library_never_imports_benchmarks_or_tests() -> None:
@@ -217,10 +263,13 @@ def package(tmp_path: Path) -> Path:
     """A package that breaks and keeps the rules, to test the tests."""
     sources = {
         "__init__": "from nad_attr.attribution import A",
-        "sites": "import torch.nn as nn",
-        "gating": "from .sites import GateSite\nfrom nad_attr import sites",
-        "gates": "class TaskGates:\n    def save(self):\n        from nad_attr.store import write",
-        "store": "from nad_attr import gates",
+        "sites.__init__": "import torch.nn as nn",
+        "gating.__init__": "from ..sites import GateSite\nfrom nad_attr import sites",
+        "gates.__init__": "from nad_attr.gates.task_gates import TaskGates",
+        "gates.task_gates": (
+            "class TaskGates:\n    def save(self):\n        from nad_attr.store import write"
+        ),
+        "store.__init__": "from nad_attr import gates",
         "attribution": "import nad_attr.gates",
         "evaluation.__init__": "from .measures import evaluate",
         "evaluation.measures": "from ..gates import TaskGates",
@@ -245,12 +294,12 @@ def test_allowed_imports_pass(package: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        ("sites", "from nad_attr.learning import x", "sites:1 imports nad_attr.learning"),
-        ("sites", "from . import store", "sites:1 imports nad_attr.store"),
-        ("gates", "import nad_attr.store", "gates:1 imports nad_attr.store"),
-        ("gates", "def save():\n    from .store import x", "gates:2 imports nad_attr.store"),
-        ("recipe", "def f():\n    from nad_attr import x", "recipe:2 imports nad_attr"),
-        ("store", "if TYPE_CHECKING:\n    import nad_attr.attribution", "store:2 imports"),
+        ("sites/new", "from nad_attr.learning import x", "sites.new:1 imports nad_attr.learning"),
+        ("sites/new", "from .. import store", "sites.new:1 imports nad_attr.store"),
+        ("gates/task_gates", "import nad_attr.store", "gates.task_gates:1 imports nad_attr.store"),
+        ("gates/new", "def save():\n    from ..store import x", "gates.new:2 imports"),
+        ("gates/new", "def f():\n    from nad_attr import x", "gates.new:2 imports nad_attr"),
+        ("store/new", "if TYPE_CHECKING:\n    import nad_attr.attribution", "store.new:2 imports"),
         ("evaluation/measures", "from ..cli import main", "evaluation.measures:1 imports"),
     ],
 )
@@ -260,9 +309,31 @@ def test_upward_imports_are_found(package: Path, module: str, source: str, messa
     assert wrong.startswith(message)
 
 
-def test_circles_are_found(package: Path) -> None:
-    (package / "sites.py").write_text("from nad_attr.gating import gated")
-    assert set(find_circle(imports_of(package)) or ()) == {"sites", "gating"}
+_TO_ENGINE = "from nad_attr.learning import engine"
+_LATE = "class A:\n    def {}(self):\n        from nad_attr.learning import engine"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [_TO_ENGINE, f"if TYPE_CHECKING:\n    {_TO_ENGINE}", f"def save():\n    {_TO_ENGINE}"],
+    ids=["plain", "typed", "late"],
+)
+def test_circles_of_all_kinds_are_found(package: Path, source: str) -> None:
+    room = package / "learning"
+    room.mkdir()
+    (room / "engine.py").write_text("from nad_attr.learning.runs import go")
+    (room / "runs.py").write_text(source)
+    circle = find_circle(imports_of(package))
+    assert set(circle or ()) == {"learning.engine", "learning.runs"}
+
+
+@pytest.mark.parametrize(("method", "is_allowed"), [("save", True), ("plot", True), ("run", False)])
+def test_some_methods_may_import_late(package: Path, method: str, is_allowed: bool) -> None:
+    room = package / "learning"
+    room.mkdir()
+    (room / "engine.py").write_text("from nad_attr.learning.runs import go")
+    (room / "runs.py").write_text(_LATE.format(method))
+    assert (find_circle(imports_of(package)) is None) == is_allowed
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nad_attr import GateSite, Recipe, TaskGates, find_gate_sites, learn_gates
-from nad_attr.architecture import budget
+from nad_attr.gates.channels import budget
 from tests import helpers
 
 QUICK = Recipe(size=0.5, steps=6, images_per_step=4)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from benchmarks import learning_cost
-from nad_attr.gating import frozen
-from nad_attr.recipe import Recipe
-from nad_attr.sites import find_gate_sites
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gating.hooks import frozen
+from nad_attr.sites.finding import find_gate_sites
 from tests.helpers import TinyCNN
 
 SIZE = 8

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nad_attr.gating import GatingError, recorded
-from nad_attr.means import channel_means
-from nad_attr.sites import GateSite, SiteError
+from nad_attr._checks import GatingError
+from nad_attr.gating.hooks import recorded
+from nad_attr.gating.means import channel_means
+from nad_attr.sites.site import GateSite, SiteError
 from tests import helpers
 
 CNN_SITES = [GateSite("bn1", 6, 1), GateSite("relu2", 8, 1)]

@@ -16,22 +16,17 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from nad_attr.architecture import SubArchitecture
+from nad_attr._checks import GatingError
+from nad_attr.data.labels import own_images
 from nad_attr.evaluation import measures
 from nad_attr.evaluation.evaluating import evaluate
-from nad_attr.evaluation.measures import (
-    auc,
-    balanced_weights,
-    fidelity,
-    own_images,
-    r_squared,
-    spearman,
-)
+from nad_attr.evaluation.measures import auc, balanced_weights, fidelity, r_squared, spearman
 from nad_attr.evaluation.responses import sweep
-from nad_attr.evaluation.result import MEASURES, Evaluation
-from nad_attr.gates import TaskGates
-from nad_attr.gating import GatingError
-from nad_attr.sites import GateSite
+from nad_attr.evaluation.result import Evaluation
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
+from nad_attr.stats.measure_table import MEASURES
 from tests import helpers
 
 nan = math.nan

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nad_attr import GateStore, Recipe, learn_gates, learn_to_store, memory
-from nad_attr.engine import Network
-from nad_attr.learning import Session
-from nad_attr.memory import FILLED, available, largest_batch, parse_bytes, peak_memory
-from nad_attr.runs import InProcess
+from nad_attr import GateStore, Recipe, learn_gates, learn_to_store
+from nad_attr.learning.engine import Network
+from nad_attr.learning.runs import InProcess
+from nad_attr.learning.session import Session
+from nad_attr.system import memory
+from nad_attr.system.memory import MAX_FILLED, available, largest_batch, parse_bytes, peak_memory
 from tests.helpers import TinyCNN, TinyViT, assert_model_untouched, build, labelled_images
 
 CPU = torch.device("cpu")
@@ -60,19 +61,19 @@ def test_largest_batch_fills_and_never_overfills(
     def run(n: int) -> None:
         torch.empty(n * each * unit + fixed * unit, dtype=torch.uint8)
 
-    limit = round(room * unit / FILLED)
+    limit = round(room * unit / MAX_FILLED)
 
     def need(n: int) -> int:
         return (n * (each + beside) + fixed) * unit
 
-    if need(1) > FILLED * limit:
+    if need(1) > MAX_FILLED * limit:
         with pytest.raises(ValueError, match="memory_limit"):
             largest_batch(CPU, run, limit=limit, beside=beside * unit, most=most)
         return
     n = largest_batch(CPU, run, limit=limit, beside=beside * unit, most=most)
     assert 1 <= n <= most
-    assert need(n) <= FILLED * limit
-    assert n == most or need(n + 1) > FILLED * limit
+    assert need(n) <= MAX_FILLED * limit
+    assert n == most or need(n + 1) > MAX_FILLED * limit
 
 
 KEPT = """

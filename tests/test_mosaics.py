@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.evaluation.mosaic_result import MosaicResult
-from nad_attr.evaluation.mosaics import mosaics, quadrant_shares
-from nad_attr.gates import TaskGates
-from nad_attr.gating import GatingError
-from nad_attr.sites import GateSite
+from nad_attr._checks import GatingError
+from nad_attr.evaluation.questions.mosaic_result import MosaicResult
+from nad_attr.evaluation.questions.mosaics import mosaics, quadrant_shares
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 from tests.helpers import TinyViT, assert_model_untouched, build
 
 # -- The measure -------------------------------------------------------------------------------

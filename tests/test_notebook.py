@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nad_attr import GateSite, SubArchitecture, TaskGates
-from nad_attr.comparison import Comparison, Concept, UnitConcepts, association
-from nad_attr.display import bar, html_table, html_text
+from nad_attr._display import bar, html_table, html_text
+from nad_attr.concepts import Comparison, Concept, UnitConcepts, association
 from nad_attr.evaluation import (
     along_depth,
     curves,
@@ -22,7 +22,7 @@ from nad_attr.evaluation import (
     plot_overlap,
     plot_sizes,
 )
-from nad_attr.evaluation.clustering import cluster_order
+from nad_attr.plots.clustering import cluster_order
 
 from .helpers import TinyCNN, build, labelled_images
 

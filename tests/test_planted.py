@@ -11,14 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nad_attr import (
-    Recipe,
-    SubArchitecture,
-    TaskGates,
-    find_gate_sites,
-    learn_gates,
-    selection,
-)
+from nad_attr import Recipe, SubArchitecture, TaskGates, find_gate_sites, learn_gates
 from nad_attr.evaluation import (
     PLANTED_KINDS,
     EnergyScorer,
@@ -29,9 +22,10 @@ from nad_attr.evaluation import (
     planted,
     top_k,
 )
-from nad_attr.gating import gated, recorded
-from nad_attr.means import channel_means
-from nad_attr.selection import QuadraticModel
+from nad_attr.gating.hooks import gated, recorded
+from nad_attr.gating.means import channel_means
+from nad_attr.learning import selection
+from nad_attr.learning.selection import QuadraticModel
 from tests.helpers import assert_model_untouched
 
 #: What a float64 network may differ by where sums cancel.
@@ -456,7 +450,11 @@ def test_candidates_alone_are_enough(kind: str, monkeypatch: pytest.MonkeyPatch)
         return found
 
     monkeypatch.setattr(QuadraticModel, "candidates", noted)
-    for name, value in {"NARROWED": 1, "PAIRED": 16, "SPARE": 8}.items():
+    for name, value in {
+        "MIN_CHANNELS_TO_NARROW": 1,
+        "MAX_PAIR_CANDIDATES": 16,
+        "SPARE_CANDIDATES": 8,
+    }.items():
         monkeypatch.setattr(selection, name, value)
     assert recall_of(known) >= 0.95
     assert sum(narrowed) > len(narrowed) / 2

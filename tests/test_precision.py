@@ -13,7 +13,7 @@ import torch
 
 from nad_attr import Recipe, learn_gates
 from nad_attr.evaluation.measures import _midranks, auc, fit_threshold
-from nad_attr.running import cumulative
+from nad_attr.running.forward import cumulative
 from tests import helpers
 
 
@@ -54,7 +54,7 @@ def test_learning_and_measures_under_deterministic_algorithms(deterministic: Non
 
 SCRIPT = """
 import json, sys, torch
-from nad_attr.distributed import _set_float32, _settings
+from nad_attr.learning.ray_executor import _set_float32, _settings
 if sys.argv[1] == "there":
     _set_float32(json.loads(sys.argv[2]))
 else:

@@ -17,17 +17,17 @@ from captum.attr import NoiseTunnel, Saliency
 from torch import Tensor, nn
 
 from nad_attr import NADAttribution, Recipe, find_gate_sites, learn_gates
-from nad_attr.comparison import dissect
-from nad_attr.data import isolated_rng
+from nad_attr.concepts import dissect
 from nad_attr.evaluation import evaluate
-from nad_attr.evaluation.baselines import TaylorScorer
-from nad_attr.evaluation.captum_scorers import LayerIntegratedGradientsScorer
-from nad_attr.gates import TaskGates
-from nad_attr.gating import frozen
-from nad_attr.means import channel_means
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import frozen
+from nad_attr.gating.means import channel_means
 from nad_attr.pictures import heat_maps
-from nad_attr.preserving import Kept, unchanged
-from nad_attr.running import Runner
+from nad_attr.running.forward import Runner
+from nad_attr.scoring.baselines import TaylorScorer
+from nad_attr.scoring.captum_scorers import LayerIntegratedGradientsScorer
+from nad_attr.sites.preserving import Kept, unchanged
+from nad_attr.system.rng import isolated_rng
 from tests import helpers
 
 RECIPE = Recipe(size=0.5, steps=2, images_per_step=4)

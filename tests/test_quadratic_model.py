@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nad_attr import selection
-from nad_attr.selection import BLOCK, QuadraticModel
+from nad_attr.learning import selection
+from nad_attr.learning.selection import IMAGES_PER_BLOCK, QuadraticModel
 
-ROWS, N, IMAGES, TRUST = 3, 12, BLOCK + 8, 0.3
+ROWS, N, IMAGES, TRUST = 3, 12, IMAGES_PER_BLOCK + 8, 0.3
 
 
 class Dense:
@@ -180,7 +180,7 @@ def test_close_in_groups(
     filled: tuple[QuadraticModel, list[Dense]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, dense = filled
-    monkeypatch.setattr("nad_attr.selection.GROUPS", 2)
+    monkeypatch.setattr("nad_attr.learning.selection.N_GROUPS", 2)
     model.close(6)  # 3, 1, 1, 1
     for row in dense:
         row.close(6, groups=2)
@@ -213,7 +213,7 @@ def test_swap_that_gains_nothing_leaves_all_as_it_was(
 def test_exchange(
     seed: int, n: int, groups: int, least_gain: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nad_attr.selection.GROUPS", groups)
+    monkeypatch.setattr("nad_attr.learning.selection.N_GROUPS", groups)
     generator = torch.Generator().manual_seed(seed)
     gates = (torch.rand(ROWS, N, generator=generator).argsort(1) < 7).double()
     model, dense = fill(gates, generator)
@@ -412,7 +412,11 @@ def test_candidates_are_the_cheapest_and_the_largest(monkeypatch: pytest.MonkeyP
     )
     model.begin()
     assert model.candidates(n_open, 10, 5) is None  # a narrow network
-    for name, value in {"NARROWED": 400, "PAIRED": 12, "SPARE": 8}.items():
+    for name, value in {
+        "MIN_CHANNELS_TO_NARROW": 400,
+        "MAX_PAIR_CANDIDATES": 12,
+        "SPARE_CANDIDATES": 8,
+    }.items():
         monkeypatch.setattr(selection, name, value)
     found = model.candidates(n_open, 10, 5)
     assert found is not None

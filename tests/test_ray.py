@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nad_attr import TaskGates
-from nad_attr.distributed import RayExecutor, WorkersLostError
-from nad_attr.runs import Progress, learn_to_store
+from nad_attr.learning.ray_executor import RayExecutor, WorkersLostError
+from nad_attr.learning.runs import Progress, learn_to_store
 from tests import killable
 from tests.helpers import assert_model_untouched
 
@@ -63,7 +63,7 @@ def test_tensors_are_not_copied_to_be_packed() -> None:
     import ray
     import torch
 
-    from nad_attr.distributed import _packed, _unpacked
+    from nad_attr.learning.ray_executor import _packed, _unpacked
 
     images = torch.rand(50, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     weight = torch.nn.Parameter(torch.rand(4, 4, dtype=torch.float64))
@@ -143,7 +143,7 @@ import json, sys
 sys.modules["ray"] = None
 import tempfile
 from nad_attr.distributed import RayExecutor
-from nad_attr.runs import learn_to_store
+from nad_attr.learning.runs import learn_to_store
 from tests import killable
 executor = RayExecutor("local")
 with tempfile.TemporaryDirectory() as folder:

@@ -16,9 +16,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nad_attr import GateSite, GateStore, GateStoreError, Recipe, TaskGates
-from nad_attr.comparison import Comparison, Concept, UnitConcepts, mann_whitney
+from nad_attr.concepts import Comparison, Concept, UnitConcepts, mann_whitney
 from nad_attr.evaluation import Evaluation, curves, errors, evaluate, mosaics
-from nad_attr.history import History
+from nad_attr.gates.history import History
 from nad_attr.pictures import class_mosaics
 from nad_attr.report import Report
 from nad_attr.report.contents import Results, contents, summary

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from nad_attr import GateSite, TaskGates
-from nad_attr.comparison import Concept, UnitConcepts
+from nad_attr.concepts import Concept, UnitConcepts
 from nad_attr.evaluation import Evaluation
-from nad_attr.history import History
+from nad_attr.gates.history import History
 from nad_attr.report import Report
 
 pytest.importorskip("plotly")

@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import as_source
+from nad_attr._checks import GatingError
+from nad_attr.data.labels import own_images
+from nad_attr.data.sources import as_source
 from nad_attr.evaluation.ablation import fit_ablation
-from nad_attr.evaluation.measures import own_images
 from nad_attr.evaluation.responses import _margins, answers, progress_bar, site_fidelity, sweep
-from nad_attr.gating import GatingError, recorded
-from nad_attr.objective import task_outputs
-from nad_attr.running import Runner, amp_dtype
-from nad_attr.sites import GateSite
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gating.hooks import recorded
+from nad_attr.running.forward import Runner, amp_dtype
+from nad_attr.running.outputs import task_outputs
+from nad_attr.sites.site import GateSite
 from tests import helpers
 
 CNN_SITES = [GateSite("relu1", 6, 1), GateSite("relu2", 8, 1)]

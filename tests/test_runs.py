@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from nad_attr import GateStoreError, Recipe, TaskGates, learn_gates
-from nad_attr.learning import Session
-from nad_attr.runs import Progress, learn_to_store
+from nad_attr.learning.runs import Progress, learn_to_store
+from nad_attr.learning.session import Session
 from nad_attr.store import GateStore
 from tests import killable
 from tests.helpers import assert_model_untouched

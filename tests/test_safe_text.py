@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nad_attr import GateSite, GateStore, TaskGates
-from nad_attr._safe_text import cell, members, shown
-from nad_attr.display import html_table
+from nad_attr._display import html_table
 from nad_attr.evaluation import evaluate
+from nad_attr.system.safe_text import cell, members, shown
 from tests.helpers import TinyCNN, build, labelled_images
 
 typer_testing = pytest.importorskip("typer.testing")
@@ -162,7 +162,7 @@ def test_notebooks_show_no_commands() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="file names as on POSIX")
 def test_names_of_broken_photos(tmp_path: Path) -> None:
     pytest.importorskip("PIL.Image")
-    from nad_attr.datasets import ImageFolderData
+    from nad_attr.data.images import ImageFolderData
 
     folder = tmp_path / "c\x1b[2J"
     folder.mkdir()

@@ -20,14 +20,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nad_attr import GateStore, GateStoreError, Recipe, TaskGates, cli, learn_to_store
-from nad_attr._files import check_output, replacing, what_is, write_text
-from nad_attr._processes import most_processes
-from nad_attr.data import as_source
-from nad_attr.datasets import ImageFolderData, ImageTransform
-from nad_attr.distributed import RayExecutor
-from nad_attr.provenance import data_fingerprint
+from nad_attr.data.fingerprints import data_fingerprint
+from nad_attr.data.images import ImageFolderData, ImageTransform
+from nad_attr.data.sources import as_source
+from nad_attr.learning.ray_executor import RayExecutor
 from nad_attr.specs import SpecError, is_plain_model, load_data, make_transform
 from nad_attr.specs.models import LoadedModel
+from nad_attr.system.files import check_output, replacing, what_is, write_text
+from nad_attr.system.processes import most_processes
 
 Image = pytest.importorskip("PIL.Image")
 typer_testing = pytest.importorskip("typer.testing")
@@ -382,14 +382,14 @@ def test_gates_replace_hdf5_files_only(here: Path) -> None:
 
 
 def _curves() -> Any:
-    from nad_attr.evaluation.curves import Curves
+    from nad_attr.evaluation.sweeps.curves import Curves
 
     return Curves
 
 
 def test_a_full_disk_truncates_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nad_attr.evaluation import Evaluation, Whether, evaluate
-    from nad_attr.evaluation.curves import Curves
+    from nad_attr.evaluation import Evaluation, SizeSweep, evaluate
+    from nad_attr.evaluation.sweeps.curves import Curves
     from nad_attr.report import Report
 
     images, labels = torch.rand(6, 3, 4, 4), torch.arange(6) % 2
@@ -398,11 +398,11 @@ def test_a_full_disk_truncates_nothing(here: Path, monkeypatch: pytest.MonkeyPat
     gates = TaskGates.load("gates.h5")
     evaluation: Evaluation = evaluate(tiny_nets.tiny().eval(), gates, (images, labels), n_random=0)
     Path("called").unlink()
-    monkeypatch.setattr(Whether, "to_dict", lambda self: {})
+    monkeypatch.setattr(SizeSweep, "to_dict", lambda self: {})
     monkeypatch.setattr(Curves, "to_dict", lambda self: {})
     writers: dict[str, Callable[[str], Any]] = {
         "a.json": evaluation.save_json,
-        "b.json": object.__new__(Whether).save_json,
+        "b.json": object.__new__(SizeSweep).save_json,
         "c.json": object.__new__(Curves).save_json,
         "d.html": Report("gates.h5").save,
         "e.h5": gates.save,
@@ -680,7 +680,7 @@ def test_fingerprints_notice_one_image(tmp_path: Path) -> None:
 
 
 def test_a_dissection_of_another_network_does_not_go_on(tmp_path: Path) -> None:
-    from nad_attr.comparison import Concept, dissect
+    from nad_attr.concepts import Concept, dissect
 
     images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     maps = (images[:, 0] > 0.5).long()
@@ -739,7 +739,7 @@ def test_far_more_processes_than_cpus_are_refused(here: Path) -> None:
         as_source(loader)
     with pytest.raises(ValueError, match="n_workers must be at most"):
         RayExecutor("local", n_workers=100_000)
-    from nad_attr.comparison.labelled_images import LabelledImages
+    from nad_attr.concepts.dissection.labelled_images import LabelledImages
 
     with pytest.raises(ValueError, match="n_workers must be at most"):
         LabelledImages(TensorDataset(images, labels), n_workers=many)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nad_attr import GateSite, Recipe, SubArchitecture, learn_gates
-from nad_attr.data import as_source
+from nad_attr.data.sources import as_source
 from nad_attr.evaluation import (
     Control,
     PlantedCircuit,
@@ -27,7 +27,7 @@ from nad_attr.evaluation import (
     shuffled_labels,
     stability,
 )
-from nad_attr.gating import recorded
+from nad_attr.gating.hooks import recorded
 from tests import helpers
 from tests.helpers import assert_model_untouched
 
@@ -328,7 +328,7 @@ def test_the_random_networks_are_those_of_random_weights(
     report: SanityReport, known: PlantedCircuit
 ) -> None:
     # Independently: AUC of output k by counting pairs, in the networks of the report's seeds.
-    from nad_attr.data import seed_of
+    from nad_attr.system.rng import seed_of
 
     x, y = known.held_out
     for d in range(2):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nad_attr._trace import Node, _Recorder, _through_view, tensors_in, trace
-from nad_attr.gating import gated
-from nad_attr.sites import GateSite, SiteError, find_gate_sites, paper_sites, unwrap
+from nad_attr.gating.hooks import gated
+from nad_attr.sites.finding import find_gate_sites, paper_sites
+from nad_attr.sites.site import GateSite, SiteError, unwrap
+from nad_attr.sites.tracing import Node, _Recorder, _through_view, tensors_in, trace
 from tests import helpers
 
 IMAGE = torch.zeros(1, *helpers.IMAGE_SHAPE, dtype=torch.float64)

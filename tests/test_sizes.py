@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
+from nad_attr._checks import GatingError
 from nad_attr.evaluation.evaluating import evaluate
-from nad_attr.evaluation.measures import balanced_accuracy, fit_threshold, overlap_matrix
+from nad_attr.evaluation.measures import balanced_accuracy, fit_threshold
 from nad_attr.evaluation.sizes import SiteCosts, flop_size, parameter_size, site_costs
-from nad_attr.gating import GatingError
-from nad_attr.sites import GateSite
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.sites.site import GateSite
+from nad_attr.stats.pairs import overlap_matrix
 from tests import helpers
 
 nan, inf = math.nan, math.inf

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nad_attr import Recipe, TaskGates, find_gate_sites, learn_gates, learn_sizes
-from nad_attr.architecture import budget, n_channels
-from nad_attr.selection import budgets
+from nad_attr.gates.channels import budget, n_channels
+from nad_attr.learning.selection import budgets
 from tests import helpers
 
 SIZES = [0.3, 0.8, 0.5]

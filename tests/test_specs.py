@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nad_attr.data import as_source
-from nad_attr.datasets import ImageTransform
+from nad_attr.data.images import ImageTransform
+from nad_attr.data.sources import as_source
 from nad_attr.specs import (
     LoadedModel,
     SpecError,

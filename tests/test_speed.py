@@ -16,22 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import learning_cost, speed
 from benchmarks.released_loop import ReleasedLoop
-from nad_attr import (
-    GateSite,
-    Recipe,
-    SubArchitecture,
-    engine,
-    find_gate_sites,
-    gating,
-    learn_gates,
-    selection,
-)
-from nad_attr.convolution import lean_convolutions
-from nad_attr.engine import Network
+from nad_attr import GateSite, Recipe, SubArchitecture, find_gate_sites, learn_gates
 from nad_attr.evaluation import fit_ablation, sweep
-from nad_attr.gating import frozen
-from nad_attr.learning import Session
-from nad_attr.paper import initial_logits  # noqa: F401 (the recipe's own start, for comparison)
+from nad_attr.gating import hooks as gating
+from nad_attr.gating.hooks import frozen
+from nad_attr.learning import engine, selection
+from nad_attr.learning.engine import Network
+from nad_attr.learning.fast.convolution import lean_convolutions
+from nad_attr.learning.paper import initial_logits  # noqa: F401 (the recipe's own start, for comparison)
+from nad_attr.learning.session import Session
 from tests.helpers import (
     TinyCNN,
     TinyResNet,
@@ -88,7 +81,7 @@ def test_step_is_the_plain_one(
     make: Callable[[], nn.Module], mean: bool, by_image: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_image:
-        monkeypatch.setattr(gating, "LARGE", 0)
+        monkeypatch.setattr(gating, "LARGE_TENSOR", 0)
         monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
     model, x = build(make), images(5)
     sites = find_gate_sites(model, x)
@@ -147,7 +140,7 @@ def _wide() -> nn.Sequential:
 @contextlib.contextmanager
 def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Learn without what was written for speed."""
-    from nad_attr.gating import multiply
+    from nad_attr.gating.hooks import multiply
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "multiply_learned", multiply)
@@ -163,7 +156,7 @@ def test_learned_gates_are_those_of_the_plain_step(
 ) -> None:
     model, data = build(make), labelled_images(18)
     recipe = Recipe(size=0.5, steps=8, images_per_step=4)
-    monkeypatch.setattr(selection, "WIDE", 1)
+    monkeypatch.setattr(selection, "MIN_CHANNELS_TO_SORT_FEW", 1)
     found = learn_gates(model, data, recipe=recipe)
     with _plainly(monkeypatch):
         expected = learn_gates(model, data, recipe=recipe)
@@ -178,7 +171,7 @@ def test_bfloat16_gates_are_those_of_the_plain_step(
 ) -> None:
     """On all channels: what is rounded is rounded in the same places."""
     if by_image:
-        monkeypatch.setattr(gating, "LARGE", 0)
+        monkeypatch.setattr(gating, "LARGE_TENSOR", 0)
         monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -195,14 +188,14 @@ def test_bfloat16_gates_are_those_of_the_plain_step(
 def test_lowest_is_the_beginning_of_a_stable_sort(rows: list[list[int]]) -> None:
     cost = torch.tensor(rows, dtype=torch.float64)
     cost = cost.masked_fill(cost == 4, torch.inf)
-    wide = selection.WIDE
+    wide = selection.MIN_CHANNELS_TO_SORT_FEW
     try:
-        selection.WIDE = 1
+        selection.MIN_CHANNELS_TO_SORT_FEW = 1
         for n in range(1, 10):
             expected = cost.argsort(dim=1, stable=True)[:, :n]
             assert torch.equal(selection.lowest(cost, n), expected)
     finally:
-        selection.WIDE = wide
+        selection.MIN_CHANNELS_TO_SORT_FEW = wide
 
 
 # -- Convolutions ---------------------------------------------------------------------------------
@@ -317,7 +310,11 @@ def _reads(steps: int, recipe: str) -> int:
 def test_no_step_waits_for_the_device(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "any_of", lambda values: True)  # as on a GPU
     if recipe == "narrowed":  # as on a wide network
-        for name, value in {"NARROWED": 1, "PAIRED": 2, "SPARE": 1}.items():
+        for name, value in {
+            "MIN_CHANNELS_TO_NARROW": 1,
+            "MAX_PAIR_CANDIDATES": 2,
+            "SPARE_CANDIDATES": 1,
+        }.items():
             monkeypatch.setattr(selection, name, value)
         recipe = "default"
     assert _reads(12, recipe) == _reads(6, recipe)

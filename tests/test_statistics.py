@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import nad_attr
-from nad_attr.comparison import (
+from nad_attr.concepts import (
     Comparison,
     Statistic,
     association,
@@ -32,7 +32,7 @@ from nad_attr.comparison import (
     rbo_weight,
     wordnet_similarity,
 )
-from nad_attr.comparison.agreement import places, rbo_of_places
+from nad_attr.stats.agreement import places, rbo_of_places
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.ranks import midranks
 from nad_attr.stats.strata import null_counts
@@ -363,7 +363,7 @@ def test_overlap_above_chance_is_kappa():
     strata = np.repeat([0, 1, 2], 20)
     result = overlap_above_chance(a, b, strata)
     each = [
-        nad_attr.architecture.kappa(torch.tensor(a[strata == s]), torch.tensor(b[strata == s]))
+        nad_attr.gates.channels.kappa(torch.tensor(a[strata == s]), torch.tensor(b[strata == s]))
         for s in range(3)
     ]
     assert result.effect == pytest.approx(np.mean(each))
@@ -560,7 +560,7 @@ def test_missing_extras_are_named(monkeypatch):
 
 
 def test_importing_brings_in_no_extra():
-    code = "import captum.attr, sys; before = set(sys.modules); import nad_attr.comparison; "
+    code = "import captum.attr, sys; before = set(sys.modules); import nad_attr.concepts; "
     code += "print({m.split('.')[0] for m in set(sys.modules) - before})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for extra in ("pandas", "matplotlib", "nltk"):

@@ -13,7 +13,7 @@ from scipy import stats
 
 import nad_attr
 from nad_attr import GateSite, SubArchitecture, TaskGates
-from nad_attr.comparison import (
+from nad_attr.concepts import (
     Comparison,
     Concept,
     UnitConcepts,

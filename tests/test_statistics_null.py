@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from nad_attr import GateSite, SubArchitecture, TaskGates
-from nad_attr.comparison import (
+from nad_attr.concepts import (
     Concept,
     UnitConcepts,
     association,

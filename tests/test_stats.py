@@ -18,15 +18,15 @@ from scipy import stats
 
 from nad_attr import GateSite, SubArchitecture
 from nad_attr.evaluation import evaluate
-from nad_attr.evaluation.error_study import Voting
-from nad_attr.evaluation.grid import GRID_MEASURES
-from nad_attr.evaluation.measure_table import MEASURE_TABLE, MEASURES, p_against
+from nad_attr.evaluation.questions.error_study import Voting
 from nad_attr.evaluation.result import Evaluation
+from nad_attr.evaluation.sweeps.grid import GRID_MEASURES
 from nad_attr.report.parts import evaluation_part
 from nad_attr.stats.bootstrap import bootstrap_interval, bootstrap_means, interval_of, times_drawn
+from nad_attr.stats.measure_table import MEASURE_TABLE, MEASURES, p_against
 from nad_attr.stats.p_values import least_p, permutation_p
 from tests.test_evaluation_result import made as evaluation
-from tests.test_whether import made as whether_of
+from tests.test_size_sweep import made as whether_of
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nad_attr"
 

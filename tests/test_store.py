@@ -15,15 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import nad_attr
-from nad_attr.architecture import SubArchitecture
-from nad_attr.gates import TaskGates
-from nad_attr.recipe import PaperRecipe, Recipe
-from nad_attr.sites import GateSite
-from nad_attr.store import (
-    FORMAT_VERSION,
-    GateStore,
-    GateStoreError,
-)
+from nad_attr.gates.recipe import PaperRecipe, Recipe
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
+from nad_attr.store import FORMAT_VERSION, GateStore, GateStoreError
 from tests.stores import (
     SITES,
     assert_same,

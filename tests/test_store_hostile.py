@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from benchmarks.fuzz_store import campaign
-from nad_attr.architecture import SubArchitecture
-from nad_attr.gates import TaskGates
-from nad_attr.sites import GateSite
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 from nad_attr.store import FORMAT_VERSION, GateStore, GateStoreError
 from tests.stores import make_arch, make_gates
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from nad_attr import _safe_files
-from nad_attr.architecture import SubArchitecture
-from nad_attr.gates import TaskGates
-from nad_attr.sites import GateSite
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 from nad_attr.store import GateStore, GateStoreError, diff, read_result, write_result
 from nad_attr.store import _journal as journals
 from nad_attr.store import _read as reads
+from nad_attr.system import safe_files as _safe_files
 from tests.stores import SITES, assert_same, make_arch, make_gates
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links, pipes and devices as on POSIX")

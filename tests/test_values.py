@@ -17,10 +17,10 @@ import torch
 import nad_attr
 from nad_attr import GateSite, Recipe
 from nad_attr.evaluation import evaluate
-from nad_attr.evaluation.stability import Stability
-from nad_attr.gates import TaskGates
-from nad_attr.history import History
-from nad_attr.recipe import PaperRecipe
+from nad_attr.evaluation.controls.stability import Stability
+from nad_attr.gates.history import History
+from nad_attr.gates.recipe import PaperRecipe
+from nad_attr.gates.task_gates import TaskGates
 
 NAN = float("nan")
 
@@ -107,7 +107,7 @@ def test_results_can_be_compared_and_put_into_sets() -> None:
 
 def test_sizes_are_counted_once_for_each_sub_architecture(monkeypatch) -> None:
     """Not once for each of them and each site: that is quadratic in the sites."""
-    from nad_attr.architecture import SubArchitecture
+    from nad_attr.gates.sub_architecture import SubArchitecture
 
     n_sites = 12
     model = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(n_sites))).eval()

@@ -18,7 +18,7 @@ from typing import Any
 ROOMS = {
     "nad_attr": "nad_attr: sites, gates, learning, attribution",
     "nad_attr.evaluation": "nad_attr.evaluation: is it true?",
-    "nad_attr.comparison": "nad_attr.comparison: units, concepts, statistics",
+    "nad_attr.concepts": "nad_attr.concepts: units, concepts, statistics",
     "nad_attr.bridges": "nad_attr.bridges: other libraries",
     "nad_attr.report": "nad_attr.report: pages to look at",
     "nad_attr.store": "nad_attr.store: gates in files",
@@ -29,8 +29,8 @@ ROOMS = {
 }
 #: The page of everything else: for those who extend the library.
 INTERNALS = "For those who extend the library"
-#: The command line's modules are commands, not an interface to program against.
-LEFT_OUT = ("nad_attr.cli",)
+#: The command line's modules are commands; the other is a former name of nad_attr.concepts.
+LEFT_OUT = ("nad_attr.cli", "nad_attr.comparison")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr.data import isolated_rng, seed_of
+from nad_attr.system.rng import isolated_rng, seed_of
 
 __all__ = ["check_embeddings", "check_n_clusters", "clusters", "embeddings", "pca"]
 

@@ -19,12 +19,13 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import isolated_rng
-from nad_attr.evaluation._foreign import restored
-from nad_attr.gates import Task, TaskGates
-from nad_attr.gating import check_eval, gated, gates_and_sites, site_modules
-from nad_attr.sites import GateSite
+from nad_attr.data.labels import Task
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import check_eval, gated, gates_and_sites, site_modules
+from nad_attr.gating.restore import restored
+from nad_attr.sites.site import GateSite
+from nad_attr.system.rng import isolated_rng
 
 __all__ = [
     "GatedAttribution",

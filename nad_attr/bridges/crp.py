@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nad_attr._foreign_hooks import stand_behind
-from nad_attr.architecture import SubArchitecture
+from nad_attr._checks import tensor_of
 from nad_attr.bridges.zennit import GateCanonizer, SubArchitectureAttributor
-from nad_attr.data import tensor_of
-from nad_attr.gating import expand, installed, site_modules
-from nad_attr.sites import GateSite, unwrap
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gating.foreign_hooks import move_behind_rewriters
+from nad_attr.gating.hooks import expand, installed, site_modules
+from nad_attr.sites.site import GateSite, unwrap
 
 __all__ = ["CRPComparison", "compare_with_condition", "relevance_masked"]
 
@@ -73,7 +73,7 @@ def relevance_masked(model: nn.Module, arch: SubArchitecture) -> Iterator[None]:
 
     def find_place(module: nn.Module, args: Any) -> None:
         for site in arch.sites:
-            stand_behind(modules[site.name], function)
+            move_behind_rewriters(modules[site.name], function)
 
     handle = unwrap(model).register_forward_pre_hook(find_place)
     try:

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from nad_attr.data import Data, as_source, loading, numbers_of
+from nad_attr.data.sources import Data, as_source, loading, numbers_of
 from nad_attr.evaluation import Evaluation, evaluate
-from nad_attr.gates import TaskGates
-from nad_attr.learning import learn_gates
-from nad_attr.recipe import Recipe
-from nad_attr.running import Runner, check_classes
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.api import learn_gates
+from nad_attr.running.forward import Runner, check_classes
 
 if TYPE_CHECKING:
     _Callback: type[Any] = object

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import isolated_rng, seed_of, tensor_of
-from nad_attr.evaluation._foreign import restored
-from nad_attr.gates import TaskGates
-from nad_attr.gating import gated
-from nad_attr.running import Runner
+from nad_attr._checks import tensor_of
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import gated
+from nad_attr.gating.restore import restored
+from nad_attr.running.forward import Runner
+from nad_attr.system.rng import isolated_rng, seed_of
 
 __all__ = ["ATTRIBUTIONS", "SubArchitectureExplainer", "explain_func"]
 

@@ -27,13 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nad_attr._files import sync
-from nad_attr.architecture import SubArchitecture
 from nad_attr.bridges._embeddings import check_embeddings, check_n_clusters, clusters, embeddings
-from nad_attr.data import Data, Source, as_source
-from nad_attr.evaluation.mosaics import only_images
-from nad_attr.gates import TaskGates
-from nad_attr.gating import channel_shape, recorded
+from nad_attr.data.sources import Data, Source, as_source, only_images
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import channel_shape, recorded
 from nad_attr.pictures.heat_maps import (
     HeatMapMethod,
     class_architectures,
@@ -41,8 +39,9 @@ from nad_attr.pictures.heat_maps import (
     run_method,
 )
 from nad_attr.pictures.pixels import ToPixels, as_pixels
-from nad_attr.running import Runner, check_batch_size, check_classes, chunks
+from nad_attr.running.forward import Runner, check_batch_size, check_classes, chunks
 from nad_attr.store import GateStore
+from nad_attr.system.files import sync
 
 __all__ = ["export_virelay"]
 

@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nad_attr._foreign_hooks import relevance_rules
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import isolated_rng, tensor_of
-from nad_attr.evaluation._foreign import restored
-from nad_attr.evaluation.zennit_scorers import LRPScorer, composite_named
-from nad_attr.gates import Task, TaskGates
-from nad_attr.gating import GatingError, check_eval, gated, gates_and_sites, site_modules
-from nad_attr.preserving import unchanged
-from nad_attr.sites import GateSite, unwrap
+from nad_attr._checks import GatingError, tensor_of
+from nad_attr.data.labels import Task
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.foreign_hooks import relevance_rules
+from nad_attr.gating.hooks import check_eval, gated, gates_and_sites, site_modules
+from nad_attr.gating.restore import restored
+from nad_attr.scoring.zennit_scorers import LRPScorer, composite_named
+from nad_attr.sites.preserving import unchanged
+from nad_attr.sites.site import GateSite, unwrap
+from nad_attr.system.rng import isolated_rng
 
 try:
     from PIL import Image

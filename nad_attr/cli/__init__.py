@@ -8,15 +8,16 @@ after a termination signal), with everything finished saved.
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
 import sys
 from typing import TYPE_CHECKING
 
+from nad_attr.cli.stopping import stop_at_once
+
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["app", "main", "stop_at_once"]
+__all__ = ["app", "main"]
 
 
 def app() -> typer.Typer:
@@ -32,12 +33,6 @@ def app() -> typer.Typer:
     return make_app()
 
 
-def stop_at_once(number: int, frame: object) -> None:
-    """End with one line: nothing is being written yet, or everything has been."""
-    os.write(2, b"\nStopped.\n")
-    os._exit(128 + number)
-
-
 def main() -> None:
     """Run the command line; the entry point of ``nad-attr``."""
     # Importing torch takes seconds, in which Ctrl-C would end in a traceback from deep inside.
@@ -50,7 +45,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from nad_attr.memory import keep_freed_memory
+    from nad_attr.system.memory import keep_freed_memory
 
     keep_freed_memory()
     app()(prog_name="nad-attr")

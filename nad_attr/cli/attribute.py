@@ -12,8 +12,6 @@ import torch
 import typer
 from torch import Tensor
 
-from nad_attr._files import written
-from nad_attr._safe_text import cell, shown
 from nad_attr.attribution import NADAttribution
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, guarded, print_table, say
@@ -25,12 +23,14 @@ from nad_attr.cli.opening import (
     pick_tasks,
     rebuilt,
 )
-from nad_attr.datasets import EXTENSIONS, read_image
-from nad_attr.gates import TaskGates
-from nad_attr.gating import channel_shape
-from nad_attr.sites import GateSite
+from nad_attr.data.images import EXTENSIONS, read_image
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import channel_shape
+from nad_attr.sites.site import GateSite
 from nad_attr.specs import SpecError
 from nad_attr.store import write_result
+from nad_attr.system.files import written
+from nad_attr.system.safe_text import cell, shown
 
 __all__ = ["attribute"]
 

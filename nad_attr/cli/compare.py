@@ -11,8 +11,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from nad_attr._files import write_text
-from nad_attr.architecture import SubArchitecture
 from nad_attr.cli import options as opt
 from nad_attr.cli.evaluate import print_evaluation
 from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
@@ -30,8 +28,10 @@ from nad_attr.cli.opening import (
 )
 from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import evaluate
-from nad_attr.gates import TaskGates
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
 from nad_attr.specs import SpecError
+from nad_attr.system.files import write_text
 
 __all__ = ["compare"]
 

@@ -10,7 +10,7 @@ import typer
 
 from nad_attr.cli.messages import check_size, guarded, print_table
 from nad_attr.cli.options import Debug
-from nad_attr.demo import N_CLASSES, SIZE, STEPS, run_demo
+from nad_attr.examples.demo import N_CLASSES, SIZE, STEPS, run_demo
 
 __all__ = ["demo"]
 

@@ -9,8 +9,6 @@ from typing import Annotated
 
 import typer
 
-from nad_attr._files import written
-from nad_attr._safe_text import cell
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
 from nad_attr.cli.opening import (
@@ -28,6 +26,8 @@ from nad_attr.cli.opening import (
 from nad_attr.evaluation import ABLATIONS, Evaluation, fit_ablation
 from nad_attr.evaluation import evaluate as measure
 from nad_attr.specs import LoadedData
+from nad_attr.system.files import written
+from nad_attr.system.safe_text import cell
 
 __all__ = ["evaluate", "print_evaluation"]
 

@@ -27,9 +27,9 @@ from nad_attr.cli.opening import (
     pick_tasks,
     provenance_of,
 )
-from nad_attr.data import as_source
-from nad_attr.recipe import Recipe
-from nad_attr.runs import MAY_DIFFER, Executor, Progress, learn_to_store
+from nad_attr.data.sources import as_source
+from nad_attr.gates.recipe import Recipe
+from nad_attr.learning.runs import MAY_DIFFER, Executor, Progress, learn_to_store
 from nad_attr.specs import LoadedData, is_plain_model
 from nad_attr.store import GateStore
 
@@ -296,7 +296,7 @@ def _executor(ray: str | None, gpus: float | None, workers: int | None) -> Execu
             if value is not None:
                 raise UsageError(f"{name} is for Ray: add --ray auto, local or ADDRESS.")
         return None
-    from nad_attr.distributed import RayExecutor
+    from nad_attr.learning.ray_executor import RayExecutor
 
     given: dict[str, Any] = {} if gpus is None else {"gpus_per_worker": gpus}
     if workers is not None:

@@ -14,8 +14,8 @@ from typing import Any, Literal, NoReturn
 
 import typer
 
-from nad_attr._safe_text import shown
-from nad_attr.cli import stop_at_once
+from nad_attr.cli.stopping import stop_at_once
+from nad_attr.system.safe_text import shown
 
 
 class UsageError(ValueError):

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from nad_attr._files import check_output
 from nad_attr.cli.messages import UsageError, progress_bar, say
-from nad_attr.datasets import ImageFolderData, class_folders, read_class_index
-from nad_attr.gates import Task, TaskGates
-from nad_attr.provenance import model_hash
+from nad_attr.data.fingerprints import model_hash
+from nad_attr.data.images import ImageFolderData, class_folders, read_class_index
+from nad_attr.data.labels import Task
+from nad_attr.gates.task_gates import TaskGates
 from nad_attr.specs import (
     LoadedData,
     LoadedModel,
@@ -30,6 +30,7 @@ from nad_attr.specs import (
     parse_tasks,
 )
 from nad_attr.store import GateStore
+from nad_attr.system.files import check_output
 
 
 def model_arguments(items: Sequence[str] | None) -> dict[str, Any]:
@@ -138,8 +139,8 @@ def check_outputs(
     """Refuse to write where something would be lost, before any work is done.
 
     Args:
-        outputs: Files to write, and of which kind, see :func:`nad_attr._files.check_output`; None
-            is not asked for.
+        outputs: Files to write, and of which kind, see :func:`nad_attr.system.files.check_output`;
+            None is not asked for.
         inputs: Files and folders that are read, also as names of data; None is not given.
 
     Raises:

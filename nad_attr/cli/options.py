@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from nad_attr._processes import check_processes
+from nad_attr.system.processes import check_processes
 
 Model: TypeAlias = Annotated[
     str,

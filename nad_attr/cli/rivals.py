@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from nad_attr import evaluation
-from nad_attr.architecture import SubArchitecture
 from nad_attr.cli.messages import UsageError, say
-from nad_attr.data import Data, Source, as_source, seed_of
+from nad_attr.data.labels import Task
+from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation import own_images, top_k
-from nad_attr.gates import Task
-from nad_attr.sites import GateSite
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.sites.site import GateSite
 from nad_attr.specs import SpecError
+from nad_attr.system.rng import seed_of
 
 __all__ = ["METHODS", "check_methods", "rivals_of"]
 

@@ -10,12 +10,12 @@ from typing import Annotated
 import torch
 import typer
 
-from nad_attr._files import write_text
 from nad_attr.cli.messages import UsageError, guarded, print_table, say
 from nad_attr.cli.opening import check_outputs, model_arguments
 from nad_attr.cli.options import Debug, Model, ModelArg, Quiet
-from nad_attr.sites import find_gate_sites
+from nad_attr.sites.finding import find_gate_sites
 from nad_attr.specs import LoadedModel, load_model, make_transform
+from nad_attr.system.files import write_text
 
 __all__ = ["sites"]
 

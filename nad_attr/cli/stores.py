@@ -13,14 +13,14 @@ from typing import IO, Annotated, Any
 import numpy as np
 import typer
 
-from nad_attr._files import replacing, written
-from nad_attr._safe_text import cell, members, shown
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, counted, guarded, number, print_table, say
 from nad_attr.cli.opening import check_outputs, chosen_tasks
-from nad_attr.gates import TaskGates
+from nad_attr.gates.task_gates import TaskGates
 from nad_attr.store import GateStore
 from nad_attr.store import merge as merge_stores
+from nad_attr.system.files import replacing, written
+from nad_attr.system.safe_text import cell, members, shown
 
 __all__ = ["export", "inspect", "merge"]
 

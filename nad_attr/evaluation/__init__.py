@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+from nad_attr.data.labels import own_images
 from nad_attr.evaluation.ablation import (
     ABLATIONS,
     Ablation,
@@ -12,7 +15,47 @@ from nad_attr.evaluation.ablation import (
     ZeroAblation,
     fit_ablation,
 )
-from nad_attr.evaluation.baselines import (
+from nad_attr.evaluation.controls.planted import PlantedCircuit, PlantedScore, planted
+from nad_attr.evaluation.controls.planted_networks import PLANTED_KINDS
+from nad_attr.evaluation.controls.randomisation import (
+    cascading_randomisation,
+    random_weights,
+    shuffled_labels,
+)
+from nad_attr.evaluation.controls.sanity import Control, SanityReport, sanity
+from nad_attr.evaluation.controls.stability import Stability, stability
+from nad_attr.evaluation.evaluating import evaluate, random_architectures
+from nad_attr.evaluation.figures.curves import plot_curves
+from nad_attr.evaluation.figures.gates import plot_architecture, plot_overlap, plot_sizes
+from nad_attr.evaluation.measures import (
+    auc,
+    balanced_accuracy,
+    balanced_weights,
+    fidelity,
+    fit_threshold,
+    r_squared,
+    spearman,
+)
+from nad_attr.evaluation.paired import paired_interval
+from nad_attr.evaluation.questions.depth import DepthProfile, NetworkProfile, along_depth
+from nad_attr.evaluation.questions.error_ranks import (
+    PartialCorrelation,
+    RankStatistics,
+    error_ranks,
+    partial_rank_correlation,
+)
+from nad_attr.evaluation.questions.error_study import ErrorStudy, Voting
+from nad_attr.evaluation.questions.errors import SIMILARITIES, errors
+from nad_attr.evaluation.questions.explanation import ErrorExplanation, SharedSite, explain_error
+from nad_attr.evaluation.questions.mosaic_result import MosaicResult
+from nad_attr.evaluation.questions.mosaics import mosaics, quadrant_shares
+from nad_attr.evaluation.responses import Responses, site_fidelity, sweep
+from nad_attr.evaluation.result import Evaluation
+from nad_attr.evaluation.rivals import SCORERS, best_variant, best_variants
+from nad_attr.evaluation.sizes import SiteCosts, flop_size, parameter_size, site_costs
+from nad_attr.evaluation.sweeps.curves import Curves, area_under, completeness, curves, faithfulness
+from nad_attr.evaluation.sweeps.size_sweep import SizeSweep, size_sweep
+from nad_attr.scoring.baselines import (
     CentredEffectScorer,
     EnergyScorer,
     GradientXActivationScorer,
@@ -22,7 +65,7 @@ from nad_attr.evaluation.baselines import (
     TaylorScorer,
     top_k,
 )
-from nad_attr.evaluation.captum_scorers import (
+from nad_attr.scoring.captum_scorers import (
     CaptumLayerScorer,
     InternalInfluenceScorer,
     LayerActivationScorer,
@@ -31,55 +74,15 @@ from nad_attr.evaluation.captum_scorers import (
     LayerGradientXActivationScorer,
     LayerIntegratedGradientsScorer,
 )
-from nad_attr.evaluation.controls import cascading_randomisation, random_weights, shuffled_labels
-from nad_attr.evaluation.curves import Curves, area_under, completeness, curves, faithfulness
-from nad_attr.evaluation.depth import DepthProfile, NetworkProfile, along_depth
-from nad_attr.evaluation.error_ranks import (
-    PartialCorrelation,
-    RankStatistics,
-    error_ranks,
-    partial_rank_correlation,
-)
-from nad_attr.evaluation.error_study import ErrorStudy, Voting
-from nad_attr.evaluation.errors import SIMILARITIES, errors
-from nad_attr.evaluation.evaluating import evaluate, random_architectures
-from nad_attr.evaluation.explanation import ErrorExplanation, SharedSite, explain_error
-from nad_attr.evaluation.figures_curves import plot_curves
-from nad_attr.evaluation.figures_gates import plot_architecture, plot_overlap, plot_sizes
-from nad_attr.evaluation.given_scorers import (
-    GatesScorer,
-    GivenScorer,
-    OtherTaskScorer,
-    shuffled,
-)
-from nad_attr.evaluation.intervals import paired_interval
-from nad_attr.evaluation.learned_scorers import CDRPScorer
-from nad_attr.evaluation.magnitude import MagnitudeScorer
-from nad_attr.evaluation.measure_table import MEASURES
-from nad_attr.evaluation.measures import (
-    auc,
-    balanced_accuracy,
-    balanced_weights,
-    fidelity,
-    fit_threshold,
-    overlap_matrix,
-    own_images,
-    r_squared,
-    spearman,
-)
-from nad_attr.evaluation.mosaic_result import MosaicResult
-from nad_attr.evaluation.mosaics import mosaics, quadrant_shares
-from nad_attr.evaluation.planted import PLANTED_KINDS, PlantedCircuit, PlantedScore, planted
-from nad_attr.evaluation.responses import Responses, site_fidelity, sweep
-from nad_attr.evaluation.result import Evaluation
-from nad_attr.evaluation.rivals import SCORERS, Variant, best_variant, best_variants
-from nad_attr.evaluation.sanity import Control, SanityReport, sanity
-from nad_attr.evaluation.scorer import Batch, ChannelScorer, TaskScorer, tasks_of
-from nad_attr.evaluation.sizes import SiteCosts, flop_size, parameter_size, site_costs
-from nad_attr.evaluation.stability import Stability, stability
-from nad_attr.evaluation.whether import Whether, whether
-from nad_attr.evaluation.zennit_scorers import LRPScorer
+from nad_attr.scoring.given_scorers import GatesScorer, GivenScorer, OtherTaskScorer, shuffled
+from nad_attr.scoring.learned_scorers import CDRPScorer
+from nad_attr.scoring.magnitude import MagnitudeScorer
+from nad_attr.scoring.scorer import Batch, ChannelScorer, TaskScorer, tasks_of
+from nad_attr.scoring.variants import Variant
+from nad_attr.scoring.zennit_scorers import LRPScorer
 from nad_attr.stats.bootstrap import bootstrap_interval
+from nad_attr.stats.measure_table import MEASURES
+from nad_attr.stats.pairs import overlap_matrix
 
 __all__ = [
     "ABLATIONS",
@@ -128,13 +131,13 @@ __all__ = [
     "SanityReport",
     "SharedSite",
     "SiteCosts",
+    "SizeSweep",
     "Stability",
     "TaskScorer",
     "TaylorOutputScorer",
     "TaylorScorer",
     "Variant",
     "Voting",
-    "Whether",
     "ZeroAblation",
     "along_depth",
     "area_under",
@@ -176,10 +179,20 @@ __all__ = [
     "shuffled_labels",
     "site_costs",
     "site_fidelity",
+    "size_sweep",
     "spearman",
     "stability",
     "sweep",
     "tasks_of",
     "top_k",
-    "whether",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # Former names of size_sweep and SizeSweep.
+    former = dict(whether="size_sweep", Whether="SizeSweep")
+    if name not in former:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = former[name]
+    warnings.warn(f"{name} is now called {new}; use that name", DeprecationWarning, stacklevel=2)
+    return globals()[new]

@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nad_attr.architecture import check_means, distinct_sites
-from nad_attr.data import Data, Inputs, Source, as_source, seed_of
-from nad_attr.evaluation.counters import hashed, key_of, standard_normal, unsigned, words
-from nad_attr.evaluation.measures import own_images
-from nad_attr.gates import Task, as_task
-from nad_attr.gating import channel_shape, expand, installed, multiply, site_modules
-from nad_attr.running import Runner, check_batch_size, chunks
-from nad_attr.sites import GateSite
+from nad_attr.data.counters import hashed, key_of, standard_normal, unsigned, words
+from nad_attr.data.labels import Task, as_task, own_images
+from nad_attr.data.sources import Data, Inputs, Source, as_source
+from nad_attr.gates.channels import check_means, distinct_sites
+from nad_attr.gating.hooks import channel_shape, expand, installed, multiply, site_modules
+from nad_attr.running.forward import Runner, check_batch_size, chunks
+from nad_attr.sites.site import GateSite
+from nad_attr.system.rng import seed_of
 
 __all__ = [
     "ABLATIONS",

@@ -11,17 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture, top_k_masks
-from nad_attr.data import Data, Source, as_source, seed_of
+from nad_attr.data.labels import Task, own_images
+from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation.ablation import Ablation, as_ablation
 from nad_attr.evaluation.measures import (
     auc,
     balanced_accuracy,
+    constant_up_to_rounding,
     fidelity,
     fit_threshold,
-    levelled,
-    overlap_matrix,
-    own_images,
     share_of,
 )
 from nad_attr.evaluation.responses import (
@@ -40,8 +38,12 @@ from nad_attr.evaluation.sizes import (
     flop_size,
     parameter_size,
 )
-from nad_attr.gates import Task, TaskGates
-from nad_attr.running import Runner, amp_dtype, check_batch_size, chunks
+from nad_attr.gates.channels import top_k_masks
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.running.forward import Runner, amp_dtype, check_batch_size, chunks
+from nad_attr.stats.pairs import overlap_matrix
+from nad_attr.system.rng import seed_of
 
 __all__ = ["evaluate", "random_architectures"]
 
@@ -383,7 +385,9 @@ class _Measuring:
         column = torch.tensor([self.tasks.index(task) for task in fitted.tasks], device="cpu")
         own = own_images(fitted.labels, self.tasks)[column]
         whole = fitted.whole.T[column]
-        return fit_threshold(levelled(values, whole).to(self.device), own.to(self.device))
+        return fit_threshold(
+            constant_up_to_rounding(values, whole).to(self.device), own.to(self.device)
+        )
 
     def _reduced(self, found: Responses, thresholds: Tensor | None) -> dict[str, FloatArray]:
         """All measures that answers give, row by row."""
@@ -393,7 +397,7 @@ class _Measuring:
         # One row at a time: the ranks of a whole (R, T, N) array would fill the memory.
         table, explained = [], []
         for values, j in zip(found.gated, column.tolist(), strict=True):
-            row = levelled(values.T.to(self.device), whole_by_task)
+            row = constant_up_to_rounding(values.T.to(self.device), whole_by_task)
             table.append(auc(row, own_by_task))
             explained.append(row[j])
         return {
@@ -414,7 +418,7 @@ class _Measuring:
         """The same of the whole network, a row for each task."""
         assert self.clean is not None
         outputs = self.clean.whole.T.to(self.device)
-        outputs = levelled(outputs, outputs)
+        outputs = constant_up_to_rounding(outputs, outputs)
         own = self.own.to(self.device)
         margin = self.clean.whole_margin.T.to(self.device)
         cuts = None
@@ -441,7 +445,7 @@ class _Measuring:
         thresholds: Tensor | None,
     ) -> dict[str, FloatArray]:
         """Measures of R rows, all arguments (R, N) but the thresholds, (R,)."""
-        whole = levelled(whole, whole)
+        whole = constant_up_to_rounding(whole, whole)
         called = torch.stack(
             [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
         )
@@ -451,7 +455,7 @@ class _Measuring:
             found = balanced_accuracy(explained > thresholds[:, None], own)
             detector = torch.where(thresholds.isnan(), torch.nan, found)
         # With no other class at all the margin is infinite for every image, and says nothing.
-        margin_auc = auc(levelled(margin, whole_margin), own)
+        margin_auc = auc(constant_up_to_rounding(margin, whole_margin), own)
         margin_auc = torch.where(torch.isfinite(margin).any(-1), margin_auc, torch.nan)
         return {
             "fidelity": _array(fidelity(whole, explained, own)),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nad_attr.data import tensor_of
-from nad_attr.gates import Task
-from nad_attr.running import cumulative
+from nad_attr._checks import tensor_of
+from nad_attr.running.forward import cumulative
 from nad_attr.stats.pairs import overlap_matrix
 
 __all__ = [
@@ -20,10 +18,10 @@ __all__ = [
     "fidelity",
     "fit_threshold",
     "overlap_matrix",
-    "own_images",
     "r_squared",
     "spearman",
 ]
+
 
 #: Outputs that vary by less than this share of their magnitude are equal up to rounding.
 ROUNDING = 1e-5
@@ -242,25 +240,6 @@ def fidelity(whole: Tensor, gated: Tensor, own: Tensor, *, ranks: bool = False) 
     return torch.where(dead, 0.0, spearman(whole, gated, weights=weights))
 
 
-def own_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
-    """Which images are each task's own: those of its class, or of any class of its group.
-
-    Args:
-        labels: int64 (N,).
-        tasks: T class indices or groups of them.
-
-    Returns:
-        bool (T, N).
-
-    Example:
-        >>> own_images(torch.tensor([0, 1, 2]), [0, (1, 2)])
-        tensor([[ True, False, False],
-                [False,  True,  True]])
-    """
-    members = [task if isinstance(task, tuple) else (task,) for task in tasks]
-    return torch.stack([torch.isin(labels, labels.new_tensor(group)) for group in members])
-
-
 def fit_threshold(scores: Tensor, positive: Tensor) -> Tensor:
     """The threshold t at which "score > t" has the highest balanced accuracy.
 
@@ -334,7 +313,7 @@ def share_of(flags: Tensor, among: Tensor) -> Tensor:
     return (flags & among).sum(-1, dtype=torch.float64) / count
 
 
-def levelled(values: Tensor, whole: Tensor) -> Tensor:
+def constant_up_to_rounding(values: Tensor, whole: Tensor) -> Tensor:
     """Make outputs (..., N) constant that vary by rounding alone, measured by the whole network's.
 
     Where channels are closed at their means, a dead sub-architecture gives the same output for all

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import Data, Inputs, Source, as_source
+from nad_attr.data.labels import Task, as_task, own_images
+from nad_attr.data.sources import Data, Inputs, Source, as_source
 from nad_attr.evaluation.ablation import Ablation, Filler, VectorFiller, as_ablation
-from nad_attr.evaluation.measures import own_images
-from nad_attr.gates import Task, TaskGates, as_task
-from nad_attr.gating import installed
-from nad_attr.objective import task_outputs
-from nad_attr.running import Runner, amp_dtype, check_batch_size, check_classes, chunks
-from nad_attr.sites import GateSite
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import installed
+from nad_attr.running.forward import Runner, amp_dtype, check_batch_size, check_classes, chunks
+from nad_attr.running.outputs import task_outputs
+from nad_attr.sites.site import GateSite
 
 __all__ = ["Responses", "site_fidelity", "sweep"]
 
@@ -126,7 +126,7 @@ class Rows:
         return batch_size if self.filler.donors(index, index) is None else max(1, batch_size // 2)
 
 
-class Twins:
+class DistinctNetworks:
     """Rows that are the same network: they need one pass for all of them.
 
     In curves, for one, the empty sub-architectures of all tasks are, and so are the rankings of a
@@ -410,7 +410,7 @@ def answers(
     rows_of = Rows(archs, device, ablation)
     rows_of.watch = watch
     width = rows_of.width(batch_size)
-    twins = Twins(rows_of)
+    distinct = DistinctNetworks(rows_of)
     numbers = list(chunks(n, batch_size))
     members: Tensor | None = None
 
@@ -445,19 +445,19 @@ def answers(
             called = torch.empty(n_rows, n_here, dtype=torch.int32, device=device)
             margin = torch.empty(n_rows, n_here, device=device)
             undefined = torch.zeros(n_rows, n_here, dtype=torch.bool, device=device)
-            for pairs in chunks(len(twins.first) * n_here, width):
+            for pairs in chunks(len(distinct.first) * n_here, width):
                 pair = torch.arange(pairs[0], pairs[-1] + 1, device=device)
                 which, run_images = pair // n_here, pair % n_here
                 outputs = rows_of.gated_pass(
                     run,
                     tuple(x[run_images] for x in inputs),
-                    twins.first[which],
+                    distinct.first[which],
                     run_images + chosen[0],
                 )
                 assert members is not None
                 values = task_outputs(outputs, columns)
                 calls, unknown = outputs.argmax(1).int(), outputs.isnan().any(1)
-                all_at, all_rows = twins.members(which)
+                all_at, all_rows = distinct.members(which)
                 # As many at a time as in a pass, however many rows share a network.
                 for at, rows in zip(all_at.split(width), all_rows.split(width), strict=True):
                     images, column = run_images[at], column_of[rows]

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr._safe_text import shown
-from nad_attr.display import html_table
-from nad_attr.evaluation.measure_table import MEASURE_TABLE, MEASURES, p_against
-from nad_attr.gates import Task
+from nad_attr._display import html_table
+from nad_attr.data.labels import Task
 from nad_attr.stats.bootstrap import bootstrap_interval
+from nad_attr.stats.measure_table import MEASURE_TABLE, MEASURES, p_against
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.tables import nan_mean, number, table
+from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
     import pandas as pd

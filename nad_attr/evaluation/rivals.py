@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import Data, as_source
-from nad_attr.evaluation.baselines import (
+from nad_attr.data.labels import Task, own_images
+from nad_attr.data.sources import Data, as_source
+from nad_attr.evaluation.measures import auc
+from nad_attr.evaluation.responses import sweep
+from nad_attr.scoring.baselines import (
     CentredEffectScorer,
     EnergyScorer,
     GradientXActivationScorer,
@@ -22,7 +23,7 @@ from nad_attr.evaluation.baselines import (
     TaylorScorer,
     top_k,
 )
-from nad_attr.evaluation.captum_scorers import (
+from nad_attr.scoring.captum_scorers import (
     InternalInfluenceScorer,
     LayerActivationScorer,
     LayerConductanceScorer,
@@ -30,16 +31,14 @@ from nad_attr.evaluation.captum_scorers import (
     LayerGradientXActivationScorer,
     LayerIntegratedGradientsScorer,
 )
-from nad_attr.evaluation.learned_scorers import CDRPScorer
-from nad_attr.evaluation.magnitude import MagnitudeScorer
-from nad_attr.evaluation.measures import auc, own_images
-from nad_attr.evaluation.responses import sweep
-from nad_attr.evaluation.scorer import ChannelScorer, Scores, Variants, tasks_of
-from nad_attr.evaluation.zennit_scorers import LRPScorer
-from nad_attr.gates import Task
-from nad_attr.sites import GateSite
+from nad_attr.scoring.learned_scorers import CDRPScorer
+from nad_attr.scoring.magnitude import MagnitudeScorer
+from nad_attr.scoring.scorer import ChannelScorer, Variants, tasks_of
+from nad_attr.scoring.variants import Variant
+from nad_attr.scoring.zennit_scorers import LRPScorer
 
-__all__ = ["SCORERS", "Variant", "best_variant", "best_variants"]
+__all__ = ["SCORERS", "best_variant", "best_variants"]
+
 
 #: Every rival by the name that benchmarks and the command line know it by; each is called as
 #: ``SCORERS[name](model, sites, **options)``.
@@ -65,62 +64,6 @@ SCORERS: MappingProxyType[str, Callable[..., ChannelScorer]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Variant:
-    """One way to make sub-architectures of a scorer's numbers, and how good they are.
-
-    Attributes:
-        include_others: Whether scores are means over own and other images, not over own alone.
-        signed: Whether the sign of each image's score counts.
-        per_site: Whether the same share is kept at each site, not the highest of all together.
-        size: Share of the channels that is kept.
-        own_auc: Mean over tasks of the sub-architectures' own AUC.
-        scores: ``{site name: (T, C)}``.
-        sites: The gate sites.
-        tasks: The T tasks.
-        tried: ``{(include_others, signed, per_site): own AUC}`` of all that were compared.
-    """
-
-    include_others: bool
-    signed: bool
-    per_site: bool
-    size: float
-    own_auc: float
-    scores: Scores = field(repr=False)
-    sites: tuple[GateSite, ...] = field(repr=False)
-    tasks: tuple[Task, ...] = field(repr=False)
-    tried: dict[tuple[bool, bool, bool], float] = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        """In words, for tables: ``"own and other images, signed, per site"``."""
-        return ", ".join(
-            (
-                "own and other images" if self.include_others else "own images",
-                "signed" if self.signed else "absolute",
-                "per site" if self.per_site else "over all sites",
-            )
-        )
-
-    def architectures(
-        self, size: float | None = None, *, means: dict[str, Tensor] | None = None
-    ) -> list[SubArchitecture]:
-        """The sub-architectures of all tasks; see :func:`~nad_attr.evaluation.top_k`.
-
-        Args:
-            size: None: the size that the variant was chosen at.
-            means: What replaces a closed channel; None: zero.
-        """
-        return top_k(
-            self.scores,
-            self.sites,
-            self.tasks,
-            self.size if size is None else size,
-            means=means,
-            per_site=self.per_site,
-        )
-
-
 def best_variant(
     scorer: ChannelScorer, scoring: Any, choosing: Data, *, size: float, **options: Any
 ) -> Variant:
@@ -134,6 +77,7 @@ def best_variant(
         **options: Further arguments of :func:`best_variants`.
 
     Example:
+        >>> from nad_attr import GateSite
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
         >>> images = torch.tensor([[2.0, -9.0], [1.0, -9.0], [0.0, 1.0], [0.0, 3.0]])
         >>> scorer = NeuronMCTScorer(net, [GateSite("0", 2, 1)])

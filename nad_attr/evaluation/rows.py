@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nad_attr.architecture import SubArchitecture, Task
+from nad_attr.data.labels import Task
 from nad_attr.evaluation.responses import as_architectures, tasks_of_rows
-from nad_attr.gates import TaskGates
-from nad_attr.sites import GateSite
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 
 __all__ = ["NamedArchitectures", "named_architectures"]
 

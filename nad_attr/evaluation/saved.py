@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr._files import write_text
-from nad_attr.evaluation.measure_table import MEASURES
+from nad_attr.data.labels import Task, as_task
 from nad_attr.evaluation.result import Evaluation
-from nad_attr.gates import Task, as_task
+from nad_attr.stats.measure_table import MEASURES
 from nad_attr.stats.p_values import least_p
 from nad_attr.stats.tables import plain
 from nad_attr.store import GateStoreError, read_result, write_result
+from nad_attr.system.files import write_text
 
 __all__ = ["read_hdf5", "read_json", "to_dict", "write_hdf5", "write_json"]
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nad_attr._trace import no_attention_fast_path
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import Inputs
-from nad_attr.evaluation.measures import ROUNDING, own_images
-from nad_attr.gates import Task
-from nad_attr.gating import channel_shape, check_sites, installed
-from nad_attr.running import Runner
-from nad_attr.sites import GateSite, unwrap
+from nad_attr.data.labels import Task, own_images
+from nad_attr.data.sources import Inputs
+from nad_attr.evaluation.measures import ROUNDING
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gating.hooks import channel_shape, installed
+from nad_attr.running.forward import Runner
+from nad_attr.sites.site import GateSite, check_sites, unwrap
+from nad_attr.sites.tracing import no_attention_fast_path
 
 __all__ = ["SiteCosts", "flop_size", "parameter_size", "site_costs"]
 

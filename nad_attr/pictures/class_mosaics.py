@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nad_attr.architecture import SubArchitecture, Task
-from nad_attr.data import Data, as_source
-from nad_attr.evaluation.mosaics import assemble, choose, only_images
+from nad_attr._checks import check_count
+from nad_attr.data.labels import Task
+from nad_attr.data.sources import Data, as_source, only_images
+from nad_attr.evaluation.questions.mosaics import assemble, choose
 from nad_attr.evaluation.rows import named_architectures
-from nad_attr.gates import TaskGates
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
 from nad_attr.pictures.evidence import Measure, check_measure, evidence_maps
 from nad_attr.pictures.pixels import ToPixels
-from nad_attr.running import Runner
-from nad_attr.stats.bootstrap import check_count
+from nad_attr.running.forward import Runner
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

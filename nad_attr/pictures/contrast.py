@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nad_attr._safe_text import shown
-from nad_attr.architecture import SubArchitecture, Task
-from nad_attr.data import check_finite
-from nad_attr.evaluation.mosaics import only_images
-from nad_attr.gates import TaskGates
+from nad_attr.data.labels import Task
+from nad_attr.data.sources import check_finite, only_images
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
 from nad_attr.pictures.evidence import Measure, check_measure, evidence_maps
 from nad_attr.pictures.pixels import ToPixels
-from nad_attr.running import Runner, check_batch_size, chunks
+from nad_attr.running.forward import Runner, check_batch_size, chunks
+from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,12 +10,13 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from nad_attr.architecture import SubArchitecture, Task
-from nad_attr.evaluation.mosaics import Grid, grid_of
-from nad_attr.gating import channel_shape, frozen, installed, multiply
-from nad_attr.objective import task_outputs
-from nad_attr.running import Runner
-from nad_attr.sites import GateSite
+from nad_attr.data.labels import Task
+from nad_attr.data.layout import Grid, grid_of
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply
+from nad_attr.running.forward import Runner
+from nad_attr.running.outputs import task_outputs
+from nad_attr.sites.site import GateSite
 
 __all__ = ["Measure", "SiteMaps", "check_measure", "evidence_maps"]
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nad_attr.data import Data
-from nad_attr.evaluation.figures import INK, LABEL_SIZE, PALETTE, TICK_SIZE, TITLE_SIZE, new_figure
+from nad_attr.data.sources import Data
 from nad_attr.pictures.pixels import ToPixels, as_pixels
+from nad_attr.plots.style import INK, LABEL_SIZE, PALETTE, TICK_SIZE, TITLE_SIZE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,13 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import tensor_of
-from nad_attr.evaluation._foreign import Explained, untouched
+from nad_attr._checks import tensor_of
 from nad_attr.evaluation.rows import named_architectures
-from nad_attr.gates import TaskGates
-from nad_attr.gating import frozen
-from nad_attr.running import Runner, check_batch_size, chunks
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import frozen
+from nad_attr.gating.restore import Explained, untouched
+from nad_attr.running.forward import Runner, check_batch_size, chunks
 
 __all__ = ["HeatMapMethod", "class_architectures", "gradient_times_input", "heat_maps"]
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nad_attr.architecture import SubArchitecture, Task
-from nad_attr.data import Data, as_source
-from nad_attr.evaluation.mosaics import Grid, grid_of, only_images
-from nad_attr.gating import as_tensor, channel_shape, check_mapping, recorded
+from nad_attr._checks import as_tensor, check_count, check_mapping
+from nad_attr.data.labels import Task
+from nad_attr.data.layout import Grid, grid_of
+from nad_attr.data.sources import Data, as_source, only_images
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gating.hooks import channel_shape, recorded
 from nad_attr.pictures.pixels import ToPixels
-from nad_attr.running import Runner, check_batch_size, chunks
-from nad_attr.sites import GateSite
-from nad_attr.stats.bootstrap import check_count
+from nad_attr.running.forward import Runner, check_batch_size, chunks
+from nad_attr.sites.site import GateSite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nad_attr.report.packing import plain, text64
-from nad_attr.sites import GateSite
+from nad_attr.sites.site import GateSite
 
 __all__ = ["units_part"]
 
@@ -17,7 +17,7 @@ def units_part(units: Any, sites: Sequence[GateSite]) -> dict[str, Any]:
     """The best concept of each channel, over the page's sites in order.
 
     Args:
-        units: ``nad_attr.comparison.UnitConcepts``, of these sites or some of them.
+        units: ``nad_attr.concepts.UnitConcepts``, of these sites or some of them.
         sites: Those of the page.
 
     Returns:

@@ -14,9 +14,9 @@ import torch
 
 from nad_attr._version import __version__
 from nad_attr.evaluation.result import Evaluation
-from nad_attr.gates import TaskGates
+from nad_attr.gates.task_gates import TaskGates
 from nad_attr.report.overlaps import overlaps_part
-from nad_attr.report.packing import LARGE, gate_levels, text64
+from nad_attr.report.packing import MAX_GATES_OF_EIGHT_BITS, gate_levels, text64
 from nad_attr.report.parts import SHOWN, evaluation_part, history_part
 
 __all__ = ["BROKEN", "Contents", "Results", "check_parts", "contents", "not_there", "summary"]
@@ -101,7 +101,7 @@ def contents(
     masks = {name: value > 0.5 for name, value in values.items()}
     counts = torch.stack([mask.sum(1) for mask in masks.values()], dim=1)
     everything = torch.cat(list(values.values()), dim=1).numpy()
-    bits = 8 if everything.size <= LARGE else 4
+    bits = 8 if everything.size <= MAX_GATES_OF_EIGHT_BITS else 4
     levels = gate_levels(everything, bits)
     evaluation = results.evaluation
     part = None
@@ -298,14 +298,12 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
     if results.pictures is None:
         found.append(("pictures of what channels respond to", measured))
     if results.units is None:
-        found.append(
-            ("concepts of channels", f'dissect(...).save("{file}") of nad_attr.comparison')
-        )
+        found.append(("concepts of channels", f'dissect(...).save("{file}") of nad_attr.concepts'))
     if not results.statistics:
         found.append(
             (
                 "statistics of gates against concepts",
-                f'compare("{file}", units).save("{file}") of nad_attr.comparison',
+                f'compare("{file}", units).save("{file}") of nad_attr.concepts',
             )
         )
     return found

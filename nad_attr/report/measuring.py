@@ -10,23 +10,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nad_attr.architecture import SubArchitecture
-from nad_attr.data import Source, TensorSource, as_source, seed_of
-from nad_attr.evaluation.curves import curves
-from nad_attr.evaluation.errors import errors
+from nad_attr._checks import GatingError
+from nad_attr.data.sources import Source, TensorSource, as_source
 from nad_attr.evaluation.evaluating import evaluate
-from nad_attr.evaluation.explanation import ErrorExplanation, explain_error
-from nad_attr.evaluation.mosaics import mosaics
-from nad_attr.gates import TaskGates
-from nad_attr.gating import GatingError, channel_shape, recorded
+from nad_attr.evaluation.questions.errors import errors
+from nad_attr.evaluation.questions.explanation import ErrorExplanation, explain_error
+from nad_attr.evaluation.questions.mosaics import mosaics
+from nad_attr.evaluation.sweeps.curves import curves
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import channel_shape, recorded
 from nad_attr.pictures.class_mosaics import class_mosaics
 from nad_attr.pictures.figures import coloured_by_class
 from nad_attr.report.contents import Results
 from nad_attr.report.packing import plain, text64
 from nad_attr.report.parts import curves_part, errors_part, mosaics_part
 from nad_attr.report.pictures import Album, array_picture, encoded
-from nad_attr.running import Runner, chunks
+from nad_attr.running.forward import Runner, chunks
 from nad_attr.stats.pairs import overlap_matrix
+from nad_attr.system.rng import seed_of
 
 __all__ = ["PARTS", "Sample", "measure", "sampled"]
 

@@ -9,18 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nad_attr.evaluation.clustering import cluster_order
+from nad_attr.plots.clustering import cluster_order
 from nad_attr.report.packing import plain, text64
 from nad_attr.stats.pairs import overlap_matrix
 
-__all__ = ["MOST", "block_means", "overlaps_part"]
+__all__ = ["MAX_TASKS_WITH_PAIRS", "block_means", "overlaps_part"]
 
 #: Tasks up to which each pair has a cell of its own; beyond, neighbours share one.
-MOST = 250
+MAX_TASKS_WITH_PAIRS = 250
 _NEAREST = 8
 
 
-def block_means(matrix: NDArray[np.float64], most: int = MOST) -> NDArray[np.float64]:
+def block_means(
+    matrix: NDArray[np.float64], most: int = MAX_TASKS_WITH_PAIRS
+) -> NDArray[np.float64]:
     """A smaller matrix whose cells are means over neighbouring rows and columns.
 
     The diagonal, where something is compared with itself, does not count, unless a cell has
@@ -67,7 +69,7 @@ def overlaps_part(masks: Mapping[str, Tensor]) -> dict[str, Any] | None:
     if n < 2:
         return None
     order = cluster_order(kappa)
-    step = -(-n // MOST)
+    step = -(-n // MAX_TASKS_WITH_PAIRS)
     small = block_means(kappa[np.ix_(order, order)]) if step > 1 else kappa[np.ix_(order, order)]
     cells = np.rint((small.clip(-1, 1) + 1) * 127).astype(np.uint8)
     off = kappa.copy()

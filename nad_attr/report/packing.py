@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["LARGE", "gate_levels", "plain", "script_json", "text64"]
+__all__ = ["MAX_GATES_OF_EIGHT_BITS", "gate_levels", "plain", "script_json", "text64"]
 
 #: Gates of a page beyond which they get four bits each, not eight.
-LARGE = 4_000_000
+MAX_GATES_OF_EIGHT_BITS = 4_000_000
 
 
 def text64(array: NDArray[Any]) -> str:

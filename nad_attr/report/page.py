@@ -11,9 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nad_attr._safe_text import shown
 from nad_attr.report.contents import BROKEN, Contents
 from nad_attr.report.packing import script_json
+from nad_attr.system.safe_text import shown
 
 __all__ = ["page"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr.architecture import Task
-from nad_attr.comparison import Comparison
-from nad_attr.evaluation.curves import Curves
-from nad_attr.evaluation.error_study import ErrorStudy
-from nad_attr.evaluation.mosaic_result import MosaicResult
+from nad_attr.concepts import Comparison
+from nad_attr.data.labels import Task
+from nad_attr.evaluation.questions.error_study import ErrorStudy
+from nad_attr.evaluation.questions.mosaic_result import MosaicResult
 from nad_attr.evaluation.result import Evaluation
-from nad_attr.history import History
+from nad_attr.evaluation.sweeps.curves import Curves
+from nad_attr.gates.history import History
 from nad_attr.report.packing import plain
 from nad_attr.stats.tables import nan_mean
 
@@ -171,7 +171,7 @@ def statistics_part(result: Any) -> dict[str, Any]:
     """A table of statistics, the smallest q-values first, and what may be concluded.
 
     Args:
-        result: A :class:`nad_attr.comparison.Comparison`, anything else with ``frame()``, or a
+        result: A :class:`nad_attr.concepts.Comparison`, anything else with ``frame()``, or a
             pandas frame.
 
     Returns:

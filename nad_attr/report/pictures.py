@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nad_attr.data import Source, seed_of
+from nad_attr.data.sources import Source
+from nad_attr.system.rng import seed_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,7 +104,7 @@ class Album:
         return self._numbers[image]
 
     def _encoded(self, image: int) -> str:
-        from nad_attr.datasets import ImageFolderData, read_image
+        from nad_attr.data.images import ImageFolderData, read_image
 
         data = getattr(self._source, "dataset", None)
         picture: Image

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from nad_attr._files import check_output, write_text
-from nad_attr.architecture import SubArchitecture
-from nad_attr.comparison import UnitConcepts
-from nad_attr.data import Data
-from nad_attr.evaluation.curves import Curves
-from nad_attr.evaluation.error_study import ErrorStudy
-from nad_attr.evaluation.mosaic_result import MosaicResult
+from nad_attr.concepts import UnitConcepts
+from nad_attr.data.sources import Data
+from nad_attr.evaluation.questions.error_study import ErrorStudy
+from nad_attr.evaluation.questions.mosaic_result import MosaicResult
 from nad_attr.evaluation.result import Evaluation
-from nad_attr.gates import TaskGates
+from nad_attr.evaluation.sweeps.curves import Curves
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
 from nad_attr.report.concepts import units_part
 from nad_attr.report.contents import Contents, Results, contents, not_there
 from nad_attr.report.measuring import PARTS, measure, sampled
@@ -26,6 +25,7 @@ from nad_attr.report.page import page
 from nad_attr.report.parts import curves_part, errors_part, mosaics_part, statistics_part
 from nad_attr.report.saving import STATISTICS, found_results, keep_results
 from nad_attr.store import GateStore, GateStoreError
+from nad_attr.system.files import check_output, write_text
 
 __all__ = ["Report"]
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from nad_attr.comparison import Comparison, UnitConcepts
+from nad_attr.concepts import Comparison, UnitConcepts
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.report.concepts import units_part
 from nad_attr.report.contents import BROKEN, Results, check_parts
 from nad_attr.report.packing import plain
 from nad_attr.report.parts import statistics_part
 from nad_attr.report.pictures import is_picture
-from nad_attr.sites import GateSite
+from nad_attr.sites.site import GateSite
 from nad_attr.store import GateStoreError, read_result, result_names, unit_names, write_result
 
 __all__ = ["STATISTICS", "found_results", "keep_results"]

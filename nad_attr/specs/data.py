@@ -11,11 +11,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from nad_attr._processes import check_processes
-from nad_attr.data import Data, isolated_rng
-from nad_attr.datasets import ClassMapping, ImageFolderData, class_folders, match_classes
+from nad_attr.data.images import ClassMapping, ImageFolderData, class_folders, match_classes
+from nad_attr.data.sources import Data
 from nad_attr.specs.names import SpecError, call, first_line, import_object, near, need
 from nad_attr.specs.transforms import Transform
+from nad_attr.system.processes import check_processes
+from nad_attr.system.rng import isolated_rng
 
 __all__ = ["LoadedData", "load_data"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nad_attr.data import isolated_rng
-from nad_attr.preserving import unchanged
+from nad_attr.sites.preserving import unchanged
 from nad_attr.specs.names import SpecError, call, first_line, near, need
+from nad_attr.system.rng import isolated_rng
 
 __all__ = ["LoadedModel", "is_plain_model", "load_model", "load_weights", "n_outputs"]
 

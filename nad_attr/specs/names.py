@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nad_attr._safe_text import shown
-from nad_attr.data import isolated_rng
+from nad_attr.system.rng import isolated_rng
+from nad_attr.system.safe_text import shown
 
 __all__ = ["SpecError", "import_object"]
 

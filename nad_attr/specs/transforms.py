@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nad_attr.datasets import ImageFolderData, ImageTransform, read_image
+from nad_attr.data.images import ImageFolderData, ImageTransform, read_image
 from nad_attr.specs.models import LoadedModel
 from nad_attr.specs.names import SpecError, call
 

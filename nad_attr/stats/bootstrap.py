@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "bootstrap_interval",
-    "bootstrap_means",
-    "check_count",
-    "check_interval",
-    "interval_of",
-    "times_drawn",
-]
+from nad_attr._checks import check_count
+
+__all__ = ["bootstrap_interval", "bootstrap_means", "check_interval", "interval_of", "times_drawn"]
+
 
 FloatArray: TypeAlias = "NDArray[np.float64]"
-
-
-def check_count(value: Any, what: str, *, least: int = 1) -> int:
-    """A whole number from ``least`` on.
-
-    Raises:
-        ValueError: Names it.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{what} must be a whole number from {least} on, not {value!r}.")
-    return int(value)
 
 
 def check_interval(level: float, n_draws: int) -> None:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ALL_TASKS", "DEPTH_MEASURES", "LEVEL", "MEASURES", "sentence_of"]
+__all__ = ["ALL_TASKS", "DEPTH_MEASURES", "MEASURES", "SIGNIFICANCE_LEVEL", "sentence_of"]
 
 #: What stands under ``task`` in a row about all of them.
 ALL_TASKS = "all tasks"
 
 #: Below this p (or q, where many tests are reported together), chance is set aside.
-LEVEL = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 
 #: What the effect of each test is called.
 MEASURES = {
@@ -75,7 +75,7 @@ def _verdict(row: dict[str, Any]) -> int:
         return 0
     p = row["p"] if math.isnan(row["q"]) else row["q"]
     outside = bool(row["low"] > null or row["high"] < null)
-    certain = outside if math.isnan(p) else p < LEVEL
+    certain = outside if math.isnan(p) else p < SIGNIFICANCE_LEVEL
     return 0 if not certain or effect == null else (1 if effect > null else -1)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from nad_attr.data import seed_of
+from nad_attr.system.rng import seed_of
 
 __all__ = [
     "Tables",

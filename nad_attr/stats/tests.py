@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from nad_attr.stats.bootstrap import check_count
+from nad_attr._checks import check_count
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.ranks import midranks, standard_ranks
 from nad_attr.stats.sentences import MEASURES, sentence_of
@@ -41,7 +41,7 @@ FloatArray: TypeAlias = "NDArray[np.float64]"
 BoolArray: TypeAlias = "NDArray[np.bool_]"
 
 #: Kept and dropped channels from which on a sum of ranks is nearly normal, far out as well.
-ENOUGH = 10
+MIN_PER_SIDE_FOR_NORMAL = 10
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def pairs_of(kept: list[BoolArray], values: list[FloatArray]) -> _Pairs:
 
 
 def _enough(n_kept: Any, n: Any) -> Any:
-    return (n_kept >= ENOUGH) & (n - n_kept >= ENOUGH)
+    return (n_kept >= MIN_PER_SIDE_FOR_NORMAL) & (n - n_kept >= MIN_PER_SIDE_FOR_NORMAL)
 
 
 def mann_whitney(
@@ -397,7 +397,12 @@ def rank_correlation(
             draws[0, where] = np.asarray(sums) / weight.sum()
         by_draws = permutation_p([rho], draws, tail="both")
         p = float(
-            with_tail(by_draws, n_permutations, np.array([rho / deviation]), n >= 2 * ENOUGH)[0]
+            with_tail(
+                by_draws,
+                n_permutations,
+                np.array([rho / deviation]),
+                n >= 2 * MIN_PER_SIDE_FOR_NORMAL,
+            )[0]
         )
         control = float(draws.mean())
         ends = np.quantile(draws[0], [(1 - level) / 2, (1 + level) / 2])

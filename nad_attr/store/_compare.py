@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nad_attr.provenance import same_outputs
-from nad_attr.recipe import Recipe
-from nad_attr.sites import GateSite
+from nad_attr.data.fingerprints import same_outputs
+from nad_attr.gates.recipe import Recipe
+from nad_attr.sites.site import GateSite
 from nad_attr.store._content import Head
 
 __all__ = ["differences", "different_means", "some"]

@@ -17,11 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nad_attr.architecture import Task, distinct_sites
-from nad_attr.gates import TaskGates
-from nad_attr.history import History
-from nad_attr.recipe import Recipe
-from nad_attr.sites import GateSite
+from nad_attr.data.labels import Task
+from nad_attr.gates.channels import distinct_sites
+from nad_attr.gates.history import History
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._journal import Record, now
 from nad_attr.store._layout import Layout, raw_rows, read_means

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from nad_attr._safe_text import shown
-from nad_attr.architecture import Task
+from nad_attr.data.labels import Task
 from nad_attr.store._compare import differences, different_means, some
 from nad_attr.store._gate_store import GateStore
+from nad_attr.system.safe_text import shown
 
 __all__ = ["StoreDiff", "diff"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 
-from nad_attr._safe_text import shown
+from nad_attr.system.safe_text import shown
 
 __all__ = ["GateStoreError", "reading"]
 

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from nad_attr._files import replacing
-from nad_attr.architecture import Task, as_task, check_means, distinct_sites, n_channels
-from nad_attr.gates import TaskGates
-from nad_attr.provenance import environment
-from nad_attr.recipe import Recipe
-from nad_attr.sites import GateSite
+from nad_attr.data.fingerprints import environment
+from nad_attr.data.labels import Task, as_task
+from nad_attr.gates.channels import check_means, distinct_sites, n_channels
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 from nad_attr.store._compare import differences, different_means
 from nad_attr.store._content import Content, Head, append_record
 from nad_attr.store._errors import GateStoreError, reading
@@ -31,6 +31,7 @@ from nad_attr.store._rows import Row
 from nad_attr.store._units import UNITS, UnitTables, packed
 from nad_attr.store._view import StoreView, opened, seen
 from nad_attr.store._write import check_name, check_target, sweep, to_json
+from nad_attr.system.files import replacing
 
 __all__ = ["GateStore", "read_task_gates", "write_task_gates"]
 
@@ -397,7 +398,7 @@ class GateStore(StoreView):
     ) -> None:
         """Keep tables of units, such as IoUs with concepts, under the same sites.
 
-        What :meth:`nad_attr.comparison.UnitConcepts.save` uses.
+        What :meth:`nad_attr.concepts.UnitConcepts.save` uses.
 
         Args:
             name: What they are called; one of the same name is replaced.

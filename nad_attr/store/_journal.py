@@ -32,9 +32,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from nad_attr._safe_files import NotAFileError, most_bytes, open_file
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._write import from_json, sweep, to_json
+from nad_attr.system.safe_files import NotAFileError, most_bytes, open_file
 
 __all__ = [
     "Journal",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from nad_attr.sites import GateSite
+from nad_attr.sites.site import GateSite
 from nad_attr.store._errors import GateStoreError
 from nad_attr.store._read import Reader, Table
 from nad_attr.store._write import encoded

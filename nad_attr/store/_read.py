@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from h5py import h5a, h5d, h5g, h5l, h5t, h5z
 
-from nad_attr._safe_files import most_bytes
-from nad_attr.sites import GateSite
+from nad_attr.sites.site import GateSite
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._write import FORMAT_VERSION, UNLOCKED, from_json
+from nad_attr.system.safe_files import most_bytes
 
 __all__ = ["Reader", "Table", "check_hdf5", "opened"]
 

@@ -8,8 +8,8 @@ from typing import NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from nad_attr.architecture import Task, as_task
-from nad_attr.sites import GateSite
+from nad_attr.data.labels import Task, as_task
+from nad_attr.sites.site import GateSite
 
 __all__ = ["TOO_LARGE", "Row", "Rows", "in_range", "no_nan", "stored_task", "wrong_sites"]
 

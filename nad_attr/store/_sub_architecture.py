@@ -9,7 +9,8 @@ from pathlib import Path
 import h5py
 import torch
 
-from nad_attr.architecture import SubArchitecture, as_task
+from nad_attr.data.labels import as_task
+from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._layout import read_means
 from nad_attr.store._read import opened

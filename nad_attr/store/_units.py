@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from nad_attr.sites import GateSite
+from nad_attr.sites.site import GateSite
 from nad_attr.store._errors import GateStoreError
 from nad_attr.store._write import check_name
 

@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nad_attr._safe_text import shown
-from nad_attr.architecture import Task, as_task, n_channels
-from nad_attr.gates import TaskGates
-from nad_attr.recipe import Recipe
-from nad_attr.sites import GateSite
+from nad_attr.data.labels import Task, as_task
+from nad_attr.gates.channels import n_channels
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.sites.site import GateSite
 from nad_attr.store._compare import differences, some
 from nad_attr.store._content import Content
 from nad_attr.store._errors import GateStoreError, reading
@@ -26,6 +26,7 @@ from nad_attr.store._journal import goes_on, journal_path, left_over, read_journ
 from nad_attr.store._read import Reader, check_hdf5, hdf5
 from nad_attr.store._rows import Row
 from nad_attr.store._units import UNITS, Units, unpacked
+from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
     import xarray

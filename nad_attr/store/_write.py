@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nad_attr._files import PART, replacing, what_is
 from nad_attr._version import __version__
-from nad_attr.sites import GateSite
+from nad_attr.sites.site import GateSite
 from nad_attr.store._errors import GateStoreError
+from nad_attr.system.files import PART, replacing, what_is
 
 __all__ = [
     "FORMAT_VERSION",

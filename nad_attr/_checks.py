@@ -1,0 +1,54 @@
+"""Checks of arguments, and the error of gating, that every room uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["GatingError", "check_count"]
+
+
+def tensor_of(values: Any) -> Tensor:
+    """A tensor as it is; other numbers as one on the CPU, whatever torch's default device is."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
+class GatingError(RuntimeError):
+    """A gate could not do its work: it did not fire, fired twice, or does not fit its site."""
+
+
+def as_tensor(value: Any, what: str) -> Tensor:
+    """A tensor of what was given for one site.
+
+    Raises:
+        TypeError: If it is no tensor and cannot be made one.
+    """
+    try:
+        return tensor_of(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} are no tensor: {error}.") from None
+
+
+def check_mapping(values: Any, what: str) -> None:
+    """Refuse what is no ``{site name: ...}``.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} must be {{site name: tensor}}, not {type(values).__name__}.")
+
+
+def check_count(value: Any, what: str, *, least: int = 1) -> int:
+    """A whole number from ``least`` on.
+
+    Raises:
+        ValueError: Names it.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{what} must be a whole number from {least} on, not {value!r}.")
+    return int(value)

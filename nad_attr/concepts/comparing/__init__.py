@@ -1,0 +1,1 @@
+"""Statistics of gates against unit concepts."""

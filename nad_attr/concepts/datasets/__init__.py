@@ -1,0 +1,1 @@
+"""Images with labels of concepts: folder formats, label maps, computed colours."""

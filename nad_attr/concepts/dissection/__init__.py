@@ -1,0 +1,1 @@
+"""Measure what units look for, from images with pixel labels."""

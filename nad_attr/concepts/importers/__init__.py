@@ -1,0 +1,1 @@
+"""Unit concepts that other programs have measured."""

@@ -1,0 +1,1 @@
+"""Where the truth is known, or where nothing is to be found: planted circuits, random weights."""

@@ -1,0 +1,283 @@
+"""Networks without what they learned, and data with wrong labels: what controls are made of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from nad_attr.data.sources import Data, DatasetSource, Source, TensorSource, as_source, loading
+from nad_attr.gating.hooks import check_eval
+from nad_attr.running.forward import Runner, check_batch_size, chunks, network_errors
+from nad_attr.sites.site import unwrap
+from nad_attr.system.rng import isolated_rng, seed_of
+
+__all__ = ["cascading_randomisation", "random_weights", "shuffled_labels"]
+
+#: Images that a random network's BatchNorms are estimated on, at most.
+NORM_IMAGES = 512
+
+
+def random_weights(
+    model: nn.Module,
+    seed: int = 0,
+    *,
+    data: Data | None = None,
+    layers: Collection[str] | None = None,
+    batch_size: int = 64,
+) -> nn.Module:
+    """A copy of the network with parameters drawn anew.
+
+    Layers with ``reset_parameters`` get what that draws, as at the start of training; parameters
+    that it leaves alone, and those of other layers, are normal with the mean and standard
+    deviation that they had. A layer's draw depends on the seed and its name alone.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        seed: Another draw for each seed.
+        data: What the statistics of the redrawn BatchNorms are estimated on. None: they are as
+            ``reset_parameters`` leaves them, mean 0 and variance 1.
+        layers: Names of the modules whose own parameters are drawn anew; None: all.
+        batch_size: Images in a forward pass, at most.
+
+    Returns:
+        The copy, in eval mode, where the network was.
+
+    Raises:
+        ValueError: If the network is in train mode, or a layer is none of its modules.
+
+    Example:
+        >>> net = torch.nn.Linear(3, 2).eval()
+        >>> other = random_weights(net, 1)
+        >>> torch.equal(net.weight, other.weight)
+        False
+        >>> torch.equal(other.weight, random_weights(net, 1).weight)
+        True
+    """
+    check_eval(model)
+    check_batch_size(batch_size)
+    root = unwrap(model)
+    modules = dict(root.named_modules())
+    if isinstance(layers, str):
+        layers = [layers]
+    for name in layers or ():
+        if name not in modules:
+            raise ValueError(f"the network has no module {name!r} to draw parameters for.")
+    drawn = copy.deepcopy(root)
+    for parameter in drawn.parameters():
+        parameter.grad = None
+    # Draws on the CPU are the same for a network on any device.
+    places = [
+        (tensor, tensor.device) for ts in (drawn.parameters(), drawn.buffers()) for tensor in ts
+    ]
+    drawn.cpu()
+    chosen = [(n, m) for n, m in drawn.named_modules() if layers is None or n in layers]
+    for name, module in chosen:
+        with isolated_rng(seed_of("random weights", seed, name)), torch.no_grad():
+            _draw(module)
+    with torch.no_grad():
+        for tensor, device in places:
+            tensor.data = tensor.data.to(device)
+    if data is not None:
+        _estimate_norms(drawn, [module for _, module in chosen], as_source(data), seed, batch_size)
+    return drawn.eval()
+
+
+def _draw(module: nn.Module) -> None:
+    """Draw a module's own parameters from the global random state."""
+    own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+    if not own and not isinstance(module, _BatchNorm):
+        return
+    before = [p.detach().clone() for p in own]
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
+    for parameter, old in zip(own, before, strict=True):
+        # Weight normalisation, say, hides the true parameters from reset_parameters.
+        if torch.equal(parameter, old):
+            spread = old.double().std(correction=0)
+            normal = torch.randn(old.shape, dtype=torch.float64, device="cpu")
+            parameter.copy_(old.double().mean() + spread * normal)
+
+
+def _estimate_norms(
+    model: nn.Module, modules: Sequence[nn.Module], source: Source, seed: int, batch_size: int
+) -> None:
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return
+    runner = Runner(model)
+    n = len(source.labels)
+    generator = torch.Generator().manual_seed(seed_of("BatchNorm images", seed))
+    numbers = torch.randperm(n, generator=generator, device="cpu")[:NORM_IMAGES].tolist()
+    batches = [[numbers[i] for i in cut] for cut in chunks(len(numbers), batch_size)]
+    # One image has no variance.
+    batches = [batch for batch in batches if len(batch) > 1] or [numbers]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over batches
+        norm.train()
+    try:
+        with torch.no_grad():
+            for inputs in runner.draw(source, batches):
+                with network_errors(inputs):  # a runner would put back what its passes change
+                    model(*inputs)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
+
+def cascading_randomisation(
+    model: nn.Module,
+    data: Data,
+    *,
+    seed: int = 0,
+    stages: int | None = None,
+    batch_size: int = 64,
+) -> Iterator[tuple[str, nn.Module]]:
+    """Copies of the network, random from the output down to one layer after the other.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        data: Images, for the order in which layers run and for BatchNorms' statistics.
+        seed: Of the draws; a layer is the same in all copies that have it redrawn, and in
+            ``random_weights(model, seed, data=data)``, which the last copy equals.
+        stages: Number of copies, evenly spaced over the layers with parameters; None: one for
+            each.
+        batch_size: Images in a forward pass, at most.
+
+    Yields:
+        The name of the layer that is reached, and the copy with that layer and all that run after
+        it drawn anew.
+
+    Raises:
+        ValueError: If the network is in train mode or has no parameters, or ``stages`` is no
+            whole number from 1 on.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)).eval()
+        >>> data = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
+        >>> [name for name, _ in cascading_randomisation(net, data)]
+        ['1', '0']
+    """
+    if stages is not None and (
+        isinstance(stages, bool) or not isinstance(stages, int) or stages < 1
+    ):
+        raise ValueError(f"stages must be a whole number from 1 on, not {stages!r}.")
+    check_eval(model)
+    check_batch_size(batch_size)
+    source = as_source(data)
+    names = _output_first(unwrap(model), source)
+    if not names:
+        raise ValueError("the network has no parameters that could be drawn anew.")
+    n_stages = len(names) if stages is None else min(stages, len(names))
+    ends = [round((i + 1) * len(names) / n_stages) for i in range(n_stages)]
+
+    def copies() -> Iterator[tuple[str, nn.Module]]:
+        for end in ends:
+            chosen = names[:end]
+            yield (
+                names[end - 1],
+                random_weights(model, seed, data=data, layers=chosen, batch_size=batch_size),
+            )
+
+    return copies()
+
+
+def _output_first(model: nn.Module, source: Source) -> list[str]:
+    """Names of the modules with parameters of their own, in the reverse order of their run."""
+    probe = copy.deepcopy(model)
+    finished: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            finished.setdefault(name, len(finished))
+
+        return hook
+
+    for name, module in probe.named_modules():
+        module.register_forward_hook(watch(name))
+    runner = Runner(probe)
+    with torch.no_grad():
+        for inputs in runner.draw(source, [[0]]):
+            runner(inputs)
+
+    def when(name: str) -> int:
+        # A module whose parameters are used without calling it runs with the one around it.
+        while name and name not in finished:
+            name = name.rpartition(".")[0]
+        return finished.get(name, -1)
+
+    named = [
+        name
+        for name, module in probe.named_modules()
+        if any(True for _ in module.parameters(recurse=False)) or isinstance(module, _BatchNorm)
+    ]
+    return sorted(reversed(named), key=when, reverse=True)
+
+
+class _Relabelled(Dataset[Any]):
+    """Some of a dataset's images, with other labels."""
+
+    def __init__(self, dataset: Dataset[Any], numbers: Sequence[int], labels: Tensor) -> None:
+        self.dataset, self.numbers, self.targets = dataset, list(numbers), labels
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        return self.dataset[self.numbers[i]][0], int(self.targets[i])
+
+
+def chosen(data: Data, source: Source, rows: Tensor, labels: Tensor) -> Data:
+    """Some of the images with new labels, as the same kind of data."""
+    if isinstance(source, TensorSource):
+        inputs = tuple(item[rows.to(item.device)] for item in source.inputs)
+        return (inputs if len(inputs) > 1 else inputs[0]), labels
+    if not isinstance(source, DatasetSource):
+        raise TypeError(f"images of a {type(source).__name__} cannot be chosen from.")
+    numbers = [source.numbers[i] for i in rows.tolist()]
+    dataset: Dataset[Any] = _Relabelled(source.dataset, numbers, labels)
+    if isinstance(source.dataset, TensorDataset):  # whose images never change
+        dataset = TensorDataset(*(t[numbers] for t in source.dataset.tensors[:-1]), labels)
+    if isinstance(data, DataLoader):
+        return DataLoader(
+            dataset,
+            batch_size=data.batch_size or 1,
+            **loading(data),
+        )
+    return dataset
+
+
+def shuffled_labels(data: Data, seed: int = 0) -> Data:
+    """The same images with their labels dealt out anew; each class keeps its number of images.
+
+    Args:
+        data: ``(inputs, labels)`` tensors, a Dataset of (input, label) or a DataLoader.
+        seed: Another deal for each seed.
+
+    Returns:
+        The same kind of data; a loader without shuffling, as learning and evaluation choose their
+        images themselves.
+
+    Raises:
+        TypeError: If data is something else.
+
+    Example:
+        >>> images, labels = torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])
+        >>> _, dealt = shuffled_labels((images, labels), seed=1)
+        >>> dealt.sort().values.tolist()
+        [0, 0, 1, 1]
+    """
+    source = as_source(data)
+    n = len(source.labels)
+    generator = torch.Generator().manual_seed(seed_of("shuffled labels", seed))
+    dealt = source.labels[torch.randperm(n, generator=generator, device="cpu")]
+    return chosen(data, source, torch.arange(n, device="cpu"), dealt)

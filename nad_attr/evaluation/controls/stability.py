@@ -1,0 +1,212 @@
+"""Is the same sub-architecture found again, with other seeds and other images?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nad_attr._display import html_text
+from nad_attr.data.labels import Task
+from nad_attr.data.sources import Data, as_source
+from nad_attr.evaluation.controls.randomisation import chosen
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.system.rng import seed_of
+from nad_attr.system.safe_text import shown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Learn", "Stability", "stability"]
+
+FloatArray: TypeAlias = "NDArray[np.float64]"
+#: Finds a network's sub-architectures: called with network, data and seed.
+Learn: TypeAlias = "Callable[[nn.Module, Data, int], TaskGates | Sequence[SubArchitecture]]"
+
+
+def _per_class(labels: Tensor, seed: int) -> list[Tensor]:
+    """The numbers of each class's images in random order."""
+    generator = torch.Generator().manual_seed(seed_of("images per class", seed))
+    order = torch.randperm(len(labels), generator=generator, device="cpu")
+    return [order[labels[order] == k] for k in labels.unique().tolist()]
+
+
+def architectures_of(found: TaskGates | Sequence[SubArchitecture]) -> list[SubArchitecture]:
+    archs = found.sub_architectures() if isinstance(found, TaskGates) else found
+    if not isinstance(archs, Sequence) or not all(isinstance(a, SubArchitecture) for a in archs):
+        raise TypeError(
+            "learn must return TaskGates or a sequence of SubArchitecture, not "
+            f"{type(found).__name__}."
+        )
+    if not archs or any(arch.task is None for arch in archs):
+        raise ValueError("learn must return at least one sub-architecture, each with its task.")
+    return list(archs)
+
+
+def tasks_named(archs: Sequence[SubArchitecture]) -> tuple[Task, ...]:
+    return tuple(arch.task for arch in archs if arch.task is not None)
+
+
+def _kappas(a: Sequence[SubArchitecture], b: Sequence[SubArchitecture]) -> list[float]:
+    """For each task, the mean over sites of the overlap corrected for chance."""
+    if tasks_named(a) != tasks_named(b):
+        raise ValueError(
+            f"learn returned the tasks {tasks_named(a)} once and {tasks_named(b)} another time; "
+            "name the tasks in it."
+        )
+    overlaps = [x.overlaps(y, chance_corrected=True) for x, y in zip(a, b, strict=True)]
+    return [sum(overlap.values()) / len(overlap) for overlap in overlaps]
+
+
+@dataclass(frozen=True, eq=False)
+class Stability:
+    """Overlaps of what was found again: mean over sites of kappa (:func:`nad_attr.kappa`).
+
+    1 means the same channels, 0 what random channels of these sizes share.
+
+    Attributes:
+        tasks: T tasks.
+        seeds: float64 (pairs of seeds, T), learned on the same images.
+        halves: float64 (seeds, T), learned on disjoint halves of each class's images.
+        images: ``{images per class: float64 (T,)}``, learned on so many, against all images.
+    """
+
+    tasks: tuple[Task, ...]
+    seeds: FloatArray
+    halves: FloatArray
+    images: Mapping[int, FloatArray]
+
+    def _rows(self) -> list[tuple[str, FloatArray]]:
+        rows = [("seeds", self.seeds), ("halves of the images", self.halves)]
+        rows += [(f"{n} images per class", kappa[None]) for n, kappa in self.images.items()]
+        return [(name, kappa) for name, kappa in rows if kappa.size]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per comparison and task, for pandas.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        rows = [
+            {"comparison": name, "draw": i, "task": task, "kappa": kappa[i, t]}
+            for name, kappa in self._rows()
+            for i in range(len(kappa))
+            for t, task in enumerate(self.tasks)
+        ]
+        return pandas_for("Stability").DataFrame(rows)
+
+    def summary(self) -> str:
+        """Mean kappa of each comparison, as plain text."""
+        lines = [f"  {name:<24} {kappa.mean():6.3f}" for name, kappa in self._rows()]
+        return "\n".join(["kappa between sub-architectures of the same task", *map(shown, lines)])
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(self.summary())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as lists and numbers."""
+        return {
+            "tasks": listed(self.tasks),
+            "means": {name: float(kappa.mean()) for name, kappa in self._rows()},
+            "seeds": self.seeds.tolist(),
+            "halves": self.halves.tolist(),
+            "images": {str(n): kappa.tolist() for n, kappa in self.images.items()},
+        }
+
+
+def stability(
+    model: nn.Module,
+    learn: Learn,
+    data: Data,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    halves: bool = True,
+    images_per_class: Sequence[int] = (),
+) -> Stability:
+    """How much of a sub-architecture is found again: other seeds, other images, fewer images.
+
+    Args:
+        model: The network, in eval mode; unchanged by anything but ``learn``.
+        learn: Called as ``learn(model, data, seed)``; returns task gates or sub-architectures,
+            of the same tasks each time.
+        data: Images to learn on.
+        seeds: Seeds to learn with; each pair is compared.
+        halves: Learn also on disjoint halves of each class's images, cut anew for each seed.
+        images_per_class: Learn also on so many images of each class, with the first seed.
+
+    Returns:
+        The overlaps.
+
+    Raises:
+        TypeError: If ``learn`` returns something else.
+        ValueError: If there is no seed, one is there twice, a class has not enough images, or
+            ``learn`` returns other tasks another time.
+
+    Example:
+        >>> from nad_attr import Recipe, learn_gates
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+        >>> x = torch.linspace(-1, 1, 80).view(20, 4)
+        >>> def learn(model, data, seed):
+        ...     return learn_gates(model, data, recipe=Recipe(size=0.5, steps=10), seed=seed)
+        >>> result = stability(net, learn, (x, (x[:, 0] > 0).long()), seeds=(0, 1))
+        >>> result.seeds.shape, result.halves.shape
+        ((1, 2), (2, 2))
+    """
+    seeds = [int(seed) for seed in seeds]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different whole numbers, at least one, not {seeds}.")
+    source = as_source(data)
+    least = int(source.labels.bincount()[source.labels.unique()].min())
+    for n in images_per_class:
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= least:
+            raise ValueError(
+                f"images_per_class: {n!r} is not among 1 to {least}, the images of the smallest "
+                "class."
+            )
+    if halves and least < 2:
+        raise ValueError("a class with one image has no halves; give halves=False.")
+
+    def some(rows: Tensor) -> Data:
+        return chosen(data, source, rows, source.labels[rows])
+
+    found = [architectures_of(learn(model, data, seed)) for seed in seeds]
+    tasks = tasks_named(found[0])
+    between = [_kappas(a, b) for i, a in enumerate(found) for b in found[:i]]
+    split = []
+    for seed in seeds if halves else []:
+        classes = _per_class(source.labels, seed)
+        first = torch.cat([numbers[: len(numbers) // 2] for numbers in classes])
+        second = torch.cat([numbers[len(numbers) // 2 :] for numbers in classes])
+        parts = [architectures_of(learn(model, some(part), seed)) for part in (first, second)]
+        split.append(_kappas(*parts))
+    fewer = {}
+    for n in images_per_class:
+        few = torch.cat([numbers[:n] for numbers in _per_class(source.labels, seeds[0])])
+        fewer[n] = np.array(_kappas(architectures_of(learn(model, some(few), seeds[0])), found[0]))
+    return Stability(
+        tasks,
+        np.array(between).reshape(-1, len(tasks)),
+        np.array(split).reshape(-1, len(tasks)),
+        fewer,
+    )
+
+
+def pandas_for(what: str) -> Any:
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError(
+            f"{what}.frame() needs pandas (pip install pandas); summary() and to_dict() do without."
+        ) from error
+    return pd
+
+
+def listed(tasks: Sequence[Task]) -> list[Any]:
+    return [list(task) if isinstance(task, tuple) else task for task in tasks]

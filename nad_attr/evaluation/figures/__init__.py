@@ -1,0 +1,1 @@
+"""Figures of evaluations; they need matplotlib (the extra ``plot``)."""

@@ -1,0 +1,1 @@
+"""Where, how and why: mosaics, depth, errors and their explanation."""

@@ -1,0 +1,514 @@
+"""Keep and ablate curves: what the top channels do alone, and what is left without them.
+
+S(p) keeps the top share p of the channels, N(p) removes it. A ranking that puts what a task needs
+first has S high and N low from small p on: delta is the area between the two.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import nn
+
+from nad_attr._display import html_text
+from nad_attr.data.labels import Task
+from nad_attr.data.sources import Data
+from nad_attr.evaluation.ablation import Ablation
+from nad_attr.evaluation.sweeps.grid import OF_OTHERS, check_measure, fitted, measure_grid
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.scoring.rankings import SIZES, Ranking, Ranks, as_ranking, check_sizes
+from nad_attr.sites.site import GateSite
+from nad_attr.stats.tables import intervals, nan_mean, number, pandas, plain, table
+from nad_attr.system.files import write_text
+from nad_attr.system.safe_text import shown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["Curves", "area_under", "completeness", "curves", "faithfulness"]
+
+FloatArray: TypeAlias = "NDArray[np.float64]"
+
+#: What :meth:`Curves.values` knows: two measured curves, and the same two on a common scale.
+KINDS = ("keep", "ablate", "faithfulness", "completeness")
+
+#: A measure that differs by less between the whole and the empty network is the same for both.
+MIN_DIFFERENCE = 1e-9
+
+
+# -- Pure functions ----------------------------------------------------------------------------
+
+
+def area_under(sizes: ArrayLike, values: ArrayLike) -> FloatArray:
+    """Area under a curve by the trapezoid rule, divided by the range of sizes: a mean height.
+
+    Args:
+        sizes: (S,), not falling.
+        values: (..., S).
+
+    Returns:
+        float64 (...); NaN where a value is.
+
+    Raises:
+        ValueError: If shapes do not fit, sizes fall, or span nothing.
+
+    Example:
+        >>> area_under([0.0, 0.5, 1.0], [0.0, 1.0, 1.0]).item()
+        0.75
+    """
+    x, y = np.asarray(sizes, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or y.ndim < 1 or y.shape[-1] != len(x):
+        raise ValueError(f"sizes of shape {x.shape} and values of shape {y.shape} do not fit.")
+    widths = np.diff(x)
+    if len(x) < 2 or not (widths >= 0).all() or x[-1] == x[0]:
+        raise ValueError(f"sizes must rise, from one to another, not {x.tolist()}.")
+    area = (widths * (y[..., 1:] + y[..., :-1]) / 2).sum(-1) / (x[-1] - x[0])
+    return np.asarray(area)
+
+
+def faithfulness(values: ArrayLike, empty: ArrayLike, full: ArrayLike) -> FloatArray:
+    """Normalised faithfulness ``F = (M(g) - M(empty)) / (M(full) - M(empty))``.
+
+    0: no better than a network with all channels closed; 1: as good as the whole network. Works as
+    well for measures where less is better.
+
+    Args:
+        values: M of the sub-architectures.
+        empty: M with all channels closed; broadcasts.
+        full: M of the whole network; broadcasts.
+
+    Returns:
+        float64, of the broadcast shape; NaN where the whole network is as good as the empty one
+        (to 1e-9), so that there is nothing to keep.
+
+    Example:
+        >>> faithfulness([0.9, 0.5], 0.5, 1.0).tolist()
+        [0.8, 0.0]
+    """
+    value, low, high = np.broadcast_arrays(
+        *(np.asarray(v, dtype=np.float64) for v in (values, empty, full))
+    )
+    scale = high - low
+    known = ~(np.abs(scale) <= MIN_DIFFERENCE)
+    return np.where(known, (value - low) / np.where(known, scale, 1.0), np.nan)
+
+
+def completeness(complement: ArrayLike, empty: ArrayLike, full: ArrayLike) -> FloatArray:
+    """Completeness ``1 - F(complement)``: 1 if nothing of the task is left without the channels.
+
+    Args:
+        complement: M of what is left when the sub-architecture's channels are removed.
+        empty: M with all channels closed; broadcasts.
+        full: M of the whole network; broadcasts.
+
+    Returns:
+        float64, of the broadcast shape; NaN as in :func:`faithfulness`.
+
+    Example:
+        >>> completeness([0.5, 0.9], 0.5, 1.0).round(6).tolist()
+        [1.0, 0.2]
+    """
+    return np.asarray(1 - faithfulness(complement, empty, full))
+
+
+# -- The result --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curves:
+    """Keep and ablate curves of T tasks at S sizes, for every measure.
+
+    Made by :func:`curves`. Each method below takes ``metric``, one of the measures; None: the one
+    that was asked for.
+
+    Attributes:
+        tasks: T class indices or groups of them.
+        task_names: T names.
+        n_images: Images that were measured.
+        metric: The measure that is shown where none is named.
+        sizes: (S,), share of the channels that is really kept, or removed: budgets are whole
+            channels, at least one.
+        requested: S sizes as asked for.
+        per_site: The share is kept (removed) at each site, not of all channels together.
+        ablation: What stands in place of closed channels.
+        keep: ``{measure: (T, S)}``, the top channels alone.
+        ablate: ``{measure: (T, S)}``, the network without them.
+        empty: ``{measure: (T,)}``, all channels closed.
+        full: ``{measure: (T,)}``, the whole network.
+    """
+
+    tasks: tuple[Task, ...]
+    task_names: tuple[str, ...]
+    n_images: int
+    metric: str
+    sizes: FloatArray
+    requested: tuple[float, ...]
+    per_site: bool
+    ablation: str
+    keep: Mapping[str, FloatArray]
+    ablate: Mapping[str, FloatArray]
+    empty: Mapping[str, FloatArray]
+    full: Mapping[str, FloatArray]
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The measures that there are."""
+        return tuple(self.keep)
+
+    def _metric(self, metric: str | None) -> str:
+        return check_measure(self.metric if metric is None else metric, self.keep)
+
+    def values(self, kind: str = "keep", metric: str | None = None) -> FloatArray:
+        """One of the curves, (T, S).
+
+        Args:
+            kind: ``"keep"``: the measure of S(p); ``"ablate"``: of N(p); ``"faithfulness"``:
+                :func:`faithfulness` of S(p); ``"completeness"``: of S(p), whose complement is
+                N(p).
+            metric: One of ``measures``.
+
+        Raises:
+            ValueError: If there is no such curve or measure.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"no curve {kind!r}; there are {', '.join(KINDS)}.")
+        metric = self._metric(metric)
+        measured = (self.keep if kind in ("keep", "faithfulness") else self.ablate)[metric]
+        if kind in ("keep", "ablate"):
+            return measured.copy()
+        scaled = faithfulness if kind == "faithfulness" else completeness
+        return scaled(measured, self.empty[metric][:, None], self.full[metric][:, None])
+
+    def ends(self, kind: str = "keep", metric: str | None = None) -> tuple[FloatArray, FloatArray]:
+        """The curve's ends at size 0 and size 1, (T,) each: they need no measurement of their own.
+
+        Nothing kept is the empty network, nothing removed the whole one.
+        """
+        metric = self._metric(metric)
+        self.values(kind, metric)
+        low, high = self.empty[metric], self.full[metric]
+        if kind == "keep":
+            return low.copy(), high.copy()
+        if kind == "ablate":
+            return high.copy(), low.copy()
+        return faithfulness(low, low, high), faithfulness(high, low, high)
+
+    def area(self, kind: str = "keep", metric: str | None = None) -> FloatArray:
+        """Area under a curve from size 0 to size 1 (:func:`area_under`), (T,).
+
+        Raises:
+            ValueError: If there is no such curve or measure.
+        """
+        first, last = self.ends(kind, metric)
+        values = np.concatenate([first[:, None], self.values(kind, metric), last[:, None]], axis=1)
+        return area_under(np.concatenate([[0.0], self.sizes, [1.0]]), values)
+
+    def delta(self, metric: str | None = None) -> FloatArray:
+        """Area under S minus area under N, (T,).
+
+        For measures in [0, 1] it lies in [-1, 1]. About 0 for a random order, and the higher the
+        better for measures where more is better.
+
+        Raises:
+            ValueError: If there is no such measure.
+        """
+        return np.asarray(self.area("keep", metric) - self.area("ablate", metric))
+
+    def mean(self, kind: str = "keep", metric: str | None = None) -> FloatArray:
+        """Mean curve over the tasks for which it is known, (S,)."""
+        return nan_mean(self.values(kind, metric))
+
+    def interval(
+        self,
+        kind: str = "keep",
+        metric: str | None = None,
+        *,
+        level: float = 0.95,
+        n_draws: int = 2000,
+        seed: int = 0,
+    ) -> tuple[FloatArray, FloatArray]:
+        """Bootstrap interval of the mean curve over tasks, (S,) each; NaN with less than two.
+
+        Args:
+            kind: See :meth:`values`.
+            metric: One of ``measures``.
+            level: Coverage, at each size by itself.
+            n_draws: Times that T tasks are drawn with replacement.
+            seed: Of the draws; the global random state is not used.
+
+        Raises:
+            ValueError: If an argument makes no sense.
+        """
+        return intervals(self.values(kind, metric), level, n_draws, seed)
+
+    def delta_interval(
+        self,
+        metric: str | None = None,
+        *,
+        level: float = 0.95,
+        n_draws: int = 2000,
+        seed: int = 0,
+    ) -> tuple[float, float]:
+        """Bootstrap interval of the mean :meth:`delta` over tasks; see :meth:`interval`."""
+        low, high = intervals(self.delta(metric), level, n_draws, seed)
+        return float(low), float(high)
+
+    def frame(self) -> pd.DataFrame:
+        """One row per task, size and curve, one column per measure, for pandas.
+
+        Columns ``task``, ``name``, ``curve`` ("keep" or "ablate"), ``size`` and the measures.
+        Sizes 0 and 1, the empty and the whole network, are among the rows.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        pd = pandas("Curves.frame()")
+        n_tasks, n_sizes = len(self.tasks), len(self.sizes) + 2
+        parts = []
+        for kind in ("keep", "ablate"):
+            columns: dict[str, Any] = {
+                "task": [task for task in self.tasks for _ in range(n_sizes)],
+                "name": np.repeat(self.task_names, n_sizes),
+                "curve": kind,
+                "size": np.tile(np.concatenate([[0.0], self.sizes, [1.0]]), n_tasks),
+            }
+            for metric in self.measures:
+                first, last = self.ends(kind, metric)
+                inner = self.values(kind, metric)
+                columns[metric] = np.concatenate(
+                    [first[:, None], inner, last[:, None]], axis=1
+                ).ravel()
+            parts.append(pd.DataFrame(columns))
+        return pd.concat(parts, ignore_index=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
+        return {
+            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
+            "task_names": list(self.task_names),
+            "n_images": self.n_images,
+            "metric": self.metric,
+            "sizes": self.sizes.tolist(),
+            "requested": list(self.requested),
+            "per_site": self.per_site,
+            "ablation": self.ablation,
+            "delta": {
+                metric: {
+                    "mean": plain(float(nan_mean(self.delta(metric)))),
+                    "interval_95": plain(list(self.delta_interval(metric))),
+                    "tasks": plain(self.delta(metric).tolist()),
+                }
+                for metric in self.measures
+            },
+            "curves": {
+                metric: {kind: plain(self.values(kind, metric).tolist()) for kind in KINDS}
+                for metric in self.measures
+            },
+            "empty": {metric: plain(self.empty[metric].tolist()) for metric in self.measures},
+            "full": {metric: plain(self.full[metric].tolist()) for metric in self.measures},
+        }
+
+    def save_json(self, path: str | PathLike[str]) -> None:
+        """Write :meth:`to_dict` to a JSON file.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        write_text(path, text + "\n")
+
+    def summary(self, metric: str | None = None) -> str:
+        """A table as plain text: the mean curves with their 95 % intervals, and delta."""
+        metric = self._metric(metric)
+        rows = [["size", *(f"{kind} (95 %)" for kind in ("keep", "ablate")), "faithf.", "compl."]]
+        means = {kind: self.mean(kind, metric) for kind in KINDS}
+        ends = {kind: self.interval(kind, metric) for kind in ("keep", "ablate")}
+        rows.append(["0", *self._end_cells(metric, 0)])
+        for i, size in enumerate(self.sizes):
+            cells = [
+                f"{number(means[kind][i])} ({number(ends[kind][0][i])} to "
+                f"{number(ends[kind][1][i])})"
+                for kind in ("keep", "ablate")
+            ]
+            shares = [number(means[kind][i]) for kind in ("faithfulness", "completeness")]
+            rows.append([f"{size:.3g}", *cells, *shares])
+        rows.append(["1", *self._end_cells(metric, 1)])
+        low, high = self.delta_interval(metric)
+        how = "at each site" if self.per_site else "of all channels"
+        title = (
+            f"{metric} of {len(self.tasks)} task(s) on {self.n_images} images, top share {how}, "
+            f"closed channels: {self.ablation}"
+        )
+        delta = number(float(nan_mean(self.delta(metric))))
+        foot = f"delta {delta} ({number(low)} to {number(high)})"
+        return "\n".join(map(shown, [title, *table(rows), foot]))
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(self.summary())
+
+    def _end_cells(self, metric: str, end: int) -> list[str]:
+        return [number(float(nan_mean(self.ends(kind, metric)[end]))) for kind in KINDS]
+
+    def plot(self, metric: str | None = None, *, log: bool = False, axes: Any = None) -> Figure:
+        """Both curves in one panel, delta as the area between them; see :func:`plot_curves`.
+
+        Args:
+            metric: One of ``measures``.
+            log: Draw sizes on a logarithmic axis.
+            axes: One matplotlib Axes to draw into; None: a new figure.
+
+        Returns:
+            A matplotlib figure, not shown.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+            ValueError: If there is no such measure, or the axes are not one.
+        """
+        from nad_attr.evaluation.figures.curves import plot_one
+
+        return plot_one(self, self._metric(metric), log=log, axes=axes)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{size:.3g}" for size in self.sizes)
+        delta = number(float(nan_mean(self.delta())))
+        return f"Curves({len(self.tasks)} tasks, sizes {sizes}; {self.metric}: delta {delta})"
+
+
+def closed_at(ablation: Ablation | None, ranking: Ranking) -> str:
+    """What stands in place of closed channels, in a word."""
+    if ablation is not None:
+        return ablation.kind
+    return "mean" if ranking.closes_at_means else "zero"
+
+
+# -- Measuring ---------------------------------------------------------------------------------
+
+
+def curves(
+    model: nn.Module,
+    scores_or_gates: Ranks,
+    data: Data,
+    *,
+    sites: Sequence[GateSite] | None = None,
+    tasks: Sequence[Task] | None = None,
+    task_names: Sequence[str] | None = None,
+    sizes: Sequence[float] = SIZES,
+    metric: str = "own_auc",
+    per_site: bool = False,
+    ablation: Ablation | str | None = None,
+    train_data: Data | None = None,
+    others: bool = True,
+    memory: float = 0.25,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    amp: bool | torch.dtype | None = None,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+    show_progress: bool = False,
+) -> Curves:
+    """Keep the top channels of a ranking, and remove them, at several sizes.
+
+    All sizes of all tasks, the empty network and the whole one are measured on the same images, in
+    as few passes over them as ``memory`` allows.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        scores_or_gates: Task gates, ``{size: task gates}`` where each size was learned by itself,
+            ``{size: variant}`` of :func:`nad_attr.evaluation.best_variants`, or the scores of any
+            method, ``{site name: (T, C)}``, higher = more important. Equal scores are taken in
+            site and channel order.
+        data: Images that the ranking was not made on: ``(inputs, labels)`` tensors, a Dataset of
+            (input, label) or a DataLoader.
+        sites: Gate sites in forward order; task gates bring theirs.
+        tasks: The T tasks, in the order of the scores' rows; of gates: those wanted (None: all).
+        task_names: T names, for display.
+        sizes: Shares of the channels, in (0, 1].
+        metric: The measure that is shown where none is named; all are measured.
+        per_site: Keep (remove) this share at each site, rather than of all channels together.
+        ablation: What stands in place of closed channels: one of
+            :func:`nad_attr.evaluation.fit_ablation`, or the name of a kind (``"zero"``, ``"mean"``,
+            ``"other_mean"``, ``"resample"``, ``"noise"``), fitted to ``train_data``. None: what
+            the gates were learned with, zero for scores.
+        train_data: Images to fit a named ablation to, other than ``data``.
+        others: Measure the outputs of the other tasks as well: other AUC and disentanglement.
+            Without, T times fewer answers have to be kept.
+        memory: GiB of answers that are kept at once, at most; at least one sub-architecture's.
+            Less means more passes over the data, and the same result.
+        batch_size: Images in a forward pass, at most.
+        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
+        amp: Mixed precision: a dtype for autocast, True for bfloat16.
+        forward_func: Called with the inputs in place of the network; has to run the network.
+            Returns (B, K), one output per class.
+        additional_forward_args: Further arguments of every call, the same for all images.
+        show_progress: Show a bar of the images done (tqdm).
+
+    Returns:
+        The curves. A task without own images in the data gets NaN and a warning.
+
+    Raises:
+        GatingError: If a site does not fire, fires twice or has another shape.
+        SiteError: If the network has no such site.
+        TypeError: If an argument is of a wrong kind.
+        ValueError: If the network is in train mode, scores, sites, tasks and sizes do not fit, or
+            labels or tasks are no class of the network.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
+        >>> data = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), [0, 0, 1, 1]
+        >>> result = curves(net, {"0": torch.eye(2)}, data, sites=[GateSite("0", 2, 1)],
+        ...                 tasks=[0, 1], sizes=[0.5])
+        >>> result.values("keep").T, result.values("ablate").T
+        (array([[1., 1.]]), array([[0.5, 0.5]]))
+        >>> result.delta()  # S is 1/2, 1, 1 and N is 1, 1/2, 1/2 at 0, 1/2 and 1
+        array([0.25, 0.25])
+    """
+    shares = check_sizes(sizes)
+    if check_measure(metric) in OF_OTHERS and not others:
+        raise ValueError(f"metric {metric!r} needs others=True.")
+    ranking = as_ranking(scores_or_gates, sites=sites, tasks=tasks, task_names=task_names)
+    if lacking := ranking.missing(shares):
+        raise ValueError(lacking)
+    run: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "forward_func": forward_func,
+        "additional_forward_args": additional_forward_args,
+    }
+    prepared = fitted(ablation, model, ranking.sites, ranking.tasks, train_data, **run)
+    kept = [ranking.sub_architectures(share, per_site=per_site) for share in shares]
+    groups: list[list[SubArchitecture]] = [[arch & ~arch for arch in kept[0]]]
+    groups += [group for archs in kept for group in (archs, [~arch for arch in archs])]
+    grid = measure_grid(
+        model,
+        groups,
+        data,
+        ablation=prepared,
+        others=others,
+        memory=memory,
+        amp=amp,
+        show_progress=show_progress,
+        **run,
+    )
+    return Curves(
+        tasks=ranking.tasks,
+        task_names=ranking.task_names,
+        n_images=grid.n_images,
+        metric=metric,
+        sizes=np.array([archs[0].size for archs in kept]),
+        requested=shares,
+        per_site=per_site,
+        ablation=closed_at(prepared, ranking),
+        keep={name: values[1::2].T.copy() for name, values in grid.values.items()},
+        ablate={name: values[2::2].T.copy() for name, values in grid.values.items()},
+        empty={name: values[0].copy() for name, values in grid.values.items()},
+        full=grid.whole,
+    )

@@ -1,0 +1,306 @@
+"""Measure many groups of sub-architectures on the same images, a block of them at a time."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nad_attr.data.labels import Task, own_images
+from nad_attr.data.sources import Data, as_source
+from nad_attr.evaluation.ablation import ABLATIONS, Ablation, as_ablation, fit_ablation
+from nad_attr.evaluation.measures import auc, constant_up_to_rounding, fidelity, share_of
+from nad_attr.evaluation.responses import Responses, answers, as_architectures, progress_bar
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.running.forward import Runner, amp_dtype, check_batch_size, chunks
+from nad_attr.sites.site import GateSite
+
+__all__ = ["GRID_MEASURES", "Grid", "fitted", "measure_grid"]
+
+FloatArray: TypeAlias = "NDArray[np.float64]"
+
+#: What is measured at every size, as in :class:`nad_attr.evaluation.Evaluation`.
+GRID_MEASURES = (
+    "own_auc",
+    "other_auc",
+    "disentanglement",
+    "fidelity",
+    "rank_fidelity",
+    "margin_auc",
+    "recall",
+    "fpr",
+    "ba",
+    "other_accuracy",
+)
+
+#: Those that need the outputs of the other tasks as well.
+OF_OTHERS = ("other_auc", "disentanglement")
+
+
+def check_measure(name: Any, known: Collection[str] = GRID_MEASURES) -> str:
+    """A measure's name.
+
+    Raises:
+        ValueError: If there is no such measure.
+    """
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"no measure {name!r}; there are {', '.join(known)}.")
+    return name
+
+
+def fitted(
+    ablation: Ablation | str | None,
+    model: nn.Module,
+    sites: Sequence[GateSite],
+    tasks: Sequence[Task],
+    train_data: Data | None,
+    **run: Any,
+) -> Ablation | None:
+    """The ablation value that an argument stands for, fitted to training images if it has to be.
+
+    Raises:
+        ValueError: If there is no such kind, or images are needed and not given.
+    """
+    if not isinstance(ablation, str) or ablation == "zero" or ablation not in ABLATIONS:
+        return as_ablation(ablation)
+    if train_data is None:
+        raise ValueError(
+            f"ablation {ablation!r} needs train_data=, images to fit it to, other than those that "
+            "are measured; or pass what fit_ablation(model, sites, data, ...) returns."
+        )
+    return fit_ablation(model, sites, train_data, ablation, tasks=tasks, **run)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Measures of G groups of T sub-architectures, and of the whole network.
+
+    Attributes:
+        values: ``{measure: (G, T)}``.
+        whole: ``{measure: (T,)}``.
+        n_images: Images that were measured.
+    """
+
+    values: Mapping[str, FloatArray]
+    whole: Mapping[str, FloatArray]
+    n_images: int
+
+
+def _array(values: Tensor) -> FloatArray:
+    return np.asarray(values.double().cpu().numpy())
+
+
+def _measured(
+    outputs: Tensor,
+    explained: Tensor,
+    margins: Tensor,
+    calls: Tensor,
+    own: Tensor,
+    columns: Sequence[int],
+    responses: Responses,
+) -> dict[str, FloatArray]:
+    """All measures of R rows.
+
+    Args:
+        outputs: (R, N, J) task outputs; with J = 0, measures of other tasks are left out.
+        explained: (R, N), each row's own task output.
+        margins: (R, N).
+        calls: int (R, N), classes that are called.
+        own: bool (J, N), the tasks' own images.
+        columns: R numbers, each row's task among the J.
+        responses: Labels and whole network, to which fidelity and rounding refer.
+    """
+    at = list(columns)
+    labels, clean = responses.labels, responses.whole.T
+    mine, whole = own[at], clean[at]
+    level = constant_up_to_rounding(explained, whole)
+    clean_margin = responses.whole_margin.T[at]
+    # With no other class at all the margin is infinite for every image, and says nothing.
+    margin_known = torch.isfinite(margins).any(-1)
+    members = [t if isinstance(t, tuple) else (t,) for t in (responses.columns[c] for c in at)]
+    called = torch.stack(
+        [torch.isin(call, call.new_tensor(m)) for call, m in zip(calls, members, strict=True)]
+    )
+    recall, fpr = share_of(called, mine), share_of(called, ~mine)
+    result = {
+        "own_auc": _array(auc(level, mine)),
+        "fidelity": _array(fidelity(whole, level, mine)),
+        "rank_fidelity": _array(fidelity(whole, level, mine, ranks=True)),
+        "margin_auc": _array(
+            torch.where(
+                margin_known, auc(constant_up_to_rounding(margins, clean_margin), mine), torch.nan
+            )
+        ),
+        "recall": _array(recall),
+        "fpr": _array(fpr),
+        "ba": _array((recall + 1 - fpr) / 2),
+        "other_accuracy": _array(share_of(calls == labels, ~mine)),
+    }
+    if outputs.shape[-1]:
+        others = []
+        # One row at a time: the ranks of a whole (R, J, N) array would fill the memory.
+        for values, column in zip(outputs, at, strict=True):
+            row = _array(auc(constant_up_to_rounding(values.T, clean), own))
+            row[column] = np.nan
+            known = row[~np.isnan(row)]
+            others.append(known.mean() if len(known) else math.nan)
+        result["other_auc"] = np.array(others)
+        result["disentanglement"] = result["own_auc"] - result["other_auc"]
+    return {name: result[name] for name in GRID_MEASURES if name in result}
+
+
+def measure_grid(
+    model: nn.Module,
+    groups: Sequence[Sequence[SubArchitecture]],
+    data: Data,
+    *,
+    ablation: Ablation | str | None = None,
+    others: bool = True,
+    memory: float = 0.25,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    amp: bool | torch.dtype | None = None,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+    show_progress: bool = False,
+) -> Grid:
+    """The measures of :func:`nad_attr.evaluation.evaluate` for many groups at once.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        groups: G times T sub-architectures, all of the same sites and the same T tasks in the
+            same order.
+        data: As in :func:`nad_attr.evaluation.evaluate`.
+        ablation: As in :func:`nad_attr.evaluation.sweep`.
+        others: Measure the outputs of the other tasks as well.
+        memory: GiB of answers that are kept at once, at most; at least one sub-architecture's.
+        batch_size: Images in a forward pass, at most.
+        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
+        amp: As in :func:`nad_attr.evaluation.sweep`.
+        forward_func: Called with the inputs in place of the network; has to run the network.
+        additional_forward_args: Further arguments of every call, the same for all images.
+        show_progress: Show a bar of the images done, those of each block counted by themselves.
+
+    Returns:
+        The measures, a function of the sub-architectures and the images alone: not of ``memory``
+        or the other groups.
+
+    Raises:
+        GatingError: If a site does not fire, fires twice or has another shape.
+        SiteError: If the network has no such site.
+        TypeError: If an argument is of a wrong kind.
+        ValueError: If the network is in train mode, groups do not fit, no task has own images,
+            labels or tasks are no class of the network, or inputs or outputs hold NaN.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
+        >>> data = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
+        >>> keeps = [SubArchitecture.from_kept({"0": [0]}, [GateSite("0", 2, 1)], task=0)]
+        >>> measure_grid(net, [keeps, [~keeps[0]]], data).values["own_auc"].tolist()
+        [[1.0], [0.5]]
+    """
+    archs = as_architectures([arch for group in groups for arch in group], None)
+    tasks = tuple(_task(arch) for arch in groups[0])
+    if any(tuple(_task(arch) for arch in group) != tasks for group in groups):
+        raise ValueError("groups must be of the same tasks in the same order.")
+    chosen = as_ablation(ablation)
+    check_batch_size(batch_size)
+    dtype = amp_dtype(amp)
+    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory > 0:
+        raise ValueError(f"memory must be a number of GiB above 0, not {memory!r}.")
+    runner = Runner(
+        model,
+        device=device,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+    )
+    source = as_source(data)
+    own = own_images(source.labels, tasks)
+    _check_own(own, tasks, source.labels)
+
+    n = len(source.labels)
+    per_row = 4 * n * (len(tasks) if others else 1)
+    blocks = list(chunks(len(archs), max(1, int(memory * 2**30 / per_row))))
+    column_of = {task: j for j, task in enumerate(tasks)}
+    columns = [column_of[_task(arch)] for arch in archs]
+    parts: list[dict[str, FloatArray]] = []
+    whole: dict[str, FloatArray] = {}
+    responses: Responses | None = None
+    with progress_bar(len(archs), n * len(blocks), show_progress) as bar:
+        for block in blocks:
+            responses = answers(
+                runner,
+                archs[block[0] : block[-1] + 1],
+                source,
+                batch_size=batch_size,
+                ablation=chosen,
+                amp=dtype,
+                bar=bar,
+                columns=tasks,
+                whole=responses,
+                own_only=not others,
+            )
+            if not whole:
+                whole = _whole(responses, own, others)
+            at = columns[block[0] : block[-1] + 1]
+            gated = responses.gated
+            parts.append(
+                _measured(
+                    gated if others else gated[..., :0],
+                    gated[range(len(at)), :, at] if others else gated[..., 0],
+                    responses.gated_margin,
+                    responses.gated_class,
+                    own,
+                    at,
+                    responses,
+                )
+            )
+    values = {
+        name: np.concatenate([part[name] for part in parts]).reshape(len(groups), len(tasks))
+        for name in parts[0]
+    }
+    return Grid(values=values, whole=whole, n_images=n)
+
+
+def _task(arch: SubArchitecture) -> Task:
+    assert arch.task is not None  # as_architectures has refused those without
+    return arch.task
+
+
+def _check_own(own: Tensor, tasks: Sequence[Task], labels: Tensor) -> None:
+    has = own.any(-1).tolist()
+    if not any(has):
+        raise ValueError(
+            f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
+            f"{labels.unique().tolist()[:10]}."
+        )
+    missing = [task for task, known in zip(tasks, has, strict=True) if not known]
+    if missing:
+        warnings.warn(
+            f"data holds no image of task(s) {missing[:10]}: their measures are NaN.",
+            stacklevel=4,
+        )
+
+
+def _whole(responses: Responses, own: Tensor, others: bool) -> dict[str, FloatArray]:
+    """The same measures of the whole network, once for each task."""
+    clean = responses.whole.T
+    n_tasks = len(clean)
+    # One row for all tasks: the outputs are the same for each.
+    every = responses.whole[None].expand(n_tasks, -1, -1)
+    return _measured(
+        every if others else every[..., :0],
+        clean,
+        responses.whole_margin.T,
+        responses.whole_class.expand(n_tasks, -1),
+        own,
+        range(n_tasks),
+        responses,
+    )

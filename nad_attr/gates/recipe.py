@@ -1,0 +1,251 @@
+"""Recipes: how gates are learned, as plain values that can be stored and compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["PaperRecipe", "Recipe"]
+
+#: Weight of the size term for each (architecture, dataset) of the released code.
+_PAPER_BETA = {
+    ("vgg16", "imagenet"): 4.5,
+    ("vgg16", "places365"): 5.0,
+    ("resnet50", "imagenet"): 0.02,
+    ("resnet50", "places365"): 0.02,
+    ("densenet121", "imagenet"): 0.02,
+    ("densenet121", "places365"): 0.02,
+    ("darts", "imagenet"): 0.45,
+    ("darts", "places365"): 0.20,
+}
+
+
+def _check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not ok or not math.isfinite(value):  # type: ignore[arg-type]
+        limit = f"from {low:g}" + (f" to {high:g}" if high < math.inf else " on")
+        raise ValueError(f"recipe: {name} must be a number {limit}, not {value!r}.")
+
+
+def _check_count(name: str, value: object, low: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"recipe: {name} must be a whole number from {low} on, not {value!r}.")
+
+
+def _settable(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if field.init]
+
+
+def _check_ablation(value: object) -> None:
+    if value not in ("mean", "zero"):
+        raise ValueError(f"recipe: ablation must be 'mean' or 'zero', not {value!r}.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How gates are learned: the default recipe.
+
+    Keeps the task output, as a function of the image, on own and other images alike, with exactly
+    the number of channels asked for: it minimises the mean squared difference of the task output
+    between sub-architecture and whole network, over as many own as other images, those next to
+    the boundary between them first; part of what another scale and offset of the output would
+    mend is forgiven. So it cannot be met by always answering the class, nor by an output that
+    hardly changes. Channels are closed one by one, by a quadratic model of what closing does (see
+    :mod:`nad_attr.learning.selection`).
+
+    Attributes:
+        size: Kept channels / all channels over all sites, in (0, 1]; reached exactly.
+        ablation: What a closed channel is replaced by: its "mean" over data, or "zero".
+        steps: Steps per task.
+        images_per_step: Images per task and step, half of them own images. ``steps *
+            images_per_step`` images pass the gated network for each task.
+        removal: Share of the steps in which channels are closed; the rest exchanges some.
+        memory: How much images of earlier steps count, per step. 1: nothing is forgotten; runs
+            with other seeds then agree better, and memory grows with ``steps``. They agree best
+            with many images as well, and with care: ``images_per_step=200, memory=1.0,
+            trust=1.0, removal=0.9``.
+        trust: How much more a change of gates is charged for being a guess from gradients.
+        free_scale: How much is forgiven of a difference that is one of scale and offset alone, in
+            [0, 1], where that is all; the more of the task output's variance no scale can mend,
+            the more is forgiven (0.3 becomes 0.9). 0 asks for the task output's values, always
+            (highest fidelity), 1 for what rises and falls with it.
+        boundary: How much less images count that lie far from the class's boundary, in [0, 1]:
+            there own and other images are told apart. 0: all count the same (highest fidelity).
+
+    Raises:
+        ValueError: If a field has no sensible value.
+
+    Example:
+        >>> Recipe(size=0.3)
+        Recipe(size=0.3, ablation='mean', steps=100, images_per_step=20)
+    """
+
+    size: float = 0.5
+    ablation: Literal["mean", "zero"] = "mean"
+    steps: int = 100
+    images_per_step: int = 20
+    removal: float = field(default=0.6, repr=False)
+    memory: float = field(default=0.9, repr=False)
+    trust: float = field(default=0.3, repr=False)
+    free_scale: float = field(default=0.3, repr=False)
+    boundary: float = field(default=0.9, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        _check_number("size", self.size, 0, 1)
+        if self.size == 0:
+            raise ValueError("recipe: size must be above 0: something has to be kept.")
+        _check_ablation(self.ablation)
+        _check_count("steps", self.steps)
+        _check_count("images_per_step", self.images_per_step, 2)
+        _check_number("removal", self.removal, 0, 1)
+        _check_number("memory", self.memory, 0, 1)
+        _check_number("trust", self.trust, 0)
+        _check_number("free_scale", self.free_scale, 0, 1)
+        _check_number("boundary", self.boundary, 0, 1)
+
+    @staticmethod
+    def paper(
+        architecture: str | None = None, dataset: str = "imagenet", **overrides: Any
+    ) -> PaperRecipe:
+        """The released NAD recipe, exactly (DESIGN 2.1).
+
+        Args:
+            architecture: "vgg16", "resnet50", "densenet121" or "darts": the weight ``beta`` of
+                the size term that was used for it. Another network needs ``beta=``.
+            dataset: "imagenet" or "places365".
+            **overrides: Any field of :class:`PaperRecipe`.
+
+        Raises:
+            TypeError: If an override is no field of the paper's recipe.
+            ValueError: If the pair is not among the published ones and no ``beta`` is given, or a
+                field has no sensible value.
+
+        Example:
+            >>> Recipe.paper("vgg16").beta
+            4.5
+            >>> Recipe.paper(beta=0.5, epochs=2).epochs
+            2
+        """
+        rectified: tuple[str, ...] = ()
+        if architecture is not None:
+            key = (str(architecture).lower(), str(dataset).lower())
+            if key not in _PAPER_BETA:
+                known = ", ".join(f"{a} / {d}" for a, d in _PAPER_BETA)
+                raise ValueError(
+                    f"the paper has no recipe for {architecture} / {dataset}; it has {known}. "
+                    "For another network give beta=."
+                )
+            overrides.setdefault("beta", _PAPER_BETA[key])
+            if key[0] == "densenet121":
+                # Its last ReLU is a function call after the module `features`.
+                rectified = ("features",)
+        elif "beta" not in overrides:
+            raise ValueError(
+                "Recipe.paper() needs an architecture ('vgg16', 'resnet50', 'densenet121', "
+                "'darts') or the weight of the size term, beta=."
+            )
+        overrides.setdefault("rectified_sites", rectified)
+        return PaperRecipe(**overrides)
+
+    def to_json(self) -> str:
+        """All fields as JSON, with the kind of recipe."""
+        values = {name: getattr(self, name) for name in _settable(type(self))}
+        return json.dumps({"kind": type(self).__name__, **values})
+
+    @staticmethod
+    def from_json(text: str) -> Recipe:
+        """The recipe that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If it is no such text.
+
+        Example:
+            >>> Recipe.from_json(Recipe(size=0.3).to_json()) == Recipe(size=0.3)
+            True
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a recipe written by nad_attr: {error}.") from None
+        kinds: dict[str, type[Recipe]] = {"Recipe": Recipe, "PaperRecipe": PaperRecipe}
+        if not isinstance(fields, dict) or fields.get("kind") not in kinds:
+            raise ValueError("not a recipe written by nad_attr.")
+        kind = kinds[fields.pop("kind")]
+        known = _settable(kind)
+        if set(fields) - set(known):
+            raise ValueError(f"unknown recipe fields {sorted(set(fields) - set(known))}.")
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        if kind is Recipe:  # an earlier version's, for which all images counted the same
+            fields.setdefault("boundary", 0.0)
+        return kind(**fields)
+
+
+@dataclass(frozen=True)
+class PaperRecipe(Recipe):
+    """The released NAD recipe; make it with :meth:`Recipe.paper`.
+
+    Gates are sigmoids of logits drawn from N(0, 1), learned on own images alone: cross-entropy plus
+    squared difference of each site to the whole network, on images that the whole network gets
+    right, plus ``beta`` times the mean squared gate. Steps of constant length 0.1 per site. A
+    channel is kept iff its logit is positive, so the size is whatever ``beta`` makes of it.
+
+    High recall is easily had this way: see the documentation on false positives before using it
+    for anything but comparison.
+
+    Source: Hu et al., Architecture Disentanglement for Deep Neural Networks, ICCV 2021
+    (arXiv 2003.13268), released code.
+
+    Attributes:
+        beta: Weight of the size term.
+        epochs: Passes over the task's own images.
+        images_per_step: Own images in a step.
+        learning_rate: Length of the step that each site's logits take.
+        rectified_sites: Sites that are compared after a ReLU the network applies by a function.
+
+    Raises:
+        ValueError: If a field has no sensible value.
+
+    Example:
+        >>> Recipe.paper("resnet50", "places365").beta
+        0.02
+    """
+
+    size: float | None = None  # type: ignore[assignment]
+    ablation: Literal["mean", "zero"] = "zero"
+    images_per_step: int = 16
+    beta: float = 0.02
+    epochs: int = 20
+    learning_rate: float = 0.1
+    rectified_sites: tuple[str, ...] = ()
+    # Of the default recipe, and nothing that could be set here.
+    steps: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    removal: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    memory: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    trust: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    free_scale: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    boundary: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+
+    def _check(self) -> None:
+        if self.size is not None:
+            raise ValueError(
+                "the paper's recipe has no size to ask for, beta decides; cut its gates with "
+                "sub_architecture(task, size=...), or use Recipe(size=...)."
+            )
+        if self.ablation != "zero":
+            raise ValueError(
+                "the paper's closed channels are zero; give the finished sub-architecture another "
+                "ablation value with sub_architecture(task).with_means(means)."
+            )
+        _check_number("beta", self.beta, 0)
+        _check_number("learning_rate", self.learning_rate, 0)
+        _check_count("epochs", self.epochs)
+        names = self.rectified_sites
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"recipe: rectified_sites must be a tuple of names, not {names!r}.")
+        _check_count("images_per_step", self.images_per_step)

@@ -1,0 +1,552 @@
+"""Multiply gates into a network, and record what flows through it, by hooks that undo themselves.
+
+Everything here is a context manager. Only forward (pre-)hooks are used, never inserted modules: an
+inserted module breaks Captum's LRP and Zennit's BatchNorm merging. All products are out of place,
+because an in-place ReLU may write into the tensor that a hook has just seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nad_attr._checks import GatingError, as_tensor, check_mapping
+from nad_attr.data.labels import Task
+from nad_attr.gating.foreign_hooks import (
+    changes_weights,
+    gate_relevance,
+    move_behind_rewriters,
+    relevance_rules,
+)
+from nad_attr.gating.protocols import HasGates
+from nad_attr.sites.preserving import unchanged
+from nad_attr.sites.site import GateSite, SiteError, check_sites, is_compiled, resolve_name, unwrap
+from nad_attr.sites.tracing import no_attention_fast_path
+
+__all__ = ["check_eval", "frozen", "gated", "recorded", "site_modules"]
+
+
+#: What stands at a site in place of its tensor: ``(site, tensor) -> tensor or None to leave it``.
+SiteFunction = Callable[[GateSite, Tensor], "Tensor | None"]
+
+
+def site_modules(model: nn.Module, sites: Sequence[GateSite]) -> dict[str, nn.Module]:
+    """The module of each gate site.
+
+    Args:
+        model: The network; DataParallel and ``torch.compile`` wrappers are looked through.
+        sites: Gate sites of that network.
+
+    Returns:
+        ``{site name: module}`` in the order of ``sites``.
+
+    Raises:
+        SiteError: If a name is not a module of the network (close matches are named) or two
+            sites share a name.
+        TypeError: If the network is no module or the sites are no gate sites.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+        >>> site_modules(net, [GateSite("1", 4, 1)])
+        {'1': ReLU()}
+    """
+    check_sites(sites)
+    known = dict(unwrap(model).named_modules(remove_duplicate=False))
+    canonical = {id(module): name for name, module in unwrap(model).named_modules()}
+    modules: dict[str, nn.Module] = {}
+    for site in sites:
+        if site.name in modules:
+            raise SiteError(
+                f"gate site {site.name!r} is given twice; name each site once "
+                "(its input and its output cannot both be gated under one name)."
+            )
+        modules[site.name] = known[resolve_name(site.name, known, canonical)]
+    return modules
+
+
+def check_eval(model: nn.Module) -> None:
+    """Refuse a network in train mode: its output depends on the other images of the batch.
+
+    Raises:
+        ValueError: Names the first module in train mode.
+    """
+    for name, module in unwrap(model).named_modules():
+        if module.training:
+            where = f"module {name!r} ({type(module).__name__})" if name else "the network"
+            raise ValueError(
+                f"{where} is in train mode, where BatchNorm and Dropout make an image's output "
+                "depend on chance and on the rest of the batch; call model.eval() first."
+            )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Switch ``requires_grad`` off for all parameters, and back as it was afterwards.
+
+    Gates are the only thing that is learned, so no graph is built before the first gate and no
+    weight gradient is computed. What forward passes inside change on the network's modules is put
+    back too (:func:`nad_attr.sites.preserving.unchanged`).
+
+    Example:
+        >>> net = torch.nn.Linear(2, 1)
+        >>> with frozen(net):
+        ...     net.weight.requires_grad
+        False
+        >>> net.weight.requires_grad
+        True
+    """
+    thawed = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        with unchanged(model):
+            yield
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)
+
+
+def _eager(model: nn.Module) -> AbstractContextManager[object]:
+    """Let a compiled network run eagerly: compiled code ignores hooks added after compilation."""
+    if not any(map(is_compiled, model.modules())):
+        return nullcontext()
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None:  # torch < 2.6
+        raise GatingError(
+            "a network made by torch.compile ignores hooks; pass the original module "
+            "(compiled._orig_mod), or use torch >= 2.6."
+        )
+    stance: AbstractContextManager[object] = set_stance("force_eager")
+    return stance
+
+
+def _only_tensor(value: Any, site: GateSite, what: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise GatingError(
+            f"gate site {site.name!r} {what} a {type(value).__name__}, not one tensor; "
+            "gate a module inside or around it whose output is one tensor."
+        )
+    return value
+
+
+@contextmanager
+def installed(
+    model: nn.Module, sites: Sequence[GateSite], function: SiteFunction
+) -> Iterator[dict[str, int]]:
+    """Run ``function`` on the tensor of each site in every forward pass, and check that it ran.
+
+    The foundation of :func:`gated` and :func:`recorded`. Checks after each forward pass of
+    ``model`` that each site fired exactly once, and at the end that each fired at all.
+
+    Args:
+        model: The network.
+        sites: Where to stand.
+        function: Called as ``function(site, tensor)``; what it returns takes the tensor's place,
+            None leaves it.
+
+    Yields:
+        How often each site has fired so far.
+
+    Raises:
+        GatingError: If a site did not fire, fired twice in a pass, or holds no single tensor.
+        SiteError: If a site is not a module of the network.
+    """
+    root = unwrap(model)
+    modules = site_modules(root, sites)
+    total = dict.fromkeys(modules, 0)
+    in_pass: dict[str, int] = {}
+    # Replicas on several devices, and checkpointed blocks run again in backward, fire more often.
+    single = not (isinstance(model, nn.DataParallel) and len(model.device_ids) > 1)
+
+    def fire(site: GateSite, tensor: Tensor) -> Tensor | None:
+        total[site.name] += 1
+        in_pass[site.name] = in_pass.get(site.name, 0) + 1
+        return function(site, tensor)
+
+    def output_hook(site: GateSite) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            return fire(site, _only_tensor(output, site, "returned"))
+
+        setattr(hook, "site_function", function)  # noqa: B010  # for move_behind_rewriters
+        return hook
+
+    def input_hook(site: GateSite) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if len(args) != 1:
+                raise GatingError(
+                    f"gate site {site.name!r} takes {len(args)} positional inputs; the input of "
+                    "a layer can be gated only where it is one tensor."
+                )
+            new = fire(site, _only_tensor(args[0], site, "takes"))
+            return None if new is None else (new,)
+
+        return hook
+
+    def begin(module: nn.Module, args: Any) -> None:
+        in_pass.clear()
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        silent = [name for name in total if not in_pass.get(name)]
+        if silent:
+            raise GatingError(_did_not_fire(silent))
+        twice = [name for name, n in in_pass.items() if n > 1]
+        if twice and single:
+            raise GatingError(
+                f"gate site {twice[0]!r} was called {in_pass[twice[0]]} times in one forward "
+                "pass, so one gate would act in several places; gate the module around it."
+            )
+
+    with ExitStack() as stack:
+        stack.enter_context(_eager(model))
+        if any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules()):
+            # In torch 2.4, for one, its fast path does not ask whether there are hooks to call.
+            stack.enter_context(no_attention_fast_path())
+        stack.callback(root.register_forward_pre_hook(begin).remove)
+        for site in sites:
+            module = modules[site.name]
+            handle = (
+                module.register_forward_pre_hook(input_hook(site))
+                if site.at_input
+                else module.register_forward_hook(output_hook(site))
+            )
+            stack.callback(handle.remove)
+        # After the sites' own hooks, so that a site which is the root itself has fired.
+        stack.callback(root.register_forward_hook(end).remove)
+        yield total
+        # Reached only without an exception: never hide the caller's own.
+        silent = [name for name, n in total.items() if n == 0]
+        if silent:
+            raise GatingError(_did_not_fire(silent))
+
+
+def _did_not_fire(names: Sequence[str]) -> str:
+    listed = ", ".join(repr(n) for n in names[:5]) + (" ..." if len(names) > 5 else "")
+    return (
+        f"gate site(s) {listed} did not fire: the forward pass does not call the module (its "
+        "weights are used directly, as in MultiheadAttention.out_proj, or another network was "
+        "run); take sites from find_gate_sites and run this network inside the context."
+    )
+
+
+def channel_shape(site: GateSite, tensor: Tensor) -> tuple[int, int]:
+    """(channel axis counted from the front, number of axes) of a site's tensor, checked."""
+    ndim = tensor.ndim
+    dim = site.channel_dim % ndim if -ndim <= site.channel_dim < ndim else 0
+    if dim == 0:
+        raise GatingError(
+            f"gate site {site.name!r}: channel_dim={site.channel_dim} is no channel axis of an "
+            f"output of shape {tuple(tensor.shape)}; axis 0 is the batch."
+        )
+    if tensor.shape[dim] != site.n_channels:
+        raise GatingError(
+            f"gate site {site.name!r} should have {site.n_channels} channels on axis "
+            f"{site.channel_dim}, but its output has shape {tuple(tensor.shape)}; the sites "
+            "belong to another network or input, or channel_dim is wrong."
+        )
+    return dim, ndim
+
+
+def expand(gate: Tensor, site: GateSite, tensor: Tensor) -> Tensor:
+    """View a gate of shape (C,) or (B, C) so that it multiplies the site's tensor."""
+    dim, ndim = channel_shape(site, tensor)
+    shape = [1] * ndim
+    shape[dim] = gate.shape[-1]
+    if gate.ndim == 2:
+        if gate.shape[0] != tensor.shape[0]:
+            raise GatingError(
+                f"gate site {site.name!r}: gates for {gate.shape[0]} images met a batch of "
+                f"{tensor.shape[0]}; give one gate vector (or task) per image, or one for all."
+            )
+        shape[0] = gate.shape[0]
+    return gate.reshape(shape)
+
+
+def multiply(site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None) -> Tensor:
+    """``gate * tensor``, or ``gate * tensor + (1 - gate) * mean``, in the tensor's dtype."""
+    factor, offset = _terms(site, tensor, gate, mean)
+    return tensor * factor if offset is None else torch.addcmul(offset, tensor, factor)
+
+
+def _terms(
+    site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What a site's tensor is multiplied by, and what is added, in its shape and dtype."""
+    # The product is rounded, the gate itself never is: a bfloat16 gate flips at the threshold.
+    factor = expand(gate, site, tensor).to(tensor.dtype)
+    if mean is None:
+        return factor, None
+    return factor, expand((1 - gate) * mean.to(gate.dtype), site, tensor).to(tensor.dtype)
+
+
+#: Elements of a site's tensor, and of one image of it, from which on a CPU takes image by image.
+LARGE_TENSOR, LARGE_IMAGE = 2**21, 2**16
+
+
+class _Gate(torch.autograd.Function):
+    """What :func:`multiply` gives, for one gate vector per image that is learned.
+
+    Written out, because autograd would make a tensor of the site's size for the gradient of the
+    gates and another for that of the site, and sum over the site once more for the mean's part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, mean: Tensor | None, site: GateSite) -> Tensor:
+        ctx.save_for_backward(x, gate, mean)
+        ctx.site = site
+        return multiply(site, x, gate, mean)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, gate, mean = ctx.saved_tensors
+        dim, ndim = channel_shape(ctx.site, x)
+        over = [axis for axis in range(1, ndim) if axis != dim]
+        factor = expand(gate, ctx.site, x).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return None if factor is None else grad * factor, None, None, None
+        parts = _parts(x)
+        # At the first gate no gradient goes on: one part's memory then serves all.
+        grad_x = torch.empty_like(grad if factor is not None else grad[parts[0]])
+        grad_gate = []
+        for part in parts:
+            of_output, of_x = grad[part], grad_x[part] if factor is not None else grad_x
+            torch.mul(of_output, x[part], out=of_x)
+            of_gate = _summed(of_x, over, gate.dtype)
+            if mean is not None:
+                of_gate = of_gate - mean * _summed(of_output, over, gate.dtype)
+            if factor is not None:  # the product's memory serves twice
+                torch.mul(of_output, factor[part], out=of_x)
+            grad_gate.append(of_gate)
+        return grad_x if factor is not None else None, torch.cat(grad_gate), None, None
+
+
+def _parts(x: Tensor) -> list[slice]:
+    """A batch as it is worked off: on a CPU a large one image by image.
+
+    What one operation leaves in the processor's cache is then still there for the next.
+    """
+    if x.device.type != "cpu" or x.numel() < LARGE_TENSOR or x[0].numel() < LARGE_IMAGE:
+        return [slice(None)]
+    return [slice(i, i + 1) for i in range(len(x))]
+
+
+def _summed(values: Tensor, over: list[int], dtype: torch.dtype) -> Tensor:
+    # Rounded as autograd rounds. An empty list of axes would mean all of them.
+    return (values.sum(over) if over else values).to(dtype)
+
+
+def multiply_learned(site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None) -> Tensor:
+    """What :func:`multiply` gives, at less cost where the gates are learned.
+
+    Only first derivatives are possible.
+
+    Args:
+        site: The gate site.
+        tensor: (B, ...), what it holds.
+        gate: (B, C), one gate vector per image.
+        mean: (C,), what stands in place of a closed channel; None: zero.
+    """
+    result: Tensor = _Gate.apply(tensor, gate, mean, site)
+    return result
+
+
+def _as_mapping(
+    gates: HasGates | Mapping[str, Tensor],
+    sites: Sequence[GateSite] | None,
+    tasks: Task | Sequence[Task] | None,
+    means: Mapping[str, Tensor] | None,
+) -> tuple[Mapping[str, Tensor], list[GateSite], Mapping[str, Tensor] | None]:
+    from_own = getattr(gates, "_gating", None)
+    if from_own is not None:
+        own_gates, own_sites, own_means = from_own(tasks)
+        if sites is not None and [s.name for s in sites] != [s.name for s in own_sites]:
+            raise ValueError("these gates bring their own sites; leave out sites=.")
+        return own_gates, list(own_sites), own_means if means is None else means
+    if tasks is not None:
+        raise ValueError(
+            "tasks= goes with TaskGates; a mapping of gates already says what each image gets."
+        )
+    if not isinstance(gates, Mapping):
+        raise TypeError(
+            f"gates must be TaskGates, a SubArchitecture or {{site name: tensor}}, "
+            f"not {type(gates).__name__}."
+        )
+    if not gates:
+        raise ValueError("gates is empty; name at least one site.")
+    if sites is None:
+        raise ValueError(
+            "a mapping of gates needs sites= as well (from find_gate_sites), which says where "
+            "each site's channels lie."
+        )
+    by_name = {site.name: site for site in check_sites(sites)}
+    unknown = [name for name in gates if name not in by_name]
+    if unknown:
+        raise ValueError(
+            f"gates name {unknown[0]!r}, which is not among the sites {list(by_name)}."
+        )
+    return gates, [site for site in sites if site.name in gates], means
+
+
+def gates_and_sites(
+    gates: HasGates | Mapping[str, Tensor],
+    sites: Sequence[GateSite] | None = None,
+    tasks: Task | Sequence[Task] | None = None,
+    means: Mapping[str, Tensor] | None = None,
+) -> tuple[dict[str, Tensor], list[GateSite], dict[str, Tensor] | None]:
+    """What :func:`gated` was given, as plain tensors of each site.
+
+    Returns:
+        ``{site name: (C,) or (B, C)}``, the sites in the order given, and the ablation values
+        ``{site name: (C,)}`` or None for zero.
+
+    Raises:
+        TypeError, ValueError: As :func:`gated`.
+    """
+    mapping, used, own_means = _as_mapping(gates, sites, tasks, means)
+    values = _checked(mapping, used, "gates", (1, 2))
+    return values, used, None if own_means is None else _checked(own_means, used, "means", (1,))
+
+
+def _checked(
+    gates: Mapping[str, Tensor], sites: Sequence[GateSite], what: str, dims: tuple[int, ...]
+) -> dict[str, Tensor]:
+    check_mapping(gates, what)
+    checked = {}
+    for site in sites:
+        try:
+            value = as_tensor(gates[site.name], f"{what} of {site.name!r}")
+        except KeyError:
+            raise ValueError(f"{what} lack gate site {site.name!r}.") from None
+        if value.ndim not in dims or value.shape[-1] != site.n_channels:
+            shapes = " or ".join("(C,)" if d == 1 else "(B, C)" for d in dims)
+            raise ValueError(
+                f"{what} of {site.name!r} have shape {tuple(value.shape)}; expected {shapes} "
+                f"with C = {site.n_channels}."
+            )
+        if value.is_complex() or not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{what} of {site.name!r} are not finite real numbers.")
+        checked[site.name] = value if value.is_floating_point() else value.float()
+    return checked
+
+
+@contextmanager
+def gated(
+    model: nn.Module,
+    gates: HasGates | Mapping[str, Tensor],
+    *,
+    sites: Sequence[GateSite] | None = None,
+    tasks: Task | Sequence[Task] | None = None,
+    means: Mapping[str, Tensor] | None = None,
+) -> Iterator[None]:
+    """Run a network with its channels multiplied by gates, for the length of a ``with`` block.
+
+    Gradients flow through the product, to the images and to gates that require them. Contexts
+    may be nested: the products apply one after the other. Works under autocast and with
+    channels-last memory; a network wrapped by ``torch.compile`` runs eagerly inside the block.
+    Hooks of Captum and Zennit that rewrite the backward pass meet the network that they would meet
+    with the gates in its weights, in whatever order they are put on.
+
+    Args:
+        model: The network. Nothing of it is changed; the hooks are removed at the end, also after
+            an exception.
+        gates: Task gates (then say which with ``tasks``), a sub-architecture, or
+            ``{site name: tensor}``: (C,) for all images, (B, C) for one gate vector per image.
+        sites: The gate sites, needed with a mapping.
+        tasks: With task gates: one task for the whole batch, or one task for each image.
+        means: ``{site name: (C,)}``, what stands in place of a closed channel: the site's output
+            becomes ``g * x + (1 - g) * mean``. None: zero, or what the gates were learned with.
+
+    Raises:
+        GatingError: If a site is not called, is called twice, or has another shape.
+        SiteError: If the network has no such module.
+        TypeError: If ``gates`` is something else.
+        ValueError: If gates, sites, tasks or means do not fit together or are not finite.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()).eval()
+        >>> x = torch.ones(1, 2)
+        >>> with gated(net, {"1": torch.zeros(3)}, sites=[GateSite("1", 3, 1)]):
+        ...     net(x)
+        tensor([[0., 0., 0.]], grad_fn=<MulBackward0>)
+    """
+    values, used, offsets = gates_and_sites(gates, sites, tasks, means)
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        if any(value.ndim == 2 for value in values.values()):
+            raise GatingError(
+                "one gate vector per image cannot be split over DataParallel's devices; pass "
+                "model.module, or one task for the whole batch."
+            )
+
+    rules: list[Callable[[], bool]] = []
+
+    def function(site: GateSite, tensor: Tensor) -> Tensor:
+        gate = values[site.name].to(tensor.device)
+        mean = None if offsets is None else offsets[site.name].to(tensor.device)
+        if rules and not gate.requires_grad:
+            return gate_relevance(tensor, *_terms(site, tensor, gate, mean), tuple(rules))
+        return multiply(site, tensor, gate, mean)
+
+    modules = site_modules(model, used)
+
+    def find_place(module: nn.Module, args: Any) -> None:
+        rules.clear()
+        if torch.is_grad_enabled():
+            rules.extend(relevance_rules(module))
+            if offsets is not None and rules and changes_weights(module):
+                raise GatingError(
+                    "Captum's LRP changes weights under its Gamma and Alpha-Beta rules, so that "
+                    "what a channel's mean contributes cannot be told: close channels at zero "
+                    "(arch.with_means(None)), keep to its Epsilon rule, or use Zennit's composites "
+                    "(nad_attr.bridges.zennit)."
+                )
+            for site in used:
+                move_behind_rewriters(modules[site.name], function)
+
+    handle = unwrap(model).register_forward_pre_hook(find_place)
+    try:
+        with installed(model, used, function):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def recorded(
+    model: nn.Module, sites: Sequence[GateSite], *, clone: bool = True
+) -> Iterator[dict[str, Tensor]]:
+    """Keep what each site held in the latest forward pass.
+
+    Args:
+        model: The network.
+        sites: Where to record.
+        clone: Keep detached copies, safe from a later in-place ReLU (what Captum's layer methods
+            forget). False keeps the very tensors, with their graph: only for networks that write
+            nothing in place.
+
+    Yields:
+        A dictionary ``{site name: tensor}`` in forward order, filled by each forward pass.
+
+    Raises:
+        GatingError: If a site is not called, is called twice, or is not one tensor.
+        SiteError: If the network has no such module.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU(inplace=True)).eval()
+        >>> with recorded(net, [GateSite("0", 2, 1)]) as activations:
+        ...     _ = net(torch.tensor([[-1.0, 1.0]]))
+        >>> activations["0"]
+        tensor([[-1.,  1.]])
+    """
+    activations: dict[str, Tensor] = {}
+
+    def function(site: GateSite, tensor: Tensor) -> None:
+        channel_shape(site, tensor)
+        activations[site.name] = tensor.detach().clone() if clone else tensor
+
+    with installed(model, sites, function):
+        yield activations

@@ -1,0 +1,196 @@
+"""Learn gates in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nad_attr.data.sources import Data
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.session import Session, _start
+from nad_attr.sites.site import GateSite
+
+__all__ = ["learn_gates", "learn_sizes"]
+
+
+def learn_gates(
+    model: nn.Module,
+    data: Data,
+    tasks: Sequence[object] | Mapping[str, object] | None = None,
+    recipe: Recipe | None = None,
+    sites: Sequence[GateSite | str | nn.Module] | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    amp: bool | torch.dtype | None = None,
+    batch_size: int | Literal["auto"] = 64,
+    memory_limit: int | str | None = None,
+    augmented: bool | None = None,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+    initial_logits: Mapping[str, Tensor] | None = None,
+    show_progress: bool = False,
+) -> TaskGates:
+    """Learn which channels of a network each task needs.
+
+    The network itself is not changed, not even for the time of learning in a way that an exception
+    could leave behind. The result is a function of network, data, recipe and seed: a task's gates
+    do not depend on which tasks are learned with it, in what order, or on the batch size (beyond
+    the rounding of the arithmetic).
+
+    Args:
+        model: A classifier in eval mode, on any device. DataParallel and ``torch.compile``
+            wrappers are looked through.
+        data: Images with labels: ``(inputs, labels)`` tensors, a Dataset of (input, label), or a
+            DataLoader of such (its dataset, workers and choice of images are used; the order is
+            drawn anew). ``inputs`` may be a tuple of tensors for networks that take several.
+        tasks: Class indices; groups of class indices (a superclass is one task, its output the
+            logsumexp over the group); or ``{name: class index or group}``. None: every class that
+            the data holds.
+        recipe: How to learn; None is ``Recipe()``. See :class:`nad_attr.Recipe`.
+        sites: Gate sites, module names or modules; None: found by
+            :func:`nad_attr.find_gate_sites`.
+        seed: Any whole number; each task draws from a generator of (seed, task).
+        device: Where to learn. None: where the network is. Elsewhere, a copy of it is used.
+        amp: Mixed precision: a dtype for autocast, True for bfloat16. Gates stay float32.
+        batch_size: Images in one pass of the network at most; with the paper's recipe, a task's
+            images of one step always go together. "auto": the largest that fits into memory,
+            measured with the first image (on a CPU or CUDA; the default recipe). Changes memory
+            and speed, not the result beyond the rounding of the arithmetic.
+        memory_limit: What "auto" may take: bytes, or a text such as "8GB". None: half of what is
+            free on a CPU, 90 % on a GPU.
+        augmented: Whether the same image may look different each time it is drawn. None: yes for
+            datasets and loaders, no for tensors. False lets the whole network's outputs be
+            computed once per image and kept.
+        forward_func: What is called with the inputs in place of the model, to choose among
+            several outputs, for example; must run ``model``.
+        additional_forward_args: Further arguments of every call, one or a tuple of them.
+        initial_logits: ``{site name: (T, C)}``, the paper recipe's starting point in place of
+            N(0, 1).
+        show_progress: Show a progress bar with the time left.
+
+    Returns:
+        The gates, with history and everything needed to repeat the run in ``info``.
+
+    Raises:
+        SiteError: If sites cannot be gated; says which and what to do.
+        TypeError: If data, tasks or recipe are of another kind.
+        ValueError: If data is empty or holds NaN, a class is unknown or without images, the
+            network is in train mode, or an argument has no sensible value.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+        >>> x = torch.randn(20, 4, generator=generator)
+        >>> labels = (x[:, 0] > 0).long()
+        >>> gates = learn_gates(net, (x, labels), tasks=[1], recipe=Recipe(size=0.5))
+        >>> gates
+        TaskGates(1 task, 1 site, 6 channels, 50.0 % kept, closed channels at their mean)
+        >>> gates["1"].shape
+        torch.Size([1, 6])
+    """
+    session = Session(
+        model,
+        data,
+        tasks,
+        recipe,
+        sites,
+        seed=seed,
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        memory_limit=memory_limit,
+        augmented=augmented,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+    )
+    start = _start(initial_logits, session.recipe, session.sites, session.tasks)
+    total = sum(map(session.n_steps, session.tasks))
+    with tqdm(total=total, desc="learning gates", unit="step", disable=not show_progress) as bar:
+        return session.learn(start=start, advance=bar.update)
+
+
+def learn_sizes(
+    model: nn.Module,
+    data: Data,
+    sizes: Sequence[float],
+    tasks: Sequence[object] | Mapping[str, object] | None = None,
+    recipe: Recipe | None = None,
+    sites: Sequence[GateSite | str | nn.Module] | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    amp: bool | torch.dtype | None = None,
+    batch_size: int | Literal["auto"] = 64,
+    memory_limit: int | str | None = None,
+    augmented: bool | None = None,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+    show_progress: bool = False,
+) -> dict[float, TaskGates]:
+    """Learn which channels each task needs at several sizes, in one run of falling budget.
+
+    The run passes through all sizes on its way down and stays at each for a while. Smaller
+    sub-architectures need not be parts of larger ones. The recipe's steps are shared equally among
+    the sizes, so many sizes need more steps: the default has 25 for each from four sizes on.
+
+    Args:
+        model: See :func:`learn_gates`.
+        data: See there.
+        sizes: Shares of the channels to keep, each in (0, 1].
+        tasks: See :func:`learn_gates`.
+        recipe: The default recipe with other settings; its size is not used. None:
+            ``Recipe(steps=max(100, 25 * len(sizes)))``.
+        sites: See :func:`learn_gates`.
+        seed: See there.
+        device: See there.
+        amp: See there.
+        batch_size: See there.
+        memory_limit: See there.
+        augmented: See there.
+        forward_func: See there.
+        additional_forward_args: See there.
+        show_progress: See there.
+
+    Returns:
+        ``{size: task gates}`` in the order of ``sizes``.
+
+    Raises:
+        SiteError: See :func:`learn_gates`.
+        TypeError: See there.
+        ValueError: See there; also if sizes mean the same number of channels, there are none, or
+            more than steps, or the recipe is the paper's.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+        >>> x = torch.randn(20, 4, generator=generator)
+        >>> found = learn_sizes(net, (x, (x[:, 0] > 0).long()), [0.5, 1 / 3], tasks=[1])
+        >>> {round(size, 2): gates.sub_architecture(1).n_kept for size, gates in found.items()}
+        {0.5: 3, 0.33: 2}
+    """
+    if recipe is None and isinstance(sizes, Sequence):
+        recipe = Recipe(steps=max(Recipe().steps, 25 * len(sizes)))
+    session = Session(
+        model,
+        data,
+        tasks,
+        recipe,
+        sites,
+        seed=seed,
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        memory_limit=memory_limit,
+        augmented=augmented,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+    )
+    total = sum(map(session.n_steps, session.tasks))
+    with tqdm(total=total, desc="learning gates", unit="step", disable=not show_progress) as bar:
+        return session.learn_sizes(sizes, advance=bar.update)

@@ -1,0 +1,404 @@
+"""What learning runs on: a frozen network with gates, and the images of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nad_attr._checks import GatingError
+from nad_attr.data.labels import Task
+from nad_attr.data.sources import Draw, Inputs, Source
+from nad_attr.gates.channels import n_channels, split_sites
+from nad_attr.gating.hooks import channel_shape, installed, multiply_learned
+from nad_attr.learning.fast.batchnorm import lean_batchnorm
+from nad_attr.learning.fast.convolution import lean_convolutions
+from nad_attr.learning.fast.light_copy import light_copy
+from nad_attr.running.forward import Runner, chunks, sent
+from nad_attr.running.outputs import own_task_output
+from nad_attr.sites.preserving import Copies
+from nad_attr.sites.site import GateSite
+from nad_attr.system.rng import seed_of
+
+__all__ = ["Batch", "Chunk", "CleanOutputs", "Learned", "Network", "TaskImages"]
+
+
+class Network(Runner):
+    """A frozen network with gates for its channels: clean and gated passes.
+
+    Args:
+        model: The network, in eval mode.
+        sites: Its gate sites; may be set later, for finding them takes the network's place.
+        device: See :class:`~nad_attr.running.Runner`.
+        forward_func: See there.
+        additional_forward_args: See there.
+        amp: Autocast dtype, or None for none.
+        batch_size: Images in one pass at most, in :meth:`clean` and :meth:`output_and_gradient`;
+            None: all that are given.
+
+    Attributes:
+        sites: As given.
+        batch_size: As given.
+        dtype: Of gates and outputs: float32, or float64 for a float64 network, whatever the
+            activations are.
+        means: What closed channels are replaced by, ``{site name: (C,)}``; None: zero.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[GateSite] = (),
+        *,
+        device: str | torch.device | None = None,
+        forward_func: Callable[..., Any] | None = None,
+        additional_forward_args: Any = None,
+        amp: torch.dtype | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            device=device,
+            forward_func=forward_func,
+            additional_forward_args=additional_forward_args,
+        )
+        self.sites, self.amp, self.batch_size = tuple(sites), amp, batch_size
+        parameter = next(self.model.parameters(), None)
+        double = parameter is not None and parameter.dtype == torch.float64
+        self.dtype = torch.float64 if double else torch.float32
+        self.means: dict[str, Tensor] | None = None
+        self._scales: dict[nn.Module, Tensor] = {}
+
+    def lighten(self, batches: Iterable[Inputs]) -> None:
+        """Run a copy of the network from now on that does the same with less work.
+
+        Where it gives the same outputs, with channels closed as well. Under autocast BatchNorm
+        layers stay: rounding the merged weights would be no small matter. See
+        :func:`nad_attr.learning.fast.light_copy.light_copy`.
+
+        Args:
+            batches: Images to compare them on, each batch in passes of its own: some networks
+                choose their layers by what they see. Drawn only if there is something to compare.
+        """
+        kinds = (nn.modules.batchnorm._BatchNorm, nn.MaxPool2d)
+        if self._run is not self.model or not any(
+            isinstance(m, kinds) for m in self.model.modules()
+        ):
+            return
+        whole, dtype = self.model, self.dtype
+
+        def run(model: nn.Module, inputs: Inputs, closed: float) -> Tensor:
+            self.model = self._run = model
+            parameter = next(model.parameters(), None)
+            if parameter is not None and parameter.dtype == torch.float64:
+                self.dtype = torch.float64
+                inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+            images = self.to_device(inputs)
+            shape = len(images[0]), n_channels(self.sites)
+            generator = torch.Generator().manual_seed(0)
+            random = torch.rand(shape, generator=generator, device="cpu")
+            try:
+                if not closed:
+                    return self(images)
+                return self.gated(images, (random >= closed).to(self.device, self.dtype))
+            finally:
+                self.dtype = dtype
+
+        runs = (
+            partial(run, inputs=inputs, closed=closed) for inputs in batches for closed in (0.5, 0)
+        )
+        copied = light_copy(whole, next(runs), runs, folding=self.amp is None)
+        self.model = self._run = whole if copied is None else copied
+        # What was kept of the networks that were compared.
+        self._scales, self._copies = {}, Copies()
+
+    @contextmanager
+    def lean(self) -> Iterator[None]:
+        """Keep nothing for the backward pass that only the gradients of weights need.
+
+        Enter it after the hooks of the gates. See
+        :func:`nad_attr.learning.fast.batchnorm.lean_batchnorm` and
+        :func:`nad_attr.learning.fast.convolution.lean_convolutions`.
+        """
+        with lean_batchnorm(self.model, self._scales), lean_convolutions(self.model):
+            yield
+
+    def set_means(self, means: Mapping[str, Tensor]) -> None:
+        """Let closed channels be at their mean."""
+        self.means = {k: v.to(self.device, self.dtype) for k, v in means.items()}
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The network's outputs (B, K) in the gates' dtype, through whatever hooks are on it."""
+        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+            return super().__call__(inputs).to(self.dtype)
+
+    @torch.no_grad()
+    def clean(self, inputs: Inputs) -> Tensor:
+        """Outputs (B, K) of the whole network."""
+        outputs = [
+            self(tuple(item[part.start : part.stop] for item in inputs))
+            for part in self._passes(len(inputs[0]))
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _passes(self, n: int) -> list[range]:
+        """Images 0 to n - 1 in as many passes as it takes, of about equal size."""
+        n_passes = 1 if self.batch_size is None else max(1, -(-n // self.batch_size))
+        return list(chunks(n, -(-n // n_passes)))
+
+    @torch.no_grad()
+    def clean_recorded(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Outputs of the whole network, and copies of what its sites hold.
+
+        All but the first in forward order: no gate stands before it, so it holds the same in every
+        sub-architecture.
+        """
+        kept: dict[str, Tensor] = {}
+        seen: list[str] = []
+
+        def record(site: GateSite, tensor: Tensor) -> None:
+            channel_shape(site, tensor)
+            if seen:
+                kept[site.name] = tensor.clone()  # the network may write into it in place
+            seen.append(site.name)
+
+        with installed(self.model, self.sites, record):
+            return self(inputs), kept
+
+    def gated(self, inputs: Inputs, gates: Tensor) -> Tensor:
+        """Outputs (B, K) under one gate vector per image.
+
+        Args:
+            inputs: B images.
+            gates: (B, all channels).
+        """
+        parts = split_sites(gates, self.sites)
+
+        def gate(site: GateSite, tensor: Tensor) -> Tensor:
+            mean = None if self.means is None else self.means[site.name]
+            return multiply_learned(site, tensor, parts[site.name], mean)
+
+        with installed(self.model, self.sites, gate), self.lean():
+            return self(inputs)
+
+    def output_and_gradient(
+        self, inputs: Inputs, gates: Tensor, classes: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Each image's task output, and its gradient with respect to that image's gates.
+
+        An image's gradient is its own, so a batch may be cut into passes as memory asks for.
+
+        Args:
+            inputs: B images.
+            gates: (B, all channels).
+            classes: int64 (B, M), see :func:`own_task_output`.
+            valid: bool (B, M).
+
+        Returns:
+            (B,) and (B, all channels), detached.
+        """
+        results = [
+            self._output_and_gradient(
+                tuple(item[part.start : part.stop] for item in inputs),
+                *(item[part.start : part.stop] for item in (gates, classes, valid)),
+            )
+            for part in self._passes(len(gates))
+        ]
+        if len(results) == 1:
+            return results[0]
+        outputs, gradients = zip(*results, strict=True)
+        return torch.cat(outputs), torch.cat(gradients)
+
+    def _output_and_gradient(
+        self, inputs: Inputs, gates: Tensor, classes: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        leaf = gates.detach().requires_grad_(True)
+        output = own_task_output(self.gated(inputs, leaf), classes, valid)
+        if not output.requires_grad:
+            raise GatingError(
+                "no gradient leads from the outputs back to the gates: the network (or "
+                "forward_func) detaches its outputs, or runs without gradients itself."
+            )
+        (gradient,) = torch.autograd.grad(output.sum(), leaf)
+        return output.detach(), gradient
+
+
+class TaskImages:
+    """An endless, seeded sequence of draws for one task: own and other images.
+
+    The sequence depends on the labels, the task and the seed alone, not on other tasks.
+    """
+
+    def __init__(self, labels: Tensor, task: Task, seed: int) -> None:
+        classes = torch.tensor([task] if isinstance(task, int) else task, device="cpu")
+        own = torch.isin(labels, classes)
+        self.pools = {"own": own.nonzero().flatten(), "other": (~own).nonzero().flatten()}
+        self._key = (seed, task)
+        self._generators = {
+            kind: torch.Generator().manual_seed(seed_of(seed, task, kind)) for kind in self.pools
+        }
+        self._queues: dict[str, list[int]] = {kind: [] for kind in self.pools}
+        self._drawn = dict.fromkeys(self.pools, 0)
+
+    def take(self, kind: str, n: int) -> list[Draw]:
+        """The next ``n`` draws; every image comes once before any comes again."""
+        queue, pool = self._queues[kind], self.pools[kind]
+        while len(queue) < n:
+            order = torch.randperm(len(pool), generator=self._generators[kind], device="cpu")
+            queue.extend(pool[order].tolist())
+        numbers, self._queues[kind] = queue[:n], queue[n:]
+        first = self._drawn[kind]
+        self._drawn[kind] += n
+        return [(i, seed_of(*self._key, kind, first + j)) for j, i in enumerate(numbers)]
+
+    def epoch(self, kind: str, batch: int) -> list[list[Draw]]:
+        """One pass over the images of a kind in random order, cut into batches."""
+        draws = self.take(kind, len(self.pools[kind]))
+        return [draws[i : i + batch] for i in range(0, len(draws), batch)]
+
+
+class Learned(NamedTuple):
+    """What a recipe hands back for the tasks of one chunk."""
+
+    #: (R, all channels) in [0, 1]; a channel is kept iff its gate is above one half
+    gates: Tensor
+    #: (R, all channels), the gates' logits
+    logits: Tensor
+    #: Each (steps, R), NaN where a task took no step
+    curves: dict[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """The images of one step."""
+
+    inputs: Inputs
+    #: int64 (B,), the row of the task that each image was drawn for
+    rows: Tensor
+    #: int64 (B,), each image's own class
+    labels: Tensor
+    #: Image numbers, on the CPU
+    numbers: list[int]
+    #: int64 (draws,), where each draw of the step stands among the images
+    places: Tensor
+
+
+class CleanOutputs:
+    """The whole network's outputs, computed once per image where images never change.
+
+    Args:
+        network: The network.
+        source: The data.
+    """
+
+    #: Numbers kept at most (float32: 256 MB); above that they are computed anew each time.
+    LIMIT = 2**26
+
+    def __init__(self, network: Network, source: Source) -> None:
+        self.network = network
+        self.n_images = 0 if source.augmented else len(source.labels)
+        self._known: Tensor | None = None
+        self._have = [False] * self.n_images
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Outputs (B, K) for a batch."""
+        if not self.n_images:
+            return self.network.clean(batch.inputs)
+        new = {number: i for i, number in enumerate(batch.numbers) if not self._have[number]}
+        if new:
+            device = batch.inputs[0].device
+            at = sent(torch.tensor(list(new.values()), device="cpu"), device)
+            # All of them, normally: then no copy of the images is made.
+            whole = len(new) == len(batch.numbers)
+            outputs = self.network.clean(
+                batch.inputs if whole else tuple(item[at] for item in batch.inputs)
+            )
+            if self._known is None:
+                if self.n_images * outputs.shape[1] > self.LIMIT:
+                    self.n_images = 0
+                    return self.network.clean(batch.inputs)
+                self._known = outputs.new_zeros(self.n_images, outputs.shape[1])
+            self._known[sent(torch.tensor(list(new), device="cpu"), outputs.device)] = outputs
+            for number in new:
+                self._have[number] = True
+        assert self._known is not None
+        return self._known[sent(torch.tensor(batch.numbers, device="cpu"), self._known.device)]
+
+
+class Chunk:
+    """Some tasks that are learned together, and the images they are learned from.
+
+    Args:
+        network: The network.
+        source: The data.
+        tasks: R tasks.
+        seed: Of the run.
+        clean: The whole network's outputs; shared by the chunks of a run.
+        advance: Called with a number of task steps that are done, for the progress bar.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        source: Source,
+        tasks: Sequence[Task],
+        seed: int,
+        *,
+        clean: CleanOutputs | None = None,
+        advance: Callable[[int], object] = lambda n: None,
+    ) -> None:
+        self.network, self.source, self.tasks, self.seed = network, source, list(tasks), seed
+        self.clean = CleanOutputs(network, source) if clean is None else clean
+        self.advance = advance
+        self.images = [TaskImages(source.labels, task, seed) for task in tasks]
+        members = [[task] if isinstance(task, int) else list(task) for task in tasks]
+        width = max(map(len, members))
+        padded = [m + [m[0]] * (width - len(m)) for m in members]
+        valid = [[True] * len(m) + [False] * (width - len(m)) for m in members]
+        self.classes = torch.tensor(padded, device=network.device)
+        self.valid = torch.tensor(valid, device=network.device)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def batches(self, plan: Sequence[Sequence[Sequence[Draw]]]) -> Iterator[Batch]:
+        """Fetch what each step needs.
+
+        An image that a task draws twice in a step, because it has few, is fetched and run once,
+        unless it may look different each time.
+
+        Args:
+            plan: The draws of each row for each step; none for a row that is done.
+        """
+        device = self.network.device
+        distinct = [self._distinct(step) for step in plan]
+        fetched = self.source.batches([[draw for _, draw in images] for images, _ in distinct])
+        for (images, places), inputs in zip(distinct, fetched, strict=True):
+            numbers = [number for _, (number, _) in images]
+            yield Batch(
+                self.network.to_device(inputs),
+                sent(torch.tensor([row for row, _ in images], device="cpu"), device),
+                sent(self.source.labels[numbers], device),
+                numbers,
+                sent(torch.tensor(places, device="cpu"), device),
+            )
+
+    def _distinct(self, step: Sequence[Sequence[Draw]]) -> tuple[list[tuple[int, Draw]], list[int]]:
+        """The (row, draw) pairs that have to be run, and where each draw stands among them."""
+        images: list[tuple[int, Draw]] = []
+        places: list[int] = []
+        for row, draws in enumerate(step):
+            known: dict[int, int] = {}
+            for draw in draws:
+                place = None if self.source.augmented else known.get(draw[0])
+                if place is None:
+                    place = known[draw[0]] = len(images)
+                    images.append((row, draw))
+                places.append(place)
+        return images, places
+
+    def own_output(self, outputs: Tensor, rows: Tensor) -> Tensor:
+        """The task output of each image for the task it was drawn for: (B,)."""
+        return own_task_output(outputs, self.classes[rows], self.valid[rows])

@@ -1,0 +1,1 @@
+"""Frozen networks that cost less time and memory, with the same results."""

@@ -1,0 +1,492 @@
+"""Runs that survive: many tasks learned chunk by chunk into a store, and gone on with later.
+
+The full list of tasks, in its canonical order, is cut into chunks. A chunk is learned as a whole,
+by itself, and written when it is done; nothing of it depends on which chunks were learned before,
+in which process or on which machine. So a run that was killed at any moment and resumed ends with
+the gates of the run that was not, bit for bit on one kind of CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nad_attr.data.fingerprints import data_fingerprint, environment, model_hash
+from nad_attr.data.labels import Task, as_task
+from nad_attr.data.sources import Data
+from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.session import Session
+from nad_attr.running.forward import chunks
+from nad_attr.sites.site import GateSite, unwrap
+from nad_attr.store import GateStore, GateStoreError
+
+__all__ = ["MAY_DIFFER", "Executor", "InProcess", "Progress", "learn_to_store"]
+
+#: What a resumed run may be told to have otherwise, and where the store's provenance holds it.
+MAY_DIFFER = {
+    "model": "model_hash",
+    "data": "data_fingerprint",
+    "seed": "seed",
+    "amp": "amp",
+    "batch_size": "batch_size",
+    "chunk_size": "chunk_size",
+}
+#: Seconds between two calls of ``on_progress`` that tell of steps only.
+PROGRESS_SECONDS = 0.5
+
+
+class Progress(NamedTuple):
+    """How far a run is.
+
+    Example:
+        >>> Progress(done=10, total=100, found=0, steps=1000, n_steps=10_000, seconds=50.0)
+        ... # doctest: +ELLIPSIS
+        Progress(done=10, total=100, ...)
+        >>> Progress(10, 100, 0, 1000, 10_000, 50.0).seconds_left
+        450.0
+    """
+
+    #: Tasks that are in the store.
+    done: int
+    #: Tasks that were asked for.
+    total: int
+    #: Tasks that were in the store already when the run began.
+    found: int
+    #: Task steps that this run has done.
+    steps: int
+    #: Task steps that this run has to do.
+    n_steps: int
+    #: Since this run began to learn.
+    seconds: float
+    #: Workers that were lost, whose chunks were given to others.
+    lost: int = 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the end, at the present pace; None before the first step."""
+        if self.steps == 0:
+            return None
+        return self.seconds / self.steps * (self.n_steps - self.steps)
+
+
+class Executor(Protocol):
+    """Where the chunks of a run are learned."""
+
+    def session_device(self, device: str | torch.device | None) -> str | torch.device | None:
+        """Where this process needs the network, if it is to be learned on ``device``."""
+        ...
+
+    def learn(
+        self,
+        session: Session,
+        parts: Sequence[Sequence[Task]],
+        means: Mapping[str, Tensor] | None,
+        advance: Callable[[int], object],
+        device: str | torch.device | None,
+    ) -> Iterator[TaskGates]:
+        """The gates of each chunk, in whatever order they are done.
+
+        Args:
+            session: What to learn from.
+            parts: The tasks of each chunk; ``session.learn(part, means=means)`` says what is
+                wanted.
+            means: What closed channels are replaced by.
+            advance: To be called with the number of task steps that are done.
+            device: Where to learn.
+        """
+        ...
+
+    @property
+    def lost(self) -> int:
+        """Workers lost so far."""
+        ...
+
+
+class InProcess:
+    """Learns one chunk after the other, here.
+
+    Example:
+        >>> InProcess().session_device("cuda:1")
+        'cuda:1'
+    """
+
+    lost = 0
+
+    def session_device(self, device: str | torch.device | None) -> str | torch.device | None:
+        """The same."""
+        return device
+
+    def learn(
+        self,
+        session: Session,
+        parts: Sequence[Sequence[Task]],
+        means: Mapping[str, Tensor] | None,
+        advance: Callable[[int], object],
+        device: str | torch.device | None = None,
+    ) -> Iterator[TaskGates]:
+        """The gates of each chunk, in order; ``device`` is where the session is."""
+        for part in parts:
+            yield session.learn(part, means=means, advance=advance)
+
+
+def learn_to_store(
+    path: str | PathLike[str],
+    model: nn.Module,
+    data: Data,
+    tasks: Sequence[object] | Mapping[str, object] | None = None,
+    recipe: Recipe | None = None,
+    sites: Sequence[GateSite | str | nn.Module] | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    amp: bool | torch.dtype | None = None,
+    batch_size: int | Literal["auto"] = 64,
+    memory_limit: int | str | None = None,
+    chunk_size: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    may_differ: Sequence[str] = (),
+    task_names: Mapping[Any, str] | Sequence[str] | None = None,
+    augmented: bool | None = None,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+    provenance: Mapping[str, Any] | None = None,
+    executor: Executor | None = None,
+    show_progress: bool = False,
+    on_progress: Callable[[Progress], object] | None = None,
+) -> Path:
+    """Learn task gates into a store, chunk by chunk, in a way that survives being killed.
+
+    Every chunk of tasks is in the file as soon as it is learned. After Ctrl-C, an exception, a
+    ``kill -9`` or a power cut, the same call with ``resume=True`` learns what is missing, and the
+    gates are those of a run that nothing happened to: bit for bit on the same kind of CPU with the
+    same number of threads. Chunks are cut from the list of *all* tasks, sorted; a chunk of which
+    some tasks are missing is learned whole again and only what is missing is written.
+
+    Between two runs the gates of a task may differ in rounding if the chunks are cut otherwise
+    (other tasks, ``chunk_size`` or ``batch_size``); within one store this is refused.
+
+    Channel means are computed once, when the run begins, and read from the store from then on.
+
+    Args:
+        path: The file.
+        model: See :func:`nad_attr.learn_gates`.
+        data: See there.
+        tasks: See there.
+        recipe: See there.
+        sites: See there.
+        seed: See there.
+        device: Where to learn. None: where the network is, or where the executor's workers are
+            best.
+        amp: See :func:`nad_attr.learn_gates`.
+        batch_size: See there. "auto": on resume, what the store was begun with; not with an
+            executor, whose workers' memory is not known here.
+        memory_limit: See there.
+        chunk_size: Tasks in a chunk: what is lost at most, and what is handed to a worker. None:
+            as many as share a pass of the network, ``batch_size // recipe.images_per_step``; on
+            resume, what the store was begun with.
+        resume: Go on with the file if it is there.
+        overwrite: Replace the file if it is there.
+        may_differ: What a resumed run may have otherwise than the store: any of "model", "data",
+            "seed", "amp", "batch_size", "chunk_size". With "data" or "amp", of the network only
+            the weights are compared. The store says what it was begun with, and
+            under ``resumed/`` in its results, which tasks were learned otherwise, and how. Another
+            recipe or other sites need another file.
+        task_names: ``{class index: name}``, or one name for each of ``tasks`` in that order.
+        augmented: See :func:`nad_attr.learn_gates`.
+        forward_func: See there.
+        additional_forward_args: See there.
+        provenance: Further facts to keep in the store, as JSON can hold them.
+        executor: Where chunks are learned; None: in this process. See
+            :class:`nad_attr.distributed.RayExecutor`.
+        show_progress: Show a progress bar with the time left.
+        on_progress: Called with a :class:`Progress` when a chunk is written, and now and then in
+            between.
+
+    Returns:
+        The path of the store, for :meth:`nad_attr.TaskGates.load`.
+
+    Raises:
+        FileExistsError: If the file is there and neither ``resume`` nor ``overwrite`` is asked for.
+        GateStoreError: If the file is no store, is being written by another process, or was begun
+            with another network (other weights, or other outputs on four of the images), recipe,
+            seed, other sites or data (:func:`nad_attr.data.fingerprints.data_fingerprint`).
+        SiteError: See :func:`nad_attr.learn_gates`.
+        TypeError: See there.
+        ValueError: See there; or an argument has no sensible value.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+        >>> data = torch.randn(20, 4), torch.arange(20) % 2
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = learn_to_store(f"{folder}/gates.h5", net, data, recipe=Recipe(size=0.5))
+        ...     TaskGates.load(path)
+        TaskGates(2 tasks, 1 site, 6 channels, 50.0 % kept, closed channels at their mean)
+    """
+    target = Path(path)
+    _check_options(target, resume, overwrite, may_differ, chunk_size)
+    if batch_size == "auto" and executor is not None:
+        raise ValueError(
+            "batch_size='auto' measures the memory of this process, not of the executor's workers; "
+            "give a number."
+        )
+    if batch_size == "auto" and resume and target.exists():
+        with GateStore.open(target) as begun:
+            batch_size = begun.provenance.get("batch_size", batch_size)
+            memory_limit = memory_limit if batch_size == "auto" else None
+    executor = InProcess() if executor is None else executor
+    session = Session(
+        model,
+        data,
+        tasks,
+        recipe,
+        sites,
+        seed=seed,
+        device=executor.session_device(device),
+        amp=amp,
+        batch_size=batch_size,
+        memory_limit=memory_limit,
+        augmented=augmented,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+    )
+    _name_and_sort(session, task_names)
+    facts = {
+        **(provenance or {}),
+        "model": (provenance or {}).get("model", type(unwrap(model)).__name__),
+        "model_hash": model_hash(unwrap(model)),
+        "data_fingerprint": data_fingerprint(session.source),
+        "outputs": session.outputs(),
+        "seed": seed,
+        "amp": None if session.network.amp is None else str(session.network.amp),
+        "batch_size": session.batch_size,
+        "n_images": len(session.source.labels),
+        "device": str(session.network.device if device is None else device),
+        "n_threads": torch.get_num_threads(),
+        "environment": environment(),
+    }
+    with _store(target, session, facts, chunk_size, resume, overwrite, may_differ) as store:
+        size = chunk_size or int(store.provenance["chunk_size"])
+        parts = [[session.tasks[i] for i in part] for part in chunks(len(session.tasks), size)]
+        parts = [part for part in parts if any(task not in store for task in part)]
+        run = _Run(store, session, parts, executor, on_progress)
+        with run.bar(show_progress):
+            learned = executor.learn(session, parts, store.means, run.advance, device)
+            # Closed by hand, for what lends workers must give them back at once after Ctrl-C.
+            with closing(learned):  # type: ignore[type-var]
+                for gates in learned:
+                    run.save(gates)
+    return target
+
+
+def _check_options(
+    target: Path, resume: bool, overwrite: bool, may_differ: Sequence[str], chunk_size: int | None
+) -> None:
+    if resume and overwrite:
+        raise ValueError("resume keeps what is in the file and overwrite deletes it: choose one.")
+    if isinstance(may_differ, str) or not set(may_differ) <= set(MAY_DIFFER):
+        raise ValueError(f"may_differ must be a list of some of {list(MAY_DIFFER)}.")
+    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0
+    if chunk_size is not None and not whole:
+        raise ValueError(f"chunk_size must be a whole number from 1 on, not {chunk_size!r}.")
+    if target.exists() and not (resume or overwrite):
+        raise FileExistsError(
+            f"{target} is there already; resume=True (--resume) goes on with it, overwrite=True "
+            "(--overwrite) replaces it."
+        )
+
+
+def _name_and_sort(session: Session, task_names: Mapping[Any, str] | Sequence[str] | None) -> None:
+    """Put the tasks into their canonical order, class indices before groups, with their names."""
+    tasks, names = session.tasks, session.names
+    if task_names is not None:
+        if names is not None:
+            raise ValueError("the tasks have names already; leave out task_names.")
+        if isinstance(task_names, str):
+            raise TypeError(f"task_names must be a list of names, not {task_names!r}.")
+        if isinstance(task_names, Mapping):
+            known = {as_task(task): str(name) for task, name in task_names.items()}
+            names = [known.get(task, str(task)) for task in tasks]
+        else:
+            names = [str(name) for name in task_names]
+            if len(names) != len(tasks):
+                raise ValueError(f"{len(names)} names for {len(tasks)} tasks.")
+    if names is not None and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} is there twice; tasks need names of their own.")
+    order = sorted(
+        range(len(tasks)),
+        key=lambda i: (isinstance(tasks[i], tuple), tasks[i]),
+    )
+    session.tasks = [tasks[i] for i in order]
+    session.names = None if names is None else [names[i] for i in order]
+
+
+@contextmanager
+def _store(
+    target: Path,
+    session: Session,
+    facts: dict[str, Any],
+    chunk_size: int | None,
+    resume: bool,
+    overwrite: bool,
+    may_differ: Sequence[str],
+) -> Iterator[GateStore]:
+    """The store to write to: a new one, or one that this run may go on with."""
+    if resume and target.exists():
+        with GateStore.open(target, "a") as store:
+            _check_resumable(store, session, facts, chunk_size, may_differ)
+            yield store
+    else:
+        facts = {**facts, "chunk_size": chunk_size or session.width}
+        # The store holds float32, so what is learned with is read from there, now and on resume.
+        with GateStore.create(
+            target,
+            session.sites,
+            recipe=session.recipe,
+            means=session.means(),
+            provenance=facts,
+            overwrite=overwrite,
+        ) as store:
+            yield store
+
+
+def _check_resumable(
+    store: GateStore,
+    session: Session,
+    facts: Mapping[str, Any],
+    chunk_size: int | None,
+    may_differ: Sequence[str],
+) -> None:
+    keys = {MAY_DIFFER[name] for name in may_differ}
+    if not keys.isdisjoint({"model_hash", "data_fingerprint", "amp"}):
+        keys.add("outputs")  # of another network, on other images or in another precision
+    begun = store.provenance
+    own = {key: begun.get(key) if key in keys else value for key, value in facts.items()}
+    store.check_resumable(sites=session.sites, recipe=session.recipe, provenance=own)
+    if "chunk_size" not in begun:
+        raise GateStoreError(
+            f"{store.path} was not begun by a run that can be resumed; learn into another file "
+            "and put both together with merge."
+        )
+    asked = {**own, "chunk_size": begun["chunk_size"] if chunk_size is None else chunk_size}
+    for key in ("amp", "batch_size", "chunk_size"):
+        if key not in keys and asked[key] != begun.get(key):
+            raise GateStoreError(
+                f"{store.path} was begun with {key} {begun.get(key)!r}, not {asked[key]!r}, and "
+                "the gates that are missing would differ in rounding from those of one run: give "
+                f"the same, or may_differ=[{key!r}] to go on all the same."
+            )
+    if session.recipe.ablation == "mean" and store.means is None:
+        raise GateStoreError(
+            f"{store.path} has no channel means, which this recipe needs; learn into another file."
+        )
+    asked = {**facts, "chunk_size": asked["chunk_size"]}
+    differs = [name for name in may_differ if asked[MAY_DIFFER[name]] != begun[MAY_DIFFER[name]]]
+    missing = [json.dumps(task) for task in session.tasks if task not in store]
+    if differs and missing:
+        number = sum(name.startswith("resumed/") for name in store.results)
+        store.write_result(
+            f"resumed/{number}", {"task": missing}, {"differs": differs, "provenance": asked}
+        )
+
+
+class _Run:
+    """Writes what is learned, and tells how far it is."""
+
+    def __init__(
+        self,
+        store: GateStore,
+        session: Session,
+        parts: Sequence[Sequence[Task]],
+        executor: Executor,
+        on_progress: Callable[[Progress], object] | None,
+    ) -> None:
+        self.store, self.session, self.executor = store, session, executor
+        self.on_progress = on_progress
+        self.found = sum(task in store for task in session.tasks)
+        self.done = self.found
+        self.steps = 0
+        self.n_steps = sum(session.n_steps(task) for part in parts for task in part)
+        self.began = self.told = time.monotonic()
+        self._bar: Any = None
+
+    @contextmanager
+    def bar(self, shown: bool) -> Iterator[None]:
+        with tqdm(
+            total=self.n_steps, desc="learning gates", unit="step", disable=not shown
+        ) as self._bar:
+            self._tell()
+            yield
+
+    def advance(self, n: int) -> None:
+        """Some task steps are done."""
+        self.steps += n
+        self._bar.update(n)
+        if time.monotonic() - self.told >= PROGRESS_SECONDS:
+            self._tell()
+
+    def save(self, gates: TaskGates) -> None:
+        """Write what is missing of a chunk."""
+        missing = [task for task in gates.tasks if task not in self.store]
+        if missing:
+            labels = self.session.source.labels
+            counts = {task: int(torch.isin(labels, _classes(task)).sum()) for task in missing}
+            with _interrupted_later():
+                self.store.append(gates.select(missing), sample_counts=counts)
+        self.done += len(missing)
+        self._tell()
+
+    def _tell(self) -> None:
+        self.told = time.monotonic()
+        lost = self.executor.lost
+        self._bar.set_postfix_str(
+            f"{self.done}/{len(self.session.tasks)} tasks saved"
+            + (f", {lost} workers lost" if lost else "")
+        )
+        if self.on_progress is not None:
+            self.on_progress(
+                Progress(
+                    self.done,
+                    len(self.session.tasks),
+                    self.found,
+                    self.steps,
+                    self.n_steps,
+                    self.told - self.began,
+                    lost,
+                )
+            )
+
+
+def _classes(task: Task) -> Tensor:
+    return torch.tensor([task] if isinstance(task, int) else task, device="cpu")
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done, so that what is learned gets written."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    held: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held:
+            previous(*held[0])

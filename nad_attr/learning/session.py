@@ -1,0 +1,532 @@
+"""Learn task gates: many tasks in shared batches, gradients to gates alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nad_attr._checks import check_mapping
+from nad_attr._version import __version__
+from nad_attr.data.fingerprints import fixed_outputs
+from nad_attr.data.labels import Task, as_task
+from nad_attr.data.sources import Data, Inputs, Source, as_source
+from nad_attr.gates.channels import budget, n_channels, split_sites
+from nad_attr.gates.history import History
+from nad_attr.gates.recipe import PaperRecipe, Recipe
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.gating.hooks import frozen
+from nad_attr.gating.means import channel_means
+from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network
+from nad_attr.learning.paper import learn_paper, paper_steps
+from nad_attr.learning.selection import learn_selection, steps_in_memory
+from nad_attr.running.forward import amp_dtype, check_batch_size, check_classes, chunks
+from nad_attr.sites.finding import find_gate_sites
+from nad_attr.sites.site import GateSite, unwrap
+from nad_attr.system.memory import largest_batch, parse_bytes
+from nad_attr.system.rng import seed_of
+
+__all__ = ["Session"]
+
+
+#: Images that the ablation value "mean" is taken over, at most.
+MEAN_IMAGES = 512
+
+
+#: Images that a lighter copy is compared on one by one, and together in one pass.
+ALONE = 16
+
+
+#: Images in a batch, at most, where the size is found: more are hardly faster.
+MAX_FOUND_BATCH = 512
+
+
+class Session:
+    """A network, data and a recipe that fit together, ready to learn tasks.
+
+    What :func:`learn_gates` and runs into a store do in common: everything is checked here, before
+    any work is done.
+
+    Args:
+        model: See :func:`learn_gates`.
+        data: See there.
+        tasks: See there.
+        recipe: See there.
+        sites: See there.
+        seed: See there.
+        device: See there.
+        amp: See there.
+        batch_size: See there.
+        memory_limit: See there.
+        augmented: See there.
+        forward_func: See there.
+        additional_forward_args: See there.
+
+    Attributes:
+        network: The network with its gate sites.
+        source: The images.
+        tasks: The tasks, in the order given.
+        names: Their names, or None.
+        recipe: The recipe.
+        seed: As given.
+        batch_size: Images in one pass, at most.
+        width: Tasks that are learned together, at most.
+
+    Raises:
+        SiteError: See :func:`learn_gates`.
+        TypeError: See there.
+        ValueError: See there.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+        >>> session = Session(net, (torch.randn(20, 4), torch.arange(20) % 2), batch_size=40)
+        >>> session.tasks, session.width
+        ([0, 1], 2)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        tasks: Sequence[object] | Mapping[str, object] | None = None,
+        recipe: Recipe | None = None,
+        sites: Sequence[GateSite | str | nn.Module] | None = None,
+        *,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        amp: bool | torch.dtype | None = None,
+        batch_size: int | Literal["auto"] = 64,
+        memory_limit: int | str | None = None,
+        augmented: bool | None = None,
+        forward_func: Callable[..., Any] | None = None,
+        additional_forward_args: Any = None,
+    ) -> None:
+        self.recipe = Recipe() if recipe is None else recipe
+        if not isinstance(self.recipe, Recipe):
+            raise TypeError(f"recipe must be a Recipe, not {type(recipe).__name__}.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model must be a torch.nn.Module, not {type(model).__name__}; a function goes "
+                "into forward_func= beside the module that it runs."
+            )
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"seed must be a whole number, not {seed!r}.")
+        limit = _check_batch(batch_size, memory_limit, self.recipe)
+        self.seed = seed
+        self.network = Network(
+            model,
+            device=device,
+            forward_func=forward_func,
+            additional_forward_args=additional_forward_args,
+            amp=amp_dtype(amp),
+        )
+        # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
+        with torch.inference_mode(False):
+            self.source = as_source(data, augmented=augmented)
+            labels = self.source.labels
+            self.tasks, self.names = _tasks(tasks, labels)
+            _check_images(self.tasks, labels, self.recipe)
+            example = next(iter(self.source.batches([[(0, 0), (len(labels) - 1, 0)]])))
+            self.network.sites = tuple(
+                _sites(self.network, sites, example, additional_forward_args)
+            )
+            _check_outputs(self.network, example, self.tasks, labels)
+            self.network.lighten(chain([example], self._of_each_task()))
+            self.batch_size = (
+                self._largest_batch(example, limit) if batch_size == "auto" else batch_size
+            )
+        self.network.batch_size = self.batch_size
+        self.width = max(1, self.batch_size // self.recipe.images_per_step)
+
+    def _of_each_task(self) -> Iterator[Inputs]:
+        """An image of each task: some alone, and all of them."""
+        classes, places = self.source.labels.unique(return_inverse=True)
+        first = torch.full((len(classes),), len(places), device="cpu")
+        first = first.scatter_reduce(0, places, torch.arange(len(places), device="cpu"), "amin")
+        of_class = dict(zip(classes.tolist(), first.tolist(), strict=True))
+        images = [
+            (next(of_class[k] for k in _members(task).tolist() if k in of_class), 0)
+            for task in self.tasks
+        ]
+        alone = images[:: max(1, len(images) // ALONE)][:ALONE]
+        together = [images[part.start : part.stop] for part in chunks(len(images), ALONE)]
+        yield from self.source.batches([[image] for image in alone] + together)
+
+    def _largest_batch(self, example: Inputs, limit: int | None) -> int:
+        """Images of a step that fit into memory, together with what the recipe holds for them."""
+        network, recipe = self.network, self.recipe
+        n = n_channels(network.sites)
+        # What learn_selection holds for each image of a batch: the gradients of past steps, and
+        # those of the candidates, a third of all at most.
+        held_for_image = steps_in_memory(recipe) * n * 4 / 3 * torch.finfo(network.dtype).bits / 8
+        image = network.to_device(tuple(item[:1] for item in example))
+
+        def run(n_images: int) -> None:
+            batch = tuple(item.expand(n_images, *item.shape[1:]).contiguous() for item in image)
+            gates = torch.ones(n_images, n, device=network.device, dtype=network.dtype)
+            classes = torch.zeros(n_images, 1, device=network.device, dtype=torch.int64)
+            network.output_and_gradient(batch, gates, classes, torch.ones_like(classes).bool())
+
+        if recipe.ablation == "mean":
+            network.set_means(
+                {site.name: torch.zeros(site.n_channels, device="cpu") for site in network.sites}
+            )
+        try:
+            with torch.enable_grad(), frozen(network.model):
+                found = largest_batch(
+                    network.device,
+                    run,
+                    limit=limit,
+                    fixed=held_for_image * recipe.images_per_step,
+                    beside=held_for_image,
+                    most=min(MAX_FOUND_BATCH, recipe.images_per_step * len(self.tasks)),
+                )
+        finally:
+            network.means = None
+        return max(found - found % recipe.images_per_step, min(found, recipe.images_per_step))
+
+    @property
+    def sites(self) -> tuple[GateSite, ...]:
+        """The gate sites, in forward order."""
+        return self.network.sites
+
+    def n_steps(self, task: Task) -> int:
+        """Steps that a task takes."""
+        return _steps(task, self.source.labels, self.recipe)
+
+    def means(self) -> dict[str, Tensor] | None:
+        """What closed channels are replaced by, ``{site name: float64 (C,)}``; None: zero.
+
+        The same for all tasks: means over images of all classes.
+        """
+        if self.recipe.ablation != "mean":
+            return None
+        with torch.inference_mode(False), frozen(self.network.model):
+            return _means(self.network, self.source, self.seed)
+
+    def outputs(self) -> dict[str, Any]:
+        """What the whole network gives on a few fixed images, to tell it from another one."""
+        n = len(self.source.labels)
+        draws = [[(i, 0)] for i in sorted({0, n // 3, 2 * n // 3, n - 1})]
+        with torch.inference_mode(False):
+            batches = map(self.network.to_device, self.source.batches(draws))
+            return fixed_outputs(self.network.clean, batches)
+
+    def learn(
+        self,
+        tasks: Sequence[Task] | None = None,
+        *,
+        means: Mapping[str, Tensor] | None = None,
+        start: Tensor | None = None,
+        advance: Callable[[int], object] = lambda n: None,
+    ) -> TaskGates:
+        """Learn the gates of some of the tasks.
+
+        Args:
+            tasks: Some of ``self.tasks``; None: all. Their order and company decide what shares a
+                pass, so the same list gives the same gates bit by bit, on the same machine.
+            means: What closed channels are replaced by; None: computed if the recipe needs it.
+            start: (T, all channels), the logits that the paper's recipe starts from.
+            advance: Called with a number of task steps that are done.
+        """
+        (gates,) = self._learn([None], tasks, means, start, advance)
+        return gates
+
+    def learn_sizes(
+        self,
+        sizes: Sequence[float],
+        tasks: Sequence[Task] | None = None,
+        *,
+        means: Mapping[str, Tensor] | None = None,
+        advance: Callable[[int], object] = lambda n: None,
+    ) -> dict[float, TaskGates]:
+        """Learn the gates of some of the tasks at several sizes, in one run.
+
+        Args:
+            sizes: See :func:`learn_sizes`.
+            tasks: See :meth:`learn`.
+            means: See there.
+            advance: See there.
+
+        Raises:
+            ValueError: See :func:`learn_sizes`.
+        """
+        if isinstance(self.recipe, PaperRecipe):
+            raise ValueError(
+                "the paper's recipe has no size to ask for; cut its gates with "
+                "sub_architecture(task, size=...)."
+            )
+        wanted = [sizes] if isinstance(sizes, (int, float)) else list(sizes)
+        ks = [budget(size, self.sites) for size in wanted]
+        if not ks or len(set(ks)) < len(ks):
+            raise ValueError(f"sizes must be different numbers of channels, not {wanted}.")
+        if len(ks) > self.recipe.steps:
+            raise ValueError(f"{len(ks)} sizes need at least as many steps; raise recipe.steps.")
+        falling = sorted(wanted, reverse=True)
+        learned = dict(zip(falling, self._learn(falling, tasks, means, None, advance), strict=True))
+        return {size: learned[size] for size in wanted}
+
+    def _learn(
+        self,
+        sizes: Sequence[float | None],
+        tasks: Sequence[Task] | None,
+        means: Mapping[str, Tensor] | None,
+        start: Tensor | None,
+        advance: Callable[[int], object],
+    ) -> list[TaskGates]:
+        """One set of task gates for each size; None: the recipe's own."""
+        started = datetime.now(timezone.utc)
+        network, source, recipe = self.network, self.source, self.recipe
+        wanted = self.tasks if tasks is None else list(tasks)
+        parts: list[list[Learned]] = []
+        with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
+            means = self.means() if means is None else means
+            if means is not None:
+                network.set_means(means)
+            clean = CleanOutputs(network, source)
+            for part in chunks(len(wanted), self.width):
+                chunk = Chunk(
+                    network,
+                    source,
+                    [wanted[i] for i in part],
+                    self.seed,
+                    clean=clean,
+                    advance=advance,
+                )
+                if isinstance(recipe, PaperRecipe):
+                    first = None if start is None else start[list(part)]
+                    parts.append([learn_paper(chunk, recipe, first)])
+                else:
+                    asked = [recipe.size if size is None else size for size in sizes]
+                    parts.append(learn_selection(chunk, recipe, asked))
+        info = {
+            "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
+            "model": type(unwrap(network.model)).__name__,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "device": str(network.device),
+            "amp": None if network.amp is None else str(network.amp),
+            "n_images": len(source.labels),
+            "own_images_only": _own_only(wanted, source.labels, recipe),
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round((datetime.now(timezone.utc) - started).total_seconds(), 1),
+        }
+        return [
+            self._gates([part[i] for part in parts], wanted, size, info)
+            for i, size in enumerate(sizes)
+        ]
+
+    def _gates(
+        self,
+        learned: Sequence[Learned],
+        tasks: Sequence[Task],
+        size: float | None,
+        info: Mapping[str, Any],
+    ) -> TaskGates:
+        gates = torch.cat([part.gates for part in learned])
+        logits = torch.cat([part.logits for part in learned])
+        names = None if self.names is None else dict(zip(self.tasks, self.names, strict=True))
+        return TaskGates(
+            split_sites(gates.cpu(), self.sites),
+            self.sites,
+            tasks,
+            logits=split_sites(logits.cpu(), self.sites),
+            means=self.network.means,
+            recipe=self.recipe if size is None else dataclasses.replace(self.recipe, size=size),
+            history=_history([part.curves for part in learned]),
+            task_names=None if names is None else [names[task] for task in tasks],
+            info=info,
+        )
+
+
+def _check_batch(
+    batch_size: int | str, memory_limit: int | str | None, recipe: Recipe
+) -> int | None:
+    """The memory limit in bytes; None: none was given."""
+    if batch_size != "auto":
+        check_batch_size(batch_size, auto=True)
+        if memory_limit is not None:
+            raise ValueError(
+                f"memory_limit is for batch_size='auto'; batch_size is {batch_size!r}."
+            )
+        return None
+    if isinstance(recipe, PaperRecipe):
+        raise ValueError(
+            "batch_size='auto' is for the default recipe; give a number for the paper's, whose "
+            f"steps take {recipe.images_per_step} images of each task."
+        )
+    return None if memory_limit is None else parse_bytes(memory_limit)
+
+
+def _tasks(
+    tasks: Sequence[object] | Mapping[str, object] | None, labels: Tensor
+) -> tuple[list[Task], list[str] | None]:
+    if tasks is None:
+        return [int(k) for k in labels.unique()], None
+    if isinstance(tasks, (str, bytes)):
+        raise TypeError(f"tasks must be a list of class indices or a dictionary, not {tasks!r}.")
+    names = None
+    if isinstance(tasks, Mapping):
+        names = [str(name) for name in tasks]
+        values = list(tasks.values())
+    elif isinstance(tasks, int):
+        values = [tasks]
+    else:
+        try:
+            values = list(tasks)
+        except TypeError:
+            raise TypeError(
+                f"tasks must be a list of class indices, not {type(tasks).__name__}."
+            ) from None
+    wanted = [as_task(value) for value in values]
+    if not wanted:
+        raise ValueError("tasks is empty; name at least one class, or leave it out for all.")
+    twice = [task for i, task in enumerate(wanted) if task in wanted[:i]]
+    if twice:
+        raise ValueError(f"task {twice[0]} is there twice.")
+    return wanted, names
+
+
+def _members(task: Task) -> Tensor:
+    return torch.tensor([task] if isinstance(task, int) else task, device="cpu")
+
+
+def _check_images(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> None:
+    present = labels.unique()
+    for task in tasks:
+        if not bool(torch.isin(_members(task), present).any()):
+            shown = ", ".join(map(str, present[:20].tolist())) + (" ..." * (len(present) > 20))
+            raise ValueError(
+                f"there is no image of task {task} in the data; its labels are {shown}."
+            )
+    if isinstance(recipe, PaperRecipe):
+        return
+    alone = _own_only(tasks, labels, recipe)
+    if alone:
+        warnings.warn(
+            f"task {alone[0]} has own images only: its gates keep the task output on those, and "
+            "nothing says that they do not raise it on other images as well. Add images of other "
+            "classes to the data for a sub-architecture that tells classes apart.",
+            stacklevel=4,
+        )
+
+
+def _own_only(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> list[Any]:
+    """Tasks that are learned from own images alone: all of them with the paper's recipe."""
+    if isinstance(recipe, PaperRecipe):
+        return list(tasks)
+    return [task for task in tasks if bool(torch.isin(labels, _members(task)).all())]
+
+
+def _sites(
+    network: Network,
+    sites: Sequence[GateSite | str | nn.Module] | None,
+    example: Inputs,
+    additional_forward_args: Any,
+) -> list[GateSite]:
+    if sites is not None:
+        if isinstance(sites, (str, nn.Module, GateSite)):
+            sites = [sites]
+        if not isinstance(sites, Iterable):
+            raise TypeError(f"sites must be a list of gate sites, not {sites!r}.")
+        sites = list(sites)
+        if not sites:
+            raise ValueError("sites is empty; leave it out to have them found.")
+        if all(isinstance(site, GateSite) for site in sites):
+            return [site for site in sites if isinstance(site, GateSite)]
+    return find_gate_sites(
+        network.model,
+        network.to_device(example),
+        layers=sites,
+        additional_forward_args=additional_forward_args,
+    )
+
+
+def _check_outputs(
+    network: Network, example: Inputs, tasks: Sequence[Task], labels: Tensor
+) -> None:
+    """One real pass: do sites, inputs and outputs fit, before hours are spent?"""
+    outputs, _ = network.clean_recorded(network.to_device(example))
+    check_classes(labels, tasks, outputs.shape[1])
+    if not bool(torch.isfinite(outputs).all()):
+        raise ValueError(
+            "the network's outputs hold NaN or infinity on the first images; check weights, "
+            "input range and mixed precision."
+        )
+
+
+def _start(
+    logits: Mapping[str, Tensor] | None,
+    recipe: Recipe,
+    sites: Sequence[GateSite],
+    tasks: Sequence[Task],
+) -> Tensor | None:
+    if logits is None:
+        return None
+    if not isinstance(recipe, PaperRecipe):
+        raise ValueError(
+            "initial_logits is a start for the paper's recipe; the default recipe starts from the "
+            "whole network."
+        )
+    check_mapping(logits, "initial_logits")
+    parts = []
+    for site in sites:
+        expected = (len(tasks), site.n_channels)
+        value = logits.get(site.name)
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"initial_logits of {site.name!r} are no tensor.")
+        if value is None or tuple(value.shape) != expected:
+            shape = None if value is None else tuple(value.shape)
+            raise ValueError(
+                f"initial_logits of {site.name!r} have shape {shape}, not (tasks, channels) = "
+                f"{expected}."
+            )
+        parts.append(value.detach())
+    start = torch.cat(parts, dim=1)
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError("initial_logits hold NaN or infinity.")
+    return start
+
+
+def _steps(task: Task, labels: Tensor, recipe: Recipe) -> int:
+    if isinstance(recipe, PaperRecipe):
+        return paper_steps(int(torch.isin(labels, _members(task)).sum()), recipe)
+    return recipe.steps
+
+
+def _means(network: Network, source: Source, seed: int) -> dict[str, Tensor]:
+    """Mean of each channel over images of all classes, whichever tasks are learned."""
+    n = len(source.labels)
+    order = torch.randperm(
+        n, generator=torch.Generator().manual_seed(seed_of(seed, "means")), device="cpu"
+    )
+    chosen = order[:MEAN_IMAGES].tolist()
+    draws = [
+        [(i, seed_of(seed, "means", i)) for i in chosen[a : a + 32]]
+        for a in range(0, len(chosen), 32)
+    ]
+    batches = (network.to_device(inputs) for inputs in source.batches(draws))
+    return channel_means(
+        network.model, network.sites, batches, forward=lambda *inputs: network(inputs)
+    )
+
+
+def _history(curves: Sequence[Mapping[str, Tensor]]) -> History:
+    """Join the curves of chunks side by side, shorter ones filled with NaN."""
+    steps = max(len(next(iter(part.values()))) for part in curves)
+    joined = {}
+    for name in curves[0]:
+        columns = []
+        for part in curves:
+            curve = part[name].detach().float().cpu().numpy()
+            rest = np.full((steps - len(curve), curve.shape[1]), np.nan, np.float32)
+            columns.append(np.concatenate([curve, rest]))
+        joined[name] = np.concatenate(columns, axis=1)
+    return History(joined)

@@ -1,0 +1,1 @@
+"""Rivals: other methods that give each channel a number per task."""

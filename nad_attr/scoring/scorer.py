@@ -1,0 +1,532 @@
+"""The protocol of everything that scores channels: what one image gives each channel of a site.
+
+A scorer gives each channel a number per task. A new one says what one image gives each channel
+(:meth:`ChannelScorer.image_scores`), or, where images play no part, what a task gives it
+(:meth:`TaskScorer.task_scores`); which images count for which task, and how much, is the base
+class's work.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nad_attr._checks import GatingError, tensor_of
+from nad_attr.data.labels import Task, as_task, own_images
+from nad_attr.data.sources import Draw, Inputs, Source, TensorSource, as_source
+from nad_attr.gating.hooks import channel_shape, frozen, installed, site_modules
+from nad_attr.running.forward import Runner, check_batch_size, check_classes, chunks
+from nad_attr.running.outputs import task_outputs
+from nad_attr.sites.site import GateSite, check_sites
+from nad_attr.system.rng import seed_of
+
+__all__ = ["Batch", "ChannelScorer", "Scores", "TaskScorer", "Variants", "positions", "tasks_of"]
+
+#: Of each task (rows) and channel: ``{site name: (T, C)}``.
+Scores: TypeAlias = "dict[str, Tensor]"
+#: ``{(include_others, signed): scores}``
+Variants: TypeAlias = "dict[tuple[bool, bool], Scores]"
+
+
+def tasks_of(targets: Any, tasks: Sequence[Task] | None = None) -> list[Task]:
+    """The tasks that a scorer's rows stand for: as given, or the sorted different targets.
+
+    Raises:
+        TypeError: If a task is no class index or group of them.
+        ValueError: If a task is there twice, or there is none.
+
+    Example:
+        >>> tasks_of(torch.tensor([2, 0, 2])), tasks_of(torch.tensor([2, 0, 2]), [(0, 2), 2])
+        ([0, 2], [(0, 2), 2])
+    """
+    chosen = tensor_of(targets).unique().tolist() if tasks is None else tasks
+    if isinstance(chosen, (str, bytes, Mapping, int)):
+        raise TypeError(f"tasks must be a sequence of tasks, not {type(chosen).__name__}.")
+    result = [as_task(task) for task in chosen]
+    if not result:
+        raise ValueError("there is no task to score channels for.")
+    if len(set(result)) < len(result):
+        raise ValueError(f"a task is there twice: {result}.")
+    return result
+
+
+def positions(values: Tensor, site: GateSite) -> Tensor:
+    """A site's tensor as float64 (B, C, P): channels second, all positions (one, if none) last."""
+    dim, _ = channel_shape(site, values)
+    if values.device.type == "mps":  # has no float64
+        values = values.cpu()
+    return values.detach().double().movedim(dim, 1).reshape(len(values), site.n_channels, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images to score, and the network to run them through.
+
+    Attributes:
+        model: The network, to put hooks on.
+        inputs: The network's inputs.
+        labels: int64 (B,), the images' own classes.
+        tasks: The B tasks that the images are scored for; empty for a scorer whose scores do not
+            depend on the task.
+        run: Runs the network on any number of inputs: float (B, K), checked, with its graph.
+        prepared: What :meth:`ChannelScorer.prepare` returned.
+    """
+
+    model: nn.Module
+    inputs: Inputs
+    labels: Tensor
+    tasks: list[Task]
+    run: Callable[[Inputs], Tensor]
+    prepared: Any = None
+
+    def outputs(self) -> Tensor:
+        """The network's outputs for these images, (B, K), with their graph."""
+        return self.run(self.inputs)
+
+    def columns(self) -> tuple[list[Task], Tensor]:
+        """The different tasks, and int64 (B,): which of them each image is scored for."""
+        number = {task: i for i, task in enumerate(dict.fromkeys(self.tasks))}
+        column = torch.tensor([number[task] for task in self.tasks], device=self.labels.device)
+        return list(number), column
+
+    def explained(self, outputs: Tensor) -> Tensor:
+        """The task output of each image for the task it is scored for, (B,)."""
+        different, column = self.columns()
+        return task_outputs(outputs, different).gather(1, column[:, None])[:, 0]
+
+
+def check_differentiable(value: Tensor) -> None:
+    """Refuse outputs that no gradient can be taken of.
+
+    Raises:
+        GatingError: Says why there may be none.
+    """
+    if not value.requires_grad:
+        raise GatingError(
+            "no gradient leads from the outputs back to the gate sites: the network (or "
+            "forward_func) detaches them, or runs without gradients itself."
+        )
+
+
+def _weights(labels: Tensor, tasks: Sequence[Task], include_others: bool) -> Tensor:
+    """How much each image counts for each task: float64 (T, N), rows sum to one."""
+    own = own_images(labels, tasks)
+    parts = [(own, "own")]
+    if include_others:
+        parts.append((~own, "other"))
+    weights = torch.zeros(own.shape, dtype=torch.float64, device="cpu")
+    for part, what in parts:
+        for task, has in zip(tasks, part.any(-1).tolist(), strict=True):
+            if not has:
+                raise ValueError(f"there is no {what} image for task {task} among the inputs.")
+        weights += part / part.sum(-1, keepdim=True, dtype=torch.float64) / len(parts)
+    return weights
+
+
+class _Scored:
+    """Images that are loaded when they are scored; a random transform has its own draw for that."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.labels, self.augmented = source, source.labels, source.augmented
+
+    def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
+        """The inputs of each list of draws."""
+        return self.source.batches([(i, seed_of("scores", i)) for i, _ in some] for some in draws)
+
+
+class ChannelScorer(ABC):
+    """Scores the channels of a network for each task; a subclass says what one image gives.
+
+    The score of a task is the mean of :meth:`image_scores` over its own images, or with
+    ``include_others`` over own and other images in equal parts. Where these numbers have a sign
+    (``has_sign``), ``signed`` says whether it counts: if not, the absolute value of each image's
+    number is averaged, so that channels count which speak for or against the task. Means are taken
+    in float64, so that neither the order of the images nor the batch size matters.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        sites: Gate sites of that network, in forward order.
+
+    Raises:
+        SiteError: If the network has no such site.
+        ValueError: If there are no sites.
+
+    Example:
+        >>> from nad_attr import recorded
+        >>> class Largest(ChannelScorer):
+        ...     def image_scores(self, batch):
+        ...         with torch.no_grad(), recorded(batch.model, self.sites) as x:
+        ...             batch.outputs()
+        ...         return {s.name: positions(x[s.name], s).amax(-1) for s in self.sites}
+        >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
+        >>> images = torch.tensor([[1.0, 5.0], [3.0, 5.0], [9.0, 0.0]])
+        >>> Largest(net, [GateSite("0", 2, 1)])(images, torch.tensor([0, 0, 1]))
+        {'0': tensor([[2., 5.], [9., 0.]])}
+    """
+
+    #: Whether an image's scores depend on the task. If not, each image is run once for all tasks.
+    task_specific: bool = False
+    #: Whether :meth:`image_scores` has a sign that can be kept or left out.
+    has_sign: ClassVar[bool] = False
+    #: Whether that sign is kept.
+    signed: bool = False
+
+    def __init__(self, model: nn.Module, sites: Sequence[GateSite]) -> None:
+        self.model = model
+        self.sites = check_sites(sites)
+        if not self.sites:
+            raise ValueError("there is no gate site to score the channels of.")
+        site_modules(model, self.sites)
+
+    @abstractmethod
+    def image_scores(self, batch: Batch) -> dict[str, Tensor]:
+        """What each image gives each channel: ``{site name: (B, C)}``, images by themselves.
+
+        Called with gradients enabled and the network's parameters frozen. With the sign, if the
+        scorer has one.
+        """
+
+    def prepare(self, runner: Runner, source: Source, batch_size: int) -> Any:
+        """What has to be known before the first batch, for all of them (``Batch.prepared``)."""
+        return None
+
+    def images_per_batch(self, batch_size: int) -> int:
+        """How many images to score together so that no pass holds more than ``batch_size``."""
+        return batch_size
+
+    def __call__(
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        include_others: bool = False,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        forward_func: Callable[..., Any] | None = None,
+        additional_forward_args: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Tensor]:
+        """Score all channels.
+
+        Args:
+            inputs: The network's input or tuple of inputs, axis 0 = N images. Or, without
+                ``targets``, data of any kind (a Dataset of (input, label), a DataLoader), of which
+                a batch at a time is loaded.
+            targets: int (N,), the images' own classes.
+            tasks: T class indices or groups of them; None: the sorted different targets (see
+                :func:`tasks_of`).
+            include_others: Take the mean over own and other images in equal parts, not over own
+                images only.
+            batch_size: Images in a forward (and backward) pass, at most.
+            device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
+            forward_func: Called with the inputs in place of the network; has to run the network.
+                Returns (B, K), one output per class.
+            additional_forward_args: Further arguments of every call, the same for all images.
+            dtype: Of the result.
+
+        Returns:
+            ``{site name: (T, C)}`` on the CPU, rows in the order of the tasks.
+
+        Raises:
+            GatingError: If a site does not fire, fires twice or has another shape.
+            TypeError: If an argument is of a wrong kind.
+            ValueError: If the network is in train mode, shapes do not fit, values are not finite,
+                targets or tasks are no class of the network, or a task has no own (or, where
+                they count, no other) images.
+        """
+        options = (batch_size, device, forward_func, additional_forward_args, dtype)
+        found = self._scored(inputs, targets, tasks, (include_others,), (self.signed,), *options)
+        return found[include_others, self.signed]
+
+    def variants(
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        include_others: Sequence[bool] = (False, True),
+        signed: Sequence[bool] | None = None,
+        batch_size: int = 64,
+        device: torch.device | str | None = None,
+        forward_func: Callable[..., Any] | None = None,
+        additional_forward_args: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Variants:
+        """All ways to average this scorer's numbers, from one pass over the images.
+
+        Args:
+            inputs: As in calling the scorer, like all that is not named here.
+            targets: See there.
+            tasks: See there.
+            include_others: Over which images: own (False), own and other (True).
+            signed: Without (False) or with the sign (True); None: both, where there is one.
+            batch_size: See there.
+            device: See there.
+            forward_func: See there.
+            additional_forward_args: See there.
+            dtype: See there.
+
+        Returns:
+            ``{(include_others, signed): {site name: (T, C)}}``; scores that have no sign are
+            under False, scores that no image plays a part in under (False, False) alone.
+
+        Raises:
+            GatingError, TypeError, ValueError: As in calling the scorer; also if a sign is asked
+                of a scorer that has none.
+
+        Example:
+            >>> from nad_attr.evaluation import GradientXActivationScorer
+            >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
+            >>> scorer = GradientXActivationScorer(net, [GateSite("0", 2, 1)])
+            >>> images = torch.tensor([[1.0, 2.0], [-3.0, 0.0], [5.0, 5.0]])
+            >>> found = scorer.variants(images, torch.tensor([0, 0, 1]), tasks=[0])
+            >>> for (include_others, signed), scores in found.items():
+            ...     print(include_others, signed, scores["0"].tolist())
+            False False [[2.0, 0.0]]
+            False True [[-1.0, 0.0]]
+            True False [[3.5, 0.0]]
+            True True [[2.0, 0.0]]
+        """
+        if signed is None:
+            signed = (False, True) if self.has_sign else (False,)
+        elif any(signed) and not self.has_sign:
+            raise ValueError(
+                f"the scores of {type(self).__name__} have no sign; leave out signed=."
+            )
+        for what, values in (("include_others", include_others), ("signed", signed)):
+            if isinstance(values, bool) or not values:
+                raise ValueError(f"{what} must list True, False or both, not {values!r}.")
+        options = (batch_size, device, forward_func, additional_forward_args, dtype)
+        return self._scored(inputs, targets, tasks, include_others, signed, *options)
+
+    def _scored(
+        self,
+        inputs: Any,
+        targets: Any,
+        tasks: Sequence[Task] | None,
+        include_others: Sequence[bool],
+        signed: Sequence[bool],
+        batch_size: int,
+        device: torch.device | str | None,
+        forward_func: Callable[..., Any] | None,
+        additional_forward_args: Any,
+        dtype: torch.dtype,
+    ) -> Variants:
+        runner = Runner(
+            self.model,
+            device=device,
+            forward_func=forward_func,
+            additional_forward_args=additional_forward_args,
+        )
+        # A caller's inference mode would leave nothing to differentiate.
+        with torch.inference_mode(False), torch.enable_grad(), frozen(runner.model):
+            source: Source = (
+                TensorSource(inputs, targets)
+                if targets is not None or isinstance(inputs, Tensor)
+                else _Scored(inputs if hasattr(inputs, "batches") else as_source(inputs))
+            )
+            rows = tasks_of(source.labels, tasks)
+            weights = torch.stack([_weights(source.labels, rows, both) for both in include_others])
+            check_batch_size(batch_size)
+            totals = self._totals(runner, source, rows, weights, signed, batch_size)
+        for name, total in totals.items():
+            if not bool(torch.isfinite(total).all()):
+                raise ValueError(f"the scores of gate site {name!r} are not finite.")
+        return {
+            (both, sign): {name: total[v, s].to(dtype) for name, total in totals.items()}
+            for v, both in enumerate(include_others)
+            for s, sign in enumerate(signed)
+        }
+
+    def _totals(
+        self,
+        runner: Runner,
+        source: Source,
+        tasks: Sequence[Task],
+        weights: Tensor,
+        signed: Sequence[bool],
+        batch_size: int,
+    ) -> dict[str, Tensor]:
+        """Weighted sums of image scores.
+
+        Args:
+            runner: The network.
+            source: N images.
+            tasks: T tasks.
+            weights: float64 (V, T, N), how much each image counts.
+            signed: S times, whether the sign counts.
+            batch_size: Images in a pass, at most.
+
+        Returns:
+            ``{site name: float64 (V, S, T, C)}`` on the CPU.
+        """
+        shape = (len(weights), len(signed), len(tasks))
+        totals = {
+            s.name: torch.zeros(*shape, s.n_channels, device="cpu").double() for s in self.sites
+        }
+        counts = weights.any(0)
+        # Either every image that counts once, or every (task, image) pair that counts.
+        if self.task_specific:
+            row, image = counts.nonzero(as_tuple=True)
+            if isinstance(source, _Scored):  # one image's tasks together, so that it is loaded once
+                order = image.argsort(stable=True)
+                row, image = row[order], image[order]
+        else:
+            row, image = (
+                torch.empty(0, dtype=torch.long, device="cpu"),
+                counts.any(0).nonzero()[:, 0],
+            )
+        cuts = list(chunks(len(image), self.images_per_batch(batch_size)))
+        numbers = [image[cut[0] : cut[-1] + 1].tolist() for cut in cuts]
+        once = [list(dict.fromkeys(chosen)) for chosen in numbers]
+        prepared = self.prepare(runner, source, batch_size)
+        for cut, chosen, drawn, inputs in zip(
+            cuts, numbers, once, runner.draw(source, once), strict=True
+        ):
+            here = row[cut[0] : cut[-1] + 1]
+            if len(drawn) < len(chosen):
+                places = {number: place for place, number in enumerate(drawn)}
+                inputs = tuple(x[[places[number] for number in chosen]] for x in inputs)
+            batch = Batch(
+                runner.model,
+                inputs,
+                source.labels[chosen].to(runner.device),
+                [tasks[r] for r in here.tolist()],
+                partial(self._outputs, runner, source.labels, tasks),
+                prepared,
+            )
+            for name, scores in self.image_scores(batch).items():
+                values = scores.detach().cpu().double()
+                for s, sign in enumerate(signed):
+                    kept = values if sign or not self.has_sign else values.abs()
+                    for v, weight in enumerate(weights):
+                        if self.task_specific:
+                            weighted = weight[here, chosen][:, None] * kept
+                            totals[name][v, s].index_add_(0, here, weighted)
+                        else:
+                            totals[name][v, s] += weight[:, chosen] @ kept
+        return totals
+
+    @staticmethod
+    def _outputs(runner: Runner, labels: Tensor, tasks: Sequence[Task], inputs: Inputs) -> Tensor:
+        outputs = runner(inputs)
+        check_classes(labels, tasks, outputs.shape[1])
+        return outputs
+
+    def effects(
+        self,
+        batch: Batch,
+        objective: Callable[[Tensor], Tensor],
+        reduce: Callable[[GateSite, Tensor, Tensor], Tensor],
+    ) -> Scores:
+        """What activation and gradient at every site come to, reduced over its positions.
+
+        The sum over positions of activation times gradient is the derivative by a gate on that
+        channel of that image, at gate 1: ``d objective / d g = sum of a d objective / d a``.
+
+        Args:
+            batch: The images.
+            objective: Of the outputs (B, K), a number that is a sum over images.
+            reduce: Makes float64 (B, C) of a site, its activations and its gradients, each float64
+                (B, C, P) with P positions.
+
+        Returns:
+            ``{site name: (B, C)}``.
+
+        Raises:
+            GatingError: If no gradient arrives at the sites.
+        """
+        activations: dict[str, Tensor] = {}
+        shifts: dict[str, Tensor] = {}
+
+        def function(site: GateSite, tensor: Tensor) -> Tensor:
+            if len(tensor) != len(batch.labels):
+                raise GatingError(
+                    f"gate site {site.name!r} has {len(tensor)} rows for {len(batch.labels)} "
+                    "images; axis 0 must be the images."
+                )
+            # A copy, which no in-place ReLU can overwrite. The shift by zero is where the gradient
+            # is read; one number is stored for all of it.
+            activations[site.name] = tensor.detach().clone()
+            shifts[site.name] = tensor.new_zeros(()).expand(tensor.shape).requires_grad_()
+            return tensor + shifts[site.name]
+
+        with installed(batch.model, self.sites, function):
+            value = objective(batch.outputs())
+        check_differentiable(value)
+        gradients = torch.autograd.grad(
+            value,
+            [shifts[site.name] for site in self.sites],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        # Site by site: in float64, all of them together would be the largest thing in memory.
+        return {
+            site.name: reduce(site, positions(activations.pop(site.name), site), positions(g, site))
+            for site, g in zip(self.sites, gradients, strict=True)
+        }
+
+    def __repr__(self) -> str:
+        channels = sum(site.n_channels for site in self.sites)
+        return f"{type(self).__name__}({len(self.sites)} sites, {channels:,} channels)"
+
+
+class TaskScorer(ChannelScorer):
+    """A scorer for which images play no part; a subclass says what a task gives each channel.
+
+    Images and their labels are checked like any other scorer's, and say which tasks there are.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        sites: Gate sites of that network, in forward order.
+
+    Example:
+        >>> class First(TaskScorer):
+        ...     def task_scores(self, runner, source, tasks):
+        ...         first = [-torch.arange(s.n_channels).double() for s in self.sites]
+        ...         return {s.name: f.expand(len(tasks), -1) for s, f in zip(self.sites, first)}
+        >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
+        >>> First(net, [GateSite("0", 3, 1)])(torch.ones(1, 3), torch.tensor([4]))
+        {'0': tensor([[-0., -1., -2.]])}
+    """
+
+    @abstractmethod
+    def task_scores(self, runner: Runner, source: Source, tasks: Sequence[Task]) -> Scores:
+        """What each task gives each channel: ``{site name: float64 (T, C)}`` on the CPU."""
+
+    def image_scores(self, batch: Batch) -> Scores:
+        """Never asked for: images play no part."""
+        raise NotImplementedError(f"{type(self).__name__} scores no images.")
+
+    def variants(
+        self,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        include_others: Sequence[bool] = (False,),
+        **options: Any,
+    ) -> Variants:
+        """The one way to score: see :meth:`ChannelScorer.variants`."""
+        return super().variants(inputs, targets, include_others=include_others, **options)
+
+    def _totals(
+        self,
+        runner: Runner,
+        source: Source,
+        tasks: Sequence[Task],
+        weights: Tensor,
+        signed: Sequence[bool],
+        batch_size: int,
+    ) -> dict[str, Tensor]:
+        scores = self.task_scores(runner, source, tasks)
+        return {
+            name: score.expand(len(weights), len(signed), *score.shape)
+            for name, score in scores.items()
+        }

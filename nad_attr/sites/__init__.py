@@ -1,0 +1,19 @@
+"""Gate sites: where in a network a gate closes a channel for good.
+
+They are found by the flow of data through one forward pass, or named by the user.
+"""
+
+from __future__ import annotations
+
+from nad_attr.sites.finding import find_gate_sites, paper_sites
+from nad_attr.sites.site import GateSite, SiteError, is_compiled, resolve_name, unwrap
+
+__all__ = [
+    "GateSite",
+    "SiteError",
+    "find_gate_sites",
+    "is_compiled",
+    "paper_sites",
+    "resolve_name",
+    "unwrap",
+]

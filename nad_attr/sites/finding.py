@@ -1,0 +1,703 @@
+"""Gate sites: the modules of a network at which a gate closes a channel for good.
+
+:func:`find_gate_sites` finds them by the flow of data through one forward pass. A site is a *cut
+point*: a tensor through which everything that the output learns about the input must pass. Where a
+network has none for a stretch, because its cells read two predecessors, the cells are the sites.
+
+Between two cut points without an operator that forms new channels (an activation, a normalization,
+a pooling or a depthwise convolution does not) the channels are the same, so there is one site for
+them, as late as it can be: a channel closed before a BatchNorm comes back as a constant, one closed
+after it does not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nad_attr.sites.site import GateSite, SiteError, is_compiled, resolve_name, unwrap
+from nad_attr.sites.tracing import Call, Trace, trace
+
+__all__ = ["find_gate_sites", "paper_sites"]
+
+
+# How many other sites a module may hold for a site to be named after it.
+_MOST_ENCLOSED = 2
+
+
+Layers: TypeAlias = "str | nn.Module | GateSite | Sequence[str | nn.Module | GateSite]"
+
+
+def find_gate_sites(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    layers: Layers | None = None,
+    channel_dim: int | Mapping[str, int] | None = None,
+    at_input: bool = False,
+    additional_forward_args: object = None,
+    vectors: bool = True,
+) -> list[GateSite]:
+    """Finds, or checks, the places where a gate really closes a channel.
+
+    The model is run once, on fake tensors that have shapes and no values (on ``example_inputs``
+    themselves, without gradients, if it looks at values); nothing about it is changed.
+
+    Without ``layers``, sites are found: see this module's description. Neither the channels of the
+    input nor those of the output (logits, probabilities) get a site. Sums that no module returns,
+    as in ``x = x + self.block(x)`` in the model's own forward pass, cannot be hooked and get none.
+
+    Args:
+        model: The network, in eval mode.
+        example_inputs: A tensor or a tuple of tensors the model can be called with; the first axis
+            is the batch. One image is enough; where the model does not look at values, a tensor
+            on the meta device will do.
+        layers: Modules to put gates at, instead of finding them: names, modules or
+            :class:`GateSite`, one or several. They need not be cut points.
+        channel_dim: Axis of the channels, where it cannot be found or is found wrongly: one number
+            for all sites, or a mapping from names. The batch is axis 0; -1 is the last axis.
+        at_input: Put the gates of ``layers`` at the modules' inputs instead of their outputs.
+        additional_forward_args: One more argument or a tuple of them, as in Captum.
+        vectors: Whether layers whose output has no positions, (batch, channels), may be sites.
+            False leaves out the hidden fully connected layers of a VGG. Only without ``layers``.
+
+    Returns:
+        The sites in forward order.
+
+    Raises:
+        SiteError: If a layer does not exist, is not called, is called more than once, does not
+            return one tensor, shares its tensor with another one, or does not influence the
+            output; if the axis of its channels is not known; if the model is in train mode, is
+            compiled or scripted or fails on the inputs; if no site is found.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        ...                       nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+        >>> find_gate_sites(model, torch.zeros(1, 3, 16, 16))
+        [GateSite(name='2', n_channels=8, channel_dim=1, at_input=False)]
+        >>> find_gate_sites(model, torch.zeros(1, 3, 16, 16), layers=["0", model[3]])[0].name
+        '0'
+    """
+    model = _checked_model(model)
+    inputs = _checked_inputs(example_inputs)
+    asked = None if layers is None else asked_layers(model, layers, at_input)
+    if asked is None and at_input:
+        raise SiteError("at_input=True needs layers=: the modules at whose inputs to put the gates")
+    try:
+        traced = trace(model, inputs, _as_tuple(additional_forward_args))
+    except Exception as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        remedy = (
+            "If the model looks at values, give real tensors instead of meta tensors."
+            if any(tensor.is_meta for tensor in inputs)
+            else "Give inputs that model(*example_inputs, *additional_forward_args) accepts."
+        )
+        raise SiteError(
+            f"the model cannot be run on example_inputs of shape {shapes}: "
+            f"{type(error).__name__}: {error}. {remedy}"
+        ) from error
+    flow = _Flow(model, traced)
+    if asked is None:
+        return _found_sites(flow, channel_dim, vectors)
+    return _user_sites(flow, asked, channel_dim)
+
+
+def paper_sites(architecture: str) -> list[GateSite]:
+    """The gate sites of the NAD paper's authors, by torchvision's module names.
+
+    Source: released code of Hu et al., "Architecture Disentanglement for Deep Neural Networks",
+    ICCV 2021 (arXiv 2003.13268). ``"darts"`` is the DARTS_V2 ImageNet network (48 channels, 14
+    cells), of which ``benchmarks/darts.py`` has a version with these names.
+
+    Args:
+        architecture: ``"vgg16"``, ``"resnet50"``, ``"densenet121"`` or ``"darts"``.
+
+    Returns:
+        The sites in forward order.
+
+    Raises:
+        SiteError: If the architecture is none of these.
+
+    Example:
+        >>> sites = paper_sites("resnet50")
+        >>> len(sites), sum(site.n_channels for site in sites)
+        (17, 15168)
+    """
+    channels = _PAPER.get(architecture) if isinstance(architecture, str) else None
+    if channels is None:
+        known = ", ".join(map(repr, _PAPER))
+        raise SiteError(f"the paper has no architecture {architecture!r}; it has {known}")
+    return [GateSite(name, n_channels) for name, n_channels in channels.items()]
+
+
+_PAPER: dict[str, dict[str, int]] = {
+    "vgg16": {
+        **{"features.1": 64, "features.4": 64, "features.6": 128, "features.9": 128},
+        **{f"features.{i}": 256 for i in (11, 13, 16)},
+        **{f"features.{i}": 512 for i in (18, 20, 23, 25, 27)},
+        "avgpool": 512,
+    },
+    "resnet50": {
+        "maxpool": 64,
+        **{
+            f"layer{stage}.{block}": 128 * 2**stage
+            for stage, n_blocks in ((1, 3), (2, 4), (3, 6), (4, 3))
+            for block in range(n_blocks)
+        },
+    },
+    "densenet121": {
+        **{"features.pool0": 64, "features.denseblock1": 256, "features.transition1": 128},
+        **{"features.denseblock2": 512, "features.transition2": 256},
+        **{"features.denseblock3": 1024, "features.transition3": 512, "features": 1024},
+    },
+    "darts": {
+        **{"stem0": 48, "stem1": 48},
+        **{f"cells.{i}": 192 if i < 4 else 384 if i < 9 else 768 for i in range(14)},
+    },
+}
+
+
+# What is asked for
+
+
+def _checked_model(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise SiteError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}; for a function, give "
+            "the module that it calls"
+        )
+    model = unwrap(model)
+    for name, module in model.named_modules():
+        called = f"module {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SiteError(
+                f"{called} is compiled by torch.jit, which hides its data flow and ignores hooks; "
+                "give the model it was made from"
+            )
+        if is_compiled(module):
+            raise SiteError(
+                f"{called} is compiled by torch.compile, which ignores hooks added afterwards; "
+                "give the model from before compiling"
+            )
+        if module.training:
+            raise SiteError(f"{called} is in train mode; call model.eval() first")
+    if any(torch.nn.parameter.is_lazy(p) for p in (*model.parameters(), *model.buffers())):
+        raise SiteError("the model has uninitialized lazy modules; run one forward pass first")
+    return model
+
+
+def _checked_inputs(example_inputs: object) -> tuple[Tensor, ...]:
+    inputs = tuple(example_inputs) if isinstance(example_inputs, list) else example_inputs
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    if not inputs or not all(isinstance(tensor, Tensor) for tensor in inputs):
+        kinds = ", ".join(type(item).__name__ for item in inputs) or "nothing"
+        raise SiteError(f"example_inputs must be a tensor or a tuple of tensors, not {kinds}")
+    return inputs
+
+
+def _as_tuple(arguments: object) -> tuple[object, ...]:
+    if arguments is None:
+        return ()
+    return arguments if isinstance(arguments, tuple) else (arguments,)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A layer that the user asks for; of a given GateSite, also what it says about the channels."""
+
+    name: str
+    at_input: bool
+    site: GateSite | None = None
+
+
+def asked_layers(model: nn.Module, layers: Layers, at_input: bool) -> list[_Asked]:
+    """Resolves names, modules and sites to canonical names."""
+    if isinstance(layers, (str, nn.Module, GateSite)):
+        layers = [layers]
+    if not isinstance(layers, Iterable):
+        raise SiteError(f"layers must be names, modules or GateSites, not {type(layers).__name__}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    canonical = {id(module): name for name, module in model.named_modules()}
+    asked: list[_Asked] = []
+    for layer in layers:
+        site = layer if isinstance(layer, GateSite) else None
+        if isinstance(layer, nn.Module):
+            name = canonical.get(id(unwrap(layer)))
+            if name is None:
+                raise SiteError(
+                    f"layer {_short(layer)} is not part of the model; name a module of "
+                    "model.named_modules() (a copy of the model has modules of its own)"
+                )
+        else:
+            written = site.name if site is not None else layer
+            if not isinstance(written, str):
+                raise SiteError(
+                    f"layers must be names, modules or GateSites, not {type(layer).__name__}"
+                )
+            name = resolve_name(written, modules, canonical)
+        if not name:
+            raise SiteError("the whole model cannot be a gate site; name a module inside it")
+        if any(other.name == name for other in asked):
+            raise SiteError(f"layer {name!r} is given twice; give each layer once")
+        asked.append(_Asked(name, site.at_input if site is not None else at_input, site))
+    if not asked:
+        raise SiteError("layers is empty; name at least one layer, or leave it out to find sites")
+    return asked
+
+
+def _short(module: nn.Module) -> str:
+    text = repr(module).splitlines()[0]
+    return text if text.endswith(")") else type(module).__name__
+
+
+# The flow of data
+
+
+class _Flow:
+    """What matters of a trace: the nodes between input and output, and the calls at them."""
+
+    def __init__(self, model: nn.Module, traced: Trace) -> None:
+        self.nodes = traced.nodes
+        self.batch_size = traced.batch_size
+        self.has_children = {name for name, m in model.named_modules() if any(m.children())}
+        self.plain = {name for name, m in model.named_modules() if type(m) is nn.Sequential}
+        self.sequential = {n for n, m in model.named_modules() if isinstance(m, nn.Sequential)}
+        self.calls: dict[str, list[Call]] = {}
+        for call in traced.calls:
+            self.calls.setdefault(call.name, []).append(call)
+        self.sources = set(traced.sources)
+        self.sinks = set(traced.sinks)
+        reach = set(self.sources)
+        for index, node in enumerate(self.nodes):
+            if not reach.isdisjoint(node.inputs):
+                reach.add(index)
+        needed = set(self.sinks)
+        for index in range(len(self.nodes) - 1, -1, -1):
+            if index in needed:
+                needed.update(self.nodes[index].inputs)
+        # In the order of creation, which is topological.
+        self.path = sorted(reach & needed)
+        self.on_path = set(self.path)
+
+    def cut_points(self) -> list[int]:
+        """Nodes that every path from the inputs to the output passes: no edge jumps over them."""
+        position = {index: p for p, index in enumerate(self.path)}
+        end = len(self.path)
+        edges = [(-1, position[s]) for s in self.sources & self.on_path]
+        edges += [(position[s], end) for s in self.sinks & self.on_path]
+        for index in self.path:
+            edges += [(position[i], position[index]) for i in self.inputs_of(index)]
+        # Over how many positions' left border is there an edge that does not end there?
+        change = [0] * (end + 2)
+        for start, stop in edges:
+            if stop - start > 1:
+                change[start + 1] += 1
+                change[stop] -= 1
+        jumps = itertools.accumulate(change)
+        return [index for index, n in zip(self.path, jumps, strict=False) if n == 0]
+
+    def inputs_of(self, index: int) -> list[int]:
+        return [i for i in self.nodes[index].inputs if i in self.on_path]
+
+    def between(self, start: int, stop: int) -> list[int]:
+        """The nodes on the path after one and up to another; -1 and len(nodes) are the ends."""
+        return self.path[bisect_right(self.path, start) : bisect_right(self.path, stop)]
+
+    def after(self, start: int) -> set[int]:
+        """The nodes on the path that depend on one."""
+        reached = {start}
+        for index in self.between(start, len(self.nodes)):
+            if not reached.isdisjoint(self.nodes[index].inputs):
+                reached.add(index)
+        return reached - {start}
+
+    def carries(self, start: int, stop: int) -> bool:
+        """Whether the channels at ``stop`` are still those at ``start``.
+
+        A tensor carries them if all it was made of carries them, by operators that form no new
+        channels; a product if one factor does, since zeros stay zeros: squeeze-and-excitation
+        rescales channels and forms none. ``start`` -1 is the input, ``stop`` len(nodes) the output.
+        """
+        carrying = {start}
+        for index in self.between(start, stop):
+            node, read = self.nodes[index], self.inputs_of(index)
+            if index in self.sources:
+                if start == -1:
+                    carrying.add(index)
+            elif not node.mixes:
+                enough = any if node.scales else all
+                if enough(i in carrying for i in read):
+                    carrying.add(index)
+        return stop in carrying or (stop == len(self.nodes) and self.sinks <= carrying)
+
+    def mixing(self, indices: Iterable[int]) -> set[int]:
+        return {index for index in indices if self.nodes[index].mixes}
+
+    def inside(self, call: Call) -> list[int]:
+        """The nodes on the path that a call made."""
+        return self.between(call.start - 1, call.end - 1)
+
+    def gateable(self) -> Iterator[Call]:
+        """Calls at whose outputs a gate could stand, if the place were right."""
+        for name, calls in self.calls.items():
+            if not name or len(calls) != 1:
+                continue
+            call = calls[0]
+            if (
+                call.output in self.on_path
+                and call.output not in call.inputs
+                and call.floating
+                and call.shape is not None
+                and len(call.shape) > 1
+                and call.shape[0] == self.batch_size
+            ):
+                yield call
+
+
+def _channel_axis(shape: tuple[int, ...], axes: frozenset[int]) -> int | None:
+    """The axis of the channels as in GateSite.channel_dim, None if unknown."""
+    if len(shape) == 2:
+        return 1
+    if len(axes) != 1:
+        return None
+    (axis,) = axes
+    return _canonical_axis(shape, axis) if axis else None
+
+
+def _canonical_axis(shape: tuple[int, ...], axis: int) -> int:
+    axis %= len(shape)
+    return -1 if axis == len(shape) - 1 and axis != 1 else axis
+
+
+# Sites that are found
+
+
+def _found_sites(
+    flow: _Flow, channel_dim: int | Mapping[str, int] | None, vectors: bool
+) -> list[GateSite]:
+    if not flow.path:
+        raise SiteError(
+            "the output does not depend on the inputs by PyTorch operators, so no site can be "
+            "found; name the layers yourself with layers="
+        )
+    calls_at: dict[int, list[Call]] = {}
+    for call in flow.gateable():
+        assert call.output is not None
+        calls_at.setdefault(call.output, []).append(call)
+    cuts = flow.cut_points()
+    chosen: dict[int, list[Call]] = {}
+    for segment in _segments(flow, cuts):
+        index = _site_of_segment(flow, segment, calls_at, channel_dim)
+        if index is not None:
+            chosen[index] = calls_at[index]
+    for cell in _cells(flow, cuts, set(chosen)):
+        assert cell.output is not None
+        chosen[cell.output] = [cell]
+    sites: list[GateSite] = []
+    for index in sorted(chosen):
+        call = _best_name(flow, chosen[index], set(chosen) - {index})
+        assert call.shape is not None
+        if vectors or len(call.shape) > 2:
+            axes = flow.nodes[index].axes
+            sites.append(_site(call.name, call.shape, axes, channel_dim, at_input=False))
+    if not sites:
+        raise SiteError(
+            "no gate site found: no module returns a hidden tensor on which all of the output "
+            "depends"
+            + ("" if vectors else " and which has positions (vectors=False)")
+            + "; name the layers yourself with layers="
+        )
+    _check_names(channel_dim, [site.name for site in sites])
+    return sites
+
+
+def _segments(flow: _Flow, cuts: list[int]) -> list[list[int]]:
+    """Cut points in runs that share their channels, without those of the input and the output."""
+    runs: list[list[int]] = [[-1]]
+    for index in [*cuts, len(flow.nodes)]:
+        if flow.carries(runs[-1][-1], index):
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return [run for run in runs if run[0] != -1 and run[-1] != len(flow.nodes)]
+
+
+def _site_of_segment(
+    flow: _Flow,
+    segment: list[int],
+    calls_at: Mapping[int, list[Call]],
+    channel_dim: int | Mapping[str, int] | None,
+) -> int | None:
+    """The cut point of a segment at which a gate closes its channels for good."""
+    candidates = [index for index in segment if index in calls_at]
+    if not candidates:
+        return None
+    n_channels: dict[int, int] = {}
+    for index in candidates:
+        shape = flow.nodes[index].shape
+        axis = _channel_axis(shape, flow.nodes[index].axes)
+        if axis is None:
+            axis = _override(channel_dim, [call.name for call in calls_at[index]])
+        if axis is not None and -len(shape) <= axis < len(shape):
+            n_channels[index] = shape[axis]
+    if not n_channels:
+        # Naming it raises the error that asks for channel_dim.
+        return candidates[-1]
+    first = next(iter(n_channels.values()))
+    able = [index for index, n in n_channels.items() if n == first]
+    # Beyond a squeeze-and-excitation a closed channel would still have a say in the others' scale.
+    before = [index for index in able if not flow.mixing(flow.between(segment[0], index))]
+    able = before or able
+    wide = [index for index in able if _n_positions(flow.nodes[index].shape, first) > 1]
+    able = wide or able
+    # Of tensors that hold the same values in another layout, the one that a block returns.
+    same = [able[-1]]
+    for earlier in reversed(able[:-1]):
+        if not all(flow.nodes[i].moves for i in flow.between(earlier, same[0])):
+            break
+        same.insert(0, earlier)
+    blocks = flow.has_children - flow.plain
+    by_block = [i for i in same if any(call.name in blocks for call in calls_at[i])]
+    return (by_block or same)[0]
+
+
+def _n_positions(shape: tuple[int, ...], n_channels: int) -> int:
+    n = 1
+    for size in shape[1:]:
+        n *= size
+    return n // n_channels
+
+
+def _cells(flow: _Flow, cuts: list[int], chosen: set[int]) -> list[Call]:
+    """Modules that are the sites of stretches without cut points.
+
+    A stretch counts as a block, with no sites inside, if one module makes all of its channels, as
+    in a residual or dense block. Otherwise its largest modules are its cells, if they form a chain,
+    or if the stretch is the whole network's and not the inside of a block.
+    """
+    gateable = {call.name for call in flow.gateable()}
+    spans = [
+        (call, flow.mixing(flow.inside(call)))
+        for name, calls in flow.calls.items()
+        if name
+        for call in calls
+    ]
+    cells: list[Call] = []
+    for start, stop in itertools.pairwise([-1, *cuts, len(flow.nodes)]):
+        stretch = flow.mixing(flow.between(start, stop))
+        if len(stretch) < 2 or any(mixing == stretch for _, mixing in spans):
+            continue
+        inside = [
+            (call, mixing)
+            for call, mixing in spans
+            if mixing and mixing <= stretch
+            if call.name in flow.has_children and call.name in gateable
+        ]
+        largest = [
+            call
+            for call, mixing in inside
+            if not any(
+                mixing < other or (mixing == other and outer.entered < call.entered)
+                for outer, other in inside
+            )
+        ]
+        enclosed = any(stretch <= mixing for _, mixing in spans)
+        if len(largest) < 2 or (enclosed and not _chained(flow, largest)):
+            continue
+        for call in largest:
+            assert call.output is not None
+            if call.output not in chosen and not _ends(flow, call.output, stop):
+                cells.append(call)
+    return cells
+
+
+def _ends(flow: _Flow, index: int, stop: int) -> bool:
+    """Whether the channels of a cell are those at the end of its stretch, or of the output."""
+    if stop in flow.on_path and flow.carries(index, stop):
+        return True
+    return not flow.mixing(flow.after(index))
+
+
+def _chained(flow: _Flow, calls: Sequence[Call]) -> bool:
+    """Whether one of the calls reads what another one returned."""
+    for first in calls:
+        assert first.output is not None
+        reached = flow.after(first.output)
+        if any(not reached.isdisjoint(flow.inside(call)) for call in calls if call is not first):
+            return True
+    return False
+
+
+def _best_name(flow: _Flow, calls: Sequence[Call], others: set[int]) -> Call:
+    """The call to name a site after, among those of nested modules that return the same tensor.
+
+    The innermost block; else the innermost subclass of Sequential; else the innermost module.
+    Modules that hold many other sites are backbones rather than blocks.
+    """
+
+    def n_enclosed(call: Call) -> int:
+        return sum(call.start <= index < call.end for index in others)
+
+    innermost = sorted(calls, key=lambda call: call.entered, reverse=True)
+    blocks = [
+        call
+        for call in innermost
+        if call.name in flow.has_children
+        and call.name not in flow.plain
+        and n_enclosed(call) <= _MOST_ENCLOSED
+    ]
+    proper = [call for call in blocks if call.name not in flow.sequential]
+    return (proper or blocks or innermost)[0]
+
+
+# Sites that are named
+
+
+def _user_sites(
+    flow: _Flow, asked: Sequence[_Asked], channel_dim: int | Mapping[str, int] | None
+) -> list[GateSite]:
+    ordered: list[tuple[int, GateSite]] = []
+    outputs: dict[int, str] = {}
+    for layer in asked:
+        call = _one_call(flow, layer.name)
+        node = _gated_node(flow, call, layer.at_input)
+        shape = call.argument_shape if layer.at_input else call.shape
+        assert shape is not None
+        if not layer.at_input:
+            if node in outputs:
+                raise SiteError(
+                    f"layers {outputs[node]!r} and {layer.name!r} return the same tensor, which "
+                    "would be gated twice; leave one out"
+                )
+            outputs[node] = layer.name
+        axes = flow.nodes[node].axes or (_axes_from_readers(flow, node) if layer.at_input else None)
+        given: int | Mapping[str, int] | None = channel_dim
+        if layer.site is not None and _override(channel_dim, [layer.name]) is None:
+            given = layer.site.channel_dim
+        site = _site(layer.name, shape, axes or frozenset(), given, at_input=layer.at_input)
+        if layer.site is not None and layer.site.n_channels != site.n_channels:
+            raise SiteError(
+                f"site {layer.name!r} is said to have {layer.site.n_channels} channels, but its "
+                f"tensor of shape {shape} has {site.n_channels} on axis {site.channel_dim}"
+            )
+        ordered.append((node, site))
+    _check_names(channel_dim, [layer.name for layer in asked])
+    return [site for _, site in sorted(ordered, key=lambda pair: pair[0])]
+
+
+def _one_call(flow: _Flow, name: str) -> Call:
+    calls = flow.calls.get(name, [])
+    remedy = _remedy(flow, name)
+    if not calls:
+        raise SiteError(
+            f"layer {name!r} is never called in the forward pass, so a hook on it does not fire "
+            f"(its weights may be used by the module around it, or not at all); {remedy}"
+        )
+    if len(calls) > 1:
+        raise SiteError(
+            f"layer {name!r} is called {len(calls)} times in one forward pass, so one gate would "
+            f"stand for several tensors; {remedy}"
+        )
+    return calls[0]
+
+
+def _gated_node(flow: _Flow, call: Call, at_input: bool) -> int:
+    """The node at which a gate of this call acts, if it can stand there."""
+    name, remedy = call.name, _remedy(flow, call.name)
+    shape = call.argument_shape if at_input else call.shape
+    node = call.argument if at_input else call.output
+    verb = "is given" if at_input else "returns"
+    if shape is None:
+        kind = call.argument_kind if at_input else call.kind
+        needed = "input (by position, and no other)" if at_input else "output"
+        raise SiteError(
+            f"layer {name!r} {verb} {kind}; a gate needs one tensor as {needed}; {remedy}"
+        )
+    if node is None:
+        raise SiteError(f"what layer {name!r} {verb} does not depend on the input; {remedy}")
+    if flow.path and node not in flow.on_path:
+        raise SiteError(
+            f"what layer {name!r} {verb} does not reach the model's output, so a gate there "
+            f"changes nothing; {remedy}"
+        )
+    if len(shape) < 2 or shape[0] != flow.batch_size:
+        raise SiteError(
+            f"layer {name!r} {verb} a tensor of shape {shape}, of which the first axis is not the "
+            f"batch of {flow.batch_size}; a gate needs (batch, ...); {remedy}"
+        )
+    return node
+
+
+def _remedy(flow: _Flow, name: str) -> str:
+    """Says where a gate could stand instead."""
+    gateable = {call.name for call in flow.gateable()}
+    outer = name
+    while "." in outer:
+        outer = outer.rpartition(".")[0]
+        if outer in gateable:
+            return f"gate the module around it, {outer!r}, instead"
+    inner = [other for other in gateable if other.startswith(f"{name}.")]
+    if inner:
+        last = max(inner, key=lambda other: flow.calls[other][0].returned)
+        return f"gate a module inside it, such as {last!r}, instead"
+    return "leave layers out to have sites found"
+
+
+def _axes_from_readers(flow: _Flow, node: int) -> frozenset[int] | None:
+    """The axis on which the operators that read a tensor expect its channels."""
+    for reader in (flow.nodes[index] for index in flow.path):
+        if node in reader.inputs and ("conv" in reader.op or "batch_norm" in reader.op):
+            return frozenset({1})
+    return None
+
+
+# Both
+
+
+def _site(
+    name: str,
+    shape: tuple[int, ...],
+    axes: frozenset[int],
+    channel_dim: int | Mapping[str, int] | None,
+    *,
+    at_input: bool,
+) -> GateSite:
+    """Makes a site of a tensor, with the given axis or the one that was found."""
+    axis = _override(channel_dim, [name])
+    if axis is None:
+        axis = _channel_axis(shape, axes)
+        if axis is None:
+            raise SiteError(
+                f"the axis of the channels of layer {name!r}, of shape {shape}, is not known; say "
+                f"which it is: channel_dim={{{name!r}: 1}}, or -1 if they come last"
+            )
+    if not isinstance(axis, int):
+        raise SiteError(f"channel_dim of layer {name!r} must be a whole number, not {axis!r}")
+    if not -len(shape) <= axis < len(shape) or axis % len(shape) == 0:
+        raise SiteError(
+            f"channel_dim {axis} is no channel axis of layer {name!r}, of shape {shape}; give one "
+            f"from 1 to {len(shape) - 1}, or -1"
+        )
+    return GateSite(name, shape[axis], _canonical_axis(shape, axis), at_input)
+
+
+def _override(channel_dim: int | Mapping[str, int] | None, names: Sequence[str]) -> int | None:
+    if isinstance(channel_dim, Mapping):
+        return next((channel_dim[name] for name in names if name in channel_dim), None)
+    return channel_dim
+
+
+def _check_names(channel_dim: int | Mapping[str, int] | None, names: Sequence[str]) -> None:
+    if isinstance(channel_dim, Mapping):
+        unknown = [name for name in channel_dim if name not in names]
+        if unknown:
+            raise SiteError(
+                f"channel_dim names {unknown[0]!r}, which is not a site; the sites are "
+                f"{', '.join(map(repr, names))}"
+            )

@@ -1,0 +1,131 @@
+"""The gate site, and how a network's modules are addressed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+__all__ = ["GateSite", "SiteError", "unwrap"]
+
+
+def check_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
+    """The sites, if that is what they are.
+
+    Raises:
+        TypeError: If they are something else.
+    """
+    if not isinstance(sites, Iterable) or not all(isinstance(s, GateSite) for s in (*sites,)):
+        raise TypeError(
+            f"sites must be a list of GateSite, as find_gate_sites returns it, not {sites!r:.80}."
+        )
+    return tuple(sites)
+
+
+class SiteError(ValueError):
+    """A gate cannot stand where it was asked for; the message says where it can."""
+
+
+@dataclass(frozen=True)
+class GateSite:
+    """A module whose output (or input) tensor gets one gate per channel.
+
+    Attributes:
+        name: Qualified name of the module, as in ``model.named_modules()``.
+        n_channels: Number of channels.
+        channel_dim: Axis of the channels, the batch counted as axis 0: 1 for convolutional and
+            (batch, channels) tensors, -1 for channels last.
+        at_input: Whether the gate stands at the module's input rather than at its output.
+
+    Example:
+        >>> GateSite("layer1.0", 256)
+        GateSite(name='layer1.0', n_channels=256, channel_dim=1, at_input=False)
+    """
+
+    name: str
+    n_channels: int
+    channel_dim: int = 1
+    at_input: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name or not isinstance(self.name, str):
+            raise SiteError(
+                f"a gate site needs the name of a module inside the model, not {self.name!r}"
+            )
+        for what, value in (("n_channels", self.n_channels), ("channel_dim", self.channel_dim)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise SiteError(f"site {self.name!r}: {what}, of an axis, is no int: {value!r}")
+        if self.n_channels < 1:
+            raise SiteError(f"site {self.name!r} needs at least one channel, not {self.n_channels}")
+        if self.channel_dim == 0:
+            raise SiteError(f"site {self.name!r}: axis 0 is the batch and cannot hold the channels")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Strips what DataParallel, DistributedDataParallel and torch.compile put around a model.
+
+    Args:
+        model: A model, wrapped or not.
+
+    Returns:
+        The model inside. The same parameters, and hooks on it fire whichever way it is called,
+        except through torch.compile.
+
+    Raises:
+        TypeError: If it is no module.
+
+    Example:
+        >>> inner = nn.Linear(2, 2)
+        >>> unwrap(nn.DataParallel(inner)) is inner
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` made or changed a module: it ignores hooks that are added later.
+
+    By ``torch.compile(module)`` or, in place, by ``module.compile()``.
+
+    Example:
+        >>> is_compiled(nn.Linear(2, 2))
+        False
+    """
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    return in_place or hasattr(module, "_orig_mod")
+
+
+def resolve_name(
+    written: str, modules: Mapping[str, nn.Module], canonical: Mapping[int, str]
+) -> str:
+    """The name that a module goes by, for one that may have wrappers' prefixes or be an alias.
+
+    Args:
+        written: As the user wrote it.
+        modules: All modules by all their names.
+        canonical: The name of each module, by its id.
+
+    Raises:
+        SiteError: If there is no such module; names close ones.
+    """
+    name = written
+    while name not in modules:
+        prefix = next((p for p in ("module.", "_orig_mod.") if name.startswith(p)), None)
+        if prefix is None:
+            break
+        name = name[len(prefix) :]
+    if name not in modules:
+        near = difflib.get_close_matches(name, list(modules), n=4, cutoff=0.4)
+        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+        raise SiteError(f"the model has no module {written!r}{hint}")
+    return canonical[id(modules[name])]

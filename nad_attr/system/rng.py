@@ -1,0 +1,61 @@
+"""Random numbers that are a function of what they are for; global state stays as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["isolated_rng", "seed_of"]
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from anything with a stable ``repr``: equal on every machine and run."""
+    digest = hashlib.sha256("/".join(map(repr, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _generators() -> list[torch.Generator]:
+    """Torch's global generators: the CPU's, and those of all accelerators that are in use."""
+    found = [torch.default_generator]
+    for module in (torch.cuda, getattr(torch, "xpu", None)):
+        # False in a forked process too, which must not touch the device.
+        if module is not None and module.is_initialized():
+            found += module.default_generators
+    if torch.backends.mps.is_available():
+        found.append(torch.mps._get_default_mps_generator())
+    return found
+
+
+@contextmanager
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's random states, and put them back afterwards.
+
+    Those of all devices that torch has initialised. If a device is initialised inside, its
+    generators are put back to how they came.
+
+    Args:
+        seed: None: the states stay as they are.
+    """
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    generators = [(generator, generator.get_state()) for generator in _generators()]
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            for generator, _ in generators:
+                generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        known = {id(generator) for generator, _ in generators}
+        for generator in _generators():
+            if id(generator) not in known:
+                generator.manual_seed(generator.initial_seed())
+        for generator, state in generators:
+            generator.set_state(state)
