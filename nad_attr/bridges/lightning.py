@@ -290,7 +290,7 @@ def _first_alone(trainer: Any, work: Callable[[], None]) -> None:
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             # Learning may take longer than any collective of the training.
-            group = distributed.new_group(backend="gloo", timeout=timedelta(days=365))
+            group: Any = distributed.new_group(backend="gloo", timeout=timedelta(days=365))
             distributed.broadcast_object_list(told, src=0, group=group)
             distributed.destroy_process_group(group)
         else:

@@ -423,9 +423,10 @@ def numbers_of(loader: DataLoader[Any]) -> list[int] | None:
         )
         return (sampler.weights > 0).nonzero().flatten().tolist()
     with isolated_rng(0):
-        drawn = [int(i) for i in sampler] if sampler is not batches else [
-            int(i) for batch in batches for i in batch
-        ]  # fmt: skip
+        if sampler is batches:
+            drawn = [int(i) for batch in batches or () for i in batch]
+        else:
+            drawn = [int(i) for i in sampler or ()]
     numbers = sorted(set(drawn))
     if len(numbers) < len(drawn):
         warnings.warn(

@@ -121,8 +121,16 @@ def _free_ram() -> int | None:
 
 
 #: Files of a memory cgroup: limit, use, and where memory.stat says what the system would give back.
-_V2 = ("memory.max", "memory.current", ("inactive_file", "slab_reclaimable"))
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file",))
+_V2: tuple[str, str, tuple[str, ...]] = (
+    "memory.max",
+    "memory.current",
+    ("inactive_file", "slab_reclaimable"),
+)
+_V1: tuple[str, str, tuple[str, ...]] = (
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file",),
+)
 
 
 def _cgroup_rooms() -> list[int]:
