@@ -22,8 +22,9 @@ PACKAGE = ROOT / "nad_attr"
 # The rooms from the ground up, with the modules of the root. A room imports from its own line (as
 # long as there is no circle) and from lines above it, whenever and for whatever the import happens.
 LAYERS = (
-    ("_version", "_checks", "_display"),
+    ("_version", "_checks"),
     ("system",),
+    ("_display",),
     ("sites",),
     ("data",),
     ("stats",),

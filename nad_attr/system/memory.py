@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -121,12 +121,13 @@ def _free_ram() -> int | None:
 
 
 #: Files of a memory cgroup: limit, use, and where memory.stat says what the system would give back.
-_V2: tuple[str, str, tuple[str, ...]] = (
+_Files: TypeAlias = tuple[str, str, tuple[str, ...]]
+_V2: _Files = (
     "memory.max",
     "memory.current",
     ("inactive_file", "slab_reclaimable"),
 )
-_V1: tuple[str, str, tuple[str, ...]] = (
+_V1: _Files = (
     "memory.limit_in_bytes",
     "memory.usage_in_bytes",
     ("total_inactive_file",),
