@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,15 +14,16 @@ from nad_attr._checks import GatingError
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Draw, Inputs, Source
 from nad_attr.gates.channels import n_channels, split_sites
-from nad_attr.gating.hooks import channel_shape, installed, multiply_learned
+from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply_learned
 from nad_attr.learning.fast.batchnorm import lean_batchnorm
 from nad_attr.learning.fast.convolution import lean_convolutions
 from nad_attr.learning.fast.light_copy import light_copy
 from nad_attr.running.forward import Runner, chunks, sent
 from nad_attr.running.outputs import own_task_output
-from nad_attr.sites.preserving import Copies
+from nad_attr.sites.preserving import Copies, unchanged
 from nad_attr.sites.site import GateSite
-from nad_attr.system.rng import seed_of
+from nad_attr.sites.tracing import graph_nodes
+from nad_attr.system.rng import isolated_rng, seed_of
 
 __all__ = ["Batch", "Chunk", "CleanOutputs", "Learned", "Network", "TaskImages"]
 
@@ -46,7 +47,13 @@ class Network(Runner):
         dtype: Of gates and outputs: float32, or float64 for a float64 network, whatever the
             activations are.
         means: What closed channels are replaced by, ``{site name: (C,)}``; None: zero.
+        recomputes: Whether checkpointed blocks hold sites, which then fire again in backward.
+        reentrant: Whether some are checkpointed in the reentrant way, which knows no
+            ``autograd.grad``.
     """
+
+    recomputes = False
+    reentrant = False
 
     def __init__(
         self,
@@ -126,6 +133,12 @@ class Network(Runner):
         with lean_batchnorm(self.model, self._scales), lean_convolutions(self.model):
             yield
 
+    @property
+    def half(self) -> bool:
+        """Whether it computes in half precision."""
+        kinds = {self.amp, *(parameter.dtype for parameter in self.model.parameters())}
+        return not kinds.isdisjoint((torch.float16, torch.bfloat16))
+
     def set_means(self, means: Mapping[str, Tensor]) -> None:
         """Let closed channels be at their mean."""
         self.means = {k: v.to(self.device, self.dtype) for k, v in means.items()}
@@ -175,6 +188,18 @@ class Network(Runner):
             inputs: B images.
             gates: (B, all channels).
         """
+        with self.gating(gates):
+            return self(inputs)
+
+    @contextmanager
+    def gating(self, gates: Tensor) -> Iterator[None]:
+        """One gate vector per image, for the passes inside.
+
+        The backward pass belongs inside as well: it runs checkpointed blocks again.
+
+        Args:
+            gates: (B, all channels).
+        """
         parts = split_sites(gates, self.sites)
 
         def gate(site: GateSite, tensor: Tensor) -> Tensor:
@@ -182,7 +207,56 @@ class Network(Runner):
             return multiply_learned(site, tensor, parts[site.name], mean)
 
         with installed(self.model, self.sites, gate), self.lean():
-            return self(inputs)
+            yield
+
+    def find_checkpoints(self, inputs: Inputs) -> None:
+        """See how the network checkpoints, for the backward passes to come.
+
+        Args:
+            inputs: An image.
+        """
+        images = _wanting_gradient(self.to_device(inputs))
+        shape = len(images[0]), n_channels(self.sites)
+        gates = torch.ones(shape, device=self.device, dtype=self.dtype, requires_grad=True)
+        parts = split_sites(gates, self.sites)
+
+        def gate(site: GateSite, tensor: Tensor) -> Tensor:
+            return multiply_learned(site, tensor, parts[site.name], None)
+
+        kept = unchanged(self.model), isolated_rng(), frozen(self.model), torch.enable_grad()
+        with ExitStack() as stack:
+            for context in kept:
+                stack.enter_context(context)
+            fired = stack.enter_context(installed(self.model, self.sites, gate))
+            try:
+                output = self(images)
+                once = dict(fired)
+                names = {type(node).__name__ for node in graph_nodes(output.grad_fn)}
+                self.reentrant = "CheckpointFunctionBackward" in names
+                if output.requires_grad:
+                    self.gate_gradient(output.sum(), gates)
+            except (RuntimeError, ValueError):
+                return  # no gradient at all, as of inference mode; check_gradients says so
+            self.recomputes = fired != once
+
+    def ready(self, inputs: Inputs) -> Inputs:
+        """The inputs as :meth:`gate_gradient` needs them."""
+        return _wanting_gradient(inputs) if self.reentrant else inputs
+
+    def gate_gradient(self, value: Tensor, gates: Tensor, *, retain: bool = False) -> Tensor:
+        """The gradient of a number with respect to the gates, inside :meth:`gating`.
+
+        Args:
+            value: Made of the outputs.
+            gates: A leaf.
+            retain: Keep the graph for another one.
+        """
+        if self.reentrant:
+            value.backward(retain_graph=retain)
+            gradient, gates.grad = gates.grad, None
+        else:
+            (gradient,) = torch.autograd.grad(value, gates, retain_graph=retain, allow_unused=True)
+        return torch.zeros_like(gates) if gradient is None else gradient
 
     def output_and_gradient(
         self, inputs: Inputs, gates: Tensor, classes: Tensor, valid: Tensor
@@ -216,14 +290,18 @@ class Network(Runner):
         self, inputs: Inputs, gates: Tensor, classes: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor]:
         leaf = gates.detach().requires_grad_(True)
-        output = own_task_output(self.gated(inputs, leaf), classes, valid)
-        if not output.requires_grad:
-            raise GatingError(
-                "no gradient leads from the outputs back to the gates: the network (or "
-                "forward_func) detaches its outputs, or runs without gradients itself."
-            )
-        (gradient,) = torch.autograd.grad(output.sum(), leaf)
-        return output.detach(), gradient
+        with self.gating(leaf):
+            output = own_task_output(self(self.ready(inputs)), classes, valid)
+            if not output.requires_grad:
+                raise GatingError(
+                    "no gradient leads from the outputs back to the gates: the network (or "
+                    "forward_func) detaches its outputs, or runs without gradients itself."
+                )
+            return output.detach(), self.gate_gradient(output.sum(), leaf)
+
+
+def _wanting_gradient(inputs: Inputs) -> Inputs:
+    return tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
 
 
 class TaskImages:

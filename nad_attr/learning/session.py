@@ -25,6 +25,7 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
 from nad_attr.gating.means import channel_means
 from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network
+from nad_attr.learning.network_checks import Checks, check_gradients, check_option, check_outputs
 from nad_attr.learning.paper import learn_paper, paper_steps
 from nad_attr.learning.selection import learn_selection, steps_in_memory
 from nad_attr.running.forward import amp_dtype, check_batch_size, check_classes, chunks
@@ -68,6 +69,7 @@ class Session:
         augmented: See there.
         forward_func: See there.
         additional_forward_args: See there.
+        checks: See there.
 
     Attributes:
         network: The network with its gate sites.
@@ -107,6 +109,7 @@ class Session:
         augmented: bool | None = None,
         forward_func: Callable[..., Any] | None = None,
         additional_forward_args: Any = None,
+        checks: Checks = "refuse",
     ) -> None:
         self.recipe = Recipe() if recipe is None else recipe
         if not isinstance(self.recipe, Recipe):
@@ -119,6 +122,7 @@ class Session:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be a whole number, not {seed!r}.")
         limit = _check_batch(batch_size, memory_limit, self.recipe)
+        check_option(checks)
         self.seed = seed
         self.network = Network(
             model,
@@ -137,13 +141,39 @@ class Session:
             self.network.sites = tuple(
                 _sites(self.network, sites, example, additional_forward_args)
             )
-            _check_outputs(self.network, example, self.tasks, labels)
+            outputs = _check_outputs(self.network, example, self.tasks, labels)
+            images = self.network.to_device(example)
+            check_outputs(
+                self.network,
+                self.network.model,
+                images,
+                outputs=outputs,
+                checks=checks,
+                half=self.network.half,
+            )
             self.network.lighten(chain([example], self._of_each_task()))
+            self.network.find_checkpoints(tuple(item[:1] for item in example))
+            if self.network.reentrant and isinstance(self.recipe, PaperRecipe):
+                raise ValueError(
+                    "the network checkpoints in the reentrant way, by which the paper's loss at "
+                    "the sites inside gets no gradient; use checkpoint(..., use_reentrant=False), "
+                    "switch checkpointing off, or take the default recipe."
+                )
+            self.network.batch_size = 8 if batch_size == "auto" else batch_size
+            with frozen(self.network.model):
+                check_gradients(self.network, images, more=self._some, checks=checks)
+            self.network.batch_size = None
             self.batch_size = (
                 self._largest_batch(example, limit) if batch_size == "auto" else batch_size
             )
         self.network.batch_size = self.batch_size
         self.width = max(1, self.batch_size // self.recipe.images_per_step)
+
+    def _some(self, n: int) -> Inputs:
+        """Images from all over the data, where the network is."""
+        numbers = sorted({i * len(self.source.labels) // n for i in range(n)})
+        inputs = next(iter(self.source.batches([[(number, 0) for number in numbers]])))
+        return self.network.to_device(inputs)
 
     def _of_each_task(self) -> Iterator[Inputs]:
         """An image of each task: some alone, and all of them."""
@@ -451,7 +481,7 @@ def _sites(
 
 def _check_outputs(
     network: Network, example: Inputs, tasks: Sequence[Task], labels: Tensor
-) -> None:
+) -> Tensor:
     """One real pass: do sites, inputs and outputs fit, before hours are spent?"""
     outputs, _ = network.clean_recorded(network.to_device(example))
     check_classes(labels, tasks, outputs.shape[1])
@@ -460,6 +490,7 @@ def _check_outputs(
             "the network's outputs hold NaN or infinity on the first images; check weights, "
             "input range and mixed precision."
         )
+    return outputs
 
 
 def _start(
