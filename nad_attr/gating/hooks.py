@@ -296,34 +296,46 @@ class _Gate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, mean: Tensor | None, site: GateSite) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor, mean: Tensor | None, shift: Tensor | None, site: GateSite
+    ) -> Tensor:
         ctx.save_for_backward(x, gate, mean)
         ctx.site = site
         return multiply(site, x, gate, mean)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, mean = ctx.saved_tensors
         dim, ndim = channel_shape(ctx.site, x)
         over = [axis for axis in range(1, ndim) if axis != dim]
         factor = expand(gate, ctx.site, x).to(grad.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return None if factor is None else grad * factor, None, None, None
+            return None if factor is None else grad * factor, None, None, None, None
         parts = _parts(x)
         # At the first gate no gradient goes on: one part's memory then serves all.
         grad_x = torch.empty_like(grad if factor is not None else grad[parts[0]])
-        grad_gate = []
+        grad_gate, grad_shift = [], []
+        wanted = mean is not None or ctx.needs_input_grad[3]
         for part in parts:
             of_output, of_x = grad[part], grad_x[part] if factor is not None else grad_x
             torch.mul(of_output, x[part], out=of_x)
             of_gate = _summed(of_x, over, gate.dtype)
+            if wanted:
+                of_shift = _summed(of_output, over, gate.dtype)
+                grad_shift.append(of_shift)
             if mean is not None:
-                of_gate = of_gate - mean * _summed(of_output, over, gate.dtype)
+                of_gate = of_gate - (mean[part] if mean.ndim == 2 else mean) * of_shift
             if factor is not None:  # the product's memory serves twice
                 torch.mul(of_output, factor[part], out=of_x)
             grad_gate.append(of_gate)
-        return grad_x if factor is not None else None, torch.cat(grad_gate), None, None
+        return (
+            grad_x if factor is not None else None,
+            torch.cat(grad_gate),
+            None,
+            torch.cat(grad_shift) if ctx.needs_input_grad[3] else None,
+            None,
+        )
 
 
 def _parts(x: Tensor) -> list[slice]:
@@ -342,7 +354,13 @@ def _summed(values: Tensor, over: list[int], dtype: torch.dtype) -> Tensor:
     return values.sum(over).to(dtype) if over else values.to(dtype, copy=True)
 
 
-def multiply_learned(site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None) -> Tensor:
+def multiply_learned(
+    site: GateSite,
+    tensor: Tensor,
+    gate: Tensor,
+    mean: Tensor | None,
+    shift: Tensor | None = None,
+) -> Tensor:
     """What :func:`multiply` gives, at less cost where the gates are learned.
 
     Only first derivatives are possible.
@@ -351,9 +369,10 @@ def multiply_learned(site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor 
         site: The gate site.
         tensor: (B, ...), what it holds.
         gate: (B, C), one gate vector per image.
-        mean: (C,), what stands in place of a closed channel; None: zero.
+        mean: (C,) or (B, C), what stands in place of a closed channel; None: zero.
+        shift: (B, C) of zeros, whose gradient is that of a constant added to each channel.
     """
-    result: Tensor = _Gate.apply(tensor, gate, mean, site)
+    result: Tensor = _Gate.apply(tensor, gate, mean, shift, site)
     return result
 
 
@@ -404,14 +423,14 @@ def gates_and_sites(
 
     Returns:
         ``{site name: (C,) or (B, C)}``, the sites in the order given, and the ablation values
-        ``{site name: (C,)}`` or None for zero.
+        ``{site name: (C,) or (B, C)}`` or None for zero.
 
     Raises:
         TypeError, ValueError: As :func:`gated`.
     """
     mapping, used, own_means = _as_mapping(gates, sites, tasks, means)
     values = _checked(mapping, used, "gates", (1, 2))
-    return values, used, None if own_means is None else _checked(own_means, used, "means", (1,))
+    return values, used, None if own_means is None else _checked(own_means, used, "means", (1, 2))
 
 
 def _checked(
@@ -462,8 +481,9 @@ def gated(
             ``{site name: tensor}``: (C,) for all images, (B, C) for one gate vector per image.
         sites: The gate sites, needed with a mapping.
         tasks: With task gates: one task for the whole batch, or one task for each image.
-        means: ``{site name: (C,)}``, what stands in place of a closed channel: the site's output
-            becomes ``g * x + (1 - g) * mean``. None: zero, or what the gates were learned with.
+        means: ``{site name: (C,)}``, or (B, C) for each image its own, what stands in place of a
+            closed channel: the site's output becomes ``g * x + (1 - g) * mean``. None: zero, or
+            what the gates were learned with.
 
     Raises:
         GatingError: If a site is not called, is called twice, or has another shape.
@@ -480,7 +500,8 @@ def gated(
     """
     values, used, offsets = gates_and_sites(gates, sites, tasks, means)
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        if any(value.ndim == 2 for value in values.values()):
+        every = [*values.values(), *(offsets or {}).values()]
+        if any(value.ndim == 2 for value in every):
             raise GatingError(
                 "one gate vector per image cannot be split over DataParallel's devices; pass "
                 "model.module, or one task for the whole batch."

@@ -181,12 +181,20 @@ class Network(Runner):
         with installed(self.model, self.sites, record):
             return self(inputs), kept
 
-    def gated(self, inputs: Inputs, gates: Tensor) -> Tensor:
+    def gated(
+        self,
+        inputs: Inputs,
+        gates: Tensor,
+        constants: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
         """Outputs (B, K) under one gate vector per image.
 
         Args:
             inputs: B images.
             gates: (B, all channels).
+            constants: (B, all channels), what closed channels are replaced by; None: the means.
+            shift: (B, all channels) of zeros, which is added to all channels.
         """
         with self.gating(gates):
             return self(inputs)
@@ -201,10 +209,14 @@ class Network(Runner):
             gates: (B, all channels).
         """
         parts = split_sites(gates, self.sites)
+        of_image = None if constants is None else split_sites(constants, self.sites)
+        shifts = None if shift is None else split_sites(shift, self.sites)
 
         def gate(site: GateSite, tensor: Tensor) -> Tensor:
-            mean = None if self.means is None else self.means[site.name]
-            return multiply_learned(site, tensor, parts[site.name], mean)
+            closed = self.means if of_image is None else of_image
+            mean = None if closed is None else closed[site.name]
+            added = None if shifts is None else shifts[site.name]
+            return multiply_learned(site, tensor, parts[site.name], mean, added)
 
         with installed(self.model, self.sites, gate), self.lean():
             yield
@@ -286,6 +298,34 @@ class Network(Runner):
         outputs, gradients = zip(*results, strict=True)
         return torch.cat(outputs), torch.cat(gradients)
 
+    def output_and_gradients(
+        self, inputs: Inputs, gates: Tensor, constants: Tensor, classes: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`output_and_gradient`, with constants of each image's own.
+
+        Args:
+            inputs: B images.
+            gates: (B, all channels).
+            constants: (B, all channels), what stands in place of closed channels.
+            classes: int64 (B, M), see :func:`own_task_output`.
+            valid: bool (B, M).
+
+        Returns:
+            (B,), the gradient with respect to the gates, (B, all channels), and that with respect
+            to something added to each channel, (B, all channels), detached.
+        """
+        found = []
+        for part in self._passes(len(gates)):
+            at = slice(part.start, part.stop)
+            leaf = gates[at].detach().requires_grad_(True)
+            shift = torch.zeros_like(leaf).requires_grad_(True)
+            images = tuple(item[at] for item in inputs)
+            outputs = self.gated(images, leaf, constants[at], shift)
+            output = own_task_output(outputs, classes[at], valid[at])
+            found.append((output.detach(), *torch.autograd.grad(output.sum(), (leaf, shift))))
+        output, of_gates, of_shift = map(torch.cat, zip(*found, strict=True))
+        return output, of_gates, of_shift
+
     def _output_and_gradient(
         self, inputs: Inputs, gates: Tensor, classes: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -347,6 +387,8 @@ class Learned(NamedTuple):
     logits: Tensor
     #: Each (steps, R), NaN where a task took no step
     curves: dict[str, Tensor]
+    #: (R, all channels), what stands in place of closed ones; None: the network's means
+    constants: Tensor | None = None
 
 
 class Batch(NamedTuple):

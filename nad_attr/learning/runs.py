@@ -394,7 +394,7 @@ def _check_resumable(
                 "the gates that are missing would differ in rounding from those of one run: give "
                 f"the same, or may_differ=[{key!r}] to go on all the same."
             )
-    if session.recipe.ablation == "mean" and store.means is None:
+    if session.recipe.ablation != "zero" and store.means is None:
         raise GateStoreError(
             f"{store.path} has no channel means, which this recipe needs; learn into another file."
         )
