@@ -52,6 +52,8 @@ class Changing(nn.Module):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        # What it has counted decides what it gives: passes must not depend on those before.
+        scale = self.ema.reshape(1, -1, 1, 1) * (1 + self.calls + self.n_calls + self.plain[0])
         self.calls += 1
         self.n_calls += 1
         self.ema.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3)))
@@ -64,8 +66,6 @@ class Changing(nn.Module):
         self.plain += 1
         self.latest = x
         torch.rand(1, generator=self.generator)
-        # What it has counted decides what it gives: passes must not depend on those before.
-        scale = self.ema.reshape(1, -1, 1, 1) * (1 + self.calls + self.n_calls + self.plain[0])
         return self.body(x * scale)
 
 

@@ -193,7 +193,11 @@ def test_compiled_networks_learn_the_gates_of_the_plain_one(
     compiled = change(copy.deepcopy(net))
     compiled(data[0])
     assert find_gate_sites(compiled, data[0][:1]) == list(expected.sites)
-    assert learn_gates(compiled, data, recipe=QUICK) == expected
+    found = learn_gates(compiled, data, recipe=QUICK)
+    for site in expected.sites:
+        assert torch.equal(found[site.name], expected[site.name])
+        # No BatchNorm of a compiled network is folded: the means are rounded otherwise.
+        torch.testing.assert_close(found.means[site.name], expected.means[site.name])
     with expected.sub_architecture(0).applied(compiled):
         part = compiled(data[0])
     with expected.sub_architecture(0).applied(net):

@@ -338,9 +338,9 @@ class _Probe:
             site.name: slice(end - width, end)
             for site, width, end in zip(network.sites, widths, ends, strict=True)
         }
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         # Not quite open: exactly there a network may have a kink, where no gradient says it all.
-        jitter = torch.rand(self.n, ends[-1], generator=self.generator)
+        jitter = torch.rand(self.n, ends[-1], generator=self.generator, device="cpu")
         self.gates = (1 - _JITTER * jitter).to(network.device, network.dtype)
         self.graph: Any = None
         self.gradient = self._gradients()
@@ -376,7 +376,7 @@ class _Probe:
 
     def _set_outputs(self, outputs: Tensor) -> None:
         shape = outputs.shape[1], _N_OUTPUTS
-        weights = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        weights = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         self.weights = weights.to(outputs) / shape[0] ** 0.5
         self.values = (outputs.detach() @ self.weights)[:, None]
         rounding = 2e-2 if self.network.half else 1e-5 if outputs.dtype == torch.float32 else 1e-10
@@ -399,8 +399,9 @@ class _Probe:
     def _direction(self, name: str, image: int, silent: bool) -> Tensor:
         """Some of a site's channels closed by the whole step, the others opened."""
         columns = self.columns[name]
-        signs = torch.randint(2, (columns.stop - columns.start,), generator=self.generator) * 2 - 1
-        move = torch.zeros(self.gates.shape[1], dtype=self.gates.dtype)
+        width = columns.stop - columns.start
+        signs = torch.randint(2, (width,), generator=self.generator, device="cpu") * 2 - 1
+        move = torch.zeros(self.gates.shape[1], dtype=self.gates.dtype, device="cpu")
         move[columns] = signs.to(move)
         move = move.to(self.gates.device)
         if silent:

@@ -22,8 +22,9 @@ __all__ = ["SpecError", "import_object"]
 class SpecError(ValueError):
     """A name does not lead to a model, data or transform; the message says why."""
 
-    def __init__(self, message: object) -> None:
-        super().__init__(shown(message))  # it quotes what stands in files
+    def __init__(self, message: object, *, lines: bool = False) -> None:
+        # It quotes what stands in files; lines: what the user's own code said, line by line.
+        super().__init__(shown(message, lines=lines))
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -94,9 +95,13 @@ def import_object(name: str) -> Any:
                 f"there is no module {error.name!r}, neither in the current folder nor installed"
                 + near(error.name, files)
             ) from None
-        raise SpecError(f"module {module_name} cannot be imported: {told(error)}") from error
+        raise SpecError(
+            f"module {module_name} cannot be imported: {told(error)}", lines=True
+        ) from error
     except Exception as error:
-        raise SpecError(f"module {module_name} cannot be imported: {told(error)}") from error
+        raise SpecError(
+            f"module {module_name} cannot be imported: {told(error)}", lines=True
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             names = [n for n in dir(found) if not n.startswith("_")]
@@ -113,7 +118,9 @@ def call(name: str, arguments: Mapping[str, Any]) -> Any:
         with isolated_rng(0):
             return factory(**arguments)
     except Exception as error:
-        raise SpecError(f"{name}({_written(arguments)}) failed: {told(error)}") from error
+        raise SpecError(
+            f"{name}({_written(arguments)}) failed: {told(error)}", lines=True
+        ) from error
 
 
 def _written(arguments: Mapping[str, Any]) -> str:
