@@ -196,17 +196,21 @@ class Network(Runner):
             constants: (B, all channels), what closed channels are replaced by; None: the means.
             shift: (B, all channels) of zeros, which is added to all channels.
         """
-        with self.gating(gates):
+        with self.gating(gates, constants, shift):
             return self(inputs)
 
     @contextmanager
-    def gating(self, gates: Tensor) -> Iterator[None]:
+    def gating(
+        self, gates: Tensor, constants: Tensor | None = None, shift: Tensor | None = None
+    ) -> Iterator[None]:
         """One gate vector per image, for the passes inside.
 
         The backward pass belongs inside as well: it runs checkpointed blocks again.
 
         Args:
-            gates: (B, all channels).
+            gates: See :meth:`gated`.
+            constants: See there.
+            shift: See there.
         """
         parts = split_sites(gates, self.sites)
         of_image = None if constants is None else split_sites(constants, self.sites)
@@ -263,12 +267,23 @@ class Network(Runner):
             gates: A leaf.
             retain: Keep the graph for another one.
         """
+        (gradient,) = self.gradients(value, (gates,), retain=retain)
+        return gradient
+
+    def gradients(
+        self, value: Tensor, leaves: Sequence[Tensor], *, retain: bool = False
+    ) -> list[Tensor]:
+        """The gradient of a number with respect to several leaves, inside :meth:`gating`."""
+        found: Sequence[Tensor | None]
         if self.reentrant:
             value.backward(retain_graph=retain)
-            gradient, gates.grad = gates.grad, None
+            found = [leaf.grad for leaf in leaves]
+            for leaf in leaves:
+                leaf.grad = None
         else:
-            (gradient,) = torch.autograd.grad(value, gates, retain_graph=retain, allow_unused=True)
-        return torch.zeros_like(gates) if gradient is None else gradient
+            found = torch.autograd.grad(value, leaves, retain_graph=retain, allow_unused=True)
+        pairs = zip(leaves, found, strict=True)
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in pairs]
 
     def output_and_gradient(
         self, inputs: Inputs, gates: Tensor, classes: Tensor, valid: Tensor
@@ -319,10 +334,11 @@ class Network(Runner):
             at = slice(part.start, part.stop)
             leaf = gates[at].detach().requires_grad_(True)
             shift = torch.zeros_like(leaf).requires_grad_(True)
-            images = tuple(item[at] for item in inputs)
-            outputs = self.gated(images, leaf, constants[at], shift)
-            output = own_task_output(outputs, classes[at], valid[at])
-            found.append((output.detach(), *torch.autograd.grad(output.sum(), (leaf, shift))))
+            images = self.ready(tuple(item[at] for item in inputs))
+            with self.gating(leaf, constants[at], shift):
+                output = own_task_output(self(images), classes[at], valid[at])
+                gradients = self.gradients(output.sum(), (leaf, shift))
+            found.append((output.detach(), *gradients))
         output, of_gates, of_shift = map(torch.cat, zip(*found, strict=True))
         return output, of_gates, of_shift
 

@@ -168,7 +168,7 @@ def check_outputs(
     if checks == "off":
         return
     with _left_alone(model):
-        before = random_states()
+        before: tuple[str, ...] = random_states()
         first = run(inputs) if outputs is None else outputs
         second = run(inputs)
         again = 0

@@ -611,7 +611,6 @@ def _words(value: object) -> str:
     return f"a {kind} with {n} tensor{'' if n == 1 else 's'}"
 
 
-@contextmanager
 def random_states() -> tuple[str, ...]:
     """The global random states, to see whether anything has drawn from them."""
     torch_states = [torch.get_rng_state()]
