@@ -200,7 +200,9 @@ def test_also_after_an_exception(where: str, changing: Changing, data: Any) -> N
             raise KeyError
 
 
-def test_observers_of_a_qat_network(data: Any) -> None:
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_observers_of_a_qat_network(data: Any, seed: int) -> None:
+    torch.manual_seed(seed)
     net = nn.Sequential(
         quantization.QuantStub(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(4, 3), quantization.DeQuantStub(),

@@ -121,6 +121,11 @@ def _doubt(message: str, checks: Checks) -> None:
     warnings.warn(message, NetworkCheckWarning, stacklevel=4)
 
 
+def _fake_quantised(module: nn.Module) -> bool:
+    """Whether it rounds as an int8 layer would, with the gradient of no rounding."""
+    return hasattr(module, "fake_quant_enabled") or "FakeQuant" in type(module).__name__
+
+
 @contextmanager
 def _left_alone(model: nn.Module) -> Iterator[None]:
     with unchanged(model), isolated_rng():
@@ -167,6 +172,8 @@ def check_outputs(
     """
     if checks == "off":
         return
+    # Eight bits are coarser still; an observer that is on moves their range a little in each pass.
+    half = half or any(map(_fake_quantised, model.modules()))
     with _left_alone(model):
         before: tuple[str, ...] = random_states()
         first = run(inputs) if outputs is None else outputs
@@ -256,6 +263,9 @@ def _guilty(
             kind = type(module).__name__
             if "quantized.dynamic" in type(module).__module__:
                 return f"module {name!r} (int8 {kind}: its scale is taken over the batch)"
+            if _fake_quantised(module):
+                switch = "model.apply(torch.ao.quantization.disable_observer) switches it off"
+                return f"module {name!r} ({kind}, whose observer follows the batch: {switch})"
             own = "the forward of " if any(True for _ in module.children()) else ""
             return f"{own}module {name!r} ({kind})" if name else f"the network ({kind}) itself"
     return "something in its forward pass (which module cannot be told)"
@@ -379,7 +389,8 @@ class _Probe:
         weights = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         self.weights = weights.to(outputs) / shape[0] ** 0.5
         self.values = (outputs.detach() @ self.weights)[:, None]
-        rounding = 2e-2 if self.network.half else 1e-5 if outputs.dtype == torch.float32 else 1e-10
+        coarse = self.network.half or any(map(_fake_quantised, self.network.model.modules()))
+        rounding = 2e-2 if coarse else 1e-5 if outputs.dtype == torch.float32 else 1e-10
         self.noise = rounding * outputs.detach().abs().max()
 
     @torch.no_grad()
