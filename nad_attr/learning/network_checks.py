@@ -22,13 +22,21 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from nad_attr._checks import GatingError
 from nad_attr.sites.coverage import NetworkCheckWarning
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.tracing import graph_nodes, random_states, tensors_in
 from nad_attr.system.rng import isolated_rng
 from nad_attr.system.threads import owned
 
-__all__ = ["Checks", "NetworkCheckError", "check_gradients", "check_option", "check_outputs"]
+__all__ = [
+    "Checks",
+    "NetworkCheckError",
+    "NetworkCheckWarning",
+    "check_gradients",
+    "check_option",
+    "check_outputs",
+]
 
 
 #: What becomes of a doubt: an error, a warning, or no check at all.
@@ -70,7 +78,7 @@ _N_DIRECTIONS = 4
 _FLAT = ("Round", "Sign", "Sgn", "Floor", "Ceil", "Trunc", "Heaviside", "Zeros")
 
 
-class NetworkCheckError(ValueError):
+class NetworkCheckError(GatingError, ValueError):
     """What would be learned about this network would not be true of it; the message says why."""
 
 
@@ -117,7 +125,9 @@ def check_option(checks: object) -> Checks:
 
 def _doubt(message: str, checks: Checks) -> None:
     if checks == "refuse":
-        raise NetworkCheckError(f"{message} Pass checks='warn' to go on nevertheless.")
+        raise NetworkCheckError(
+            f"{message} Pass checks='warn' (--checks warn) to go on nevertheless."
+        )
     warnings.warn(message, NetworkCheckWarning, stacklevel=4)
 
 
