@@ -40,6 +40,7 @@ from benchmarks.networks import PAIRS, load_network
 from nad_attr import (
     GateSite,
     Recipe,
+    RunOptions,
     SubArchitecture,
     TaskGates,
     find_gate_sites,
@@ -118,7 +119,7 @@ class Cell:
                 self._nad[ablation] = {size: TaskGates.load(p) for size, p in paths.items()}
             else:
                 found = learn_sizes(
-                    self.model, self.data.train, self.args.sizes, self.tasks, recipe, self.sites,
+                    self.model, self.args.sizes, self.data.train, self.tasks, recipe, self.sites,
                     seed=self.seed, amp=True, **self.where,
                 )  # fmt: skip
                 for size, gates in found.items():
@@ -270,7 +271,7 @@ class Cell:
                     continue
                 learned = time.process_time()
                 grid = measure_grid(
-                    self.model, [archs for _, archs, _ in found], self.held_out, amp=True,
+                    self.model, [archs for _, archs, _ in found], self.held_out, run=RunOptions(amp=True),
                     **self.where,
                 )  # fmt: skip
                 seconds = [round(learned - start, 1), round(time.process_time() - learned, 1)]

@@ -49,6 +49,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from nad_attr import RunOptions
 from nad_attr.data.sources import Draw, Inputs
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gating.hooks import frozen
@@ -652,9 +653,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     batch=arguments.batch,
                     tasks=tasks,
                     images_per_step=arguments.images_per_step,
-                    device=arguments.device,
+                    run=RunOptions(device=arguments.device, amp=arguments.amp),
                     image_size=arguments.image_size,
-                    amp=arguments.amp,
                     repeats=arguments.repeats,
                     clock=arguments.clock,
                 )

@@ -169,7 +169,7 @@ def row(cell: Cell, name: str, ablation: str) -> dict[str, Any]:
     with variant(name) as settings:
         recipe = Recipe(ablation=ablation, steps=cell.args.steps * len(sizes), **settings)
         found = learn_sizes(
-            cell.model, cell.data.train, sizes, cell.tasks, recipe, cell.sites,
+            cell.model, sizes, cell.data.train, cell.tasks, recipe, cell.sites,
             seed=cell.seed, amp=True, **cell.where,
         )  # fmt: skip
     seconds = time.process_time() - start

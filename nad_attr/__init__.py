@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nad_attr.gating.hooks import gated, recorded
     from nad_attr.learning.api import learn_gates, learn_sizes
     from nad_attr.learning.runs import learn_to_store
+    from nad_attr.running.options import RunOptions
     from nad_attr.sites.finding import find_gate_sites, paper_sites
     from nad_attr.sites.site import GateSite, SiteError
     from nad_attr.store import GateStore, GateStoreError
@@ -32,6 +33,7 @@ __all__ = [
     "NADAttribution",
     "PaperRecipe",
     "Recipe",
+    "RunOptions",
     "SiteError",
     "SubArchitecture",
     "Task",
@@ -57,6 +59,7 @@ _HOMES = {
     "learning": ("learn_gates", "learn_sizes"),
     "gates.recipe": ("PaperRecipe", "Recipe"),
     "learning.runs": ("learn_to_store",),
+    "running.options": ("RunOptions",),
     "sites": ("GateSite", "SiteError", "find_gate_sites", "paper_sites"),
     "store": ("GateStore", "GateStoreError"),
 }

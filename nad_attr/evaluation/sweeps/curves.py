@@ -7,13 +7,12 @@ first has S high and N low from small p on: delta is the area between the two.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
@@ -23,6 +22,7 @@ from nad_attr.data.sources import Data
 from nad_attr.evaluation.ablation import Ablation
 from nad_attr.evaluation.sweeps.grid import OF_OTHERS, check_measure, fitted, measure_grid
 from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.running.options import RunOptions
 from nad_attr.scoring.rankings import SIZES, Ranking, Ranks, as_ranking, check_sizes
 from nad_attr.sites.site import GateSite
 from nad_attr.stats.tables import intervals, nan_mean, number, pandas, plain, table
@@ -407,18 +407,12 @@ def curves(
     ablation: Ablation | str | None = None,
     train_data: Data | None = None,
     others: bool = True,
-    memory: float = 0.25,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    amp: bool | torch.dtype | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
-    show_progress: bool = False,
+    run: RunOptions | None = None,
 ) -> Curves:
     """Keep the top channels of a ranking, and remove them, at several sizes.
 
     All sizes of all tasks, the empty network and the whole one are measured on the same images, in
-    as few passes over them as ``memory`` allows.
+    as few passes over them as ``run.memory_limit`` allows.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -441,15 +435,7 @@ def curves(
         train_data: Images to fit a named ablation to, other than ``data``.
         others: Measure the outputs of the other tasks as well: other AUC and disentanglement.
             Without, T times fewer answers have to be kept.
-        memory: GiB of answers that are kept at once, at most; at least one sub-architecture's.
-            Less means more passes over the data, and the same result.
-        batch_size: Images in a forward pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: Mixed precision: a dtype for autocast, True for bfloat16.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all images.
-        show_progress: Show a bar of the images done (tqdm).
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The curves. A task without own images in the data gets NaN and a warning.
@@ -477,13 +463,7 @@ def curves(
     ranking = as_ranking(scores_or_gates, sites=sites, tasks=tasks, task_names=task_names)
     if lacking := ranking.missing(shares):
         raise ValueError(lacking)
-    run: dict[str, Any] = {
-        "batch_size": batch_size,
-        "device": device,
-        "forward_func": forward_func,
-        "additional_forward_args": additional_forward_args,
-    }
-    prepared = fitted(ablation, model, ranking.sites, ranking.tasks, train_data, **run)
+    prepared = fitted(ablation, model, ranking.sites, ranking.tasks, train_data, run)
     kept = [ranking.sub_architectures(share, per_site=per_site) for share in shares]
     groups: list[list[SubArchitecture]] = [[arch & ~arch for arch in kept[0]]]
     groups += [group for archs in kept for group in (archs, [~arch for arch in archs])]
@@ -493,10 +473,7 @@ def curves(
         data,
         ablation=prepared,
         others=others,
-        memory=memory,
-        amp=amp,
-        show_progress=show_progress,
-        **run,
+        run=run,
     )
     return Curves(
         tasks=ranking.tasks,
