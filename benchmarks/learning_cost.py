@@ -320,7 +320,7 @@ class _Case:
         network = _MeasuredNetwork(
             self.model,
             self.sites,
-            amp=self.amp,
+            run=RunOptions(amp=self.amp),
             n_pretended=n_pretended,
             seconds=self.clock,
         )
@@ -653,7 +653,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     batch=arguments.batch,
                     tasks=tasks,
                     images_per_step=arguments.images_per_step,
-                    run=RunOptions(device=arguments.device, amp=arguments.amp),
+                    device=arguments.device,
+                    amp=arguments.amp,
                     image_size=arguments.image_size,
                     repeats=arguments.repeats,
                     clock=arguments.clock,

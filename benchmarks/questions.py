@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,12 @@ def convergence(cell: Cell) -> dict[str, Any]:
         runs = [
             learn_gates(
                 cell.model, cell.data.train, tasks, recipe, cell.sites, seed=seed, amp=True,
-                **cell.where,
+                run=cell.options,
             )
             for seed in (0, 1, 2)
         ]  # fmt: skip
         archs = [gates.sub_architectures() for gates in runs]
-        grid = measure_grid(cell.model, archs, held_out, run=RunOptions(amp=True), **cell.where)
+        grid = measure_grid(cell.model, archs, held_out, run=replace(cell.options, amp=True))
         rows.append(
             {
                 "recipe": fields,
@@ -165,7 +166,8 @@ def keep_and_ablate(cell: Cell) -> dict[str, Any]:
         ):
             found = curves(
                 cell.model, what, held_out, sites=cell.sites, tasks=cell.tasks,
-                sizes=cell.args.sizes, ablation=ablation, train_data=train, run=RunOptions(amp=True, batch_size=cell.args.batch),
+                sizes=cell.args.sizes, ablation=ablation, train_data=train,
+                run=RunOptions(amp=True, batch_size=cell.args.batch),
             )  # fmt: skip
             result[f"{ablation}/{name}"] = _plain(found.to_dict())
     return result
@@ -183,7 +185,8 @@ def controls(cell: Cell) -> dict[str, Any]:
 
     report = sanity(
         cell.model, learn, per_class(cell.data.train, 60, 0), per_class(cell.data.held_out, 10, 0),
-        n_random=5, n_networks=1, stages=2, seeds=(0, 1), run=RunOptions(batch_size=cell.args.batch),
+        n_random=5, n_networks=1, stages=2, seeds=(0, 1),
+        run=RunOptions(batch_size=cell.args.batch),
     )  # fmt: skip
     print(report.summary(), file=sys.stderr)
     return _plain(report.to_dict())

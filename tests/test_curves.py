@@ -111,7 +111,7 @@ def test_faithfulness_does_not_depend_on_the_unit(values, empty: float, full: fl
 
 
 def known(scores: Tensor = WEIGHTS, **options: object) -> Curves:
-    options = {"sizes": [0.25, 0.5, 0.75], "metric": "fidelity", **options}
+    options = {"sizes": [0.25, 0.5, 0.75], "measure": "fidelity", **options}
     ranks = {"0": torch.stack([scores, scores])}
     return curves(linear(), ranks, (SIGNS, LABELS), sites=SITE, tasks=[0, 1], **options)
 
@@ -158,7 +158,7 @@ def test_size_one_is_the_whole_network() -> None:
 
 def test_nan_where_the_whole_network_knows_nothing() -> None:
     # The product of four signs is no sum of them: AUC one half, with all channels or none.
-    result = known(metric="own_auc")
+    result = known(measure="own_auc")
     np.testing.assert_allclose(result.full["own_auc"], 0.5)
     assert np.isnan(result.values("faithfulness")).all()
     assert np.isnan(result.area("completeness")).all()
@@ -170,7 +170,7 @@ def test_nan_where_the_whole_network_knows_nothing() -> None:
 def test_mean_ablation_of_shifted_channels_is_zero_ablation_of_centred_ones() -> None:
     shifted = (SIGNS + 5, LABELS)
     ranks = {"0": torch.stack([WEIGHTS, WEIGHTS])}
-    options = {"sites": SITE, "tasks": [0, 1], "sizes": [0.25, 0.5], "metric": "fidelity"}
+    options = {"sites": SITE, "tasks": [0, 1], "sizes": [0.25, 0.5], "measure": "fidelity"}
     net = linear()
     mean = curves(net, ranks, shifted, ablation="mean", train_data=shifted, **options)
     np.testing.assert_allclose(mean.values("keep")[0] * 22, [16, 20], atol=1e-4)
@@ -186,7 +186,7 @@ def test_mean_ablation_of_shifted_channels_is_zero_ablation_of_centred_ones() ->
         logits=ranks,
         means={"0": torch.full((4,), 5.0)},
     )
-    own = curves(net, gates, shifted, sizes=[0.25, 0.5], metric="fidelity")
+    own = curves(net, gates, shifted, sizes=[0.25, 0.5], measure="fidelity")
     np.testing.assert_allclose(own.values("keep"), mean.values("keep"), atol=1e-6)
     assert own.ablation == "mean"
 
@@ -197,7 +197,7 @@ def test_gates_learned_for_each_size() -> None:
         return TaskGates({"0": logits["0"].sigmoid()}, SITE, [0, 1], logits=logits)
 
     by_size = {0.25: gates(-WEIGHTS), 0.5: gates(WEIGHTS)}
-    found = curves(linear(), by_size, (SIGNS, LABELS), sizes=[0.5, 0.25], metric="fidelity")
+    found = curves(linear(), by_size, (SIGNS, LABELS), sizes=[0.5, 0.25], measure="fidelity")
     np.testing.assert_allclose(found.values("keep")[0] * 22, [1, 20], atol=1e-5)
     with pytest.raises(ValueError, match=r"not for 0\.3"):
         curves(linear(), by_size, (SIGNS, LABELS), sizes=[0.3, 0.25])
@@ -366,8 +366,8 @@ def test_interval_and_summary() -> None:
         ({"sizes": [0.0]}, ValueError, r"\(0, 1\]"),
         ({"sizes": [0.5, 0.5]}, ValueError, "twice"),
         ({"sizes": "0.5"}, TypeError, "sizes"),
-        ({"metric": "auc"}, ValueError, "no measure 'auc'"),
-        ({"metric": "other_auc", "others": False}, ValueError, "others=True"),
+        ({"measure": "auc"}, ValueError, "no measure 'auc'"),
+        ({"measure": "other_auc", "others": False}, ValueError, "others=True"),
         ({"sites": None}, ValueError, "sites= and tasks="),
         ({"tasks": [0]}, ValueError, r"shape \(2, 4\)"),
         ({"tasks": [5, 6]}, ValueError, r"no image of any of the tasks \[5, 6\]"),

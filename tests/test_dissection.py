@@ -372,7 +372,8 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
     for n in (8, 32):
         run = _Dissection(
             model, Stream(n), 0.05, None, False, ignore_index=-1, unlabelled="ignore", n_bins=64,
-            n_top=4, n_images=None, seed=0, n_workers=0, runner=Runner(model, RunOptions(batch_size=4)),
+            n_top=4, n_images=None, seed=0, n_workers=0,
+            runner=Runner(model, RunOptions(batch_size=4)),
         )  # fmt: skip
         run.begin(["relu1", "relu2"])
         with torch.no_grad(), _held() as largest:

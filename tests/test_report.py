@@ -374,7 +374,7 @@ MOSAICS = {
 }  # fmt: skip
 CURVES = [
     {
-        "name": "gates", "metric": "auc", "sizes": [0.0, 1.0], "full": 0.9, "empty": 0.5,
+        "name": "gates", "measure": "auc", "sizes": [0.0, 1.0], "full": 0.9, "empty": 0.5,
         "delta": 0.1, "n_images": 9,
         **{key: [0.5, 0.9] for key in ("keep", "keep_low", "keep_high")},
         **{key: [0.5, 0.9] for key in ("ablate", "ablate_low", "ablate_high")},

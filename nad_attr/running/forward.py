@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -179,8 +179,10 @@ class Runner:
         self._run = root if forward_func is None else forward_func
         self._extra = options.arguments
 
-    def precision(self) -> torch.autocast:
+    def precision(self) -> AbstractContextManager[Any]:
         """The context that passes run in: autocast, or none whatever is around it."""
+        if self.amp is None and not torch.amp.is_autocast_available(self.device.type):
+            return nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     @property

@@ -81,17 +81,11 @@ def random_weights(
     for name, module in chosen:
         with isolated_rng(seed_of("random weights", seed, name)), torch.no_grad():
             _draw(module)
-    options = for_copies(run)
-
-    def move(device: str | torch.device | None) -> None:
-        with torch.no_grad():
-            for name, tensor in _tensors(drawn):
-                tensor.data = tensor.data.to(places[name] if device is None else device)
-
-    move(options.device)
+    with torch.no_grad():
+        for name, tensor in _tensors(drawn):
+            tensor.data = tensor.data.to(places[name])
     if data is not None:
-        _estimate_norms(drawn, [module for _, module in chosen], as_source(data), seed, options)
-    move(None)
+        _estimate_norms(drawn, [name for name, _ in chosen], as_source(data), seed, run)
     return drawn.eval()
 
 
@@ -132,12 +126,14 @@ def _draw(module: nn.Module) -> None:
 
 
 def _estimate_norms(
-    model: nn.Module, modules: Sequence[nn.Module], source: Source, seed: int, run: RunOptions
+    model: nn.Module, names: Sequence[str], source: Source, seed: int, run: RunOptions | None
 ) -> None:
-    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not norms:
+    runner = Runner(model.eval(), run)  # where it runs may be a copy
+    layers = [(runner.model.get_submodule(name), model.get_submodule(name)) for name in names]
+    pairs = [(a, b) for a, b in layers if isinstance(a, _BatchNorm) and a.running_mean is not None]
+    if not pairs:
         return
-    runner = Runner(model, run)
+    norms = [norm for norm, _ in pairs]
     n = len(source.labels)
     generator = torch.Generator().manual_seed(seed_of("BatchNorm images", seed))
     numbers = torch.randperm(n, generator=generator, device="cpu")[:NORM_IMAGES].tolist()
@@ -152,15 +148,18 @@ def _estimate_norms(
         norm.momentum = None  # the plain mean over batches
         norm.train()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), runner.bar(len(numbers), "statistics of BatchNorm") as bar:
             for inputs in runner.draw(source, batches):
                 # A runner would put back what its passes change.
                 with runner.precision(), network_errors(inputs):
-                    model(*inputs, *runner.options.arguments)
+                    runner.model(*inputs, *runner.options.arguments)
+                bar.update(len(inputs[0]))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
+    for norm, own in pairs:
+        own.load_state_dict(norm.state_dict())
 
 
 def cascading_randomisation(
