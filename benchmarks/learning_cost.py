@@ -49,6 +49,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from nad_attr import RunOptions
 from nad_attr.data.sources import Draw, Inputs
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gating.hooks import frozen
@@ -319,7 +320,7 @@ class _Case:
         network = _MeasuredNetwork(
             self.model,
             self.sites,
-            amp=self.amp,
+            run=RunOptions(amp=self.amp),
             n_pretended=n_pretended,
             seconds=self.clock,
         )
@@ -653,8 +654,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     tasks=tasks,
                     images_per_step=arguments.images_per_step,
                     device=arguments.device,
-                    image_size=arguments.image_size,
                     amp=arguments.amp,
+                    image_size=arguments.image_size,
                     repeats=arguments.repeats,
                     clock=arguments.clock,
                 )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nad_attr.learning.api import learn_gates, learn_sizes
     from nad_attr.learning.runs import learn_to_store
     from nad_attr.learning.session import fit_constants
+    from nad_attr.running.options import RunOptions
     from nad_attr.sites.finding import find_gate_sites, paper_sites
     from nad_attr.sites.site import GateSite, SiteError
     from nad_attr.store import GateStore, GateStoreError
@@ -33,6 +34,7 @@ __all__ = [
     "NADAttribution",
     "PaperRecipe",
     "Recipe",
+    "RunOptions",
     "SiteError",
     "SubArchitecture",
     "Task",
@@ -59,6 +61,7 @@ _HOMES = {
     "learning": ("fit_constants", "learn_gates", "learn_sizes"),
     "gates.recipe": ("PaperRecipe", "Recipe"),
     "learning.runs": ("learn_to_store",),
+    "running.options": ("RunOptions",),
     "sites": ("GateSite", "SiteError", "find_gate_sites", "paper_sites"),
     "store": ("GateStore", "GateStoreError"),
 }

@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import check_eval, expand, multiply, recorded
 from nad_attr.learning.api import learn_gates
+from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.sites.finding import asked_layers, find_gate_sites
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, SiteError, unwrap
@@ -71,6 +73,13 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         seed: All randomness of learning comes from it.
         gates: Task gates learned before, in place of :meth:`learn`.
         n_copies: ``scope="example"`` only: from how many versions of an image its path is learned.
+        run: How the network is run for learning; see :class:`nad_attr.RunOptions`. Attributing is
+            one pass where the network is, in its own precision, as in all of Captum's methods.
+        device: In place of that field of ``run``.
+        amp: In place of that field of ``run``.
+        batch_size: In place of that field of ``run``.
+        memory_limit: In place of that field of ``run``.
+        show_progress: In place of that field of ``run``.
 
     Attributes:
         task_gates: What :meth:`learn` learned or ``gates`` brought; None before.
@@ -115,6 +124,12 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         seed: int = 0,
         gates: TaskGates | None = None,
         n_copies: int = _N_COPIES,
+        run: RunOptions | None = None,
+        device: str | torch.device | None = FROM_RUN,
+        amp: bool | torch.dtype | None = FROM_RUN,
+        batch_size: int | Literal["auto"] | None = FROM_RUN,
+        memory_limit: int | str | None = FROM_RUN,
+        show_progress: bool = FROM_RUN,
     ) -> None:
         if scope not in ("task", "example"):
             raise ValueError(f"scope must be 'task' or 'example', not {scope!r}.")
@@ -132,6 +147,16 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             raise ValueError(f"n_copies must be at least 2, not {n_copies}.")
         _check_forward_func(forward_func, layer, device_ids)
         super().__init__(forward_func, layer, device_ids)
+        self.run = _checked(
+            as_options(
+                run,
+                device=device,
+                amp=amp,
+                batch_size=batch_size,
+                memory_limit=memory_limit,
+                show_progress=show_progress,
+            )
+        )
         self.recipe = recipe
         self.scope = scope
         self.channel_dim = channel_dim
@@ -153,6 +178,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         recipe: Recipe | None = None,
         *,
         attribute_to_layer_input: bool = False,
+        additional_forward_args: Any = None,
+        run: RunOptions | None = None,
         **options: Any,
     ) -> NADAttribution:
         """Learn the gates once and keep them in ``task_gates``.
@@ -162,9 +189,11 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             tasks: Class indices, groups of them, or named groups; None: all that the labels name.
             recipe: In place of the one given to the constructor, for this call.
             attribute_to_layer_input: Put the gates on the inputs of the layers.
-            **options: Further arguments of :func:`~nad_attr.learn_gates` (``seed``, ``device``,
-                ``batch_size``, ...). ``additional_forward_args`` are the same for all images; an
+            additional_forward_args: Arguments of every call, the same for all images; an
                 argument with a value for each image is one more of the data's inputs.
+            run: In place of the one given to the constructor, for this call.
+            **options: Further arguments of :func:`~nad_attr.learn_gates` (``seed``, ``device``,
+                ``batch_size``, ...).
 
         Returns:
             This object.
@@ -178,8 +207,9 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                 "scope='example' learns the gates of each image in attribute(); use scope='task' "
                 "to learn them beforehand."
             )
-        if "forward_func" in options:
-            raise TypeError("forward_func is given to the constructor, not to learn().")
+        run = _checked(self.run if run is None else as_options(run))
+        if additional_forward_args is not None:
+            run = replace(run, additional_forward_args=additional_forward_args)
         _check_forward_func(self.forward_func, self.layer, self.device_ids)
         example: tuple[Tensor, ...] = ()
         look = self.channel_dim is not None or attribute_to_layer_input
@@ -192,15 +222,14 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             place = next(root.parameters(), None)
             if place is not None:
                 example = tuple(item.to(place.device) for item in example)
-            extra = _as_tuple(options.get("additional_forward_args"))
-            sites = self._find(root, layers, example, extra, attribute_to_layer_input)
+            sites = self._find(root, layers, example, run.arguments, attribute_to_layer_input)
         if not isinstance(self.forward_func, nn.Module):
             # Says that the network behind it cannot be copied to another device.
-            options["forward_func"] = root
+            run = replace(run, forward_func=root)
         options.setdefault("seed", self.seed)
         with _own_errors():
             self.task_gates = learn_gates(
-                root, data, tasks, recipe or self.recipe, sites, **options
+                root, data, tasks, recipe or self.recipe, sites, run=run, **options
             )
         self._keep_found(root, layers, self.task_gates.sites, attribute_to_layer_input)
         self._latest = None
@@ -229,7 +258,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                 self.recipe,
                 list(sites),
                 seed=self.seed,
-                forward_func=forward,
+                run=replace(self.run, forward_func=forward, additional_forward_args=None),
             )
 
     def _learn_paths(
@@ -509,6 +538,14 @@ def _own_errors() -> Iterator[None]:
         if error.__cause__ is None:
             raise
         raise error.__cause__ from error
+
+
+def _checked(run: RunOptions) -> RunOptions:
+    if run.forward_func is not None:
+        raise TypeError(
+            "forward_func is the first argument of NADAttribution; leave it out of run=."
+        )
+    return run
 
 
 def _check_forward_func(forward_func: object, layer: object, device_ids: object) -> None:

@@ -24,6 +24,7 @@ from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.api import learn_gates
+from nad_attr.running import RunOptions
 from nad_attr.sites.site import GateSite, SiteError
 from tests.helpers import TinyCNN, assert_model_untouched, build, images, labelled_images, snapshot
 
@@ -145,8 +146,8 @@ def test_learn_takes_options_and_superclasses(tiny_cnn: nn.Module) -> None:
     assert seeded.task_gates == learn_gates(tiny_cnn, data, recipe=RECIPE, seed=3)
     with pytest.raises(TypeError, match="no_such_option"):
         nad.learn(data, no_such_option=1)
-    with pytest.raises(TypeError, match="given to the constructor"):
-        nad.learn(data, forward_func=tiny_cnn)
+    with pytest.raises(TypeError, match="first argument of NADAttribution"):
+        nad.learn(data, run=RunOptions(forward_func=tiny_cnn))
 
 
 @pytest.mark.usefixtures("no_learning")

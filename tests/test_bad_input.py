@@ -28,6 +28,7 @@ from nad_attr import (
     GatingError,
     History,
     Recipe,
+    RunOptions,
     SiteError,
     SubArchitecture,
     TaskGates,
@@ -1263,39 +1264,43 @@ cases(
             SiteError,
             "whole model",
         ),
-        "forward_func is a number": (lambda c: learn(c, forward_func=3), TypeError, "forward_func"),
+        "forward_func is a number": (
+            lambda c: learn(c, run=RunOptions(forward_func=3)),
+            TypeError,
+            "forward_func",
+        ),
         "forward_func returns a tuple": (
-            lambda c: learn(c, forward_func=lambda x: (c.model(x),)),
+            lambda c: learn(c, run=RunOptions(forward_func=lambda x: (c.model(x),))),
             TypeError,
             "returned tuple.*forward_func",
         ),
         "forward_func returns one number": (
-            lambda c: learn(c, forward_func=lambda x: c.model(x)[:, 0]),
+            lambda c: learn(c, run=RunOptions(forward_func=lambda x: c.model(x)[:, 0])),
             ValueError,
             r"shape \(2,\)",
         ),
         "forward_func returns one image": (
-            lambda c: learn(c, forward_func=lambda x: c.model(x)[:1]),
+            lambda c: learn(c, run=RunOptions(forward_func=lambda x: c.model(x)[:1])),
             ValueError,
             r"shape \(1, 3\) for 2 images",
         ),
         "forward_func runs another network": (
-            lambda c: learn(c, forward_func=helpers.build(TinyCNN)),
+            lambda c: learn(c, run=RunOptions(forward_func=helpers.build(TinyCNN))),
             GatingError,
             "did not fire",
         ),
         "forward_func detaches": (
-            lambda c: learn(c, forward_func=lambda x: c.model(x).detach()),
+            lambda c: learn(c, run=RunOptions(forward_func=lambda x: c.model(x).detach())),
             NetworkCheckError,
             "gradient.*the outputs are detached behind",
         ),
         "forward_func returns nothing": (
-            lambda c: learn(c, forward_func=lambda x: None),
+            lambda c: learn(c, run=RunOptions(forward_func=lambda x: None)),
             TypeError,
             "NoneType",
         ),
         "too many arguments": (
-            lambda c: learn(c, additional_forward_args=(1, 2)),
+            lambda c: learn(c, run=RunOptions(additional_forward_args=(1, 2))),
             ValueError,
             "cannot be run",
         ),
@@ -1393,9 +1398,21 @@ cases(
             "cannot be run",
         ),
         "outputs are NaN": (lambda c: measure(c, model=nan_model()), ValueError, "NaN for image 0"),
-        "no images at once": (lambda c: measure(c, batch_size=0), ValueError, "batch_size"),
-        "half a batch": (lambda c: measure(c, batch_size=2.5), ValueError, "batch_size"),
-        "unknown device": (lambda c: measure(c, device="cup"), ValueError, "device.*cup"),
+        "no images at once": (
+            lambda c: measure(c, run=RunOptions(batch_size=0)),
+            ValueError,
+            "batch_size",
+        ),
+        "half a batch": (
+            lambda c: measure(c, run=RunOptions(batch_size=2.5)),
+            ValueError,
+            "batch_size",
+        ),
+        "unknown device": (
+            lambda c: measure(c, run=RunOptions(device="cup")),
+            ValueError,
+            "device.*cup",
+        ),
         "size of sub-architectures": (
             lambda c: measure(c, [c.arch], size=0.5),
             ValueError,
@@ -1414,22 +1431,22 @@ cases(
             "should have 4 channels",
         ),
         "forward_func returns a tuple": (
-            lambda c: measure(c, forward_func=lambda x: (c.model(x),)),
+            lambda c: measure(c, run=RunOptions(forward_func=lambda x: (c.model(x),))),
             TypeError,
             "returned tuple",
         ),
         "forward_func returns one number": (
-            lambda c: measure(c, forward_func=lambda x: c.model(x)[:, 0]),
+            lambda c: measure(c, run=RunOptions(forward_func=lambda x: c.model(x)[:, 0])),
             ValueError,
             "shape",
         ),
         "forward_func runs nothing": (
-            lambda c: measure(c, forward_func=lambda x: torch.ones(len(x), 3)),
+            lambda c: measure(c, run=RunOptions(forward_func=lambda x: torch.ones(len(x), 3))),
             GatingError,
             "did not fire",
         ),
         "forward_func is a number": (
-            lambda c: measure(c, forward_func=3),
+            lambda c: measure(c, run=RunOptions(forward_func=3)),
             TypeError,
             "forward_func",
         ),
@@ -1532,7 +1549,6 @@ cases(
         "task twice": (lambda c: score(c, tasks=[0, 0]), ValueError, "twice"),
         "tasks are text": (lambda c: score(c, tasks="cat"), TypeError, "tasks"),
         "no tasks": (lambda c: score(c, tasks=[]), ValueError, "no task"),
-        "no images at once": (lambda c: score(c, batch_size=0), ValueError, "batch_size"),
         "images are NaN": (lambda c: score(c, RandomScorer, inputs=c.x * NAN), ValueError, "NaN"),
         "images are an array": (lambda c: score(c, inputs=c.x.numpy()), TypeError, "tensor"),
         "images of other channels": (
@@ -1541,11 +1557,17 @@ cases(
             "cannot be run",
         ),
         "forward_func detaches": (
-            lambda c: score(c, TaylorScorer, forward_func=lambda x: c.model(x).detach()),
+            lambda c: score(
+                c, TaylorScorer, run=RunOptions(forward_func=lambda x: c.model(x).detach())
+            ),
             GatingError,
             "no gradient",
         ),
-        "unknown device": (lambda c: score(c, device="cup"), ValueError, "device.*cup"),
+        "unknown device": (
+            lambda c: score(c, run=RunOptions(device="cup")),
+            ValueError,
+            "device.*cup",
+        ),
         "tasks_of: text": (lambda c: tasks_of([0], "ab"), TypeError, "not str"),
         "tasks_of: a number": (lambda c: tasks_of([0], 3), TypeError, "not int"),
         "top_k: NaN": (
@@ -1918,7 +1940,7 @@ def test_random_arguments(c: Context, value: Any) -> None:
         lambda: learn(c, device=value),
         lambda: learn(c, amp=value),
         lambda: learn(c, (c.x, value)),
-        lambda: learn(c, forward_func=value),
+        lambda: learn(c, run=RunOptions(forward_func=value)),
         lambda: learn(c, initial_logits=value),
         lambda: evaluate(c.model, value, c.data),
         lambda: evaluate(c.model, c.gates, value),

@@ -229,7 +229,7 @@ def given_to(page: str, root: Path) -> dict[str, Any]:
         recipe, scratch = Recipe(size=0.4), root / "scratch"
         scratch.mkdir()
         for i, part in enumerate(([0, 1, 2], [3, 4, 5])):
-            nad_attr.learn_to_store(scratch / f"gates-{i}.h5", model, data, part, recipe)
+            nad_attr.learn_to_store(model, data, scratch / f"gates-{i}.h5", part, recipe)
     names = {"model": model, "data": data, "gates": gates, "images": images, "labels": labels}
     return {name: names[name] for name in GIVEN[page]}
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
+from nad_attr import RunOptions
 from nad_attr._checks import GatingError
 from nad_attr.evaluation.questions.error_ranks import (
     binomial_p,
@@ -404,7 +405,9 @@ def test_batch_size_plays_no_part(
     reader: nn.Module, data: tuple[Tensor, Tensor], batch_size: int
 ) -> None:
     first = errors(reader, archs(), data, n_permutations=19).to_dict()
-    other = errors(reader, archs(), data, n_permutations=19, batch_size=batch_size).to_dict()
+    other = errors(
+        reader, archs(), data, n_permutations=19, run=RunOptions(batch_size=batch_size)
+    ).to_dict()
     assert json.dumps(_rounded(first)) == json.dumps(_rounded(other))
 
 

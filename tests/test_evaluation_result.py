@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nad_attr import RunOptions
 from nad_attr.evaluation import evaluating
 from nad_attr.evaluation.ablation import fit_ablation
 from nad_attr.evaluation.evaluating import evaluate, random_architectures
@@ -193,10 +194,9 @@ def test_bad_rivals(cnn: nn.Module, data) -> None:
 
 def test_bad_options(cnn: nn.Module, data) -> None:
     gates = task_gates()
-    for name in ("n_random", "max_bytes"):
-        for value in (-1, 1.5, True, None, "3"):
-            with pytest.raises(ValueError, match=f"{name} must be a whole number"):
-                evaluate(cnn, gates, data, **{name: value})
+    for value in (-1, 1.5, True, None, "3"):
+        with pytest.raises(ValueError, match="n_random must be a whole number"):
+            evaluate(cnn, gates, data, n_random=value)
     with pytest.raises(TypeError, match="data must be"):
         evaluate(cnn, gates, data, threshold_data=3)
     with pytest.raises(ValueError, match="label 8"):
@@ -285,7 +285,7 @@ def test_blocks_do_not_matter(cnn: nn.Module, data, kind, monkeypatch) -> None:
     options = {
         "threshold_data": training,
         "rivals": {"other": task_gates(seed=6)},
-        "ablation": None if kind is None else fit_ablation(cnn, SITES, training, kind),
+        "ablation": None if kind is None else fit_ablation(cnn, SITES, training, kind=kind),
     }
     expected = evaluate(cnn, gates, data, **options)
     heights = []
@@ -299,7 +299,9 @@ def test_blocks_do_not_matter(cnn: nn.Module, data, kind, monkeypatch) -> None:
     row = (4 * 3 + 128) * 11 + 128 * 8
     for max_bytes, height in ((1, 1), (2 * row, 2), (5 * row, 5), (10**9, 15)):
         heights.clear()
-        assert_equal(evaluate(cnn, gates, data, max_bytes=max_bytes, **options), expected)
+        assert_equal(
+            evaluate(cnn, gates, data, run=RunOptions(memory_limit=max_bytes), **options), expected
+        )
         assert max(heights) == height
         assert sum(heights) == 2 * 15  # data and threshold data, 3 tasks x (1 + 3 + 1)
 
@@ -307,7 +309,7 @@ def test_blocks_do_not_matter(cnn: nn.Module, data, kind, monkeypatch) -> None:
 def test_the_whole_network_runs_once(cnn: nn.Module, data) -> None:
     passes = []
     cnn.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
-    evaluate(cnn, task_gates(), data, max_bytes=1, n_random=1)
+    evaluate(cnn, task_gates(), data, run=RunOptions(memory_limit=1), n_random=1)
     # And one image for the multiply-adds, and five to check that outputs are their images' own.
     assert sum(passes) == 11 * (1 + 6) + 1 + 5
 

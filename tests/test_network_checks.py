@@ -210,7 +210,7 @@ def test_stores_are_refused_too_and_nothing_is_written(
     data: tuple[Tensor, Tensor], tmp_path: Any
 ) -> None:
     with pytest.raises(NetworkCheckError):
-        learn_to_store(tmp_path / "gates.h5", Quiet().eval(), data, recipe=QUICK)
+        learn_to_store(Quiet().eval(), data, tmp_path / "gates.h5", recipe=QUICK)
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from nad_attr import GateSite, Recipe, SubArchitecture, learn_gates
+from nad_attr import GateSite, Recipe, RunOptions, SubArchitecture, learn_gates
 from nad_attr.data.sources import as_source
 from nad_attr.evaluation import (
     Control,
@@ -83,7 +83,7 @@ def test_a_seed_is_a_draw_layer_by_layer(tiny_cnn: nn.Module) -> None:
 def test_batchnorm_statistics_are_those_of_the_data(
     tiny_cnn: nn.Module, tiny_data: tuple[Tensor, Tensor]
 ) -> None:
-    drawn = random_weights(tiny_cnn, data=tiny_data, batch_size=12)
+    drawn = random_weights(tiny_cnn, data=tiny_data, run=RunOptions(batch_size=12))
     with torch.no_grad():
         before = drawn.conv1(tiny_data[0])
     torch.testing.assert_close(drawn.bn1.running_mean, before.mean(dim=(0, 2, 3)))

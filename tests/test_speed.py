@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import learning_cost, speed
 from benchmarks.released_loop import ReleasedLoop
-from nad_attr import GateSite, Recipe, SubArchitecture, find_gate_sites, learn_gates
+from nad_attr import GateSite, Recipe, RunOptions, SubArchitecture, find_gate_sites, learn_gates
 from nad_attr.evaluation import fit_ablation, sweep
 from nad_attr.gating import hooks as gating
 from nad_attr.gating.hooks import frozen
@@ -117,7 +117,9 @@ def test_bfloat16_step_within_three_percent(channels_last: bool) -> None:
     arguments = ((x,), gates, torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1).bool())
     with frozen(model):
         _, expected = Network(model, sites).output_and_gradient(*arguments)
-        _, found = Network(model, sites, amp=torch.bfloat16).output_and_gradient(*arguments)
+        _, found = Network(model, sites, run=RunOptions(amp=torch.bfloat16)).output_and_gradient(
+            *arguments
+        )
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 0.03 * expected.norm()
 
@@ -384,7 +386,7 @@ def test_equal_networks_are_run_once(ablation: str | None) -> None:
         SubArchitecture.from_kept(kept[i], sites, task=k)
         for i, k in ((0, 0), (1, 1), (0, 1), (0, 2), (1, 0))
     ]
-    fitted = None if ablation is None else fit_ablation(model, sites, data, ablation)
+    fitted = None if ablation is None else fit_ablation(model, sites, data, kind=ablation)
     n_run = 0
 
     def note(module: nn.Module, args: Any) -> None:
@@ -392,7 +394,7 @@ def test_equal_networks_are_run_once(ablation: str | None) -> None:
         n_run += len(args[0])
 
     handle = model.register_forward_pre_hook(note)
-    found = sweep(model, archs, data, ablation=fitted, batch_size=5)
+    found = sweep(model, archs, data, ablation=fitted, run=RunOptions(batch_size=5))
     handle.remove()
     # What stands in place of a channel differs from task to task with other_mean.
     assert n_run == 12 * (1 + (2 if ablation is None else 5))

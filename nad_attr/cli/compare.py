@@ -30,6 +30,7 @@ from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import evaluate
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.running.options import RunOptions
 from nad_attr.specs import SpecError
 from nad_attr.system.files import write_text
 
@@ -111,7 +112,8 @@ def compare(
             result = _within(files[0], tasks, size)
         else:
             assert data is not None
-            place = chosen_device(device)
+            shown = not quiet and sys.stderr.isatty()
+            run = RunOptions(chosen_device(device), batch_size=batch_size, show_progress=shown)
             check_folder(data)
             gates, provenance = opened_gates(files[0], tasks)
             opened = rebuilt(
@@ -152,8 +154,7 @@ def compare(
                 training.data,
                 n_images=n_images,
                 seed=seed,
-                batch_size=batch_size,
-                device=place,
+                run=run,
                 quiet=quiet,
             )
             measured = evaluate(
@@ -163,9 +164,7 @@ def compare(
                 size=size,
                 rivals=rivals,
                 seed=seed,
-                batch_size=batch_size,
-                device=place,
-                show_progress=not quiet and sys.stderr.isatty(),
+                run=run,
             )
             finished(training, quiet)
             finished(held_out, quiet)

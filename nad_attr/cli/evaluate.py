@@ -25,6 +25,7 @@ from nad_attr.cli.opening import (
 )
 from nad_attr.evaluation import ABLATIONS, Evaluation, fit_ablation
 from nad_attr.evaluation import evaluate as measure
+from nad_attr.running.options import RunOptions
 from nad_attr.specs import LoadedData
 from nad_attr.system.files import written
 from nad_attr.system.safe_text import cell
@@ -125,7 +126,12 @@ def evaluate(
         text = out is not None and out.suffix in (".json", ".csv")
         read = [weights, class_index, data, train_data, *([gates] if text else [])]
         check_outputs([(out, "text" if text else "HDF5")], read)
-        place = chosen_device(device)
+        run = RunOptions(
+            chosen_device(device),
+            amp=amp,
+            batch_size=batch_size,
+            show_progress=not quiet and sys.stderr.isatty(),
+        )
         check_folder(data)
         learned, provenance = opened_gates(gates, tasks)
         opened = rebuilt(
@@ -166,11 +172,10 @@ def evaluate(
                 opened.loaded.model,
                 learned.sites,
                 images.data if training is None else training.data,
-                ablation,
+                kind=ablation,
                 tasks=learned.tasks,
                 seed=seed,
-                batch_size=batch_size,
-                device=place,
+                run=run,
             )
         result = measure(
             opened.loaded.model,
@@ -181,11 +186,8 @@ def evaluate(
             threshold_data=None if training is None else training.data,
             n_random=random,
             seed=seed,
-            batch_size=batch_size,
-            device=place,
-            amp=amp or None,
             checks=checks.value,
-            show_progress=not quiet and sys.stderr.isatty(),
+            run=run,
         )
         finished(images, quiet)
         print_evaluation(result)

@@ -201,9 +201,9 @@ def learn(
         wanted, names = _tasks(images, tasks)
         with _shown(quiet, done.append) as on_progress:
             learn_to_store(
-                out,
                 opened.loaded.model,
                 images.data,
+                out,
                 wanted,
                 made,
                 layer or None,

@@ -23,6 +23,7 @@ from nad_attr.cli.opening import (
 from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import Evaluation
 from nad_attr.report import Report
+from nad_attr.running.options import RunOptions
 
 __all__ = ["report"]
 
@@ -108,7 +109,7 @@ def report(
         check_outputs([(out, "text")], read)
         result = Report(gates, evaluation=_evaluation(measured), title=title)
         if data is not None:
-            place = chosen_device(device)
+            run = RunOptions(device=chosen_device(device), batch_size=batch_size)
             check_folder(data)
             opened = rebuilt(
                 result.provenance,
@@ -145,8 +146,7 @@ def report(
                     training.data,
                     n_images=_SCORED,
                     seed=seed,
-                    batch_size=batch_size,
-                    device=place,
+                    run=run,
                     quiet=quiet,
                 )
             result.measure(
@@ -156,8 +156,7 @@ def report(
                 n_images=n_images,
                 n_random=random,
                 seed=seed,
-                batch_size=batch_size,
-                device=place,
+                run=run,
                 say=lambda text: say(text, quiet),
             )
             finished(images, quiet)

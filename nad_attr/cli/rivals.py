@@ -14,6 +14,7 @@ from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation import own_images, top_k
 from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
 from nad_attr.specs import SpecError
 from nad_attr.system.rng import seed_of
@@ -57,8 +58,7 @@ def rivals_of(
     *,
     n_images: int,
     seed: int,
-    batch_size: int,
-    device: str,
+    run: RunOptions,
     quiet: bool,
 ) -> dict[str, list[SubArchitecture]]:
     """Each method's sub-architectures, of the sizes that those given have.
@@ -71,8 +71,7 @@ def rivals_of(
         data: Images to score channels on.
         n_images: Of each class, at most.
         seed: Says which.
-        batch_size: Images in one pass.
-        device: Where to compute.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
         quiet: Say nothing.
 
     Raises:
@@ -88,8 +87,7 @@ def rivals_of(
             labels,
             tasks=tasks,
             include_others=True,
-            batch_size=batch_size,
-            device=device,
+            run=run,
         )
         found[name] = _same_sizes(scores, archs)
     return found

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,11 +42,15 @@ from nad_attr.gates.channels import top_k_masks
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.network_checks import Checks, check_option, check_outputs
-from nad_attr.running.forward import Runner, amp_dtype, check_batch_size, chunks
+from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.stats.pairs import overlap_matrix
 from nad_attr.system.rng import seed_of
 
 __all__ = ["evaluate", "random_architectures"]
+
+#: Bytes of answers that are kept at once where nothing is said.
+ANSWER_BYTES = 10**9
 
 #: What an image takes for one sub-architecture beside its task outputs, while ranks are made.
 ROW_BYTES = 128
@@ -96,13 +100,12 @@ def evaluate(
     n_random: int = 3,
     rivals: Mapping[str, TaskGates | Sequence[SubArchitecture]] | None = None,
     seed: int = 0,
-    batch_size: int = 64,
-    max_bytes: int = 10**9,
-    device: torch.device | str | None = None,
-    amp: bool | torch.dtype | None = None,
-    show_progress: bool = False,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
+    device: str | torch.device | None = FROM_RUN,
+    amp: bool | torch.dtype | None = FROM_RUN,
+    batch_size: int | Literal["auto"] | None = FROM_RUN,
+    memory_limit: int | str | None = FROM_RUN,
+    show_progress: bool = FROM_RUN,
     checks: Checks = "refuse",
 ) -> Evaluation:
     """Measure sub-architectures on held-out images, beside what they have to beat.
@@ -127,17 +130,12 @@ def evaluate(
             gates are cut to exactly the number of channels of the sub-architecture that they
             compete with, sub-architectures are taken as they are.
         seed: Of the random channels.
-        batch_size: Images in a forward pass, at most, donors of the ablation included (at least
-            one of each).
-        max_bytes: Memory for the sub-architectures' answers, at most (but one's at least): if all
-            do not fit, the images are drawn several times, for some sub-architectures each. The
-            results are the same.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: Mixed precision: a dtype for autocast, True for bfloat16. The answers are float32.
-        show_progress: Show a bar of the images done (tqdm).
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
+        device: In place of that field of ``run``.
+        amp: In place of that field of ``run``.
+        batch_size: In place of that field of ``run``.
+        memory_limit: In place of that field of ``run``.
+        show_progress: In place of that field of ``run``.
         checks: What to do if an image's outputs depend on chance or on the other images of its
             batch, which two images show: "refuse", "warn", or "off" for no check.
 
@@ -169,20 +167,20 @@ def evaluate(
         raise ValueError(
             f"task {twice[0]} is there twice; evaluate one sub-architecture per task at a time."
         )
-    check_batch_size(batch_size)
     _check_whole_number(n_random, "n_random", 0)
-    _check_whole_number(max_bytes, "max_bytes", 1)
+    options = as_options(
+        run,
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        memory_limit=memory_limit,
+        show_progress=show_progress,
+    )
     against = _rivals(rivals, archs, tasks)
     for draw in range(n_random):
         against[draw] = random_architectures(archs, draw=draw, seed=seed)
     chosen = as_ablation(ablation)
-    dtype = amp_dtype(amp)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    runner = Runner(model, options)
     source = as_source(data)
     threshold = None if threshold_data is None else as_source(threshold_data)
     has_own = own_images(source.labels, tasks).any(-1)
@@ -194,15 +192,14 @@ def evaluate(
     if checks != "off":
         numbers = [[0, len(source.labels) - 1]]
         images = next(iter(runner.draw(source, numbers)))
-        with torch.autocast(runner.device.type, dtype=dtype, enabled=dtype is not None):
-            half = dtype is not None or any(
-                p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()
-            )
-            check_outputs(runner, runner.model, images, checks=check_option(checks), half=half)
+        half = runner.amp is not None or any(
+            p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()
+        )
+        check_outputs(runner, runner.model, images, checks=check_option(checks), half=half)
     names = architectures.task_names if isinstance(architectures, TaskGates) else None
     rows = [*archs, *(arch for rival in against.values() for arch in rival)]
-    pass_ = _Measuring(runner, tasks, source, threshold, batch_size, chosen, dtype)
-    measured = pass_.all_rows(rows, max_bytes, show_progress)
+    pass_ = _Measuring(runner, tasks, source, threshold, chosen)
+    measured = pass_.all_rows(rows)
 
     missing = [task for task, has in zip(tasks, has_own.tolist(), strict=True) if not has]
     if missing:
@@ -330,13 +327,10 @@ class _Measuring:
         tasks: tuple[Task, ...],
         source: Source,
         threshold: Source | None,
-        batch_size: int,
         ablation: Ablation | None,
-        amp: torch.dtype | None,
     ) -> None:
         self.runner, self.tasks = runner, tasks
-        self.source, self.threshold = source, threshold
-        self.batch_size, self.ablation, self.amp = batch_size, ablation, amp
+        self.source, self.threshold, self.ablation = source, threshold, ablation
         self.own = own_images(source.labels, tasks)
         # Sorting a large table is quick on a GPU; float64, which mps lacks, is needed.
         self.device = torch.device("cpu") if runner.device.type == "mps" else runner.device
@@ -344,25 +338,21 @@ class _Measuring:
         self.clean_threshold: Responses | None = None
         self.activity: Activity
 
-    def all_rows(
-        self, rows: Sequence[SubArchitecture], max_bytes: int, show_progress: bool
-    ) -> dict[str, FloatArray]:
+    def all_rows(self, rows: Sequence[SubArchitecture]) -> dict[str, FloatArray]:
         """The measures of all rows: ``{measure: (R,)}``, and the table (R, T)."""
         n = len(self.source.labels)
         n_threshold = 0 if self.threshold is None else len(self.threshold.labels)
         per_row = (4 * len(self.tasks) + ROW_BYTES) * n + ROW_BYTES * n_threshold
-        height = max(1, max_bytes // per_row)
+        height = max(1, self.runner.options.kept_bytes(ANSWER_BYTES) // per_row)
         blocks = list(chunks(len(rows), height))
         self.activity = Activity(rows[0].sites, self.source.labels, self.runner.device)
         parts = []
         total = len(blocks) * (n + n_threshold)
-        with progress_bar(len(rows), total, show_progress) as bar:
+        with progress_bar(self.runner, len(rows), total) as bar:
             for block in blocks:
                 archs = rows[block[0] : block[-1] + 1]
                 options: dict[str, Any] = {
-                    "batch_size": self.batch_size,
                     "ablation": self.ablation,
-                    "amp": self.amp,
                     "bar": bar,
                     "columns": self.tasks,
                 }

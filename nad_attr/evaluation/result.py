@@ -131,34 +131,34 @@ class Evaluation:
         """(T,), balanced accuracy ``(recall + 1 - fpr) / 2``."""
         return np.asarray((self.recall + 1 - self.fpr) / 2)
 
-    def values(self, name: str) -> FloatArray:
+    def values(self, measure: str) -> FloatArray:
         """A measure of every task, (T,).
 
         Raises:
             ValueError: If there is no such measure.
         """
-        if name not in MEASURES:
-            raise ValueError(f"no measure {name!r}; there are {', '.join(MEASURES)}.")
-        values: FloatArray = getattr(self, name)
+        if measure not in MEASURES:
+            raise ValueError(f"no measure {measure!r}; there are {', '.join(MEASURES)}.")
+        values: FloatArray = getattr(self, measure)
         return values
 
-    def mean(self, name: str) -> float:
+    def mean(self, measure: str) -> float:
         """Mean of a measure over the tasks for which it is known.
 
         Raises:
             ValueError: If there is no such measure.
         """
-        return float(nan_mean(self.values(name)))
+        return float(nan_mean(self.values(measure)))
 
     def interval(
-        self, name: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
+        self, measure: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
     ) -> tuple[float, float]:
         """Bootstrap interval of the mean over tasks (percentiles of resampled means).
 
         Says how much the mean hangs on which tasks were looked at; the images are taken as given.
 
         Args:
-            name: One of ``MEASURES``.
+            measure: One of ``MEASURES``.
             level: Coverage.
             n_draws: Times that T tasks are drawn with replacement.
             seed: Of the draws; the global random state is not used.
@@ -169,9 +169,9 @@ class Evaluation:
         Raises:
             ValueError: If there is no such measure, or an argument makes no sense.
         """
-        return bootstrap_interval(self.values(name), level=level, n_draws=n_draws, seed=seed)
+        return bootstrap_interval(self.values(measure), level=level, n_draws=n_draws, seed=seed)
 
-    def p_value(self, name: str, *, lower: bool | None = None) -> float:
+    def p_value(self, measure: str, *, lower: bool | None = None) -> float:
         """How often random channels of the same size do as well, in the mean over tasks.
 
         ``(1 + number of draws that reach the observed mean) / (draws + 1)``: a valid p-value of
@@ -180,7 +180,7 @@ class Evaluation:
         :func:`evaluate` for ``n_random=19`` to see 0.05.
 
         Args:
-            name: One of ``MEASURES``.
+            measure: One of ``MEASURES``.
             lower: Whether less is better. None: as the measure says (FPR, other AUC and dead
                 fraction are better when low).
 
@@ -191,11 +191,11 @@ class Evaluation:
         Raises:
             ValueError: If there is no such measure.
         """
-        observed = self.mean(name)
-        draws = [result.mean(name) for result in self.random]
+        observed = self.mean(measure)
+        draws = [result.mean(measure) for result in self.random]
         if lower is not None:
             return float(permutation_p(observed, draws, tail="lower" if lower else "higher"))
-        return float(p_against(name, observed, draws))
+        return float(p_against(measure, observed, draws))
 
     def frame(self) -> pd.DataFrame:
         """One row per task with all measures, for pandas.
@@ -366,5 +366,5 @@ class Evaluation:
 _SHOWN = 12
 
 
-def _mean_of(results: Sequence[Evaluation], name: str) -> float:
-    return float(nan_mean(np.array([result.mean(name) for result in results])))
+def _mean_of(results: Sequence[Evaluation], measure: str) -> float:
+    return float(nan_mean(np.array([result.mean(measure) for result in results])))

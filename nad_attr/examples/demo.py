@@ -30,6 +30,7 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import recorded
 from nad_attr.learning.api import learn_gates
+from nad_attr.running.options import RunOptions
 from nad_attr.system.files import check_output, replacing, write_text
 from nad_attr.system.rng import seed_of
 
@@ -463,6 +464,7 @@ def run_demo(
     check_extra()
     recipe = Recipe(size=size, steps=steps, images_per_step=IMAGES_PER_STEP)
     where = _device(device)
+    run = RunOptions(batch_size=BATCH_SIZE, show_progress=show_progress)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: check_output(folder / name, kind) for name, kind in _FILES.items()}
@@ -484,8 +486,7 @@ def run_demo(
         tasks,
         recipe,
         seed=seed,
-        batch_size=BATCH_SIZE,
-        show_progress=show_progress,
+        run=run,
     )
 
     say(f"Measuring on {N_HELD_OUT} other crops of each photo, beside equally many channels:")
@@ -501,8 +502,7 @@ def run_demo(
             archs,
             held_out,
             n_random=0,  # they are one of the methods
-            batch_size=BATCH_SIZE,
-            show_progress=show_progress,
+            run=run,
         )
         evaluations[name] = replace(evaluation, task_names=tuple(tasks))
 
@@ -535,7 +535,9 @@ def _baselines(
     }
     return {
         name: top_k(
-            scorer(images[own], labels[own], tasks=gates.tasks, batch_size=BATCH_SIZE),
+            scorer(
+                images[own], labels[own], tasks=gates.tasks, run=RunOptions(batch_size=BATCH_SIZE)
+            ),
             gates.sites,
             gates.tasks,
             size,

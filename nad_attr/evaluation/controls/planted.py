@@ -76,15 +76,15 @@ class PlantedScore:
         total = self.precision + self.recall
         return np.asarray(2 * self.precision * self.recall / np.where(total > 0, total, 1.0))
 
-    def mean(self, name: str) -> float:
+    def mean(self, measure: str) -> float:
         """Mean over tasks of "precision", "recall", "union_precision", "f1", "whole" or "size".
 
         Raises:
             ValueError: If there is no such measure.
         """
-        if name not in _MEASURES:
-            raise ValueError(f"no measure {name!r}; there are {', '.join(_MEASURES)}.")
-        return float(np.asarray(getattr(self, name), dtype=np.float64).mean())
+        if measure not in _MEASURES:
+            raise ValueError(f"no measure {measure!r}; there are {', '.join(_MEASURES)}.")
+        return float(np.asarray(getattr(self, measure), dtype=np.float64).mean())
 
     def frame(self) -> pd.DataFrame:
         """One row per task, for pandas.

@@ -22,6 +22,7 @@ from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data
 from nad_attr.evaluation.controls.randomisation import (
     cascading_randomisation,
+    for_copies,
     random_weights,
     shuffled_labels,
 )
@@ -38,7 +39,7 @@ from nad_attr.evaluation.controls.stability import (
 from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import check_eval
-from nad_attr.running.forward import check_batch_size
+from nad_attr.running.options import RunOptions
 from nad_attr.stats.bootstrap import bootstrap_interval
 from nad_attr.stats.tables import nan_mean, plain
 from nad_attr.system.rng import seed_of
@@ -255,7 +256,7 @@ def sanity(
     stages: int = 3,
     seeds: Sequence[int] = (),
     images_per_class: Sequence[int] = (),
-    batch_size: int = 64,
+    run: RunOptions | None = None,
 ) -> SanityReport:
     """Run the controls: is what ``learn`` finds a fact of the trained network?
 
@@ -284,7 +285,7 @@ def sanity(
         stages: Networks between the trained and the random one; 0 for none.
         seeds: Two or more: run :func:`stability` with these.
         images_per_class: For :func:`stability`.
-        batch_size: Images in a forward pass of the measuring, at most.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The report.
@@ -315,7 +316,7 @@ def sanity(
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
             raise ValueError(f"{name} must be a whole number from {lowest} on, not {value!r}.")
     check_eval(model)
-    check_batch_size(batch_size)
+    run = for_copies(run)
 
     def found(network: nn.Module, images: Data) -> list[SubArchitecture]:
         return architectures_of(learn(network, images, seed))
@@ -323,7 +324,7 @@ def sanity(
     def measured(
         network: nn.Module, archs: Sequence[SubArchitecture], images: Data
     ) -> list[FloatArray]:
-        return _measured(network, archs, images, n_random, seed, batch_size)
+        return _measured(network, archs, images, n_random, seed, run)
 
     archs = found(model, data)
     tasks = tasks_named(archs)
@@ -333,7 +334,7 @@ def sanity(
     draws = [seed_of("sanity", seed, i) for i in range(n_networks)]
     rows["random weights"] = []
     for draw in draws:
-        network = random_weights(model, draw, data=data, batch_size=batch_size)
+        network = random_weights(model, draw, data=data, run=run)
         rows["random weights"].append(measured(network, found(network, data), held_out))
     rows["labels shuffled for learning"] = [
         measured(model, found(model, shuffled_labels(data, draw)), held_out) for draw in draws
@@ -344,9 +345,7 @@ def sanity(
     if stages:
         # The last one is all random, which is known already.
         cascade = list(
-            cascading_randomisation(
-                model, data, seed=draws[0], stages=stages + 1, batch_size=batch_size
-            )
+            cascading_randomisation(model, data, seed=draws[0], stages=stages + 1, run=run)
         )
         for layer, network in cascade[:-1]:
             name = f"random down to {layer}"
@@ -369,10 +368,10 @@ def _measured(
     images: Data,
     n_random: int,
     seed: int,
-    batch_size: int,
+    run: RunOptions,
 ) -> list[FloatArray]:
     """Own AUC of whole, learned and random, and fidelity of learned and random, each (T,)."""
-    result = evaluate(network, archs, images, n_random=n_random, seed=seed, batch_size=batch_size)
+    result = evaluate(network, archs, images, n_random=n_random, seed=seed, run=run)
     return [
         result.whole.own_auc,
         result.own_auc,

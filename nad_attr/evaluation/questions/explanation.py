@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from nad_attr.evaluation.questions.errors import Architectures, similarity_of, s
 from nad_attr.evaluation.rows import named_architectures
 from nad_attr.gating.hooks import gated
 from nad_attr.running.forward import Runner, check_classes
+from nad_attr.running.options import RunOptions
 from nad_attr.system.safe_text import shown
 
 __all__ = ["ErrorExplanation", "SharedSite", "explain_error"]
@@ -162,9 +163,7 @@ def explain_error(
     *,
     similarity: str | Any = "kappa",
     size: float | None = None,
-    device: torch.device | str | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> ErrorExplanation:
     """Say of one misclassified image what the right and the called class have in common.
 
@@ -176,9 +175,7 @@ def explain_error(
         label: Its class.
         similarity: As in :func:`nad_attr.evaluation.errors`.
         size: As in :func:`nad_attr.evaluation.errors`.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of the call.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The explanation; ``str()`` makes it readable.
@@ -222,12 +219,7 @@ def explain_error(
         )
     inputs = _one(image)
     as_source((inputs, torch.tensor([y], device="cpu")))  # refuses NaN and what is no image
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    runner = Runner(model, run)
     inputs = runner.to_device(inputs)
     with torch.no_grad():
         outputs = runner(inputs)[0].cpu()

@@ -14,7 +14,6 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -27,6 +26,7 @@ from nad_attr.evaluation.sweeps.curves import closed_at
 from nad_attr.evaluation.sweeps.grid import check_measure, fitted, measure_grid
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.running.options import RunOptions
 from nad_attr.scoring.baselines import EnergyScorer, NeuronMCTScorer, TaylorScorer
 from nad_attr.scoring.rankings import (
     SIZES,
@@ -417,13 +417,7 @@ def size_sweep(
     n_random: int = 19,
     seed: int = 0,
     others: bool = True,
-    memory: float = 0.25,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    amp: bool | torch.dtype | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
-    show_progress: bool = False,
+    run: RunOptions | None = None,
 ) -> SizeSweep:
     """Can the network be divided, and does a method find where? Size against every measure.
 
@@ -455,15 +449,7 @@ def size_sweep(
         seed: Of the random orders.
         others: Measure the outputs of the other tasks as well: other AUC and disentanglement.
             Without, T times fewer answers have to be kept.
-        memory: GiB of answers that are kept at once, at most; at least one sub-architecture's.
-            Less means more passes over the data, and the same result.
-        batch_size: Images in a forward pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: Mixed precision: a dtype for autocast, True for bfloat16.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all images.
-        show_progress: Show a bar of the images done (tqdm).
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The measures. A task without own images in the data gets NaN and a warning.
@@ -517,12 +503,6 @@ def size_sweep(
     if scoring and train_data is None:
         raise ValueError(f"{scoring[0]!r} is a scorer: it needs train_data=, images to score on.")
 
-    run: dict[str, Any] = {
-        "batch_size": batch_size,
-        "device": device,
-        "forward_func": forward_func,
-        "additional_forward_args": additional_forward_args,
-    }
     # What is given is checked before any network is run for what has to be found.
     found = {
         name: as_ranking(ranks, sites=sites, tasks=tasks, task_names=task_names, what=repr(name))
@@ -538,12 +518,12 @@ def size_sweep(
             "some gates close channels at zero and others at their means; say ablation=, so that "
             "all methods are measured alike."
         )
-    prepared = fitted(ablation, model, sites, tasks, train_data, **run)
+    prepared = fitted(ablation, model, sites, tasks, train_data, run)
     train = as_source(train_data) if scoring else None
     for name in scoring:
         scorer = named[name]
         assert isinstance(scorer, ChannelScorer)
-        scores = scorer(train, tasks=tasks, **run)
+        scores = scorer(train, tasks=tasks, run=run)
         found[name] = as_ranking(
             scores, sites=sites, tasks=tasks, task_names=task_names, what=repr(name)
         )
@@ -560,10 +540,7 @@ def size_sweep(
         data,
         ablation=prepared,
         others=others,
-        memory=memory,
-        amp=amp,
-        show_progress=show_progress,
-        **run,
+        run=run,
     )
     n, n_named = len(shares), len(named)
     blocks = {
