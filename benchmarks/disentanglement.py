@@ -135,7 +135,13 @@ class Cell:
         if self._means is None:
             recipe = Recipe(ablation="mean", steps=1)
             gates = learn_gates(
-                self.model, self.data.train, [0], recipe, self.sites, seed=self.seed, run=self.options
+                self.model,
+                self.data.train,
+                [0],
+                recipe,
+                self.sites,
+                seed=self.seed,
+                run=self.options,
             )
             self._means = gates.means
         return self._means

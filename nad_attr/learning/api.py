@@ -88,14 +88,7 @@ def learn_gates(
         >>> gates["1"].shape
         torch.Size([1, 6])
     """
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        memory_limit=memory_limit,
-        show_progress=show_progress,
-    )
+    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     session = Session(
         model, data, tasks, recipe, sites, seed=seed, run=options, augmented=augmented
     )
@@ -164,14 +157,7 @@ def learn_sizes(
     """
     if recipe is None and isinstance(sizes, Sequence):
         recipe = Recipe(steps=max(Recipe().steps, 25 * len(sizes)))
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        memory_limit=memory_limit,
-        show_progress=show_progress,
-    )
+    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     session = Session(
         model, data, tasks, recipe, sites, seed=seed, run=options, augmented=augmented
     )
