@@ -102,6 +102,7 @@ def evaluate(
     device: opt.Device = None,
     amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
     batch_size: opt.BatchSize = 64,
+    checks: opt.Checks = opt.ChecksName.refuse,
     workers: opt.Workers = 0,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -186,6 +187,7 @@ def evaluate(
             n_random=random,
             seed=seed,
             run=run,
+            checks=checks.value,
         )
         finished(images, quiet)
         print_evaluation(result)

@@ -382,6 +382,8 @@ def as_source(data: Any, *, augmented: bool | None = None) -> Source:
         if not hasattr(data, "__len__"):
             raise TypeError(f"{type(data).__name__} has no length; wrap it in a DataLoader.")
         return DatasetSource(data, augmented=_augmented(data, augmented))
+    if isinstance(data, (tuple, list)) and len(data) and not isinstance(data, Dataset):
+        raise TypeError(_not_a_pair(data))
     if isinstance(data, (DataLoader, IterableDataset)) or (
         isinstance(data, Iterable) and not isinstance(data, (Tensor, str, bytes, dict, tuple, list))
     ):
@@ -389,6 +391,27 @@ def as_source(data: Any, *, augmented: bool | None = None) -> Source:
     raise TypeError(
         "data must be a pair (inputs, labels) of tensors, a Dataset of (input, label) or a "
         f"DataLoader of such, not {type(data).__name__}."
+    )
+
+
+def _not_a_pair(data: tuple[Any, ...] | list[Any]) -> str:
+    """Why a tuple or list is no data, and what to do."""
+    if len(data) == 2 and any(isinstance(item, np.ndarray) for item in data):
+        kinds = " and ".join(type(item).__name__ for item in data)
+        return (
+            f"data must be a pair (inputs, labels) whose inputs are a tensor, not {kinds}: "
+            "(torch.from_numpy(inputs), labels), float32 as the network takes them."
+        )
+    if isinstance(data[0], (tuple, list)) and len(data[0]) == 2:
+        return (
+            "data must be a pair (inputs, labels) of tensors or a Dataset, not a "
+            f"{type(data).__name__} of {len(data)} (input, label) pairs: "
+            "(torch.stack([x for x, _ in data]), [y for _, y in data])."
+        )
+    kinds = ", ".join(type(item).__name__ for item in data[:4]) + (" ..." if len(data) > 4 else "")
+    return (
+        "data must be a pair (inputs, labels) of tensors, a Dataset of (input, label) or a "
+        f"DataLoader of such, not a {type(data).__name__} of {len(data)} ({kinds})."
     )
 
 
@@ -456,6 +479,13 @@ def _read(batches: Iterable[Any]) -> TensorSource:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise TypeError(
                     f"the loader must yield (inputs, labels) batches, not {type(batch).__name__}."
+                )
+            if not isinstance(batch[1], (Tensor, list, tuple, np.ndarray)) or (
+                isinstance(batch[1], Tensor) and batch[1].ndim == 0
+            ):
+                raise TypeError(
+                    "the data yields single images with their label, not batches; give "
+                    "DataLoader(data, batch_size=32), which collects them."
                 )
             inputs.append(_as_inputs(batch[0]))
             labels.append(_check_labels(batch[1], len(inputs[-1][0])))

@@ -42,6 +42,7 @@ from nad_attr.evaluation.sizes import (
 from nad_attr.gates.channels import top_k_masks
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.network_checks import Checks, check_option, check_outputs
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.stats.pairs import overlap_matrix
@@ -106,6 +107,7 @@ def evaluate(
     batch_size: int | Literal["auto"] | None = FROM_RUN,
     memory_limit: int | str | None = FROM_RUN,
     show_progress: bool = FROM_RUN,
+    checks: Checks = "refuse",
 ) -> Evaluation:
     """Measure sub-architectures on held-out images, beside what they have to beat.
 
@@ -135,6 +137,8 @@ def evaluate(
         batch_size: In place of that field of ``run``.
         memory_limit: In place of that field of ``run``.
         show_progress: In place of that field of ``run``.
+        checks: What to do if an image's outputs depend on chance or on the other images of its
+            batch, which two images show: "refuse", "warn", or "off" for no check.
 
     Returns:
         The measures. A task without own images in the data gets NaN and a warning.
@@ -179,6 +183,13 @@ def evaluate(
             f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
             f"{source.labels.unique().tolist()[:10]}."
         )
+    if checks != "off":
+        numbers = [[0, len(source.labels) - 1]]
+        images = next(iter(runner.draw(source, numbers)))
+        half = runner.amp is not None or any(
+            p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()
+        )
+        check_outputs(runner, runner.model, images, checks=check_option(checks), half=half)
     names = architectures.task_names if isinstance(architectures, TaskGates) else None
     rows = [*archs, *(arch for rival in against.values() for arch in rival)]
     pass_ = _Measuring(runner, tasks, source, threshold, chosen)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nad_attr.data.sources import Data
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session, _start
 from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.sites.site import GateSite
@@ -33,6 +34,7 @@ def learn_gates(
     memory_limit: int | str | None = FROM_RUN,
     show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
+    checks: Checks = "refuse",
     initial_logits: Mapping[str, Tensor] | None = None,
 ) -> TaskGates:
     """Learn which channels of a network each task needs.
@@ -65,6 +67,9 @@ def learn_gates(
         augmented: Whether the same image may look different each time it is drawn. None: yes for
             datasets and loaders, no for tensors. False lets the whole network's outputs be
             computed once per image and kept.
+        checks: Before learning, two images tell whether an image's outputs are its own and whether
+            gradients say what closing channels does (:mod:`nad_attr.learning.network_checks`):
+            "refuse" a network where that is not so, "warn" and go on, or "off".
         initial_logits: ``{site name: (T, C)}``, the paper recipe's starting point in place of
             N(0, 1).
 
@@ -75,7 +80,8 @@ def learn_gates(
         SiteError: If sites cannot be gated; says which and what to do.
         TypeError: If data, tasks or recipe are of another kind.
         ValueError: If data is empty or holds NaN, a class is unknown or without images, the
-            network is in train mode, or an argument has no sensible value.
+            network is in train mode, or an argument has no sensible value; NetworkCheckError, a
+            ValueError, if ``checks`` find that what is learned would not be true.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -90,7 +96,15 @@ def learn_gates(
     """
     options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     session = Session(
-        model, data, tasks, recipe, sites, seed=seed, run=options, augmented=augmented
+        model,
+        data,
+        tasks,
+        recipe,
+        sites,
+        seed=seed,
+        run=options,
+        augmented=augmented,
+        checks=checks,
     )
     start = _start(initial_logits, session.recipe, session.sites, session.tasks)
     total = sum(map(session.n_steps, session.tasks))
@@ -114,6 +128,7 @@ def learn_sizes(
     memory_limit: int | str | None = FROM_RUN,
     show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
+    checks: Checks = "refuse",
 ) -> dict[float, TaskGates]:
     """Learn which channels each task needs at several sizes, in one run of falling budget.
 
@@ -137,6 +152,7 @@ def learn_sizes(
         memory_limit: In place of that field of ``run``.
         show_progress: In place of that field of ``run``.
         augmented: See there.
+        checks: See there.
 
     Returns:
         ``{size: task gates}`` in the order of ``sizes``.
@@ -159,7 +175,15 @@ def learn_sizes(
         recipe = Recipe(steps=max(Recipe().steps, 25 * len(sizes)))
     options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     session = Session(
-        model, data, tasks, recipe, sites, seed=seed, run=options, augmented=augmented
+        model,
+        data,
+        tasks,
+        recipe,
+        sites,
+        seed=seed,
+        run=options,
+        augmented=augmented,
+        checks=checks,
     )
     total = sum(map(session.n_steps, session.tasks))
     with session.network.bar(total, "learning gates", "step") as bar:

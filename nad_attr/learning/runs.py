@@ -28,6 +28,7 @@ from nad_attr.data.labels import Task, as_task
 from nad_attr.data.sources import Data
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session
 from nad_attr.running.forward import chunks
 from nad_attr.running.options import FROM_RUN, RunOptions, as_options
@@ -164,6 +165,7 @@ def learn_to_store(
     may_differ: Sequence[str] = (),
     task_names: Mapping[Any, str] | Sequence[str] | None = None,
     augmented: bool | None = None,
+    checks: Checks = "refuse",
     provenance: Mapping[str, Any] | None = None,
     executor: Executor | None = None,
     on_progress: Callable[[Progress], object] | None = None,
@@ -209,6 +211,7 @@ def learn_to_store(
             recipe or other sites need another file.
         task_names: ``{class index: name}``, or one name for each of ``tasks`` in that order.
         augmented: See :func:`nad_attr.learn_gates`.
+        checks: See there.
         provenance: Further facts to keep in the store, as JSON can hold them.
         executor: Where chunks are learned; None: in this process. See
             :class:`nad_attr.distributed.RayExecutor`.
@@ -264,6 +267,7 @@ def learn_to_store(
         seed=seed,
         run=replace(options, device=executor.session_device(options.device)),
         augmented=augmented,
+        checks=checks,
     )
     _name_and_sort(session, task_names)
     facts = {
@@ -391,7 +395,7 @@ def _check_resumable(
                 "the gates that are missing would differ in rounding from those of one run: give "
                 f"the same, or may_differ=[{key!r}] to go on all the same."
             )
-    if session.recipe.ablation == "mean" and store.means is None:
+    if session.recipe.ablation != "zero" and store.means is None:
         raise GateStoreError(
             f"{store.path} has no channel means, which this recipe needs; learn into another file."
         )
