@@ -58,14 +58,9 @@ class Setting:
     def session(self, recipe: Recipe, seed: int, batch: int = 80) -> Session:
         """Ready to learn, in bfloat16."""
         return Session(
-            self.model,
-            self.train,
-            self.tasks,
-            recipe,
-            self.sites,
-            seed=seed,
-            run=RunOptions(amp=True, batch_size=batch),
-        )
+            self.model, self.train, self.tasks, recipe, self.sites, seed=seed,
+            run=RunOptions(batch_size=batch, amp=True),
+        )  # fmt: skip
 
     def measure(self, archs: TaskGates | Sequence[SubArchitecture], data: Any = None) -> Any:
         """Own AUC and fidelity of each task, held out or on other data."""

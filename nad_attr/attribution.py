@@ -147,16 +147,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             raise ValueError(f"n_copies must be at least 2, not {n_copies}.")
         _check_forward_func(forward_func, layer, device_ids)
         super().__init__(forward_func, layer, device_ids)
-        self.run = _checked(
-            as_options(
-                run,
-                device=device,
-                amp=amp,
-                batch_size=batch_size,
-                memory_limit=memory_limit,
-                show_progress=show_progress,
-            )
-        )
+        self.run = _checked(as_options(run, device, amp, batch_size, memory_limit, show_progress))
         self.recipe = recipe
         self.scope = scope
         self.channel_dim = channel_dim

@@ -395,7 +395,7 @@ def test_bad_kinds(training, data) -> None:
         lambda value: evaluate(model, archs, data, ablation=value),
         lambda value: site_fidelity(model, archs, data, ablation=value),
     ):
-        with pytest.raises(ValueError, match=r"fit_ablation\(model, sites, data, 'mean'\)"):
+        with pytest.raises(ValueError, match=r"fit_ablation\(model, sites, data, kind='mean'\)"):
             run("mean")
         with pytest.raises(ValueError, match="no ablation 'median'; there are zero, mean"):
             run("median")

@@ -18,7 +18,7 @@ from nad_attr.evaluation.ablation import fit_ablation
 from nad_attr.evaluation.responses import _margins, answers, progress_bar, site_fidelity, sweep
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import recorded
-from nad_attr.running.forward import Runner, amp_dtype
+from nad_attr.running.forward import Runner
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.site import GateSite
 from tests import helpers
@@ -147,7 +147,7 @@ def test_mixed_precision_of_ablations(data, kind: str) -> None:
 
 
 def test_bad_amp(cnn: nn.Module, data) -> None:
-    assert [amp_dtype(x) for x in (None, False, True, torch.float16)] == [
+    assert [RunOptions(amp=x).dtype for x in (None, False, True, torch.float16)] == [
         None,
         None,
         torch.bfloat16,

@@ -211,8 +211,9 @@ def test_learning_never_meets_the_compilers_limit_of_recompiling(
     run = torch.compile(lambda x: net(x), backend="eager", fullgraph=True, dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         found = learn_gates(net, data, recipe=QUICK, run=RunOptions(forward_func=run))
-    plain = RunOptions(forward_func=lambda x: net(x))
-    assert found == learn_gates(net, data, recipe=QUICK, run=plain)
+    assert found == learn_gates(
+        net, data, recipe=QUICK, run=RunOptions(forward_func=lambda x: net(x))
+    )
 
 
 def test_a_batch_size_fixed_in_forward_is_named(data: tuple[Tensor, Tensor]) -> None:

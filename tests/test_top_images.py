@@ -147,7 +147,6 @@ def test_nothing_is_left_after_an_exception(tiny_cnn: nn.Module) -> None:
         ({"channels": {"0": [3]}}, ValueError, "from 0 to 2"),
         ({"channels": {"0": [0.5]}}, ValueError, "whole numbers"),
         ({"channels": {"0": []}}, ValueError, "no channel"),
-        ({"batch_size": 0}, ValueError, "batch_size"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -270,11 +270,10 @@ def _write_dataset(job: _Job, path: Path) -> FloatArray:
     n = len(job.labels)
     outputs: list[FloatArray] = []
     parts = [list(part) for part in chunks(n, job.batch_size)]
-    bar = job.runner.bar(n, "images")
-    with h5py.File(path, "w") as file, bar, torch.no_grad():
+    with h5py.File(path, "w") as file, torch.no_grad():
         file["label"] = job.labels
         data = None
-        for part, inputs in zip(parts, job.runner.draw(job.source, parts), strict=True):
+        for part, inputs in zip(parts, job.runner.draw(job.source, parts, "images"), strict=True):
             pixels = as_pixels(only_images(inputs), job.to_pixels).numpy()
             if min(pixels.shape[2:]) < 3:
                 raise ValueError(
@@ -286,7 +285,6 @@ def _write_dataset(job: _Job, path: Path) -> FloatArray:
                 data = file.create_dataset("data", shape, np.uint8, chunks=(1, *shape[1:]))
             data[part[0] : part[-1] + 1] = pixels
             outputs.append(job.runner(inputs).float().cpu().numpy())
-            bar.update(len(part))
     return np.concatenate(outputs)
 
 

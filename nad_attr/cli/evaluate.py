@@ -186,8 +186,8 @@ def evaluate(
             threshold_data=None if training is None else training.data,
             n_random=random,
             seed=seed,
-            checks=checks.value,
             run=run,
+            checks=checks.value,
         )
         finished(images, quiet)
         print_evaluation(result)

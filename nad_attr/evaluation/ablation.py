@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nad_attr._checks import check_count
 from nad_attr.data.counters import hashed, key_of, standard_normal, unsigned, words
 from nad_attr.data.labels import Task, as_task, own_images
 from nad_attr.data.sources import Data, Inputs, Source, as_source
@@ -539,8 +540,7 @@ def fit_ablation(
     _check_kind(kind)
     sites = distinct_sites(sites)
     site_modules(model, sites)
-    if isinstance(n_donors, bool) or not isinstance(n_donors, int) or n_donors < 2:
-        raise ValueError(f"n_donors must be a whole number from 2 on, not {n_donors!r}.")
+    check_count(n_donors, "n_donors", least=2)
     runner = Runner(model, run)
     if kind == "zero":
         return ZeroAblation()
@@ -613,14 +613,12 @@ def _summed(values: Tensor, over: list[int]) -> Tensor:
 
 def _run_all(runner: Runner, sites: Sequence[GateSite], source: Source, totals: _Totals) -> None:
     numbers = list(chunks(len(source.labels), runner.images_per_pass(source)))
-    bar = runner.bar(len(source.labels), "fitting the ablation")
     # Every batch is drawn outside the hooks: drawing it may run the network for something else.
-    for chosen, inputs in zip(numbers, runner.draw(source, numbers), strict=True):
+    drawn = runner.draw(source, numbers, "fitting the ablation")
+    for chosen, inputs in zip(numbers, drawn, strict=True):
         totals.rows = totals.place[chosen[0] : chosen[-1] + 1]
         with torch.no_grad(), installed(runner.model, sites, totals):
             runner(inputs)
-        bar.update(len(chosen))
-    bar.close()
 
 
 def _donor_pool(runner: Runner, source: Source, n_donors: int, seed: int) -> ResampleAblation:

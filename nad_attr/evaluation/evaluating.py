@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nad_attr._checks import check_count
 from nad_attr.data.labels import Task, own_images
 from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation.ablation import Ablation, as_ablation
@@ -167,15 +168,8 @@ def evaluate(
         raise ValueError(
             f"task {twice[0]} is there twice; evaluate one sub-architecture per task at a time."
         )
-    _check_whole_number(n_random, "n_random", 0)
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        memory_limit=memory_limit,
-        show_progress=show_progress,
-    )
+    check_count(n_random, "n_random", least=0)
+    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     against = _rivals(rivals, archs, tasks)
     for draw in range(n_random):
         against[draw] = random_architectures(archs, draw=draw, seed=seed)
@@ -230,11 +224,6 @@ def evaluate(
         random=tuple(results[draw] for draw in range(n_random)),
         rivals={name: result for name, result in results.items() if isinstance(name, str)},
     )
-
-
-def _check_whole_number(value: Any, name: str, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ValueError(f"{name} must be a whole number from {lowest} on, not {value!r}.")
 
 
 def _rivals(

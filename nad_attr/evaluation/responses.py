@@ -571,7 +571,7 @@ def site_fidelity(
     width = max(1, rows_of.width(batch_size) // 2)
     used = own.any(0).nonzero()[:, 0]
     cuts = [used[part[0] : part[-1] + 1] for part in chunks(len(used), batch_size)]
-    drawn = runner.draw(source, [cut.tolist() for cut in cuts])
+    drawn = runner.draw(source, [cut.tolist() for cut in cuts], "fidelity of sites")
 
     def forward(inputs: Inputs) -> Tensor:
         outputs = runner(inputs)
@@ -579,7 +579,6 @@ def site_fidelity(
         return outputs
 
     with torch.no_grad(), installed(runner.model, rows_of.sites, rows_of):
-        bar = runner.bar(len(used), "fidelity of sites")
         for cut, inputs in zip(cuts, drawn, strict=True):
             rows, images = own[:, cut].nonzero(as_tuple=True)
             for part in chunks(len(rows), width):
@@ -591,8 +590,6 @@ def site_fidelity(
                     rows[here].to(runner.device),
                     cut[images[here]].to(runner.device),
                 )
-            bar.update(len(cut))
-        bar.close()
     return {
         site.name: rows_of.error[site.name] / rows_of.energy[site.name] for site in rows_of.sites
     }

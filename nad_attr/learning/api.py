@@ -94,14 +94,7 @@ def learn_gates(
         >>> gates["1"].shape
         torch.Size([1, 6])
     """
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        memory_limit=memory_limit,
-        show_progress=show_progress,
-    )
+    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     session = Session(
         model,
         data,
@@ -180,14 +173,7 @@ def learn_sizes(
     """
     if recipe is None and isinstance(sizes, Sequence):
         recipe = Recipe(steps=max(Recipe().steps, 25 * len(sizes)))
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        memory_limit=memory_limit,
-        show_progress=show_progress,
-    )
+    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     session = Session(
         model,
         data,

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from nad_attr._checks import check_count
 from nad_attr.data.fingerprints import data_fingerprint, environment, model_hash
 from nad_attr.data.labels import Task, as_task
 from nad_attr.data.sources import Data
@@ -238,14 +239,7 @@ def learn_to_store(
         ...     TaskGates.load(path)
         TaskGates(2 tasks, 1 site, 6 channels, 50.0 % kept, closed channels at their mean)
     """
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        memory_limit=memory_limit,
-        show_progress=show_progress,
-    )
+    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     if not isinstance(path, (str, PathLike)):
         raise TypeError(
             f"path must name a file, not be a {type(path).__name__}; the order is "
@@ -311,9 +305,8 @@ def _check_options(
         raise ValueError("resume keeps what is in the file and overwrite deletes it: choose one.")
     if isinstance(may_differ, str) or not set(may_differ) <= set(MAY_DIFFER):
         raise ValueError(f"may_differ must be a list of some of {list(MAY_DIFFER)}.")
-    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0
-    if chunk_size is not None and not whole:
-        raise ValueError(f"chunk_size must be a whole number from 1 on, not {chunk_size!r}.")
+    if chunk_size is not None:
+        check_count(chunk_size, "chunk_size")
     if target.exists() and not (resume or overwrite):
         raise FileExistsError(
             f"{target} is there already; resume=True (--resume) goes on with it, overwrite=True "

@@ -55,8 +55,8 @@ def fit_constants(
     *,
     recipe: Recipe | None = None,
     seed: int = 0,
-    augmented: bool | None = None,
     run: RunOptions | None = None,
+    augmented: bool | None = None,
 ) -> list[SubArchitecture]:
     """Give any method's channels the constants with which they keep the task output best.
 
@@ -72,8 +72,8 @@ def fit_constants(
         recipe: Steps, images of a step and what is kept of the task output; its size plays no
             part. None: ``Recipe(ablation="optimal")``.
         seed: See :func:`learn_gates`.
-        augmented: See there.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
+        augmented: See :func:`learn_gates`.
 
     Returns:
         The same channels with the new constants, one sub-architecture for each task.
@@ -114,8 +114,8 @@ def fit_constants(
         recipe,
         archs[0].sites,
         seed=seed,
-        augmented=augmented,
         run=run,
+        augmented=augmented,
     )
     return session.fit(archs)
 

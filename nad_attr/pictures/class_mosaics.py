@@ -200,8 +200,8 @@ def class_mosaics(
     kept: list[Tensor] = []
     maps: dict[str, list[Tensor]] = {}
     left_out: dict[str, str] = {}
-    bar = runner.bar(n, "mosaics", "mosaic")
-    for rows, inputs in zip(chosen, runner.draw(source, numbers.tolist()), strict=True):
+    drawn = runner.draw(source, numbers.tolist(), "mosaics")
+    for rows, inputs in zip(chosen, drawn, strict=True):
         mosaic = assemble(only_images(inputs), resize)
         kept.append(mosaic.detach().cpu())
         of_mosaic: dict[str, list[Tensor]] = {}
@@ -225,8 +225,6 @@ def class_mosaics(
                 of_mosaic.setdefault(name, []).append(one[0])
         for name, four in of_mosaic.items():
             maps.setdefault(name, []).append(torch.stack(four))
-        bar.update(1)
-    bar.close()
     if not maps:
         why = "; ".join(f"{k!r}: {v}" for k, v in left_out.items())
         raise ValueError(f"no gate site has positions to look at ({why}).")

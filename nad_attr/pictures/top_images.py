@@ -366,17 +366,15 @@ def top_images(
     n = len(source.labels)
     parts = [list(part) for part in chunks(n, runner.images_per_pass(source))]
     with torch.no_grad(), ExitStack() as stack:
-        bar = stack.enter_context(runner.bar(n, "top images"))
         stack.enter_context(_network(runner, architecture, inside))
         activations = stack.enter_context(recorded(runner.model, at))
-        for part, inputs in zip(parts, runner.draw(source, parts), strict=True):
+        for part, inputs in zip(parts, runner.draw(source, parts, "top images"), strict=True):
             images = only_images(inputs)
             runner(inputs)
             numbers = torch.tensor(part, device="cpu")
             for name, keeper in best.items():
                 aspect = images.shape[-2] / images.shape[-1]
                 keeper.add(activations[name], numbers, own[numbers], aspect)
-            bar.update(len(part))
     return TopImages(
         architecture=architecture,
         channels=chosen,

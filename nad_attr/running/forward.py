@@ -16,7 +16,7 @@ from nad_attr._checks import GatingError
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Inputs, Source, check_finite
 from nad_attr.gating.hooks import check_eval
-from nad_attr.running.options import RunOptions, amp_dtype, as_device, as_options
+from nad_attr.running.options import RunOptions, as_options
 from nad_attr.sites.preserving import Copies, Kept
 from nad_attr.sites.site import unwrap
 from nad_attr.sites.tracing import eager
@@ -177,7 +177,7 @@ class Runner:
         options = as_options(run)
         if options.batch_size is None:
             options = replace(options, batch_size=batch_size)
-        self.options, self.amp = options, amp_dtype(options.amp)
+        self.options, self.amp = options, options.dtype
         device, forward_func = options.device, options.forward_func
         check_eval(model)
         root = unwrap(model)
@@ -195,7 +195,7 @@ class Runner:
                 "run copy.deepcopy(model), made outside of it, in forward_func."
             )
         here = places[0] if places else torch.device("cpu")
-        self.device = here if device is None else as_device(device)
+        self.device = here if device is None else torch.device(device)
         # "cuda" is wherever on CUDA the network is.
         same = here.type == self.device.type and self.device.index in (None, here.index)
         if same:
@@ -259,18 +259,24 @@ class Runner:
             )
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
-    def draw(self, source: Source, numbers: Sequence[Sequence[int]]) -> Iterator[Inputs]:
+    def draw(
+        self, source: Source, numbers: Sequence[Sequence[int]], desc: str = ""
+    ) -> Iterator[Inputs]:
         """The images of each list of numbers, where the network is.
 
-        A random transform gives the same image in every evaluation.
+        A random transform gives the same image in every evaluation. ``desc`` names the progress
+        bar, if one is wanted.
 
         Raises:
             ValueError: If an image holds NaN or infinity.
         """
         # One batch at a time: all draws of a large data set would fill the memory.
         draws = ([(i, seed_of("evaluation", i)) for i in chosen] for chosen in numbers)
-        for inputs in source.batches(draws):
-            yield self.to_device(check_finite(inputs))
+        shown = bool(desc) and self.options.show_progress
+        with tqdm(total=sum(map(len, numbers)), desc=desc, unit="image", disable=not shown) as bar:
+            for chosen, inputs in zip(numbers, source.batches(draws), strict=True):
+                yield self.to_device(check_finite(inputs))
+                bar.update(len(chosen))
 
     def images_per_pass(
         self,

@@ -10,7 +10,7 @@ import torch
 
 from nad_attr.system.memory import parse_bytes
 
-__all__ = ["FROM_RUN", "RunOptions", "amp_dtype", "as_options", "check_batch_size"]
+__all__ = ["FROM_RUN", "RunOptions", "as_options"]
 
 
 class _FromRun:
@@ -22,49 +22,10 @@ class _FromRun:
 
 FROM_RUN: Any = _FromRun()
 
-
-def check_batch_size(batch_size: object, auto: bool = False) -> None:
-    """Refuse what is no whole number from 1 on.
-
-    Args:
-        batch_size: As given by the user.
-        auto: "auto" would have been taken as well.
-
-    Raises:
-        ValueError: Names it.
-    """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        or_auto = " or 'auto'" if auto else ""
-        raise ValueError(
-            f"batch_size must be a whole number from 1 on{or_auto}, not {batch_size!r}."
-        )
-
-
-def amp_dtype(amp: bool | torch.dtype | None) -> torch.dtype | None:
-    """The dtype that autocast computes in: True is bfloat16, None and False are none.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    if amp is None or amp is False:
-        return None
-    if amp is True:
-        return torch.bfloat16
-    if amp in (torch.bfloat16, torch.float16):
-        return amp
-    raise ValueError(f"amp must be True, torch.bfloat16 or torch.float16, not {amp!r}.")
-
-
-def as_device(device: str | torch.device) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: If there is no such kind of device.
-    """
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"device must be 'cpu', 'cuda' or the like, not {device!r}.") from None
+#: Autocast's dtypes, by what may be asked for.
+_AMP = {None: None, False: None, True: torch.bfloat16} | {
+    dtype: dtype for dtype in (torch.bfloat16, torch.float16)
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,16 +34,17 @@ class RunOptions:
 
     Attributes:
         device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: Mixed precision: a dtype for autocast, True for bfloat16. Gates stay float32, and so
-            do the answers.
+        amp: Mixed precision: a dtype for autocast, True for bfloat16. Gates and answers stay
+            float32.
         batch_size: Images in one pass of the network, at most; copies of an image and donors of an
             ablation count as images. "auto": as many as fit into memory, measured with the first
             image (on a CPU or CUDA). None: 64; 32 for pictures and 16 for a dissection. It changes
             memory and speed, not the results beyond the rounding of the arithmetic.
         memory_limit: Bytes, or a text such as "8GB": what "auto" may fill with a batch, and what
             the answers of sub-architectures may take that are kept at once (at least one's; the
-            data are gone through several times if need be, with the same results). None: half of
-            what is free on a CPU, 90 % on a GPU; 1 GB of answers.
+            data are gone through several times if need be, with the same results). With both, the
+            answers have a quarter. None: half of what is free on a CPU, 90 % on a GPU; 1 GB of
+            answers, or 256 MB where many sizes are measured.
         forward_func: Called with the inputs in place of the network, to choose among several
             outputs, for example. It must run the network, and return (B, K), one output for each
             class.
@@ -114,16 +76,33 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.device is not None:
-            as_device(self.device)
-        amp_dtype(self.amp)
-        if self.batch_size is not None and self.batch_size != "auto":
-            check_batch_size(self.batch_size, auto=True)
+            try:
+                torch.device(self.device)
+            except (RuntimeError, TypeError, ValueError):
+                raise ValueError(
+                    f"device must be 'cpu', 'cuda' or the like, not {self.device!r}."
+                ) from None
+        if not (self.amp is None or isinstance(self.amp, (bool, torch.dtype))) or (
+            self.amp not in _AMP
+        ):
+            raise ValueError(
+                f"amp must be True, torch.bfloat16 or torch.float16, not {self.amp!r}."
+            )
+        n = self.batch_size
+        whole = isinstance(n, int) and not isinstance(n, bool) and n > 0
+        if not (n is None or n == "auto" or whole):
+            raise ValueError(f"batch_size must be a whole number from 1 on or 'auto', not {n!r}.")
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
         if self.forward_func is not None and not callable(self.forward_func):
             raise TypeError(f"forward_func must be a function, not {self.forward_func!r:.60}.")
         if not isinstance(self.show_progress, bool):
             raise ValueError(f"show_progress must be True or False, not {self.show_progress!r}.")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that autocast computes in; None: no autocast."""
+        return _AMP[self.amp]
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -150,7 +129,14 @@ class RunOptions:
         return f"RunOptions({named})"
 
 
-def as_options(run: RunOptions | None, **keywords: Any) -> RunOptions:
+def as_options(
+    run: RunOptions | None,
+    device: Any = FROM_RUN,
+    amp: Any = FROM_RUN,
+    batch_size: Any = FROM_RUN,
+    memory_limit: Any = FROM_RUN,
+    show_progress: Any = FROM_RUN,
+) -> RunOptions:
     """The options that were given, with the keywords beside them in place of their fields.
 
     Raises:
@@ -158,10 +144,12 @@ def as_options(run: RunOptions | None, **keywords: Any) -> RunOptions:
         ValueError: See :class:`RunOptions`.
 
     Example:
-        >>> as_options(RunOptions(device="cpu", batch_size=8), batch_size=2, amp=FROM_RUN)
+        >>> as_options(RunOptions(device="cpu", batch_size=8), batch_size=2)
         RunOptions(device='cpu', batch_size=2)
     """
     if run is not None and not isinstance(run, RunOptions):
         raise TypeError(f"run must be nad_attr.RunOptions(...), not {run!r:.60}.")
-    given = {name: value for name, value in keywords.items() if value is not FROM_RUN}
+    names = ("device", "amp", "batch_size", "memory_limit", "show_progress")
+    values = (device, amp, batch_size, memory_limit, show_progress)
+    given = {k: v for k, v in zip(names, values, strict=True) if v is not FROM_RUN}
     return replace(run or RunOptions(), **given)

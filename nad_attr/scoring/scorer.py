@@ -378,12 +378,10 @@ class ChannelScorer(ABC):
         found = runner.options.batch_size == "auto"
         width = runner.images_per_pass(source, probe) if found else self.images_per_batch(whole)
         cuts = list(chunks(len(image), width))
-        bar = runner.bar(len(image), f"scoring with {type(self).__name__}")
         numbers = [image[cut[0] : cut[-1] + 1].tolist() for cut in cuts]
         once = [list(dict.fromkeys(chosen)) for chosen in numbers]
-        for cut, chosen, drawn, inputs in zip(
-            cuts, numbers, once, runner.draw(source, once), strict=True
-        ):
+        images = runner.draw(source, once, f"scoring with {type(self).__name__}")
+        for cut, chosen, drawn, inputs in zip(cuts, numbers, once, images, strict=True):
             here = row[cut[0] : cut[-1] + 1]
             if len(drawn) < len(chosen):
                 places = {number: place for place, number in enumerate(drawn)}
@@ -398,8 +396,6 @@ class ChannelScorer(ABC):
                             totals[name][v, s].index_add_(0, here, weighted)
                         else:
                             totals[name][v, s] += weight[:, chosen] @ kept
-            bar.update(len(chosen))
-        bar.close()
         return totals
 
     @staticmethod

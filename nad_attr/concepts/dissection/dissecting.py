@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
+from nad_attr._checks import check_count
 from nad_attr.concepts.datasets.label_maps import LabelMaps, as_concepts, label_maps
 from nad_attr.concepts.dissection.checkpoint import Checkpoint
 from nad_attr.concepts.dissection.labelled_images import Batch, LabelledImages
@@ -249,9 +250,8 @@ class _Dissection:
             raise ValueError(f"quantile must lie between 0 and 1, not {quantile!r}.")
         if unlabelled not in ("ignore", "count"):
             raise ValueError(f"unlabelled must be 'ignore' or 'count', not {unlabelled!r}.")
-        for what, value, least in (("n_bins", n_bins, 8), ("n_top", n_top, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{what} must be a whole number from {least} on, not {value!r}.")
+        check_count(n_bins, "n_bins", least=8)
+        check_count(n_top, "n_top", least=0)
         if isinstance(dataset, (tuple, list)) and len(dataset) == 2:
             if all(isinstance(part, Tensor) for part in dataset):
                 if len(dataset[0]) != len(dataset[1]):

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nad_attr._checks import check_count
 from nad_attr.data.labels import Task
 from nad_attr.evaluation.controls.planted_networks import (
     PLANTED_KINDS,
@@ -386,7 +387,6 @@ def _check(
         ("n_images", n_images, 2 * n_classes if isinstance(n_classes, int) else 1),
         ("copies", copies, 2 if kind == "redundant" else 1),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be a whole number from {least} on, not {value!r}.")
+        check_count(value, name, least=least)
     if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
         raise ValueError(f"noise must be a finite number from 0 on, not {noise!r}.")

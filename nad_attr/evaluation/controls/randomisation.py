@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from nad_attr._checks import check_count
 from nad_attr.data.sources import Data, DatasetSource, Source, TensorSource, as_source, loading
 from nad_attr.gating.hooks import check_eval
 from nad_attr.running.forward import Runner, chunks, network_errors
@@ -148,12 +149,11 @@ def _estimate_norms(
         norm.momentum = None  # the plain mean over batches
         norm.train()
     try:
-        with torch.no_grad(), runner.bar(len(numbers), "statistics of BatchNorm") as bar:
-            for inputs in runner.draw(source, batches):
+        with torch.no_grad():
+            for inputs in runner.draw(source, batches, "statistics of BatchNorm"):
                 # A runner would put back what its passes change.
                 with runner.precision(), network_errors(inputs):
                     runner.model(*inputs, *runner.options.arguments)
-                bar.update(len(inputs[0]))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -195,10 +195,8 @@ def cascading_randomisation(
         >>> [name for name, _ in cascading_randomisation(net, data)]
         ['1', '0']
     """
-    if stages is not None and (
-        isinstance(stages, bool) or not isinstance(stages, int) or stages < 1
-    ):
-        raise ValueError(f"stages must be a whole number from 1 on, not {stages!r}.")
+    if stages is not None:
+        check_count(stages, "stages")
     check_eval(model)
     options, source = for_copies(run), as_source(data)
     names = _output_first(unwrap(model), source, options)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from nad_attr._checks import check_count
 from nad_attr._display import html_text
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data
@@ -308,13 +309,9 @@ def sanity(
     """
     if not callable(learn):
         raise TypeError(f"learn must be a function of (model, data, seed), not {learn!r:.60}.")
-    for name, value, lowest in (
-        ("n_random", n_random, 1),
-        ("n_networks", n_networks, 1),
-        ("stages", stages, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ValueError(f"{name} must be a whole number from {lowest} on, not {value!r}.")
+    check_count(n_random, "n_random")
+    check_count(n_networks, "n_networks")
+    check_count(stages, "stages", least=0)
     check_eval(model)
     run = for_copies(run)
 

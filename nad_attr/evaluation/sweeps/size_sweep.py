@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from nad_attr._checks import check_mapping
+from nad_attr._checks import check_count, check_mapping
 from nad_attr._display import html_text
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data, as_source
@@ -474,8 +474,7 @@ def size_sweep(
         array([0.5])
     """
     shares = check_sizes(sizes)
-    if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 0:
-        raise ValueError(f"n_random must be a whole number from 0 on, not {n_random!r}.")
+    check_count(n_random, "n_random", least=0)
     check_mapping(methods, "methods")
     if not methods:
         raise ValueError("methods is empty; name at least one.")
