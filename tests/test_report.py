@@ -248,7 +248,7 @@ def test_gates_are_in_the_page_bit_by_bit() -> None:
 
 
 def test_large_stores_get_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nad_attr.report.contents.LARGE", 10)
+    monkeypatch.setattr("nad_attr.report.contents.MAX_GATES_OF_EIGHT_BITS", 10)
     found = Report(make_gates()).contents()
     assert found.data["bits"] == 4
     assert len(base64.b64decode(found.gates[0])) == 7

@@ -86,7 +86,7 @@ def random_architectures(
             for site in arch.sites
         }
         masks = top_k_masks(scores, arch.sites, arch.n_kept)
-        result.append(SubArchitecture(masks, arch.sites, task=arch.task, means=arch.means))
+        result.append(arch._with_masks(masks, arch.task))
     return result
 
 

@@ -47,7 +47,8 @@ class SubArchitecture:
         >>> arch | ~arch == SubArchitecture.full([site])
         True
 
-    Two are equal if sites, masks, task and means are.
+    Two are equal if sites, masks, task and means are. Those made from one another, or by one call
+    of :meth:`TaskGates.sub_architectures`, share their means: they are not to be written to.
     """
 
     __slots__ = ("_masks", "means", "sites", "task")
@@ -245,6 +246,12 @@ class SubArchitecture:
         """The same channels with another ablation value: per-channel means, or None for zero."""
         return SubArchitecture(self._masks, self.sites, task=self.task, means=means)
 
+    def _with_masks(self, masks: Mapping[str, Tensor], task: Task | None) -> SubArchitecture:
+        """Other channels of the same sites, with the very same means: no copy for each."""
+        made = SubArchitecture(masks, self.sites, task=task)
+        made.means = self.means
+        return made
+
     def _gating(
         self, tasks: object
     ) -> tuple[Mapping[str, Tensor], tuple[GateSite, ...], Mapping[str, Tensor] | None]:
@@ -266,7 +273,7 @@ class SubArchitecture:
         self._check_same_sites(other)
         masks = {name: function(mask, other._masks[name]) for name, mask in self._masks.items()}
         task = self.task if self.task == other.task else None
-        return SubArchitecture(masks, self.sites, task=task, means=self.means)
+        return self._with_masks(masks, task)
 
     def __or__(self, other: SubArchitecture) -> SubArchitecture:
         """Channels kept by either."""
@@ -283,7 +290,7 @@ class SubArchitecture:
     def __invert__(self) -> SubArchitecture:
         """The complement: channels that this one closes."""
         masks = {name: ~mask for name, mask in self._masks.items()}
-        return SubArchitecture(masks, self.sites, task=self.task, means=self.means)
+        return self._with_masks(masks, self.task)
 
     def overlaps(
         self, other: SubArchitecture, *, chance_corrected: bool = False

@@ -24,13 +24,16 @@ from torch import Tensor, nn
 
 from nad_attr.sites.coverage import NetworkCheckWarning, poor_coverage
 from nad_attr.sites.site import GateSite, SiteError, resolve_name, unwrap
-from nad_attr.sites.tracing import Call, Trace, trace
+from nad_attr.sites.tracing import INT8, Call, Trace, trace
 
 __all__ = ["find_gate_sites", "paper_sites"]
 
 
 # How many other sites a module may hold for a site to be named after it.
 _MOST_ENCLOSED = 2
+
+
+_FLOAT = "give the float network that it was made from"
 
 
 Layers: TypeAlias = "str | nn.Module | GateSite | Sequence[str | nn.Module | GateSite]"
@@ -340,6 +343,9 @@ class _Flow:
         self.calls: dict[str, list[Call]] = {}
         for call in traced.calls:
             self.calls.setdefault(call.name, []).append(call)
+        whole = next((c.name for c in traced.calls if c.kind == INT8), None)
+        #: Why some layers have no place for a gate; "": none is of that kind.
+        self.int8 = "" if whole is None else (f"layer {whole!r} returns {INT8}; {_FLOAT}")
         self.sources = set(traced.sources)
         self.sinks = set(traced.sinks)
         reach = set(self.sources)
@@ -450,7 +456,7 @@ def _canonical_axis(shape: tuple[int, ...], axis: int) -> int:
 def _found_sites(
     flow: _Flow, channel_dim: int | Mapping[str, int] | None, vectors: bool
 ) -> list[GateSite]:
-    if not flow.path:
+    if not flow.path and not flow.int8:
         raise SiteError(
             "the output does not depend on the inputs by PyTorch operators, so no site can be "
             "found; name the layers yourself with layers="
@@ -475,6 +481,8 @@ def _found_sites(
         if vectors or len(call.shape) > 2:
             axes = flow.nodes[index].axes
             sites.append(_site(call.name, call.shape, axes, channel_dim, at_input=False))
+    if not sites and flow.int8:
+        raise SiteError(f"no gate site found: {flow.int8}")
     if not sites:
         raise SiteError(
             "no gate site found: no module returns a hidden tensor on which all of the output "
@@ -740,6 +748,8 @@ def _gated_node(flow: _Flow, call: Call, at_input: bool) -> int:
     verb = "is given" if at_input else "returns"
     if shape is None:
         kind = call.argument_kind if at_input else call.kind
+        if kind == INT8:
+            raise SiteError(f"layer {name!r} {verb} {kind}; {_FLOAT}")
         needed = "input (by position, and no other)" if at_input else "output, of real numbers"
         raise SiteError(
             f"layer {name!r} {verb} {kind}; a gate needs one tensor as {needed}; {remedy}"

@@ -8,14 +8,12 @@ and made, and every call of a module with the tensors it was given and gave back
 from __future__ import annotations
 
 import dataclasses
-import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nad_attr.sites.preserving import unchanged
 from nad_attr.system.rng import isolated_rng
 from nad_attr.system.threads import owned
+
+#: What a layer of static int8 returns, in words.
+INT8 = "int8 numbers, which have no gradient"
 
 Axes = frozenset[int]
 
@@ -587,6 +588,8 @@ def _calls_recorded(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
                 if output.is_complex():
                     call.kind = "complex numbers"
                     return
+                if output.is_quantized:
+                    return
                 call.output = recorder.node_of.get(id(output))
                 call.shape = tuple(output.shape)
                 call.floating = output.is_floating_point()
@@ -605,20 +608,10 @@ def _calls_recorded(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 def _words(value: object) -> str:
     """What a module was given or gave back, in words."""
     if isinstance(value, Tensor):
-        return "a tensor"
+        return INT8 if value.is_quantized else "a tensor"
     n = len(list(tensors_in(value)))
     kind = type(value).__name__
     return f"a {kind} with {n} tensor{'' if n == 1 else 's'}"
-
-
-def random_states() -> tuple[str, ...]:
-    """The global random states, to see whether anything has drawn from them."""
-    torch_states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
-        torch_states += torch.cuda.get_rng_state_all()
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002
-    kept = [np.asarray(numpy_state[1]).tobytes(), *(s.numpy().tobytes() for s in torch_states)]
-    return str(random.getstate()), *(f"{hash(b)}" for b in kept), str(numpy_state[2])
 
 
 def graph_nodes(root: Any) -> Iterator[Any]:
