@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr._checks import GatingError
-from nad_attr.data.labels import Task
+from nad_attr.data.labels import Task, for_one_output
 from nad_attr.data.sources import Inputs, Source, check_finite
 from nad_attr.gating.hooks import check_eval
+from nad_attr.sites.calling import Fields, call_with
 from nad_attr.sites.preserving import Copies, Kept
 from nad_attr.sites.site import unwrap
 from nad_attr.system.rng import seed_of
@@ -79,8 +80,21 @@ def check_classes(labels: Tensor, tasks: Sequence[Task], n_classes: int) -> None
         ValueError: Names the highest one.
     """
     named = [m for task in tasks for m in (task if isinstance(task, tuple) else (task,))]
-    for what, highest in (("label", int(labels.max())), ("task", max(named))):
+    if labels.ndim == 2 and labels.shape[1] != n_classes:
+        given = "one label" if labels.shape[1] == 1 else f"{labels.shape[1]} labels or targets"
+        raise ValueError(
+            f"each image has {given}, but the network has {n_classes} outputs: give one for each "
+            "output, or a forward_func that picks the outputs. (Class indices that are floating "
+            "point numbers: labels.long().)"
+        )
+    highest_label = -1 if labels.ndim == 2 else int(labels.max())
+    for what, highest in (("label", highest_label), ("task", max(named))):
         if highest >= n_classes:
+            if n_classes == 1:
+                raise ValueError(
+                    f"there is a {what} {highest}, but the network has one output, whose task is "
+                    "0: its own images are those with label 1, the others have 0."
+                )
             raise ValueError(
                 f"there is a {what} {highest}, but the network has {n_classes} outputs "
                 f"(classes 0 to {n_classes - 1})."
@@ -174,6 +188,7 @@ class Runner:
     Attributes:
         model: The network to put hooks on.
         device: Where the inputs are sent.
+        fields: The names of the inputs, if they have any; set by :meth:`draw`.
 
     Raises:
         TypeError: If the network is no module or ``forward_func`` no function.
@@ -216,10 +231,37 @@ class Runner:
         self.model = root if forward_func is None else model
         self._copies = Copies()
         self._run = root if forward_func is None else forward_func
+        self.fields: Fields | None = None
+        self._adapted: tuple[object, ...] | None = None
         extra = additional_forward_args
         if extra is None:
             extra = ()
         self._extra = tuple(extra) if isinstance(extra, (tuple, list)) else (extra,)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the network itself is called, with its inputs in order."""
+        return self._run is self.model and self.fields is None
+
+    def call(self, *inputs: Any) -> Any:
+        """What the network or ``forward_func`` returns for inputs and further arguments."""
+        key = self._run, self.fields
+        if self._adapted is None or self._adapted[0] != key:
+            self._adapted = key, call_with(self._run, self.fields)
+        function: Any = self._adapted[1]
+        return function(*inputs)
+
+    def fit(self, source: Source) -> None:
+        """Read class indices 0 and 1 as the labels of one output, if the network has one.
+
+        Runs one image where the labels leave open whether the network has one output or two.
+        """
+        if source.labels.ndim == 1 and int(source.labels.max()) <= 1:
+            (inputs,) = self.draw(source, [[0]])
+            with torch.no_grad():
+                n_outputs = self(inputs).shape[1]
+            if n_outputs == 1:
+                source.labels = for_one_output(source.labels)
 
     def to_device(self, inputs: Inputs) -> Inputs:
         """The inputs where the network is, without their graph."""
@@ -236,7 +278,7 @@ class Runner:
         kept = Kept(self.model, self._copies)
         try:
             with network_errors(inputs):
-                outputs = self._run(*inputs, *self._extra)
+                outputs = self.call(*inputs, *self._extra)
         finally:
             kept.restore(graph=isinstance(outputs, Tensor) and outputs.requires_grad)
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
@@ -244,6 +286,8 @@ class Runner:
                 f"the network returned {type(outputs).__name__}, not a tensor of outputs; give a "
                 "forward_func that picks it, such as lambda x: model(x).logits."
             )
+        if outputs.ndim == 1 and len(outputs) == len(inputs[0]):
+            outputs = outputs[:, None]
         if outputs.ndim != 2 or len(outputs) != len(inputs[0]):
             raise ValueError(
                 f"the network returned shape {tuple(outputs.shape)} for {len(inputs[0])} images; "
@@ -262,4 +306,5 @@ class Runner:
         # One batch at a time: all draws of a large data set would fill the memory.
         draws = ([(i, seed_of("evaluation", i)) for i in chosen] for chosen in numbers)
         for inputs in source.batches(draws):
+            self.fields = source.fields
             yield self.to_device(check_finite(inputs))

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from nad_attr.sites.calling import Fields, call_with
 from nad_attr.sites.site import GateSite, SiteError, is_compiled, resolve_name, unwrap
 from nad_attr.sites.tracing import Call, Trace, trace
 
@@ -36,13 +37,14 @@ Layers: TypeAlias = "str | nn.Module | GateSite | Sequence[str | nn.Module | Gat
 
 def find_gate_sites(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Tensor, ...],
+    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
     *,
     layers: Layers | None = None,
     channel_dim: int | Mapping[str, int] | None = None,
     at_input: bool = False,
     additional_forward_args: object = None,
     vectors: bool = True,
+    forward_func: Callable[..., object] | None = None,
 ) -> list[GateSite]:
     """Finds, or checks, the places where a gate really closes a channel.
 
@@ -55,7 +57,8 @@ def find_gate_sites(
 
     Args:
         model: The network, in eval mode.
-        example_inputs: A tensor or a tuple of tensors the model can be called with; the first axis
+        example_inputs: A tensor or a tuple of tensors the model can be called with, or a dictionary
+            of them, handed over by keyword or as it is, as the model takes it; the first axis
             is the batch. One image is enough; where the model does not look at values, a tensor
             on the meta device will do.
         layers: Modules to put gates at, instead of finding them: names, modules or
@@ -66,6 +69,8 @@ def find_gate_sites(
         additional_forward_args: One more argument or a tuple of them, as in Captum.
         vectors: Whether layers whose output has no positions, (batch, channels), may be sites.
             False leaves out the hidden fully connected layers of a VGG. Only without ``layers``.
+        forward_func: What is called in place of the model, which it runs: for models that take
+            keywords, dictionaries or lists.
 
     Returns:
         The sites in forward order.
@@ -85,18 +90,23 @@ def find_gate_sites(
         '0'
     """
     model = _checked_model(model)
+    if isinstance(example_inputs, Mapping):
+        fields = Fields(tuple(example_inputs))
+        forward_func = call_with(model if forward_func is None else forward_func, fields)
+        example_inputs = tuple(example_inputs.values())
     inputs = _checked_inputs(example_inputs)
     asked = None if layers is None else asked_layers(model, layers, at_input)
     if asked is None and at_input:
         raise SiteError("at_input=True needs layers=: the modules at whose inputs to put the gates")
     try:
-        traced = trace(model, inputs, _as_tuple(additional_forward_args))
+        traced = trace(model, inputs, _as_tuple(additional_forward_args), forward_func)
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
         remedy = (
             "If the model looks at values, give real tensors instead of meta tensors."
             if any(tensor.is_meta for tensor in inputs)
-            else "Give inputs that model(*example_inputs, *additional_forward_args) accepts."
+            else "Give inputs that model(*example_inputs, *additional_forward_args) accepts, or a "
+            "forward_func that hands them over."
         )
         raise SiteError(
             f"the model cannot be run on example_inputs of shape {shapes}: "
