@@ -11,7 +11,7 @@ from nad_attr._version import __version__
 if TYPE_CHECKING:
     from nad_attr._checks import GatingError
     from nad_attr.attribution import NADAttribution
-    from nad_attr.data.labels import Task
+    from nad_attr.data.labels import Labels, Task
     from nad_attr.gates.history import History
     from nad_attr.gates.recipe import PaperRecipe, Recipe
     from nad_attr.gates.sub_architecture import SubArchitecture
@@ -29,6 +29,7 @@ __all__ = [
     "GateStoreError",
     "GatingError",
     "History",
+    "Labels",
     "NADAttribution",
     "PaperRecipe",
     "Recipe",
@@ -53,6 +54,7 @@ _HOMES = {
     "attribution": ("NADAttribution",),
     "gates": ("Task", "TaskGates"),
     "gating": ("GatingError", "gated", "recorded"),
+    "data.labels": ("Labels",),
     "gates.history": ("History",),
     "learning": ("learn_gates", "learn_sizes"),
     "gates.recipe": ("PaperRecipe", "Recipe"),

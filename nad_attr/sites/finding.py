@@ -112,6 +112,12 @@ def find_gate_sites(
             f"the model cannot be run on example_inputs of shape {shapes}: "
             f"{type(error).__name__}: {error}. {remedy}"
         ) from error
+    times = sum(not call.name for call in traced.calls)
+    if times > 1:
+        raise SiteError(
+            f"forward_func runs the model {times} times, so one gate would stand for several "
+            "tensors; run it once and make what is wanted of its one output"
+        )
     flow = _Flow(model, traced)
     if asked is None:
         return _found_sites(flow, channel_dim, vectors)
