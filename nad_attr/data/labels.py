@@ -113,8 +113,9 @@ def other_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
 def _columns(labels: Tensor, group: Sequence[int]) -> Tensor:
     if max(group) >= labels.shape[1]:
         raise ValueError(
-            f"there is a task {max(group)}, but the network has one output, whose task is 0: its "
-            "own images are those with label 1, or a target above the median."
+            f"there is a task {max(group)}, but the labels are those of one output, whose task is "
+            "0: its own images have label 1, or a target above the median. For class indices that "
+            "are floating-point numbers give labels.long()."
             if labels.shape[1] == 1
             else f"there is a task {max(group)}, but labels for {labels.shape[1]} outputs (0 to "
             f"{labels.shape[1] - 1})."

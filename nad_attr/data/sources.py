@@ -573,7 +573,9 @@ def _stacked(inputs: Any, n: int) -> Any:
     """A list of n images as one tensor; other inputs as they are."""
     if not isinstance(inputs, list) or len(inputs) != n or not n:
         return inputs
-    if all(isinstance(x, Tensor) and x.ndim and len(x) == n for x in inputs):
+    if not all(isinstance(x, (Tensor, np.ndarray)) and x.ndim for x in inputs):
+        return inputs
+    if all(len(x) == n for x in inputs):
         return inputs  # n inputs of n images each
     try:
         return torch.stack([tensor_of(x) for x in inputs])

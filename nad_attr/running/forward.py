@@ -84,8 +84,8 @@ def check_classes(labels: Tensor, tasks: Sequence[Task], n_classes: int) -> None
         given = "one label" if labels.shape[1] == 1 else f"{labels.shape[1]} labels or targets"
         raise ValueError(
             f"each image has {given}, but the network has {n_classes} outputs: give one for each "
-            "output, or a forward_func that picks the outputs. (Class indices that are floating "
-            "point numbers: labels.long().)"
+            "output, or a forward_func that picks the outputs. For class indices that are "
+            "floating-point numbers give labels.long()."
         )
     highest_label = -1 if labels.ndim == 2 else int(labels.max())
     for what, highest in (("label", highest_label), ("task", max(named))):
