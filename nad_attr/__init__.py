@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nad_attr.gating.hooks import gated, recorded
     from nad_attr.learning.api import learn_gates, learn_sizes
     from nad_attr.learning.runs import learn_to_store
+    from nad_attr.learning.session import fit_constants
     from nad_attr.sites.finding import find_gate_sites, paper_sites
     from nad_attr.sites.site import GateSite, SiteError
     from nad_attr.store import GateStore, GateStoreError
@@ -39,6 +40,7 @@ __all__ = [
     "TaskGates",
     "__version__",
     "find_gate_sites",
+    "fit_constants",
     "gated",
     "learn_gates",
     "learn_sizes",
@@ -56,7 +58,7 @@ _HOMES = {
     "gating": ("GatingError", "gated", "recorded"),
     "data.labels": ("Labels",),
     "gates.history": ("History",),
-    "learning": ("learn_gates", "learn_sizes"),
+    "learning": ("fit_constants", "learn_gates", "learn_sizes"),
     "gates.recipe": ("PaperRecipe", "Recipe"),
     "learning.runs": ("learn_to_store",),
     "sites": ("GateSite", "SiteError", "find_gate_sites", "paper_sites"),

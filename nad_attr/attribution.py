@@ -511,7 +511,8 @@ class _Function(nn.Module):
         floating = [item for item in inputs if item.is_floating_point()]
         if floating and next(self.parameters(), None) is None:
             # Layers without parameters do not tell device and dtype of the network: the images do.
-            nothing = torch.empty(0, dtype=floating[0].dtype, device=floating[0].device)
+            with torch.inference_mode(False):
+                nothing = torch.empty(0, dtype=floating[0].dtype, device=floating[0].device)
             self.register_parameter("place", nn.Parameter(nothing, requires_grad=False))
         # Its own flag only: eval() would reach into the layers.
         self.training = False

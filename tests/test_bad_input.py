@@ -54,6 +54,7 @@ from nad_attr.evaluation import (
 )
 from nad_attr.gating.hooks import site_modules
 from nad_attr.gating.means import channel_means
+from nad_attr.learning.network_checks import NetworkCheckError
 from tests import helpers
 from tests.helpers import TinyCNN, assert_model_untouched
 
@@ -1289,8 +1290,8 @@ cases(
         ),
         "forward_func detaches": (
             lambda c: learn(c, forward_func=lambda x: c.model(x).detach()),
-            GatingError,
-            "gradient",
+            NetworkCheckError,
+            "gradient.*the outputs are detached behind",
         ),
         "forward_func returns nothing": (
             lambda c: learn(c, forward_func=lambda x: None),

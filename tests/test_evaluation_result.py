@@ -308,7 +308,8 @@ def test_the_whole_network_runs_once(cnn: nn.Module, data) -> None:
     passes = []
     cnn.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
     evaluate(cnn, task_gates(), data, max_bytes=1, n_random=1)
-    assert sum(passes) == 11 * (1 + 6) + 1  # and one image for the multiply-adds
+    # And one image for the multiply-adds, and five to check that outputs are their images' own.
+    assert sum(passes) == 11 * (1 + 6) + 1 + 5
 
 
 # ---------------------------------------------------------------------------------------------

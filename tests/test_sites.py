@@ -634,7 +634,6 @@ def test_wrapped_models(vit: nn.Module) -> None:
         (lambda m: m.train(), r"the model is in train mode; call model.eval\(\) first"),
         (lambda m: m.norm.train() and m, "module 'norm' is in train mode"),
         (lambda m: torch.jit.trace(nn.ReLU().eval(), IMAGE), "torch.jit"),
-        (lambda m: m.norm.compile() or m, "module 'norm' is compiled by torch.compile"),
         (lambda m: nn.Sequential(nn.LazyConv2d(3, 1), m).eval(), "uninitialized"),
         (lambda m: m.forward, "must be a torch.nn.Module, not method"),
         (lambda m: nn.Linear(7, 3).eval(), "cannot be run on example_inputs of shape"),

@@ -141,7 +141,10 @@ def test_a_factory_makes_the_same_model_each_time() -> None:
         ("resnet50", "write torchvision:resnet50, timm:resnet50, or package.module:factory"),
         ("specs_of_a_user:no_net", "returned a int, not a torch.nn.Module"),
         ("specs_of_a_user:number", "is no function or class but a int"),
-        ("specs_of_a_user:fails", r"fails\(\) failed: RuntimeError: first line$"),
+        (
+            "specs_of_a_user:fails",
+            r"failed: RuntimeError: first line\nsecond line \(.*specs_of_a_user\.py, line 14\)$",
+        ),
     ],
 )
 def test_models_that_are_none(name: str, message: str) -> None:

@@ -24,7 +24,7 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.foreign_hooks import relevance_rules
 from nad_attr.gating.hooks import check_eval, gated, gates_and_sites, site_modules
 from nad_attr.gating.restore import restored
-from nad_attr.scoring.zennit_scorers import LRPScorer, composite_named
+from nad_attr.scoring.zennit_scorers import LRPScorer, check_weights, composite_named
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.system.rng import isolated_rng
@@ -313,6 +313,8 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
             (:func:`named_composite`), or None for plain gradients.
         attributor: ``"gradient"``, ``"smooth_grad"``, ``"integrated_gradients"``, ``"occlusion"``,
             or a class of Zennit's attributors.
+        canonizers: In place of the composite's own. None: those, ``SequentialMergeBatchNorm`` for
+            a name; ``[]``: none, as DenseNet needs.
         attr_output: The default target, in place of the sub-architecture's own task.
         seed: SmoothGrad's noise comes from it; the global random state is left alone.
         **options: Arguments of the inner attributor: ``n_iter``, ``noise_level``, ``window``,
@@ -347,6 +349,7 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         composite: Composite | str | None = None,
         attributor: str | type[Attributor] = "gradient",
         *,
+        canonizers: Sequence[Any] | None = None,
         attr_output: Target | None = None,
         seed: int = 0,
         **options: Any,
@@ -364,7 +367,7 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         if composite is None:
             composite = Composite()
         elif isinstance(composite, str):
-            composite = named_composite(composite)
+            composite = named_composite(composite, canonizers=canonizers)
         elif not isinstance(composite, Composite):
             raise TypeError(
                 "composite must be a Zennit composite, the name of one, or None, not "
@@ -379,7 +382,7 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
             raise TypeError(f"attributor must be a name or a class, not {attributor!r:.60}.")
         else:
             kind = attributor
-        super().__init__(model, composite=_with_gates(composite, gates))
+        super().__init__(model, composite=_with_gates(composite, gates, canonizers))
         self.gates = gates
         self.default = task if attr_output is None else attr_output
         self.seed = seed
@@ -395,7 +398,14 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         with ExitStack() as stack:
             stack.enter_context(restored(self.model))
             stack.callback(self.composite.remove)
-            self.composite.register(self.model)
+            try:
+                self.composite.register(self.model)
+            except GatingError:
+                raise
+            except RuntimeError as error:
+                raise GatingError(_CHANGED.format(f"fail on this network ({error})")) from error
+            if relevance_rules(self.model):
+                check_weights(self.model)
             self._stack = stack.pop_all()
         self._checked = len(self.composite.canonizers) == 1
         return self
@@ -475,15 +485,15 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
 
 _CHANGED = (
     "the composite's canonizers {}: modules are not listed in the order in which they run, or one "
-    "is merged that should not be. Give a composite with canonizers=[...] that fit this network, "
-    "or canonizers=[]."
+    "is merged that should not be (DenseNet lists a BatchNorm after a layer that it does not "
+    "follow). Pass canonizers=[...] that fit this network, or canonizers=[] for none."
 )
 
 
-def _with_gates(composite: Any, gates: GateCanonizer) -> Any:
-    """A copy of a composite, with the gates before its other canonizers."""
+def _with_gates(composite: Any, gates: GateCanonizer, canonizers: Sequence[Any] | None) -> Any:
+    """A copy of a composite, with the gates before its other canonizers, or the given ones."""
     new = copy.copy(composite)
-    new.canonizers = [gates, *composite.canonizers]
+    new.canonizers = [gates, *(composite.canonizers if canonizers is None else canonizers)]
     # What is registered belongs to one composite each.
     new.handles = RemovableHandleList()
     new.hook_refs = weakref.WeakSet()
@@ -564,6 +574,8 @@ def whole_network(model: nn.Module, images: Tensor, target: Target, composite: C
     """
     check_eval(model)
     with restored(model), composite.context(model), torch.enable_grad():
+        if relevance_rules(model):
+            check_weights(model)
         start = _start(target, len(images), bool(relevance_rules(model)))
         relevance: Tensor = Gradient(model)(images, start)[1]
     return relevance

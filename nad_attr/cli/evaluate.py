@@ -101,6 +101,7 @@ def evaluate(
     device: opt.Device = None,
     amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
     batch_size: opt.BatchSize = 64,
+    checks: opt.Checks = opt.ChecksName.refuse,
     workers: opt.Workers = 0,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -183,6 +184,7 @@ def evaluate(
             batch_size=batch_size,
             device=place,
             amp=amp or None,
+            checks=checks.value,
             show_progress=not quiet and sys.stderr.isatty(),
         )
         finished(images, quiet)

@@ -127,6 +127,7 @@ def learn(
             help="What --batch-size auto may take, such as 8GB. [half of what is free; GPU: 90 %]",
         ),
     ] = None,
+    checks: opt.Checks = opt.ChecksName.refuse,
     workers: opt.Workers = 0,
     chunk_size: Annotated[
         int | None, typer.Option(min=1, help="Classes that are learned and saved together.")
@@ -212,6 +213,7 @@ def learn(
                 batch_size=batch_size,
                 memory_limit=memory_limit,
                 chunk_size=chunk_size,
+                checks=checks.value,
                 resume=resume,
                 overwrite=overwrite,
                 may_differ=tuple(may_differ or ()),

@@ -84,9 +84,12 @@ def _fail(error: Exception, code: int, debug: bool) -> NoReturn:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())
     expected = isinstance(error, (ValueError, TypeError, OSError, ImportError, KeyError))
-    if not expected or not text:
-        text = f"{type(error).__name__}: {text}"
-        if not debug:
+    from nad_attr.specs.names import place_in_own_code  # torch is imported with it
+
+    place = place_in_own_code(error)
+    if not expected or not text or place:
+        text = f"{type(error).__name__}: {text}{place}"
+        if not debug and not place:
             text += " (--debug shows where it comes from)"
     typer.echo(f"Error: {shown(text)}", err=True)
     raise typer.Exit(code) from error

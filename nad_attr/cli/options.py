@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -110,6 +111,23 @@ Workers: TypeAlias = Annotated[
     int, typer.Option(min=0, callback=few_processes, help="Processes that load images.")
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(help="All random numbers come from it.")]
+
+
+class ChecksName(str, Enum):
+    """What becomes of a doubt about the network."""
+
+    refuse = "refuse"
+    warn = "warn"
+    off = "off"
+
+
+Checks: TypeAlias = Annotated[
+    ChecksName,
+    typer.Option(
+        help="What to do if outputs depend on chance or on other images, or gradients do not say "
+        "what closing channels does: refuse the network, warn and go on, or do not look.",
+    ),
+]
 Store: TypeAlias = Annotated[
     Path, typer.Argument(metavar="GATES.h5", help="File written by nad-attr learn.")
 ]

@@ -60,7 +60,11 @@ def inspect(
                 "file": str(gates),
                 "provenance": facts,
                 "recipe": None if learned.recipe is None else json.loads(learned.recipe.to_json()),
-                "closed_channels": "zero" if learned.means is None else "mean",
+                "closed_channels": "constants"
+                if learned.constants is not None
+                else "zero"
+                if learned.means is None
+                else "mean",
                 "tasks": [
                     {"index": task, "name": name, "size": arch.size}
                     for task, name, arch in zip(learned.tasks, names, archs, strict=True)
@@ -111,7 +115,7 @@ def _print_facts(
         said = f"{said} ({images:,} images)"
     lines.append(("learned from", said))
     lines.append(("recipe", None if gates.recipe is None else repr(gates.recipe)))
-    lines.append(("closed channels", "zero" if gates.means is None else "at their mean"))
+    lines.append(("closed channels", gates.closed_at))
     lines.append(("seed", facts.get("seed")))
     environment = facts.get("environment")
     if isinstance(environment, dict):

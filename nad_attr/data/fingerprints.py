@@ -216,7 +216,8 @@ def fixed_outputs(run: Callable[[Inputs], Tensor], batches: Iterable[Inputs]) ->
     with isolated_rng(0), torch.no_grad():
         outputs = torch.cat([run(inputs) for inputs in batches])
     flat = outputs.detach().cpu().double().flatten(1)
-    signs = torch.randint(2, (flat.shape[1], _SUMS), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    signs = torch.randint(2, (flat.shape[1], _SUMS), generator=generator, device="cpu")
     sums = flat @ (2 * signs - 1).double() / max(1, flat.shape[1]) ** 0.5
     return {"device": outputs.device.type, "sums": sums.tolist()}
 

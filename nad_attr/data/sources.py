@@ -546,6 +546,12 @@ def _as_source(data: Any, augmented: bool | None) -> Source:
     if not isinstance(data, Dataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         if hasattr(data, "features"):  # datasets.Dataset of Hugging Face, which is no torch Dataset
             return DatasetSource(_Items(data), augmented=_augmented(data, augmented), labels=labels)
+    if isinstance(data, (tuple, list)) and len(data):
+        kinds = ", ".join(type(x).__name__ for x in data[:4]) + (" ..." if len(data) > 4 else "")
+        raise TypeError(
+            "data must be a pair (inputs, labels) of tensors, a Dataset of (input, label) or a "
+            f"DataLoader of such, not a {type(data).__name__} of {len(data)} ({kinds})."
+        )
     if isinstance(data, (DataLoader, IterableDataset)) or (
         isinstance(data, Iterable) and not isinstance(data, (Tensor, str, bytes, dict, tuple, list))
     ):

@@ -44,6 +44,7 @@ from nad_attr.evaluation.sizes import (
 from nad_attr.gates.channels import top_k_masks
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.network_checks import Checks, check_option, check_outputs
 from nad_attr.running.forward import Runner, amp_dtype, check_batch_size, chunks
 from nad_attr.stats.pairs import overlap_matrix
 from nad_attr.system.rng import seed_of
@@ -105,6 +106,7 @@ def evaluate(
     show_progress: bool = False,
     forward_func: Callable[..., Any] | None = None,
     additional_forward_args: Any = None,
+    checks: Checks = "refuse",
 ) -> Evaluation:
     """Measure sub-architectures on held-out images, beside what they have to beat.
 
@@ -139,6 +141,8 @@ def evaluate(
         forward_func: Called with the inputs in place of the network; has to run the network.
             Returns (B, K), one output per class.
         additional_forward_args: Further arguments of every call, the same for all images.
+        checks: What to do if an image's outputs depend on chance or on the other images of its
+            batch, which two images show: "refuse", "warn", or "off" for no check.
 
     Returns:
         The measures. A task without own images in the data gets NaN and a warning.
@@ -193,6 +197,14 @@ def evaluate(
             f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
             f"{tasks_in(source.labels)[:10]}."
         )
+    if checks != "off":
+        numbers = [[0, len(source.labels) - 1]]
+        images = next(iter(runner.draw(source, numbers)))
+        with torch.autocast(runner.device.type, dtype=dtype, enabled=dtype is not None):
+            half = dtype is not None or any(
+                p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()
+            )
+            check_outputs(runner, runner.model, images, checks=check_option(checks), half=half)
     names = architectures.task_names if isinstance(architectures, TaskGates) else None
     rows = [*archs, *(arch for rival in against.values() for arch in rival)]
     pass_ = _Measuring(runner, tasks, source, threshold, batch_size, chosen, dtype)

@@ -23,6 +23,7 @@ from nad_attr.gating.hooks import channel_shape, installed
 from nad_attr.running.forward import Runner
 from nad_attr.sites.site import GateSite, check_sites, unwrap
 from nad_attr.sites.tracing import no_attention_fast_path
+from nad_attr.system.threads import owned
 
 __all__ = ["SiteCosts", "flop_size", "parameter_size", "site_costs"]
 
@@ -107,10 +108,10 @@ def count_costs(runner: Runner, sites: Sequence[GateSite], inputs: Inputs) -> Si
 
         return hook
 
-    with ExitStack() as stack:
+    with owned() as owner, ExitStack() as stack:
         for name, module in modules.items():
             # First of all hooks: a site at this module's input fires after it.
-            handle = module.register_forward_pre_hook(called(name), prepend=True)
+            handle = module.register_forward_pre_hook(owner.only(called(name)), prepend=True)
             stack.callback(handle.remove)
         stack.enter_context(torch.no_grad())
         # Its one kernel for all of attention is nothing that the counter knows.

@@ -40,8 +40,8 @@ def _settable(kind: type) -> list[str]:
 
 
 def _check_ablation(value: object) -> None:
-    if value not in ("mean", "zero"):
-        raise ValueError(f"recipe: ablation must be 'mean' or 'zero', not {value!r}.")
+    if value not in ("mean", "zero", "optimal"):
+        raise ValueError(f"recipe: ablation must be 'mean', 'zero' or 'optimal', not {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Recipe:
 
     Attributes:
         size: Kept channels / all channels over all sites, in (0, 1]; reached exactly.
-        ablation: What a closed channel is replaced by: its "mean" over data, or "zero".
+        ablation: What a closed channel is replaced by: its "mean" over data, "zero", or the
+            "optimal" constant of each task, which is learned together with the gates.
         steps: Steps per task.
         images_per_step: Images per task and step, half of them own images. ``steps *
             images_per_step`` images pass the gated network for each task.
@@ -71,9 +72,11 @@ class Recipe:
         free_scale: How much is forgiven of a difference that is one of scale and offset alone, in
             [0, 1], where that is all; the more of the task output's variance no scale can mend,
             the more is forgiven (0.3 becomes 0.9). 0 asks for the task output's values, always
-            (highest fidelity), 1 for what rises and falls with it.
+            (highest fidelity), 1 for what rises and falls with it. None: 0.3, with the optimal
+            constants 0.
         boundary: How much less images count that lie far from the class's boundary, in [0, 1]:
             there own and other images are told apart. 0: all count the same (highest fidelity).
+            None: 0.9, with the optimal constants 0.
 
     Raises:
         ValueError: If a field has no sensible value.
@@ -84,19 +87,23 @@ class Recipe:
     """
 
     size: float = 0.5
-    ablation: Literal["mean", "zero"] = "mean"
+    ablation: Literal["mean", "zero", "optimal"] = "mean"
     steps: int = 100
     images_per_step: int = 20
     removal: float = field(default=0.6, repr=False)
     memory: float = field(default=0.9, repr=False)
     trust: float = field(default=0.3, repr=False)
-    free_scale: float = field(default=0.3, repr=False)
-    boundary: float = field(default=0.9, repr=False)
+    free_scale: float = field(default=None, repr=False)  # type: ignore[assignment]
+    boundary: float = field(default=None, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self._check()
 
     def _check(self) -> None:
+        # Constants of its own let a sub-architecture keep the values of all images.
+        for name, value in (("free_scale", 0.3), ("boundary", 0.9)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, 0.0 if self.ablation == "optimal" else value)
         _check_number("size", self.size, 0, 1)
         if self.size == 0:
             raise ValueError("recipe: size must be above 0: something has to be kept.")
@@ -217,7 +224,7 @@ class PaperRecipe(Recipe):
     """
 
     size: float | None = None  # type: ignore[assignment]
-    ablation: Literal["mean", "zero"] = "zero"
+    ablation: Literal["mean", "zero", "optimal"] = "zero"
     images_per_step: int = 16
     beta: float = 0.02
     epochs: int = 20

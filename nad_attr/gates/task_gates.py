@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nad_attr._checks import as_tensor, check_mapping
@@ -33,6 +34,8 @@ class TaskGates:
         logits: ``{site name: (T, C)}``, what the gates are made from, in full resolution: they
             rank the channels when another size is asked for. None: the gates rank.
         means: ``{site name: (C,)}``, what replaces a closed channel; None: zero.
+        constants: ``{site name: (T, C)}``, what replaces a closed channel for each task, in place
+            of ``means``: the best constants that were learned together with the gates.
         recipe: How they were learned.
         history: How learning went.
         task_names: T names, for display and look-up.
@@ -74,6 +77,7 @@ class TaskGates:
         *,
         logits: Mapping[str, Tensor] | None = None,
         means: Mapping[str, Tensor] | None = None,
+        constants: Mapping[str, Tensor] | None = None,
         recipe: Recipe | None = None,
         history: History | None = None,
         task_names: Sequence[str] | None = None,
@@ -109,6 +113,10 @@ class TaskGates:
                 raise ValueError(f"gates of {name!r} leave [0, 1].")
         self._logits = None if logits is None else self._checked(logits, "logits")
         self.means = check_means(means, self.sites)
+        self._constants = None if constants is None else self._checked(constants, "constants")
+        for name, value in (self._constants or {}).items():
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"constants of {name!r} are not finite.")
         self.recipe = recipe
         self.history = history
         self.info: dict[str, Any] = dict(info or {})
@@ -122,6 +130,7 @@ class TaskGates:
         *,
         logits: dict[str, Tensor] | None,
         means: Mapping[str, Tensor] | None,
+        constants: dict[str, Tensor] | None = None,
         recipe: Recipe | None,
         history: History | None,
         task_names: tuple[str, ...] | None,
@@ -133,7 +142,7 @@ class TaskGates:
         """
         made = cls.__new__(cls)
         made.sites, made.tasks, made.task_names = sites, tasks, task_names
-        made._gates, made._logits = gates, logits
+        made._gates, made._logits, made._constants = gates, logits, constants
         made.means = None if means is None else {n: mean.clone() for n, mean in means.items()}
         made.recipe, made.history, made.info = recipe, history, dict(info)
         return made
@@ -186,6 +195,26 @@ class TaskGates:
         return {name: value.clone() for name, value in self._logits.items()}
 
     @property
+    def constants(self) -> dict[str, Tensor] | None:
+        """``{site name: float32 (T, C)}``, each task's own constants (copies), if it has any."""
+        if self._constants is None:
+            return None
+        return {name: value.clone() for name, value in self._constants.items()}
+
+    @property
+    def closed_at(self) -> str:
+        """What closed channels are, in words: zero, at their mean, or at their best constants."""
+        if self._constants is not None:
+            return "at their best constants"
+        return "zero" if self.means is None else "at their mean"
+
+    def _means_of(self, rows: int | list[int]) -> Mapping[str, Tensor] | None:
+        """What replaces closed channels: (C,) for a row or for all, (rows, C) for several."""
+        if self._constants is None:
+            return self.means
+        return {name: value[rows] for name, value in self._constants.items()}
+
+    @property
     def n_channels(self) -> int:
         """Channels over all sites."""
         return n_channels(self.sites)
@@ -235,7 +264,7 @@ class TaskGates:
             ranks = self._logits if self._logits is not None else self._gates
             scores = {name: value[row] for name, value in ranks.items()}
             masks = top_k_masks(scores, self.sites, budget(size, self.sites))
-        return SubArchitecture(masks, self.sites, task=self.tasks[row], means=self.means)
+        return SubArchitecture(masks, self.sites, task=self.tasks[row], means=self._means_of(row))
 
     def sub_architectures(self, size: float | None = None) -> list[SubArchitecture]:
         """The sub-architecture of every task, in the order of ``tasks``."""
@@ -258,6 +287,9 @@ class TaskGates:
             if self._logits is None
             else {name: value[rows] for name, value in self._logits.items()},
             means=self.means,
+            constants=None
+            if self._constants is None
+            else {name: value[rows] for name, value in self._constants.items()},
             recipe=self.recipe,
             history=None if self.history is None else self.history.select(rows),
             task_names=None if self.task_names is None else [self.task_names[r] for r in rows],
@@ -273,19 +305,20 @@ class TaskGates:
                     f"these gates are for {len(self.tasks)} tasks; say which with tasks=: one "
                     "task for the whole batch, or a list with one task per image."
                 )
-            return self.gates_of(self.tasks[0]), self.sites, self.means
+            return self.gates_of(self.tasks[0]), self.sites, self._means_of(0)
         if isinstance(tasks, Tensor):
             tasks = tasks.tolist()
         # A tuple that is itself a known group of classes is one task; anything else listed is one
         # task per image.
         if isinstance(tasks, (int, str)) or (isinstance(tasks, tuple) and tasks in self.tasks):
-            return self.gates_of(tasks), self.sites, self.means
+            return self.gates_of(tasks), self.sites, self._means_of(self.index(tasks))
         if not isinstance(tasks, Iterable):
             raise TypeError(f"tasks must be a task or a list of tasks, not {tasks!r}.")
         rows = [self.index(task) for task in tasks]
         if not rows:
             raise ValueError("tasks is empty; name one task, or one for each image.")
-        return {name: gate[rows] for name, gate in self._gates.items()}, self.sites, self.means
+        gates = {name: gate[rows] for name, gate in self._gates.items()}
+        return gates, self.sites, self._means_of(rows)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TaskGates):
@@ -295,6 +328,7 @@ class TaskGates:
             and same_tensors(self._gates, other._gates)
             and same_tensors(self._logits, other._logits)
             and same_tensors(self.means, other.means)
+            and same_tensors(self._constants, other._constants)
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -304,10 +338,9 @@ class TaskGates:
         mean = 100 * sum(sizes) / len(sizes)
         tasks = f"{len(self)} task" + ("s" if len(self) > 1 else "")
         sites = f"{len(self.sites)} site" + ("s" if len(self.sites) > 1 else "")
-        closed = "zero" if self.means is None else "at their mean"
         return (
             f"TaskGates({tasks}, {sites}, {self.n_channels:,} channels, {mean:.1f} % kept, "
-            f"closed channels {closed})"
+            f"closed channels {self.closed_at})"
         )
 
     def _repr_html_(self) -> str:
@@ -331,7 +364,7 @@ class TaskGates:
         sites = self.sites[:shown]
         means = [float((self._gates[s.name] > 0.5).float().mean()) for s in sites]
         rest = len(self.sites) - len(sites)
-        closed = "closed channels: " + ("zero" if self.means is None else "their mean")
+        closed = f"closed channels {self.closed_at}"
         return tasks + html_table(
             "Mean over tasks",
             ["site", "channels", "kept"],

@@ -8,7 +8,7 @@ because an in-place ReLU may write into the tensor that a hook has just seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from nad_attr.gating.foreign_hooks import (
     relevance_rules,
 )
 from nad_attr.gating.protocols import HasGates
+from nad_attr.sites.finding import check_kind
 from nad_attr.sites.preserving import unchanged
-from nad_attr.sites.site import GateSite, SiteError, check_sites, is_compiled, resolve_name, unwrap
-from nad_attr.sites.tracing import no_attention_fast_path
+from nad_attr.sites.site import GateSite, SiteError, check_sites, resolve_name, unwrap
+from nad_attr.sites.tracing import eager, no_attention_fast_path
+from nad_attr.system.threads import owned
 
 __all__ = ["check_eval", "frozen", "gated", "recorded", "site_modules"]
 
@@ -56,6 +58,7 @@ def site_modules(model: nn.Module, sites: Sequence[GateSite]) -> dict[str, nn.Mo
         {'1': ReLU()}
     """
     check_sites(sites)
+    check_kind(model)
     known = dict(unwrap(model).named_modules(remove_duplicate=False))
     canonical = {id(module): name for name, module in unwrap(model).named_modules()}
     modules: dict[str, nn.Module] = {}
@@ -73,8 +76,10 @@ def check_eval(model: nn.Module) -> None:
     """Refuse a network in train mode: its output depends on the other images of the batch.
 
     Raises:
+        SiteError: If hooks would break it, or do nothing on it; see ``check_kind``.
         ValueError: Names the first module in train mode.
     """
+    check_kind(model)
     for name, module in unwrap(model).named_modules():
         if module.training:
             where = f"module {name!r} ({type(module).__name__})" if name else "the network"
@@ -111,25 +116,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _eager(model: nn.Module) -> AbstractContextManager[object]:
-    """Let a compiled network run eagerly: compiled code ignores hooks added after compilation."""
-    if not any(map(is_compiled, model.modules())):
-        return nullcontext()
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None:  # torch < 2.6
-        raise GatingError(
-            "a network made by torch.compile ignores hooks; pass the original module "
-            "(compiled._orig_mod), or use torch >= 2.6."
-        )
-    stance: AbstractContextManager[object] = set_stance("force_eager")
-    return stance
-
-
 def _only_tensor(value: Any, site: GateSite, what: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise GatingError(
             f"gate site {site.name!r} {what} a {type(value).__name__}, not one tensor; "
             "gate a module inside or around it whose output is one tensor."
+        )
+    if value.is_complex():
+        raise GatingError(
+            f"gate site {site.name!r} {what} complex numbers; gate a module of real ones."
         )
     return value
 
@@ -141,7 +136,8 @@ def installed(
     """Run ``function`` on the tensor of each site in every forward pass, and check that it ran.
 
     The foundation of :func:`gated` and :func:`recorded`. Checks after each forward pass of
-    ``model`` that each site fired exactly once, and at the end that each fired at all.
+    ``model`` that each site fired exactly once, and at the end that each fired at all. Acts in the
+    thread that entered it, see :class:`~nad_attr.system.threads.Owner`.
 
     Args:
         model: The network.
@@ -202,21 +198,25 @@ def installed(
             )
 
     with ExitStack() as stack:
-        stack.enter_context(_eager(model))
+        owner = stack.enter_context(owned())
+        try:
+            stack.enter_context(eager(model))
+        except RuntimeError as error:
+            raise GatingError(str(error)) from None
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules()):
             # In torch 2.4, for one, its fast path does not ask whether there are hooks to call.
             stack.enter_context(no_attention_fast_path())
-        stack.callback(root.register_forward_pre_hook(begin).remove)
+        stack.callback(root.register_forward_pre_hook(owner.only(begin)).remove)
         for site in sites:
             module = modules[site.name]
             handle = (
-                module.register_forward_pre_hook(input_hook(site))
+                module.register_forward_pre_hook(owner.only(input_hook(site)))
                 if site.at_input
-                else module.register_forward_hook(output_hook(site))
+                else module.register_forward_hook(owner.only(output_hook(site)))
             )
             stack.callback(handle.remove)
         # After the sites' own hooks, so that a site which is the root itself has fired.
-        stack.callback(root.register_forward_hook(end).remove)
+        stack.callback(root.register_forward_hook(owner.only(end)).remove)
         yield total
         # Reached only without an exception: never hide the caller's own.
         silent = [name for name, n in total.items() if n == 0]
@@ -229,7 +229,8 @@ def _did_not_fire(names: Sequence[str]) -> str:
     return (
         f"gate site(s) {listed} did not fire: the forward pass does not call the module (its "
         "weights are used directly, as in MultiheadAttention.out_proj, or another network was "
-        "run); take sites from find_gate_sites and run this network inside the context."
+        "run, or this one in another thread than the one that entered the context); take sites "
+        "from find_gate_sites and run this network inside the context."
     )
 
 
@@ -295,34 +296,46 @@ class _Gate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, mean: Tensor | None, site: GateSite) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor, mean: Tensor | None, shift: Tensor | None, site: GateSite
+    ) -> Tensor:
         ctx.save_for_backward(x, gate, mean)
         ctx.site = site
         return multiply(site, x, gate, mean)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, mean = ctx.saved_tensors
         dim, ndim = channel_shape(ctx.site, x)
         over = [axis for axis in range(1, ndim) if axis != dim]
         factor = expand(gate, ctx.site, x).to(grad.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return None if factor is None else grad * factor, None, None, None
+            return None if factor is None else grad * factor, None, None, None, None
         parts = _parts(x)
         # At the first gate no gradient goes on: one part's memory then serves all.
         grad_x = torch.empty_like(grad if factor is not None else grad[parts[0]])
-        grad_gate = []
+        grad_gate, grad_shift = [], []
+        wanted = mean is not None or ctx.needs_input_grad[3]
         for part in parts:
             of_output, of_x = grad[part], grad_x[part] if factor is not None else grad_x
             torch.mul(of_output, x[part], out=of_x)
             of_gate = _summed(of_x, over, gate.dtype)
+            if wanted:
+                of_shift = _summed(of_output, over, gate.dtype)
+                grad_shift.append(of_shift)
             if mean is not None:
-                of_gate = of_gate - mean * _summed(of_output, over, gate.dtype)
+                of_gate = of_gate - (mean[part] if mean.ndim == 2 else mean) * of_shift
             if factor is not None:  # the product's memory serves twice
                 torch.mul(of_output, factor[part], out=of_x)
             grad_gate.append(of_gate)
-        return grad_x if factor is not None else None, torch.cat(grad_gate), None, None
+        return (
+            grad_x if factor is not None else None,
+            torch.cat(grad_gate),
+            None,
+            torch.cat(grad_shift) if ctx.needs_input_grad[3] else None,
+            None,
+        )
 
 
 def _parts(x: Tensor) -> list[slice]:
@@ -336,11 +349,18 @@ def _parts(x: Tensor) -> list[slice]:
 
 
 def _summed(values: Tensor, over: list[int], dtype: torch.dtype) -> Tensor:
-    # Rounded as autograd rounds. An empty list of axes would mean all of them.
-    return (values.sum(over) if over else values).to(dtype)
+    # Rounded as autograd rounds. An empty list of axes would mean all of them; the values of a
+    # vector are copied, for their memory is used again.
+    return values.sum(over).to(dtype) if over else values.to(dtype, copy=True)
 
 
-def multiply_learned(site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None) -> Tensor:
+def multiply_learned(
+    site: GateSite,
+    tensor: Tensor,
+    gate: Tensor,
+    mean: Tensor | None,
+    shift: Tensor | None = None,
+) -> Tensor:
     """What :func:`multiply` gives, at less cost where the gates are learned.
 
     Only first derivatives are possible.
@@ -349,9 +369,10 @@ def multiply_learned(site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor 
         site: The gate site.
         tensor: (B, ...), what it holds.
         gate: (B, C), one gate vector per image.
-        mean: (C,), what stands in place of a closed channel; None: zero.
+        mean: (C,) or (B, C), what stands in place of a closed channel; None: zero.
+        shift: (B, C) of zeros, whose gradient is that of a constant added to each channel.
     """
-    result: Tensor = _Gate.apply(tensor, gate, mean, site)
+    result: Tensor = _Gate.apply(tensor, gate, mean, shift, site)
     return result
 
 
@@ -402,14 +423,14 @@ def gates_and_sites(
 
     Returns:
         ``{site name: (C,) or (B, C)}``, the sites in the order given, and the ablation values
-        ``{site name: (C,)}`` or None for zero.
+        ``{site name: (C,) or (B, C)}`` or None for zero.
 
     Raises:
         TypeError, ValueError: As :func:`gated`.
     """
     mapping, used, own_means = _as_mapping(gates, sites, tasks, means)
     values = _checked(mapping, used, "gates", (1, 2))
-    return values, used, None if own_means is None else _checked(own_means, used, "means", (1,))
+    return values, used, None if own_means is None else _checked(own_means, used, "means", (1, 2))
 
 
 def _checked(
@@ -448,6 +469,8 @@ def gated(
     Gradients flow through the product, to the images and to gates that require them. Contexts
     may be nested: the products apply one after the other. Works under autocast and with
     channels-last memory; a network wrapped by ``torch.compile`` runs eagerly inside the block.
+    Other threads that run the same network meanwhile see the whole of it: gates act in the thread
+    that entered the block, in its backward passes and in what it starts by ``asyncio.to_thread``.
     Hooks of Captum and Zennit that rewrite the backward pass meet the network that they would meet
     with the gates in its weights, in whatever order they are put on.
 
@@ -458,8 +481,9 @@ def gated(
             ``{site name: tensor}``: (C,) for all images, (B, C) for one gate vector per image.
         sites: The gate sites, needed with a mapping.
         tasks: With task gates: one task for the whole batch, or one task for each image.
-        means: ``{site name: (C,)}``, what stands in place of a closed channel: the site's output
-            becomes ``g * x + (1 - g) * mean``. None: zero, or what the gates were learned with.
+        means: ``{site name: (C,)}``, or (B, C) for each image its own, what stands in place of a
+            closed channel: the site's output becomes ``g * x + (1 - g) * mean``. None: zero, or
+            what the gates were learned with.
 
     Raises:
         GatingError: If a site is not called, is called twice, or has another shape.
@@ -476,7 +500,8 @@ def gated(
     """
     values, used, offsets = gates_and_sites(gates, sites, tasks, means)
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        if any(value.ndim == 2 for value in values.values()):
+        every = [*values.values(), *(offsets or {}).values()]
+        if any(value.ndim == 2 for value in every):
             raise GatingError(
                 "one gate vector per image cannot be split over DataParallel's devices; pass "
                 "model.module, or one task for the whole batch."
@@ -507,12 +532,11 @@ def gated(
             for site in used:
                 move_behind_rewriters(modules[site.name], function)
 
-    handle = unwrap(model).register_forward_pre_hook(find_place)
-    try:
-        with installed(model, used, function):
-            yield
-    finally:
-        handle.remove()
+    with owned() as owner, ExitStack() as stack:
+        handle = unwrap(model).register_forward_pre_hook(owner.only(find_place))
+        stack.callback(handle.remove)
+        stack.enter_context(installed(model, used, function))
+        yield
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The mean of each channel over data: what a closed channel can be replaced by."""
+"""Mean and deviation of each channel over data: what a closed channel can be replaced by."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nad_attr.gating.hooks import channel_shape, check_eval, installed
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite
 
-__all__ = ["channel_means"]
+__all__ = ["channel_means", "channel_moments"]
 
 
 def channel_means(
@@ -48,11 +48,42 @@ def channel_means(
         >>> channel_means(net, [GateSite("0", 2, 1)], [(images,)])
         {'0': tensor([ 2., 20.], dtype=torch.float64)}
     """
+    return channel_moments(model, sites, batches, forward=forward)[0]
+
+
+def channel_moments(
+    model: nn.Module,
+    sites: Sequence[GateSite],
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    forward: Callable[..., Any] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mean and standard deviation of each channel over all images and positions, in one pass.
+
+    Args:
+        model: See :func:`channel_means`.
+        sites: See there.
+        batches: See there.
+        forward: See there.
+
+    Returns:
+        Twice ``{site name: float64 (C,)}``, as :func:`channel_means`.
+
+    Raises:
+        GatingError, SiteError, TypeError, ValueError: As :func:`channel_means`.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
+        >>> images = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+        >>> channel_moments(net, [GateSite("0", 2, 1)], [(images,)])[1]
+        {'0': tensor([ 1., 10.], dtype=torch.float64)}
+    """
     check_eval(model)
     run = model if forward is None else forward
     sums = {
         site.name: torch.zeros(site.n_channels, dtype=torch.float64, device="cpu") for site in sites
     }
+    squares = {name: torch.zeros_like(total) for name, total in sums.items()}
     counts = dict.fromkeys(sums, 0)
 
     def add(site: GateSite, tensor: Tensor) -> None:
@@ -62,6 +93,8 @@ def channel_means(
             values = values.cpu()
         over = [axis for axis in range(ndim) if axis != dim]
         sums[site.name] += values.sum(dim=over, dtype=torch.float64).cpu()
+        norms = torch.linalg.vector_norm(values, dim=over, dtype=torch.float64)
+        squares[site.name] += norms.square().cpu()
         counts[site.name] += values.numel() // site.n_channels
 
     n_batches = 0
@@ -84,4 +117,8 @@ def channel_means(
                 f"the mean of gate site {name!r} is not finite; look for NaN or infinity in the "
                 "images, or for an overflow in half precision."
             )
-    return means
+    deviations = {
+        name: (total / counts[name] - means[name].square()).clamp(min=0).sqrt()
+        for name, total in squares.items()
+    }
+    return means, deviations

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from nad_attr.learning.api import learn_gates, learn_sizes
-from nad_attr.learning.session import Session
+from nad_attr.learning.session import Session, fit_constants
 
-__all__ = ["Session", "learn_gates", "learn_sizes"]
+__all__ = ["Session", "fit_constants", "learn_gates", "learn_sizes"]

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from nad_attr.data.sources import Data
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session, _start
 from nad_attr.sites.site import GateSite
 
@@ -33,6 +34,7 @@ def learn_gates(
     augmented: bool | None = None,
     forward_func: Callable[..., Any] | None = None,
     additional_forward_args: Any = None,
+    checks: Checks = "refuse",
     initial_logits: Mapping[str, Tensor] | None = None,
     show_progress: bool = False,
 ) -> TaskGates:
@@ -70,6 +72,9 @@ def learn_gates(
         forward_func: What is called with the inputs in place of the model, to choose among
             several outputs, for example; must run ``model``.
         additional_forward_args: Further arguments of every call, one or a tuple of them.
+        checks: Before learning, two images tell whether an image's outputs are its own and whether
+            gradients say what closing channels does (:mod:`nad_attr.learning.network_checks`):
+            "refuse" a network where that is not so, "warn" and go on, or "off".
         initial_logits: ``{site name: (T, C)}``, the paper recipe's starting point in place of
             N(0, 1).
         show_progress: Show a progress bar with the time left.
@@ -81,7 +86,8 @@ def learn_gates(
         SiteError: If sites cannot be gated; says which and what to do.
         TypeError: If data, tasks or recipe are of another kind.
         ValueError: If data is empty or holds NaN, a class is unknown or without images, the
-            network is in train mode, or an argument has no sensible value.
+            network is in train mode, or an argument has no sensible value; NetworkCheckError, a
+            ValueError, if ``checks`` find that what is learned would not be true.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -108,6 +114,7 @@ def learn_gates(
         augmented=augmented,
         forward_func=forward_func,
         additional_forward_args=additional_forward_args,
+        checks=checks,
     )
     start = _start(initial_logits, session.recipe, session.sites, session.tasks)
     total = sum(map(session.n_steps, session.tasks))
@@ -131,6 +138,7 @@ def learn_sizes(
     augmented: bool | None = None,
     forward_func: Callable[..., Any] | None = None,
     additional_forward_args: Any = None,
+    checks: Checks = "refuse",
     show_progress: bool = False,
 ) -> dict[float, TaskGates]:
     """Learn which channels each task needs at several sizes, in one run of falling budget.
@@ -155,6 +163,7 @@ def learn_sizes(
         augmented: See there.
         forward_func: See there.
         additional_forward_args: See there.
+        checks: See there.
         show_progress: See there.
 
     Returns:
@@ -190,6 +199,7 @@ def learn_sizes(
         augmented=augmented,
         forward_func=forward_func,
         additional_forward_args=additional_forward_args,
+        checks=checks,
     )
     total = sum(map(session.n_steps, session.tasks))
     with tqdm(total=total, desc="learning gates", unit="step", disable=not show_progress) as bar:

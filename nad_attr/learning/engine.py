@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,15 +14,16 @@ from nad_attr._checks import GatingError
 from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Draw, Inputs, Source
 from nad_attr.gates.channels import n_channels, split_sites
-from nad_attr.gating.hooks import channel_shape, installed, multiply_learned
+from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply_learned
 from nad_attr.learning.fast.batchnorm import lean_batchnorm
 from nad_attr.learning.fast.convolution import lean_convolutions
 from nad_attr.learning.fast.light_copy import light_copy
 from nad_attr.running.forward import Runner, chunks, sent
 from nad_attr.running.outputs import own_task_output
-from nad_attr.sites.preserving import Copies
+from nad_attr.sites.preserving import Copies, unchanged
 from nad_attr.sites.site import GateSite
-from nad_attr.system.rng import seed_of
+from nad_attr.sites.tracing import graph_nodes
+from nad_attr.system.rng import isolated_rng, seed_of
 
 __all__ = ["Batch", "Chunk", "CleanOutputs", "Learned", "Network", "TaskImages"]
 
@@ -46,7 +47,13 @@ class Network(Runner):
         dtype: Of gates and outputs: float32, or float64 for a float64 network, whatever the
             activations are.
         means: What closed channels are replaced by, ``{site name: (C,)}``; None: zero.
+        recomputes: Whether checkpointed blocks hold sites, which then fire again in backward.
+        reentrant: Whether some are checkpointed in the reentrant way, which knows no
+            ``autograd.grad``.
     """
+
+    recomputes = False
+    reentrant = False
 
     def __init__(
         self,
@@ -126,6 +133,12 @@ class Network(Runner):
         with lean_batchnorm(self.model, self._scales), lean_convolutions(self.model):
             yield
 
+    @property
+    def half(self) -> bool:
+        """Whether it computes in half precision."""
+        kinds = {self.amp, *(parameter.dtype for parameter in self.model.parameters())}
+        return not kinds.isdisjoint((torch.float16, torch.bfloat16))
+
     def set_means(self, means: Mapping[str, Tensor]) -> None:
         """Let closed channels be at their mean."""
         self.means = {k: v.to(self.device, self.dtype) for k, v in means.items()}
@@ -168,21 +181,109 @@ class Network(Runner):
         with installed(self.model, self.sites, record):
             return self(inputs), kept
 
-    def gated(self, inputs: Inputs, gates: Tensor) -> Tensor:
+    def gated(
+        self,
+        inputs: Inputs,
+        gates: Tensor,
+        constants: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
         """Outputs (B, K) under one gate vector per image.
 
         Args:
             inputs: B images.
             gates: (B, all channels).
+            constants: (B, all channels), what closed channels are replaced by; None: the means.
+            shift: (B, all channels) of zeros, which is added to all channels.
         """
+        with self.gating(gates, constants, shift):
+            return self(inputs)
+
+    @contextmanager
+    def gating(
+        self, gates: Tensor, constants: Tensor | None = None, shift: Tensor | None = None
+    ) -> Iterator[None]:
+        """One gate vector per image, for the passes inside.
+
+        The backward pass belongs inside as well: it runs checkpointed blocks again.
+
+        Args:
+            gates: See :meth:`gated`.
+            constants: See there.
+            shift: See there.
+        """
+        parts = split_sites(gates, self.sites)
+        of_image = None if constants is None else split_sites(constants, self.sites)
+        shifts = None if shift is None else split_sites(shift, self.sites)
+
+        def gate(site: GateSite, tensor: Tensor) -> Tensor:
+            closed = self.means if of_image is None else of_image
+            mean = None if closed is None else closed[site.name]
+            added = None if shifts is None else shifts[site.name]
+            return multiply_learned(site, tensor, parts[site.name], mean, added)
+
+        with installed(self.model, self.sites, gate), self.lean():
+            yield
+
+    def find_checkpoints(self, inputs: Inputs) -> None:
+        """See how the network checkpoints, for the backward passes to come.
+
+        Args:
+            inputs: An image.
+        """
+        images = _wanting_gradient(self.to_device(inputs))
+        shape = len(images[0]), n_channels(self.sites)
+        gates = torch.ones(shape, device=self.device, dtype=self.dtype, requires_grad=True)
         parts = split_sites(gates, self.sites)
 
         def gate(site: GateSite, tensor: Tensor) -> Tensor:
-            mean = None if self.means is None else self.means[site.name]
-            return multiply_learned(site, tensor, parts[site.name], mean)
+            return multiply_learned(site, tensor, parts[site.name], None)
 
-        with installed(self.model, self.sites, gate), self.lean():
-            return self(inputs)
+        kept = unchanged(self.model), isolated_rng(), frozen(self.model), torch.enable_grad()
+        with ExitStack() as stack:
+            for context in kept:
+                stack.enter_context(context)
+            fired = stack.enter_context(installed(self.model, self.sites, gate))
+            try:
+                output = self(images)
+                once = dict(fired)
+                names = {type(node).__name__ for node in graph_nodes(output.grad_fn)}
+                self.reentrant = "CheckpointFunctionBackward" in names
+                if output.requires_grad:
+                    self.gate_gradient(output.sum(), gates)
+            except (RuntimeError, ValueError):
+                return  # no gradient at all, as of inference mode; check_gradients says so
+            self.recomputes = fired != once
+
+    def ready(self, inputs: Inputs) -> Inputs:
+        """The inputs as :meth:`gate_gradient` needs them."""
+        return _wanting_gradient(inputs) if self.reentrant else inputs
+
+    def gate_gradient(self, value: Tensor, gates: Tensor, *, retain: bool = False) -> Tensor:
+        """The gradient of a number with respect to the gates, inside :meth:`gating`.
+
+        Args:
+            value: Made of the outputs.
+            gates: A leaf.
+            retain: Keep the graph for another one.
+        """
+        (gradient,) = self.gradients(value, (gates,), retain=retain)
+        return gradient
+
+    def gradients(
+        self, value: Tensor, leaves: Sequence[Tensor], *, retain: bool = False
+    ) -> list[Tensor]:
+        """The gradient of a number with respect to several leaves, inside :meth:`gating`."""
+        found: Sequence[Tensor | None]
+        if self.reentrant:
+            value.backward(retain_graph=retain)
+            found = [leaf.grad for leaf in leaves]
+            for leaf in leaves:
+                leaf.grad = None
+        else:
+            found = torch.autograd.grad(value, leaves, retain_graph=retain, allow_unused=True)
+        pairs = zip(leaves, found, strict=True)
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in pairs]
 
     def output_and_gradient(
         self, inputs: Inputs, gates: Tensor, classes: Tensor, valid: Tensor
@@ -212,18 +313,51 @@ class Network(Runner):
         outputs, gradients = zip(*results, strict=True)
         return torch.cat(outputs), torch.cat(gradients)
 
+    def output_and_gradients(
+        self, inputs: Inputs, gates: Tensor, constants: Tensor, classes: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`output_and_gradient`, with constants of each image's own.
+
+        Args:
+            inputs: B images.
+            gates: (B, all channels).
+            constants: (B, all channels), what stands in place of closed channels.
+            classes: int64 (B, M), see :func:`own_task_output`.
+            valid: bool (B, M).
+
+        Returns:
+            (B,), the gradient with respect to the gates, (B, all channels), and that with respect
+            to something added to each channel, (B, all channels), detached.
+        """
+        found = []
+        for part in self._passes(len(gates)):
+            at = slice(part.start, part.stop)
+            leaf = gates[at].detach().requires_grad_(True)
+            shift = torch.zeros_like(leaf).requires_grad_(True)
+            images = self.ready(tuple(item[at] for item in inputs))
+            with self.gating(leaf, constants[at], shift):
+                output = own_task_output(self(images), classes[at], valid[at])
+                gradients = self.gradients(output.sum(), (leaf, shift))
+            found.append((output.detach(), *gradients))
+        output, of_gates, of_shift = map(torch.cat, zip(*found, strict=True))
+        return output, of_gates, of_shift
+
     def _output_and_gradient(
         self, inputs: Inputs, gates: Tensor, classes: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor]:
         leaf = gates.detach().requires_grad_(True)
-        output = own_task_output(self.gated(inputs, leaf), classes, valid)
-        if not output.requires_grad:
-            raise GatingError(
-                "no gradient leads from the outputs back to the gates: the network (or "
-                "forward_func) detaches its outputs, or runs without gradients itself."
-            )
-        (gradient,) = torch.autograd.grad(output.sum(), leaf)
-        return output.detach(), gradient
+        with self.gating(leaf):
+            output = own_task_output(self(self.ready(inputs)), classes, valid)
+            if not output.requires_grad:
+                raise GatingError(
+                    "no gradient leads from the outputs back to the gates: the network (or "
+                    "forward_func) detaches its outputs, or runs without gradients itself."
+                )
+            return output.detach(), self.gate_gradient(output.sum(), leaf)
+
+
+def _wanting_gradient(inputs: Inputs) -> Inputs:
+    return tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
 
 
 class TaskImages:
@@ -268,6 +402,8 @@ class Learned(NamedTuple):
     logits: Tensor
     #: Each (steps, R), NaN where a task took no step
     curves: dict[str, Tensor]
+    #: (R, all channels), what stands in place of closed ones; None: the network's means
+    constants: Tensor | None = None
 
 
 class Batch(NamedTuple):

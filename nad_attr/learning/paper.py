@@ -71,31 +71,33 @@ def learn_paper(chunk: Chunk, recipe: PaperRecipe, start: Tensor | None = None) 
         leaf = logits.detach().requires_grad_(True)
         gates = list(leaf.sigmoid().split(widths, dim=1))
         by_site = dict(zip((site.name for site in sites), gates, strict=True))
-        differences: list[Tensor] = []
+        differences: dict[str, Tensor] = {}
+        # Freed as soon as it is used, unless backward runs the block again.
+        take = clean.get if network.recomputes else clean.pop
 
         def gate(site: GateSite, tensor: Tensor) -> Tensor:
             values = by_site[site.name][batch.rows]  # noqa: B023 (used within this step only)
             gated, difference = gate_and_difference(
                 tensor,
                 expand(values, site, tensor),
-                clean.pop(site.name, tensor),  # noqa: B023 (freed as soon as it is used)
+                take(site.name, tensor),  # noqa: B023
                 rectified=site.name in recipe.rectified_sites,
             )
-            differences.append(difference)  # noqa: B023
+            differences.setdefault(site.name, difference)  # noqa: B023
             return gated
 
         with installed(network.model, sites, gate), network.lean():
-            outputs = network(batch.inputs)
-        loss, active = paper_loss(
-            outputs,
-            batch.labels,
-            torch.stack(differences).sum(0),
-            right,
-            batch.rows,
-            gates,
-            recipe.beta,
-        )
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            outputs = network(network.ready(batch.inputs))
+            loss, active = paper_loss(
+                outputs,
+                batch.labels,
+                torch.stack(list(differences.values())).sum(0),
+                right,
+                batch.rows,
+                gates,
+                recipe.beta,
+            )
+            gradient = network.gate_gradient(loss.sum(), leaf)
         pieces = gradient.split(widths, dim=1)
         direction = torch.cat(
             [piece / piece.norm(dim=1, keepdim=True).clamp(min=1e-12) for piece in pieces], dim=1

@@ -27,6 +27,7 @@ from nad_attr.data.labels import Task, as_task, own_images
 from nad_attr.data.sources import Data
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session
 from nad_attr.running.forward import chunks
 from nad_attr.sites.site import GateSite, unwrap
@@ -162,6 +163,7 @@ def learn_to_store(
     augmented: bool | None = None,
     forward_func: Callable[..., Any] | None = None,
     additional_forward_args: Any = None,
+    checks: Checks = "refuse",
     provenance: Mapping[str, Any] | None = None,
     executor: Executor | None = None,
     show_progress: bool = False,
@@ -208,6 +210,7 @@ def learn_to_store(
         augmented: See :func:`nad_attr.learn_gates`.
         forward_func: See there.
         additional_forward_args: See there.
+        checks: See there.
         provenance: Further facts to keep in the store, as JSON can hold them.
         executor: Where chunks are learned; None: in this process. See
             :class:`nad_attr.distributed.RayExecutor`.
@@ -262,6 +265,7 @@ def learn_to_store(
         augmented=augmented,
         forward_func=forward_func,
         additional_forward_args=additional_forward_args,
+        checks=checks,
     )
     _name_and_sort(session, task_names)
     facts = {
@@ -390,7 +394,7 @@ def _check_resumable(
                 "the gates that are missing would differ in rounding from those of one run: give "
                 f"the same, or may_differ=[{key!r}] to go on all the same."
             )
-    if session.recipe.ablation == "mean" and store.means is None:
+    if session.recipe.ablation != "zero" and store.means is None:
         raise GateStoreError(
             f"{store.path} has no channel means, which this recipe needs; learn into another file."
         )

@@ -165,14 +165,22 @@ class QuadraticModel:
             gradient is only local.
         boundary: (R,), how much less the images count whose task output is far from the median of
             all; None: all count the same.
+        shrink: Share of its own squared effect that each closed channel is charged for as long as
+            it is closed, one or (R, 1): what channels do together is shrunk towards what each does
+            alone.
     """
 
     def __init__(
-        self, gates: Tensor, capacity: int, trust: float, boundary: Tensor | None = None
+        self,
+        gates: Tensor,
+        capacity: int,
+        trust: float,
+        boundary: Tensor | None = None,
+        shrink: float | Tensor = 0.0,
     ) -> None:
         rows, n = gates.shape
         self.gates = gates.clone()
-        self.trust = trust
+        self.trust, self.shrink = trust, shrink
         self.boundary = gates.new_zeros(rows) if boundary is None else boundary
         self.gradients = gates.new_zeros(rows, capacity, n)
         self.residuals = gates.new_zeros(rows, capacity)
@@ -326,7 +334,8 @@ class QuadraticModel:
         """Each channel's own squared effect, with what distrust adds to the next flip: (R, n)."""
         # A flip back to where the gradients were taken has nothing to distrust.
         moved = (self.gates != self._origin).to(self.gates.dtype)
-        return self._square * (1 + self.trust * (1 - 2 * moved))
+        kept = self.shrink * (2 * self.gates - 1)
+        return self._square * (1 + kept + self.trust * (1 - 2 * moved))
 
     def cost(self, opening: bool) -> Tensor:
         """Predicted change of the loss for each flip of one gate: (R, n), inf where impossible."""
@@ -376,7 +385,8 @@ class QuadraticModel:
     def _loss(self) -> Tensor:
         """What the model thinks the loss is, with what distrust adds: (R,)."""
         moved = (self.gates != self._origin).to(self.gates.dtype)
-        guess = self.trust * (self._square * moved).sum(1)
+        charged = self.trust * moved + self.shrink * (1 - self.gates)
+        guess = (self._square * charged).sum(1)
         return (self.residuals.square() * self._share).sum(1) + guess
 
     def _copy(self) -> tuple[Tensor, ...]:
@@ -460,7 +470,8 @@ class QuadraticModel:
         gradients = self.gradients.gather(2, over_images)
         products = gradients.mT @ (gradients * self._share[:, :, None])
         alone = self.cost(opening=False).gather(1, chosen)
-        joint = alone[:, :, None] + alone[:, None, :] + 2 * (1 + self.trust) * products
+        charge = 1 + self.trust + torch.as_tensor(self.shrink).to(products)[..., None]
+        joint = alone[:, :, None] + alone[:, None, :] + 2 * charge * products
         joint.diagonal(dim1=1, dim2=2).fill_(math.inf)
         cost, at = joint.flatten(1).min(dim=1)
         pair = torch.stack([at // m, at % m], dim=1)
@@ -470,6 +481,47 @@ class QuadraticModel:
             self.flip(chosen.gather(1, pair))
         self._back(before, ~keep if swapped else None)
         return swapped
+
+
+def drawn(chunk: Chunk, recipe: Recipe) -> list[list[list[Draw]]]:
+    """The draws of each task for each step: half own images, half others, if there are any."""
+
+    def draws(images: TaskImages) -> list[Draw]:
+        n_other = recipe.images_per_step // 2 if len(images.pools["other"]) else 0
+        return images.take("own", recipe.images_per_step - n_other) + images.take("other", n_other)
+
+    return [[draws(images) for images in chunk.images] for _ in range(recipe.steps)]
+
+
+def flip_round(
+    model: QuadraticModel, recipe: Recipe, t: int, n_open: int, n_after: int, variance: Tensor
+) -> None:
+    """Close channels down to a step's budget, and exchange some; after :meth:`begin`.
+
+    Args:
+        model: What flips are judged by.
+        recipe: The recipe.
+        t: Number of the step.
+        n_open: How many gates are open in each row.
+        n_after: How many will be.
+        variance: (R,), of the task output.
+    """
+    settling = t >= SETTLING_SHARE * recipe.steps
+    n = model.gates.shape[1]
+    n_exchanged = 0 if settling else min(round(MAX_EXCHANGED_SHARE * n_after), n - n_after)
+    n_close, least_gain = n_open - n_after, MIN_SWAP_GAIN * variance
+    chosen = model.candidates(n_open, n_close, n_exchanged)
+    channels, n_open_there = chosen or (None, n_open)
+    part = model if channels is None else model.narrowed(channels)
+    part.close(n_close)
+    if not settling:
+        part.exchange(n_exchanged, least_gain)
+    part.swap_pair(least_gain, n_open_there - n_close)
+    for _ in range(1 if settling else SWAPS_PER_STEP):
+        if not part.swap(least_gain):
+            break
+    if channels is not None:
+        model.widened(part, channels)
 
 
 def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> list[Learned]:
@@ -500,14 +552,9 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     model = QuadraticModel(gates, capacity, recipe.trust, boundary)
     curves: dict[str, list[Tensor]] = {"loss": [], "size": []}
 
-    def draws(images: TaskImages) -> list[Draw]:
-        n_other = per_task // 2 if len(images.pools["other"]) else 0
-        return images.take("own", per_task - n_other) + images.take("other", n_other)
-
-    plan = [[draws(images) for images in chunk.images] for _ in range(recipe.steps)]
     learned: list[Learned] = []
     n_open = n
-    for t, batch in enumerate(chunk.batches(plan)):
+    for t, batch in enumerate(chunk.batches(drawn(chunk, recipe))):
         clean = chunk.own_output(chunk.clean(batch), batch.rows)
         output, gradient = network.output_and_gradient(
             batch.inputs,
@@ -527,23 +574,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
             forgiven = model.forgiven(recipe.free_scale, shares)
             model.residuals -= forgiven
             model.begin(shares)
-            settling = t >= SETTLING_SHARE * recipe.steps
-            n_exchanged = (
-                0 if settling else min(round(MAX_EXCHANGED_SHARE * steps[t]), n - steps[t])
-            )
-            n_close, least_gain = n_open - steps[t], MIN_SWAP_GAIN * variance
-            chosen = model.candidates(n_open, n_close, n_exchanged)
-            channels, n_open_there = chosen or (None, n_open)
-            part = model if channels is None else model.narrowed(channels)
-            part.close(n_close)
-            if not settling:
-                part.exchange(n_exchanged, least_gain)
-            part.swap_pair(least_gain, n_open_there - n_close)
-            for _ in range(1 if settling else SWAPS_PER_STEP):
-                if not part.swap(least_gain):
-                    break
-            if channels is not None:
-                model.widened(part, channels)
+            flip_round(model, recipe, t, n_open, steps[t], variance)
             n_open = steps[t]
             model.residuals += forgiven
             closed_at = torch.where(model.gates < before, torch.full_like(gates, t), closed_at)

@@ -29,10 +29,13 @@ from nad_attr.data.sources import Data, Inputs, Source, as_source
 from nad_attr.gates.channels import budget, n_channels, split_sites
 from nad_attr.gates.history import History
 from nad_attr.gates.recipe import PaperRecipe, Recipe
+from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
-from nad_attr.gating.means import channel_means
+from nad_attr.gating.means import channel_moments
+from nad_attr.learning.constants import learn_with_constants
 from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network
+from nad_attr.learning.network_checks import Checks, check_gradients, check_option, check_outputs
 from nad_attr.learning.paper import learn_paper, paper_steps
 from nad_attr.learning.selection import learn_selection, steps_in_memory
 from nad_attr.running.forward import amp_dtype, check_batch_size, check_classes, chunks
@@ -41,7 +44,7 @@ from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.system.memory import largest_batch, parse_bytes
 from nad_attr.system.rng import seed_of
 
-__all__ = ["Session"]
+__all__ = ["Session", "fit_constants"]
 
 
 #: Images that the ablation value "mean" is taken over, at most.
@@ -54,6 +57,90 @@ ALONE = 16
 
 #: Images in a batch, at most, where the size is found: more are hardly faster.
 MAX_FOUND_BATCH = 512
+
+
+def fit_constants(
+    model: nn.Module,
+    architectures: TaskGates | SubArchitecture | Sequence[SubArchitecture],
+    data: Data,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    amp: bool | torch.dtype | None = None,
+    batch_size: int = 64,
+    augmented: bool | None = None,
+    forward_func: Callable[..., Any] | None = None,
+    additional_forward_args: Any = None,
+) -> list[SubArchitecture]:
+    """Give any method's channels the constants with which they keep the task output best.
+
+    What stands in place of the closed channels is part of a sub-architecture, and decides as much
+    as the choice of channels does: compare methods with the best constants of each, fitted on the
+    same images with the same number of passes (optimal ablation).
+
+    Args:
+        model: See :func:`learn_gates`.
+        architectures: Task gates, or sub-architectures of the same sites, each with its task. Cut
+            scores with :func:`nad_attr.evaluation.top_k` first.
+        data: See :func:`learn_gates`; images to fit on, not those to judge by.
+        recipe: Steps, images of a step and what is kept of the task output; its size plays no
+            part. None: ``Recipe(ablation="optimal")``.
+        seed: See :func:`learn_gates`.
+        device: See there.
+        amp: See there.
+        batch_size: See there.
+        augmented: See there.
+        forward_func: See there.
+        additional_forward_args: See there.
+
+    Returns:
+        The same channels with the new constants, one sub-architecture for each task.
+
+    Raises:
+        SiteError, TypeError, ValueError: See :func:`learn_gates`; also if sub-architectures have no
+            task, or are of different sites.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+        >>> x = torch.randn(20, 4, generator=generator)
+        >>> site = GateSite("1", 6, 1)
+        >>> arch = SubArchitecture.from_kept({"1": [0, 3]}, [site], task=1)
+        >>> fit_constants(net, arch, (x, (x[:, 0] > 0).long()))[0]
+        SubArchitecture(2 of 6 channels (33.3 %) at 1 site, closed channels at their mean)
+    """
+    if isinstance(architectures, TaskGates):
+        archs = architectures.sub_architectures()
+    elif isinstance(architectures, SubArchitecture):
+        archs = [architectures]
+    else:
+        archs = list(architectures)
+    if not archs or not all(isinstance(arch, SubArchitecture) for arch in archs):
+        raise TypeError("architectures must be task gates or sub-architectures, at least one.")
+    if any(arch.sites != archs[0].sites for arch in archs):
+        raise ValueError("the sub-architectures have different gate sites.")
+    tasks = [arch.task for arch in archs if arch.task is not None]
+    if len(tasks) < len(archs):
+        raise ValueError("a sub-architecture has no task: its constants are to keep that output.")
+    if recipe is None:
+        recipe = Recipe(ablation="optimal")
+    recipe = dataclasses.replace(recipe, ablation="optimal")
+    session = Session(
+        model,
+        data,
+        tasks,
+        recipe,
+        archs[0].sites,
+        seed=seed,
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        augmented=augmented,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+    )
+    return session.fit(archs)
 
 
 class Session:
@@ -76,6 +163,7 @@ class Session:
         augmented: See there.
         forward_func: See there.
         additional_forward_args: See there.
+        checks: See there.
 
     Attributes:
         network: The network with its gate sites.
@@ -115,6 +203,7 @@ class Session:
         augmented: bool | None = None,
         forward_func: Callable[..., Any] | None = None,
         additional_forward_args: Any = None,
+        checks: Checks = "refuse",
     ) -> None:
         self.recipe = Recipe() if recipe is None else recipe
         if not isinstance(self.recipe, Recipe):
@@ -127,7 +216,9 @@ class Session:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be a whole number, not {seed!r}.")
         limit = _check_batch(batch_size, memory_limit, self.recipe)
+        check_option(checks)
         self.seed = seed
+        self._known_moments: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self.network = Network(
             model,
             device=device,
@@ -153,13 +244,39 @@ class Session:
             self.network.sites = tuple(
                 _sites(self.network, sites, example, additional_forward_args)
             )
-            _check_outputs(self.network, example, self.tasks, labels)
+            outputs = _check_outputs(self.network, example, self.tasks, labels)
+            images = self.network.to_device(example)
+            check_outputs(
+                self.network,
+                self.network.model,
+                images,
+                outputs=outputs,
+                checks=checks,
+                half=self.network.half,
+            )
             self.network.lighten(chain([example], self._of_each_task()))
+            self.network.find_checkpoints(tuple(item[:1] for item in example))
+            if self.network.reentrant and isinstance(self.recipe, PaperRecipe):
+                raise ValueError(
+                    "the network checkpoints in the reentrant way, by which the paper's loss at "
+                    "the sites inside gets no gradient; use checkpoint(..., use_reentrant=False), "
+                    "switch checkpointing off, or take the default recipe."
+                )
+            self.network.batch_size = 8 if batch_size == "auto" else batch_size
+            with frozen(self.network.model):
+                check_gradients(self.network, images, more=self._some, checks=checks)
+            self.network.batch_size = None
             self.batch_size = (
                 self._largest_batch(example, limit) if batch_size == "auto" else batch_size
             )
         self.network.batch_size = self.batch_size
         self.width = max(1, self.batch_size // self.recipe.images_per_step)
+
+    def _some(self, n: int) -> Inputs:
+        """Images from all over the data, where the network is."""
+        numbers = sorted({i * len(self.source.labels) // n for i in range(n)})
+        inputs = next(iter(self.source.batches([[(number, 0) for number in numbers]])))
+        return self.network.to_device(inputs)
 
     def _of_each_task(self) -> Iterator[Inputs]:
         """An image of each task: some alone, and all of them."""
@@ -174,7 +291,9 @@ class Session:
         n = n_channels(network.sites)
         # What learn_selection holds for each image of a batch: the gradients of past steps, and
         # those of the candidates, a third of all at most.
-        held_for_image = steps_in_memory(recipe) * n * 4 / 3 * torch.finfo(network.dtype).bits / 8
+        # With constants, their gradients as well, and both as the metric sees them.
+        copies = 5 if recipe.ablation == "optimal" else 4 / 3
+        held_for_image = steps_in_memory(recipe) * n * copies * torch.finfo(network.dtype).bits / 8
         image = network.to_device(tuple(item[:1] for item in example))
 
         def run(n_images: int) -> None:
@@ -183,7 +302,7 @@ class Session:
             classes = torch.zeros(n_images, 1, device=network.device, dtype=torch.int64)
             network.output_and_gradient(batch, gates, classes, torch.ones_like(classes).bool())
 
-        if recipe.ablation == "mean":
+        if recipe.ablation != "zero":
             network.set_means(
                 {site.name: torch.zeros(site.n_channels, device="cpu") for site in network.sites}
             )
@@ -215,10 +334,16 @@ class Session:
 
         The same for all tasks: means over images of all classes.
         """
-        if self.recipe.ablation != "mean":
+        if self.recipe.ablation == "zero":
             return None
-        with torch.inference_mode(False), frozen(self.network.model):
-            return _means(self.network, self.source, self.seed)
+        return self._moments()[0]
+
+    def _moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Mean and deviation of each channel, ``{site name: float64 (C,)}``, taken once."""
+        if self._known_moments is None:
+            with torch.inference_mode(False), frozen(self.network.model):
+                self._known_moments = _moments(self.network, self.source, self.seed)
+        return self._known_moments
 
     def outputs(self) -> dict[str, Any]:
         """What the whole network gives on a few fixed images, to tell it from another one."""
@@ -314,7 +439,7 @@ class Session:
                     parts.append([learn_paper(chunk, recipe, first)])
                 else:
                     asked = [recipe.size if size is None else size for size in sizes]
-                    parts.append(learn_selection(chunk, recipe, asked))
+                    parts.append(self._chosen(chunk, asked))
         info = {
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
             "model": type(unwrap(network.model)).__name__,
@@ -332,6 +457,42 @@ class Session:
             for i, size in enumerate(sizes)
         ]
 
+    def fit(self, archs: Sequence[SubArchitecture]) -> list[SubArchitecture]:
+        """The sub-architectures, one for each task, with constants fitted; see fit_constants."""
+        network, source = self.network, self.source
+        masks = torch.stack([torch.cat([arch[s.name] for s in self.sites]) for arch in archs])
+        result = []
+        means = self.means()
+        with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
+            if means is not None:
+                network.set_means(means)
+            clean = CleanOutputs(network, source)
+            for part in chunks(len(archs), self.width):
+                rows = slice(part.start, part.stop)
+                chunk = Chunk(network, source, self.tasks[rows], self.seed, clean=clean)
+                (found,) = self._chosen(chunk, [1.0], masks[rows])
+                assert found.constants is not None
+                constants = split_sites(found.constants.cpu(), self.sites)
+                result += [
+                    arch.with_means({name: values[i] for name, values in constants.items()})
+                    for i, arch in enumerate(archs[rows])
+                ]
+        return result
+
+    def _chosen(
+        self, chunk: Chunk, sizes: Sequence[float], masks: Tensor | None = None
+    ) -> list[Learned]:
+        """Gates of a chunk by the default recipe, with constants if it asks for the best."""
+        if self.recipe.ablation != "optimal":
+            return learn_selection(chunk, self.recipe, sizes)
+        network = self.network
+        assert network.means is not None
+        means, deviations = (
+            torch.cat([values[site.name] for site in self.sites]).to(network.device, network.dtype)
+            for values in (network.means, self._moments()[1])
+        )
+        return learn_with_constants(chunk, self.recipe, sizes, means, deviations, masks)
+
     def _gates(
         self,
         learned: Sequence[Learned],
@@ -341,6 +502,7 @@ class Session:
     ) -> TaskGates:
         gates = torch.cat([part.gates for part in learned])
         logits = torch.cat([part.logits for part in learned])
+        constants = [part.constants for part in learned if part.constants is not None]
         names = None if self.names is None else dict(zip(self.tasks, self.names, strict=True))
         return TaskGates(
             split_sites(gates.cpu(), self.sites),
@@ -348,6 +510,7 @@ class Session:
             tasks,
             logits=split_sites(logits.cpu(), self.sites),
             means=self.network.means,
+            constants=split_sites(torch.cat(constants).cpu(), self.sites) if constants else None,
             recipe=self.recipe if size is None else dataclasses.replace(self.recipe, size=size),
             history=_history([part.curves for part in learned]),
             task_names=None if names is None else [names[task] for task in tasks],
@@ -472,7 +635,7 @@ def _sites(
 
 def _check_outputs(
     network: Network, example: Inputs, tasks: Sequence[Task], labels: Tensor
-) -> None:
+) -> Tensor:
     """One real pass: do sites, inputs and outputs fit, before hours are spent?"""
     outputs, _ = network.clean_recorded(network.to_device(example))
     check_classes(labels, tasks, outputs.shape[1])
@@ -481,6 +644,7 @@ def _check_outputs(
             "the network's outputs hold NaN or infinity on the first images; check weights, "
             "input range and mixed precision."
         )
+    return outputs
 
 
 def _start(
@@ -522,8 +686,10 @@ def _steps(task: Task, labels: Tensor, recipe: Recipe) -> int:
     return recipe.steps
 
 
-def _means(network: Network, source: Source, seed: int) -> dict[str, Tensor]:
-    """Mean of each channel over images of all classes, whichever tasks are learned."""
+def _moments(
+    network: Network, source: Source, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mean and deviation of each channel over images of all classes, whatever the tasks."""
     n = len(source.labels)
     order = torch.randperm(
         n, generator=torch.Generator().manual_seed(seed_of(seed, "means")), device="cpu"
@@ -534,7 +700,7 @@ def _means(network: Network, source: Source, seed: int) -> dict[str, Tensor]:
         for a in range(0, len(chosen), 32)
     ]
     batches = (network.to_device(inputs) for inputs in source.batches(draws))
-    return channel_means(
+    return channel_moments(
         network.model, network.sites, batches, forward=lambda *inputs: network(inputs)
     )
 

@@ -260,7 +260,7 @@ def _facts(
         ("learned from", learned),
         ("hash of the images", origin.get("data_fingerprint")),
         ("recipe", None if gates.recipe is None else repr(gates.recipe)),
-        ("closed channels", "zero" if gates.means is None else "at their mean"),
+        ("closed channels", gates.closed_at),
         ("seed", origin.get("seed")),
         ("device", origin.get("device")),
         (

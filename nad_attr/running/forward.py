@@ -17,6 +17,7 @@ from nad_attr.gating.hooks import check_eval
 from nad_attr.sites.calling import Fields, call_with
 from nad_attr.sites.preserving import Copies, Kept
 from nad_attr.sites.site import unwrap
+from nad_attr.sites.tracing import eager
 from nad_attr.system.rng import seed_of
 
 __all__ = [
@@ -171,6 +172,28 @@ def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
         ) from error
 
 
+def _what(outputs: object) -> str:
+    """What a network returned in place of outputs, and what to do."""
+    if isinstance(outputs, Tensor):
+        if outputs.is_complex():
+            return f"complex numbers ({outputs.dtype}); give a forward_func that returns real ones."
+        return (
+            f"{outputs.dtype} numbers of shape {tuple(outputs.shape)}, such as class indices from "
+            "argmax, which have no gradient; give a forward_func that returns the scores before."
+        )
+    if isinstance(outputs, (list, tuple)) and outputs and isinstance(outputs[0], dict):
+        keys = ", ".join(map(str, outputs[0]))
+        return (
+            f"a list of dictionaries ({keys}), as detection models do: boxes, which are no outputs "
+            "of an image. Give a forward_func that returns one score for each image and class, "
+            "(images, classes), such as the highest score of each label."
+        )
+    return (
+        f"{type(outputs).__name__}, not a tensor of outputs; give a forward_func that picks it, "
+        "such as lambda x: model(x).logits."
+    )
+
+
 class Runner:
     """A network in eval mode with the device it runs on and the way it is called.
 
@@ -212,7 +235,19 @@ class Runner:
         if forward_func is not None and not callable(forward_func):
             raise TypeError(f"forward_func must be a function, not {forward_func!r:.60}.")
         root = unwrap(model)
-        places = [t.device for ts in (root.parameters(), root.buffers()) for t in ts]
+        tensors = [*root.parameters(), *root.buffers()]
+        places = [tensor.device for tensor in tensors]
+        if any(tensor.is_meta for tensor in tensors):
+            raise ValueError(
+                "the network is on the meta device, where weights have shapes and no values: "
+                "model.to_empty(device='cpu') and model.load_state_dict(...) give it some."
+            )
+        frozen_for_good = any(tensor.is_inference() for tensor in tensors)
+        if frozen_for_good and forward_func is not None:
+            raise ValueError(
+                "the network was made in torch.inference_mode, so no gradient passes its weights; "
+                "run copy.deepcopy(model), made outside of it, in forward_func."
+            )
         here = places[0] if places else torch.device("cpu")
         self.device = here if device is None else as_device(device)
         # "cuda" is wherever on CUDA the network is.
@@ -228,6 +263,9 @@ class Runner:
             )
         elif places:
             root = copied_to(root, self.device)
+        if same and frozen_for_good:
+            with torch.inference_mode(False):
+                root = copied_to(root, self.device)
         self.model = root if forward_func is None else model
         self._copies = Copies()
         self._run = root if forward_func is None else forward_func
@@ -277,15 +315,12 @@ class Runner:
         outputs = None
         kept = Kept(self.model, self._copies)
         try:
-            with network_errors(inputs):
+            with network_errors(inputs), eager(self.model):
                 outputs = self.call(*inputs, *self._extra)
         finally:
             kept.restore(graph=isinstance(outputs, Tensor) and outputs.requires_grad)
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-            raise TypeError(
-                f"the network returned {type(outputs).__name__}, not a tensor of outputs; give a "
-                "forward_func that picks it, such as lambda x: model(x).logits."
-            )
+            raise TypeError(f"the network returned {_what(outputs)}")
         if outputs.ndim == 1 and len(outputs) == len(inputs[0]):
             outputs = outputs[:, None]
         if outputs.ndim != 2 or len(outputs) != len(inputs[0]):

@@ -91,8 +91,8 @@ class CDRPScorer(ChannelScorer):
         leaf = gates.detach().requires_grad_()
         with gated(batch.model, split_sites(leaf, self.sites), sites=self.sites):
             outputs = batch.outputs()
-        check_differentiable(outputs)
-        # A sum over images: each image's gates have its own loss's gradient.
-        loss = -(target * outputs.log_softmax(1)).sum()
-        (gradient,) = torch.autograd.grad(loss, leaf)
+            check_differentiable(outputs)
+            # A sum over images: each image's gates have its own loss's gradient.
+            loss = -(target * outputs.log_softmax(1)).sum()
+            (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient + self.penalty

@@ -471,13 +471,14 @@ class ChannelScorer(ABC):
 
         with installed(batch.model, self.sites, function):
             value = objective(batch.outputs())
-        check_differentiable(value)
-        gradients = torch.autograd.grad(
-            value,
-            [shifts[site.name] for site in self.sites],
-            allow_unused=True,
-            materialize_grads=True,
-        )
+            check_differentiable(value)
+            # Inside, because the backward pass runs checkpointed blocks again.
+            gradients = torch.autograd.grad(
+                value,
+                [shifts[site.name] for site in self.sites],
+                allow_unused=True,
+                materialize_grads=True,
+            )
         # Site by site: in float64, all of them together would be the largest thing in memory.
         return {
             site.name: reduce(site, positions(activations.pop(site.name), site), positions(g, site))

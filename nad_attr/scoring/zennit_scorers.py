@@ -126,6 +126,7 @@ class LRPScorer(ChannelScorer):
             shifts[site.name] = tensor.new_zeros(()).expand(tensor.shape).requires_grad_()
             return tensor + shifts[site.name]
 
+        check_weights(batch.model)
         # The sites' hooks come first, so that they stand outside the rules' at a module's input.
         with (
             untouched(batch.model),
@@ -169,6 +170,31 @@ def _composite(composite: Any, canonizers: Sequence[Any] | None) -> Any:
             raise TypeError("a composite brings its own canonizers; leave out canonizers=.")
         return composite
     return composite_named(composite, canonizers, "make it with them and give the composite itself")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weight and spectral normalisation: relevance rules read and change plain weights.
+
+    Behind a parametrization they change nothing, and relevance comes out several times too large.
+
+    Raises:
+        GatingError: Names the layer and how to fold it.
+    """
+    for name, module in model.named_modules():
+        how = ""
+        if nn.utils.parametrize.is_parametrized(module):
+            first = next(iter(module.parametrizations))
+            how = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {first!r})"
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
+                kind = "weight" if type(hook).__name__ == "WeightNorm" else "spectral"
+                how = f"torch.nn.utils.remove_{kind}_norm(layer)"
+        if how:
+            raise GatingError(
+                f"layer {name!r} computes its weights anew in each pass (weight or spectral "
+                "normalisation), which rules of relevance take for plain ones, so that relevance "
+                f"would be wrong; fold them in a copy of the network: {how} for each such layer."
+            )
 
 
 def composite_named(

@@ -6,14 +6,6 @@ They are found by the flow of data through one forward pass, or named by the use
 from __future__ import annotations
 
 from nad_attr.sites.finding import find_gate_sites, paper_sites
-from nad_attr.sites.site import GateSite, SiteError, is_compiled, resolve_name, unwrap
+from nad_attr.sites.site import GateSite, SiteError, resolve_name, unwrap
 
-__all__ = [
-    "GateSite",
-    "SiteError",
-    "find_gate_sites",
-    "is_compiled",
-    "paper_sites",
-    "resolve_name",
-    "unwrap",
-]
+__all__ = ["GateSite", "SiteError", "find_gate_sites", "paper_sites", "resolve_name", "unwrap"]

@@ -13,6 +13,7 @@ after it does not.
 from __future__ import annotations
 
 import itertools
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr.sites.calling import Fields, call_with
-from nad_attr.sites.site import GateSite, SiteError, is_compiled, resolve_name, unwrap
+from nad_attr.sites.coverage import NetworkCheckWarning, poor_coverage
+from nad_attr.sites.site import GateSite, SiteError, resolve_name, unwrap
 from nad_attr.sites.tracing import Call, Trace, trace
 
 __all__ = ["find_gate_sites", "paper_sites"]
@@ -33,6 +35,42 @@ _MOST_ENCLOSED = 2
 
 
 Layers: TypeAlias = "str | nn.Module | GateSite | Sequence[str | nn.Module | GateSite]"
+
+
+def check_kind(model: nn.Module) -> None:
+    """Refuse networks that hooks would break or do nothing on, before anything is run.
+
+    Raises:
+        SiteError: Says what kind it is, and what to do.
+    """
+    unwrap(model)  # says so if it is no module
+    for name, module in model.named_modules():
+        called = f"module {name!r}" if name else "the network"
+        kinds = type(module).__mro__
+        if any(c.__name__ in _SHARDED and c.__module__.startswith(_FSDP) for c in kinds):
+            raise SiteError(
+                f"{called} is sharded by FSDP, so no hook sees whole tensors; {_GATHER}"
+            )
+        if any(c.__module__.startswith("torch.export") for c in kinds):
+            raise SiteError(
+                f"{called} is a program made by torch.export, in which the layers are no modules "
+                "any more, so nothing can be hooked (nor eval() be called); give the network that "
+                "it was exported from"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if any(c.__name__ == "DTensor" for c in type(tensor).__mro__):
+            raise SiteError(f"{name!r} is a DTensor, of which this process has a part; {_GATHER}")
+
+
+#: Classes of ``torch.distributed.fsdp`` that sharded modules have, of both versions.
+_SHARDED, _FSDP = ("FullyShardedDataParallel", "FSDPModule"), "torch.distributed"
+
+
+_GATHER = (
+    "gather a plain copy: state = torch.distributed.checkpoint.state_dict.get_model_state_dict("
+    "model, options=StateDictOptions(full_state_dict=True)) on all ranks, then load_state_dict("
+    "state) into a network that is built anew and not sharded, and give that one in eval mode"
+)
 
 
 def find_gate_sites(
@@ -102,6 +140,13 @@ def find_gate_sites(
         traced = trace(model, inputs, _as_tuple(additional_forward_args), forward_func)
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        sizes = _batch_sizes(model, inputs, _as_tuple(additional_forward_args), forward_func)
+        if sizes:
+            raise SiteError(
+                f"the model runs on batches of {' or '.join(map(str, sizes))} images and not of "
+                f"{len(inputs[0])}: a batch size is fixed in its forward pass ({error}). Batches "
+                "of any size have to pass: write x.shape[0] or -1 in place of the number"
+            ) from error
         remedy = (
             "If the model looks at values, give real tensors instead of meta tensors."
             if any(tensor.is_meta for tensor in inputs)
@@ -120,7 +165,12 @@ def find_gate_sites(
         )
     flow = _Flow(model, traced)
     if asked is None:
-        return _found_sites(flow, channel_dim, vectors)
+        sites = _found_sites(flow, channel_dim, vectors)
+        if vectors:
+            message = _coverage(model, flow, traced, sites)
+            if message is not None:
+                warnings.warn(message, NetworkCheckWarning, stacklevel=2)
+        return sites
     return _user_sites(flow, asked, channel_dim)
 
 
@@ -189,6 +239,7 @@ def _checked_model(model: nn.Module) -> nn.Module:
             "the module that it calls"
         )
     model = unwrap(model)
+    check_kind(model)
     for name, module in model.named_modules():
         called = f"module {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):
@@ -196,16 +247,37 @@ def _checked_model(model: nn.Module) -> nn.Module:
                 f"{called} is compiled by torch.jit, which hides its data flow and ignores hooks; "
                 "give the model it was made from"
             )
-        if is_compiled(module):
-            raise SiteError(
-                f"{called} is compiled by torch.compile, which ignores hooks added afterwards; "
-                "give the model from before compiling"
-            )
         if module.training:
             raise SiteError(f"{called} is in train mode; call model.eval() first")
     if any(torch.nn.parameter.is_lazy(p) for p in (*model.parameters(), *model.buffers())):
         raise SiteError("the model has uninitialized lazy modules; run one forward pass first")
     return model
+
+
+def _batch_sizes(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    arguments: tuple[object, ...],
+    forward_func: Callable[..., object] | None,
+) -> list[int]:
+    """Batch sizes that a model can be run on, of those that people write into a forward pass."""
+    found = []
+    if any(not tensor.ndim or not len(tensor) for tensor in inputs):
+        return []
+    for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        shapes = [(n, *tensor.shape[1:]) for tensor in inputs]
+        shaped = [
+            torch.empty(s, dtype=t.dtype, device="meta")
+            for s, t in zip(shapes, inputs, strict=True)
+        ]
+        try:
+            trace(
+                model, shaped, arguments, forward_func
+            )  # on shapes alone, which costs next to nothing
+        except Exception:
+            continue
+        found.append(n)
+    return found if len(found) < 5 else []
 
 
 def _checked_inputs(example_inputs: object) -> tuple[Tensor, ...]:
@@ -281,7 +353,9 @@ class _Flow:
     def __init__(self, model: nn.Module, traced: Trace) -> None:
         self.nodes = traced.nodes
         self.batch_size = traced.batch_size
-        self.has_children = {name for name, m in model.named_modules() if any(m.children())}
+        self.has_children = {
+            name for name, m in model.named_modules() if any(True for _ in m.children())
+        }
         self.plain = {name for name, m in model.named_modules() if type(m) is nn.Sequential}
         self.sequential = {n for n, m in model.named_modules() if isinstance(m, nn.Sequential)}
         self.calls: dict[str, list[Call]] = {}
@@ -572,6 +646,62 @@ def _best_name(flow: _Flow, calls: Sequence[Call], others: set[int]) -> Call:
     return (proper or blocks or innermost)[0]
 
 
+#: From which share of all, and how many, layers without a site are worth a word.
+_POOR_SHARE, _POOR = 0.25, 4
+
+
+def _coverage(
+    model: nn.Module, flow: _Flow, traced: Trace, sites: Sequence[GateSite]
+) -> str | None:
+    """What to say if the sites leave much of the network out."""
+    everything = flow.mixing(flow.path)
+    at = [(site.name, flow.calls[site.name][0].output or 0) for site in sites]
+    spans = [
+        flow.mixing(flow.inside(call))
+        for name, calls in flow.calls.items()
+        if name
+        for call in calls
+    ]
+    gaps = []
+    for (before, start), (after, stop) in itertools.pairwise(
+        [("", -1), *at, ("", len(flow.nodes))]
+    ):
+        layers = flow.mixing(flow.between(start, stop))
+        if len(layers) < max(_POOR, _POOR_SHARE * len(everything)):
+            continue
+        # One module that makes all of it is a block, which is what a site stands behind.
+        if any(
+            layers <= span and len(span) <= 1.5 * len(layers) < len(everything) for span in spans
+        ):
+            continue
+        inside = [
+            call.name
+            for call in flow.gateable()
+            if call.output is not None and start < call.output < stop
+            if _channel_axis(call.shape or (), flow.nodes[call.output].axes) is not None
+            if flow.mixing(flow.after(call.output))
+            if flow.mixing(flow.inside(call)) or flow.nodes[call.output].op.endswith("norm")
+        ]
+        repeated = {
+            name: len(calls)
+            for name, calls in flow.calls.items()
+            if name and len(calls) > 1
+            if 2 * sum(len(layers & flow.mixing(flow.inside(call))) for call in calls) > len(layers)
+        }
+        gaps.append((before, after, len(layers), inside, repeated))
+    missed: list[str] = []
+    if traced.on_values:
+        reached = {name[:i] for name in flow.calls for i in range(len(name) + 1)}
+        missed = [
+            name
+            for name, module in model.named_modules()
+            if name not in reached and name.rpartition(".")[0] in reached
+            if any(True for _ in module.parameters())
+            if not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+        ]
+    return poor_coverage(gaps, len(everything), missed)
+
+
 # Sites that are named
 
 
@@ -631,7 +761,7 @@ def _gated_node(flow: _Flow, call: Call, at_input: bool) -> int:
     verb = "is given" if at_input else "returns"
     if shape is None:
         kind = call.argument_kind if at_input else call.kind
-        needed = "input (by position, and no other)" if at_input else "output"
+        needed = "input (by position, and no other)" if at_input else "output, of real numbers"
         raise SiteError(
             f"layer {name!r} {verb} {kind}; a gate needs one tensor as {needed}; {remedy}"
         )

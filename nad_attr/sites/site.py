@@ -92,19 +92,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile`` made or changed a module: it ignores hooks that are added later.
-
-    By ``torch.compile(module)`` or, in place, by ``module.compile()``.
-
-    Example:
-        >>> is_compiled(nn.Linear(2, 2))
-        False
-    """
-    in_place = getattr(module, "_compiled_call_impl", None) is not None
-    return in_place or hasattr(module, "_orig_mod")
-
-
 def resolve_name(
     written: str, modules: Mapping[str, nn.Module], canonical: Mapping[int, str]
 ) -> str:

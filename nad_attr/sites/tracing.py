@@ -8,11 +8,14 @@ and made, and every call of a module with the tensors it was given and gave back
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nad_attr.sites.preserving import unchanged
 from nad_attr.system.rng import isolated_rng
+from nad_attr.system.threads import owned
 
 Axes = frozenset[int]
 
@@ -118,6 +122,8 @@ class Trace:
         sources: Nodes of the inputs.
         sinks: Nodes of the output.
         batch_size: Length of the first axis of the first input.
+        on_values: Whether the real tensors had to be run, because the network looks at values:
+            another image may take another path.
     """
 
     nodes: list[Node]
@@ -125,6 +131,7 @@ class Trace:
     sources: tuple[int, ...]
     sinks: tuple[int, ...]
     batch_size: int
+    on_values: bool = False
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -208,7 +215,7 @@ def trace(
     except Exception:
         if not on_meta and any(tensor.is_meta for tensor in tensors_in(arguments)):
             raise
-        return second()
+        return dataclasses.replace(second(), on_values=not on_meta)
 
 
 def _map(value: object, function: Callable[[Tensor], Tensor]) -> Any:
@@ -241,6 +248,7 @@ def _run(
         stack.enter_context(unchanged(model))
         stack.enter_context(isolated_rng())
         stack.enter_context(no_attention_fast_path())
+        stack.enter_context(eager(model))
         # Inference mode would hand over composite operators undissolved.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -553,7 +561,6 @@ def _product(sizes: Iterable[int]) -> int:
 @contextmanager
 def _calls_recorded(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Writes down the calls of a model's modules."""
-    handles = []
     # Calls nest, so those that are open form a stack.
     stack: list[Call] = []
 
@@ -586,20 +593,22 @@ def _calls_recorded(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             recorder.n_returned += 1
             call.kind = _words(output)
             if isinstance(output, Tensor):
+                if output.is_complex():
+                    call.kind = "complex numbers"
+                    return
                 call.output = recorder.node_of.get(id(output))
                 call.shape = tuple(output.shape)
                 call.floating = output.is_floating_point()
 
         return hook
 
-    try:
+    with owned() as owner, ExitStack() as undone:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(leaving(name)))
+            before, after = owner.only(entering(name)), owner.only(leaving(name))
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+            undone.callback(handle.remove)
+            undone.callback(module.register_forward_hook(after).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _words(value: object) -> str:
@@ -609,6 +618,63 @@ def _words(value: object) -> str:
     n = len(list(tensors_in(value)))
     kind = type(value).__name__
     return f"a {kind} with {n} tensor{'' if n == 1 else 's'}"
+
+
+def random_states() -> tuple[str, ...]:
+    """The global random states, to see whether anything has drawn from them."""
+    torch_states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        torch_states += torch.cuda.get_rng_state_all()
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002
+    kept = [np.asarray(numpy_state[1]).tobytes(), *(s.numpy().tobytes() for s in torch_states)]
+    return str(random.getstate()), *(f"{hash(b)}" for b in kept), str(numpy_state[2])
+
+
+def graph_nodes(root: Any) -> Iterator[Any]:
+    """The nodes of an autograd graph, from its end."""
+    seen: set[Any] = set()
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [child for child, _ in node.next_functions]
+            yield node
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` made or changed a module: it ignores hooks that are added later.
+
+    By ``torch.compile(module)``, in place by ``module.compile()``, or in its ``forward``.
+
+    Example:
+        >>> is_compiled(nn.Linear(2, 2))
+        False
+    """
+    in_place = getattr(module, "_compiled_call_impl", None) is not None
+    own = hasattr(getattr(module, "forward", None), "_torchdynamo_orig_callable")
+    return in_place or own or hasattr(module, "_orig_mod")
+
+
+def eager(model: nn.Module) -> AbstractContextManager[object]:
+    """Let what ``torch.compile`` made run eagerly: compiled code ignores hooks added afterwards.
+
+    Nor does it compile again for each set of hooks, until it meets its limit of doing so.
+
+    Raises:
+        RuntimeError: If this torch is too old to be asked for that, and the network is compiled.
+    """
+    # What a forward pass calls may be compiled without a sign of it on any module.
+    if "torch._dynamo.eval_frame" not in sys.modules:
+        return nullcontext()
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None and any(map(is_compiled, model.modules())):  # torch < 2.6
+        raise RuntimeError(
+            "a network made by torch.compile ignores hooks; pass the original module "
+            "(compiled._orig_mod), or use torch >= 2.6."
+        )
+    stance: AbstractContextManager[object] = (set_stance or nullcontext)("force_eager")
+    return stance
 
 
 @contextmanager

@@ -267,6 +267,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
     notes: list[str] = []
     state = _unpacked(state, path, notes)
     own = model.state_dict()
+    state = _network_inside(state, own, path, notes)
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state) and not any(
             key.startswith(prefix) for key in own
@@ -298,6 +299,35 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
         )
     model.load_state_dict(state, strict=False)  # compared above
     return tuple(notes)
+
+
+def _network_inside(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], path: Path, notes: list[str]
+) -> dict[str, Tensor]:
+    """The weights of the network alone, of those of something that holds it among others.
+
+    As a Lightning module does, whose ``self.net`` is the network and whose loss has weights too.
+    """
+    needed = [key for key in own if not key.endswith("num_batches_tracked")]
+    if not needed or all(key in state for key in needed):
+        return state
+    ends = [key for key in state if key.endswith(f".{needed[0]}")]
+    prefixes = [key[: -len(needed[0])] for key in ends]
+    fitting = [prefix for prefix in prefixes if all(prefix + key in state for key in needed)]
+    if not fitting:
+        return state
+    if len(fitting) > 1:
+        raise SpecError(
+            f"{path} holds {len(fitting)} such networks, under {', '.join(map(repr, fitting))}; "
+            "save the one you mean: torch.save(module.NAME.state_dict(), path)."
+        )
+    (prefix,) = fitting
+    rest = [key for key in state if not key.startswith(prefix)]
+    notes.append(f"names in {path.name} were taken without their prefix {prefix!r}.")
+    if rest:
+        listed = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
+        notes.append(f"{listed} in {path.name} are beside the network and were left out.")
+    return {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
 
 
 def _other_kind(given: Tensor, own: Tensor) -> str:

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ __all__ = ["SpecError", "import_object"]
 class SpecError(ValueError):
     """A name does not lead to a model, data or transform; the message says why."""
 
-    def __init__(self, message: object) -> None:
-        super().__init__(shown(message))  # it quotes what stands in files
+    def __init__(self, message: object, *, lines: bool = False) -> None:
+        # It quotes what stands in files; lines: what the user's own code said, line by line.
+        super().__init__(shown(message, lines=lines))
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -38,6 +40,30 @@ def need(package: str, what: str, install: str | None = None) -> None:
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def place_in_own_code(error: BaseException) -> str:
+    """File and line of an error in somebody's own code, " (file, line 3)"; "" if it is not there.
+
+    The innermost line outside of installed packages: where the user can look.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    installed = (str(Path(__file__).parents[1]), "site-packages", "<frozen")
+    prefixes = (sys.prefix, sys.base_prefix)
+    own = [
+        f
+        for f in frames
+        if not any(part in f.filename for part in installed) and not f.filename.startswith(prefixes)
+    ]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+
+
+def told(error: BaseException) -> str:
+    """The whole message of an error in somebody's own code, with file and line."""
+    kind, text = type(error).__name__, str(error).strip()
+    if isinstance(error, SyntaxError):
+        return f"{kind}: {text}"  # says file and line itself
+    return (f"{kind}: {text}" if text else kind) + place_in_own_code(error)
 
 
 def import_object(name: str) -> Any:
@@ -69,9 +95,13 @@ def import_object(name: str) -> Any:
                 f"there is no module {error.name!r}, neither in the current folder nor installed"
                 + near(error.name, files)
             ) from None
-        raise SpecError(f"module {module_name} cannot be imported: {first_line(error)}") from error
+        raise SpecError(
+            f"module {module_name} cannot be imported: {told(error)}", lines=True
+        ) from error
     except Exception as error:
-        raise SpecError(f"module {module_name} cannot be imported: {first_line(error)}") from error
+        raise SpecError(
+            f"module {module_name} cannot be imported: {told(error)}", lines=True
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             names = [n for n in dir(found) if not n.startswith("_")]
@@ -88,7 +118,9 @@ def call(name: str, arguments: Mapping[str, Any]) -> Any:
         with isolated_rng(0):
             return factory(**arguments)
     except Exception as error:
-        raise SpecError(f"{name}({_written(arguments)}) failed: {first_line(error)}") from error
+        raise SpecError(
+            f"{name}({_written(arguments)}) failed: {told(error)}", lines=True
+        ) from error
 
 
 def _written(arguments: Mapping[str, Any]) -> str:

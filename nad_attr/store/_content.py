@@ -33,7 +33,16 @@ from nad_attr.store._result_groups import (
     result_groups,
     write_result_group,
 )
-from nad_attr.store._rows import TOO_LARGE, Row, Rows, in_range, no_nan, stored_task, wrong_sites
+from nad_attr.store._rows import (
+    TOO_LARGE,
+    Row,
+    Rows,
+    finite,
+    in_range,
+    no_nan,
+    stored_task,
+    wrong_sites,
+)
 from nad_attr.store._write import (
     check_name,
     encoded,
@@ -81,11 +90,13 @@ def append_record(
     for name in chosen.task_names or ():
         utf8(name)
     arrays: dict[str, Any] = {}
-    logits = chosen.logits
+    logits, constants = chosen.logits, chosen.constants
     for i, site in enumerate(chosen.sites):
         arrays[f"gate/{i}"] = chosen[site.name].numpy()
         if logits is not None:
             arrays[f"logit/{i}"] = logits[site.name].numpy()
+        if constants is not None:
+            arrays[f"constant/{i}"] = constants[site.name].numpy()
         if chosen.means is not None:
             arrays[f"mean/{i}"] = chosen.means[site.name].numpy()
     for name, curve in (chosen.history or {}).items():
@@ -253,6 +264,11 @@ class Content:
             self._check_arrays(record, "logit/", n)
         if self.rows and has_logits != self.has_logits:
             raise GateStoreError(f"{self.path}: some of its tasks have logits and some do not.")
+        has_constants = "constant/0" in record.arrays
+        if has_constants:
+            self._check_arrays(record, "constant/", n)
+        if self.rows and has_constants != self.has_constants:
+            raise GateStoreError(f"{self.path}: some of its tasks have constants and some do not.")
         for name, curve in record.arrays.items():
             if name.startswith("history/"):
                 check_name(name.removeprefix("history/"), "a quantity of the history")
@@ -313,12 +329,20 @@ class Content:
     @property
     def has_logits(self) -> bool:
         """Whether tasks have logits."""
+        return self._have("logit")
+
+    @property
+    def has_constants(self) -> bool:
+        """Whether closed channels have constants of each task's own."""
+        return self._have("constant")
+
+    def _have(self, key: str) -> bool:
         if not self.rows:
             return False
         if self.rows[0].record >= 0:
-            return "logit/0" in self.records[self.rows[0].record].arrays
+            return f"{key}/0" in self.records[self.rows[0].record].arrays
         assert self._layout is not None
-        return self._layout.has_logits
+        return self._layout.has_logits if key == "logit" else self._layout.has_constants
 
     def _quantities(self) -> dict[str, int]:
         """``{quantity of the history: steps}``."""
@@ -341,7 +365,9 @@ class Content:
         if there:
             assert self._layout is not None
             filed = [rows[i].row for i in there]
-            parts = self._layout.logits(filed) if key == "logit" else self._layout.gates(filed)
+            layout = self._layout
+            read = {"gate": layout.gates, "logit": layout.logits, "constant": layout.constants}
+            parts = read[key](filed)
             if len(there) == len(rows):
                 return parts
         for order, site in enumerate(self.head.sites):
@@ -379,6 +405,11 @@ class Content:
                 logits = self._numbers("logit", rows)
                 for site, _ in wrong_sites(no_nan, logits, head.sites):
                     raise GateStoreError(f"{self.path}: logits of {site.name!r} hold NaN.")
+            constants: list[Floats] | None = None
+            if self.has_constants:
+                constants = self._numbers("constant", rows)
+                for site, _ in wrong_sites(finite, constants, head.sites):
+                    raise GateStoreError(f"{self.path}: constants of {site.name!r} are not finite.")
             names = tuple(row.name for row in rows if row.name is not None)
             return TaskGates._of_checked(
                 self._tensors(gates),
@@ -386,6 +417,7 @@ class Content:
                 tasks,
                 logits=None if logits is None else self._tensors(logits),
                 means=head.means,
+                constants=None if constants is None else self._tensors(constants),
                 recipe=head.recipe,
                 history=self._history(rows),
                 task_names=names or None,
@@ -519,6 +551,10 @@ class Content:
                 shape = (n, sum(site.n_channels for site in head.sites))
                 put_rows(file, "logit", shape, self._encoded_logits())
                 put_columns(file["logit"], head.sites)
+            if self.has_constants:
+                shape = (n, sum(site.n_channels for site in head.sites))
+                put_rows(file, "constant", shape, self._encoded_constants())
+                put_columns(file["constant"], head.sites)
             self._write_history(file)
             self._write_scores(file)
             for name in self._results:
@@ -545,8 +581,16 @@ class Content:
     def _encoded_logits(self) -> Iterator[bytes | None]:
         if self._layout is not None and self._n_file:
             yield from self._layout.raw_logits()
-        keys = [f"logit/{order}" for order in range(len(self.head.sites))]
-        yield from self._new_rows(
+        yield from self._new_of_all_sites("logit")
+
+    def _encoded_constants(self) -> Iterator[bytes | None]:
+        if self._layout is not None and self._n_file:
+            yield from self._layout.raw_constants()
+        yield from self._new_of_all_sites("constant")
+
+    def _new_of_all_sites(self, key: str) -> Iterator[bytes | None]:
+        keys = [f"{key}/{order}" for order in range(len(self.head.sites))]
+        return self._new_rows(
             lambda record, i: np.concatenate([record.arrays[key][i] for key in keys])
         )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nad_attr.data.labels import Task
 from nad_attr.store._compare import differences, different_means, some
@@ -93,17 +95,22 @@ def diff(a: str | PathLike[str], b: str | PathLike[str]) -> StoreDiff:
         both = [task for task in first.tasks if task in second]
         changed: dict[Task, tuple[int, float]] = {}
         equal = 0
+        moved: list[Task] = []
         same_sites = first.sites == second.sites
         for start in range(0, len(both) if same_sites else 0, 64):
             part = both[start : start + 64]
             ours, theirs = first.read(part), second.read(part)
             for i, task in enumerate(part):
+                if not _same_constants(ours.constants, theirs.constants, i):
+                    moved.append(task)
                 pairs = [(ours[name][i], theirs[name][i]) for name in ours]
                 if all(torch.equal(x, y) for x, y in pairs):
                     equal += 1
                 else:
                     n = sum(int(((x > 0.5) != (y > 0.5)).sum()) for x, y in pairs)
                     changed[task] = (n, max(float((x - y).abs().max()) for x, y in pairs))
+        if moved:
+            settings.append(f"constants of {len(moved)} tasks: {some(moved)}")
         others = []
         for kind in ("score_methods", "results"):
             ours_there, theirs_there = set(getattr(first, kind)), set(getattr(second, kind))
@@ -119,3 +126,11 @@ def diff(a: str | PathLike[str], b: str | PathLike[str]) -> StoreDiff:
             equal,
             tuple(others),
         )
+
+
+def _same_constants(
+    ours: Mapping[str, Tensor] | None, theirs: Mapping[str, Tensor] | None, row: int
+) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    return all(torch.equal(value[row], theirs[name][row]) for name, value in ours.items())

@@ -280,6 +280,8 @@ class GateStore(StoreView):
                 wrong.append("task names (either all tasks have one or none)")
             if (gates.logits is None) == self._content.has_logits:
                 wrong.append("logits (either all tasks have them or none)")
+            if (gates.constants is None) == self._content.has_constants:
+                wrong.append("constants (either all tasks have them or none)")
         if gates.sites == head.sites and not (len(self) == 0 and head.means is None):
             wrong += different_means(head.means, gates.means)
         if wrong:

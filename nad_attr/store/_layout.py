@@ -46,6 +46,7 @@ class Layout:
 
     Attributes:
         has_logits: Whether there are logits.
+        has_constants: Whether closed channels have constants of each task's own.
     """
 
     def __init__(self, reader: Reader, sites: Sequence[GateSite], n_tasks: int) -> None:
@@ -53,13 +54,14 @@ class Layout:
         self._widths = [site.n_channels for site in sites]
         self._root = reader.group(reader.file, "site")
         self.has_logits = reader.has(reader.file, "logit")
+        self.has_constants = reader.has(reader.file, "constant")
 
     def _gate(self, order: int) -> Table:
         shape = (self._n_tasks, self._widths[order])
         return self.reader.table(self._root, f"{order}/gate", shape)
 
-    def _logit(self) -> Table:
-        return self.reader.table(self.reader.file, "logit", (self._n_tasks, sum(self._widths)))
+    def _all_sites(self, key: str) -> Table:
+        return self.reader.table(self.reader.file, key, (self._n_tasks, sum(self._widths)))
 
     def gates(self, rows: Sequence[int]) -> list[Floats]:
         """Gates of some tasks at each site, float32 (rows, C)."""
@@ -67,7 +69,15 @@ class Layout:
 
     def logits(self, rows: Sequence[int]) -> list[Floats]:
         """Logits of some tasks at each site, float32 (rows, C)."""
-        return self._logit().split(rows, self._widths)
+        return self._all_sites("logit").split(rows, self._widths)
+
+    def constants(self, rows: Sequence[int]) -> list[Floats]:
+        """Constants of some tasks at each site, float32 (rows, C)."""
+        return self._all_sites("constant").split(rows, self._widths)
+
+    def raw_constants(self) -> Iterator[bytes | None]:
+        """Constants of all tasks at all sites, as :func:`encoded` leaves them."""
+        return raw_rows(self._all_sites("constant"))
 
     def raw_gates(self, order: int) -> Iterator[bytes | None]:
         """Gates of all tasks at one site, as :func:`encoded` leaves them."""
@@ -75,7 +85,7 @@ class Layout:
 
     def raw_logits(self) -> Iterator[bytes | None]:
         """Logits of all tasks at all sites, as :func:`encoded` leaves them."""
-        return raw_rows(self._logit())
+        return raw_rows(self._all_sites("logit"))
 
 
 def raw_rows(table: Table, *, sparse: bool = False) -> Iterator[bytes | None]:

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 #: What of a store is no result.
-RESERVED = ("task", "site", "history", "score", "logit", "mean")
+RESERVED = ("task", "site", "history", "score", "logit", "mean", "constant")
 _DEEPEST = 16
 #: What others may put beside it: HDF5 copies groups by recursion, and looking at each takes time.
 _DEEPEST_OF_OTHERS, _MOST_GROUPS = 64, 20_000

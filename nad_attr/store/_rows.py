@@ -11,7 +11,7 @@ import numpy.typing as npt
 from nad_attr.data.labels import Task, as_task
 from nad_attr.sites.site import GateSite
 
-__all__ = ["TOO_LARGE", "Row", "Rows", "in_range", "no_nan", "stored_task", "wrong_sites"]
+__all__ = ["TOO_LARGE", "Row", "Rows", "finite", "in_range", "no_nan", "stored_task", "wrong_sites"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -91,6 +91,11 @@ class Rows(Sequence[Row]):
 def in_range(values: Floats) -> bool:
     """Whether all are in [0, 1]; NaN is not."""
     return bool(np.minimum.reduce(values, None) >= 0 and np.maximum.reduce(values, None) <= 1)
+
+
+def finite(values: Floats) -> bool:
+    """Whether none is NaN or infinite."""
+    return bool(np.isfinite(values).all())
 
 
 def no_nan(values: Floats) -> bool:

@@ -229,6 +229,11 @@ class StoreView:
                 "what it was begun with, or write to another file."
             )
 
+    def _closed_at(self) -> str:
+        if self._content.has_constants:
+            return "at their best constants"
+        return "zero" if self._content.head.means is None else "at their mean"
+
     def describe(self) -> str:
         """What is in the store, for people."""
         head = self._content.head
@@ -239,7 +244,7 @@ class StoreView:
             + some([site.name for site in head.sites]),
             f"  tasks       {some(self.task_names or self.tasks)}",
             f"  recipe      {head.recipe}",
-            "  closed      " + ("zero" if head.means is None else "at their mean"),
+            "  closed      " + self._closed_at(),
             f"  logits      {'kept' if self._content.has_logits else 'none'}",
         ]
         for key in ("model", "model_hash", "data", "data_fingerprint", "seed", "device"):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from nad_attr.system.threads import owned
+
 __all__ = ["fold", "found_pairs"]
 
 #: Not their subclasses, which may do something else.
@@ -71,15 +73,15 @@ def found_pairs(model: nn.Module) -> Iterator[list[tuple[str, str]]]:
             del outputs[convolution]  # nothing is held longer than it has to be
 
     names = {module: name for name, module in model.named_modules()}
-    with ExitStack() as stack:
+    with owned() as owner, ExitStack() as stack:
         for module in names:
             if type(module) in _CONVOLUTIONS:
                 # Before all others: what they put in the output's place is another tensor.
-                handle = module.register_forward_hook(made, prepend=True)
+                handle = module.register_forward_hook(owner.only(made), prepend=True)
                 stack.callback(handle.remove)
             elif type(module) in _CONVOLUTIONS.values():
                 # Afterwards, so that the input is what hooks before the layer have made of it.
-                stack.callback(module.register_forward_hook(used).remove)
+                stack.callback(module.register_forward_hook(owner.only(used)).remove)
         yield pairs
     pairs += [
         (names[convolution], names[norm])

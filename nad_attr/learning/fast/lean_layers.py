@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nad_attr.system.threads import owned
+
 __all__ = ["lean"]
 
 
@@ -46,11 +48,11 @@ def lean(
         x = waiting.pop(module, None)
         return None if x is None else attach(module, x, output)
 
-    with ExitStack() as stack:
+    with owned() as owner, ExitStack() as stack:
         for module in model.modules():
             if fits(module):
-                stack.callback(module.register_forward_pre_hook(before).remove)
+                stack.callback(module.register_forward_pre_hook(owner.only(before)).remove)
                 # First of all, so that a gate on the layer's output stands behind it.
-                handle = module.register_forward_hook(after, prepend=True)
+                handle = module.register_forward_hook(owner.only(after), prepend=True)
                 stack.callback(handle.remove)
         yield

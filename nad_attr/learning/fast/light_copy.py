@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nad_attr.learning.fast.folding import fold, found_pairs
 from nad_attr.learning.fast.pooling import MaxPool2d
-from nad_attr.sites.site import is_compiled
+from nad_attr.sites.tracing import is_compiled
 
 __all__ = ["light_copy"]
 

@@ -1,0 +1,570 @@
+"""Whether what is learned about a network can be true of it: checked on the network itself, first.
+
+Three things that learning takes for granted, and that a network may break without any error:
+
+- an image's outputs are a function of the image alone (:func:`check_outputs`): not of chance, nor
+  of the other images of the batch;
+- the gradient of each gate says what closing channels does (:func:`check_gradients`);
+- the gate sites that were found cover the network (:func:`poor_coverage`).
+
+The first two run the network a few times, on two images. Nothing of the network is changed, and
+no global random state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nad_attr._checks import GatingError
+from nad_attr.sites.coverage import NetworkCheckWarning
+from nad_attr.sites.preserving import unchanged
+from nad_attr.sites.tracing import graph_nodes, random_states, tensors_in
+from nad_attr.system.rng import isolated_rng
+from nad_attr.system.threads import owned
+
+__all__ = [
+    "Checks",
+    "NetworkCheckError",
+    "NetworkCheckWarning",
+    "check_gradients",
+    "check_option",
+    "check_outputs",
+]
+
+
+#: What becomes of a doubt: an error, a warning, or no check at all.
+Checks: TypeAlias = Literal["refuse", "warn", "off"]
+
+
+_Inputs: TypeAlias = "tuple[Tensor, ...]"
+
+
+#: Random combinations of the outputs that gradients are compared for.
+_N_OUTPUTS = 4
+
+
+#: How far gates are moved, as a share of them; the first one everywhere, the rest after a doubt.
+_STEPS = (0.02, 0.005, 0.2, 0.7)
+
+
+#: Difference of predicted and real change, over the larger of the two: a doubt, and a fault.
+_DOUBT, _FAULT = 0.4, 0.5
+
+
+#: How far from open the gates stand, at most.
+_JITTER = 0.2
+
+
+#: Images, where there is still a doubt.
+_N_IMAGES = 16
+
+
+#: Effect of channels without a gradient, over that of as many with one, that is a fault.
+_SILENT = 0.25
+
+
+#: More directions, where there is a doubt.
+_N_DIRECTIONS = 4
+
+
+#: Operators whose gradient is zero wherever it exists.
+_FLAT = ("Round", "Sign", "Sgn", "Floor", "Ceil", "Trunc", "Heaviside", "Zeros")
+
+
+class NetworkCheckError(GatingError, ValueError):
+    """What would be learned about this network would not be true of it; the message says why."""
+
+
+class _Site(Protocol):
+    """What is asked of a :class:`~nad_attr.GateSite` here."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def n_channels(self) -> int: ...
+
+
+class _Network(Protocol):
+    """What is asked of a :class:`~nad_attr.learning.engine.Network` here; see there."""
+
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    means: dict[str, Tensor] | None
+    amp: torch.dtype | None
+    batch_size: int | None
+
+    @property
+    def sites(self) -> Sequence[_Site]: ...
+    @property
+    def half(self) -> bool: ...
+    def __call__(self, inputs: _Inputs) -> Tensor: ...
+    def clean(self, inputs: _Inputs) -> Tensor: ...
+    def gating(self, gates: Tensor) -> AbstractContextManager[None]: ...
+    def ready(self, inputs: _Inputs) -> _Inputs: ...
+    def gate_gradient(self, value: Tensor, gates: Tensor, *, retain: bool = False) -> Tensor: ...
+
+
+def check_option(checks: object) -> Checks:
+    """One of "refuse", "warn" and "off".
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if checks not in ("refuse", "warn", "off"):
+        raise ValueError(f"checks must be 'refuse', 'warn' or 'off', got {checks!r}.")
+    return checks
+
+
+def _doubt(message: str, checks: Checks) -> None:
+    if checks == "refuse":
+        raise NetworkCheckError(
+            f"{message} Pass checks='warn' (--checks warn) to go on nevertheless."
+        )
+    warnings.warn(message, NetworkCheckWarning, stacklevel=4)
+
+
+def _fake_quantised(module: nn.Module) -> bool:
+    """Whether it rounds as an int8 layer would, with the gradient of no rounding."""
+    return hasattr(module, "fake_quant_enabled") or "FakeQuant" in type(module).__name__
+
+
+@contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    with unchanged(model), isolated_rng():
+        yield
+
+
+# Outputs
+
+
+@torch.no_grad()
+def check_outputs(
+    run: Callable[[_Inputs], Tensor],
+    model: nn.Module,
+    inputs: _Inputs,
+    *,
+    outputs: Tensor | None = None,
+    checks: Checks = "refuse",
+    half: bool = False,
+) -> None:
+    """Refuse a network whose outputs for an image depend on chance, or on the rest of the batch.
+
+    Runs the images twice, and the first of them alone: for two images, five image passes.
+
+    Args:
+        run: Gives the outputs (B, K) for a batch.
+        model: The network that it runs.
+        inputs: A few images, two at best.
+        outputs: What a run of them gave, if one is done already.
+        checks: "refuse" raises, "warn" warns, "off" does nothing.
+        half: Whether the network computes in half precision, where another batch size rounds
+            otherwise.
+
+    Raises:
+        NetworkCheckError: Names the module that it comes from, where it can be told.
+
+    Example:
+        >>> class Noisy(nn.Module):
+        ...     def forward(self, x):
+        ...         return x + torch.rand_like(x)
+        >>> check_outputs(lambda inputs: Noisy()(*inputs), Noisy().eval(), (torch.zeros(2, 3),))
+        Traceback (most recent call last):
+        ...
+        nad_attr.learning.network_checks.NetworkCheckError: the network gives another output ...
+    """
+    if checks == "off":
+        return
+    # Eight bits are coarser still; an observer that is on moves their range a little in each pass.
+    half = half or any(map(_fake_quantised, model.modules()))
+    with _left_alone(model):
+        before: tuple[str, ...] = random_states()
+        first = run(inputs) if outputs is None else outputs
+        second = run(inputs)
+        again = 0
+        while _close(first, second, 1e-5) and random_states() != before and again < 8:
+            # Random numbers were drawn; those of one pass need not matter.
+            before, again = random_states(), again + 1
+            second = run(inputs)
+        if not _close(first, second, 1e-5):
+            where = _guilty(run, model, inputs, inputs)
+            _doubt(
+                f"the network gives another output each time it is run on the same image: {where} "
+                "draws random numbers in eval mode too (dropout or noise in forward, stochastic "
+                "depth), so gates learned twice from one seed would differ. Switch it off for "
+                "the explanation.",
+                checks,
+            )
+            return
+        if len(inputs[0]) < 2:
+            return
+        alone = tuple(item[:1] for item in inputs)
+        try:
+            single = run(alone)
+        except (TypeError, ValueError) as error:
+            message = f"the network runs on {len(inputs[0])} images and not on one alone: {error}"
+            warnings.warn(message, NetworkCheckWarning, stacklevel=3)
+            return
+        if not _close(single, first[:1], 5e-2 if half else 1e-3, scale=first):
+            where = _guilty(run, model, alone, inputs)
+            _doubt(
+                f"the network's output for an image depends on the other images of its batch: "
+                f"{where} mixes them (BatchNorm without running statistics, a mean over the "
+                "batch), so no output is a property of its image. Let it use fixed statistics.",
+                checks,
+            )
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float, scale: Tensor | None = None) -> bool:
+    if a.shape != b.shape:
+        return False
+    a, b = a.detach(), b.detach()
+    if not a.is_floating_point():
+        return bool(torch.equal(a, b))
+    size = (a if scale is None else scale.detach()).abs().max() if a.numel() else 0
+    # Written so that NaN is close to NaN alone.
+    return bool((((a - b).abs() <= tolerance * size) | (a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _guilty(
+    run: Callable[[_Inputs], Tensor], model: nn.Module, inputs: _Inputs, others: _Inputs
+) -> str:
+    """The innermost module that made different tensors of equal ones, in words."""
+    n = len(inputs[0])
+    tolerance = 1e-5 if n == len(others[0]) else 1e-3
+    calls: list[tuple[str, nn.Module, list[Tensor], list[Tensor]]] = []
+    entered: list[list[Tensor]] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        entered.append([t.detach().clone() for t in tensors_in((args, kwargs))])
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            made = [t.detach().clone() for t in tensors_in(output)]
+            calls.append((name, module, entered.pop(), made))
+
+        return hook
+
+    with owned() as owner, ExitStack() as stack:
+        for name, module in model.named_modules():
+            hooks = owner.only(before), owner.only(after(name))
+            handle = module.register_forward_pre_hook(hooks[0], with_kwargs=True)
+            stack.callback(handle.remove)
+            handle = module.register_forward_hook(hooks[1], with_kwargs=True)
+            stack.callback(handle.remove)
+        run(inputs)
+        one, calls = calls, []
+        run(others)
+    for (name, module, given, made), (other, _, given2, made2) in zip(one, calls, strict=False):
+        if name != other or len(given) != len(given2) or len(made) != len(made2):
+            break
+        same_inputs = all(map(_same_rows, given, given2, [tolerance] * len(given)))
+        if same_inputs and not all(map(_same_rows, made, made2, [tolerance] * len(made))):
+            statistics = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if statistics and module.running_mean is None:
+                return f"module {name!r} ({type(module).__name__}, without running statistics)"
+            kind = type(module).__name__
+            if "quantized.dynamic" in type(module).__module__:
+                return f"module {name!r} (int8 {kind}: its scale is taken over the batch)"
+            if _fake_quantised(module):
+                switch = "model.apply(torch.ao.quantization.disable_observer) switches it off"
+                return f"module {name!r} ({kind}, whose observer follows the batch: {switch})"
+            own = "the forward of " if any(True for _ in module.children()) else ""
+            return f"{own}module {name!r} ({kind})" if name else f"the network ({kind}) itself"
+    return "something in its forward pass (which module cannot be told)"
+
+
+def _same_rows(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether the first tensor is the beginning of the second; True where that says nothing."""
+    if a.ndim != b.ndim or a.shape[1:] != b.shape[1:] or not a.ndim or len(a) > len(b):
+        return True
+    return _close(a, b[: len(a)], tolerance, scale=b)
+
+
+# Gradients
+
+
+def check_gradients(
+    network: _Network,
+    inputs: _Inputs,
+    *,
+    more: Callable[[int], _Inputs] | None = None,
+    checks: Checks = "refuse",
+) -> None:
+    """Refuse a network at some of whose gate sites the gradient does not tell what closing does.
+
+    One backward pass on two images gives the gradient of every gate; at each site a few channels
+    are then moved a little, and the change is compared with what the gradient says: two image
+    passes for each site. Where there is a doubt, more of them, other steps and more images decide.
+
+    Args:
+        network: The network with its sites.
+        inputs: A few images, two at best, where the network is.
+        more: Gives as many others: on two, all that a site feeds may be dead.
+        checks: "refuse" raises, "warn" warns, "off" does nothing.
+
+    Raises:
+        NetworkCheckError: Names the sites and the likely cause.
+    """
+    if checks == "off":
+        return
+    means, amp = network.means, network.amp
+    network.means, network.amp = None, None
+    try:
+        with _left_alone(network.model), torch.enable_grad():
+            probe = _Probe(network, tuple(item[:2] for item in inputs))
+            faults = probe.faults(list(probe.columns))
+            if faults and more is not None:
+                probe = _Probe(network, more(_N_IMAGES))
+                faults = probe.faults(list(faults))
+            if faults:
+                cause = probe.cause()
+    finally:
+        network.means, network.amp = means, amp
+    if not faults:
+        return
+    n, named = len(network.sites), list(faults.items())
+    listed = "; ".join(f"{name!r} ({what})" for name, what in named[:6])
+    rest = f" and {len(named) - 6} more" if len(named) > 6 else ""
+    sound = [site.name for site in network.sites if site.name not in faults]
+    only = f" name sound sites only, sites={sound[:4]}{'...' if len(sound) > 4 else ''}," * bool(
+        sound
+    )
+    _doubt(
+        f"the gradient that gates are learned by is wrong at {len(named)} of {n} gate sites: "
+        f"{listed}{rest}. {cause} Let the gradient through (no torch.no_grad, detach, NumPy, "
+        f"rounding or int8 layers between a site and the outputs; float weights),{only} or use a "
+        "score that needs no gradient.",
+        checks,
+    )
+
+
+class _Probe:
+    """The gradient of each gate of a network, and what moving gates really does."""
+
+    def __init__(self, network: _Network, images: _Inputs) -> None:
+        self.network, self.images = network, images
+        self.n = len(images[0])
+        widths = [site.n_channels for site in network.sites]
+        ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+        self.columns = {
+            site.name: slice(end - width, end)
+            for site, width, end in zip(network.sites, widths, ends, strict=True)
+        }
+        self.generator = torch.Generator("cpu").manual_seed(0)
+        # Not quite open: exactly there a network may have a kink, where no gradient says it all.
+        jitter = torch.rand(self.n, ends[-1], generator=self.generator, device="cpu")
+        self.gates = (1 - _JITTER * jitter).to(network.device, network.dtype)
+        self.graph: Any = None
+        self.gradient = self._gradients()
+
+    def _gradients(self) -> Tensor:
+        """(images, outputs, all channels)."""
+        leaf = self.gates.clone().requires_grad_(True)
+        passing: list[tuple[str, bool, bool, bool]] = []
+        with ExitStack() as stack:
+            owner = stack.enter_context(owned())
+            for name, module in self.network.model.named_modules():
+                if not any(True for _ in module.children()):
+                    hook = owner.only(_passes(name, type(module).__name__, passing))
+                    stack.callback(module.register_forward_hook(hook).remove)
+            stack.enter_context(self.network.gating(leaf))
+            try:
+                outputs = self.network(self.network.ready(self.images))
+            except ValueError as error:
+                if "nference tensor" not in str(error):
+                    raise
+                # Made under torch.inference_mode inside forward: no graph can hold it.
+                self.passing, self.error = passing, str(error)
+                self._set_outputs(self.network.clean(self.images))
+                return leaf.new_zeros(self.n, self.weights.shape[1], leaf.shape[1])
+            self.passing = passing
+            self._set_outputs(outputs)
+            self.graph = outputs.grad_fn
+            values = (outputs @ self.weights).sum(0)
+            if not outputs.requires_grad:
+                return leaf.new_zeros(self.n, len(values), leaf.shape[1])
+            gradients = [self.network.gate_gradient(v, leaf, retain=True) for v in values]
+            return torch.stack(gradients, dim=1)
+
+    def _set_outputs(self, outputs: Tensor) -> None:
+        shape = outputs.shape[1], _N_OUTPUTS
+        weights = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+        self.weights = weights.to(outputs) / shape[0] ** 0.5
+        self.values = (outputs.detach() @ self.weights)[:, None]
+        coarse = self.network.half or any(map(_fake_quantised, self.network.model.modules()))
+        rounding = 2e-2 if coarse else 1e-5 if outputs.dtype == torch.float32 else 1e-10
+        self.noise = rounding * outputs.detach().abs().max()
+
+    @torch.no_grad()
+    def _change(self, rows: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """(rows, outputs): what moving the gates of an image by so much changes."""
+        changes = []
+        size = max(1, self.network.batch_size or len(rows))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            at = [image for image, _ in part]
+            gates = self.gates[at] + torch.stack([move for _, move in part])
+            with self.network.gating(gates):
+                outputs = self.network(tuple(item[at] for item in self.images))
+            changes.append(outputs @ self.weights - self.values[at, 0])
+        return torch.cat(changes)
+
+    def _direction(self, name: str, image: int, silent: bool) -> Tensor:
+        """Some of a site's channels closed by the whole step, the others opened."""
+        columns = self.columns[name]
+        width = columns.stop - columns.start
+        signs = torch.randint(2, (width,), generator=self.generator, device="cpu") * 2 - 1
+        move = torch.zeros(self.gates.shape[1], dtype=self.gates.dtype, device="cpu")
+        move[columns] = signs.to(move)
+        move = move.to(self.gates.device)
+        if silent:
+            move[columns] = -(self.gradient[image, :, columns] == 0).all(0).to(move)
+        return move
+
+    def faults(self, names: Sequence[str]) -> dict[str, str]:
+        """``{site name: what is wrong}`` for some of the sites."""
+        rows: list[tuple[str, int, Tensor, str]] = []
+        for name in names:
+            here = self.gradient[:, :, self.columns[name]]
+            if not bool(here.any()):
+                rows += [(name, i, self._whole(name, i), "none") for i in range(self.n)]
+                continue
+            for i in range(max(2, self.n)):
+                image = i % self.n
+                silent = i % 2 == 1 and bool((here[image] == 0).all(0).any())
+                what = "silent" if silent else "all"
+                rows.append((name, image, self._direction(name, image, silent), what))
+        step = {"none": 1.0, "all": _STEPS[0], "silent": _STEPS[0]}
+        moved = [(image, step[what] * move) for _, image, move, what in rows]
+        change = self._change(moved)
+        doubts: dict[str, set[str]] = {}
+        for (name, image, move, what), real in zip(rows, change, strict=True):
+            if self._error(image, step[what] * move, real) > (_DOUBT if what == "all" else 0):
+                doubts.setdefault(name, set()).add(what)
+        found = {name: self._judged(name, kinds) for name, kinds in doubts.items()}
+        return {name: what for name, what in found.items() if what}
+
+    def _whole(self, name: str, image: int) -> Tensor:
+        move = torch.zeros_like(self.gates[image])
+        move[self.columns[name]] = -self.gates[image, self.columns[name]]
+        return move
+
+    def _error(self, image: int, move: Tensor, real: Tensor) -> float:
+        """Difference of predicted and real change over the larger of the two; 0 if it is noise."""
+        predicted = self.gradient[image] @ move
+        difference = (predicted - real).norm()
+        if difference <= self.noise:
+            return 0.0
+        return float(difference / torch.maximum(predicted.norm(), real.norm()))
+
+    def _error_of_many(self, name: str, step: float, n_directions: int) -> float:
+        """The same for random directions at a site together; 1 if the step is too small to tell."""
+        moves = [
+            (i, step * self._direction(name, i, silent=False))
+            for _ in range(n_directions)
+            for i in range(self.n)
+        ]
+        real = self._change(moves)
+        predicted = torch.stack([self.gradient[i] @ move for i, move in moves])
+        difference = (real - predicted).norm()
+        if difference <= self.noise * len(moves) ** 0.5:
+            return 0.0 if step == _STEPS[-1] else 1.0
+        return float(difference / torch.maximum(real.norm(), predicted.norm()))
+
+    def _judged(self, name: str, kinds: set[str]) -> str:
+        """What is wrong with a site that there is a doubt about; empty if nothing is."""
+        columns = self.columns[name]
+        if "none" in kinds:
+            return "no gradient arrives, though closing it changes the outputs"
+        if "silent" in kinds:
+            shares: list[float] = []
+            for step in _STEPS[1:]:
+                moves = [(i, step * self._direction(name, i, silent=True)) for i in range(self.n)]
+                here = self.gradient[:, :, columns]
+                n_silent = sum(float((move != 0).sum()) for _, move in moves) / self.n
+                typical = step * float(here[here != 0].abs().median()) * max(n_silent, 1) ** 0.5
+                real = float(self._change(moves).abs().median())
+                shares.append(real / typical if real > self.noise else 0.0)
+                if shares[-1] <= _SILENT:
+                    break
+            else:
+                zero = int((self.gradient[:, :, columns] == 0).all(0).all(0).sum())
+                return f"no gradient arrives at {zero} channels, though closing them matters"
+        if "all" in kinds:
+            errors: list[float] = []
+            # One direction is often enough to see that all is well, and never that it is not.
+            for n_directions, step in itertools.product((1, _N_DIRECTIONS), _STEPS[1:]):
+                errors.append(self._error_of_many(name, step, n_directions))
+                if errors[-1] <= _FAULT:
+                    return ""
+            return f"the gradient differs from what closing channels does by {min(errors):.0%}"
+        return ""
+
+    def cause(self) -> str:
+        """The likely cause, in a sentence."""
+        for name, module in self.network.model.named_modules():
+            if "nn.quantized" in type(module).__module__:
+                kind = type(module).__name__
+                return f"Likely cause: module {name!r} (int8 {kind}) hands on no gradient."
+        before = ""
+        for label, given, made, enabled in self.passing:
+            if not enabled:
+                return (
+                    f"Likely cause: {label} is run without gradients (torch.no_grad, inference_mode"
+                    " or a reentrant checkpoint in forward)."
+                )
+            if given and not made:
+                return f"Likely cause: {label} hands on no gradient."
+            if before and not given and not made:
+                return (
+                    f"Likely cause: between {before} and {label} the gradient is cut (torch.no_grad"
+                    ", detach, NumPy, or an operator without a gradient)."
+                )
+            before = label if made else before
+        if before and self.graph is None:
+            return (
+                f"Likely cause: the outputs are detached behind {before}, in the network's forward "
+                "or in forward_func."
+            )
+        names = _nodes(self.graph)
+        for name in names:
+            if name.startswith(_FLAT):
+                operator = name.partition("Backward")[0].lower()
+                return f"Likely cause: the operator {operator!r}, whose gradient is zero."
+        own = [name.partition("Backward")[0] for name in names if name.startswith("own:")]
+        if own:
+            return f"Likely cause: the autograd function {own[0][4:]!r} and its own backward."
+        return "Likely cause: an operator without a gradient, or with one of its own."
+
+
+def _passes(
+    name: str, kind: str, passing: list[tuple[str, bool, bool, bool]]
+) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        given = any(t.requires_grad for t in tensors_in(args))
+        made = any(t.requires_grad for t in tensors_in(output))
+        label = f"module {name!r} ({kind})"
+        passing.append((label, given, made, torch.is_grad_enabled()))
+
+    return hook
+
+
+def _nodes(graph: Any) -> list[str]:
+    """Names of the operators of an autograd graph; a user's own functions begin with "own:"."""
+    names = []
+    for node in graph_nodes(graph):
+        kind = type(node)
+        own = hasattr(node, "_forward_cls")
+        module = getattr(getattr(node, "_forward_cls", None), "__module__", "")
+        if own and module.startswith(("nad_attr.", "torch.")):
+            continue
+        names.append(f"own:{kind.__name__}" if own else kind.__name__)
+    return names

@@ -1,0 +1,56 @@
+"""Whether the gate sites that were found cover the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+__all__ = ["NetworkCheckWarning"]
+
+
+class NetworkCheckWarning(UserWarning):
+    """What is learned about this network may not be true of it; the message says why."""
+
+
+# Coverage
+
+
+def poor_coverage(
+    gaps: Sequence[tuple[str, str, int, Sequence[str], Mapping[str, int]]],
+    n_operators: int,
+    not_called: Sequence[str],
+) -> str | None:
+    """What to say of gate sites that leave much of a network out; None: they cover it.
+
+    Args:
+        gaps: For each stretch without a site: the site before and after it ("" is the input, or
+            the output), how many operators that form new channels are in it, modules inside that
+            a gate could stand at, and modules that make most of it and are called several times
+            in one pass, with how often.
+        n_operators: Such operators in the whole network.
+        not_called: Modules with weights that this pass did not call, where another image may take
+            another path.
+    """
+    parts = []
+    for before, after, n, inside, repeated in gaps:
+        where = f"{repr(before) if before else 'the input'} and " + (
+            f"{after!r}" if after else "the output"
+        )
+        text = f"no site covers the {n} of {n_operators} layers between {where}"
+        if inside and not repeated:
+            few = [inside[i * len(inside) // 6] for i in range(6)] if len(inside) > 6 else inside
+            text += f"; name some of them, such as layers={list(dict.fromkeys(few))}"
+        elif repeated:
+            name, times = next(iter(repeated.items()))
+            text += (
+                f"; module {name!r} is called {times} times in a pass, so that one gate would act "
+                "in several places: give each place a module of its own, or run the branches as "
+                "one batch"
+            )
+        parts.append(text)
+    if not_called:
+        parts.append(
+            f"the network looks at values and did not call {', '.join(map(repr, not_called[:4]))}"
+            f"{' and others' if len(not_called) > 4 else ''} for this image: the sites are those "
+            "of one path. Name modules that every image passes, with layers="
+        )
+    return None if not parts else "the gate sites cover little of the network: " + ". ".join(parts)

@@ -1,0 +1,265 @@
+"""Constants in place of closed channels: the model, learning them with gates, and fitting them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nad_attr import (
+    GateSite,
+    GateStore,
+    GateStoreError,
+    Recipe,
+    SubArchitecture,
+    TaskGates,
+    fit_constants,
+    gated,
+    learn_gates,
+)
+from nad_attr.evaluation import planted
+from nad_attr.gating.hooks import frozen
+from nad_attr.learning import constants as module
+from nad_attr.learning.constants import ConstantModel, noise_share
+from nad_attr.learning.engine import Network
+from nad_attr.learning.selection import QuadraticModel
+from nad_attr.store import diff
+from tests.helpers import assert_model_untouched
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def small() -> tuple[nn.Module, list[GateSite]]:
+    """Two gate sites, curved in between, float64."""
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 3), nn.Tanh()),
+        *(nn.Flatten(), nn.Linear(12, 2)),
+    ).double()
+    for i, parameter in enumerate(net.parameters()):
+        parameter.data = drawn(*parameter.shape, seed=10 + i) / 2
+    return net.eval(), [GateSite("1", 4, 1), GateSite("3", 3, 1)]
+
+
+def test_gradients_for_gates_and_constants_are_those_of_autograd() -> None:
+    net, sites = small()
+    images, gates, constants = drawn(5, 2, 6, 6), torch.rand(5, 7).double(), drawn(5, 7, seed=1)
+    network = Network(net, sites, batch_size=2)
+    classes = torch.tensor([[0], [1], [0], [1], [0]])
+    with frozen(net):
+        found = network.output_and_gradients(
+            (images,), gates, constants, classes, torch.ones_like(classes).bool()
+        )
+    leaf, shift = gates.clone().requires_grad_(), torch.zeros_like(gates).requires_grad_()
+    x = images
+    for layer in range(6):
+        x = net[layer](x)
+        if layer in (1, 3):
+            at = slice(0, 4) if layer == 1 else slice(4, 7)
+            gate, constant, added = (v[:, at, None, None] for v in (leaf, constants, shift))
+            x = gate * x + (1 - gate) * constant + added
+    output = x.gather(1, classes)[:, 0]
+    expected = (output, *torch.autograd.grad(output.sum(), (leaf, shift)))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-12)
+
+
+def filled(rows: int = 2, m: int = 6, n: int = 5) -> tuple[ConstantModel, Tensor, Tensor]:
+    gates = torch.ones(rows, n, dtype=torch.float64)
+    gates[:, [0, 3]] = 0.0
+    model = ConstantModel(gates, m)
+    model.add(drawn(rows, m), drawn(rows, m, n, seed=1), drawn(rows, m, n, seed=2))
+    shares = drawn(rows, m, seed=3).abs()
+    return model, gates, shares / shares.sum(1, keepdim=True)
+
+
+def least(model: ConstantModel, row: int, share: Tensor, q: Tensor, closed: list[int], d: float):
+    """Constants of closed channels and the loss there, by ordinary ridge regression."""
+    slopes = model.slopes[row][:, closed]
+    normal = slopes.T @ (share[:, None] * slopes) + torch.eye(len(closed)).double() / d
+    b = -torch.linalg.solve(normal, slopes.T @ (share * q))
+    return b, float((share * (q + slopes @ b).square()).sum() + b.square().sum() / d)
+
+
+def test_the_metric_leaves_what_no_constant_explains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHRINK", 0.0)
+    model, gates, shares = filled()
+    freedom = torch.tensor([0.7, 3.0]).double()
+    part = model.quadratic(gates, shares, freedom, model.residuals, trust=0.0)
+    for row in range(2):
+        d = float(freedom[row])
+        _, expected = least(model, row, shares[row], model.residuals[row], [0, 3], d)
+        assert float(part.residuals[row].square().sum()) == pytest.approx(expected, rel=1e-10)
+        # Opening one of the closed: its constant no longer counts, or hardly.
+        after = model.residuals[row] + model.effects[row, :, 0]
+        _, opened = least(model, row, shares[row], after, [0, 3], d)
+        predicted = expected + float(part.cost(opening=True)[row, 0])
+        assert predicted == pytest.approx(opened, rel=1e-10)
+        # Closing one: what its own constant makes good of its own effect is taken off.
+        effect = model.effects[row, :, 1]
+        own, _ = least(model, row, shares[row], -effect, [0, 3, 1], d)
+        left = -effect + own[2] * model.slopes[row, :, 1]
+        _, alone = least(model, row, shares[row], left, [0, 3], d)
+        assert float(part._square[row, 1]) == pytest.approx(alone, rel=1e-10)
+
+
+def test_share_of_noise_by_hand() -> None:
+    effects = drawn(1, 8, 4) / 8**0.5
+    effects[:, :, 3] = 0.0  # a channel that does nothing counts neither way
+    unit = effects[0] / effects[0].norm(dim=0).clamp(min=1e-30)
+    noise = total = 0.0
+    for j in range(3):
+        for k in range(3):
+            if j != k:
+                products = unit[:, j] * unit[:, k]
+                total += float(products.sum().square())
+                noise += float(products.square().sum() - products.sum().square() / 8)
+    found = noise_share(effects, torch.tensor([8.0]))
+    assert float(found) == pytest.approx(min(noise / total, 1.0))
+    # Channels that rise and fall together for every image leave no doubt.
+    signs = torch.tensor([1.0, -1.0] * 50).double()
+    sure = signs[None, :, None] * torch.tensor([1.0, -1.0, 2.0]).double() / 10
+    assert float(noise_share(sure, torch.tensor([100.0]))) < 0.02
+
+
+def test_a_charge_that_lasts_is_part_of_every_flip() -> None:
+    gates = torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0, 1.0]]).double()
+    model = QuadraticModel(gates, 1, trust=0.0, shrink=0.4)
+    model.gradients, model.residuals = drawn(1, 9, 6), drawn(1, 9, seed=1)
+    model.begin(torch.ones(1, 9).double())
+
+    def energy() -> float:
+        alone = (model.gradients.square().sum(1) * (1 - model.gates)).sum()
+        return float(model.residuals.square().sum() + 0.4 * alone)
+
+    for channel in (0, 2, 4, 0):
+        opening = model.gates[0, channel] < 0.5
+        predicted, before = float(model.cost(opening=bool(opening))[0, channel]), energy()
+        model.flip(torch.tensor([[channel]]))
+        assert energy() - before == pytest.approx(predicted)
+    assert float(model._loss()) == pytest.approx(energy())
+
+
+def test_constants_go_to_the_ridge_minimum_unless_they_are_held_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, gates, shares = filled()
+    freedom, now = torch.tensor([0.7, 3.0]).double(), drawn(2, 5, seed=4) * (1 - gates)
+    monkeypatch.setattr(module, "MOVE", 1e9)
+    free = model.best(gates, shares, freedom, model.residuals, now)
+    for row in range(2):
+        args = shares[row], model.residuals[row], [0, 3], float(freedom[row])
+        torch.testing.assert_close(free[row, [0, 3]], least(model, row, *args)[0])
+    assert torch.equal(free[:, [1, 2, 4]], torch.zeros(2, 3).double())
+    monkeypatch.setattr(module, "MOVE", 1e-6)
+    torch.testing.assert_close(model.best(gates, shares, freedom, model.residuals, now), now)
+
+
+def error(net: nn.Module, archs: list[SubArchitecture], images: Tensor) -> list[float]:
+    errors = []
+    with torch.no_grad():
+        for arch in archs:
+            with gated(net, arch):
+                outputs = net(images)[:, arch.task]
+            errors.append(float((outputs - net(images)[:, arch.task]).square().mean()))
+    return errors
+
+
+class Exp(nn.Module):
+    """The mean of exp(x) is not exp of the mean of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+def test_fitted_constants_keep_the_output_better_than_means_on_other_images() -> None:
+    net = nn.Sequential(nn.Identity(), Exp(), nn.Linear(4, 2)).double().eval()
+    net[2].weight.data = torch.tensor([[0.5, 1.0, 1.0, 1.0], [2.0, 1.0, 1.0, 1.0]]).double()
+    sites = [GateSite("0", 4, 1)]
+    images, labels = drawn(400, 4, seed=5), torch.arange(400) % 2
+    kept = {"0": [0]}
+    archs = [SubArchitecture.from_kept(kept, sites, task=k) for k in (0, 1)]
+    recipe = Recipe(steps=30, boundary=0.0, free_scale=0.0)
+    with assert_model_untouched(net, images):
+        fitted = fit_constants(net, archs, (images[:200], labels[:200]), recipe=recipe)
+    assert [a.kept["0"].tolist() for a in fitted] == [[0], [0]]
+    means = learn_gates(net, (images[:200], labels[:200]), sites=sites, recipe=recipe).means
+    others = images[200:]
+    at_means = error(net, [a.with_means(means) for a in archs], others)
+    for better, mean in zip(error(net, fitted, others), at_means, strict=True):
+        assert better < 0.9 * mean
+    again = fit_constants(net, archs[1], (images[:200], labels[:200]), recipe=recipe)
+    torch.testing.assert_close(again[0].means, fitted[1].means)  # alone as in company
+
+
+def test_fitting_refuses_what_it_cannot_fit() -> None:
+    net, sites = small()
+    data = drawn(8, 2, 6, 6), torch.arange(8) % 2
+    with pytest.raises(ValueError, match="has no task"):
+        fit_constants(net, SubArchitecture.full(sites), data)
+    with pytest.raises(TypeError, match="at least one"):
+        fit_constants(net, [], data)
+
+
+@pytest.mark.parametrize("kind", ["plain", "cancelling", "redundant", "constant"])
+def test_circuits_are_found_with_constants(kind: str) -> None:
+    known = planted(kind, n_classes=2, width=32)
+    recipe = Recipe(size=known.size, ablation="optimal", images_per_step=10)
+    gates = learn_gates(known.model, known.data, recipe=recipe, sites=known.sites)
+    assert known.score(gates).mean("recall") == 1.0
+
+
+def test_constants_are_stored_appended_and_compared(tmp_path: Path) -> None:
+    _, sites = small()
+    values = {"1": drawn(3, 4).float(), "3": drawn(3, 3, seed=1).float()}
+    masks = {name: (value > 0).float() for name, value in values.items()}
+    means = {"1": torch.zeros(4), "3": torch.zeros(3)}
+    gates = TaskGates(masks, sites, [0, 1, 2], means=means, constants=values)
+    gates.save(tmp_path / "a.h5")
+    back = TaskGates.load(tmp_path / "a.h5")
+    assert all(torch.equal(back.constants[name], value) for name, value in values.items())
+    with GateStore.create(tmp_path / "b.h5", sites) as store:
+        store.append(gates.select([0, 1]))
+        with pytest.raises(GateStoreError, match="constants"):
+            store.append(TaskGates({n: m[2:] for n, m in masks.items()}, sites, [2], means=means))
+    with GateStore.open(tmp_path / "b.h5", "a") as store:
+        store.append(gates.select([2]))
+        for name, value in store.read([2, 0]).constants.items():
+            assert torch.equal(value, values[name][[2, 0]])
+    with GateStore.open(tmp_path / "b.h5") as store:
+        assert torch.equal(store.read().constants["3"], values["3"])
+    values["3"][1, 0] += 1
+    TaskGates(masks, sites, [0, 1, 2], means=means, constants=values).save(tmp_path / "c.h5")
+    assert diff(tmp_path / "a.h5", tmp_path / "c.h5").settings == ("constants of 1 tasks: 1",)
+
+
+def test_each_task_has_constants_of_its_own() -> None:
+    net, sites = small()
+    images = drawn(60, 2, 6, 6, seed=5)
+    data = images, net(images).argmax(1)
+    recipe = Recipe(size=0.5, ablation="optimal", steps=20)
+    gates = learn_gates(net, data, recipe=recipe, sites=sites)
+    assert gates.constants is not None
+    assert "best constants" in repr(gates)
+    first, second = gates.sub_architectures()
+    for site in sites:
+        assert torch.equal(first.means[site.name], gates.constants[site.name][0])
+        # An open channel has none: should it be closed later, it is closed at its mean.
+        open_ = first[site.name]
+        torch.testing.assert_close(first.means[site.name][open_], gates.means[site.name][open_])
+    assert not torch.equal(first.means["3"], second.means["3"])
+    with torch.no_grad():
+        with gated(net, gates, tasks=[1, 0]):
+            mixed = net(images[:2])
+        for row, task in ((0, 1), (1, 0)):
+            with gated(net, gates, tasks=task):
+                torch.testing.assert_close(net(images[row : row + 1])[0], mixed[row])
+    assert torch.equal(gates.select([1]).constants["1"][0], gates.constants["1"][1])
+    alone = learn_gates(net, data, tasks=[1], recipe=recipe, sites=sites)
+    torch.testing.assert_close(alone.constants["1"][0], gates.constants["1"][1])
+    with pytest.raises(ValueError, match="not finite"):
+        TaskGates({"1": torch.ones(1, 4)}, sites[:1], [0], constants={"1": torch.ones(1, 4) / 0})

@@ -1,0 +1,139 @@
+"""Hooks act for the one who put them there; other threads see the whole network."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nad_attr import GatingError, Recipe, SubArchitecture, find_gate_sites, learn_gates, recorded
+from tests import helpers
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return helpers.build(helpers.TinyCNN)
+
+
+@pytest.fixture
+def arch(net: nn.Module) -> SubArchitecture:
+    sites = find_gate_sites(net, helpers.labelled_images(1)[0])
+    return SubArchitecture({s.name: torch.arange(s.n_channels) % 2 == 0 for s in sites}, sites)
+
+
+def elsewhere(function: Callable[[], Tensor]) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_other_threads_see_the_whole_network(net: nn.Module, arch: SubArchitecture) -> None:
+    x, _ = helpers.labelled_images(4)
+    with torch.no_grad():
+        clean = net(x)
+        with arch.applied(net), recorded(net, arch.sites) as activations:
+            gated = net(x)
+            kept = {name: value.clone() for name, value in activations.items()}
+            assert torch.equal(elsewhere(lambda: net(x)), clean)
+            assert all(torch.equal(activations[name], value) for name, value in kept.items())
+            assert torch.equal(net(x), gated)
+    assert not torch.equal(gated, clean)
+
+
+def test_predictions_of_a_service_are_its_own_while_another_thread_learns(net: nn.Module) -> None:
+    x, y = helpers.labelled_images(12)
+    clean = net(x).detach()
+    wrong, errors, stop = [], [], threading.Event()
+
+    def predict() -> None:
+        while not stop.is_set():
+            try:
+                out = net(x)  # with gradients, as a thread that trains would
+                (gradient,) = torch.autograd.grad(out.sum(), [next(net.parameters())])
+                wrong.append(not torch.equal(out, clean) or not bool(gradient.any()))
+            except Exception as error:
+                errors.append(error)
+
+    recipe = Recipe(size=0.5, steps=4, images_per_step=4)
+    expected = learn_gates(net, (x, y), recipe=recipe)
+    thread = threading.Thread(target=predict, daemon=True)
+    thread.start()
+    try:
+        while len(wrong) + len(errors) < 3:
+            pass
+        for _ in range(5):
+            find_gate_sites(net, x[:1])
+            with expected.sub_architecture(0).applied(net):
+                net(x)
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors
+    assert not any(wrong)
+    assert learn_gates(net, (x, y), recipe=recipe) == expected
+
+
+def test_several_threads_may_learn_on_one_network(net: nn.Module) -> None:
+    x, y = helpers.labelled_images(12)
+    recipe = Recipe(size=0.5, steps=3, images_per_step=4)
+    expected = learn_gates(net, (x, y), recipe=recipe)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: learn_gates(net, (x, y), recipe=recipe), range(3)))
+    assert found == [expected] * 3
+
+
+def test_a_network_run_in_another_thread_only_is_said_not_to_have_fired(
+    net: nn.Module, arch: SubArchitecture
+) -> None:
+    x, _ = helpers.labelled_images(2)
+    message = "in another thread than the one that entered"
+    with pytest.raises(GatingError, match=message), arch.applied(net):
+        elsewhere(lambda: net(x))
+
+
+def test_tasks_of_one_event_loop_are_told_apart(net: nn.Module, arch: SubArchitecture) -> None:
+    x, _ = helpers.labelled_images(2)
+
+    async def explain(entered: asyncio.Event, leave: asyncio.Event) -> tuple[Tensor, Tensor]:
+        with arch.applied(net):
+            entered.set()
+            await leave.wait()
+            return net(x), await asyncio.to_thread(net, x)
+
+    async def both() -> tuple[Tensor, Tensor, Tensor]:
+        entered, leave = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(explain(entered, leave))
+        await entered.wait()
+        other = net(x)
+        leave.set()
+        return other, *await task
+
+    clean = net(x)
+    with arch.applied(net):
+        gated = net(x)
+    other, mine, handed_on = asyncio.run(both())
+    assert torch.equal(other, clean)
+    assert torch.equal(mine, gated)
+    assert torch.equal(handed_on, gated)
+
+
+def test_replicas_of_data_parallel_are_gated_in_their_threads(
+    net: nn.Module, arch: SubArchitecture
+) -> None:
+    x, _ = helpers.labelled_images(2)
+    with arch.applied(net):
+        gated = net(x)
+        # What DataParallel makes of a network for each device, and runs in a thread of its own.
+        replicas = {name: m._replicate_for_data_parallel() for name, m in net.named_modules()}
+        for name, module in replicas.items():
+            for child in module._modules:
+                module._modules[child] = replicas[f"{name}.{child}".lstrip(".")]
+        replica = replicas[""]
+        for name, parameter in net.named_parameters():
+            owner, _, last = name.rpartition(".")
+            setattr(replicas[owner], last, parameter.detach())
+        assert torch.equal(elsewhere(lambda: replica(x)), gated)
