@@ -11,7 +11,7 @@ from nad_attr._version import __version__
 if TYPE_CHECKING:
     from nad_attr._checks import GatingError
     from nad_attr.attribution import NADAttribution
-    from nad_attr.data.labels import Task
+    from nad_attr.data.labels import Labels, Task
     from nad_attr.gates.history import History
     from nad_attr.gates.recipe import PaperRecipe, Recipe
     from nad_attr.gates.sub_architecture import SubArchitecture
@@ -31,6 +31,7 @@ __all__ = [
     "GateStoreError",
     "GatingError",
     "History",
+    "Labels",
     "NADAttribution",
     "PaperRecipe",
     "Recipe",
@@ -57,6 +58,7 @@ _HOMES = {
     "attribution": ("NADAttribution",),
     "gates": ("Task", "TaskGates"),
     "gating": ("GatingError", "gated", "recorded"),
+    "data.labels": ("Labels",),
     "gates.history": ("History",),
     "learning": ("fit_constants", "learn_gates", "learn_sizes"),
     "gates.recipe": ("PaperRecipe", "Recipe"),

@@ -15,6 +15,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+from nad_attr.data.labels import Labels
 from nad_attr.data.sources import Data, TensorSource, as_source, loading, numbers_of
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -234,6 +235,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         extra: tuple[Any, ...],
         own: Sequence[int],
         targets: Sequence[int],
+        one_output: bool,
     ) -> TaskGates:
         """Learn the gates of the targets that occur, from exactly these images.
 
@@ -242,9 +244,12 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         # A tensor made in inference mode cannot take part in learning.
         with torch.inference_mode(False):
             tensors, forward = _bind(root, inputs, extra, own)
+            labels = torch.tensor(targets, device="cpu")
+            # Each image is its target's own: of one output, all are.
+            given = Labels(torch.ones_like(labels)[:, None], kind="several")
             return learn_gates(
                 root,
-                (tensors, torch.tensor(targets, device="cpu")),
+                (tensors, given if one_output else labels),
                 sorted(set(targets)),
                 self.recipe,
                 list(sites),
@@ -260,6 +265,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         extra: tuple[Any, ...],
         own: Sequence[int],
         targets: Sequence[int],
+        one_output: bool,
     ) -> list[TaskGates]:
         """Learn the gates of each image from versions of that image alone."""
         paths = []
@@ -272,7 +278,11 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             with warnings.catch_warnings():
                 # That there are own images only is the point here.
                 warnings.filterwarnings("ignore", message=_ONE_CLASS)
-                paths.append(self._learn_from(root, sites, copies, tuple(args), own, [target] * n))
+                paths.append(
+                    self._learn_from(
+                        root, sites, copies, tuple(args), own, [target] * n, one_output
+                    )
+                )
         return paths
 
     # -- attributing ---------------------------------------------------------------------------
@@ -303,7 +313,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         Args:
             inputs: Images, dim 0 = examples; a tuple for a network of several inputs.
             target: Class index for all images (int or tensor of one element), or one for each
-                image (list of int, or tensor (N,)).
+                image (list of int, or tensor (N,)). None: the only output of a network that has
+                one, (N,) or (N, 1).
             additional_forward_args: Passed to ``forward_func`` after the inputs. Tensors with
                 N on dim 0 belong to the images one by one.
             attribute_to_layer_input: Gate the inputs of the layers in place of their outputs.
@@ -314,7 +325,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             ``layer``, or forward order where no layers were named.
 
         Raises:
-            AssertionError: If the target is None, a tuple, or no class index of the output.
+            AssertionError: If the target is None where there are several outputs, a tuple, or no
+                class index of the output.
             KeyError: If gates were learned before, but not of this target.
             SiteError: If a layer cannot be gated.
             TypeError: If inputs or outputs are no tensors.
@@ -322,7 +334,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         """
         _check_forward_func(self.forward_func, self.layer, self.device_ids)
         images, extra = _check_inputs(inputs), _as_tuple(additional_forward_args)
-        targets = _read_target(target, len(images[0]))
+        n = len(images[0])
+        targets = [0] * n if target is None else _read_target(target, n)
         if isinstance(self.forward_func, nn.DataParallel) and self.forward_func.device_ids:
             # It would have scattered them from wherever they are.
             home = self.forward_func.src_device_obj
@@ -336,7 +349,15 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             sites = self._find(root, layers, images, extra, attribute_to_layer_input)
         with torch.no_grad(), unchanged(root), recorded(root, sites) as activations:
             outputs = root(*images, *extra)
+        if isinstance(outputs, Tensor) and tuple(outputs.shape) == (n,):
+            outputs = outputs[:, None]
+        if target is None and isinstance(outputs, Tensor) and outputs.shape[1:] != (1,):
+            raise AssertionError(
+                "target is None; say which output is explained, as in target=7 (a network with one "
+                "output for each image, (N,) or (N, 1), needs no target)."
+            )
         _check_outputs(outputs, targets)
+        one_output = outputs.shape[1] == 1
         if self.task_gates is not None:
             at_input = attribute_to_layer_input if self.layer is None else None
             _check_learned(self.task_gates, sites, targets, at_input)
@@ -345,10 +366,10 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         if self.task_gates is not None:
             gates = _rows(self.task_gates, sites, targets)
         elif self.scope == "task":
-            self._latest = self._learn_from(root, sites, images, extra, own, targets)
+            self._latest = self._learn_from(root, sites, images, extra, own, targets, one_output)
             gates = _rows(self._latest, sites, targets)
         else:
-            self._latest = self._learn_paths(root, sites, images, extra, own, targets)
+            self._latest = self._learn_paths(root, sites, images, extra, own, targets, one_output)
             gates = {s.name: torch.cat([path[s.name] for path in self._latest]) for s in sites}
 
         attributions = []
@@ -619,11 +640,6 @@ def _check_inputs(inputs: object) -> tuple[Tensor, ...]:
 
 def _read_target(target: object, n: int) -> list[int]:
     """One class index for each of n images."""
-    if target is None:
-        raise AssertionError(
-            "target is None; say which output is explained, as in target=7. A network with one "
-            "output for each image must return it as (N, 1); then target=0."
-        )
     if isinstance(target, tuple) or (
         isinstance(target, list) and any(isinstance(item, tuple) for item in target)
     ):
@@ -785,13 +801,13 @@ def _first_images(data: Data) -> tuple[tuple[Tensor, ...], Data]:
             numbers = numbers_of(data)
         few = Subset(dataset, (range(len(dataset)) if numbers is None else numbers)[:2])
         if isinstance(data, DataLoader):
-            source = as_source(DataLoader(few, **loading(data)))
+            source = as_source(DataLoader(few, **loading(data)), any_labels=True)
         else:
-            source = as_source(few)
+            source = as_source(few, any_labels=True)
     else:
-        source = as_source(data)
+        source = as_source(data, any_labels=True)
         if isinstance(source, TensorSource):
             # What could be read only once has been read now.
-            data = source.inputs, source.labels
+            data = source
     draws = [(number, 0) for number in range(min(2, len(source.labels)))]
     return next(iter(source.batches([draws]))), data

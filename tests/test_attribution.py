@@ -357,7 +357,7 @@ def test_forms_of_a_target(learned: tuple[nn.Module, TaskGates], target: Any) ->
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (None, r"target is None; say which output .* \(N, 1\); then target=0"),
+        (None, r"target is None; say which output .* \(N, 1\), needs no target"),
         ((1, 0), r"target=\(1, 0\) picks from .* forward_func return \(N, classes\)"),
         ((9999,) * 20, "forward_func return"),
         ([(1, 0), (0, 0), (1, 1)], "forward_func return"),
@@ -468,8 +468,8 @@ def test_refuses_bad_outputs(tiny_cnn: nn.Module) -> None:
     layer = tiny_cnn.relu2
     with pytest.raises(TypeError, match=r"returned a dict.*\.logits"):
         NADAttribution(lambda x: {"logits": tiny_cnn(x)}, layer).attribute(x, y)
-    with pytest.raises(AssertionError, match=r"shape \(12,\) for 12 images"):
-        NADAttribution(lambda x: tiny_cnn(x)[:, 0], layer).attribute(x, 0)
+    with pytest.raises(AssertionError, match=r"target 1 is none of the network's 1 outputs"):
+        NADAttribution(lambda x: tiny_cnn(x)[:, 0], layer).attribute(x, 1)
     with pytest.raises(AssertionError, match=r"shape \(12, 3, 1\)"):
         NADAttribution(lambda x: tiny_cnn(x)[:, :, None], layer).attribute(x, y)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nad_attr._checks import check_count
 from nad_attr.data.counters import hashed, key_of, standard_normal, unsigned, words
-from nad_attr.data.labels import Task, as_task, own_images
+from nad_attr.data.labels import Labels, Task, as_task, other_images, patterns
 from nad_attr.data.sources import Data, Inputs, Source, as_source
 from nad_attr.gates.channels import check_means, distinct_sites
 from nad_attr.gating.hooks import channel_shape, expand, installed, multiply, site_modules
@@ -253,7 +253,7 @@ class OtherMeanAblation(_Fitted):
         Raises:
             ValueError: If all images that it was fitted on are the task's own.
         """
-        other = ~own_images(self.classes, [task])[0]
+        (other,) = other_images(self.classes, [task])
         if not bool(other.any()):
             raise ValueError(
                 f"the other_mean ablation saw no image of another class than those of task {task}."
@@ -397,7 +397,9 @@ class ResampleAblation(Ablation):
     kind = "resample"
 
     def __init__(self, inputs: Any, labels: Any, *, seed: int = 0) -> None:
-        pool = as_source((inputs, labels))
+        several = isinstance(labels, Tensor) and labels.ndim == 2
+        given = Labels(labels, kind="several") if several else labels
+        pool = as_source((inputs, given), any_labels=True)
         n = len(pool.labels)
         (self.inputs,) = pool.batches([[(i, 0) for i in range(n)]])
         self.labels, self.seed = pool.labels, seed
@@ -407,7 +409,7 @@ class ResampleAblation(Ablation):
     ) -> Filler:
         """See :meth:`Ablation.filler`."""
         different = list(dict.fromkeys(tasks))
-        other = ~own_images(self.labels, different)
+        other = other_images(self.labels, different)
         counts = other.sum(1)
         for task, count in zip(different, counts.tolist(), strict=True):
             if count == 0:
@@ -544,16 +546,17 @@ def fit_ablation(
     runner = Runner(model, run)
     if kind == "zero":
         return ZeroAblation()
-    source = as_source(data)
+    source = as_source(data, any_labels=True)
+    runner.fit(source)
     if kind in ("other_mean", "resample") and tasks is not None:
         known = [as_task(task) for task in tasks]
-        own = (
-            own_images(source.labels, known)
+        other = (
+            other_images(source.labels, known)
             if known
             else torch.zeros(0, 1, dtype=torch.bool, device="cpu")
         )
-        for task, every in zip(known, own.all(1).tolist(), strict=True):
-            if every:
+        for task, has in zip(known, other.any(1).tolist(), strict=True):
+            if not has:
                 raise ValueError(f"data holds no image of another class than those of task {task}.")
     if kind == "resample":
         return _donor_pool(runner, source, n_donors, seed)
@@ -575,7 +578,7 @@ class _Totals:
     """Sums over images and positions of each class, channel by channel, in float64."""
 
     def __init__(self, sites: Sequence[GateSite], labels: Tensor, *, squares: bool) -> None:
-        self.classes, self.place = labels.unique(return_inverse=True)
+        self.classes, self.place = patterns(labels)
         shapes = {site.name: (len(self.classes), site.n_channels) for site in sites}
         self.sums = {
             name: torch.zeros(s, dtype=torch.float64, device="cpu") for name, s in shapes.items()
@@ -623,7 +626,7 @@ def _run_all(runner: Runner, sites: Sequence[GateSite], source: Source, totals: 
 
 def _donor_pool(runner: Runner, source: Source, n_donors: int, seed: int) -> ResampleAblation:
     """Images of all classes in turn, in an order that the seed draws."""
-    labels = source.labels
+    _, labels = patterns(source.labels)
     generator = torch.Generator().manual_seed(seed_of(seed, "donors"))
     order = torch.randperm(len(labels), generator=generator, device="cpu")
     # How many of its class come before each image, in that order.
@@ -636,4 +639,4 @@ def _donor_pool(runner: Runner, source: Source, n_donors: int, seed: int) -> Res
     numbers = [chosen[part[0] : part[-1] + 1].tolist() for part in chunks(len(chosen), 64)]
     parts = [tuple(x.cpu() for x in inputs) for inputs in runner.draw(source, numbers)]
     inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
-    return ResampleAblation(inputs, labels[chosen], seed=seed)
+    return ResampleAblation(inputs, source.labels[chosen], seed=seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr._checks import check_count
-from nad_attr.data.labels import Task, own_images
+from nad_attr.data.labels import Task, other_images, own_images, tasks_in
 from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation.ablation import Ablation, as_ablation
 from nad_attr.evaluation.measures import (
+    among,
     auc,
     balanced_accuracy,
     constant_up_to_rounding,
     fidelity,
     fit_threshold,
+    r_squared,
     share_of,
 )
 from nad_attr.evaluation.responses import (
@@ -175,13 +178,16 @@ def evaluate(
         against[draw] = random_architectures(archs, draw=draw, seed=seed)
     chosen = as_ablation(ablation)
     runner = Runner(model, options)
-    source = as_source(data)
-    threshold = None if threshold_data is None else as_source(threshold_data)
+    source = as_source(data, any_labels=True)
+    threshold = None if threshold_data is None else as_source(threshold_data, any_labels=True)
+    for some in (source, threshold):
+        if some is not None:
+            runner.fit(some)
     has_own = own_images(source.labels, tasks).any(-1)
     if not bool(has_own.any()):
         raise ValueError(
             f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
-            f"{source.labels.unique().tolist()[:10]}."
+            f"{tasks_in(source.labels)[:10]}."
         )
     if checks != "off":
         numbers = [[0, len(source.labels) - 1]]
@@ -321,6 +327,7 @@ class _Measuring:
         self.runner, self.tasks = runner, tasks
         self.source, self.threshold, self.ablation = source, threshold, ablation
         self.own = own_images(source.labels, tasks)
+        self.known = self.own | other_images(source.labels, tasks)
         # Sorting a large table is quick on a GPU; float64, which mps lacks, is needed.
         self.device = torch.device("cpu") if runner.device.type == "mps" else runner.device
         self.clean: Responses | None = None
@@ -375,9 +382,13 @@ class _Measuring:
         """The detector's threshold of each row: float64 (R,), from own task outputs (R, N)."""
         column = torch.tensor([self.tasks.index(task) for task in fitted.tasks], device="cpu")
         own = own_images(fitted.labels, self.tasks)[column]
+        known = own | other_images(fitted.labels, self.tasks)[column]
         whole = fitted.whole.T[column]
-        return fit_threshold(
-            constant_up_to_rounding(values, whole).to(self.device), own.to(self.device)
+        return among(
+            known.to(self.device),
+            fit_threshold,
+            constant_up_to_rounding(values, whole).to(self.device),
+            own.to(self.device),
         )
 
     def _reduced(self, found: Responses, thresholds: Tensor | None) -> dict[str, FloatArray]:
@@ -389,7 +400,7 @@ class _Measuring:
         table, explained = [], []
         for values, j in zip(found.gated, column.tolist(), strict=True):
             row = constant_up_to_rounding(values.T.to(self.device), whole_by_task)
-            table.append(auc(row, own_by_task))
+            table.append(self._table_row(row, own_by_task))
             explained.append(row[j])
         return {
             "table": _array(torch.stack(table)),
@@ -401,9 +412,16 @@ class _Measuring:
                 found.whole_margin.T.to(self.device)[column],
                 found.gated_class.to(self.device),
                 own_by_task[column],
+                self.known.to(self.device)[column],
                 thresholds,
             ),
         }
+
+    def _table_row(self, outputs: Tensor, own: Tensor) -> Tensor:
+        """The AUC of each task's output (T, N) for its own images; none for targets."""
+        if self.source.targets is not None:
+            return torch.full((len(own),), torch.nan, dtype=torch.float64, device=own.device)
+        return among(self.known.to(own.device), auc, outputs, own)
 
     def whole(self) -> dict[str, FloatArray]:
         """The same of the whole network, a row for each task."""
@@ -416,12 +434,22 @@ class _Measuring:
         if self.clean_threshold is not None:
             by_task = replace(self.clean_threshold, tasks=self.tasks)
             cuts = self._thresholds(by_task, by_task.whole.T)
-        row = _array(auc(outputs, own))
+        row = _array(self._table_row(outputs, own))
         n = len(self.tasks)
         calls = self.clean.whole_class.to(self.device).expand(n, -1)
         return {
             "table": np.tile(row, (n, 1)),
-            **self._by_row(self.tasks, outputs, outputs, margin, margin, calls, own, cuts),
+            **self._by_row(
+                self.tasks,
+                outputs,
+                outputs,
+                margin,
+                margin,
+                calls,
+                own,
+                self.known.to(self.device),
+                cuts,
+            ),
         }
 
     def _by_row(
@@ -433,10 +461,19 @@ class _Measuring:
         whole_margin: Tensor,
         calls: Tensor,
         own: Tensor,
+        known: Tensor,
         thresholds: Tensor | None,
     ) -> dict[str, FloatArray]:
         """Measures of R rows, all arguments (R, N) but the thresholds, (R,)."""
         whole = constant_up_to_rounding(whole, whole)
+        kept = {
+            "fidelity": _array(among(known, fidelity, whole, explained, own)),
+            "rank_fidelity": _array(
+                among(known, partial(fidelity, ranks=True), whole, explained, own)
+            ),
+        }
+        if self.source.labels.ndim == 2:
+            return kept | self._without_classes(tasks, explained, margin, own, known, thresholds)
         called = torch.stack(
             [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
         )
@@ -448,12 +485,39 @@ class _Measuring:
         # With no other class at all the margin is infinite for every image, and says nothing.
         margin_auc = auc(constant_up_to_rounding(margin, whole_margin), own)
         margin_auc = torch.where(torch.isfinite(margin).any(-1), margin_auc, torch.nan)
-        return {
-            "fidelity": _array(fidelity(whole, explained, own)),
-            "rank_fidelity": _array(fidelity(whole, explained, own, ranks=True)),
+        return kept | {
             "margin_auc": _array(margin_auc),
             "recall": _array(share_of(called, own)),
             "fpr": _array(share_of(called, ~own)),
             "other_accuracy": _array(share_of(calls == labels, ~own)),
             "detector_ba": _array(detector),
         }
+
+    def _without_classes(
+        self,
+        tasks: Sequence[Task],
+        explained: Tensor,
+        margin: Tensor,
+        own: Tensor,
+        known: Tensor,
+        thresholds: Tensor | None,
+    ) -> dict[str, FloatArray]:
+        """The measures that several labels an image, or targets, leave some sense in."""
+        nothing = torch.full((len(tasks),), torch.nan, dtype=torch.float64, device="cpu")
+        found = dict.fromkeys(
+            ("margin_auc", "recall", "fpr", "other_accuracy", "detector_ba"), nothing
+        )
+        targets = self.source.targets
+        if targets is None:
+            called = margin > 0
+            found |= {"recall": share_of(called, own), "fpr": share_of(called, known & ~own)}
+            if thresholds is not None:
+                ba = among(known, balanced_accuracy, explained > thresholds[:, None], own)
+                found["detector_ba"] = torch.where(thresholds.isnan(), torch.nan, ba)
+        else:
+            columns = [task for task in tasks if isinstance(task, int)]
+            if len(columns) < len(tasks):
+                raise ValueError("targets belong to single outputs; there are no groups of them.")
+            wanted = targets.T[columns].to(self.device)
+            found["target_r2"] = among(known, r_squared, wanted.nan_to_num(), explained)
+        return {name: _array(values) for name, values in found.items()}

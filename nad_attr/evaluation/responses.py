@@ -29,7 +29,7 @@ class Responses:
     """What the whole network and R sub-architectures answered to N images.
 
     Attributes:
-        labels: int64 (N,), the images' classes.
+        labels: int64 (N,), the images' classes, or (N, K), see :mod:`nad_attr.data.labels`.
         tasks: The R sub-architectures' tasks.
         columns: The J different tasks among them, whose task outputs are kept.
         whole: float32 (N, J), task outputs of the whole network.
@@ -38,6 +38,10 @@ class Responses:
         gated_class: int32 (R, N), the class that each sub-architecture calls.
         whole_margin: float32 (N, J), task output minus the highest output of any other class.
         gated_margin: float32 (R, N), the same for each sub-architecture's own task.
+
+    Where labels are no classes, no class is called (-1), and the margin is the task output minus
+    the threshold from which on an output says yes: one half where all outputs of the whole
+    network are in [0, 1] (probabilities), else zero (logits).
     """
 
     labels: Tensor
@@ -314,7 +318,8 @@ def sweep(
     archs = as_architectures(architectures, size)
     chosen = as_ablation(ablation)
     runner = Runner(model, run)
-    source = as_source(data)
+    source = as_source(data, any_labels=True)
+    runner.fit(source)
     with progress_bar(runner, len(archs), len(source.labels)) as bar:
         return answers(runner, archs, source, ablation=chosen, bar=bar)
 
@@ -445,6 +450,12 @@ def answers(
             gated[:, here], gated_class[:, here] = block.cpu(), called.cpu()
             gated_margin[:, here] = margin.cpu()
             bar.update(n_here)
+    if labels.ndim == 2:
+        says_yes = 0.5 if bool((clean >= 0).all() and (clean <= 1).all()) else 0.0
+        clean_class, gated_class = clean_class.fill_(-1), gated_class.fill_(-1)
+        clean_margin = clean - says_yes
+        at = torch.zeros_like(column_of) if own_only else column_of
+        gated_margin = gated[torch.arange(n_rows), :, at.cpu()] - says_yes
     return Responses(
         labels=labels,
         tasks=tasks,
@@ -562,7 +573,8 @@ def site_fidelity(
     archs = as_architectures(architectures, size)
     chosen = as_ablation(ablation)
     runner = Runner(model, run)
-    source = as_source(data)
+    source = as_source(data, any_labels=True)
+    runner.fit(source)
     own = own_images(source.labels, tasks_of_rows(archs))
     if not bool(own.any()):
         raise ValueError("data holds no image of any of the tasks.")

@@ -59,6 +59,8 @@ class Evaluation:
         parameter_size: (T,), the same weighted by parameters.
         dead_fraction: (T,), share of the kept channels that are constant (zero, mostly) on all own
             images inside the whole network.
+        target_r2: (T,), R^2 of the images' regression targets by the task output, see
+            :func:`nad_attr.evaluation.r_squared`; NaN without targets.
         detector_ba: (T,), balanced accuracy of "task output above a threshold", the threshold
             fitted to other images inside the sub-architecture; NaN without such images.
         overlap: (T, T), |A and B| / |A or B| of the sub-architectures, mean over sites.
@@ -85,6 +87,7 @@ class Evaluation:
     flop_size: FloatArray = field(default_factory=_none)
     parameter_size: FloatArray = field(default_factory=_none)
     dead_fraction: FloatArray = field(default_factory=_none)
+    target_r2: FloatArray = field(default_factory=_none)
     detector_ba: FloatArray = field(default_factory=_none)
     overlap: FloatArray = field(default_factory=_none)
     kappa: FloatArray = field(default_factory=_none)
@@ -94,7 +97,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         n = len(self.tasks)
-        for name in ("flop_size", "parameter_size", "dead_fraction", "detector_ba"):
+        for name in ("flop_size", "parameter_size", "dead_fraction", "target_r2", "detector_ba"):
             if getattr(self, name).size == 0:
                 object.__setattr__(self, name, np.full(n, np.nan))
         for name in ("overlap", "kappa"):
@@ -105,6 +108,11 @@ class Evaluation:
     def whole(self) -> Evaluation:
         """The same measures of the whole network, which is its own whole."""
         return self if self._whole is None else self._whole
+
+    @property
+    def is_of_targets(self) -> bool:
+        """Whether the images have targets to be predicted, and there are no classes to be told."""
+        return not bool(np.isnan(self.whole.target_r2).all())
 
     @property
     def own_auc(self) -> FloatArray:
@@ -225,7 +233,7 @@ class Evaluation:
         Args:
             max_tasks: Tasks that are listed one by one, at most.
         """
-        main = (
+        main: tuple[str, ...] = (
             "size",
             "own_auc",
             "other_auc",
@@ -235,11 +243,15 @@ class Evaluation:
             "fpr",
             "ba",
         )
+        if self.is_of_targets:
+            main = ("size", "fidelity", "rank_fidelity", "target_r2", "detector_ba")
         head = {name: MEASURE_TABLE[name].head for name in (*main, "other_accuracy")}
         if np.isnan(self.detector_ba).all():
             del head["detector_ba"]
         bare = self._whole is not None and not self.random and not self.rivals
-        if bare:
+        if self.is_of_targets:
+            del head["other_accuracy"]
+        elif bare:
             del head["recall"]
         rows = [["task", *head.values()]]
         columns = [self.values(m)[:max_tasks] for m in head]
@@ -263,7 +275,7 @@ class Evaluation:
         names, rule, *lines = table(rows)
         what = "the whole network" if self._whole is None else "sub-architectures"
         title = f"{what} of {len(self.tasks)} task(s) on {self.n_images} images"
-        if bare:
+        if bare and not self.is_of_targets:
             title += "\n(recall is left out: it says nothing without random channels or rivals)"
         n = n_listed - 1
         listed = [*title.split("\n"), names, rule, *lines[:n], rule, *lines[n:]]
@@ -326,7 +338,9 @@ class Evaluation:
     def _repr_html_(self) -> str:
         """How notebooks show it: the means, beside what they have to beat."""
         measures = ["own_auc", "other_auc", "fidelity", "recall", "fpr", "ba"]
-        if self._whole is not None and not self.random and not self.rivals:
+        if self.is_of_targets:
+            measures = ["fidelity", "rank_fidelity", "target_r2"]
+        elif self._whole is not None and not self.random and not self.rivals:
             measures.remove("recall")  # as in summary: alone it says nothing
         columns = [self.values(m)[:_SHOWN] for m in ("size", *measures)]
         rows = [

@@ -29,12 +29,15 @@ PER_TASK = (
     "dead_fraction",
     "fidelity",
     "rank_fidelity",
+    "target_r2",
     "detector_ba",
     "margin_auc",
     "recall",
     "fpr",
     "other_accuracy",
 )
+#: Files of earlier versions lack them.
+LATER = ("target_r2",)
 PER_PAIR = ("table", "overlap", "kappa")
 
 #: Written into each file, raised when what is in it changes its meaning.
@@ -99,6 +102,8 @@ def read_json(path: str | PathLike[str]) -> Evaluation:
 def _from_dict(content: Mapping[str, Any], whole: Evaluation | None = None) -> Evaluation:
     if "whole" in content:
         whole = _from_dict(content["whole"])
+    unknown = [None] * len(content["tasks"])
+    content = {**dict.fromkeys(LATER, unknown), **content}
     arrays = {name: _numbers(content[name]) for name in (*PER_TASK, *PER_PAIR)}
     return _made(
         content,
@@ -171,6 +176,8 @@ def read_hdf5(path: str | PathLike[str], group: str) -> Evaluation:
         rivals: Mapping[str, Evaluation] | None = None,
     ) -> Evaluation:
         def field(name: str) -> Any:
+            if name in LATER and prefix + name not in arrays:
+                return np.full(len(attributes["tasks"]), np.nan)
             values = np.asarray(arrays[prefix + name])
             return values if row is None else values[row]
 

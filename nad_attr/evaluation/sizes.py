@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nad_attr.data.labels import Task, own_images
+from nad_attr.data.labels import Task, own_images, patterns
 from nad_attr.data.sources import Inputs
 from nad_attr.evaluation.measures import ROUNDING
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -199,7 +199,7 @@ class Activity:
     """
 
     def __init__(self, sites: Sequence[GateSite], labels: Tensor, device: torch.device) -> None:
-        self.classes, self._place = labels.unique(return_inverse=True)
+        self.classes, self._place = patterns(labels)
         shapes = {site.name: (len(self.classes), site.n_channels) for site in sites}
         self.low = {n: torch.full(s, torch.inf, device=device) for n, s in shapes.items()}
         self.high = {n: torch.full(s, -torch.inf, device=device) for n, s in shapes.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr._checks import GatingError
-from nad_attr.data.labels import Task
+from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Draw, Inputs, Source
 from nad_attr.gates.channels import n_channels, split_sites
 from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply_learned
@@ -354,9 +354,8 @@ class TaskImages:
     """
 
     def __init__(self, labels: Tensor, task: Task, seed: int) -> None:
-        classes = torch.tensor([task] if isinstance(task, int) else task, device="cpu")
-        own = torch.isin(labels, classes)
-        self.pools = {"own": own.nonzero().flatten(), "other": (~own).nonzero().flatten()}
+        (own,), (other,) = own_images(labels, [task]), other_images(labels, [task])
+        self.pools = {"own": own.nonzero().flatten(), "other": other.nonzero().flatten()}
         self._key = (seed, task)
         self._generators = {
             kind: torch.Generator().manual_seed(seed_of(seed, task, kind)) for kind in self.pools

@@ -185,7 +185,7 @@ def check_outputs(
     # Eight bits are coarser still; an observer that is on moves their range a little in each pass.
     half = half or any(map(_fake_quantised, model.modules()))
     with _left_alone(model):
-        before: tuple[str, ...] = random_states()
+        before: tuple[object, ...] = random_states()
         first = run(inputs) if outputs is None else outputs
         second = run(inputs)
         again = 0

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nad_attr._checks import check_count
 from nad_attr.data.fingerprints import data_fingerprint, environment, model_hash
-from nad_attr.data.labels import Task, as_task
+from nad_attr.data.labels import Task, as_task, own_images
 from nad_attr.data.sources import Data
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
@@ -447,7 +447,8 @@ class _Run:
         missing = [task for task in gates.tasks if task not in self.store]
         if missing:
             labels = self.session.source.labels
-            counts = {task: int(torch.isin(labels, _classes(task)).sum()) for task in missing}
+            own = own_images(labels, missing).sum(1).tolist() if missing else []
+            counts = dict(zip(missing, own, strict=True))
             with _interrupted_later():
                 self.store.append(gates.select(missing), sample_counts=counts)
         self.done += len(missing)
@@ -472,10 +473,6 @@ class _Run:
                     lost,
                 )
             )
-
-
-def _classes(task: Task) -> Tensor:
-    return torch.tensor([task] if isinstance(task, int) else task, device="cpu")
 
 
 @contextmanager

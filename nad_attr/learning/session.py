@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from itertools import chain
 from typing import Any
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from nad_attr._checks import check_mapping
 from nad_attr._version import __version__
 from nad_attr.data.fingerprints import fixed_outputs
-from nad_attr.data.labels import Task, as_task
+from nad_attr.data.labels import (
+    Task,
+    as_task,
+    other_images,
+    own_images,
+    patterns,
+    tasks_in,
+)
 from nad_attr.data.sources import Data, Inputs, Source, as_source
 from nad_attr.gates.channels import budget, n_channels, split_sites
 from nad_attr.gates.history import History
@@ -195,11 +203,19 @@ class Session:
         self.network = Network(model, run=options)
         # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
         with torch.inference_mode(False):
-            self.source = as_source(data, augmented=augmented)
+            self.source = as_source(data, augmented=augmented, any_labels=True)
+            with suppress(TypeError, ValueError, RuntimeError):  # said below, when sites are known
+                self.network.fit(self.source)
             labels = self.source.labels
+            if isinstance(self.recipe, PaperRecipe) and labels.ndim == 2:
+                raise ValueError(
+                    "the paper's recipe learns from the cross-entropy of classes; for one output, "
+                    "several labels an image or targets use the default, Recipe()."
+                )
             self.tasks, self.names = _tasks(tasks, labels)
             _check_images(self.tasks, labels, self.recipe)
             example = next(iter(self.source.batches([[(0, 0), (len(labels) - 1, 0)]])))
+            self.network.fields = self.source.fields
             self.network.sites = tuple(_sites(self.network, sites, example))
             outputs = _check_outputs(self.network, example, self.tasks, labels)
             images = self.network.to_device(example)
@@ -236,14 +252,7 @@ class Session:
 
     def _of_each_task(self) -> Iterator[Inputs]:
         """An image of each task: some alone, and all of them."""
-        classes, places = self.source.labels.unique(return_inverse=True)
-        first = torch.full((len(classes),), len(places), device="cpu")
-        first = first.scatter_reduce(0, places, torch.arange(len(places), device="cpu"), "amin")
-        of_class = dict(zip(classes.tolist(), first.tolist(), strict=True))
-        images = [
-            (next(of_class[k] for k in _members(task).tolist() if k in of_class), 0)
-            for task in self.tasks
-        ]
+        images = [(first, 0) for first in _first_own(self.source.labels, self.tasks)]
         alone = images[:: max(1, len(images) // ALONE)][:ALONE]
         together = [images[part.start : part.stop] for part in chunks(len(images), ALONE)]
         yield from self.source.batches([[image] for image in alone] + together)
@@ -498,7 +507,10 @@ def _tasks(
     tasks: Sequence[object] | Mapping[str, object] | None, labels: Tensor
 ) -> tuple[list[Task], list[str] | None]:
     if tasks is None:
-        return [int(k) for k in labels.unique()], None
+        present = tasks_in(labels)
+        if not present:
+            raise ValueError("no image has any of the labels: there is no task to learn.")
+        return present, None
     if isinstance(tasks, (str, bytes)):
         raise TypeError(f"tasks must be a list of class indices or a dictionary, not {tasks!r}.")
     names = None
@@ -523,17 +535,24 @@ def _tasks(
     return wanted, names
 
 
-def _members(task: Task) -> Tensor:
-    return torch.tensor([task] if isinstance(task, int) else task, device="cpu")
+def _first_own(labels: Tensor, tasks: Sequence[Task]) -> list[int]:
+    """An image of each task: the first of the lowest class of its group that has any."""
+    known, places = patterns(labels)
+    first = torch.full((len(known),), len(places), device="cpu")
+    first = first.scatter_reduce(0, places, torch.arange(len(places), device="cpu"), "amin")
+    own = own_images(known, tasks)
+    return [int(first[row.nonzero()[0, 0]]) for row in own]
 
 
 def _check_images(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> None:
-    present = labels.unique()
-    for task in tasks:
-        if not bool(torch.isin(_members(task), present).any()):
-            shown = ", ".join(map(str, present[:20].tolist())) + (" ..." * (len(present) > 20))
+    known, _ = patterns(labels)
+    for task, has in zip(tasks, own_images(known, tasks).any(1).tolist(), strict=True):
+        if not has:
+            present = tasks_in(labels)
+            shown = ", ".join(map(str, present[:20])) + (" ..." * (len(present) > 20))
+            said = "its labels are" if labels.ndim == 1 else "the tasks with own images are"
             raise ValueError(
-                f"there is no image of task {task} in the data; its labels are {shown}."
+                f"there is no image of task {task} in the data; {said} {shown or 'none'}."
             )
     if isinstance(recipe, PaperRecipe):
         return
@@ -551,7 +570,8 @@ def _own_only(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> list[Any
     """Tasks that are learned from own images alone: all of them with the paper's recipe."""
     if isinstance(recipe, PaperRecipe):
         return list(tasks)
-    return [task for task in tasks if bool(torch.isin(labels, _members(task)).all())]
+    others = other_images(labels, tasks).any(1).tolist()
+    return [task for task, has in zip(tasks, others, strict=True) if not has]
 
 
 def _sites(
@@ -574,6 +594,7 @@ def _sites(
         network.to_device(example),
         layers=sites,
         additional_forward_args=network.options.additional_forward_args,
+        forward_func=None if network.is_plain else network.call,
     )
 
 
@@ -626,7 +647,7 @@ def _start(
 
 def _steps(task: Task, labels: Tensor, recipe: Recipe) -> int:
     if isinstance(recipe, PaperRecipe):
-        return paper_steps(int(torch.isin(labels, _members(task)).sum()), recipe)
+        return paper_steps(int(own_images(labels, [task]).sum()), recipe)
     return recipe.steps
 
 

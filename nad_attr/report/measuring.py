@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nad_attr._checks import GatingError
+from nad_attr.data.labels import ReadLabels, patterns
 from nad_attr.data.sources import Source, TensorSource, as_source
 from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.evaluation.questions.errors import errors
@@ -53,23 +54,31 @@ class Sample:
         source: Where they come from.
         numbers: Their numbers there.
         inputs: The network's inputs.
-        labels: int64 (N,).
+        labels: int64 (N,) or (N, K), see :mod:`nad_attr.data.labels`.
+        targets: float64 (N, K) of regression, or None.
     """
 
     def __init__(self, source: Source, numbers: list[int], inputs: tuple[Tensor, ...]) -> None:
         self.source, self.numbers, self.inputs = source, numbers, inputs
-        self.labels = source.labels[torch.tensor(numbers, dtype=torch.long, device="cpu")]
+        rows = torch.tensor(numbers, dtype=torch.long, device="cpu")
+        self.labels = source.labels[rows]
+        self.targets = None if source.targets is None else source.targets[rows]
 
     @property
-    def data(self) -> tuple[Any, Tensor]:
+    def data(self) -> TensorSource:
         """As evaluation takes it."""
-        return self.inputs[0] if len(self.inputs) == 1 else self.inputs, self.labels
+        return self._of(slice(None))
 
-    def some(self, n: int) -> tuple[Any, Tensor]:
+    def some(self, n: int) -> TensorSource:
         """At most n of them, evenly over the classes."""
-        rows = torch.tensor(evenly(self.labels, n, 0), dtype=torch.long, device="cpu")
-        parts = tuple(part[rows] for part in self.inputs)
-        return parts[0] if len(parts) == 1 else parts, self.labels[rows]
+        return self._of(torch.tensor(evenly(self.labels, n, 0), dtype=torch.long, device="cpu"))
+
+    def _of(self, rows: Any) -> TensorSource:
+        targets = None if self.targets is None else self.targets[rows]
+        read = ReadLabels(self.labels[rows], targets)
+        source = TensorSource(tuple(part[rows] for part in self.inputs), read)
+        source.fields = self.source.fields
+        return source
 
 
 def evenly(labels: Tensor, n: int, seed: int) -> list[int]:
@@ -80,8 +89,9 @@ def evenly(labels: Tensor, n: int, seed: int) -> list[int]:
         True
     """
     turns: list[tuple[int, int, int]] = []
-    for label in labels.unique().tolist():
-        own = (labels == label).nonzero().flatten()
+    known, places = patterns(labels)
+    for place, label in enumerate(known.tolist() if known.ndim == 1 else range(len(known))):
+        own = (places == place).nonzero().flatten()
         order = torch.randperm(
             len(own),
             generator=torch.Generator().manual_seed(seed_of(seed, "report", label)),
@@ -98,7 +108,7 @@ def sampled(data: Any, n_images: int, *, seed: int = 0) -> Sample:
         TypeError: If ``data`` is nothing that images come from.
         ValueError: If it is empty or holds NaN.
     """
-    source = as_source(data)
+    source = as_source(data, any_labels=True)
     if len(source.labels) <= n_images and isinstance(source, TensorSource):
         return Sample(source, list(range(len(source.labels))), source.inputs)
     numbers = evenly(source.labels, n_images, seed)
@@ -241,6 +251,7 @@ def responses(
         int64 (N,), and float32 (N, all channels).
     """
     runner = Runner(model, run)
+    runner.fields = sample.source.fields
     calls: list[Tensor] = []
     highest: list[Tensor] = []
     with torch.no_grad(), recorded(runner.model, gates.sites) as seen:

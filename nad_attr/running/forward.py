@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nad_attr._checks import GatingError
-from nad_attr.data.labels import Task
+from nad_attr.data.labels import Task, for_one_output
 from nad_attr.data.sources import Inputs, Source, check_finite
 from nad_attr.gating.hooks import check_eval
 from nad_attr.running.options import RunOptions, as_options
+from nad_attr.sites.calling import Fields, call_with
 from nad_attr.sites.preserving import Copies, Kept
 from nad_attr.sites.site import unwrap
 from nad_attr.sites.tracing import eager
@@ -54,8 +55,21 @@ def check_classes(labels: Tensor, tasks: Sequence[Task], n_classes: int) -> None
         ValueError: Names the highest one.
     """
     named = [m for task in tasks for m in (task if isinstance(task, tuple) else (task,))]
-    for what, highest in (("label", int(labels.max())), ("task", max(named))):
+    if labels.ndim == 2 and labels.shape[1] != n_classes:
+        given = "one label" if labels.shape[1] == 1 else f"{labels.shape[1]} labels or targets"
+        raise ValueError(
+            f"each image has {given}, but the network has {n_classes} outputs: give one for each "
+            "output, or a forward_func that picks the outputs. For class indices that are "
+            "floating-point numbers give labels.long()."
+        )
+    highest_label = -1 if labels.ndim == 2 else int(labels.max())
+    for what, highest in (("label", highest_label), ("task", max(named))):
         if highest >= n_classes:
+            if n_classes == 1:
+                raise ValueError(
+                    f"there is a {what} {highest}, but the network has one output, whose task is "
+                    "0: its own images are those with label 1, the others have 0."
+                )
             raise ValueError(
                 f"there is a {what} {highest}, but the network has {n_classes} outputs "
                 f"(classes 0 to {n_classes - 1})."
@@ -160,6 +174,7 @@ class Runner:
         device: Where the inputs are sent.
         options: How it is run.
         amp: Autocast dtype; None: none.
+        fields: The names of the inputs, if they have any; set by :meth:`draw`.
 
     Raises:
         TypeError: If the network is no module, or ``run`` is something else.
@@ -216,6 +231,8 @@ class Runner:
         self._copies = Copies()
         self._run = root if forward_func is None else forward_func
         self._extra = options.arguments
+        self.fields: Fields | None = None
+        self._adapted: tuple[object, ...] | None = None
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context that passes run in: autocast, or none whatever is around it."""
@@ -225,12 +242,37 @@ class Runner:
 
     @property
     def plain(self) -> bool:
-        """Whether a call of the network itself does the same."""
-        return self._run is self.model and not self._extra and self.amp is None
+        """Whether a call of the network itself, with an image's inputs, does the same."""
+        return self.is_plain and not self._extra and self.amp is None
 
     def bar(self, total: int, desc: str, unit: str = "image") -> tqdm[Any]:
         """A progress bar, if one is wanted."""
         return tqdm(total=total, desc=desc, unit=unit, disable=not self.options.show_progress)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the network itself is called, with its inputs in order."""
+        return self._run is self.model and self.fields is None
+
+    def call(self, *inputs: Any) -> Any:
+        """What the network or ``forward_func`` returns for inputs and further arguments."""
+        key = self._run, self.fields
+        if self._adapted is None or self._adapted[0] != key:
+            self._adapted = key, call_with(self._run, self.fields)
+        function: Any = self._adapted[1]
+        return function(*inputs)
+
+    def fit(self, source: Source) -> None:
+        """Read class indices 0 and 1 as the labels of one output, if the network has one.
+
+        Runs one image where the labels leave open whether the network has one output or two.
+        """
+        if source.labels.ndim == 1 and int(source.labels.max()) <= 1:
+            (inputs,) = self.draw(source, [[0]])
+            with torch.no_grad():
+                n_outputs = self(inputs).shape[1]
+            if n_outputs == 1:
+                source.labels = for_one_output(source.labels)
 
     def to_device(self, inputs: Inputs) -> Inputs:
         """The inputs where the network is, without their graph."""
@@ -247,11 +289,13 @@ class Runner:
         kept = Kept(self.model, self._copies)
         try:
             with self.precision(), network_errors(inputs), eager(self.model):
-                outputs = self._run(*inputs, *self._extra)
+                outputs = self.call(*inputs, *self._extra)
         finally:
             kept.restore(graph=isinstance(outputs, Tensor) and outputs.requires_grad)
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise TypeError(f"the network returned {_what(outputs)}")
+        if outputs.ndim == 1 and len(outputs) == len(inputs[0]):
+            outputs = outputs[:, None]
         if outputs.ndim != 2 or len(outputs) != len(inputs[0]):
             raise ValueError(
                 f"the network returned shape {tuple(outputs.shape)} for {len(inputs[0])} images; "
@@ -275,6 +319,7 @@ class Runner:
         shown = bool(desc) and self.options.show_progress
         with tqdm(total=sum(map(len, numbers)), desc=desc, unit="image", disable=not shown) as bar:
             for chosen, inputs in zip(numbers, source.batches(draws), strict=True):
+                self.fields = source.fields
                 yield self.to_device(check_finite(inputs))
                 bar.update(len(chosen))
 

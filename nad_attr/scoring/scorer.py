@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr._checks import GatingError, tensor_of
-from nad_attr.data.labels import Task, as_task, own_images
+from nad_attr.data.labels import Task, as_task, other_images, own_images, tasks_in
 from nad_attr.data.sources import Draw, Inputs, Source, TensorSource, as_source
 from nad_attr.gating.hooks import channel_shape, frozen, installed, site_modules
 from nad_attr.running.forward import Runner, check_classes, chunks
@@ -46,7 +46,7 @@ def tasks_of(targets: Any, tasks: Sequence[Task] | None = None) -> list[Task]:
         >>> tasks_of(torch.tensor([2, 0, 2])), tasks_of(torch.tensor([2, 0, 2]), [(0, 2), 2])
         ([0, 2], [(0, 2), 2])
     """
-    chosen = tensor_of(targets).unique().tolist() if tasks is None else tasks
+    chosen = tasks_in(tensor_of(targets)) if tasks is None else tasks
     if isinstance(chosen, (str, bytes, Mapping, int)):
         raise TypeError(f"tasks must be a sequence of tasks, not {type(chosen).__name__}.")
     result = [as_task(task) for task in chosen]
@@ -72,11 +72,13 @@ class Batch:
     Attributes:
         model: The network, to put hooks on.
         inputs: The network's inputs.
-        labels: int64 (B,), the images' own classes.
+        labels: int64 (B,), the images' own classes, or (B, K), see
+            :mod:`nad_attr.data.labels`.
         tasks: The B tasks that the images are scored for; empty for a scorer whose scores do not
             depend on the task.
         run: Runs the network on any number of inputs: float (B, K), checked, with its graph.
         prepared: What :meth:`ChannelScorer.prepare` returned.
+        targets: float64 (B, K), the images' regression targets, if they have any.
     """
 
     model: nn.Module
@@ -85,6 +87,7 @@ class Batch:
     tasks: list[Task]
     run: Callable[[Inputs], Tensor]
     prepared: Any = None
+    targets: Tensor | None = None
 
     def outputs(self) -> Tensor:
         """The network's outputs for these images, (B, K), with their graph."""
@@ -120,7 +123,7 @@ def _weights(labels: Tensor, tasks: Sequence[Task], include_others: bool) -> Ten
     own = own_images(labels, tasks)
     parts = [(own, "own")]
     if include_others:
-        parts.append((~own, "other"))
+        parts.append((other_images(labels, tasks), "other"))
     weights = torch.zeros(own.shape, dtype=torch.float64, device="cpu")
     for part, what in parts:
         for task, has in zip(tasks, part.any(-1).tolist(), strict=True):
@@ -135,10 +138,14 @@ class _Scored:
 
     def __init__(self, source: Source) -> None:
         self.source, self.labels, self.augmented = source, source.labels, source.augmented
+        self.targets, self.fields = source.targets, source.fields
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws."""
-        return self.source.batches([(i, seed_of("scores", i)) for i, _ in some] for some in draws)
+        seeded = ([(i, seed_of("scores", i)) for i, _ in some] for some in draws)
+        for inputs in self.source.batches(seeded):
+            self.fields = self.source.fields
+            yield inputs
 
 
 class ChannelScorer(ABC):
@@ -308,8 +315,11 @@ class ChannelScorer(ABC):
             source: Source = (
                 TensorSource(inputs, targets)
                 if targets is not None or isinstance(inputs, Tensor)
-                else _Scored(inputs if hasattr(inputs, "batches") else as_source(inputs))
+                else _Scored(
+                    inputs if hasattr(inputs, "batches") else as_source(inputs, any_labels=True)
+                )
             )
+            runner.fit(source)
             rows = tasks_of(source.labels, tasks)
             weights = torch.stack([_weights(source.labels, rows, both) for both in include_others])
             totals = self._totals(runner, source, rows, weights, signed)
@@ -367,6 +377,7 @@ class ChannelScorer(ABC):
                 [tasks[r] for r in rows.tolist()],
                 partial(self._outputs, runner, source.labels, tasks),
                 prepared,
+                None if source.targets is None else source.targets[chosen].to(runner.device),
             )
 
         def probe(inputs: Inputs) -> None:

@@ -159,7 +159,10 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def trace(
-    model: nn.Module, inputs: Sequence[Tensor], additional_forward_args: Sequence[object] = ()
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    additional_forward_args: Sequence[object] = (),
+    forward_func: Callable[..., object] | None = None,
 ) -> Trace:
     """Traces one forward pass of a model.
 
@@ -173,6 +176,7 @@ def trace(
         model: The model, in eval mode.
         inputs: The model's inputs, of which the first axis is the batch.
         additional_forward_args: More arguments, which count as constants.
+        forward_func: What is called in place of the model, which it runs.
 
     Returns:
         The trace.
@@ -180,6 +184,7 @@ def trace(
     Raises:
         Exception: Whatever the model raises on the real tensors.
     """
+    run = model if forward_func is None else forward_func
     arguments: tuple[object, ...] = (*inputs, *additional_forward_args)
     parameters = [*model.parameters(), *model.buffers()]
     device = parameters[0].device if parameters else torch.device("cpu")
@@ -197,12 +202,12 @@ def trace(
                     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             return fake.from_tensor(tensor)
 
-        return _run(model, tuple(_map(arguments, faked)), len(inputs), fake)
+        return _run(model, run, tuple(_map(arguments, faked)), len(inputs), fake)
 
     def as_given() -> Trace:
         # Copies, since the model may write into its inputs.
         copies = tuple(_map(arguments, lambda tensor: tensor.detach().clone()))
-        return _run(model, copies, len(inputs), None)
+        return _run(model, run, copies, len(inputs), None)
 
     # Meta tensors have no values either, and go through a meta model faster than fake ones.
     first, second = (as_given, on_fake_tensors) if on_meta else (on_fake_tensors, as_given)
@@ -228,7 +233,11 @@ def _map(value: object, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _run(
-    model: nn.Module, arguments: tuple[object, ...], n_inputs: int, fake: FakeTensorMode | None
+    model: nn.Module,
+    run: Callable[..., object],
+    arguments: tuple[object, ...],
+    n_inputs: int,
+    fake: FakeTensorMode | None,
 ) -> Trace:
     """Runs and records one pass, on fake tensors if a mode is given."""
     recorder = _Recorder()
@@ -248,7 +257,7 @@ def _run(
             stack.enter_context(fake)
         stack.enter_context(_calls_recorded(model, recorder))
         with recorder:
-            output = model(*arguments)
+            output = run(*arguments)
     tensors = tensors_in(_main_output(output))
     sinks = tuple(dict.fromkeys(recorder.node_of[id(t)] for t in tensors if recorder.knows(t)))
     first = next(tensors_in(arguments[:n_inputs]))
