@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 import time
 import tracemalloc
 import zlib
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fuzz_store import campaign
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.sites.site import GateSite
@@ -660,12 +658,3 @@ def test_groups_in_circles(path: Path) -> None:
         assert store.results == ("evaluation/heldout",)
         assert store.result("evaluation/heldout")[0]["x"].tolist() == [1]
     assert time.perf_counter() - started < 1
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
-def test_a_campaign_of_damaged_files() -> None:
-    """The first few hundred of `python -m benchmarks.fuzz_store`."""
-    found = campaign(250, seed=1)
-    assert found["bad"] == []
-    assert found["ends"]["success"] > 20
-    assert found["ends"]["GateStoreError"] > 100
