@@ -10,7 +10,7 @@ Each environment takes about 6 GB; nox finds the interpreters on the PATH (or, w
 
 import nox
 
-nox.options.default_venv_backend = "virtualenv"
+nox.options.default_venv_backend = "uv|virtualenv"
 nox.needs_version = ">=2024.4"
 
 #: Python, name, requirements. Sensible pairs, for the whole product would be 48: each Python, each

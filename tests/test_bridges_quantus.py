@@ -66,6 +66,7 @@ def test_each_image_through_its_own_class(batch: Any, kind: str, soft: bool) -> 
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ATTRIBUTIONS)
 def test_an_image_does_not_depend_on_the_batch(batch: Any, kind: str) -> None:
     if kind == "lrp":
@@ -184,6 +185,7 @@ def quantus() -> Any:
         return pytest.importorskip("quantus", reason="the extra quantus is not installed")
 
 
+@pytest.mark.slow
 def test_metrics_of_every_category_run_unmodified(quantus: Any, batch: Any) -> None:
     model, (x, y) = single(), batch
     masks = np.zeros((4, 1, 8, 8), bool)

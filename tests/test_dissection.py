@@ -87,6 +87,7 @@ def exact_threshold(values: Tensor, quantile: float) -> Tensor:
 # -- the IoU matrix --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unlabelled", ["ignore", "count"])
 @pytest.mark.parametrize("make", [TinyCNN, TinyResNet])
 def test_exact_mode_equals_counting_each_pixel(make: Any, unlabelled: str) -> None:
@@ -104,6 +105,7 @@ def test_exact_mode_equals_counting_each_pixel(make: Any, unlabelled: str) -> No
         assert units.iou[name].max() > 0.01  # there is something to see
 
 
+@pytest.mark.slow
 def test_streaming_mode_is_within_its_bound() -> None:
     model, x, maps = build(TinyResNet), images(40), labels(40)
     sites = find_gate_sites(model, x[:1])
@@ -218,6 +220,7 @@ def test_a_flat_map_at_its_threshold_is_nowhere_active() -> None:
 # -- what must not change it -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batches_scratch_and_memory_order_change_nothing() -> None:
     model, x, maps = build(TinyResNet), images(13), labels(13)
     sites = find_gate_sites(model, x[:1])
@@ -239,6 +242,7 @@ def test_batches_scratch_and_memory_order_change_nothing() -> None:
             assert np.array_equal(other.top_images[name], first.top_images[name])
 
 
+@pytest.mark.slow
 def test_parts_of_activations_and_of_batches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, maps = build(TinyResNet), images(40), labels(40)
     # Labels of two sizes, so that a batch is counted in parts.
@@ -338,6 +342,7 @@ class Stream(torch.utils.data.Dataset[Any]):
         return images(1, seed=i)[0], labels(2, seed=i)[1]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images() -> None:
     model = build(TinyCNN)
     sizes = []
@@ -385,6 +390,7 @@ class _held:
         Runner.__call__ = self.original  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("phase", [1, 2])
 def test_an_interrupted_dissection_goes_on(tmp_path: Path, exact: bool, phase: int) -> None:
@@ -491,6 +497,7 @@ def test_a_loaders_workers_dissect() -> None:
     assert found.n_units("relu1") == 6
 
 
+@pytest.mark.slow
 def test_tokens_are_a_square_of_positions() -> None:
     model, x, maps = build(TinyViT), images(), labels()
     units = dissect(model, ["blocks.0"], (x, maps), 0.1, CONCEPTS, True)

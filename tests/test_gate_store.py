@@ -386,6 +386,7 @@ def _append_for_ever(path: Path, fold: int) -> None:
             store.append(some_gates([task]))
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("fold", [500, 2**20], ids=["written often", "in the journal"])
 def test_killed_at_random_moments(path: Path, fold: int) -> None:
@@ -407,6 +408,7 @@ def test_killed_at_random_moments(path: Path, fold: int) -> None:
     assert_same(TaskGates.load(path), some_gates(list(range(held + 1))))
 
 
+@pytest.mark.slow
 def test_a_journal_cut_off_at_any_byte(path: Path, tmp_path: Path) -> None:
     with begun(path, [0, 1]) as store:
         store.flush()
@@ -608,6 +610,7 @@ def test_a_forked_worker_neither_keeps_the_lock_nor_writes(path: Path) -> None:
             assert again.tasks == (0,)
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("fold", [500, 2**20], ids=["written often", "in the journal"])
 def test_readers_read_while_a_writer_writes(path: Path, fold: int) -> None:

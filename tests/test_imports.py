@@ -229,10 +229,12 @@ def test_root_is_small() -> None:
     assert len(in_root) <= MOST_IN_ROOT, f"move something of {in_root} into a room"
 
 
+@pytest.mark.slow
 def test_imports_run_one_way() -> None:
     assert not order_violations(imports_of(PACKAGE))
 
 
+@pytest.mark.slow
 def test_imports_have_no_circle() -> None:
     assert find_circle(imports_of(PACKAGE)) is None
 
