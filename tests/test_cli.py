@@ -511,7 +511,7 @@ def test_ctrl_c_in_a_terminal(here: Path) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 200
         while time.monotonic() < end and process.poll() is None:
             try:
                 with GateStore.open("ctrl.h5") as store:
@@ -521,7 +521,7 @@ def test_ctrl_c_in_a_terminal(here: Path) -> None:
                 pass
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=200)
     finally:
         process.kill()
     assert process.returncode == 130, output

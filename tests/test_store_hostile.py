@@ -39,14 +39,14 @@ def refused(
 ) -> None:
     """A documented error, at once and without a large allocation."""
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         with pytest.raises(GateStoreError, match=words) as error:
             load(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert peak < memory
     assert str(path) in str(error.value)
 
@@ -653,8 +653,8 @@ def test_groups_in_circles(path: Path) -> None:
         for i in range(20):
             file[f"evaluation/{i}"] = file["evaluation"]
             file[f"evaluation/heldout/root{i}"] = file["/"]
-    started = time.perf_counter()
+    started = time.process_time()
     with GateStore.open(path) as store:
         assert store.results == ("evaluation/heldout",)
         assert store.result("evaluation/heldout")[0]["x"].tolist() == [1]
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
