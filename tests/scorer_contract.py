@@ -55,7 +55,10 @@ class ScorerContract:
     def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
         return self.scorer(model, sites)
 
-    @pytest.fixture(params=list(NETWORKS))
+    # The smallest network in daily work, the others in `make test`.
+    @pytest.fixture(
+        params=["cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS if n != "cnn")]
+    )
     def network(self, request: pytest.FixtureRequest) -> tuple[nn.Module, list[GateSite]]:
         if request.param not in self.networks:
             pytest.skip("no network for this scorer")
@@ -120,6 +123,7 @@ class ScorerContract:
             with helpers.assert_model_untouched(score.model), pytest.raises(ZeroDivisionError):
                 score(images, labels, run=RunOptions(forward_func=breaks))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("include_others", [False, True])
     def test_batches_and_order_do_not_matter(self, network, data, include_others: bool) -> None:
         model, sites = network

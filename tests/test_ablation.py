@@ -287,6 +287,7 @@ def test_full_sub_architecture_is_the_whole_network(kind: str, training, data) -
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ABLATIONS)
 @pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_batches_play_no_part(name: str, kind: str, training, data) -> None:

@@ -135,6 +135,7 @@ def test_learn_makes_it_a_lookup(tiny_cnn: nn.Module, monkeypatch: pytest.Monkey
         nad.gates(2)
 
 
+@pytest.mark.slow
 def test_learn_takes_options_and_superclasses(tiny_cnn: nn.Module) -> None:
     data = labelled_images()
     nad = NADAttribution(tiny_cnn, recipe=RECIPE, seed=3).learn(
@@ -313,6 +314,7 @@ def test_keeps_the_activation_dtype(dtype: torch.dtype) -> None:
         assert nad.attribute(x, target=0)[0].dtype == dtype
 
 
+@pytest.mark.slow
 def test_every_tiny_network(tiny_model: nn.Module) -> None:
     x, y = labelled_images()
     nad = NADAttribution(tiny_model, recipe=RECIPE)
@@ -328,6 +330,7 @@ def test_every_tiny_network(tiny_model: nn.Module) -> None:
             torch.testing.assert_close(attribution, activation * gate[:, :, None, None])
 
 
+@pytest.mark.slow
 def test_channel_axis_may_be_spelt_out(tiny_vit: nn.Module) -> None:
     x, y = labelled_images()
     nad = NADAttribution(tiny_vit, "blocks.0", recipe=RECIPE, channel_dim=1)
@@ -516,6 +519,7 @@ def test_one_target_warns(tiny_cnn: nn.Module) -> None:
 # -- the forward function and its arguments ------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [False, True])
 def test_functions_with_layers(tiny_resnet: nn.Module, bound: bool) -> None:
     x, y = labelled_images()
@@ -551,6 +555,7 @@ def test_function_whose_target_is_not_a_logit(tiny_cnn: nn.Module) -> None:
         nad.attribute(x, target=2)
 
 
+@pytest.mark.slow
 def test_wrapped_networks_are_looked_through(tiny_cnn: nn.Module) -> None:
     x, y = labelled_images()
     expected = NADAttribution(tiny_cnn, recipe=RECIPE).attribute(x, y)
@@ -578,6 +583,7 @@ def test_several_inputs() -> None:
         torch.testing.assert_close(one, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_function", [False, True])
 def test_additional_forward_args(as_function: bool) -> None:
     model = build(TwoInputs)
@@ -674,6 +680,7 @@ def test_on_the_gpu(tiny_cnn: nn.Module) -> None:
 # -- a path for each image ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_paths_of_single_images(tiny_cnn: nn.Module) -> None:
     x, y = labelled_images(4)
     nad = NADAttribution(tiny_cnn, recipe=RECIPE, scope="example", n_copies=10)
@@ -821,6 +828,7 @@ def test_noise_tunnel(learned: tuple[nn.Module, TaskGates], batch_size: int | No
     torch.testing.assert_close(squared, bare.attribute(x, y) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["task", "example"])
 def test_noise_tunnel_learns_too(tiny_cnn: nn.Module, scope: Any) -> None:
     x, y = labelled_images(4)
@@ -961,6 +969,7 @@ def test_captums_configurations_are_there() -> None:
     assert {"conv_layer_single_target", "basic_layer_multi_input"} <= set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", list(_configs()))
 @pytest.mark.parametrize("mode", ["normal", "incorrect_target", "invalid_module"])
 def test_captum_hook_removal(config: dict[str, Any], mode: str) -> None:

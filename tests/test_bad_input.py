@@ -1829,6 +1829,7 @@ def ends_well(c: Context, call: Callable[[], object], must_fail: bool = False) -
     assert failed or not must_fail
 
 
+@pytest.mark.slow
 @some
 @given(name=st.text(max_size=12).filter(lambda text: text not in NAMES))
 def test_random_names_of_layers(c: Context, name: str) -> None:
@@ -1855,6 +1856,7 @@ def test_random_gates(c: Context, shape: list[int], dtype: torch.dtype, seed: in
     ends_well(c, lambda: top_k(row(c, relu1=values), c.sites, [0, 1, 2], 0.5))
 
 
+@pytest.mark.slow
 @some
 @given(shape=st.lists(st.integers(0, 9), max_size=5), dtype=dtypes)
 def test_random_images(c: Context, shape: list[int], dtype: torch.dtype) -> None:
@@ -1882,6 +1884,7 @@ def test_random_labels(c: Context, labels: list[int]) -> None:
         ends_well(c, lambda: score(c, NeuronMCTScorer, targets=labels), must_fail)
 
 
+@pytest.mark.slow
 @some
 @given(
     places=st.lists(st.tuples(*(st.integers(0, n - 1) for n in (6, 3, 8, 8))), min_size=1),
@@ -1904,6 +1907,7 @@ def test_values_that_are_not_finite_anywhere(
         assert f"[{named}]" in str(error.value)
 
 
+@pytest.mark.slow
 @some
 @given(value=anything)
 def test_random_arguments(c: Context, value: Any) -> None:

@@ -684,6 +684,7 @@ def test_bad_given_scores(gates: TaskGates) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_best_variant_is_the_best_of_all() -> None:
     make, sites = NETWORKS["cnn"]
     model = helpers.build(make)

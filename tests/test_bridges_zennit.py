@@ -534,6 +534,7 @@ def test_bad_input_is_named() -> None:
         attributor.__enter__()
 
 
+@pytest.mark.slow
 def test_without_zennit_the_message_names_the_extra() -> None:
     code = "import sys; sys.modules['zennit'] = None; import nad_attr.bridges.zennit"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

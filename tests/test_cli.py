@@ -137,6 +137,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_help_has_examples_for_every_command() -> None:
     text = succeeds("--help")
     for command in cli.app().registered_commands:
@@ -147,6 +148,7 @@ def test_help_has_examples_for_every_command() -> None:
     assert "--install-completion" in text
 
 
+@pytest.mark.slow
 def test_sites() -> None:
     text = succeeds("sites", *MODEL, "--input", "3x8x8", "--json", "sites.json")
     assert [line.split()[:4] for line in text.splitlines() if "ReLU" in line] == [
@@ -159,6 +161,7 @@ def test_sites() -> None:
     assert "mix" in succeeds("sites", *MODEL, "--layer", "mix", "-q")
 
 
+@pytest.mark.slow
 def test_sites_of_torchvision() -> None:
     pytest.importorskip("torchvision")
     text = succeeds("sites", "--model", "torchvision:resnet18")
@@ -167,6 +170,7 @@ def test_sites_of_torchvision() -> None:
     assert "1,984" in text
 
 
+@pytest.mark.slow
 def test_learn_says_what_it_chose(here: Path) -> None:
     text = succeeds(*LEARN, "--out", "noisy.h5", "--tasks", "green")
     for part in (
@@ -446,6 +450,7 @@ def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in outcome.output
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_settings(here: Path) -> None:
     other = [*LEARN, "--out", "gates.h5", "--resume"]
     fails(1, "seed", *other, "--seed", "5")
@@ -469,6 +474,7 @@ def test_interrupted_before_anything_is_saved(here: Path, monkeypatch: pytest.Mo
     assert "Traceback" not in outcome.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_in_the_middle_and_resumed(
     here: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -505,7 +511,7 @@ def test_ctrl_c_in_a_terminal(here: Path) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     try:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 200
         while time.monotonic() < end and process.poll() is None:
             try:
                 with GateStore.open("ctrl.h5") as store:
@@ -515,7 +521,7 @@ def test_ctrl_c_in_a_terminal(here: Path) -> None:
                 pass
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=200)
     finally:
         process.kill()
     assert process.returncode == 130, output

@@ -104,6 +104,7 @@ def test_equal_architectures_have_no_contrast_and_order_swaps_it(tiny_cnn: nn.Mo
     assert "relu1" in one.summary()
 
 
+@pytest.mark.slow
 def test_gates_names_and_tokens(tiny_vit: nn.Module) -> None:
     sites = find_gate_sites(tiny_vit, helpers.images(1))
     generator = torch.Generator().manual_seed(0)

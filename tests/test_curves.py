@@ -264,6 +264,7 @@ def test_without_others() -> None:
         np.testing.assert_array_equal(part.whole[measure], full.whole[measure])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ABLATIONS)
 def test_batch_size_and_memory_play_no_part(kind: str) -> None:
     model = helpers.build(helpers.TinyCNN)

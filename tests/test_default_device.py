@@ -43,6 +43,7 @@ def _without_device(source: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_every_factory_names_a_device() -> None:
     found = {
         str(path.relative_to(PACKAGE)): calls

@@ -141,6 +141,7 @@ def test_classes_that_the_network_gets_wrong_are_left_out(
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_writes_what_it_says(result: DemoResult) -> None:
     assert set(result.files) == {"gates.h5", "table.txt", "table.json", "sizes.png", "photo.png"}
     assert all(path.stat().st_size > 0 for path in result.files.values())
@@ -177,6 +178,7 @@ def test_tables_hold_every_class_and_method(result: DemoResult) -> None:
     )
 
 
+@pytest.mark.slow
 def test_printed_code_works(
     result: DemoResult,
     colours: nn.Module,
@@ -194,6 +196,7 @@ def test_printed_code_works(
     assert result.code().splitlines()[-1].strip() in result.explanation()
 
 
+@pytest.mark.slow
 def test_same_seed_same_gates_into_the_same_folder(
     result: DemoResult, colours: nn.Module, colour_photos: list[Photo]
 ) -> None:
@@ -300,6 +303,7 @@ def test_help_names_the_commands_and_options() -> None:
         assert option in text
 
 
+@pytest.mark.slow
 def test_demo_command(
     tmp_path: Path,
     colours: nn.Module,

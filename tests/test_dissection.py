@@ -87,6 +87,7 @@ def exact_threshold(values: Tensor, quantile: float) -> Tensor:
 # -- the IoU matrix --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unlabelled", ["ignore", "count"])
 @pytest.mark.parametrize("make", [TinyCNN, TinyResNet])
 def test_exact_mode_equals_counting_each_pixel(make: Any, unlabelled: str) -> None:
@@ -112,6 +113,7 @@ def test_exact_mode_equals_counting_each_pixel(make: Any, unlabelled: str) -> No
         assert units.iou[name].max() > 0.01  # there is something to see
 
 
+@pytest.mark.slow
 def test_streaming_mode_is_within_its_bound() -> None:
     model, x, maps = build(TinyResNet), images(40), labels(40)
     sites = find_gate_sites(model, x[:1])
@@ -226,6 +228,7 @@ def test_a_flat_map_at_its_threshold_is_nowhere_active() -> None:
 # -- what must not change it -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batches_scratch_and_memory_order_change_nothing() -> None:
     model, x, maps = build(TinyResNet), images(13), labels(13)
     sites = find_gate_sites(model, x[:1])
@@ -247,6 +250,7 @@ def test_batches_scratch_and_memory_order_change_nothing() -> None:
             assert np.array_equal(other.top_images[name], first.top_images[name])
 
 
+@pytest.mark.slow
 def test_parts_of_activations_and_of_batches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, maps = build(TinyResNet), images(40), labels(40)
     # Labels of two sizes, so that a batch is counted in parts.
@@ -366,6 +370,7 @@ class Stream(torch.utils.data.Dataset[Any]):
         return images(1, seed=i)[0], labels(2, seed=i)[1]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images() -> None:
     model = build(TinyCNN)
     sizes = []
@@ -414,6 +419,7 @@ class _held:
         Runner.__call__ = self.original  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("phase", [1, 2])
 def test_an_interrupted_dissection_goes_on(tmp_path: Path, exact: bool, phase: int) -> None:
@@ -535,6 +541,7 @@ def test_a_loaders_workers_dissect() -> None:
     assert found.n_units("relu1") == 6
 
 
+@pytest.mark.slow
 def test_tokens_are_a_square_of_positions() -> None:
     model, x, maps = build(TinyViT), images(), labels()
     units = dissect(model, ["blocks.0"], (x, maps), quantile=0.1, concepts=CONCEPTS, exact=True)

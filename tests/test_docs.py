@@ -414,6 +414,7 @@ def runnable(page: str) -> list[Block]:
     return [b for b in BLOCKS[page] if b.language in kinds and b.reason is None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in BLOCKS if runnable(page)])
 def test_code_runs(
     page: str,
@@ -456,6 +457,7 @@ def options_of_commands() -> dict[str, set[str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", BLOCKS)
 def test_commands_that_are_not_run_have_options_that_exist(page: str) -> None:
     pytest.importorskip("typer")
@@ -609,6 +611,7 @@ def resolve(dotted: str) -> object:
     raise AssertionError(f"there is no {dotted}")
 
 
+@pytest.mark.slow
 def test_spelling() -> None:
     if importlib.util.find_spec("codespell_lib") is None:
         pytest.skip("codespell is not installed: make spelling")

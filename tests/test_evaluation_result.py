@@ -220,6 +220,7 @@ def test_p_value_by_hand() -> None:
         made([0.1], random=draws).p_value("luck")
 
 
+@pytest.mark.slow
 def test_p_values_are_uniform_for_random_channels(cnn: nn.Module, data) -> None:
     """Where the sub-architectures are random channels themselves."""
     n_draws, n = 4, 60
@@ -278,6 +279,7 @@ def test_detector_without_own_training_images(cnn: nn.Module, data) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "resample"])
 def test_blocks_do_not_matter(cnn: nn.Module, data, kind, monkeypatch) -> None:
     gates = task_gates(means=True)
@@ -426,6 +428,7 @@ def test_spoilt_json(result: Evaluation, key: str, value: object, tmp_path) -> N
         Evaluation.load_json(path)
 
 
+@pytest.mark.slow
 def test_hdf5(result: Evaluation, cnn: nn.Module, data, tmp_path) -> None:
     path = tmp_path / "results.h5"
     result.save(path)

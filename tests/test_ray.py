@@ -164,7 +164,7 @@ def test_ray_is_not_imported_until_it_is_used_and_missed_by_name() -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     message, imported = json.loads(result.stdout.splitlines()[-1])
     assert "pip install 'nad-attr[ray]'" in message

@@ -80,7 +80,9 @@ def test_killed_at_fifty_random_moments(runs: killable.Runs, whole: Path, tmp_pa
     n_killed = n_stores = 0
     partial = set()
     path = tmp_path / "gates.h5"
-    while n_killed < 50:
+    while n_killed < 50 or (len(partial) < 4 and n_killed < 200):
+        if n_killed >= 50:  # the machine has become slower
+            seconds *= 1.1
         # Early moments fall into opening and checking, late ones into learning and writing.
         code = runs(path, after=moments.uniform(0, 0.7 * seconds))
         assert code in (0, -signal.SIGKILL)
