@@ -66,7 +66,8 @@ def where(cell: Cell) -> dict[str, Any]:
     result = mosaics(
         cell.model, gates, cell.data.held_out, n=cell.args.mosaics, batch_size=cell.args.batch
     )
-    return {**_plain(result.to_dict()), "n": cell.args.mosaics}
+    single = ("chosen", "images", "shares", "whole")  # of each mosaic
+    return _plain({key: value for key, value in result.to_dict().items() if key not in single})
 
 
 def how(cell: Cell) -> dict[str, Any]:
@@ -75,22 +76,22 @@ def how(cell: Cell) -> dict[str, Any]:
     own = per_class(cell.data.held_out, 5, cell.seed)
     lost = site_fidelity(cell.model, gates, own, batch_size=cell.args.batch)
     profile = along_depth({cell.pair: gates}, fidelity={cell.pair: lost})
-    return _plain(profile.to_dict())
+    return _plain({n: {"sites": p.sites, **p.measured()} for n, p in profile.networks.items()})
 
 
 def why(cell: Cell) -> dict[str, Any]:
     """Misclassified images, and voting."""
     gates = cell.nad("mean")[SIZE]
     images = per_class(cell.data.held_out, cell.args.error_images, 0)
-    return {
-        similarity: _plain(
-            errors(
-                cell.model, gates, images, similarity=similarity, n_random=2,
-                voting=similarity == "kappa", batch_size=cell.args.batch,
-            ).to_dict()
-        )
-        for similarity in ("kappa", "gates")
-    }  # fmt: skip
+    found = {}
+    for similarity in ("kappa", "gates"):
+        study = errors(
+            cell.model, gates, images, similarity=similarity, n_random=2,
+            voting=similarity == "kappa", batch_size=cell.args.batch,
+        ).to_dict()  # fmt: skip
+        study["statistics"] = {"sub-architectures": study.pop("ranks"), **study.pop("controls")}
+        found[similarity] = _plain(study)
+    return found
 
 
 def seeds(cell: Cell) -> dict[str, Any]:
@@ -181,7 +182,9 @@ def controls(cell: Cell) -> dict[str, Any]:
         n_random=5, n_networks=1, stages=2, seeds=(0, 1), batch_size=cell.args.batch,
     )  # fmt: skip
     print(report.summary(), file=sys.stderr)
-    return _plain(report.to_dict())
+    found = report.to_dict()
+    found["controls"] = [{"name": n, **verdict} for n, verdict in found["verdicts"].items()]
+    return _plain(found)
 
 
 def _plain(value: Any) -> Any:

@@ -215,9 +215,7 @@ def print_evaluation(result: Evaluation) -> None:
 
 
 def _write(result: Evaluation, out: Path) -> None:
-    if out.suffix == ".json":
-        result.save_json(out)
-    elif out.suffix == ".csv":
+    if out.suffix == ".csv":
         frame = result.frame().rename(index=cell, columns=cell)
         frame = frame.apply(lambda column: column.map(cell))
         with written(out) as file:

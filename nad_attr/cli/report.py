@@ -175,4 +175,4 @@ def report(
 def _evaluation(name: str | None) -> Evaluation | str | None:
     if name is None or not name.endswith(".json"):
         return name
-    return Evaluation.load_json(name)
+    return Evaluation.load(name)

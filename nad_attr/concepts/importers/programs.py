@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 StrPath: TypeAlias = "str | PathLike[str]"
-FloatArray: TypeAlias = "NDArray[np.float32]"
+FloatArray: TypeAlias = NDArray[np.float32]
 
 #: More units than any layer has.
 _MOST_UNITS = 1_000_000
