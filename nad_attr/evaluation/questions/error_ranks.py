@@ -133,17 +133,13 @@ def others_above(similarity: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.
         How many of the other classes are more similar to y than y', and how many, y' itself
         counted, equally so: int64 (K, K) each. The diagonal means nothing.
     """
-    n = len(similarity)
+    from scipy.stats import rankdata  # takes long to load
+
     off = similarity.copy()
     np.fill_diagonal(off, -np.inf)
-    above, equal = np.empty((n, n), dtype=np.int64), np.empty((n, n), dtype=np.int64)
-    for y in range(n):
-        # The class itself comes first in ascending order, and counts for nothing above it.
-        ordered = np.sort(off[y])
-        up_to = np.searchsorted(ordered, off[y], side="right")
-        above[y] = n - up_to
-        equal[y] = up_to - np.searchsorted(ordered, off[y], side="left")
-    return above, equal
+    # The class itself comes last in descending order, and counts for nothing before it.
+    first, last = (rankdata(-off, method, axis=1).astype(np.int64) for method in ("min", "max"))
+    return first - 1, last - first + 1
 
 
 def _hit_probability(above: NDArray[np.int64], equal: NDArray[np.int64], n: int) -> FloatArray:
