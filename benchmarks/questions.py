@@ -71,7 +71,8 @@ def where(cell: Cell) -> dict[str, Any]:
         n=cell.args.mosaics,
         run=RunOptions(batch_size=cell.args.batch),
     )
-    return {**_plain(result.to_dict()), "n": cell.args.mosaics}
+    single = ("chosen", "images", "shares", "whole")  # of each mosaic
+    return _plain({key: value for key, value in result.to_dict().items() if key not in single})
 
 
 def how(cell: Cell) -> dict[str, Any]:
@@ -80,22 +81,22 @@ def how(cell: Cell) -> dict[str, Any]:
     own = per_class(cell.data.held_out, 5, cell.seed)
     lost = site_fidelity(cell.model, gates, own, run=RunOptions(batch_size=cell.args.batch))
     profile = along_depth({cell.pair: gates}, fidelity={cell.pair: lost})
-    return _plain(profile.to_dict())
+    return _plain({n: {"sites": p.sites, **p.measured()} for n, p in profile.networks.items()})
 
 
 def why(cell: Cell) -> dict[str, Any]:
     """Misclassified images, and voting."""
     gates = cell.nad("mean")[SIZE]
     images = per_class(cell.data.held_out, cell.args.error_images, 0)
-    return {
-        similarity: _plain(
-            errors(
-                cell.model, gates, images, similarity=similarity, n_random=2,
-                voting=similarity == "kappa", run=RunOptions(batch_size=cell.args.batch),
-            ).to_dict()
-        )
-        for similarity in ("kappa", "gates")
-    }  # fmt: skip
+    found = {}
+    for similarity in ("kappa", "gates"):
+        study = errors(
+            cell.model, gates, images, similarity=similarity, n_random=2,
+            voting=similarity == "kappa", run=RunOptions(batch_size=cell.args.batch),
+        ).to_dict()  # fmt: skip
+        study["statistics"] = {"sub-architectures": study.pop("ranks"), **study.pop("controls")}
+        found[similarity] = _plain(study)
+    return found
 
 
 def seeds(cell: Cell) -> dict[str, Any]:
@@ -189,7 +190,9 @@ def controls(cell: Cell) -> dict[str, Any]:
         run=RunOptions(batch_size=cell.args.batch),
     )  # fmt: skip
     print(report.summary(), file=sys.stderr)
-    return _plain(report.to_dict())
+    found = report.to_dict()
+    found["controls"] = [{"name": n, **verdict} for n, verdict in found["verdicts"].items()]
+    return _plain(found)
 
 
 def _plain(value: Any) -> Any:

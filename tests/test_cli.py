@@ -217,7 +217,7 @@ def test_evaluate_and_its_files(here: Path) -> None:
         assert part in text, text
     assert "as when the gates were learned" in text
     content = json.loads((here / "evaluation.json").read_text())
-    assert content == Evaluation.load_json("evaluation.json").to_dict()
+    assert content == Evaluation.load("evaluation.json").to_dict()
     succeeds(
         *("evaluate", *MINE, "--data", "val", "--out", "evaluation.csv", "-q"),
         *("--tasks", "red", "--size", "0.25", "--random", "0", "--ablation", "zero"),

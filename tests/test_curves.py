@@ -340,11 +340,11 @@ def test_frame_has_the_ends() -> None:
 
 def test_dictionary_and_json(tmp_path) -> None:
     result = known()
-    result.save_json(tmp_path / "curves.json")
+    result.save(tmp_path / "curves.json")
     read = json.loads((tmp_path / "curves.json").read_text())
     assert read == result.to_dict()
     assert read["delta"]["fidelity"]["mean"] == pytest.approx(12 / 22)
-    assert read["curves"]["own_auc"]["faithfulness"] == [[None] * 3] * 2
+    assert read["faithfulness"]["own_auc"] == [[None] * 3] * 2
 
 
 def test_interval_and_summary() -> None:

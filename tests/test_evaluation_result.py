@@ -379,8 +379,8 @@ def result(cnn: nn.Module, data) -> Evaluation:
 
 def test_json(result: Evaluation, tmp_path) -> None:
     path = tmp_path / "result.json"
-    result.save_json(path)
-    read = Evaluation.load_json(path)
+    result.save(path)
+    read = Evaluation.load(path)
     assert_equal(read, result)
     assert np.isnan(read.detector_ba).all()
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -388,8 +388,8 @@ def test_json(result: Evaluation, tmp_path) -> None:
     assert content["p_values"]["own_auc"] == result.p_value("own_auc")
     assert content["kappa"] == result.kappa.tolist()
     assert read.whole is read.random[0].whole
-    result.whole.save_json(path)
-    assert_equal(Evaluation.load_json(path), result.whole)
+    result.whole.save(path)
+    assert_equal(Evaluation.load(path), result.whole)
 
 
 @pytest.mark.parametrize(
@@ -400,9 +400,9 @@ def test_bad_json(text: str, tmp_path) -> None:
     path = tmp_path / "result.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"result\.json is no (JSON file|evaluation)"):
-        Evaluation.load_json(path)
+        Evaluation.load(path)
     with pytest.raises(OSError, match="nothing"):
-        Evaluation.load_json(tmp_path / "nothing.json")
+        Evaluation.load(tmp_path / "nothing.json")
 
 
 @pytest.mark.parametrize(
@@ -424,8 +424,8 @@ def test_bad_json(text: str, tmp_path) -> None:
 def test_spoilt_json(result: Evaluation, key: str, value: object, tmp_path) -> None:
     path = tmp_path / "result.json"
     path.write_text(json.dumps({**result.to_dict(), key: value}), encoding="utf-8")
-    with pytest.raises(ValueError, match="no evaluation written by save_json"):
-        Evaluation.load_json(path)
+    with pytest.raises(ValueError, match="no evaluation written by save"):
+        Evaluation.load(path)
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ MOST_IN_ROOT = 12
 
 # Methods that may import what writes, reads or draws their object when they are called: neither the
 # order of rooms nor the circles count these imports.
-LATE_METHODS = {"save", "load", "save_json", "load_json", "to_dict", "plot", "draw", "figure"}
+LATE_METHODS = {"save", "load", "plot", "draw", "figure"}
 
 # The only ones of them that go up, with the room that they go to.
 LATE_UPWARD = {
@@ -66,7 +66,8 @@ LATE_UPWARD = {
         ("gates.sub_architecture", "SubArchitecture"),
     )
     for method in ("save", "load")
-}
+} | {("stats.results", f"Result.{method}", "store") for method in ("save", "load")}
+LATE_UPWARD.add(("stats.tests", "Statistic.plot", "plots.style"))
 
 
 @dataclass(frozen=True)

@@ -751,7 +751,7 @@ def test_frame_without_pandas(result: Evaluation, monkeypatch: pytest.MonkeyPatc
 
 def test_json(result: Evaluation, tmp_path) -> None:
     path = tmp_path / "result.json"
-    result.save_json(path)
+    result.save(path)
     read = json.loads(path.read_text(encoding="utf-8"))
     assert read == result.to_dict()
     assert read["tasks"] == [2, [0, 1], 0]

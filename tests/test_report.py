@@ -652,7 +652,7 @@ def invoke(*arguments: object) -> Any:
 def test_command_writes_the_page(tmp_path: Path) -> None:
     make_gates().save(tmp_path / "gates.h5")
     result = _evaluation(1.0, random=[_evaluation(0.1)])
-    result.save_json(tmp_path / "evaluation.json")
+    result.save(tmp_path / "evaluation.json")
     out = tmp_path / "page.html"
     outcome = invoke(
         "report", tmp_path / "gates.h5", "--out", out, "--title", "Mine", "--evaluation",

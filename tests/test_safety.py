@@ -401,9 +401,9 @@ def test_a_full_disk_truncates_nothing(here: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(SizeSweep, "to_dict", lambda self: {})
     monkeypatch.setattr(Curves, "to_dict", lambda self: {})
     writers: dict[str, Callable[[str], Any]] = {
-        "a.json": evaluation.save_json,
-        "b.json": object.__new__(SizeSweep).save_json,
-        "c.json": object.__new__(Curves).save_json,
+        "a.json": evaluation.save,
+        "b.json": object.__new__(SizeSweep).save,
+        "c.json": object.__new__(Curves).save,
         "d.html": Report("gates.h5").save,
         "e.h5": gates.save,
         "f.h5": evaluation.save,

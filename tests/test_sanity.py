@@ -357,7 +357,7 @@ def test_the_report_in_all_forms(report: SanityReport) -> None:
     frame = report.frame()
     assert len(frame) == (1 + 2 + 2 + 2 + 1) * 4
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert plain["controls"][0]["means"]["gain"] == pytest.approx(
+    assert plain["verdicts"]["trained network"]["means"]["gain"] == pytest.approx(
         report["trained network"].gain.mean()
     )
     assert plain["stability"]["means"]["seeds"] > 0.9
@@ -407,9 +407,9 @@ def test_gain_and_whether_it_vanishes_by_hand() -> None:
     words = {line.split("  ")[0]: line.split()[-1] for line in report.summary().splitlines()}
     assert {words[n] for n, v in expected.items() if v is None} == {"unknown"}
     assert (words["near"], words["all above"]) == ("gone", "there")
-    listed = {c["name"]: c["vanishes"] for c in report.to_dict()["controls"]}
+    listed = {n: v["vanishes"] for n, v in report.to_dict()["verdicts"].items()}
     assert listed == expected
-    assert report.to_dict()["controls"][0]["margin"] == 0.05
+    assert report.to_dict()["verdicts"]["near"]["margin"] == 0.05
     for margin in (0, -1.0, True, None, nan):
         with pytest.raises(ValueError, match="margin must be"):
             report.vanishes("near", margin=margin)

@@ -325,11 +325,11 @@ def test_frame() -> None:
 def test_dictionary_and_json(tmp_path) -> None:
     result = made(n_sizes=2)
     result.measured["method 0"]["fpr"][0, 0] = nan
-    result.save_json(tmp_path / "whether.json")
+    result.save(tmp_path / "whether.json")
     read = json.loads((tmp_path / "whether.json").read_text())
     assert read == result.to_dict()
-    assert read["methods"]["method 0"]["fpr"]["tasks"][0][0] is None
-    assert read["methods"]["method 1"]["ba"]["p"] == result.p_value("method 1", "ba").tolist()
+    assert read["measured"]["method 0"]["fpr"][0][0] is None
+    assert read["means"]["method 1"]["ba"]["p"] == result.p_value("method 1", "ba").tolist()
     assert np.array(read["random"]["ba"]).shape == (3, 2, 2)
 
 

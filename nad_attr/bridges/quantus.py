@@ -283,17 +283,13 @@ def _tensors(runner: Runner, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]
 def _lrp(
     model: nn.Module, images: Tensor, task: int, gates: tuple[Any, Any] | None, composite: Any
 ) -> Tensor:
-    try:
-        from nad_attr.bridges.zennit import (
-            GateCanonizer,
-            SubArchitectureAttributor,
-            named_composite,
-            whole_network,
-        )
-    except ImportError as error:
-        raise ImportError(
-            "attribution='lrp' needs Zennit; install it with: pip install 'nad-attr[zennit]'"
-        ) from error
+    from nad_attr.bridges.zennit import (  # takes long to load
+        GateCanonizer,
+        SubArchitectureAttributor,
+        named_composite,
+        whole_network,
+    )
+
     made = named_composite(composite) if isinstance(composite, str) else composite()
     if gates is None:
         return whole_network(model, images, task, made)

@@ -45,8 +45,8 @@ from nad_attr.system.files import sync
 
 __all__ = ["export_virelay"]
 
-FloatArray: TypeAlias = "NDArray[np.float32]"
-IntArray: TypeAlias = "NDArray[np.int64]"
+FloatArray: TypeAlias = NDArray[np.float32]
+IntArray: TypeAlias = NDArray[np.int64]
 #: What each class is called, or its WordNet number: by class index.
 Names: TypeAlias = "Mapping[int, str] | Sequence[str] | None"
 

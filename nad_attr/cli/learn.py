@@ -20,7 +20,6 @@ from nad_attr.cli.opening import (
     check_outputs,
     chosen_device,
     finished,
-    image_options,
     model_arguments,
     open_images,
     open_model,
@@ -101,12 +100,6 @@ def learn(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over own images, published recipe. [20]")
     ] = None,
-    transform: opt.TransformOption = None,
-    resize: opt.Resize = None,
-    crop: opt.Crop = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    interpolation: opt.Interpolation = None,
     class_index: opt.ClassIndex = None,
     allow_empty: opt.AllowEmpty = False,
     check: Annotated[
@@ -144,6 +137,8 @@ def learn(
     ] = None,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
+    *,
+    pictures: opt.PictureOptions,
 ) -> None:
     """Learn which channels a network needs for each class, and keep the gates in a file.
 
@@ -183,8 +178,8 @@ def learn(
             model,
             weights,
             model_arguments(model_arg),
-            transform=transform,
-            options=image_options(resize, crop, mean, std, interpolation),
+            transform=pictures.transform,
+            options=pictures.options(),
             data=data,
             quiet=quiet,
         )
@@ -234,7 +229,7 @@ def learn(
                 f"{counted(channels, 'channel')} ({learned} learned in {duration(last.seconds)})"
             )
             # Such a file may be yours; other people's cannot make us call or read what they like.
-            plain = weights is None and transform is None
+            plain = weights is None and pictures.transform is None
             plain = plain and is_plain_model(opened.loaded.name, opened.loaded.arguments)
             trusted = "" if plain else " --trust-file"
             say(f"next: nad-attr evaluate {shlex.quote(str(out))} --data HELD_OUT_PHOTOS{trusted}")

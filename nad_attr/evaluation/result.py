@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +13,18 @@ from nad_attr._display import html_table
 from nad_attr.data.labels import Task
 from nad_attr.stats.bootstrap import bootstrap_interval
 from nad_attr.stats.measure_table import MEASURE_TABLE, MEASURES, p_against
-from nad_attr.stats.p_values import permutation_p
-from nad_attr.stats.tables import nan_mean, number, table
+from nad_attr.stats.p_values import least_p, permutation_p
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["MEASURES", "Evaluation"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def _none() -> FloatArray:
@@ -31,7 +32,7 @@ def _none() -> FloatArray:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Evaluation:
+class Evaluation(Result):
     """How T sub-architectures do on N images: one number per task for each measure.
 
     A measure is NaN where it has no meaning: without own (or other) images in the data, or with a
@@ -94,6 +95,13 @@ class Evaluation:
     random: tuple[Evaluation, ...] = ()
     rivals: Mapping[str, Evaluation] = field(default_factory=dict)
     _whole: Evaluation | None = field(default=None)
+
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("tasks", "task_names", "n_own", "sizes", "size", "fidelity"), "T"),
+        **dict.fromkeys(("flop_size", "parameter_size", "dead_fraction", "rank_fidelity"), "T"),
+        **dict.fromkeys(("detector_ba", "margin_auc", "recall", "fpr", "other_accuracy"), "T"),
+        **dict.fromkeys(("table", "overlap", "kappa"), "T T"),
+    }
 
     def __post_init__(self) -> None:
         n = len(self.tasks)
@@ -211,13 +219,7 @@ class Evaluation:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "Evaluation.frame() needs pandas (pip install pandas); summary(), to_dict() and "
-                "save_json() do without."
-            ) from error
+        pd = pandas("Evaluation.frame()")
         # tupleize_cols: a group of classes is one task, not a level of an index each.
         index = pd.Index(list(self.tasks), name="task", tupleize_cols=False)
         columns: dict[str, Any] = {"name": list(self.task_names), "n_own": self.n_own}
@@ -281,59 +283,106 @@ class Evaluation:
         listed = [*title.split("\n"), names, rule, *lines[:n], rule, *lines[n:]]
         return "\n".join(map(shown, listed))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
-        from nad_attr.evaluation.saved import to_dict
-
-        return to_dict(self)
-
-    def save_json(self, path: str | PathLike[str]) -> None:
-        """Write :meth:`to_dict` to a JSON file.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        from nad_attr.evaluation.saved import write_json
-
-        write_json(self, path)
-
-    @classmethod
-    def load_json(cls, path: str | PathLike[str]) -> Evaluation:
-        """Read a file written by :meth:`save_json`.
-
-        Raises:
-            OSError: If the file cannot be read.
-            ValueError: If it holds no evaluation.
-        """
-        from nad_attr.evaluation.saved import read_json
-
-        return read_json(path)
-
-    def save(self, path: str | PathLike[str], group: str = "evaluation") -> None:
-        """Write to a group of an HDF5 file; what else is in the file stays.
+    def plot(self, measure: str = "own_auc", axes: Any = None) -> Figure:
+        """The mean of a measure with its interval over tasks, beside all that it has to beat.
 
         Args:
-            path: The file: a new one, or one with gates or other results.
-            group: Name of the result in the file, such as "evaluation/held_out"; replaced if it is
-                there.
+            measure: One of ``MEASURES``.
+            axes: One matplotlib Axes; None: a new figure.
 
         Raises:
-            GateStoreError: If the file cannot be written, or is not one of nad_attr.
+            ImportError: If matplotlib is missing.
+            ValueError: If there is no such measure.
         """
-        from nad_attr.evaluation.saved import write_hdf5
+        from nad_attr.plots.style import label_of, plot_intervals
 
-        write_hdf5(self, path, group)
+        rows = {"sub-architectures" if self._whole is not None else "whole network": self}
+        rows |= self.rivals
+        if self._whole is not None:
+            rows["whole network"] = self.whole
+        found = {name: (each.mean(measure), *each.interval(measure)) for name, each in rows.items()}
+        if self.random:
+            draws = [draw.mean(measure) for draw in self.random]
+            found["random, same size"] = (float(np.mean(draws)), min(draws), max(draws))
+        return plot_intervals(found, label_of(measure), axes=axes)
+
+    # -- files -------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: str | PathLike[str], group: str = "evaluation") -> Evaluation:
-        """Read from a file written by :meth:`save`; no code in the file is ever run.
+    def _types(cls) -> dict[str, Any]:
+        types = super()._types()
+        return {**types, "whole": types.pop("_whole")}
 
-        Raises:
-            GateStoreError: If the file or the group is no such thing.
+    def _fields(self) -> dict[str, Any]:
+        fields = super()._fields()
+        fields["whole"] = fields.pop("_whole")
+        fields["random"] = [replace(draw, _whole=None) for draw in self.random]
+        fields["rivals"] = {name: replace(r, _whole=None) for name, r in self.rivals.items()}
+        return fields
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> Evaluation:
+        whole = fields.pop("whole", None)
+        if fields["n_images"] < 0:
+            raise ValueError(f"{fields['n_images']} images")
+        random = tuple(replace(draw, _whole=whole) for draw in fields.pop("random", ()))
+        rivals = {n: replace(r, _whole=whole) for n, r in fields.pop("rivals", {}).items()}
+        made = super()._of_fields(fields)
+        return replace(made, random=random, rivals=rivals, _whole=whole)
+
+    def _derived(self) -> dict[str, Any]:
+        found: dict[str, Any] = {name: self.values(name) for name in MEASURES}
+        found["means"] = {
+            name: {"mean": self.mean(name), "interval_95": self.interval(name)} for name in MEASURES
+        }
+        if self.random:
+            found["p_values"] = {name: self.p_value(name) for name in MEASURES}
+            found["p_least"] = least_p(len(self.random))
+        return found
+
+    def _stored(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arrays have the names of the measures: (T,) or (T, T), and "sizes" (sites, T).
+
+        Those of the whole network begin with "whole.", of random draws and of rivals with "random."
+        and "rivals.", where the draw or rival is a first axis.
         """
-        from nad_attr.evaluation.saved import read_hdf5
+        sites = list(self.sizes)
+        arrays = {**_arrays(self, sites), "n_own": self.n_own}
+        if self._whole is not None:
+            arrays |= {f"whole.{name}": value for name, value in _arrays(self.whole, sites).items()}
+        for what, several in (("random", self.random), ("rivals", tuple(self.rivals.values()))):
+            parts = [_arrays(part, sites) for part in several]
+            for name in parts[0] if parts else ():
+                arrays[f"{what}.{name}"] = np.stack([part[name] for part in parts])
+        return arrays, {
+            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
+            "task_names": list(self.task_names),
+            "n_images": self.n_images,
+            "sites": sites,
+            "has_whole": self._whole is not None,
+            "n_random": len(self.random),
+            "rivals": list(self.rivals),
+        }
 
-        return read_hdf5(path, group)
+    @classmethod
+    def _of_stored(cls, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -> Evaluation:
+        common = {name: attributes[name] for name in ("tasks", "task_names", "n_images")}
+
+        def part(prefix: str, row: int | None = None) -> dict[str, Any]:
+            def field(name: str) -> Any:
+                values = arrays[prefix + name]
+                return values if row is None else values[row]
+
+            sizes = dict(zip(attributes["sites"], field("sizes"), strict=True))
+            found = {name: field(name) for name in _STORED}
+            return {**common, **found, "sizes": sizes, "n_own": arrays["n_own"]}
+
+        content = part("")
+        if attributes["has_whole"]:
+            content["whole"] = part("whole.")
+        content["random"] = [part("random.", i) for i in range(attributes["n_random"])]
+        content["rivals"] = {n: part("rivals.", i) for i, n in enumerate(attributes["rivals"])}
+        return super()._of_stored({}, {"fields": content})
 
     def _repr_html_(self) -> str:
         """How notebooks show it: the means, beside what they have to beat."""
@@ -374,6 +423,19 @@ class Evaluation:
             f"{number(self.mean('size'))}, own AUC {number(self.mean('own_auc'))}, other AUC "
             f"{number(self.mean('other_auc'))}, fidelity {number(self.mean('fidelity'))})"
         )
+
+
+#: Fields that are arrays of the HDF5 file: numbers of each task, and of each pair of tasks.
+_STORED = (
+    *("size", "flop_size", "parameter_size", "dead_fraction", "fidelity", "rank_fidelity"),
+    *("detector_ba", "margin_auc", "recall", "fpr", "other_accuracy", "table", "overlap", "kappa"),
+)
+
+
+def _arrays(result: Evaluation, sites: Sequence[str]) -> dict[str, FloatArray]:
+    arrays: dict[str, FloatArray] = {name: getattr(result, name) for name in _STORED}
+    sizes = np.array([result.sizes[name] for name in sites], dtype=np.float64)
+    return {**arrays, "sizes": sizes.reshape(len(sites), len(result.tasks))}
 
 
 #: Tasks that a notebook shows.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -32,16 +32,19 @@ from nad_attr.evaluation.controls.planted_networks import (
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import number, pandas, table
 from nad_attr.system.rng import seed_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["PLANTED_KINDS", "PlantedCircuit", "PlantedScore", "planted"]
 
 
 @dataclass(frozen=True, eq=False)
-class PlantedScore:
+class PlantedScore(Result):
     """How many of the planted channels sub-architectures keep, and how much else.
 
     Where a network holds several copies of a circuit, a sub-architecture is held against the copy
@@ -93,23 +96,42 @@ class PlantedScore:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "PlantedScore.frame() needs pandas (pip install pandas); to_dict() does without."
-            ) from error
+        pd = pandas("PlantedScore.frame()")
         index = pd.Index(list(self.tasks), name="task", tupleize_cols=False)
         columns = {name: getattr(self, name) for name in (*_MEASURES, "copy")}
         return pd.DataFrame(columns, index=index)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists and numbers, and the means over tasks."""
-        return {
-            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
-            "means": {name: self.mean(name) for name in _MEASURES},
-            **{name: getattr(self, name).tolist() for name in (*_MEASURES, "copy")},
-        }
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("tasks", "precision", "recall", "union_precision"), "T"),
+        **dict.fromkeys(("whole", "copy", "size"), "T"),
+    }
+
+    def _derived(self) -> dict[str, Any]:
+        return {"means": {name: self.mean(name) for name in _MEASURES}, "f1": self.f1}
+
+    def summary(self) -> str:
+        """A table as plain text: one line per task, and the means."""
+        columns = [np.asarray(getattr(self, name), dtype=np.float64) for name in _MEASURES]
+        rows = [["task", *_MEASURES]]
+        for t, task in enumerate(self.tasks):
+            rows.append([str(task), *(number(column[t]) for column in columns)])
+        rows.append(["mean", *(number(self.mean(name)) for name in _MEASURES)])
+        return "\n".join(table(rows))
+
+    def plot(self, axes: Any = None) -> Figure:
+        """The mean of each measure over tasks, with the range of the tasks.
+
+        Args:
+            axes: One matplotlib Axes; None: a new figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from nad_attr.plots.style import plot_intervals
+
+        values = {name: np.asarray(getattr(self, name), dtype=np.float64) for name in _MEASURES}
+        rows = {n: (float(v.mean()), float(v.min()), float(v.max())) for n, v in values.items()}
+        return plot_intervals(rows, "mean over tasks, and their range", axes=axes)
 
     def __repr__(self) -> str:
         return (

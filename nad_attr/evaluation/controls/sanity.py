@@ -10,15 +10,14 @@ here but gates.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import nn
 
 from nad_attr._checks import check_count
-from nad_attr._display import html_text
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data
 from nad_attr.evaluation.controls.randomisation import (
@@ -32,8 +31,6 @@ from nad_attr.evaluation.controls.stability import (
     Learn,
     Stability,
     architectures_of,
-    listed,
-    pandas_for,
     stability,
     tasks_named,
 )
@@ -42,12 +39,14 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import check_eval
 from nad_attr.running.options import RunOptions
 from nad_attr.stats.bootstrap import bootstrap_interval
-from nad_attr.stats.tables import nan_mean, plain
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import nan_mean, pandas
 from nad_attr.system.rng import seed_of
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["Control", "SanityReport", "sanity"]
 
@@ -77,6 +76,11 @@ class Control:
     random_auc: FloatArray
     fidelity: FloatArray
     random_fidelity: FloatArray
+
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("whole_auc", "own_auc", "random_auc"), "D T"),
+        **dict.fromkeys(("fidelity", "random_fidelity"), "D T"),
+    }
 
     @property
     def gain(self) -> FloatArray:
@@ -123,7 +127,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class SanityReport:
+class SanityReport(Result):
     """What is left of the gain where there is nothing to be found. See :func:`sanity`.
 
     Attributes:
@@ -189,7 +193,7 @@ class SanityReport:
             for d in range(len(control.own_auc))
             for t, task in enumerate(self.tasks)
         ]
-        return pandas_for("SanityReport").DataFrame(rows)
+        return pandas("SanityReport.frame()").DataFrame(rows)
 
     def summary(self) -> str:
         """A table as plain text, means over draws and tasks, with the 95 % interval of the gain."""
@@ -214,28 +218,32 @@ class SanityReport:
         text = "\n".join(map(shown, lines))
         return text if self.stability is None else f"{text}\n\n{self.stability.summary()}"
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
-        return {
-            "tasks": listed(self.tasks),
-            "controls": [
-                {
-                    "name": control.name,
-                    "means": {name: plain(_mean(getattr(control, name))) for name in _COLUMNS},
-                    "gain_interval_95": plain(list(control.interval)),
-                    "vanishes": self.vanishes(control.name),
-                    "margin": MARGIN,
-                    "equivalence_p": plain(control.equivalence_p()),
-                    **{name: plain(getattr(control, name).tolist()) for name in _COLUMNS},
-                }
-                for control in self.controls
-            ],
-            "stability": None if self.stability is None else self.stability.to_dict(),
+    def _derived(self) -> dict[str, Any]:
+        verdicts = {
+            control.name: {
+                "means": {name: _mean(getattr(control, name)) for name in _COLUMNS},
+                "gain_interval_95": control.interval,
+                "vanishes": self.vanishes(control.name),
+                "margin": MARGIN,
+                "equivalence_p": control.equivalence_p(),
+            }
+            for control in self.controls
         }
+        return {"verdicts": verdicts}
+
+    def plot(self, axes: Any = None) -> Figure:
+        """The gain in own AUC of each control with its 95 % interval over tasks.
+
+        Args:
+            axes: One matplotlib Axes; None: a new figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from nad_attr.plots.style import plot_intervals
+
+        rows = {control.name: (_mean(control.gain), *control.interval) for control in self.controls}
+        return plot_intervals(rows, "own AUC above that of random channels", at=0.0, axes=axes)
 
     def __repr__(self) -> str:
         gains = ", ".join(f"{c.name} {_mean(c.gain):+.3f}" for c in self.controls)

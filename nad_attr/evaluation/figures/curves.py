@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_curves"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def _drawn(

@@ -36,7 +36,7 @@ from nad_attr.stats.pairs import chance_overlaps, cosines, overlap_matrix
 
 __all__ = ["SIMILARITIES", "errors"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 Architectures: TypeAlias = "TaskGates | SubArchitecture | Sequence[SubArchitecture]"
 
 #: Similarities of two sub-architectures: overlaps of masks, or the cosine of soft gates.

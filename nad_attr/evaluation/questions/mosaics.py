@@ -36,7 +36,7 @@ from nad_attr.system.rng import seed_of
 __all__ = ["mosaics", "quadrant_shares"]
 
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 #: Maps that vary by less than this share of the activations that they sum are constant: rounding.

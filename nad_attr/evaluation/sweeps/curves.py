@@ -6,17 +6,14 @@ first has S high and N low from small p on: delta is the area between the two.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from nad_attr._display import html_text
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data
 from nad_attr.evaluation.ablation import Ablation
@@ -25,8 +22,8 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.running.options import RunOptions
 from nad_attr.scoring.rankings import SIZES, Ranking, Ranks, as_ranking, check_sizes
 from nad_attr.sites.site import GateSite
-from nad_attr.stats.tables import intervals, nan_mean, number, pandas, plain, table
-from nad_attr.system.files import write_text
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import intervals, nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Curves", "area_under", "completeness", "curves", "faithfulness"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: What :meth:`Curves.values` knows: two measured curves, and the same two on a common scale.
 KINDS = ("keep", "ablate", "faithfulness", "completeness")
@@ -123,7 +120,7 @@ def completeness(complement: ArrayLike, empty: ArrayLike, full: ArrayLike) -> Fl
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Curves:
+class Curves(Result):
     """Keep and ablate curves of T tasks at S sizes, for every measure.
 
     Made by :func:`curves`. Each method below takes ``measure``, one of the measures; None: the one
@@ -289,41 +286,25 @@ class Curves:
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts, ignore_index=True)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
-        return {
-            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
-            "task_names": list(self.task_names),
-            "n_images": self.n_images,
-            "measure": self.measure,
-            "sizes": self.sizes.tolist(),
-            "requested": list(self.requested),
-            "per_site": self.per_site,
-            "ablation": self.ablation,
-            "delta": {
-                measure: {
-                    "mean": plain(float(nan_mean(self.delta(measure)))),
-                    "interval_95": plain(list(self.delta_interval(measure))),
-                    "tasks": plain(self.delta(measure).tolist()),
-                }
-                for measure in self.measures
-            },
-            "curves": {
-                measure: {kind: plain(self.values(kind, measure).tolist()) for kind in KINDS}
-                for measure in self.measures
-            },
-            "empty": {measure: plain(self.empty[measure].tolist()) for measure in self.measures},
-            "full": {measure: plain(self.full[measure].tolist()) for measure in self.measures},
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **{"tasks": "T", "task_names": "T", "sizes": "S", "requested": "S"},
+        **{"keep": "T S", "ablate": "T S", "empty": "T", "full": "T"},
+    }
+
+    def _derived(self) -> dict[str, Any]:
+        delta = {
+            measure: {
+                "mean": nan_mean(self.delta(measure)),
+                "interval_95": self.delta_interval(measure),
+                "tasks": self.delta(measure),
+            }
+            for measure in self.measures
         }
-
-    def save_json(self, path: str | PathLike[str]) -> None:
-        """Write :meth:`to_dict` to a JSON file.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        write_text(path, text + "\n")
+        scaled = ("faithfulness", "completeness")
+        return {
+            "delta": delta,
+            **{kind: {m: self.values(kind, m) for m in self.measures} for kind in scaled},
+        }
 
     def summary(self, measure: str | None = None) -> str:
         """A table as plain text: the mean curves with their 95 % intervals, and delta."""
@@ -350,10 +331,6 @@ class Curves:
         delta = number(float(nan_mean(self.delta(measure))))
         foot = f"delta {delta} ({number(low)} to {number(high)})"
         return "\n".join(map(shown, [title, *table(rows), foot]))
-
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
 
     def _end_cells(self, measure: str, end: int) -> list[str]:
         return [number(float(nan_mean(self.ends(kind, measure)[end]))) for kind in KINDS]

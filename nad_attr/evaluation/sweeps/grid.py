@@ -25,7 +25,7 @@ from nad_attr.sites.site import GateSite
 
 __all__ = ["GRID_MEASURES", "Grid", "fitted", "measure_grid"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: What is measured at every size, as in :class:`nad_attr.evaluation.Evaluation`.
 GRID_MEASURES = (

@@ -7,18 +7,16 @@ gates find such a part where simpler rankings and random channels of the same si
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import product
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from nad_attr._checks import check_count, check_mapping
-from nad_attr._display import html_text
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data, as_source
 from nad_attr.evaluation.ablation import Ablation
@@ -40,8 +38,8 @@ from nad_attr.scoring.scorer import ChannelScorer
 from nad_attr.sites.site import GateSite
 from nad_attr.stats.measure_table import MEASURE_TABLE, p_against
 from nad_attr.stats.p_values import least_p
-from nad_attr.stats.tables import intervals, nan_mean, number, pandas, plain, table
-from nad_attr.system.files import write_text
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import intervals, nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SizeSweep", "size_sweep"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: How random channels are called among the methods.
 RANDOM = "random"
@@ -69,7 +67,7 @@ PANELS = (
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SizeSweep:
+class SizeSweep(Result):
     """Measures of M methods at S sizes for T tasks, beside random channels and the whole network.
 
     Made by :func:`size_sweep`.
@@ -225,7 +223,7 @@ class SizeSweep:
         Raises:
             ImportError: If pandas is not installed.
         """
-        pd = pandas("Whether.frame()")
+        pd = pandas("SizeSweep.frame()")
         parts: list[tuple[str, int, Mapping[str, FloatArray]]] = [
             (method, 0, self.measured[method]) for method in self.methods
         ]
@@ -294,49 +292,21 @@ class SizeSweep:
             lines += ["", *table(rows)]
         return "\n".join(map(shown, lines))
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **{"tasks": "T", "task_names": "T", "sizes": "S", "requested": "S"},
+        **{"measured": "S T", "random": "D S T", "whole": "T"},
+    }
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
+    def _derived(self) -> dict[str, Any]:
         names = [*self.methods, *([RANDOM] if self.n_random else [])]
-        results: dict[str, Any] = {}
-        for name in names:
-            results[name] = {}
-            for measure in self.measures:
-                low, high = self.interval(name, measure)
-                found = {
-                    "mean": self.mean(name, measure),
-                    "interval_95": np.stack([low, high], axis=1),
-                    "tasks": self.values(name, measure),
-                }
-                if name != RANDOM:
-                    found["p"] = self.p_value(name, measure)
-                results[name][measure] = {key: plain(v.tolist()) for key, v in found.items()}
-        return {
-            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
-            "task_names": list(self.task_names),
-            "n_images": self.n_images,
-            "sizes": self.sizes.tolist(),
-            "requested": list(self.requested),
-            "per_site": self.per_site,
-            "ablation": self.ablation,
-            "baselines": list(self.baselines),
-            "methods": results,
-            "p_least": least_p(self.n_random) if self.n_random else None,
-            "random": {m: plain(values.tolist()) for m, values in self.random.items()},
-            "whole": {m: plain(values.tolist()) for m, values in self.whole.items()},
-        }
-
-    def save_json(self, path: str | PathLike[str]) -> None:
-        """Write :meth:`to_dict` to a JSON file.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        write_text(path, text + "\n")
+        means: dict[str, Any] = {}
+        for name, measure in product(names, self.measures):
+            means.setdefault(name, {})[measure] = {
+                "mean": self.mean(name, measure),
+                "interval_95": np.stack(self.interval(name, measure), axis=1),
+                **({"p": self.p_value(name, measure)} if name != RANDOM else {}),
+            }
+        return {"means": means, "p_least": least_p(self.n_random) if self.n_random else None}
 
     def plot(
         self,
@@ -374,7 +344,7 @@ class SizeSweep:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{size:.3g}" for size in self.sizes)
         return (
-            f"Whether({len(self.tasks)} tasks, methods {', '.join(self.methods)}, sizes {sizes}, "
+            f"SizeSweep({len(self.tasks)} tasks, methods {', '.join(self.methods)}, sizes {sizes}, "
             f"{self.n_random} random draws)"
         )
 
