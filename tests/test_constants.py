@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ from nad_attr import (
 )
 from nad_attr.evaluation import planted
 from nad_attr.gating.hooks import frozen
-from nad_attr.learning import constants as module
 from nad_attr.learning.constants import ConstantModel, noise_share
 from nad_attr.learning.engine import Network
 from nad_attr.learning.selection import QuadraticModel
@@ -72,6 +72,7 @@ def filled(rows: int = 2, m: int = 6, n: int = 5) -> tuple[ConstantModel, Tensor
     gates = torch.ones(rows, n, dtype=torch.float64)
     gates[:, [0, 3]] = 0.0
     model = ConstantModel(gates, m)
+    model.gates = gates
     model.add(drawn(rows, m), drawn(rows, m, n, seed=1), drawn(rows, m, n, seed=2))
     shares = drawn(rows, m, seed=3).abs()
     return model, gates, shares / shares.sum(1, keepdim=True)
@@ -85,11 +86,11 @@ def least(model: ConstantModel, row: int, share: Tensor, q: Tensor, closed: list
     return b, float((share * (q + slopes @ b).square()).sum() + b.square().sum() / d)
 
 
-def test_the_metric_leaves_what_no_constant_explains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHRINK", 0.0)
-    model, gates, shares = filled()
+def test_the_metric_leaves_what_no_constant_explains() -> None:
+    model, _, shares = filled()
     freedom = torch.tensor([0.7, 3.0]).double()
-    part = model.quadratic(gates, shares, freedom, model.residuals, trust=0.0)
+    metric = model.metric(shares, freedom)
+    part = model.quadratic(metric, model.residuals, trust=0.0, shrink=0.0)
     for row in range(2):
         d = float(freedom[row])
         _, expected = least(model, row, shares[row], model.residuals[row], [0, 3], d)
@@ -144,19 +145,16 @@ def test_a_charge_that_lasts_is_part_of_every_flip() -> None:
     assert float(model._loss()) == pytest.approx(energy())
 
 
-def test_constants_go_to_the_ridge_minimum_unless_they_are_held_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_constants_go_to_the_ridge_minimum_unless_they_are_held_back() -> None:
     model, gates, shares = filled()
     freedom, now = torch.tensor([0.7, 3.0]).double(), drawn(2, 5, seed=4) * (1 - gates)
-    monkeypatch.setattr(module, "MOVE", 1e9)
-    free = model.best(gates, shares, freedom, model.residuals, now)
+    free = model.best(shares, freedom, model.residuals, now, math.inf)
     for row in range(2):
         args = shares[row], model.residuals[row], [0, 3], float(freedom[row])
         torch.testing.assert_close(free[row, [0, 3]], least(model, row, *args)[0])
     assert torch.equal(free[:, [1, 2, 4]], torch.zeros(2, 3).double())
-    monkeypatch.setattr(module, "MOVE", 1e-6)
-    torch.testing.assert_close(model.best(gates, shares, freedom, model.residuals, now), now)
+    still = model.best(shares, freedom, model.residuals, now, 1e-6)
+    torch.testing.assert_close(still, now)
 
 
 def error(net: nn.Module, archs: list[SubArchitecture], images: Tensor) -> list[float]:
