@@ -99,8 +99,8 @@ def fit_constants(
         >>> x = torch.randn(20, 4, generator=generator)
         >>> site = GateSite("1", 6, 1)
         >>> arch = SubArchitecture.from_kept({"1": [0, 3]}, [site], task=1)
-        >>> fit_constants(net, arch, (x, (x[:, 0] > 0).long()))[0]
-        SubArchitecture(2 of 6 channels (33.3 %) at 1 site, closed channels at constants of their own)
+        >>> fit_constants(net, arch, (x, (x[:, 0] > 0).long()))[0].closed_at
+        'at constants of their own'
     """
     if isinstance(architectures, TaskGates):
         archs = architectures.sub_architectures()
