@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import nad_attr.learning.constants
 import nad_attr.learning.selection
@@ -36,6 +37,30 @@ if not SHARED.is_dir():  # from a work tree beside the repository
 OUT = REPOSITORY / "benchmarks" / "results" / "constants_study.jsonl"
 
 
+def digits() -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A network of 224 channels at four sites for scikit-learn's 1,797 digits, trained now."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    images, labels = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, held_out = ((images[at], labels[at]) for at in (order[:1000], order[1000:]))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for n_in, n_out in ((1, 32), (32, 64), (64, 64), (64, 64)):
+            layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if n_out == 64 and n_in == 32 else []
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+        optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(20):
+            for at in torch.randperm(1000).split(50):
+                optimiser.zero_grad()
+                nn.functional.cross_entropy(model(train[0][at]), train[1][at]).backward()
+                optimiser.step()
+    return model.eval(), train, held_out
+
+
 class Setting:
     """A network, images to learn from, images to judge by, tasks."""
 
@@ -46,6 +71,8 @@ class Setting:
 
             self.model, self.train, self.held_out, every = load(SHARED)
             self.tasks = [every[i] for i in (range(5) if tasks is None else tasks)]
+        elif pair == "digits":
+            self.model, self.train, self.held_out = digits()
         else:
             from benchmarks.image_data import load_images, per_class
             from benchmarks.networks import load_network

@@ -14,8 +14,9 @@ into a batch (``rows``; each with ``images_per_step`` images) and keeps the gate
 on the device meanwhile. The whole network's outputs are computed in every step, as for augmented
 images; for fixed images the library keeps them, which saves about a third of the step.
 
-- *selection* (the default recipe) is measured in the middle of removing channels, the memory of
-  its quadratic model full. That is reached by pretended steps, in which random numbers stand in
+- *selection* (closed channels at their mean) and *constants* (at the best constants, which are
+  learned as well) are measured in the middle of removing channels, the memory
+  of the quadratic model full. That is reached by pretended steps, in which random numbers stand in
   for outputs and gradients. Some updates do more than others, so the mean of the last
   ``UPDATES`` pretended ones stands in for the update of each step that is timed.
 - *paper* is the released recipe, with the squared differences of all sites.
@@ -53,6 +54,7 @@ from nad_attr import RunOptions
 from nad_attr.data.sources import Draw, Inputs
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gating.hooks import frozen
+from nad_attr.learning.constants import learn_with_constants
 from nad_attr.learning.engine import Chunk, Network
 from nad_attr.learning.paper import learn_paper
 from nad_attr.learning.selection import learn_selection
@@ -107,7 +109,8 @@ MODELS: dict[str, Callable[[], Gateable]] = {
 }
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "selection": Recipe,
+    "selection": lambda: Recipe(ablation="mean"),
+    "constants": lambda: Recipe(ablation="optimal"),
     "paper": lambda: Recipe.paper(beta=0.02),
 }
 
@@ -193,6 +196,15 @@ class _MeasuredNetwork(Network):
         if self.n_pretended > 0:
             return self._pretended(len(gates)), self._pretended(*gates.shape)
         return super().output_and_gradient(inputs, gates, classes, valid)
+
+    def output_and_gradients(
+        self, inputs: Inputs, gates: Tensor, constants: Tensor, classes: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.n_pretended > 0:
+            shapes = (gates.shape[:1], gates.shape, gates.shape)
+            output, of_gates, of_shift = (self._pretended(*shape) for shape in shapes)
+            return output, of_gates, of_shift
+        return super().output_and_gradients(inputs, gates, constants, classes, valid)
 
     def _pretended(self, *shape: int) -> Tensor:
         start = self.clock.now()
@@ -343,7 +355,7 @@ class _Case:
             if left == 0:
                 raise _EnoughError
 
-        if self.recipe.ablation == "mean":
+        if self.recipe.ablation != "zero":
             network.set_means({site.name: torch.zeros(site.n_channels) for site in self.sites})
         network.n_classes = self.n_tasks + 1
         chunk = Chunk(
@@ -358,6 +370,11 @@ class _Case:
             with network.noting_backward():
                 if isinstance(self.recipe, PaperRecipe):
                     learn_paper(chunk, self.recipe)
+                elif self.recipe.ablation == "optimal":
+                    moments = torch.zeros(2, n_channels, device=network.device)
+                    learn_with_constants(
+                        chunk, self.recipe, [self.recipe.size], moments[0], moments[1] + 1
+                    )
                 else:
                     learn_selection(chunk, self.recipe, [self.recipe.size])
         except _EnoughError:

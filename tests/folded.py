@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from nad_attr.gates.task_gates import TaskGates
 from nad_attr.sites.site import GateSite
 from tests import helpers
 
@@ -60,6 +61,22 @@ def random_means(seed: int = 1) -> dict[str, Tensor]:
         site.name: torch.rand(site.n_channels, generator=generator, dtype=torch.float64)
         for site in SITES
     }
+
+
+def with_constants() -> tuple[TaskGates, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Gates of two tasks with constants of their own, and both task by task in float64."""
+    masks = [random_gates(False, seed) for seed in (0, 7)]
+    values = [random_means(1), random_means(9)]
+    gates = TaskGates(
+        {s.name: torch.stack([mask[s.name] for mask in masks]).float() for s in SITES},
+        SITES,
+        [0, 1],
+        means=random_means(3),
+        constants={s.name: torch.stack([value[s.name] for value in values]) for s in SITES},
+    )
+    held = gates.constants
+    assert held is not None
+    return gates, masks, [{name: v[k].double() for name, v in held.items()} for k in (0, 1)]
 
 
 def into_next(

@@ -52,6 +52,7 @@ from tests.folded import (
     random_gates,
     random_means,
     residual,
+    with_constants,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -557,3 +558,13 @@ def test_figures() -> None:
         heatmap_figure(maps, F.pad(images, (0, 1, 0, 1)))
     with pytest.raises(ValueError, match="titles"):
         heatmap_figure(maps, titles=["a"])
+
+
+def test_constants_of_each_task_are_biases_of_the_folded_network() -> None:
+    model, x = plain(), helpers.images(2)
+    gates, masks, constants = with_constants()
+    for task in (0, 1):
+        method = GatedAttribution(captum.attr.IntegratedGradients(model), gates, tasks=task)
+        found = method.attribute(x, target=1)
+        folded = captum.attr.IntegratedGradients(into_next(model, masks[task], constants[task]))
+        torch.testing.assert_close(found, folded.attribute(x, target=1), rtol=1e-8, atol=1e-10)

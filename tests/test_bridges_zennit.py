@@ -43,6 +43,7 @@ from tests.folded import (
     random_gates,
     random_means,
     residual,
+    with_constants,
 )
 
 SMALL = 1e-12
@@ -554,3 +555,17 @@ def test_heatmap_images() -> None:
     assert heatmap_image(relevance[:, 0], columns=2).size == (10, 8)
     with pytest.raises(ValueError, match="images"):
         heatmap_image(relevance[0, 0])
+
+
+def test_constants_of_each_task_are_its_own_in_a_mixed_batch() -> None:
+    model, x = plain(), helpers.images(4)
+    gates, masks, constants = with_constants()
+    mixed = through_gates(model, x, epsilon(), GateCanonizer(gates, tasks=[0, 1, 1, 0]))
+    for row, task in enumerate([0, 1, 1, 0]):
+        expected = reference(
+            into_next(model, masks[task], constants[task]), x[row : row + 1], epsilon()
+        )
+        torch.testing.assert_close(mixed[row : row + 1], expected, rtol=1e-8, atol=1e-9)
+        alone = SubArchitectureAttributor(model, gates.sub_architecture(task), epsilon())
+        found = alone(x[row : row + 1], 1)[1]
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,12 @@ from nad_attr import (
     gated,
     learn_gates,
 )
-from nad_attr.evaluation import planted
+from nad_attr.evaluation import curves, evaluate, planted, size_sweep, top_k
+from nad_attr.evaluation.evaluating import random_architectures
 from nad_attr.gating.hooks import frozen
 from nad_attr.learning import constants as module
 from nad_attr.learning.constants import ConstantModel, noise_share
-from nad_attr.learning.engine import Network
+from nad_attr.learning.engine import Network, TaskImages
 from nad_attr.learning.selection import QuadraticModel
 from nad_attr.store import diff
 from tests.helpers import assert_model_untouched
@@ -73,6 +76,7 @@ def filled(rows: int = 2, m: int = 6, n: int = 5) -> tuple[ConstantModel, Tensor
     gates = torch.ones(rows, n, dtype=torch.float64)
     gates[:, [0, 3]] = 0.0
     model = ConstantModel(gates, m)
+    model.gates = gates
     model.add(drawn(rows, m), drawn(rows, m, n, seed=1), drawn(rows, m, n, seed=2))
     shares = drawn(rows, m, seed=3).abs()
     return model, gates, shares / shares.sum(1, keepdim=True)
@@ -86,11 +90,11 @@ def least(model: ConstantModel, row: int, share: Tensor, q: Tensor, closed: list
     return b, float((share * (q + slopes @ b).square()).sum() + b.square().sum() / d)
 
 
-def test_the_metric_leaves_what_no_constant_explains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHRINK", 0.0)
-    model, gates, shares = filled()
+def test_the_metric_leaves_what_no_constant_explains() -> None:
+    model, _, shares = filled()
     freedom = torch.tensor([0.7, 3.0]).double()
-    part = model.quadratic(gates, shares, freedom, model.residuals, trust=0.0)
+    metric = model.metric(shares, freedom)
+    part = model.quadratic(metric, model.residuals, trust=0.0, shrink=0.0)
     for row in range(2):
         d = float(freedom[row])
         _, expected = least(model, row, shares[row], model.residuals[row], [0, 3], d)
@@ -145,19 +149,16 @@ def test_a_charge_that_lasts_is_part_of_every_flip() -> None:
     assert float(model._loss()) == pytest.approx(energy())
 
 
-def test_constants_go_to_the_ridge_minimum_unless_they_are_held_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_constants_go_to_the_ridge_minimum_unless_they_are_held_back() -> None:
     model, gates, shares = filled()
     freedom, now = torch.tensor([0.7, 3.0]).double(), drawn(2, 5, seed=4) * (1 - gates)
-    monkeypatch.setattr(module, "MOVE", 1e9)
-    free = model.best(gates, shares, freedom, model.residuals, now)
+    free = model.best(shares, freedom, model.residuals, now, math.inf)
     for row in range(2):
         args = shares[row], model.residuals[row], [0, 3], float(freedom[row])
         torch.testing.assert_close(free[row, [0, 3]], least(model, row, *args)[0])
     assert torch.equal(free[:, [1, 2, 4]], torch.zeros(2, 3).double())
-    monkeypatch.setattr(module, "MOVE", 1e-6)
-    torch.testing.assert_close(model.best(gates, shares, freedom, model.residuals, now), now)
+    still = model.best(shares, freedom, model.residuals, now, 1e-6)
+    torch.testing.assert_close(still, now)
 
 
 def error(net: nn.Module, archs: list[SubArchitecture], images: Tensor) -> list[float]:
@@ -264,3 +265,104 @@ def test_each_task_has_constants_of_its_own() -> None:
     torch.testing.assert_close(alone.constants["1"][0], gates.constants["1"][1])
     with pytest.raises(ValueError, match="not finite"):
         TaskGates({"1": torch.ones(1, 4)}, sites[:1], [0], constants={"1": torch.ones(1, 4) / 0})
+
+
+def test_rankings_sweeps_and_curves_use_each_tasks_own_constants() -> None:
+    net, sites = small()
+    images = drawn(80, 2, 6, 6, seed=5)
+    labels = net(images).argmax(1)
+    train, held_out = (images[:40], labels[:40]), (images[40:], labels[40:])
+    recipe = Recipe(size=4 / 7, ablation="optimal", steps=10, images_per_step=8)
+    gates = learn_gates(net, train, recipe=recipe, sites=sites)
+    expected = evaluate(net, gates, held_out, n_random=1)
+    found = curves(net, gates, held_out, sizes=[4 / 7])
+    assert found.ablation == "optimal"
+    np.testing.assert_allclose(found.keep["fidelity"][:, 0], expected.fidelity)
+    # Random channels are at the means, not at constants that were fitted to others.
+    random = random_architectures(gates.sub_architectures(), seed=0, draw=0)
+    at_means = [arch.with_means(gates.means) for arch in random]
+    by_hand = evaluate(net, at_means, held_out, n_random=0)
+    np.testing.assert_allclose(expected.random[0].fidelity, by_hand.fidelity)
+
+    scores = {s.name: drawn(2, s.n_channels, seed=7) for s in sites}
+    options = {"sizes": [4 / 7], "n_random": 0, "baselines": {}}
+    with pytest.warns(UserWarning, match="favours"):
+        size_sweep(net, {"gates": gates, "scores": scores}, held_out, **options)
+    with pytest.raises(ValueError, match="train_data"):
+        curves(net, gates, held_out, sizes=[0.5], ablation="optimal")
+    swept = size_sweep(
+        net, {"gates": gates, "scores": scores}, held_out, train_data=train, ablation="optimal",
+        **options,
+    )  # fmt: skip
+    assert swept.ablation == "optimal"
+    # Gates keep what they were learned with, and scores get theirs, by the same recipe.
+    np.testing.assert_allclose(swept.measured["gates"]["fidelity"][0], expected.fidelity)
+    archs = fit_constants(net, top_k(scores, sites, gates.tasks, 4 / 7), train, recipe=recipe)
+    by_hand = evaluate(net, archs, held_out, n_random=0)
+    np.testing.assert_allclose(swept.measured["scores"]["fidelity"][0], by_hand.fidelity)
+    # What is removed gets constants of its own as well.
+    both = curves(net, gates, held_out, sizes=[4 / 7], ablation="optimal", train_data=train)
+    removed = fit_constants(net, [~a for a in gates.sub_architectures()], train, recipe=recipe)
+    by_hand = evaluate(net, removed, held_out, n_random=0)
+    np.testing.assert_allclose(both.ablate["fidelity"][:, 0], by_hand.fidelity)
+    np.testing.assert_allclose(both.keep["fidelity"][:, 0], expected.fidelity)
+
+
+def test_what_stands_in_place_is_said(tmp_path: Path) -> None:
+    net, sites = small()
+    data = drawn(20, 2, 6, 6), torch.arange(20) % 2
+    arch = SubArchitecture.from_kept({"1": [0]}, sites, task=1)
+    (fitted,) = fit_constants(net, arch, data, recipe=Recipe(steps=5))
+    assert "closed channels at constants of their own" in repr(fitted)
+    assert "constants of their own" in repr(~fitted)
+    assert "at their mean" in repr(fitted.with_means(fitted.means))
+    fitted.save(tmp_path / "a.h5")
+    assert SubArchitecture.load(tmp_path / "a.h5").own_constants
+    assert "zero" in repr(SubArchitecture({n: fitted[n] for n in fitted}, sites))
+
+
+def test_constants_are_no_worse_than_means_on_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each image has slopes of its own, so that a few images can be fitted by chance.
+    net = nn.Sequential(nn.Identity(), nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 2)).double()
+    for i in (1, 3):
+        net[i].weight.data = drawn(*net[i].weight.shape, seed=i) / 4
+        net[i].bias.data.zero_()  # odd: the best constants are the means
+    sites = [GateSite("0", 40, 1)]
+    every = drawn(2000, 40, seed=5)
+    arch = SubArchitecture.from_kept({"0": range(10)}, sites, task=1)
+    means = {"0": torch.zeros(40)}
+    (at_means,) = error(net.eval(), [arch.with_means(means)], every[1000:])
+    guarded = {"DOUBT": module.DOUBT, "SHARES_TRIED": module.SHARES_TRIED}
+    for n in (12, 40, 400):
+        labels = torch.randint(2, (n,), generator=torch.Generator().manual_seed(n))
+        found = []
+        for values in (guarded, {"DOUBT": -1e9, "SHARES_TRIED": (1.0,)}):
+            for name, value in values.items():
+                monkeypatch.setattr(module, name, value)
+            (fitted,) = fit_constants(net, arch, (every[:n], labels), recipe=Recipe(steps=40))
+            found += error(net, [fitted], every[1000:])
+        zero_share = arch.with_means({"0": every[:n].mean(0)})
+        (at_these,) = error(net, [zero_share], every[1000:])
+        print(n, found[0] / at_these, found[1] / at_these, at_these / at_means)
+        assert found[0] <= 1.03 * at_these
+        assert found[0] <= found[1]
+
+
+def test_images_kept_apart_are_not_learned_from() -> None:
+    labels = torch.arange(300) % 3
+    images = TaskImages(labels, 1, seed=4)
+    draws, apart = images.keep_apart(0.2, most=32, least=50)
+    assert apart
+    assert [len(kind) for kind in draws] == [20, 20]
+    kept = {i for kind in draws for i, _ in kind}
+    assert {int(labels[i]) for i, _ in draws[0]} == {1} != {int(labels[i]) for i, _ in draws[1]}
+    learned = {i for kind in ("own", "other") for i, _ in images.take(kind, 500)}
+    assert not kept & learned
+    assert len(kept | learned) == 300
+    again, _ = TaskImages(labels, 1, seed=4).keep_apart(0.2, most=32, least=50)
+    assert again == draws
+    few = TaskImages(labels[:90], 1, seed=4)
+    draws, apart = few.keep_apart(0.2, most=32, least=50)
+    assert not apart
+    assert [len(kind) for kind in draws] == [30, 30]
+    assert {i for i, _ in few.take("own", 30)} == {i for i, _ in draws[0]}

@@ -491,3 +491,23 @@ def test_provenance_says_what_was_run(tmp_path: Path) -> None:
     assert facts["data_fingerprint"]
     assert facts["environment"]["torch"] == torch.__version__
     resume(path)  # what was said beside does not have to be said again
+
+
+def test_a_resumed_run_gives_the_same_constants(tmp_path: Path) -> None:
+    recipe = Recipe(size=0.5, ablation="optimal", steps=8, images_per_step=4)
+    settings = {**SETTINGS, "recipe": recipe}
+    whole = learn_to_store(tmp_path / "a.h5", killable.network(), killable.data(), **settings)
+    part = tmp_path / "b.h5"
+    tasks = list(range(N_TASKS))
+    learn_to_store(part, killable.network(), killable.data(), tasks[:6], **settings)
+    assert TaskGates.load(part) != TaskGates.load(whole)
+    resume(part, recipe=recipe)
+    assert_same(part, whole)
+    found, expected = TaskGates.load(part), TaskGates.load(whole)
+    found, expected = found.select(tasks), expected.select(tasks)
+    assert found.constants is not None
+    assert found == expected
+    # And they are those of learning at once.
+    at_once = learn_gates(killable.network(), killable.data(), recipe=recipe, seed=3, batch_size=12)
+    for name, values in found.constants.items():
+        torch.testing.assert_close(values, at_once.constants[name])

@@ -14,6 +14,7 @@ from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation import own_images, top_k
 from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.learning.session import fit_constants
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
 from nad_attr.specs import SpecError
@@ -90,6 +91,9 @@ def rivals_of(
             run=run,
         )
         found[name] = _same_sizes(scores, archs)
+        if any(arch.own_constants for arch in archs):
+            say(f"fitting constants: {name}", quiet)
+            found[name] = fit_constants(model, found[name], data, seed=seed, run=run)
     return found
 
 

@@ -129,10 +129,12 @@ def evaluate(
         threshold_data: Training images, to fit the threshold of the detector's balanced accuracy
             on; None: leave that measure out.
         n_random: Draws of random channels, as many over all sites together as each
-            sub-architecture keeps.
+            sub-architecture keeps. Those beside task gates are closed at the gates' means.
         rivals: ``{name: sub-architectures}`` of other methods, of the same sites and tasks. Task
             gates are cut to exactly the number of channels of the sub-architecture that they
-            compete with, sub-architectures are taken as they are.
+            compete with, sub-architectures are taken as they are. Where the gates have the best
+            constants in place of closed channels, give rivals theirs
+            (:func:`nad_attr.fit_constants`).
         seed: Of the random channels.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
         device: In place of that field of ``run``.
@@ -176,6 +178,9 @@ def evaluate(
     against = _rivals(rivals, archs, tasks)
     for draw in range(n_random):
         against[draw] = random_architectures(archs, draw=draw, seed=seed)
+        if isinstance(architectures, TaskGates):
+            # Constants of a task's own were fitted to other channels than these.
+            against[draw] = [arch.with_means(architectures.means) for arch in against[draw]]
     chosen = as_ablation(ablation)
     runner = Runner(model, options)
     source = as_source(data, any_labels=True)

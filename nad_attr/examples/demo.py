@@ -507,9 +507,7 @@ def strongest_channels(
             continue
         values = activations[site.name].movedim(site.channel_dim, 1)[0].float().cpu()
         mean = (
-            torch.zeros(len(values), device="cpu")
-            if gates.means is None
-            else gates.means[site.name]
+            torch.zeros(len(values), device="cpu") if kept.means is None else kept.means[site.name]
         )
         distance = (values - mean[:, None, None]).abs()
         gate = gates.gates_of(task)[site.name]

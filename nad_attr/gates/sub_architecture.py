@@ -27,11 +27,14 @@ class SubArchitecture:
         sites: The gate sites, in forward order.
         task: The class index, or tuple of class indices, that it was found for, if any.
         means: ``{site name: (C,)}``, what replaces a closed channel; None: zero.
+        own_constants: Whether these are constants fitted to this sub-architecture, rather than
+            means over data.
 
     Attributes:
         sites: The gate sites, in forward order.
         task: As given.
         means: As given.
+        own_constants: As given.
 
     Raises:
         TypeError: If a mask is not boolean, or an argument is of another kind.
@@ -51,7 +54,7 @@ class SubArchitecture:
     of :meth:`TaskGates.sub_architectures`, share their means: they are not to be written to.
     """
 
-    __slots__ = ("_masks", "means", "sites", "task")
+    __slots__ = ("_masks", "means", "own_constants", "sites", "task")
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class SubArchitecture:
         *,
         task: Task | None = None,
         means: Mapping[str, Tensor] | None = None,
+        own_constants: bool = False,
     ) -> None:
         self.sites = distinct_sites(sites)
         if not self.sites:
@@ -84,6 +88,14 @@ class SubArchitecture:
             self._masks[site.name] = mask.detach().cpu().clone()
         self.task: Task | None = None if task is None else as_task(task)
         self.means = check_means(means, self.sites)
+        self.own_constants = own_constants and self.means is not None
+
+    @property
+    def closed_at(self) -> str:
+        """What closed channels are, in words, as :attr:`TaskGates.closed_at`."""
+        if self.own_constants:
+            return "at constants of their own"
+        return "zero" if self.means is None else "at their mean"
 
     @classmethod
     def full(cls, sites: Sequence[GateSite]) -> SubArchitecture:
@@ -242,14 +254,24 @@ class SubArchitecture:
             condition[site.name] = mask.nonzero().flatten().tolist()
         return condition
 
-    def with_means(self, means: Mapping[str, Tensor] | None) -> SubArchitecture:
-        """The same channels with another ablation value: per-channel means, or None for zero."""
-        return SubArchitecture(self._masks, self.sites, task=self.task, means=means)
+    def with_means(
+        self, means: Mapping[str, Tensor] | None, *, own_constants: bool = False
+    ) -> SubArchitecture:
+        """The same channels with another ablation value: per-channel means, or None for zero.
+
+        Args:
+            means: ``{site name: (C,)}``.
+            own_constants: Whether these are constants fitted to this sub-architecture, rather than
+                means over data.
+        """
+        return SubArchitecture(
+            self._masks, self.sites, task=self.task, means=means, own_constants=own_constants
+        )
 
     def _with_masks(self, masks: Mapping[str, Tensor], task: Task | None) -> SubArchitecture:
         """Other channels of the same sites, with the very same means: no copy for each."""
         made = SubArchitecture(masks, self.sites, task=task)
-        made.means = self.means
+        made.means, made.own_constants = self.means, self.own_constants
         return made
 
     def _gating(
@@ -349,10 +371,9 @@ class SubArchitecture:
     def __repr__(self) -> str:
         sites = f"{len(self.sites)} site" + ("s" if len(self.sites) > 1 else "")
         task = "" if self.task is None else f"task {self.task}: "
-        closed = "zero" if self.means is None else "at their mean"
         return (
             f"SubArchitecture({task}{self.n_kept:,} of {self.n_channels:,} channels "
-            f"({100 * self.size:.1f} %) at {sites}, closed channels {closed})"
+            f"({100 * self.size:.1f} %) at {sites}, closed channels {self.closed_at})"
         )
 
     def _repr_html_(self) -> str:
@@ -361,7 +382,7 @@ class SubArchitecture:
             [site.name, f"{int(self._masks[site.name].sum()):,} of {site.n_channels:,}"]
             for site in self.sites[:MOST_ROWS]
         ]
-        note = "closed channels: " + ("zero" if self.means is None else "their mean")
+        note = f"closed channels {self.closed_at}"
         if len(self.sites) > MOST_ROWS:
             note = f"and {len(self.sites) - MOST_ROWS} more sites; {note}"
         task = "" if self.task is None else f" of task {self.task}"

@@ -264,7 +264,13 @@ class TaskGates:
             ranks = self._logits if self._logits is not None else self._gates
             scores = {name: value[row] for name, value in ranks.items()}
             masks = top_k_masks(scores, self.sites, budget(size, self.sites))
-        return SubArchitecture(masks, self.sites, task=self.tasks[row], means=self._means_of(row))
+        return SubArchitecture(
+            masks,
+            self.sites,
+            task=self.tasks[row],
+            means=self._means_of(row),
+            own_constants=self._constants is not None,
+        )
 
     def sub_architectures(self, size: float | None = None) -> list[SubArchitecture]:
         """The sub-architecture of every task, in the order of ``tasks``."""

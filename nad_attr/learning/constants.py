@@ -20,26 +20,36 @@ constant explains*: the residuals and effects of the quadratic model are multipl
 and a channel's effect is taken less what its own constant would make good. Then the constants go to
 the minimum, where each is held back by where it is now as well, as if a step moved it by MOVE.
 
+In the end each task's constants are drawn back towards the means as far as images say that were not
+learned from (:func:`held_back`): constants that do not help are the means.
+
 Source: Li and Janson, "Optimal ablation for interpretability", NeurIPS 2024, arXiv 2409.09951.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nad_attr.data.sources import Draw
 from nad_attr.gates.channels import budget, n_channels
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.engine import Chunk, Learned
 from nad_attr.learning.selection import (
+    IMAGES_PER_BLOCK,
+    MIN_CHANNELS_TO_NARROW,
     MIN_VARIANCE,
+    SWAPS_PER_STEP,
     QuadraticModel,
     budgets,
     drawn,
-    flip_round,
+    exchanged,
+    flip_some,
     ranked,
     steps_in_memory,
 )
@@ -57,6 +67,15 @@ MOVE = 0.2
 SHRINK = 8.0
 #: Mean squared residual that is reckoned with, at least, in units of the task output's variance.
 FLOOR = 0.01
+#: Channels, at most, whose correlations say how much of all is noise.
+MAX_CORRELATED = 512
+#: Share of a task's images that are kept apart, and how many of each kind at most; with fewer
+#: images of a kind than the third number none can be spared.
+KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP = 0.2, 32, 50
+#: Shares of the way from mean to constant that are tried, and the images that it takes.
+SHARES_TRIED, MIN_TRIED = (1 / 3, 2 / 3, 1.0), 4
+#: Standard errors that are taken off what a share gains.
+DOUBT = 0.5
 
 
 def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
@@ -83,6 +102,27 @@ def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
     return (noise / total.clamp(min=MIN_VARIANCE)).clamp(0, 1)
 
 
+class Metric(NamedTuple):
+    """P, that which no constant explains, as what it is made of."""
+
+    #: L with L L' = 1 + d W^1/2 G_C G_C' W^1/2: (R, M, M); L^-1 W^1/2 is a root of P
+    root: Tensor
+    #: W^1/2, (R, M, 1)
+    weight: Tensor
+    #: d, (R,)
+    freedom: Tensor
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Values of images (R, M, k), so that a sum of their squares is P's."""
+        seen: Tensor = torch.linalg.solve_triangular(self.root, values * self.weight, upper=False)
+        return seen
+
+    def twice(self, values: Tensor) -> Tensor:
+        """P times values of images: (R, M) to (R, M)."""
+        weighted = self.weight * values[:, :, None]
+        return (self.weight * torch.cholesky_solve(weighted, self.root))[:, :, 0]
+
+
 class ConstantModel:
     """Effects of channels and of their constants, from recent gradients.
 
@@ -91,93 +131,274 @@ class ConstantModel:
         capacity: M, images kept.
 
     Attributes:
-        effects: S, (R, M, n).
+        gates: (R, n) of zeros and ones, at first all open; see :meth:`move`.
+        effects: S, (R, M, n). A wide network's are held in half precision, as are the slopes:
+            both then take no more memory than the gradients of the recipes without constants.
         slopes: G, (R, M, n), in units of the channels' deviations.
         residuals: q, (R, M), with closed channels at their mean.
+        numbers: int64 (R, M), of the images; -1 where there is none yet.
     """
 
     def __init__(self, like: Tensor, capacity: int) -> None:
         rows, n = like.shape
-        self.effects = like.new_zeros(rows, capacity, n)
-        self.slopes = like.new_zeros(rows, capacity, n)
+        wide = n >= MIN_CHANNELS_TO_NARROW and like.dtype == torch.float32
+        dtype = torch.bfloat16 if wide else like.dtype
+        self.gates = torch.ones_like(like)
+        self.effects = like.new_zeros(rows, capacity, n, dtype=dtype)
+        self.slopes = like.new_zeros(rows, capacity, n, dtype=dtype)
         self.residuals = like.new_zeros(rows, capacity)
+        self.numbers = torch.full_like(self.residuals, -1, dtype=torch.int64)
+        # G_C G_C', brought up to date image by image and flip by flip.
+        self._gram = like.new_zeros(rows, capacity, capacity)
+        self._blocks = [slice(None)]
+        if wide:  # turned into numbers to reckon with a few at a time
+            starts = range(0, capacity, IMAGES_PER_BLOCK)
+            self._blocks = [slice(a, min(a + IMAGES_PER_BLOCK, capacity)) for a in starts]
         self._next = 0
 
-    def add(self, residuals: Tensor, effects: Tensor, slopes: Tensor) -> None:
-        """Take in images: (R, b), (R, b, n) and (R, b, n); the oldest make room."""
+    def add(
+        self, residuals: Tensor, effects: Tensor, slopes: Tensor, numbers: Tensor | None = None
+    ) -> None:
+        """Take in images: (R, b), (R, b, n), (R, b, n) and (R, b); the oldest make room."""
         b, capacity = residuals.shape[1], self.residuals.shape[1]
         at = (torch.arange(b, device=residuals.device) + self._next) % capacity
-        self.effects[:, at], self.slopes[:, at] = effects, slopes
+        self.effects[:, at] = effects.to(self.effects.dtype)
+        self.slopes[:, at] = slopes.to(self.slopes.dtype)
         self.residuals[:, at] = residuals
+        if numbers is not None:
+            self.numbers[:, at] = numbers
+        closed = self.slopes[:, at].to(slopes.dtype) * (1 - self.gates)[:, None, :]
+        products = torch.cat([torch.bmm(closed, part.mT) for part in self._parts("slopes")], dim=2)
+        self._gram[:, at] = products
+        self._gram[:, :, at] = products.mT
         self._next = (self._next + b) % capacity
 
-    def present(self, gates: Tensor, constants: Tensor) -> Tensor:
-        """The residuals with closed channels at their constants: (R, M)."""
-        closed = (1 - gates) * constants
-        return self.residuals + torch.bmm(self.slopes, closed[:, :, None])[:, :, 0]
+    def move(self, gates: Tensor, n_flips: int) -> None:
+        """Open and close channels: residuals and metric follow.
 
-    def root(self, gates: Tensor, shares: Tensor, freedom: Tensor) -> Tensor:
-        """L with L L' = 1 + d W^1/2 G_C G_C' W^1/2: (R, M, M).
-
-        L^-1 W^1/2 is the root of the metric P.
+        Args:
+            gates: (R, n).
+            n_flips: How many are flipped in each row, at most.
         """
-        closed = self.slopes * (1 - gates)[:, None, :] * shares.sqrt()[:, :, None]
-        inner = torch.bmm(closed, closed.mT) * freedom[:, None, None]
+        change = gates - self.gates
+        flipped = change.abs().topk(min(n_flips, gates.shape[1]), dim=1).indices
+        sign = change.gather(1, flipped)
+        slopes = self._columns("slopes", flipped)
+        self._gram -= torch.bmm(slopes * sign[:, None, :], slopes.mT)
+        effects = self._columns("effects", flipped)
+        self.residuals += torch.bmm(effects, sign[:, :, None])[:, :, 0]
+        self.gates = gates
+
+    def present(self, constants: Tensor) -> Tensor:
+        """The residuals with closed channels at their constants: (R, M)."""
+        return self.residuals + self._along("slopes", (1 - self.gates) * constants)
+
+    def metric(self, shares: Tensor, freedom: Tensor) -> Metric:
+        """The metric P.
+
+        Args:
+            shares: (R, M), how much each image counts.
+            freedom: d, (R,).
+        """
+        weight = shares.sqrt()[:, :, None]
+        inner = self._gram * weight * weight.mT * freedom[:, None, None]
         inner.diagonal(dim1=1, dim2=2).add_(1.0)
         root: Tensor = torch.linalg.cholesky(inner)
-        return root
+        return Metric(root, weight, freedom)
+
+    def shrink(self, metric: Metric) -> Tensor:
+        """What closed channels are charged of their own squared effect: (R, 1)."""
+        rows, n = self.gates.shape
+        some = torch.arange(0, n, -(-n // MAX_CORRELATED), device=self.gates.device)
+        effects = self._unexplained(metric, some.expand(rows, -1))
+        n_images = 1 / metric.weight[:, :, 0].pow(4).sum(1)
+        return SHRINK * noise_share(effects, n_images)[:, None]
 
     def quadratic(
-        self, gates: Tensor, shares: Tensor, freedom: Tensor, residuals: Tensor, trust: float
+        self,
+        metric: Metric,
+        residuals: Tensor,
+        trust: float,
+        shrink: Tensor | float,
+        channels: Tensor | None = None,
     ) -> QuadraticModel:
         """The quadratic model of what no constant explains, ready for a round of flips.
 
         Args:
-            gates: (R, n).
-            shares: (R, M), how much each image counts.
-            freedom: d, (R,).
+            metric: See :meth:`metric`.
             residuals: (R, M), with closed channels at their mean.
             trust: See :class:`QuadraticModel`.
+            shrink: See there.
+            channels: int64 (R, K), of these channels alone; None: of all.
         """
-        root, weight = self.root(gates, shares, freedom), shares.sqrt()[:, :, None]
-
-        def seen(values: Tensor) -> Tensor:
-            found: Tensor = torch.linalg.solve_triangular(root, values * weight, upper=False)
-            return found
-
-        effects, slopes = seen(self.effects), seen(self.slopes)
-        # Of a channel that is still open, its own constant will make good this much.
-        own = (effects * slopes).sum(1) / (1 / freedom[:, None] + slopes.square().sum(1)) * gates
-        effects -= slopes * own[:, None, :]
-        shrink = SHRINK * noise_share(effects, 1 / shares.square().sum(1))[:, None]
+        gates = self.gates if channels is None else self.gates.gather(1, channels)
         model = QuadraticModel(gates, 1, trust, shrink=shrink)
-        model.gradients, model.residuals = effects, seen(residuals[:, :, None])[:, :, 0]
-        model.begin(torch.ones_like(shares))
+        model.gradients = self._unexplained(metric, channels)
+        model.residuals = metric(residuals[:, :, None])[:, :, 0]
+        model.begin(torch.ones_like(model.residuals))
         return model
 
+    def candidates(
+        self,
+        metric: Metric,
+        residuals: Tensor,
+        trust: float,
+        shrink: Tensor,
+        flips: tuple[int, int, int],
+    ) -> tuple[Tensor, int] | None:
+        """As :meth:`QuadraticModel.candidates`, without seeing all channels in the metric.
+
+        What flips do to the loss is taken as it is, what each does by itself as if nothing but
+        its own constant could make it good: no less than it is.
+
+        Args:
+            metric: See :meth:`quadratic`.
+            residuals: See there.
+            trust: See there.
+            shrink: See there.
+            flips: How many gates are open, will be closed, and will be exchanged.
+        """
+        if self.gates.shape[1] < MIN_CHANNELS_TO_NARROW:
+            return None
+        share = metric.weight[:, :, 0].square()
+        square, both, slope_square = (torch.zeros_like(self.gates) for _ in range(3))
+        for at in self._blocks:
+            effects, slopes = (
+                held[:, at].to(residuals.dtype) for held in (self.effects, self.slopes)
+            )
+            part = share[:, None, at]
+            square += torch.bmm(part, effects.square())[:, 0]
+            both += torch.bmm(part, effects * slopes)[:, 0]
+            slope_square += torch.bmm(part, slopes.square())[:, 0]
+        own = both.square() / (1 / metric.freedom[:, None] + slope_square) * self.gates
+        scout = QuadraticModel(self.gates, 1, trust, shrink=shrink)
+        scout._square = square - own
+        scout._slope = self._over("effects", metric.twice(residuals))
+        scout._origin = self.gates
+        scout._curvature = scout._charged()
+        return scout.candidates(*flips)
+
     def best(
-        self, gates: Tensor, shares: Tensor, freedom: Tensor, residuals: Tensor, now: Tensor
+        self, shares: Tensor, freedom: Tensor, residuals: Tensor, now: Tensor, move: float
     ) -> Tensor:
         """Where constants go from where they are: (R, n), zero for open channels.
 
         Args:
-            gates: (R, n).
-            shares: (R, M).
+            shares: (R, M), how much each image counts.
             freedom: d, (R,).
             residuals: (R, M), with closed channels at their mean.
             now: (R, n).
+            move: How far they go at once, in deviations.
         """
         # Two pulls, to the mean and to where they are, are one to a point between the two.
-        ratio = (PRIOR / MOVE) ** 2
-        closed = 1 - gates
+        ratio = (PRIOR / move) ** 2
+        closed = 1 - self.gates
         start = now * closed * (ratio / (1 + ratio))
-        left = residuals + torch.bmm(self.slopes, start[:, :, None])[:, :, 0]
-        freedom = freedom / (1 + ratio)
-        weight = shares.sqrt()[:, :, None]
+        metric = self.metric(shares, freedom / (1 + ratio))
+        left = residuals + self._along("slopes", start)
         # As many equations as images, not as there are channels.
-        solved = torch.cholesky_solve(weight * left[:, :, None], self.root(gates, shares, freedom))
-        change = torch.bmm(self.slopes.mT, weight * solved)[:, :, 0]
-        return start - freedom[:, None] * change * closed
+        change = self._over("slopes", metric.twice(left))
+        return start - metric.freedom[:, None] * change * closed
+
+    def _unexplained(self, metric: Metric, channels: Tensor | None) -> Tensor:
+        """Effects in the metric, without what open channels' own constants would make good."""
+        gates = self.gates if channels is None else self.gates.gather(1, channels)
+        effects, slopes = (metric(self._columns(name, channels)) for name in ("effects", "slopes"))
+        own = (effects * slopes).sum(1) / (1 / metric.freedom[:, None] + slopes.square().sum(1))
+        return effects.sub_(slopes.mul_((own * gates)[:, None, :]))
+
+    def _columns(self, name: str, channels: Tensor | None) -> Tensor:
+        held: Tensor = getattr(self, name)
+        if channels is not None:
+            held = held.gather(2, channels[:, None, :].expand(-1, held.shape[1], -1))
+        return held.to(self.residuals.dtype)
+
+    def _parts(self, name: str) -> Iterator[Tensor]:
+        held: Tensor = getattr(self, name)
+        return (held[:, at].to(self.residuals.dtype) for at in self._blocks)
+
+    def _along(self, name: str, values: Tensor) -> Tensor:
+        """Sum over channels: (R, n) to (R, M)."""
+        parts = [torch.bmm(part, values[:, :, None]) for part in self._parts(name)]
+        return torch.cat(parts, dim=1)[:, :, 0]
+
+    def _over(self, name: str, values: Tensor) -> Tensor:
+        """Sum over images: (R, M) to (R, n)."""
+        total = torch.zeros_like(self.gates)
+        for at, part in zip(self._blocks, self._parts(name), strict=True):
+            total += torch.bmm(values[:, None, at], part)[:, 0]
+        return total
+
+
+def held_back(
+    chunk: Chunk,
+    recipe: Recipe,
+    draws: Sequence[Sequence[Sequence[Draw]]],
+    gates: Tensor,
+    constants: Sequence[Tensor],
+    means: Tensor,
+    deviations: Tensor,
+) -> Tensor:
+    """How far from the means constants should be, as images say that they were not fitted to.
+
+    Of some shares of the way from means to constants the one is taken that lessens the squared
+    change of the task output most, with some doubt taken off: 0 if none does.
+
+    Args:
+        chunk: The tasks.
+        recipe: The recipe.
+        draws: For each row the images, in two halves.
+        gates: (R, n) of zeros and ones.
+        constants: Twice (R, n), in deviations from the mean, for each half of the images.
+        means: (n,).
+        deviations: (n,).
+
+    Returns:
+        (R,), in [0, 1].
+    """
+    network = chunk.network
+    (batch,) = chunk.batches([[[draw for half in row for draw in half] for row in draws]])
+    halves = [half for row in draws for half, images in enumerate(row) for _ in images]
+    second = torch.tensor(halves, device=network.device)[:, None] == 1
+    offsets = deviations * torch.where(second, *(c[batch.rows] for c in reversed(constants)))
+    clean = chunk.own_output(chunk.clean(batch), batch.rows)
+    changes = []
+    with torch.no_grad():
+        for share in (0.0, *SHARES_TRIED):
+            outputs = [
+                network.gated(
+                    tuple(item[at] for item in batch.inputs),
+                    gates[batch.rows[at]],
+                    means + share * offsets[at],
+                )
+                for part in network._passes(len(clean))
+                for at in (slice(part.start, part.stop),)
+            ]
+            changes.append(chunk.own_output(torch.cat(outputs), batch.rows) - clean)
+    result = gates.new_zeros(len(chunk))
+    ends = list(itertools.accumulate(sum(map(len, row)) for row in draws))
+    for row, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        n = end - start
+        if n < MIN_TRIED:
+            continue
+        judge = QuadraticModel(gates[:1, :1], n, 0.0)
+        if len(chunk.images[row].pools["other"]):
+            judge.boundary += recipe.boundary
+        judge.weights += 1
+        judge.whole = clean[None, start:end]
+        losses: list[Tensor] = []
+        for change in changes:
+            judge.residuals = change[None, start:end]
+            if not losses:
+                shares = judge.shares()
+            losses.append((judge.residuals - judge.forgiven(recipe.free_scale, shares)).square())
+        gains = torch.cat(losses[1:]) - losses[0]
+        mean = (shares * gains).sum(1)
+        error = (shares * (gains - mean[:, None])).square().sum(1) * (n / (n - 1))
+        least, at = (mean + DOUBT * error.sqrt()).min(0)
+        tried = gates.new_tensor(SHARES_TRIED)
+        result[row] = torch.where(least < 0, tried[at], torch.zeros_like(least))
+    return result
 
 
 def learn_with_constants(
@@ -205,7 +426,6 @@ def learn_with_constants(
     network = chunk.network
     rows, n = len(chunk), n_channels(network.sites)
     like = torch.ones(rows, n, device=network.device, dtype=network.dtype)
-    gates = like if masks is None else masks.to(like)
     path = (
         [[n] * recipe.steps]
         if masks is not None
@@ -217,10 +437,15 @@ def learn_with_constants(
     capacity = steps_in_memory(recipe) * per_task
     constants = torch.zeros_like(like)
     closed_at = torch.full_like(like, -1.0)
+    kept = [images.keep_apart(KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP) for images in chunk.images]
+    halves = [[[d for kind in row for d in kind[i::2]] for i in (0, 1)] for row, _ in kept]
+    apart = torch.tensor([is_apart for _, is_apart in kept], device=network.device)[:, None]
     beside = [bool(len(images.pools["other"])) for images in chunk.images]
     # Outputs, present residuals and ages of images alone.
     outputs = QuadraticModel(like[:, :1], capacity, 0.0, recipe.boundary * like.new_tensor(beside))
     model = ConstantModel(like, capacity)
+    if masks is not None:
+        model.gates = masks.to(like)
     curves: dict[str, list[Tensor]] = {"loss": [], "size": []}
     learned: list[Learned] = []
     n_open = n
@@ -228,48 +453,78 @@ def learn_with_constants(
         clean = chunk.own_output(chunk.clean(batch), batch.rows)
         output, effects, slopes = network.output_and_gradients(
             batch.inputs,
-            gates[batch.rows],
+            model.gates[batch.rows],
             (means + deviations * constants)[batch.rows],
             chunk.classes[batch.rows],
             chunk.valid[batch.rows],
         )
-        slopes = slopes * deviations
+        slopes *= deviations
         moved = constants[batch.rows] * slopes
         residual = output - clean
-        at_mean = residual - ((1 - gates[batch.rows]) * moved).sum(1)
+        at_mean = residual - ((1 - model.gates[batch.rows]) * moved).sum(1)
+        numbers = torch.tensor(batch.numbers, device=network.device)
 
         def by_row(values: Tensor, places: Tensor = batch.places) -> Tensor:
             return values[places].view(rows, per_task, *values.shape[1:])
 
         outputs.age(recipe.memory)
         outputs.add(by_row(clean), by_row(residual), like.new_zeros(rows, per_task, 1))
-        model.add(by_row(at_mean), by_row(effects + moved), by_row(slopes))
+        model.add(by_row(at_mean), by_row(effects + moved), by_row(slopes), by_row(numbers))
         seen = min((t + 1) * per_task, capacity)
         variance = outputs.whole[:, :seen].var(dim=1, correction=0).clamp(min=MIN_VARIANCE)
-        if steps[t] < n or t + 1 in ends or masks is not None:
-            outputs.residuals = model.present(gates, constants)
+        last = t + 1 in ends
+        if steps[t] < n or last or masks is not None:
+            outputs.residuals = model.present(constants)
             shares = outputs.shares()
             forgiven = outputs.forgiven(recipe.free_scale, shares)
             loss = (shares * (outputs.residuals - forgiven).square()).sum(1)
-            n_images = 1 / shares.square().sum(1)
-            freedom = PRIOR**2 * n_images / torch.maximum(loss, FLOOR * variance)
+            spread = PRIOR**2 / torch.maximum(loss, FLOOR * variance)
+
+            def freedom(shares: Tensor, spread: Tensor = spread) -> Tensor:
+                return spread / shares.square().sum(1)
+
             if masks is None:
-                before = gates
-                part = model.quadratic(
-                    gates, shares, freedom, model.residuals - forgiven, recipe.trust
-                )
-                flip_round(part, recipe, t, n_open, steps[t], variance)
-                gates, n_open = part.gates, steps[t]
-                change = torch.bmm(model.effects, (gates - before)[:, :, None])
-                model.residuals += change[:, :, 0]
+                metric = model.metric(shares, freedom(shares))
+                shrink = model.shrink(metric)
+                before, residuals = model.gates, model.residuals - forgiven
+                n_exchanged = exchanged(recipe, t, n, steps[t])
+                flips = n_open, n_open - steps[t], n_exchanged
+                found = model.candidates(metric, residuals, recipe.trust, shrink, flips)
+                channels, n_there = found or (None, n_open)
+                part = model.quadratic(metric, residuals, recipe.trust, shrink, channels)
+                flip_some(part, recipe, t, n_there, *flips[1:], variance)
+                gates = part.gates
+                if channels is not None:
+                    gates = before.scatter(1, channels, gates)
+                model.move(gates, flips[1] + 2 * (n_exchanged + SWAPS_PER_STEP + 2))
+                n_open = steps[t]
                 closed_at = torch.where(gates < before, torch.full_like(like, t), closed_at)
-            constants = model.best(gates, shares, freedom, model.residuals - forgiven, constants)
+                if last:
+                    if channels is not None:
+                        residuals = model.residuals - forgiven
+                        part = model.quadratic(metric, residuals, recipe.trust, shrink)
+                    ranks = ranked(part, closed_at)
+            residuals = model.residuals - forgiven
+            constants = model.best(shares, freedom(shares), residuals, constants, MOVE)
         curves["loss"].append(by_row(residual).square().mean(1) / variance)
-        curves["size"].append(gates.mean(1))
+        curves["size"].append(model.gates.mean(1))
         chunk.advance(rows)
-        if t + 1 in ends:
-            ranks = gates if masks is not None else ranked(part, closed_at)
+        if last:
+            # A task that can spare no images is judged on those it learns from, by constants
+            # fitted to the other half of them.
+            fitted = []
+            for half in (0, 1) if not bool(apart.all()) else ():
+                without = shares.clone()
+                for row, parts in enumerate(halves):
+                    left_out = torch.tensor([i for i, _ in parts[half]], device=network.device)
+                    without[row, torch.isin(model.numbers[row], left_out)] = 0
+                without = without / without.sum(1, keepdim=True).clamp(min=MIN_VARIANCE)
+                spread_there = freedom(without.clamp(min=0))
+                fitted.append(model.best(without, spread_there, residuals, constants, math.inf))
+            tried = [torch.where(apart, constants, c) for c in fitted] or [constants] * 2
+            share = held_back(chunk, recipe, halves, model.gates, tried, means, deviations)
+            ranks = model.gates if masks is not None else ranks
             so_far = {name: torch.stack(curve) for name, curve in curves.items()}
-            found = means + deviations * constants
-            learned.append(Learned(ranks, ranks.logit(), so_far, found))
+            result = means + deviations * share[:, None] * constants
+            learned.append(Learned(ranks, ranks.logit(), so_far, result))
     return learned

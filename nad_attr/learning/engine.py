@@ -363,6 +363,31 @@ class TaskImages:
         self._queues: dict[str, list[int]] = {kind: [] for kind in self.pools}
         self._drawn = dict.fromkeys(self.pools, 0)
 
+    def keep_apart(self, share: float, most: int, least: int) -> tuple[list[list[Draw]], bool]:
+        """Some own images and as many others, which are not drawn from now on; before any is.
+
+        Args:
+            share: Of the kind that has fewer.
+            most: How many of each kind, at most.
+            least: With fewer images of a kind none can be spared: then they are drawn as well.
+
+        Returns:
+            The draws of own and of other images, each in random order, and whether they are apart.
+        """
+        kept = {}
+        kinds = [kind for kind, pool in self.pools.items() if len(pool)]
+        apart = all(len(self.pools[kind]) >= least for kind in kinds)
+        n = min(len(self.pools[kind]) for kind in kinds)
+        n = min(most, round(share * n) if apart else len(self.pools["own"]))
+        for kind in kinds:
+            pool, key = self.pools[kind], (*self._key, kind, "kept")
+            generator = torch.Generator().manual_seed(seed_of(*key))
+            order = pool[torch.randperm(len(pool), generator=generator, device="cpu")]
+            kept[kind] = [(i, seed_of(*key, i)) for i in order[:n].tolist()]
+            if apart:
+                self.pools[kind] = order[n:].sort().values
+        return list(kept.values()), apart
+
     def take(self, kind: str, n: int) -> list[Draw]:
         """The next ``n`` draws; every image comes once before any comes again."""
         queue, pool = self._queues[kind], self.pools[kind]

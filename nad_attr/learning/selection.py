@@ -506,22 +506,41 @@ def flip_round(
         n_after: How many will be.
         variance: (R,), of the task output.
     """
-    settling = t >= SETTLING_SHARE * recipe.steps
-    n = model.gates.shape[1]
-    n_exchanged = 0 if settling else min(round(MAX_EXCHANGED_SHARE * n_after), n - n_after)
-    n_close, least_gain = n_open - n_after, MIN_SWAP_GAIN * variance
+    n_exchanged = exchanged(recipe, t, model.gates.shape[1], n_after)
+    n_close = n_open - n_after
     chosen = model.candidates(n_open, n_close, n_exchanged)
     channels, n_open_there = chosen or (None, n_open)
     part = model if channels is None else model.narrowed(channels)
+    flip_some(part, recipe, t, n_open_there, n_close, n_exchanged, variance)
+    if channels is not None:
+        model.widened(part, channels)
+
+
+def exchanged(recipe: Recipe, t: int, n: int, n_after: int) -> int:
+    """How many of ``n_after`` open channels step ``t`` may exchange for closed ones."""
+    if t >= SETTLING_SHARE * recipe.steps:
+        return 0
+    return min(round(MAX_EXCHANGED_SHARE * n_after), n - n_after)
+
+
+def flip_some(
+    part: QuadraticModel,
+    recipe: Recipe,
+    t: int,
+    n_open: int,
+    n_close: int,
+    n_exchanged: int,
+    variance: Tensor,
+) -> None:
+    """The flips of :func:`flip_round` among the channels that are looked at."""
+    settling, least_gain = t >= SETTLING_SHARE * recipe.steps, MIN_SWAP_GAIN * variance
     part.close(n_close)
     if not settling:
         part.exchange(n_exchanged, least_gain)
-    part.swap_pair(least_gain, n_open_there - n_close)
+    part.swap_pair(least_gain, n_open - n_close)
     for _ in range(1 if settling else SWAPS_PER_STEP):
         if not part.swap(least_gain):
             break
-    if channels is not None:
-        model.widened(part, channels)
 
 
 def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> list[Learned]:

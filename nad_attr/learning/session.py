@@ -96,8 +96,8 @@ def fit_constants(
         >>> x = torch.randn(20, 4, generator=generator)
         >>> site = GateSite("1", 6, 1)
         >>> arch = SubArchitecture.from_kept({"1": [0, 3]}, [site], task=1)
-        >>> fit_constants(net, arch, (x, (x[:, 0] > 0).long()))[0]
-        SubArchitecture(2 of 6 channels (33.3 %) at 1 site, closed channels at their mean)
+        >>> fit_constants(net, arch, (x, (x[:, 0] > 0).long()))[0].closed_at
+        'at constants of their own'
     """
     if isinstance(architectures, TaskGates):
         archs = architectures.sub_architectures()
@@ -446,7 +446,7 @@ class Session:
                 assert found.constants is not None
                 constants = split_sites(found.constants.cpu(), self.sites)
                 result += [
-                    arch.with_means({name: values[i] for name, values in constants.items()})
+                    arch.with_means({n: v[i] for n, v in constants.items()}, own_constants=True)
                     for i, arch in enumerate(archs[rows])
                 ]
         return result

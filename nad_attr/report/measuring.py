@@ -212,7 +212,7 @@ def _curves(
     data = sample.some(_CURVE_IMAGES)
     made = {
         "these gates": curves(model, chosen, data, sizes=_SIZES, run=options["run"]),
-        "random order": curves(
+        ("random order" if chosen.constants is None else "random order, at means"): curves(
             model,
             TaskGates(random, chosen.sites, chosen.tasks, means=chosen.means),
             data,

@@ -80,6 +80,7 @@ class Ranking:
             None in all: the ranking does not say, as scores do not.
         per_site: Under the same keys: whether the share is kept at each site, where the ranking
             goes with one of the two. None: it goes with either.
+        learned: Under the same keys: the task gates that this is the order of.
     """
 
     sites: tuple[GateSite, ...]
@@ -88,6 +89,7 @@ class Ranking:
     scores: Mapping[float | None, Mapping[str, Tensor]]
     means: Mapping[float | None, Mapping[str, Tensor] | None] | None = None
     per_site: Mapping[float | None, bool] | None = None
+    learned: Mapping[float | None, TaskGates] | None = None
 
     def _key(self, size: float) -> float | None:
         for key in self.scores:
@@ -112,6 +114,16 @@ class Ranking:
         """What replaces a channel that is closed at this size; None: zero."""
         return None if self.means is None else self.means[self._key(size)]
 
+    def has_constants(self, size: float) -> bool:
+        """Whether each task has constants of its own, learned for just what this size keeps."""
+        if not self.closes_at_constants or self.learned is None:
+            return False
+        gates = self.learned[self._key(size)]
+        if gates.constants is None:
+            return False
+        kept = [int(arch.n_kept) for arch in gates.sub_architectures()]
+        return kept == [budget(size, self.sites)] * len(kept)
+
     def sub_architectures(
         self, size: float, *, per_site: bool = False, like: Ranking | None = None
     ) -> list[SubArchitecture]:
@@ -125,7 +137,7 @@ class Ranking:
         """
         teller = like if self.means is None and like is not None else self
         key = self._key(size)
-        return top_k(
+        found = top_k(
             self.scores[key],
             self.sites,
             self.tasks,
@@ -133,6 +145,18 @@ class Ranking:
             means=teller.means_at(size),
             per_site=per_site if self.per_site is None else self.per_site[key],
         )
+        own = None if self.learned is None else self.learned[key].constants
+        if own is None:
+            return found
+        return [
+            arch.with_means({name: v[row] for name, v in own.items()}, own_constants=True)
+            for row, arch in enumerate(found)
+        ]
+
+    @property
+    def closes_at_constants(self) -> bool:
+        """Whether closed channels are at constants of each task's own."""
+        return any(gates.constants is not None for gates in (self.learned or {}).values())
 
     @property
     def closes_at_means(self) -> bool:
@@ -220,6 +244,7 @@ def as_ranking(
         _names(names, rows),
         {key: ranks_of(gates) for key, gates in chosen.items()},
         {key: gates.means for key, gates in chosen.items()},
+        learned=chosen,
     )
 
 

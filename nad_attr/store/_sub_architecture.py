@@ -28,6 +28,8 @@ def write_sub_architecture(arch: SubArchitecture, path: str | PathLike[str]) -> 
 
     def fill(file: h5py.File) -> None:
         put_strings(file.create_group("task"), "index", [json.dumps(arch.task)])
+        if arch.own_constants:
+            put_strings(file["task"], "constants", ["own"])
         groups = put_sites(file, arch.sites, arch.means)
         for site, group in zip(arch.sites, groups, strict=True):
             put_array(group, "kept", arch[site.name].to(torch.uint8).numpy())
@@ -43,7 +45,8 @@ def read_sub_architecture(path: str | PathLike[str]) -> SubArchitecture:
     """
     source = Path(path)
     with opened(source, "sub_architecture") as reader, reading(source):
-        texts = reader.strings(reader.group(reader.file, "task"), "index")
+        group = reader.group(reader.file, "task")
+        texts = reader.strings(group, "index")
         if len(texts) != 1:
             raise GateStoreError(f"{path} names {len(texts)} tasks for one sub-architecture.")
         task = json.loads(texts[0])
@@ -59,4 +62,5 @@ def read_sub_architecture(path: str | PathLike[str]) -> SubArchitecture:
             sites,
             task=None if task is None else as_task(task),
             means=None if means is None else {n: torch.from_numpy(m) for n, m in means.items()},
+            own_constants="constants" in group and reader.strings(group, "constants") == ["own"],
         )

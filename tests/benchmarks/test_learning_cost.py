@@ -27,7 +27,11 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         return model, find_gate_sites(model, torch.zeros(1, 3, SIZE, SIZE))
 
     monkeypatch.setattr(learning_cost, "MODELS", {"tiny": build})
-    recipes = {"selection": lambda: Recipe(steps=24), "paper": lambda: Recipe.paper(beta=0.02)}
+    recipes = {
+        "selection": lambda: Recipe(steps=24, ablation="mean"),
+        "constants": lambda: Recipe(steps=24, ablation="optimal"),
+        "paper": lambda: Recipe.paper(beta=0.02),
+    }
     monkeypatch.setattr(learning_cost, "RECIPES", recipes)
 
 
@@ -44,7 +48,7 @@ def _check(row: learning_cost.Row, tasks: int) -> None:
     assert row["memory_ratio"] == row["step_memory"] / row["bare_memory"] > 0
 
 
-@pytest.mark.parametrize("recipe", ["selection", "paper"])
+@pytest.mark.parametrize("recipe", ["selection", "constants", "paper"])
 def test_rows(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = f"--model tiny --recipe {recipe} --batch 8 --tasks 1 3 --images-per-step 3"
     learning_cost.main(

@@ -17,7 +17,15 @@ from torch import nn
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data
 from nad_attr.evaluation.ablation import Ablation
-from nad_attr.evaluation.sweeps.grid import OF_OTHERS, check_measure, fitted, measure_grid
+from nad_attr.evaluation.sweeps.grid import (
+    OF_OTHERS,
+    OPTIMAL,
+    check_measure,
+    fitted,
+    measure_grid,
+    own_constants,
+    recipe_of,
+)
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.running.options import RunOptions
 from nad_attr.scoring.rankings import SIZES, Ranking, Ranks, as_ranking, check_sizes
@@ -364,6 +372,8 @@ def closed_at(ablation: Ablation | None, ranking: Ranking) -> str:
     """What stands in place of closed channels, in a word."""
     if ablation is not None:
         return ablation.kind
+    if ranking.closes_at_constants:
+        return OPTIMAL
     return "mean" if ranking.closes_at_means else "zero"
 
 
@@ -407,8 +417,11 @@ def curves(
         per_site: Keep (remove) this share at each site, rather than of all channels together.
         ablation: What stands in place of closed channels: one of
             :func:`nad_attr.evaluation.fit_ablation`, or the name of a kind (``"zero"``, ``"mean"``,
-            ``"other_mean"``, ``"resample"``, ``"noise"``), fitted to ``train_data``. None: what
-            the gates were learned with, zero for scores.
+            ``"other_mean"``, ``"resample"``, ``"noise"``), fitted to ``train_data``. "optimal":
+            for each size and task the constants that keep the task output best, of the kept
+            channels and of the removed alike (:func:`nad_attr.fit_constants`, with the gates' own
+            recipe); those that gates were learned with stay. None: what the gates were learned
+            with, zero for scores.
         train_data: Images to fit a named ablation to, other than ``data``.
         others: Measure the outputs of the other tasks as well: other AUC and disentanglement.
             Without, T times fewer answers have to be kept.
@@ -440,10 +453,16 @@ def curves(
     ranking = as_ranking(scores_or_gates, sites=sites, tasks=tasks, task_names=task_names)
     if lacking := ranking.missing(shares):
         raise ValueError(lacking)
-    prepared = fitted(ablation, model, ranking.sites, ranking.tasks, train_data, run)
+    optimal = ablation == OPTIMAL
+    prepared = fitted(
+        None if optimal else ablation, model, ranking.sites, ranking.tasks, train_data, run
+    )
     kept = [ranking.sub_architectures(share, per_site=per_site) for share in shares]
     groups: list[list[SubArchitecture]] = [[arch & ~arch for arch in kept[0]]]
     groups += [group for archs in kept for group in (archs, [~arch for arch in archs])]
+    if optimal:
+        known = [False, *(k for share in shares for k in (ranking.has_constants(share), False))]
+        groups = own_constants(model, groups, train_data, known, recipe_of(scores_or_gates), run)
     grid = measure_grid(
         model,
         groups,
@@ -460,7 +479,7 @@ def curves(
         sizes=np.array([archs[0].size for archs in kept]),
         requested=shares,
         per_site=per_site,
-        ablation=closed_at(prepared, ranking),
+        ablation=OPTIMAL if optimal else closed_at(prepared, ranking),
         keep={name: values[1::2].T.copy() for name, values in grid.values.items()},
         ablate={name: values[2::2].T.copy() for name, values in grid.values.items()},
         empty={name: values[0].copy() for name, values in grid.values.items()},

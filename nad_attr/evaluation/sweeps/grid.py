@@ -18,7 +18,10 @@ from nad_attr.data.sources import Data, as_source
 from nad_attr.evaluation.ablation import ABLATIONS, Ablation, as_ablation, fit_ablation
 from nad_attr.evaluation.measures import auc, constant_up_to_rounding, fidelity, share_of
 from nad_attr.evaluation.responses import Responses, answers, as_architectures, progress_bar
+from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.learning.session import fit_constants
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
@@ -57,6 +60,55 @@ def check_measure(name: Any, known: Collection[str] = GRID_MEASURES) -> str:
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"no measure {name!r}; there are {', '.join(known)}.")
     return name
+
+
+#: The ablation value that is fitted to each sub-architecture by itself.
+OPTIMAL = "optimal"
+
+
+def recipe_of(ranks: Any) -> Recipe | None:
+    """The recipe for constants with as many images and passes as gates were learned with."""
+    gates = next(iter(ranks.values()), None) if isinstance(ranks, Mapping) else ranks
+    recipe = gates.recipe if isinstance(gates, TaskGates) else None
+    if recipe is None or isinstance(recipe, PaperRecipe) or recipe.ablation == OPTIMAL:
+        return None if isinstance(recipe, PaperRecipe) else recipe
+    steps, images = recipe.steps, recipe.images_per_step
+    return Recipe(ablation="optimal", steps=steps, images_per_step=images)
+
+
+def own_constants(
+    model: nn.Module,
+    groups: Sequence[Sequence[SubArchitecture]],
+    train_data: Data | None,
+    known: Sequence[bool],
+    recipe: Recipe | None,
+    run: RunOptions | None,
+) -> list[list[SubArchitecture]]:
+    """Each sub-architecture with the constants that keep its task output best.
+
+    Args:
+        model: The network.
+        groups: T sub-architectures each, of the same tasks in the same order.
+        train_data: Images to fit to.
+        known: Which groups have them already.
+        recipe: How long to fit; None: as the default recipe.
+        run: See :func:`nad_attr.fit_constants`.
+
+    Raises:
+        ValueError: If there are no images to fit to.
+    """
+    if train_data is None:
+        raise ValueError(
+            f"ablation {OPTIMAL!r} needs train_data=, images to fit constants to, other than those "
+            "that are measured."
+        )
+    return [
+        list(group)
+        # Where nothing is closed there is nothing to fit.
+        if has or all(arch.size == 1 for arch in group)
+        else fit_constants(model, group, train_data, recipe=recipe, run=run)
+        for group, has in zip(groups, known, strict=True)
+    ]
 
 
 def fitted(

@@ -7,6 +7,7 @@ gates find such a part where simpler rankings and random channels of the same si
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -21,7 +22,14 @@ from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data, as_source
 from nad_attr.evaluation.ablation import Ablation
 from nad_attr.evaluation.sweeps.curves import closed_at
-from nad_attr.evaluation.sweeps.grid import check_measure, fitted, measure_grid
+from nad_attr.evaluation.sweeps.grid import (
+    OPTIMAL,
+    check_measure,
+    fitted,
+    measure_grid,
+    own_constants,
+    recipe_of,
+)
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.running.options import RunOptions
@@ -413,8 +421,13 @@ def size_sweep(
         per_site: Keep this share at each site, rather than of all channels together.
         ablation: What stands in place of closed channels: one of
             :func:`nad_attr.evaluation.fit_ablation`, or the name of a kind (``"zero"``, ``"mean"``,
-            ``"other_mean"``, ``"resample"``, ``"noise"``), fitted to ``train_data``. None: what
-            the first task gates were learned with, also for scores; zero without gates.
+            ``"other_mean"``, ``"resample"``, ``"noise"``), fitted to ``train_data``. "optimal":
+            for each method, size and task the constants that keep the task output best, fitted to
+            ``train_data`` with as many images and passes as the first task gates' recipe says
+            (:func:`nad_attr.fit_constants`; random orders get theirs as well); those that gates
+            were learned with stay. None: what the first task gates were learned with, also for
+            scores; zero without gates. Gates keep constants of their own then, and a warning says
+            so where others have none.
         n_random: Random orders of the channels, for p-values: n give p = 1 / (n + 1) at best.
         seed: Of the random orders.
         others: Measure the outputs of the other tasks as well: other AUC and disentanglement.
@@ -487,7 +500,16 @@ def size_sweep(
             "some gates close channels at zero and others at their means; say ablation=, so that "
             "all methods are measured alike."
         )
-    prepared = fitted(ablation, model, sites, tasks, train_data, run)
+    optimal = ablation == OPTIMAL
+    with_constants = [name for name in gated if found[name].closes_at_constants]
+    if ablation is None and with_constants and (len(with_constants) < len(named) or n_random):
+        warnings.warn(
+            f"{with_constants[0]!r} has the best constants in place of its closed channels, and "
+            "others have means: that favours it. Give ablation='optimal' and train_data= for "
+            "constants of each method's own, or ablation='mean' for means throughout.",
+            stacklevel=2,
+        )
+    prepared = fitted(None if optimal else ablation, model, sites, tasks, train_data, run)
     train = as_source(train_data) if scoring else None
     for name in scoring:
         scorer = named[name]
@@ -500,9 +522,14 @@ def size_sweep(
     like = found[gated[0]] if gated else next(iter(found.values()))
     draws = [random_ranking(like, seed, draw) for draw in range(n_random)]
     groups: list[list[SubArchitecture]] = []
+    known: list[bool] = []
     for ranking in [*(found[name] for name in named), *draws]:
         for share in shares:
             groups.append(ranking.sub_architectures(share, per_site=per_site, like=like))
+            known.append(ranking.has_constants(share))
+    if optimal:
+        recipe = recipe_of(named[gated[0]]) if gated else None
+        groups = own_constants(model, groups, train_data, known, recipe, run)
     grid = measure_grid(
         model,
         groups,
@@ -523,7 +550,7 @@ def size_sweep(
         sizes=kept_shares(shares, like.sites, per_site=per_site),
         requested=shares,
         per_site=per_site,
-        ablation=closed_at(prepared, like),
+        ablation=OPTIMAL if optimal else closed_at(prepared, like),
         methods=tuple(named),
         baselines=tuple(baselines),
         measured={
