@@ -277,7 +277,8 @@ class TaskGates:
         found = [self.sub_architecture(task, size) for task in self.tasks[:1]]
         for task in self.tasks[1:]:
             found.append(self.sub_architecture(task, size))
-            found[-1].means = found[0].means  # one copy, not one for each task
+            if self._constants is None:
+                found[-1].means = found[0].means  # one copy, not one for each task
         return found
 
     def select(self, tasks: Sequence[object]) -> TaskGates:

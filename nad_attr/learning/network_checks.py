@@ -466,8 +466,9 @@ class _Probe:
     def _silent_matter(self, names: Sequence[str]) -> bool:
         """Whether closing such channels does anything: at all of these sites in one pass."""
         moves = [
-            (i, _STEPS[0] * sum(self._direction(name, i, silent=True) for name in names))
+            (i, _STEPS[0] * torch.stack(closed).sum(0))
             for i in range(self.n)
+            if (closed := [self._direction(name, i, silent=True) for name in names])
         ]
         real = self._change(moves)
         return any(

@@ -74,4 +74,4 @@ def random_states() -> tuple[object, ...]:
     """
     numpy_state = np.random.get_state()  # noqa: NPY002
     states = (generator.get_state().numpy().tobytes() for generator in _generators())
-    return random.getstate(), str(numpy_state[2]), numpy_state[1].tobytes(), *states  # type: ignore[index, union-attr]
+    return random.getstate(), str(numpy_state[2]), numpy_state[1].tobytes(), *states  # type: ignore[index]

@@ -104,7 +104,8 @@ class _Chosen:
     def __init__(self, source: Source, numbers: Sequence[int]) -> None:
         self.source, self.numbers = source, list(numbers)
         self.labels = source.labels[self.numbers]
-        self.augmented = source.augmented
+        self.targets = None if source.targets is None else source.targets[self.numbers]
+        self.augmented, self.fields = source.augmented, source.fields
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws."""
