@@ -60,6 +60,18 @@ def fails():
     raise RuntimeError("out of luck")
 
 
+def noisy():
+    net = colours()
+    relu2 = net.relu2
+    net.relu2 = torch.nn.Sequential(relu2, Noise())
+    return net
+
+
+class Noise(torch.nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
 def transform():
     return lambda image: torch.zeros(3, 4, 4)
 
@@ -168,6 +180,19 @@ def test_sites_of_torchvision() -> None:
     assert "images 3x224x224" in text
     assert "layer4.1" in text
     assert "1,984" in text
+
+
+@pytest.mark.slow
+def test_a_network_that_is_refused_can_be_gone_on_with(here: Path) -> None:
+    learn = (*LEARN, "--out", "doubt.h5", "--model", "colour_nets:noisy")
+    fails(1, "(--checks warn) to go on", *learn)
+    assert not Path("doubt.h5").exists()
+    assert "Warning: the network gives another output each time" in succeeds(
+        *learn, "--checks", "warn"
+    )
+    evaluate = ("evaluate", "doubt.h5", "--trust-file", "--data", "val")
+    fails(1, "(--checks warn) to go on", *evaluate)
+    assert "another output" not in succeeds(*evaluate, "--checks", "off")
 
 
 @pytest.mark.slow

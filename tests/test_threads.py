@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr import GatingError, Recipe, SubArchitecture, find_gate_sites, learn_gates, recorded
+from nad_attr.evaluation import SCORERS, site_costs
 from tests import helpers
 
 
@@ -137,3 +138,30 @@ def test_replicas_of_data_parallel_are_gated_in_their_threads(
             owner, _, last = name.rpartition(".")
             setattr(replicas[owner], last, parameter.detach())
         assert torch.equal(elsewhere(lambda: replica(x)), gated)
+
+
+@pytest.mark.parametrize("use", ["costs", "magnitude"])
+def test_rivals_and_costs_do_not_see_the_passes_of_other_threads(net: nn.Module, use: str) -> None:
+    x, y = helpers.labelled_images(6)
+    sites = find_gate_sites(net, x[:1])
+
+    def measured() -> dict[str, Tensor]:
+        if use == "costs":
+            return {name: torch.tensor(n) for name, n in site_costs(net, sites, x).flops.items()}
+        scorer = SCORERS["magnitude"](net, sites)
+        return dict(scorer(x, y))
+
+    alone = measured()
+    main, intrusions = threading.get_ident(), []
+
+    def intrude(module: nn.Module, args: object) -> None:
+        if threading.get_ident() == main:
+            elsewhere(lambda: net(x[:2]))
+            intrusions.append(1)
+
+    # In the middle of each pass, another thread makes one of its own.
+    handle = net.conv2.register_forward_pre_hook(intrude)
+    together = measured()
+    handle.remove()
+    assert intrusions
+    assert all(torch.equal(alone[name], together[name]) for name in alone)

@@ -71,7 +71,7 @@ const keptIn = (task) => {
   return sum;
 };
 
-/** |A and B| / |A or B| and the same beyond chance, site by site; as nad_attr.architecture.kappa. */
+/** |A and B| / |A or B| and the same beyond chance, site by site; as nad_attr.gates.channels.kappa. */
 function shared(a, b) {
   const [one, other] = [levels(a), levels(b)];
   return SITES.map((site, s) => {
