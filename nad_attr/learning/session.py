@@ -125,7 +125,8 @@ def fit_constants(
         run=run,
         augmented=augmented,
     )
-    return session.fit(archs)
+    with session.network.bar(len(archs) * recipe.steps, "fitting constants", "step") as bar:
+        return session.fit(archs, advance=bar.update)
 
 
 class Session:
@@ -429,7 +430,11 @@ class Session:
             for i, size in enumerate(sizes)
         ]
 
-    def fit(self, archs: Sequence[SubArchitecture]) -> list[SubArchitecture]:
+    def fit(
+        self,
+        archs: Sequence[SubArchitecture],
+        advance: Callable[[int], object] = lambda n: None,
+    ) -> list[SubArchitecture]:
         """The sub-architectures, one for each task, with constants fitted; see fit_constants."""
         network, source = self.network, self.source
         masks = torch.stack([torch.cat([arch[s.name] for s in self.sites]) for arch in archs])
@@ -441,7 +446,9 @@ class Session:
             clean = CleanOutputs(network, source)
             for part in chunks(len(archs), self.width):
                 rows = slice(part.start, part.stop)
-                chunk = Chunk(network, source, self.tasks[rows], self.seed, clean=clean)
+                chunk = Chunk(
+                    network, source, self.tasks[rows], self.seed, clean=clean, advance=advance
+                )
                 (found,) = self._chosen(chunk, [1.0], masks[rows])
                 assert found.constants is not None
                 constants = split_sites(found.constants.cpu(), self.sites)
