@@ -745,7 +745,7 @@ def test_frame(result: Evaluation) -> None:
 
 def test_frame_without_pandas(result: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match="pip install pandas"):
+    with pytest.raises(ImportError, match=r"pip install 'nad-attr\[plot\]'"):
         result.frame()
 
 

@@ -454,13 +454,13 @@ def test_nothing_is_written_past_the_one_way_to_write() -> None:
     # Into a file that is not there yet, which replacing() or written() gave, or into the folder
     # that _appearing() moves as a whole.
     allowed = {
-        ("_files.py", r"open\(target, .w"),
-        ("_files.py", r"with replacing\(target\) as scratch, scratch.open\("),
+        ("system/files.py", r"open\(target, .w"),
+        ("system/files.py", r"with replacing\(target\) as scratch, scratch.open\("),
         ("store/_write.py", r"h5py.File\(scratch, "),
         ("cli/evaluate.py", r"to_csv\(file, "),
         ("cli/stores.py", r"with replacing\(npz_file\) as scratch, scratch.open\("),
         ("cli/stores.py", r"np.savez_compressed\(file, "),
-        ("demo.py", r"figure.savefig\(scratch, "),
+        ("examples/demo.py", r"figure.savefig\(scratch, "),
         ("bridges/virelay.py", r"\(made / (LABEL_MAP|PROJECT)\).write_text\("),
         ("bridges/virelay.py", r"with h5py.File\(path, .w"),
         ("specs/models.py", r"is not run\. Save the state dict alone"),

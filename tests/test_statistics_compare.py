@@ -458,7 +458,7 @@ def test_depth_frame_and_figure(along):
         "Share of high-level detectors"
     ]
     assert {line.get_label() for line in figure.axes[0].lines} == {"kept", "all", "random"}
-    axis = nad_attr.evaluation.figures.new_figure(2, 2)[1]
+    axis = nad_attr.plots.style.new_figure(2, 2)[1]
     along.plot(axis)
 
 

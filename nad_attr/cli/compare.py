@@ -19,7 +19,6 @@ from nad_attr.cli.opening import (
     check_outputs,
     chosen_device,
     finished,
-    known_folders,
     open_images,
     opened_gates,
     rebuilt,
@@ -65,15 +64,9 @@ def compare(
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write the numbers here as well.")
     ] = None,
-    class_index: opt.ClassIndex = None,
-    seed: opt.Seed = 0,
-    device: opt.Device = None,
-    batch_size: opt.BatchSize = 64,
-    workers: opt.Workers = 0,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
     *,
     network: opt.NetworkOptions,
+    work: opt.WorkOptions,
 ) -> None:
     """Compare two files task by task, the tasks of one file, or gates with other methods.
 
@@ -86,12 +79,12 @@ def compare(
       nad-attr compare seed0.h5 seed1.h5
       nad-attr compare gates.h5 --with taylor --with neuron-mct --data photos/val
     """
-    with guarded(debug):
+    with guarded(work.debug):
         if len(files) > 2:
             raise UsageError(f"compare takes one file or two, not {len(files)}.")
         check_size(size)
         check_outputs(
-            [(json_file, "text")], [*files, network.weights, class_index, data, train_data]
+            [(json_file, "text")], [*files, network.weights, work.class_index, data, train_data]
         )
         methods = check_methods(rival)
         if bool(methods) != (data is not None):
@@ -104,28 +97,18 @@ def compare(
             result = _within(files[0], tasks, size)
         else:
             assert data is not None
-            shown = not quiet and sys.stderr.isatty()
-            run = RunOptions(chosen_device(device), batch_size=batch_size, show_progress=shown)
+            shown = not work.quiet and sys.stderr.isatty()
+            run = RunOptions(
+                chosen_device(work.device), batch_size=work.batch_size, show_progress=shown
+            )
             check_folder(data)
             gates, provenance = opened_gates(files[0], tasks)
-            opened = rebuilt(provenance, network, quiet=quiet)
+            opened = rebuilt(provenance, network, quiet=work.quiet)
             name = training_name(
                 train_data, provenance, network.trust_file, "name the images to score channels on"
             )
-            known = known_folders(provenance)
-            training, held_out = (
-                open_images(
-                    where,
-                    opened.loaded,
-                    opened.transform,
-                    class_index=class_index,
-                    known=known,
-                    held_out=later,
-                    n_workers=workers,
-                    quiet=quiet,
-                )
-                for where, later in ((name, False), (data, True))
-            )
+            training = open_images(name, opened, **work.reading())
+            held_out = open_images(data, opened, held_out=True, **work.reading())
             net = opened.loaded.model
             archs = gates.sub_architectures(size)
             rivals = rivals_of(
@@ -135,9 +118,9 @@ def compare(
                 archs,
                 training.data,
                 n_images=n_images,
-                seed=seed,
+                seed=work.seed,
                 run=run,
-                quiet=quiet,
+                quiet=work.quiet,
             )
             measured = evaluate(
                 net,
@@ -145,18 +128,18 @@ def compare(
                 held_out.data,
                 size=size,
                 rivals=rivals,
-                seed=seed,
+                seed=work.seed,
                 run=run,
             )
-            finished(training, quiet)
-            finished(held_out, quiet)
+            finished(training, work.quiet)
+            finished(held_out, work.quiet)
             print_evaluation(measured)
             shares = {method: _overlaps(archs, found) for method, found in rivals.items()}
             _per_site(shares)
             result = {"evaluation": measured.to_dict(), "sites": shares}
         if json_file is not None:
             write_text(json_file, json.dumps(result, indent=1) + "\n")
-            say(f"written: {json_file}", quiet)
+            say(f"written: {json_file}", work.quiet)
 
 
 def _names(gates: TaskGates) -> list[str]:

@@ -16,7 +16,6 @@ from nad_attr.cli.opening import (
     check_outputs,
     chosen_device,
     finished,
-    known_folders,
     open_images,
     opened_gates,
     rebuilt,
@@ -77,7 +76,6 @@ def evaluate(
     random: Annotated[
         int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
     ] = 3,
-    class_index: opt.ClassIndex = None,
     allow_empty: opt.AllowEmpty = False,
     check: Annotated[
         bool,
@@ -86,16 +84,11 @@ def evaluate(
             "next image of the class takes the place of one that cannot."
         ),
     ] = True,
-    seed: opt.Seed = 0,
-    device: opt.Device = None,
     amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
-    batch_size: opt.BatchSize = 64,
     checks: opt.Checks = opt.ChecksName.refuse,
-    workers: opt.Workers = 0,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
     *,
     network: opt.NetworkOptions,
+    work: opt.WorkOptions,
 ) -> None:
     """Measure on held-out images whether sub-architectures do what they should.
 
@@ -107,38 +100,33 @@ def evaluate(
       nad-attr evaluate gates.h5 --data photos/val --size 0.2 --tasks cat,dog
       nad-attr evaluate gates.h5 --data photos/val --ablation resample --train-data photos/train
     """
-    with guarded(debug, stopped=lambda: "Nothing was measured to the end."):
+    with guarded(work.debug, stopped=lambda: "Nothing was measured to the end."):
         if ablation is not None and ablation not in ABLATIONS:
             raise UsageError(f"--ablation takes {', '.join(ABLATIONS)}, not {ablation!r}.")
         check_size(size)
         if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
             raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
         text = out is not None and out.suffix in (".json", ".csv")
-        read = [network.weights, class_index, data, train_data, *([gates] if text else [])]
+        read = [network.weights, work.class_index, data, train_data, *([gates] if text else [])]
         check_outputs([(out, "text" if text else "HDF5")], read)
         run = RunOptions(
-            chosen_device(device),
+            chosen_device(work.device),
             amp=amp,
-            batch_size=batch_size,
-            show_progress=not quiet and sys.stderr.isatty(),
+            batch_size=work.batch_size,
+            show_progress=not work.quiet and sys.stderr.isatty(),
         )
         check_folder(data)
         learned, provenance = opened_gates(gates, tasks)
-        opened = rebuilt(provenance, network, quiet=quiet)
-        known = known_folders(provenance)
+        opened = rebuilt(provenance, network, quiet=work.quiet)
 
         def images_of(name: str, held_out: bool) -> LoadedData:
             return open_images(
                 name,
-                opened.loaded,
-                opened.transform,
-                class_index=class_index,
-                known=known,
+                opened,
                 held_out=held_out,
                 allow_empty=allow_empty,
                 check=check and held_out,
-                n_workers=workers,
-                quiet=quiet,
+                **work.reading(),
             )
 
         images = images_of(data, True)
@@ -156,7 +144,7 @@ def evaluate(
                 images.data if training is None else training.data,
                 kind=ablation,
                 tasks=learned.tasks,
-                seed=seed,
+                seed=work.seed,
                 run=run,
             )
         result = measure(
@@ -167,15 +155,15 @@ def evaluate(
             ablation=closed,
             threshold_data=None if training is None else training.data,
             n_random=random,
-            seed=seed,
+            seed=work.seed,
             run=run,
             checks=checks.value,
         )
-        finished(images, quiet)
+        finished(images, work.quiet)
         print_evaluation(result)
         if out is not None:
             _write(result, out)
-            say(f"written: {out}", quiet)
+            say(f"written: {out}", work.quiet)
 
 
 def print_evaluation(result: Evaluation) -> None:

@@ -185,8 +185,7 @@ def learn(
         )
         images = open_images(
             data,
-            opened.loaded,
-            opened.transform,
+            opened,
             class_index=class_index,
             allow_empty=allow_empty,
             check=check,

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,9 @@ def chosen_device(name: str | None) -> str:
 
 def open_images(
     data: str,
-    loaded: LoadedModel,
-    transform: Transform,
+    opened: Opened,
     *,
     class_index: Path | None = None,
-    known: Mapping[str, int] | None = None,
     held_out: bool = False,
     allow_empty: bool = False,
     check: bool = False,
@@ -83,29 +81,30 @@ def open_images(
     quiet: bool = False,
 ) -> LoadedData:
     """Open data for a network, and say which folder is which class."""
+    loaded, transform = opened.loaded, opened.transform
     n_classes = None
     given = None if class_index is None else read_class_index(class_index)
     if Path(data).exists():
         n_classes = n_outputs(loaded.model, _first_image(data, transform))
-    opened = load_data(
+    found = load_data(
         data,
         transform,
         n_classes=n_classes,
         class_index=given,
-        known=known,
+        known=opened.known,
         class_names=loaded.class_names,
         held_out=held_out,
         allow_empty=allow_empty,
         n_workers=n_workers,
     )
-    if opened.images is not None:
-        say(f"data: {len(opened.images):,} images in {data}, {opened.mapping}", quiet)
+    if found.images is not None:
+        say(f"data: {len(found.images):,} images in {data}, {found.mapping}", quiet)
         if check:
-            checked(opened.images, n_workers, quiet)
+            checked(found.images, n_workers, quiet)
     else:
         say(f"data: {data}", quiet)
-    say(opened.note and f"      {opened.note}", quiet)
-    return opened
+    say(found.note and f"      {found.note}", quiet)
+    return found
 
 
 def check_outputs(
@@ -183,6 +182,7 @@ class Opened:
 
     loaded: LoadedModel
     transform: Transform
+    known: dict[str, int] | None = None  # which folder was which class when gates were learned
 
 
 def open_model(
@@ -287,7 +287,7 @@ def rebuilt(
                 "all the same with --any-model."
             )
         say(f"Warning: {text}.", quiet)
-    return opened
+    return replace(opened, known=known_folders(provenance))
 
 
 def check_trust(named: Sequence[tuple[str, str]], trust: bool) -> None:

@@ -206,6 +206,27 @@ class NetworkOptions:
     pictures: PictureOptions = PictureOptions()
 
 
+@dataclass(frozen=True)
+class WorkOptions:
+    """How a file of gates is put to work: images, random numbers, device, and what is said."""
+
+    class_index: ClassIndex = None
+    seed: Seed = 0
+    device: Device = None
+    batch_size: BatchSize = 64
+    workers: Workers = 0
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def reading(self) -> dict[str, Any]:
+        """What opening images takes."""
+        return {
+            "class_index": self.class_index,
+            "n_workers": self.workers,
+            "quiet": self.quiet,
+        }
+
+
 def flat(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose groups of options are options of its own, as typer wants them.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ from nad_attr.cli.opening import (
     check_outputs,
     chosen_device,
     finished,
-    known_folders,
     open_images,
     rebuilt,
     training_name,
@@ -69,15 +68,9 @@ def report(
         str | None,
         typer.Option(help="Images that --with scores on; left out: those gates were learned on."),
     ] = None,
-    class_index: opt.ClassIndex = None,
-    seed: opt.Seed = 0,
-    device: opt.Device = None,
-    batch_size: opt.BatchSize = 64,
-    workers: opt.Workers = 0,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
     *,
     network: opt.NetworkOptions,
+    work: opt.WorkOptions,
 ) -> None:
     """Write one page that shows everything a file of gates says.
 
@@ -89,26 +82,20 @@ def report(
       nad-attr report gates.h5 --data photos/val --out report.html --keep
       nad-attr report gates.h5 --data photos/val --with taylor --with neuron-mct
     """
-    with guarded(debug, stopped=lambda: "No page was written."):
+    with guarded(work.debug, stopped=lambda: "No page was written."):
         methods = check_methods(rival)
         if methods and data is None:
             raise UsageError("--with needs --data: methods are measured on images.")
         if keep and data is None:
             raise UsageError("--keep needs --data: nothing is measured without images.")
-        read = [gates, network.weights, class_index, data, train_data, measured]
+        read = [gates, network.weights, work.class_index, data, train_data, measured]
         check_outputs([(out, "text")], read)
         result = Report(gates, evaluation=_evaluation(measured), title=title)
         if data is not None:
-            run = RunOptions(device=chosen_device(device), batch_size=batch_size)
+            run = RunOptions(device=chosen_device(work.device), batch_size=work.batch_size)
             check_folder(data)
-            opened = rebuilt(result.provenance, network, quiet=quiet)
-            options: dict[str, Any] = {
-                "class_index": class_index,
-                "known": known_folders(result.provenance),
-                "n_workers": workers,
-                "quiet": quiet,
-            }
-            images = open_images(data, opened.loaded, opened.transform, held_out=True, **options)
+            opened = rebuilt(result.provenance, network, quiet=work.quiet)
+            images = open_images(data, opened, held_out=True, **work.reading())
             rivals = None
             if methods:
                 name = training_name(
@@ -117,7 +104,7 @@ def report(
                     network.trust_file,
                     "name the images to score channels on",
                 )
-                training = open_images(name, opened.loaded, opened.transform, **options)
+                training = open_images(name, opened, **work.reading())
                 rivals = rivals_of(
                     methods,
                     opened.loaded.model,
@@ -125,9 +112,9 @@ def report(
                     result.gates.sub_architectures(),
                     training.data,
                     n_images=_SCORED,
-                    seed=seed,
+                    seed=work.seed,
                     run=run,
-                    quiet=quiet,
+                    quiet=work.quiet,
                 )
             result.measure(
                 opened.loaded.model,
@@ -135,20 +122,20 @@ def report(
                 rivals=rivals,
                 n_images=n_images,
                 n_random=random,
-                seed=seed,
+                seed=work.seed,
                 run=run,
-                say=lambda text: say(text, quiet),
+                say=lambda text: say(text, work.quiet),
             )
-            finished(images, quiet)
+            finished(images, work.quiet)
         for note in result.results.notes:
-            say(note, quiet)
+            say(note, work.quiet)
         result.save(out)
         if keep:
-            say(f"kept in {gates}: {', '.join(result.keep())}", quiet)
-        say(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)", quiet)
+            say(f"kept in {gates}: {', '.join(result.keep())}", work.quiet)
+        say(f"written: {out} ({out.stat().st_size / 1e6:.1f} MB)", work.quiet)
         missing = result.missing()
         if missing and data is None:
-            say(f"not in it: {'; '.join(missing)}; --data adds most of it.", quiet)
+            say(f"not in it: {'; '.join(missing)}; --data adds most of it.", work.quiet)
 
 
 def _evaluation(name: str | None) -> Evaluation | str | None:

@@ -315,7 +315,8 @@ class Evaluation(Result):
 
     def _fields(self) -> dict[str, Any]:
         fields = super()._fields()
-        fields["whole"] = fields.pop("_whole")
+        if fields.pop("_whole") is not None:
+            fields["whole"] = self.whole
         fields["random"] = [replace(draw, _whole=None) for draw in self.random]
         fields["rivals"] = {name: replace(r, _whole=None) for name, r in self.rivals.items()}
         return fields
