@@ -95,6 +95,7 @@ class Logged(Dataset[tuple[Tensor, Tensor]]):
         return self.x[i], self.y[i]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [helpers.TinyCNN, helpers.TinyResNet])
 @pytest.mark.parametrize("together", [True, False])
 def test_paper_recipe_equals_an_independent_one(make: type[nn.Module], together: bool) -> None:
@@ -209,6 +210,7 @@ def test_recipes_of_earlier_versions_are_read_as_what_they_were() -> None:
 # -- the default recipe ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(size=st.floats(0.02, 1.0), seed=st.integers(0, 10))
 def test_size_is_reached_exactly(size: float, seed: int) -> None:
@@ -220,6 +222,7 @@ def test_size_is_reached_exactly(size: float, seed: int) -> None:
         assert arch.n_kept == budget(size, sites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
 def test_gates_do_not_depend_on_company_order_or_batch_size(ablation: str) -> None:
     model = helpers.build(helpers.TinyResNet)
@@ -279,6 +282,7 @@ def test_superclass_is_one_task_with_logsumexp_output() -> None:
     assert learn_gates(model, data, [(1, 2)], QUICK) == gates.select(["rest"])
 
 
+@pytest.mark.slow
 def test_own_images_alone_are_said_clearly() -> None:
     model = helpers.build(helpers.TinyCNN)
     x, _ = helpers.labelled_images()
@@ -299,6 +303,7 @@ def test_own_images_alone_are_said_clearly() -> None:
     assert not all(torch.equal(other.logits[site], both.logits[site]) for site in both)
 
 
+@pytest.mark.slow
 def test_all_kinds_of_data_give_the_same_gates() -> None:
     model = helpers.build(helpers.TinyCNN)
     x, y = helpers.labelled_images()
@@ -318,6 +323,7 @@ def test_all_kinds_of_data_give_the_same_gates() -> None:
         assert learn_gates(model, data, [0, 2], QUICK) == expected
 
 
+@pytest.mark.slow
 def test_works_without_grad_in_inference_mode_and_on_frozen_networks() -> None:
     model = helpers.build(helpers.TinyResNet)
     data = helpers.labelled_images()
@@ -331,6 +337,7 @@ def test_works_without_grad_in_inference_mode_and_on_frozen_networks() -> None:
     assert learn_gates(model, data, [0], QUICK) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [QUICK, Recipe.paper(beta=0.1, epochs=2)])
 def test_model_data_and_random_states_are_untouched(tiny_model: nn.Module, recipe: Recipe) -> None:
     x, y = helpers.labelled_images()

@@ -75,6 +75,7 @@ def test_outputs_and_gradients_are_the_same(make: Callable[[], nn.Module], mean:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
 def test_learned_gates_are_the_same(ablation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = build(TinyResNet), labelled_images(30)

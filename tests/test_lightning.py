@@ -83,6 +83,7 @@ class Snapshot(LearnSubArchitectures):
             super().on_train_end(trainer, pl_module)
 
 
+@pytest.mark.slow
 def test_learns_measures_logs_and_saves(tmp_path: Path) -> None:
     model = module()
     callback = Snapshot(recipe=RECIPE, network="net")

@@ -62,6 +62,7 @@ def test_auc_by_hand(scores, positive, expected: float) -> None:
     assert found.item() == pytest.approx(expected, abs=1e-15, nan_ok=True)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(
@@ -462,6 +463,7 @@ class Items(Dataset):
         return self.images[i], self.targets[i]
 
 
+@pytest.mark.slow
 def test_kinds_of_data(cnn: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     gates = task_gates(CNN_SITES)
     expected = evaluate(cnn, gates, data)

@@ -91,6 +91,7 @@ print(done, faults)
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept() -> None:
     """A second round of tensors causes no page faults any more."""
 
@@ -131,6 +132,7 @@ def test_what_is_no_number_of_bytes_is_refused(text: str | int) -> None:
         parse_bytes(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", [TinyCNN, TinyViT])
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_passes_are_cut_without_changing_gates(
@@ -162,6 +164,7 @@ def test_a_batch_is_cut_into_equal_parts() -> None:
     assert [len(part) for part in Network(build(TinyCNN))._passes(12)] == [12]
 
 
+@pytest.mark.slow
 def test_auto_finds_what_fits() -> None:
     model = build(TinyCNN)
     data = labelled_images(30)
@@ -180,6 +183,7 @@ def test_auto_finds_what_fits() -> None:
     assert all(n < 4 or n % 4 == 0 for n in sizes)
 
 
+@pytest.mark.slow
 def test_auto_keeps_to_its_limit() -> None:
     """What learning takes in fact, beyond the data."""
     model = build(TinyCNN)

@@ -120,6 +120,7 @@ def test_bits_other_than_four_and_eight_are_refused() -> None:
         gate_levels([0.5], 2)
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_json_in_a_script_comes_back_and_cannot_end_it(text: str) -> None:
     packed = script_json({"name": text})
@@ -420,6 +421,7 @@ def write_part(path: Path, name: str, part: object) -> None:
     write_result(path, f"report/{name}", {"json": np.frombuffer(text, np.uint8)}, about)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), MALFORMED.values(), ids=MALFORMED.keys())
 def test_a_malformed_part_is_left_out_with_a_note(tmp_path: Path, name: str, part: object) -> None:
     path = tmp_path / "gates.h5"
@@ -710,6 +712,7 @@ def report_colours():
 """
 
 
+@pytest.mark.slow
 def test_command_measures_on_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
     monkeypatch.chdir(tmp_path)
