@@ -381,7 +381,7 @@ def test_all_settings_of_a_loader_are_used(monkeypatch: pytest.MonkeyPatch) -> N
         "pin_memory": True, "multiprocessing_context": "fork",
     }  # fmt: skip
     loader = DataLoader(Targets(), **settings)
-    monkeypatch.setattr("nad_attr.data.DataLoader", Spied)
+    monkeypatch.setattr("nad_attr.data.sources.DataLoader", Spied)
     source = DatasetSource(Targets(), loader=loader)
     assert torch.equal(everything(source), X)
     (options,) = given
