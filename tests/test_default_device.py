@@ -105,6 +105,7 @@ def _saved() -> Any:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_the_core_runs_under_another_default_device(use: str, request: Any) -> None:
     expected = USES[use]()

@@ -259,6 +259,7 @@ def planted() -> tuple[nn.Module, Tensor, Tensor]:
     return net, x, labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
 def test_planted_circuits_are_found(ablation: str) -> None:
     net, x, labels = planted()
@@ -270,6 +271,7 @@ def test_planted_circuits_are_found(ablation: str) -> None:
         torch.testing.assert_close(net(x)[:, 0], x[:, 0] + x[:, 1])
 
 
+@pytest.mark.slow
 def test_superclass_is_one_task_with_logsumexp_output() -> None:
     model = helpers.build(helpers.TinyCNN)
     data = helpers.labelled_images(24)
@@ -360,6 +362,7 @@ def test_model_is_untouched_when_the_data_fails_half_way() -> None:
         learn_gates(model, Failing(*helpers.labelled_images()), [0], QUICK)
 
 
+@pytest.mark.slow
 def test_one_clean_pass_per_image_and_no_weight_gradients() -> None:
     model = helpers.build(helpers.TinyCNN)
     x, y = helpers.labelled_images(12)
@@ -391,6 +394,7 @@ def test_one_clean_pass_per_image_and_no_weight_gradients() -> None:
     assert not any(weights_need_grad)
 
 
+@pytest.mark.slow
 def test_an_image_drawn_twice_in_a_step_is_run_once() -> None:
     model = helpers.build(helpers.TinyCNN)
     sites = sites_of(model)
@@ -410,6 +414,7 @@ def test_an_image_drawn_twice_in_a_step_is_run_once() -> None:
         handle.remove()
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_float32_gates() -> None:
     model = helpers.build(helpers.TinyCNN).float()
     x, y = helpers.labelled_images()
@@ -419,6 +424,7 @@ def test_mixed_precision_keeps_float32_gates() -> None:
     assert gates.sub_architecture(0).n_kept == 7
 
 
+@pytest.mark.slow
 def test_history_has_a_curve_per_task_and_plots() -> None:
     pytest.importorskip("matplotlib")
     model = helpers.build(helpers.TinyCNN)
@@ -445,6 +451,7 @@ class Two(nn.Module):
         return {"logits": self.head(self.body(torch.cat([a, b], 1) * scale))}
 
 
+@pytest.mark.slow
 def test_several_inputs_further_arguments_and_a_forward_function() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -499,6 +506,7 @@ def test_progress_bar_counts_task_steps(capfd: pytest.CaptureFixture[str]) -> No
     assert f"{3 * QUICK.steps}/{3 * QUICK.steps}" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_channel_means_come_from_all_classes_whatever_the_tasks() -> None:
     model = helpers.build(helpers.TinyCNN)
     x, y = helpers.labelled_images()

@@ -49,6 +49,7 @@ def test_peak_memory_sees_the_backward_pass() -> None:
     assert 8_000 <= peak_memory(CPU, work) <= 12_100
 
 
+@pytest.mark.slow
 @given(
     each=st.integers(1, 50), fixed=st.integers(0, 200), room=st.integers(1, 2000),
     beside=st.integers(0, 30), most=st.integers(1, 40),
@@ -198,6 +199,7 @@ def test_auto_keeps_to_its_limit() -> None:
     assert peak_memory(CPU, lambda: session.learn(means=means)) <= limit
 
 
+@pytest.mark.slow
 def test_auto_learns_the_same_gates() -> None:
     model = build(TinyCNN)
     data = labelled_images(30)
@@ -223,6 +225,7 @@ def test_auto_says_what_is_wrong() -> None:
         learn_gates(model, data, recipe=Recipe.paper(beta=0.1), batch_size="auto")
 
 
+@pytest.mark.slow
 def test_auto_goes_on_with_the_store_s_own_batch(tmp_path: Path) -> None:
     model = build(TinyCNN)
     data = labelled_images(30)

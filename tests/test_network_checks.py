@@ -103,6 +103,7 @@ def test_a_gradient_that_does_not_arrive_is_refused(kind: str, data: tuple[Tenso
     assert list(sound) == ["head.1"]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_arrives_at_some_channels_only_is_refused(
     data: tuple[Tensor, Tensor],
 ) -> None:
@@ -262,6 +263,7 @@ def test_checks_must_be_one_of_three(data: tuple[Tensor, Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_results_are_the_same_bit_by_bit_and_nothing_is_changed(
     data: tuple[Tensor, Tensor],
 ) -> None:
@@ -404,6 +406,7 @@ def test_scores_of_rivals_are_the_same_on_a_checkpointed_network(
     assert all(torch.equal(plain[site], found[site]) for site in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [QUICK, Recipe.paper(beta=0.1, epochs=1)], ids=["own", "paper"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:.*requires_grad=True:UserWarning")

@@ -106,6 +106,7 @@ def test_in_the_whole_network_each_planted_channel_is_needed_too(kind: str) -> N
             assert (output(known, arch, images) - whole[:, 0]).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_either_copy_suffices_and_neither_is_needed() -> None:
     known = planted("redundant", copies=3, n_images=40)
     images, whole, means = doubled(known)
