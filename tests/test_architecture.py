@@ -173,6 +173,7 @@ FULL = SubArchitecture.full(SITES)
 EMPTY = ~FULL
 
 
+@pytest.mark.slow
 @given(a=archs, b=archs, c=archs)
 @settings(max_examples=60)
 def test_laws_of_sets(a: SubArchitecture, b: SubArchitecture, c: SubArchitecture) -> None:
@@ -229,6 +230,7 @@ def test_overlaps_by_hand(a: str, b: str, overlap: float, corrected: float) -> N
         assert kappa(mask(first), mask(second)) == pytest.approx(corrected, abs=1e-15)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 12), st.data())
 def test_overlaps_against_fractions(n: int, data: st.DataObject) -> None:
     masks = st.lists(st.booleans(), min_size=n, max_size=n)
@@ -284,6 +286,7 @@ def test_overlap_is_the_mean_over_sites() -> None:
     assert a.overlaps(b, chance_corrected=True)["a"] == pytest.approx(0, abs=1e-15)
 
 
+@pytest.mark.slow
 @given(a=archs, b=archs)
 def test_overlap_is_symmetric_and_one_for_equal(a: SubArchitecture, b: SubArchitecture) -> None:
     for corrected in (False, True):

@@ -81,6 +81,7 @@ def no_learning(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- what comes out ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_learns_from_the_images_alone(tiny_cnn: nn.Module) -> None:
     x, y = labelled_images()
     y[y == 1] = 2
@@ -102,6 +103,7 @@ def test_learns_from_the_images_alone(tiny_cnn: nn.Module) -> None:
         torch.testing.assert_close(attribution, expanded(gate, activation) * activation)
 
 
+@pytest.mark.slow
 def test_is_a_function_of_its_arguments(tiny_cnn: nn.Module) -> None:
     x, y = labelled_images()
     nad = NADAttribution(tiny_cnn, tiny_cnn.relu2, recipe=RECIPE)
@@ -111,6 +113,7 @@ def test_is_a_function_of_its_arguments(tiny_cnn: nn.Module) -> None:
     assert torch.equal(NADAttribution(tiny_cnn, "relu2", recipe=RECIPE).attribute(x, y), first)
 
 
+@pytest.mark.slow
 def test_learn_makes_it_a_lookup(tiny_cnn: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = labelled_images()
     nad = NADAttribution(tiny_cnn)
@@ -184,6 +187,7 @@ def test_one_layer_gives_a_tensor(
     assert torch.equal(many[0], attribution)
 
 
+@pytest.mark.slow
 def test_layers_come_in_the_order_asked_for(tiny_cnn: nn.Module) -> None:
     """As in Captum 0.9; gates are learned alike whatever the order."""
     x, y = labelled_images()
@@ -254,6 +258,7 @@ def test_bare_gates(learned: tuple[nn.Module, TaskGates]) -> None:
     assert attribution.is_contiguous()
 
 
+@pytest.mark.slow
 def test_attribute_to_layer_input(tiny_cnn: nn.Module) -> None:
     x, y = labelled_images()
     nad = NADAttribution(tiny_cnn, tiny_cnn.conv2, recipe=RECIPE)
@@ -277,6 +282,7 @@ def test_attribute_to_layer_input(tiny_cnn: nn.Module) -> None:
         nad.attribute(x, y, attribute_to_layer_input=True)
 
 
+@pytest.mark.slow
 def test_a_gate_site_says_itself_where_it_stands(tiny_cnn: nn.Module) -> None:
     x, y = labelled_images()
     site = GateSite("conv2", 6, at_input=True)
@@ -536,6 +542,7 @@ def test_functions_with_layers(tiny_resnet: nn.Module, bound: bool) -> None:
         torch.testing.assert_close(two, reference)
 
 
+@pytest.mark.slow
 def test_functions_with_a_layer_without_parameters(tiny_cnn: nn.Module) -> None:
     x, y = labelled_images()
     expected = NADAttribution(tiny_cnn, tiny_cnn.relu2, recipe=RECIPE).attribute(x, y)
@@ -567,6 +574,7 @@ def test_wrapped_networks_are_looked_through(tiny_cnn: nn.Module) -> None:
         assert NADAttribution(wrapped, tiny_cnn.relu1, recipe=RECIPE).attribute(x, y).shape[1] == 6
 
 
+@pytest.mark.slow
 def test_several_inputs() -> None:
     model = build(TwoInputs)
     x, y = labelled_images()
@@ -626,6 +634,7 @@ class Jittered(Dataset[tuple[Tensor, int]]):
         return self.x[i] + 0.01 * torch.randn(self.x[i].shape), int(self.y[i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_loader", [False, True])
 def test_learns_at_inputs_from_any_data(tiny_cnn: nn.Module, in_loader: bool) -> None:
     dataset = Jittered()
@@ -649,6 +658,7 @@ def test_learns_at_inputs_from_data_read_once(tiny_cnn: nn.Module) -> None:
     assert gates == nad.learn((x, y), attribute_to_layer_input=True).task_gates
 
 
+@pytest.mark.slow
 def test_inference_mode(tiny_cnn: nn.Module) -> None:
     x, y = labelled_images()
     expected = NADAttribution(tiny_cnn, "relu2", recipe=RECIPE).attribute(x, y)
@@ -733,6 +743,7 @@ def test_finds_the_channels_of_each_class() -> None:
     assert (shares[1::2, 2:] > 0.5).all()
 
 
+@pytest.mark.slow
 def test_finds_the_path_of_each_image() -> None:
     # Class 2 needs all four channels, each of its images only those that it excites.
     x = torch.tensor([[1.0, 2, 0, 0], [0, 0, 2, 1], [0, 1, 1, 0]], dtype=torch.float64)
@@ -742,6 +753,7 @@ def test_finds_the_path_of_each_image() -> None:
         assert torch.equal(nad.sub_architecture(i)["1"], x[i] > 0)
 
 
+@pytest.mark.slow
 def test_paths_are_learned_from_versions_of_the_image(
     tiny_cnn: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -855,6 +867,7 @@ class MeanDifference(Classifier):
         return [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn_first", [True, False])
 def test_tcav(tiny_cnn: nn.Module, tmp_path: Any, learn_first: bool) -> None:
     x, y = labelled_images()

@@ -1774,6 +1774,7 @@ def test_there_are_many_kinds() -> None:
     assert len({key.partition(":")[0] for key in CASES}) >= 9
 
 
+@pytest.mark.slow
 def test_good_input_is_taken(c: Context) -> None:
     """The ways of calling that the cases spoil work when nothing is spoilt."""
     run_mapping(c)
@@ -1843,6 +1844,7 @@ def test_random_names_of_layers(c: Context, name: str) -> None:
         ends_well(c, call, must_fail=True)
 
 
+@pytest.mark.slow
 @some
 @given(shape=st.lists(st.integers(0, 7), max_size=4), dtype=dtypes, seed=st.integers(0, 9))
 def test_random_gates(c: Context, shape: list[int], dtype: torch.dtype, seed: int) -> None:
@@ -1873,6 +1875,7 @@ def test_random_images(c: Context, shape: list[int], dtype: torch.dtype) -> None
             ends_well(c, call)
 
 
+@pytest.mark.slow
 @some
 @given(labels=st.lists(st.integers(-2, 5), min_size=6, max_size=6))
 def test_random_labels(c: Context, labels: list[int]) -> None:

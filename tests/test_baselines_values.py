@@ -192,6 +192,7 @@ OUT_OF_PLACE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scorer", list(OUT_OF_PLACE))
 def test_captum_called_by_hand(scorer: type[CaptumLayerScorer]) -> None:
     """On a network that Captum can handle by itself: without in-place activations."""
@@ -239,6 +240,7 @@ class Overwrites(nn.Module):
         return F.relu(self.next(y), inplace=True) * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_input", [False, True])
 def test_captum_where_the_network_writes_in_place(at_input: bool) -> None:
     sites = [GateSite("layer", 2, 1, at_input=at_input), GateSite("next", 2, 1)]

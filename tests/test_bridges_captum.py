@@ -240,6 +240,7 @@ def test_equal_to_the_folded_network(name: str, soft: bool) -> None:
         assert (found - whole).abs().max() > 1e-3 * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INPUT)
 def test_means_are_biases_of_the_folded_network(name: str) -> None:
     make, options = INPUT[name]
@@ -354,6 +355,7 @@ def arch(task: int = 1) -> SubArchitecture:
     return SubArchitecture({n: g > 0 for n, g in random_gates(False).items()}, SITES, task=task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INPUT)
 def test_the_object_says_the_same_and_leaves_nothing(name: str) -> None:
     make, options = INPUT[name]
@@ -484,6 +486,7 @@ def test_infidelity_is_that_of_the_gated_network() -> None:
     torch.testing.assert_close(found, expected.expand(3))
 
 
+@pytest.mark.slow
 def test_layer_methods_have_an_infidelity_and_a_sensitivity() -> None:
     model, (x, labels) = helpers.build(helpers.TinyCNN), helpers.labelled_images(6)
     nad = NADAttribution(model, model.relu1, recipe=Recipe(steps=2)).learn((x, labels))

@@ -140,6 +140,7 @@ def test_nothing_is_left() -> None:
             compare_with_condition(model, arch(None), x)
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_row_for_each() -> None:
     pytest.importorskip("matplotlib")
     maps = torch.randn(2, 3, 4, 4)

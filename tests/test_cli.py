@@ -236,6 +236,7 @@ def test_the_published_recipe(here: Path) -> None:
     assert (recipe.beta, recipe.epochs) == (0.5, 2)
 
 
+@pytest.mark.slow
 def test_evaluate_and_its_files(here: Path) -> None:
     text = succeeds("evaluate", *MINE, "--data", "val", "--out", "evaluation.json")
     for part in ("15 images", "own", "fidelity", "recall", "FPR", "random channels", "whole netw"):
@@ -252,12 +253,14 @@ def test_evaluate_and_its_files(here: Path) -> None:
     assert float(row["size"]) == 0.25
 
 
+@pytest.mark.slow
 def test_evaluate_with_training_images(here: Path) -> None:
     text = succeeds("evaluate", *MINE, "--data", "val", "--ablation", "resample")
     assert "24 images in train" in text
     assert "detector" in text
 
 
+@pytest.mark.slow
 def test_evaluate_needs_the_same_network(here: Path) -> None:
     other = ("evaluate", *MINE, "--data", "val", "--model-arg", "gain=2")
     fails(1, "this is not the network that the gates were learned on", *other)
@@ -275,6 +278,7 @@ def test_inspect(here: Path) -> None:
     assert content["recipe"]["steps"] == 4
 
 
+@pytest.mark.slow
 def test_export(here: Path) -> None:
     gates = TaskGates.load("gates.h5")
     succeeds(
@@ -325,6 +329,7 @@ def test_compare_tasks_and_files(here: Path) -> None:
     assert numbers["sites"]["relu"]["kappa"] == 1.0
 
 
+@pytest.mark.slow
 def test_compare_with_another_method(here: Path) -> None:
     text = succeeds(
         *("compare", *MINE, "--with", "taylor", "--with", "energy"),
@@ -360,6 +365,7 @@ def test_attribute(here: Path) -> None:
     assert "red (2)" in succeeds("attribute", *MINE, "val/blue/1.png", "--task", "red")
 
 
+@pytest.mark.slow
 def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -463,6 +469,7 @@ def test_wrong_input_is_a_line_and_a_code(
     assert sorted(here.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_transform_of_the_users(here: Path) -> None:
     succeeds(*LEARN, "--out", "t.h5", "--transform", "colour_nets:transform", "--tasks", "0", "-q")
     with GateStore.open("t.h5") as store:

@@ -272,6 +272,7 @@ def test_too_few_classes(tiny_cnn: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_contrast_figure(tiny_cnn: nn.Module) -> None:
     pytest.importorskip("matplotlib")
     a, b, _ = architectures(tiny_cnn)

@@ -98,6 +98,7 @@ def test_faithfulness_has_no_scale_where_nothing_is_lost() -> None:
     assert np.isnan(faithfulness(0.5, nan, 1.0))
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=5), st.floats(-1, 0), st.floats(0.1, 1))
 def test_faithfulness_does_not_depend_on_the_unit(values, empty: float, full: float) -> None:
     first = faithfulness(values, empty, full)
@@ -240,6 +241,7 @@ def masks(seed: int, tasks: list[object]) -> list[SubArchitecture]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [1, "250MB"])
 def test_grid_measures_what_evaluate_measures(memory: int | str) -> None:
     model, data = helpers.build(helpers.TinyCNN), helpers.labelled_images()
@@ -284,6 +286,7 @@ def test_batch_size_and_memory_play_no_part(kind: str) -> None:
                 np.testing.assert_allclose(a[measure], b[measure], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_model_is_left_alone(tiny_model: nn.Module) -> None:
     from nad_attr import find_gate_sites
 

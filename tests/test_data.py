@@ -267,6 +267,7 @@ def test_the_callers_generators_play_no_part() -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing() -> None:
     draws = [[(0, 5), (1, 6)], [(7, 7)], [(3, 8), (0, 5)]]
     with assert_model_untouched(NOTHING):
@@ -298,6 +299,7 @@ def test_isolated_rng_puts_everything_back() -> None:
     assert first[1:] == again[1:]
 
 
+@pytest.mark.slow
 @given(parts=st.lists(st.integers() | st.text() | st.tuples(st.integers()), max_size=4))
 def test_seeds(parts: list[object]) -> None:
     seed = seed_of(*parts)
@@ -381,7 +383,7 @@ def test_all_settings_of_a_loader_are_used(monkeypatch: pytest.MonkeyPatch) -> N
         "pin_memory": True, "multiprocessing_context": "fork",
     }  # fmt: skip
     loader = DataLoader(Targets(), **settings)
-    monkeypatch.setattr("nad_attr.data.DataLoader", Spied)
+    monkeypatch.setattr("nad_attr.data.sources.DataLoader", Spied)
     source = DatasetSource(Targets(), loader=loader)
     assert torch.equal(everything(source), X)
     (options,) = given

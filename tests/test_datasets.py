@@ -233,6 +233,7 @@ def test_broken_images_are_replaced_whatever_the_order(photos: Path) -> None:
     assert report[1] == "  a/1.png: no image that Pillow knows"
 
 
+@pytest.mark.slow
 def test_workers_report_what_they_met(photos: Path) -> None:
     (photos / "a/1.png").write_bytes(b"broken")
     data = ImageFolderData(photos, PLAIN)

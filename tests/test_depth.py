@@ -91,6 +91,7 @@ def test_interval_of_overlaps_makes_no_pair_of_a_task_with_itself() -> None:
     assert (low[0], high[0]) == pytest.approx((1 / 3, 1 / 3))
 
 
+@pytest.mark.slow
 def test_interval_of_overlaps_against_plain_resampling() -> None:
     profile = along_depth(random_gates(12))["network"]
     low, high = profile.interval("kappa", n_draws=3000)

@@ -523,6 +523,7 @@ def test_of_a_loader_only_what_it_has_chosen_is_used() -> None:
     assert {n for (n, _, _) in unit_masks(net, found, loader, sites[0], 0)} <= {1, 2, 4}
 
 
+@pytest.mark.slow
 def test_a_loaders_workers_dissect() -> None:
     x, maps = images(4), torch.zeros(4, 8, 8, dtype=torch.long)
 
@@ -693,6 +694,7 @@ def test_frame_is_tidy(units: UnitConcepts) -> None:
     assert len(units.frame(all_concepts=True)) == 8 + 5
 
 
+@pytest.mark.slow
 def test_files_keep_everything(units: UnitConcepts, tmp_path: Path) -> None:
     path = tmp_path / "gates.h5"
     sites = [GateSite("first", 2), GateSite("a", 4), GateSite("b", 2)]
@@ -719,6 +721,7 @@ def test_files_keep_everything(units: UnitConcepts, tmp_path: Path) -> None:
     assert UnitConcepts.load(tmp_path / "alone.h5") == units
 
 
+@pytest.mark.slow
 def test_files_with_nonsense_are_refused(units: UnitConcepts, tmp_path: Path) -> None:
     path = tmp_path / "units.h5"
     units.save(path)

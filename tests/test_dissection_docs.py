@@ -9,6 +9,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     page = Path(__file__).resolve().parent.parent / "docs" / "dissection.md"

@@ -531,6 +531,7 @@ def entries() -> set[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_reference_has_every_public_name(entries: set[tuple[str, str]]) -> None:
     shown = {(name, id(getattr(importlib.import_module(module), name))) for module, name in entries}
     every = list(declared())
@@ -543,6 +544,7 @@ def test_reference_has_every_public_name(entries: set[tuple[str, str]]) -> None:
     assert not missing
 
 
+@pytest.mark.slow
 def test_reference_lists_no_name_twice(entries: set[tuple[str, str]]) -> None:
     names = load("public_names").public_names()
     assert len(entries) == len(names)
@@ -550,6 +552,7 @@ def test_reference_lists_no_name_twice(entries: set[tuple[str, str]]) -> None:
     assert ("nad_attr.learning", "learn_gates") not in entries
 
 
+@pytest.mark.slow
 def test_every_public_name_is_documented() -> None:
     undocumented = [
         name.path

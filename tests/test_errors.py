@@ -91,6 +91,7 @@ def random_confusion(generator: np.random.Generator, n: int) -> NDArray[np.int64
     return counts
 
 
+@pytest.mark.slow
 def test_mean_over_all_permutations_is_exactly_the_null() -> None:
     n = 5
     generator = np.random.default_rng(3)
@@ -105,6 +106,7 @@ def test_mean_over_all_permutations_is_exactly_the_null() -> None:
     assert np.mean([r.mrr for r in every]) == pytest.approx(every[0].mrr_null)
 
 
+@pytest.mark.slow
 def test_random_similarity_has_hit_n_of_the_null_on_average() -> None:
     generator = np.random.default_rng(4)
     confusion = random_confusion(generator, 10)
@@ -359,6 +361,7 @@ def test_kappa_and_gates(reader: nn.Module, data: tuple[Tensor, Tensor]) -> None
     assert np.array_equal(given.similarities, matrix)
 
 
+@pytest.mark.slow
 def test_voting_by_hand(reader: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     x, labels = data
     study = errors(reader, archs(), data, n_random=2)

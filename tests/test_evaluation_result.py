@@ -113,6 +113,7 @@ def test_random_architectures() -> None:
     assert drawn[0] != archs[0]
 
 
+@pytest.mark.slow
 def test_random_channels_are_uniform() -> None:
     arch = SubArchitecture.from_kept({"relu1": [0, 1], "relu2": [0, 1, 2]}, SITES, task=0)
     n = 2000
@@ -405,6 +406,7 @@ def test_bad_json(text: str, tmp_path) -> None:
         Evaluation.load(tmp_path / "nothing.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "value"),
     [

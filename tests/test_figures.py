@@ -192,6 +192,7 @@ def test_whether_has_a_panel_per_measure_and_a_line_per_method() -> None:
     draw(figure)
 
 
+@pytest.mark.slow
 def test_whether_draws_into_given_axes() -> None:
     result = made(n_sizes=4, n_random=0)
     figure, axes = figures.new_figure(1, 2)
@@ -211,12 +212,14 @@ def test_whether_draws_into_given_axes() -> None:
     draw(figure)
 
 
+@pytest.mark.slow
 def test_one_task_has_no_band() -> None:
     figure = made(n_sizes=2, n_tasks=1, n_random=0).plot(["ba"])
     assert len(figure.axes[0].collections) == 0
     draw(figure)
 
 
+@pytest.mark.slow
 def test_curves_of_one_ranking() -> None:
     figure = some_curves().plot()
     [axis] = figure.axes
@@ -235,6 +238,7 @@ def test_curves_of_one_ranking() -> None:
     assert line_of(log, "top channels kept, S").get_xdata().tolist() == [0.5, 1]
 
 
+@pytest.mark.slow
 def test_curves_of_several_methods() -> None:
     result = some_curves()
     figure = plot_curves({"a": result, "b": result})

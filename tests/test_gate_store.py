@@ -232,6 +232,7 @@ def test_what_was_read_is_nobody_elses(path: Path) -> None:
         assert all(torch.equal(store.means[name], mean) for name, mean in MEANS.items())
 
 
+@pytest.mark.slow
 def test_two_threads_read_one_store(path: Path) -> None:
     tasks = list(range(12))
     with begun(path, tasks) as store:
@@ -257,6 +258,7 @@ def test_extreme_numbers_come_back(path: Path) -> None:
     assert found.numpy().tobytes() == logits["conv"].numpy().tobytes()
 
 
+@pytest.mark.slow
 def test_a_large_store_is_written_now_and_then(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that know nothing of the journal see a fair share of what is finished."""
     monkeypatch.setattr(_gate_store, "_JOURNAL_BYTES", 2000)
@@ -637,6 +639,7 @@ def test_readers_read_while_a_writer_writes(path: Path, fold: int) -> None:
         assert n_seen >= 5
 
 
+@pytest.mark.slow
 def test_a_reader_in_a_process_of_its_own(path: Path) -> None:
     """With nothing but h5py, as the documentation shows it."""
     code = (
@@ -752,6 +755,7 @@ def test_results_in_a_file_of_their_own(path: Path) -> None:
         TaskGates.load(path)
 
 
+@pytest.mark.slow
 def test_results_beside_gates(path: Path) -> None:
     with begun(path, [0, 1]) as store:
         store.write_result("evaluation/heldout", ARRAYS, ATTRIBUTES)
@@ -812,6 +816,7 @@ def test_what_others_put_into_the_file_stays(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_slice_and_merge_give_the_whole_again(path: Path, tmp_path: Path) -> None:
     tasks = [5, 3, (0, 1), 8]
     with begun(path, tasks, provenance={"seed": 3}) as store:
@@ -891,6 +896,7 @@ def test_stores_are_listed_by_what_they_hold(tmp_path: Path) -> None:
     assert GateStore.list(tmp_path) == [tmp_path / "deep" / "a.hdf5", tmp_path / "old.h5"]
 
 
+@pytest.mark.slow
 def test_xarray(path: Path) -> None:
     pytest.importorskip("xarray")
     with begun(path, [4, 2]) as store:

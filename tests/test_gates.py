@@ -187,6 +187,7 @@ def test_logits_rank_where_gates_are_saturated() -> None:
     assert gates.sub_architecture(0, size=2 / 3).kept["a"].tolist() == [1, 2]
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(
     widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),

@@ -696,6 +696,7 @@ def test_check_eval_names_the_module(tiny_cnn: nn.Module) -> None:
         check_eval(nn.Linear(1, 1))
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     data=st.data(),

@@ -226,6 +226,7 @@ def test_class_in_two_tasks(tiny_cnn: nn.Module) -> None:
         heat_maps(tiny_cnn, [archs[0], both], helpers.images(2), 0)
 
 
+@pytest.mark.slow
 @given(values=st.lists(st.floats(-1e6, 1e6, allow_nan=False, width=32), min_size=12, max_size=12))
 def test_pixels_are_stretched_to_the_image_itself(values: list[float]) -> None:
     images = torch.tensor(values).reshape(1, 3, 2, 2)

@@ -399,6 +399,7 @@ def test_wrong_descriptions_are_named_with_their_line(descriptions, old, new, me
 # -- anything ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 def test_damaged_files_end_in_one_kind_of_error(tmp_path, data):

@@ -240,6 +240,7 @@ def test_imports_have_no_circle() -> None:
     assert find_circle(imports_of(PACKAGE)) is None
 
 
+@pytest.mark.slow
 def test_allowed_late_imports_are_still_needed() -> None:
     used = {
         (i.importer, i.scope, i.imported.removeprefix("nad_attr.")) for i in imports_of(PACKAGE)
@@ -401,6 +402,7 @@ def test_import_brings_in_neither_torchvision_nor_zennit() -> None:
     assert not _brought_in() & {"torchvision", "zennit", "benchmarks", "tests"}
 
 
+@pytest.mark.slow
 @needs_init
 def test_import_brings_in_no_package_of_the_extras() -> None:
     # captum.attr imports matplotlib by itself; nad_attr must not add to that.

@@ -95,6 +95,7 @@ class Logged(Dataset[tuple[Tensor, Tensor]]):
         return self.x[i], self.y[i]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [helpers.TinyCNN, helpers.TinyResNet])
 @pytest.mark.parametrize("together", [True, False])
 def test_paper_recipe_equals_an_independent_one(make: type[nn.Module], together: bool) -> None:
@@ -209,6 +210,7 @@ def test_recipes_of_earlier_versions_are_read_as_what_they_were() -> None:
 # -- the default recipe ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(size=st.floats(0.02, 1.0), seed=st.integers(0, 10))
 def test_size_is_reached_exactly(size: float, seed: int) -> None:
@@ -220,6 +222,7 @@ def test_size_is_reached_exactly(size: float, seed: int) -> None:
         assert arch.n_kept == budget(size, sites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
 def test_gates_do_not_depend_on_company_order_or_batch_size(ablation: str) -> None:
     model = helpers.build(helpers.TinyResNet)
@@ -256,6 +259,7 @@ def planted() -> tuple[nn.Module, Tensor, Tensor]:
     return net, x, labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
 def test_planted_circuits_are_found(ablation: str) -> None:
     net, x, labels = planted()
@@ -267,6 +271,7 @@ def test_planted_circuits_are_found(ablation: str) -> None:
         torch.testing.assert_close(net(x)[:, 0], x[:, 0] + x[:, 1])
 
 
+@pytest.mark.slow
 def test_superclass_is_one_task_with_logsumexp_output() -> None:
     model = helpers.build(helpers.TinyCNN)
     data = helpers.labelled_images(24)
@@ -279,6 +284,7 @@ def test_superclass_is_one_task_with_logsumexp_output() -> None:
     assert learn_gates(model, data, [(1, 2)], QUICK) == gates.select(["rest"])
 
 
+@pytest.mark.slow
 def test_own_images_alone_are_said_clearly() -> None:
     model = helpers.build(helpers.TinyCNN)
     x, _ = helpers.labelled_images()
@@ -299,6 +305,7 @@ def test_own_images_alone_are_said_clearly() -> None:
     assert not all(torch.equal(other.logits[site], both.logits[site]) for site in both)
 
 
+@pytest.mark.slow
 def test_all_kinds_of_data_give_the_same_gates() -> None:
     model = helpers.build(helpers.TinyCNN)
     x, y = helpers.labelled_images()
@@ -318,6 +325,7 @@ def test_all_kinds_of_data_give_the_same_gates() -> None:
         assert learn_gates(model, data, [0, 2], QUICK) == expected
 
 
+@pytest.mark.slow
 def test_works_without_grad_in_inference_mode_and_on_frozen_networks() -> None:
     model = helpers.build(helpers.TinyResNet)
     data = helpers.labelled_images()
@@ -331,6 +339,7 @@ def test_works_without_grad_in_inference_mode_and_on_frozen_networks() -> None:
     assert learn_gates(model, data, [0], QUICK) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [QUICK, Recipe.paper(beta=0.1, epochs=2)])
 def test_model_data_and_random_states_are_untouched(tiny_model: nn.Module, recipe: Recipe) -> None:
     x, y = helpers.labelled_images()
@@ -353,6 +362,7 @@ def test_model_is_untouched_when_the_data_fails_half_way() -> None:
         learn_gates(model, Failing(*helpers.labelled_images()), [0], QUICK)
 
 
+@pytest.mark.slow
 def test_one_clean_pass_per_image_and_no_weight_gradients() -> None:
     model = helpers.build(helpers.TinyCNN)
     x, y = helpers.labelled_images(12)
@@ -384,6 +394,7 @@ def test_one_clean_pass_per_image_and_no_weight_gradients() -> None:
     assert not any(weights_need_grad)
 
 
+@pytest.mark.slow
 def test_an_image_drawn_twice_in_a_step_is_run_once() -> None:
     model = helpers.build(helpers.TinyCNN)
     sites = sites_of(model)
@@ -403,6 +414,7 @@ def test_an_image_drawn_twice_in_a_step_is_run_once() -> None:
         handle.remove()
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_float32_gates() -> None:
     model = helpers.build(helpers.TinyCNN).float()
     x, y = helpers.labelled_images()
@@ -412,6 +424,7 @@ def test_mixed_precision_keeps_float32_gates() -> None:
     assert gates.sub_architecture(0).n_kept == 7
 
 
+@pytest.mark.slow
 def test_history_has_a_curve_per_task_and_plots() -> None:
     pytest.importorskip("matplotlib")
     model = helpers.build(helpers.TinyCNN)
@@ -438,6 +451,7 @@ class Two(nn.Module):
         return {"logits": self.head(self.body(torch.cat([a, b], 1) * scale))}
 
 
+@pytest.mark.slow
 def test_several_inputs_further_arguments_and_a_forward_function() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -492,6 +506,7 @@ def test_progress_bar_counts_task_steps(capfd: pytest.CaptureFixture[str]) -> No
     assert f"{3 * QUICK.steps}/{3 * QUICK.steps}" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_channel_means_come_from_all_classes_whatever_the_tasks() -> None:
     model = helpers.build(helpers.TinyCNN)
     x, y = helpers.labelled_images()

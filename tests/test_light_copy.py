@@ -56,6 +56,7 @@ def _gradient(network: Network, x: Tensor, *, seed: int = 1) -> tuple[Tensor, Te
         return network.output_and_gradient((x,), gates, classes, torch.ones_like(classes).bool())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [TinyCNN, TinyResNet])
 @pytest.mark.parametrize("mean", [False, True])
 def test_outputs_and_gradients_are_the_same(make: Callable[[], nn.Module], mean: bool) -> None:
@@ -75,6 +76,7 @@ def test_outputs_and_gradients_are_the_same(make: Callable[[], nn.Module], mean:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
 def test_learned_gates_are_the_same(ablation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = build(TinyResNet), labelled_images(30)
@@ -197,6 +199,7 @@ def _rounded(x: Tensor) -> Tensor:
     return ((x.detach().view(torch.int32) + 4096) & ~8191).view(torch.float32)
 
 
+@pytest.mark.slow
 def test_tf32_does_not_keep_from_merging() -> None:
     """Its rounding is above any bound that would tell two networks apart."""
     model, x = build(TinyResNet).float(), 3 * images(4, dtype=torch.float32)
@@ -283,6 +286,7 @@ def test_tensors_are_shared() -> None:
     assert isinstance(copied[3], MaxPool2d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",

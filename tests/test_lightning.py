@@ -83,6 +83,7 @@ class Snapshot(LearnSubArchitectures):
             super().on_train_end(trainer, pl_module)
 
 
+@pytest.mark.slow
 def test_learns_measures_logs_and_saves(tmp_path: Path) -> None:
     model = module()
     callback = Snapshot(recipe=RECIPE, network="net")
@@ -103,6 +104,7 @@ def test_learns_measures_logs_and_saves(tmp_path: Path) -> None:
     assert float(logged["nad/own_auc/1"]) == pytest.approx(float(measured.own_auc[1]))
 
 
+@pytest.mark.slow
 def test_module_itself_given_data_names_and_outputs_in_a_dictionary(tmp_path: Path) -> None:
     model = module(inner=True)
     images, labels = helpers.labelled_images(9, seed=5)
@@ -195,6 +197,7 @@ def _one_of_two(rank: int, folder: str, fails: bool) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_all_processes_fail_with_the_first(fails: bool, tmp_path: Path) -> None:
     """They used to wait in a barrier, for ever."""

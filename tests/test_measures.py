@@ -62,6 +62,7 @@ def test_auc_by_hand(scores, positive, expected: float) -> None:
     assert found.item() == pytest.approx(expected, abs=1e-15, nan_ok=True)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(
@@ -148,6 +149,7 @@ def test_spearman_by_hand() -> None:
     assert spearman(double(1, 2, 3), double(1, 1, 1)).isnan()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(
@@ -391,6 +393,7 @@ def naive_auc(scores: Tensor, positive: Tensor) -> float:
     return ((pairs > 0).double() + 0.5 * (pairs == 0).double()).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(NETWORKS))
 @pytest.mark.parametrize("means", [False, True])
 def test_equals_a_naive_loop(name: str, means: bool) -> None:
@@ -462,6 +465,7 @@ class Items(Dataset):
         return self.images[i], self.targets[i]
 
 
+@pytest.mark.slow
 def test_kinds_of_data(cnn: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     gates = task_gates(CNN_SITES)
     expected = evaluate(cnn, gates, data)
@@ -479,6 +483,7 @@ def test_kinds_of_data(cnn: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     assert items.loaded == len(items), "each image is loaded once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 11, 100])
 def test_batch_size_does_not_matter(cnn: nn.Module, data, batch_size: int) -> None:
     gates = task_gates(CNN_SITES, means=True)
@@ -500,6 +505,7 @@ def test_packing_fills_batches(cnn: nn.Module, data) -> None:
     assert batches == [11, 16, 16, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_model_untouched(name: str, data) -> None:
     make, sites = NETWORKS[name]

@@ -49,6 +49,7 @@ def test_peak_memory_sees_the_backward_pass() -> None:
     assert 8_000 <= peak_memory(CPU, work) <= 12_100
 
 
+@pytest.mark.slow
 @given(
     each=st.integers(1, 50), fixed=st.integers(0, 200), room=st.integers(1, 2000),
     beside=st.integers(0, 30), most=st.integers(1, 40),
@@ -91,6 +92,7 @@ print(done, faults)
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_is_kept() -> None:
     """A second round of tensors causes no page faults any more."""
 
@@ -131,6 +133,7 @@ def test_what_is_no_number_of_bytes_is_refused(text: str | int) -> None:
         parse_bytes(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", [TinyCNN, TinyViT])
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_passes_are_cut_without_changing_gates(
@@ -162,6 +165,7 @@ def test_a_batch_is_cut_into_equal_parts() -> None:
     assert [len(part) for part in Network(build(TinyCNN))._passes(12)] == [12]
 
 
+@pytest.mark.slow
 def test_auto_finds_what_fits() -> None:
     model = build(TinyCNN)
     data = labelled_images(30)
@@ -180,6 +184,7 @@ def test_auto_finds_what_fits() -> None:
     assert all(n < 4 or n % 4 == 0 for n in sizes)
 
 
+@pytest.mark.slow
 def test_auto_keeps_to_its_limit() -> None:
     """What learning takes in fact, beyond the data."""
     model = build(TinyCNN)
@@ -194,6 +199,7 @@ def test_auto_keeps_to_its_limit() -> None:
     assert peak_memory(CPU, lambda: session.learn(means=means)) <= limit
 
 
+@pytest.mark.slow
 def test_auto_learns_the_same_gates() -> None:
     model = build(TinyCNN)
     data = labelled_images(30)
@@ -219,6 +225,7 @@ def test_auto_says_what_is_wrong() -> None:
         learn_gates(model, data, recipe=Recipe.paper(beta=0.1), batch_size="auto")
 
 
+@pytest.mark.slow
 def test_auto_goes_on_with_the_store_s_own_batch(tmp_path: Path) -> None:
     model = build(TinyCNN)
     data = labelled_images(30)

@@ -62,6 +62,7 @@ def test_the_middle_of_an_odd_map_belongs_to_all() -> None:
     assert quadrant_shares(spot, top=1 / 9).tolist() == pytest.approx([0.5, 0.5, 0, 0], abs=1e-15)
 
 
+@pytest.mark.slow
 @given(
     height=st.integers(1, 9),
     width=st.integers(1, 9),
@@ -342,6 +343,7 @@ def result(planes: nn.Module, data: tuple[Tensor, Tensor]) -> MosaicResult:
     return mosaics(planes, random_gates(), data, n=15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 17, 1000])
 def test_batch_size_plays_no_part(
     planes: nn.Module, data: tuple[Tensor, Tensor], result: MosaicResult, batch_size: int

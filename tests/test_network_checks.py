@@ -87,6 +87,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_gradient_that_does_not_arrive_is_refused(kind: str, data: tuple[Tensor, Tensor]) -> None:
     make, cause = BROKEN[kind]
@@ -102,6 +103,7 @@ def test_a_gradient_that_does_not_arrive_is_refused(kind: str, data: tuple[Tenso
     assert list(sound) == ["head.1"]
 
 
+@pytest.mark.slow
 def test_a_gradient_that_arrives_at_some_channels_only_is_refused(
     data: tuple[Tensor, Tensor],
 ) -> None:
@@ -141,6 +143,7 @@ def test_static_int8_networks_are_refused_for_what_they_are(data: tuple[Tensor, 
         learn_gates(int8, data, recipe=QUICK, sites=["1.head.1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layer", [nn.ReLU, nn.GELU, nn.Hardswish, nn.ELU, nn.Sigmoid, nn.Softplus, nn.ReLU6]
 )
@@ -206,6 +209,7 @@ STRANGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STRANGE)
 def test_outputs_that_depend_on_chance_or_company_are_refused_by_name(
     kind: str, data: tuple[Tensor, Tensor]
@@ -259,6 +263,7 @@ def test_checks_must_be_one_of_three(data: tuple[Tensor, Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_results_are_the_same_bit_by_bit_and_nothing_is_changed(
     data: tuple[Tensor, Tensor],
 ) -> None:
@@ -285,6 +290,7 @@ def test_results_are_the_same_bit_by_bit_and_nothing_is_changed(
     )
 
 
+@pytest.mark.slow
 def test_checks_cost_at_most_two_percent_of_a_default_run_on_resnet50(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -320,6 +326,7 @@ def test_checks_cost_at_most_two_percent_of_a_default_run_on_resnet50(
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_traced_network_is_covered_poorly_and_the_warning_can_be_followed() -> None:
     models = pytest.importorskip("torchvision").models
     traced = torch.fx.symbolic_trace(models.resnet18(weights=None)).eval()
@@ -386,6 +393,7 @@ class Checkpointed(Net):
         return checkpoint(self.head, run, use_reentrant=self.reentrant)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["taylor", "taylor_output", "neuron_mct", "cdrp"])
 def test_scores_of_rivals_are_the_same_on_a_checkpointed_network(
     name: str, data: tuple[Tensor, Tensor]
@@ -398,6 +406,7 @@ def test_scores_of_rivals_are_the_same_on_a_checkpointed_network(
     assert all(torch.equal(plain[site], found[site]) for site in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [QUICK, Recipe.paper(beta=0.1, epochs=1)], ids=["own", "paper"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:.*requires_grad=True:UserWarning")

@@ -81,6 +81,7 @@ def test_all_else_closed_changes_nothing(kind: str) -> None:
                 assert difference <= EXACT * whole[:, k].abs().max(), (k, arch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANTED_KINDS)
 def test_each_planted_channel_is_needed(kind: str) -> None:
     known = planted(kind, n_images=40)
@@ -105,6 +106,7 @@ def test_in_the_whole_network_each_planted_channel_is_needed_too(kind: str) -> N
             assert (output(known, arch, images) - whole[:, 0]).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_either_copy_suffices_and_neither_is_needed() -> None:
     known = planted("redundant", copies=3, n_images=40)
     images, whole, means = doubled(known)
@@ -239,6 +241,7 @@ def test_a_seed_is_a_network_and_global_random_numbers_play_no_part() -> None:
     assert len(positions) == len(a.sites), "positions tell nothing"
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     kind=st.sampled_from(PLANTED_KINDS),
@@ -405,12 +408,14 @@ def best_rival(known: PlantedCircuit) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "residual", "distractors", "shared"])
 def test_circuits_are_found(kind: str) -> None:
     known = planted(kind, n_classes=2, circuit_width=3, width=32)
     assert recall_of(known) >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["redundant", "constant"])
 def test_circuits_are_found_that_scores_miss(kind: str) -> None:
     # Precision and recall are against the best copy: one, then, is found as a whole.
@@ -426,6 +431,7 @@ def cancelling() -> tuple[float, float]:
     return recall_of(known), best_rival(known)
 
 
+@pytest.mark.slow
 def test_cancelling_channels_deceive_scores_more_than_learning(
     cancelling: tuple[float, float],
 ) -> None:
@@ -437,6 +443,7 @@ def test_cancelling_channels_are_seen_through(cancelling: tuple[float, float]) -
     assert cancelling[0] >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["redundant", "cancelling", "distractors"])
 def test_candidates_alone_are_enough(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What spares wide networks most of the work loses no circuit."""

@@ -69,6 +69,7 @@ def _run(*args: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch < 2.9")
 def test_a_worker_rounds_as_its_driver_does() -> None:
     """In whichever way that was said: torch refuses to be asked for the new one in the old."""

@@ -140,6 +140,7 @@ def _backward(model: nn.Module, x: Tensor) -> None:
         model(x.clone().requires_grad_()).sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_whatever_runs_a_network_leaves_it_as_it_was(
     use: str, changing: Changing, data: tuple[Tensor, Tensor], gates: TaskGates

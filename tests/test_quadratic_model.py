@@ -207,6 +207,7 @@ def test_swap_that_gains_nothing_leaves_all_as_it_was(
         assert torch.equal(getattr(model, name), before[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("n", "groups"), [(1, 8), (3, 8), (4, 2), (5, 1)])
 @pytest.mark.parametrize("least_gain", [0.0, 0.5])

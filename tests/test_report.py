@@ -100,6 +100,7 @@ def measured() -> Report:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @example([0.5, np.nextafter(0.5, 1.0)], 8)
 @example([0.5, np.nextafter(0.5, 1.0)], 4)
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40), st.sampled_from([4, 8]))
@@ -120,6 +121,7 @@ def test_bits_other_than_four_and_eight_are_refused() -> None:
         gate_levels([0.5], 2)
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_json_in_a_script_comes_back_and_cannot_end_it(text: str) -> None:
     packed = script_json({"name": text})
@@ -335,6 +337,7 @@ def test_page_asks_nothing_of_the_network_and_runs_its_own_scripts_only() -> Non
     assert sum("Plotly" in s["text"][:4000] or "plotly.js" in s["text"][:400] for s in page.scripts)
 
 
+@pytest.mark.slow
 def test_damaged_results_are_left_out_with_a_note(tmp_path: Path) -> None:
     path = tmp_path / "gates.h5"
     make_gates().save(path)
@@ -420,6 +423,7 @@ def write_part(path: Path, name: str, part: object) -> None:
     write_result(path, f"report/{name}", {"json": np.frombuffer(text, np.uint8)}, about)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), MALFORMED.values(), ids=MALFORMED.keys())
 def test_a_malformed_part_is_left_out_with_a_note(tmp_path: Path, name: str, part: object) -> None:
     path = tmp_path / "gates.h5"
@@ -457,6 +461,7 @@ def test_results_that_cannot_even_be_read_are_left_out_with_a_note(tmp_path: Pat
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_shown(measured: Report) -> None:
     page = page_of(measured)
     assert {"measured", "curves", "errors", "channels"} <= page.ids()
@@ -531,6 +536,7 @@ def test_results_that_are_given_take_the_place_of_measured_ones() -> None:
     )
 
 
+@pytest.mark.slow
 def test_mosaics_of_four_tasks(tmp_path: Path) -> None:
     torch_model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Flatten()).eval()
     model = torch.nn.Sequential(
@@ -576,6 +582,7 @@ def test_what_cannot_be_measured_is_noted() -> None:
     assert any("No evaluation" in note for note in report.results.notes)
 
 
+@pytest.mark.slow
 def test_kept_results_come_back(tmp_path: Path, measured: Report) -> None:
     path = tmp_path / "gates.h5"
     with GateStore.create(path, SITES, recipe=Recipe(size=0.5)) as store:
@@ -710,6 +717,7 @@ def report_colours():
 """
 
 
+@pytest.mark.slow
 def test_command_measures_on_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
     monkeypatch.chdir(tmp_path)

@@ -22,6 +22,7 @@ from nad_attr.report import Report
 
 pytest.importorskip("plotly")
 playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.slow
 
 CHROMIUM = next(
     (p for p in map(shutil.which, ("chromium", "chromium-browser", "chrome")) if p), None

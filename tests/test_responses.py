@@ -63,6 +63,7 @@ def data() -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.lists(st.integers(-3, 3), min_size=4, max_size=4), min_size=1, max_size=6),
     st.booleans(),
@@ -206,6 +207,7 @@ def test_site_fidelity(name: str, means: bool, data) -> None:
             assert float(found[site.name][row]) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_site_fidelity_of_batches(cnn: nn.Module, data) -> None:
     for kind in (None, "resample", "noise"):
         ablation = None if kind is None else fit_ablation(cnn, CNN_SITES, data, kind=kind)

@@ -71,6 +71,7 @@ def resume(path: Path, **changes: Any) -> Path:
 # -- killed ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_fifty_random_moments(runs: killable.Runs, whole: Path, tmp_path: Path) -> None:
     assert runs(tmp_path / "first.h5") == 0  # the process is there now
     started = time.monotonic()
