@@ -89,6 +89,7 @@ def evaluate(
     std: opt.Std = None,
     interpolation: opt.Interpolation = None,
     class_index: opt.ClassIndex = None,
+    labels: opt.LabelTable = None,
     allow_empty: opt.AllowEmpty = False,
     check: Annotated[
         bool,
@@ -123,10 +124,11 @@ def evaluate(
         if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
             raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
         text = out is not None and out.suffix in (".json", ".csv")
-        read = [weights, class_index, data, train_data, *([gates] if text else [])]
+        read = [weights, class_index, labels, data, train_data, *([gates] if text else [])]
         check_outputs([(out, "text" if text else "HDF5")], read)
         place = chosen_device(device)
-        check_folder(data)
+        if labels is None:
+            check_folder(data)
         learned, provenance = opened_gates(gates, tasks)
         opened = rebuilt(
             provenance,
@@ -153,6 +155,7 @@ def evaluate(
                 check=check and held_out,
                 n_workers=workers,
                 quiet=quiet,
+                labels=labels if held_out else None,
             )
 
         images = images_of(data, True)
@@ -197,6 +200,8 @@ def evaluate(
 def print_evaluation(result: Evaluation) -> None:
     """Tasks, their mean, and what has to be beaten."""
     columns = dict(_COLUMNS)
+    if result.is_of_targets:
+        columns = {"size": "size", "fidelity": "fidelity", "target_r2": "target\nR²"}
     if not all(value != value for value in result.values("detector_ba")):
         columns["detector_ba"] = "detector\nBA"
     rows = []

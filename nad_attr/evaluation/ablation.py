@@ -633,7 +633,7 @@ def _run_all(
     for chosen, inputs in zip(numbers, runner.draw(source, numbers), strict=True):
         totals.rows = totals.place[chosen[0] : chosen[-1] + 1]
         with torch.no_grad(), installed(runner.model, sites, totals):
-            runner(inputs)
+            runner.run(inputs)
 
 
 def _donor_pool(

@@ -184,7 +184,7 @@ class TopImages:
         with torch.no_grad(), ExitStack() as stack:
             stack.enter_context(_network(runner, self.architecture, self.inside))
             activations = stack.enter_context(recorded(runner.model, [at]))
-            runner(inputs)
+            runner.run(inputs)
         values, grid, _ = _by_channel(at, activations[site], images.shape[-2] / images.shape[-1])
         assert grid is not None
         return images.cpu(), grid.maps(values[..., channel]).float().cpu()
@@ -399,7 +399,7 @@ def top_images(
         shown = _passes(n, batch_size, show_progress)
         for part, inputs in zip(shown, runner.draw(source, parts), strict=True):
             images = only_images(inputs)
-            runner(inputs)
+            runner.run(inputs)
             numbers = torch.tensor(part, device="cpu")
             for name, keeper in best.items():
                 aspect = images.shape[-2] / images.shape[-1]
