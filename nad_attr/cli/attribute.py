@@ -33,6 +33,9 @@ from nad_attr.system.safe_text import cell, shown
 
 __all__ = ["attribute"]
 
+#: Channels beside each other in a table; more go into the next one.
+CHANNELS_ABREAST = 6
+
 
 class _Row(NamedTuple):
     image: str
@@ -183,8 +186,10 @@ def _print(rows: list[_Row]) -> None:
             table.append([site, *(f"{row.channel} ({row.attribution:.3g})" for row in at)])
         width = max(map(len, table))
         table = [row + [""] * (width - len(row)) for row in table]
-        header = ["site", *(f"channel {i + 1}" for i in range(width - 1))]
-        print_table(header, table)
+        for start in range(1, width, CHANNELS_ABREAST):
+            columns = range(start, min(width, start + CHANNELS_ABREAST))
+            header = ["site", *(f"channel {i}" for i in columns)]
+            print_table(header, [[row[0], *(row[i] for i in columns)] for row in table])
 
 
 def _write(

@@ -76,6 +76,7 @@ def evaluate(
     random: Annotated[
         int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
     ] = 3,
+    labels: opt.LabelTable = None,
     allow_empty: opt.AllowEmpty = False,
     check: Annotated[
         bool,
@@ -107,7 +108,14 @@ def evaluate(
         if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
             raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
         text = out is not None and out.suffix in (".json", ".csv")
-        read = [network.weights, work.class_index, data, train_data, *([gates] if text else [])]
+        read = [
+            network.weights,
+            work.class_index,
+            labels,
+            data,
+            train_data,
+            *([gates] if text else []),
+        ]
         check_outputs([(out, "text" if text else "HDF5")], read)
         run = RunOptions(
             chosen_device(work.device),
@@ -115,7 +123,8 @@ def evaluate(
             batch_size=work.batch_size,
             show_progress=not work.quiet and sys.stderr.isatty(),
         )
-        check_folder(data)
+        if labels is None:
+            check_folder(data)
         learned, provenance = opened_gates(gates, tasks)
         opened = rebuilt(provenance, network, quiet=work.quiet)
 
@@ -127,6 +136,7 @@ def evaluate(
                 allow_empty=allow_empty,
                 check=check and held_out,
                 **work.reading(),
+                labels=labels if held_out else None,
             )
 
         images = images_of(data, True)
@@ -169,6 +179,8 @@ def evaluate(
 def print_evaluation(result: Evaluation) -> None:
     """Tasks, their mean, and what has to be beaten."""
     columns = dict(_COLUMNS)
+    if result.is_of_targets:
+        columns = {"size": "size", "fidelity": "fidelity", "target_r2": "target\nR²"}
     if not all(value != value for value in result.values("detector_ba")):
         columns["detector_ba"] = "detector\nBA"
     rows = []

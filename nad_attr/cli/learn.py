@@ -26,6 +26,7 @@ from nad_attr.cli.opening import (
     pick_tasks,
     provenance_of,
 )
+from nad_attr.data.labels import tasks_in
 from nad_attr.data.sources import as_source
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.runs import MAY_DIFFER, Executor, Progress, learn_to_store
@@ -101,6 +102,7 @@ def learn(
         int | None, typer.Option(min=1, help="Passes over own images, published recipe. [20]")
     ] = None,
     class_index: opt.ClassIndex = None,
+    labels: opt.LabelTable = None,
     allow_empty: opt.AllowEmpty = False,
     check: Annotated[
         bool,
@@ -171,16 +173,17 @@ def learn(
             raise UsageError(
                 f"{out} is there already: --resume goes on with it, --overwrite replaces it."
             )
-        check_outputs([(out, "HDF5")], [weights, class_index, None if resume else data])
+        check_outputs([(out, "HDF5")], [weights, class_index, labels, None if resume else data])
         place = None if executor is not None and device is None else chosen_device(device)
-        check_folder(data)
+        if labels is None:
+            check_folder(data)
         opened = open_model(
             model,
             weights,
             model_arguments(model_arg),
             transform=pictures.transform,
             options=pictures.options(),
-            data=data,
+            data=data if labels is None else None,
             quiet=quiet,
         )
         images = open_images(
@@ -191,6 +194,7 @@ def learn(
             check=check,
             n_workers=workers,
             quiet=quiet,
+            labels=labels,
         )
         wanted, names = _tasks(images, tasks)
         with _shown(quiet, done.append) as on_progress:
@@ -305,7 +309,7 @@ def _executor(ray: str | None, gpus: float | None, workers: int | None) -> Execu
 
 
 def _tasks(images: LoadedData, text: list[str] | None) -> tuple[list[int], dict[int, str]]:
-    labels = as_source(images.data).labels.unique().tolist()
+    labels = tasks_in(as_source(images.data, any_labels=True).labels)
     wanted = pick_tasks(text, images.names, labels)
     names = {k: images.names.get(k, str(k)) for k in wanted}
     # Some classes of ImageNet share a name.

@@ -151,14 +151,42 @@ def print_table(
     for i, cell in enumerate(header):
         side: Literal["left", "right"] = "left" if i < left else "right"
         title = Text(shown(cell, lines=True))
-        table.add_column(title, justify=side, vertical="bottom", no_wrap=True)
-    for row in rows:
+        table.add_column(title, justify=side, vertical="bottom", no_wrap=True, overflow="ignore")
+    # A pipe counts as 80 columns. Names are shortened to what the numbers leave, which never are.
+    width = max(Console().width, 120)
+    cells = [[shown(cell) for cell in row] for row in rows]
+    wanted = [
+        max(map(len, [line for cell in column for line in cell.split("\n")]))
+        for column in zip(header, *cells, strict=True)
+    ]
+    spare = width - sum(wanted[left:]) - 2 * len(wanted)
+    longest = max(SHORTEST_NAME, spare // max(1, left))
+    for original, row in zip(rows, cells, strict=True):
+        named = [shortened(cell, longest) for cell in row[:left]]
         # As Text: names of classes may hold what rich takes for markup.
         table.add_row(
-            *(Text(shown(cell)) for cell in row), style="bold" if row[0] in bold else None
+            *(Text(cell) for cell in (*named, *row[left:])),
+            style="bold" if original[0] in bold else None,
         )
-    # A pipe counts as 80 columns, and cells would be cut off.
-    Console(width=max(Console().width, 120), highlight=False).print(table)
+    needed = sum(min(w, longest) for w in wanted[:left]) + sum(wanted[left:]) + 2 * len(wanted)
+    Console(width=max(width, needed), highlight=False).print(table)
+
+
+#: Letters that a name in a table keeps, however many numbers stand beside it.
+SHORTEST_NAME = 24
+
+
+def shortened(name: str, longest: int) -> str:
+    """A name of at most so many letters: the middle gives way, for endings tell names apart.
+
+    Example:
+        >>> shortened("black_footed_albatross", 12), shortened("cat", 12)
+        ('black_…atross', 'cat')
+    """
+    if len(name) <= longest:
+        return name
+    head = (longest - 1) // 2
+    return f"{name[:head]}…{name[len(name) - (longest - 1 - head) :]}"
 
 
 def counted(n: int, what: str) -> str:

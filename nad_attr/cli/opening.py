@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from nad_attr.cli.messages import UsageError, progress_bar, say
 from nad_attr.cli.options import NetworkOptions
 from nad_attr.data.fingerprints import model_hash
-from nad_attr.data.images import ImageFolderData, class_folders, read_class_index
-from nad_attr.data.labels import Task
+from nad_attr.data.images import ImageFolderData, class_folders, read_class_index, read_image
+from nad_attr.data.labels import Labels, Task
+from nad_attr.data.sources import as_source
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.specs import (
     LoadedData,
@@ -30,8 +32,10 @@ from nad_attr.specs import (
     n_outputs,
     parse_tasks,
 )
+from nad_attr.specs.label_table import PhotoTable, read_table
 from nad_attr.store import GateStore
 from nad_attr.system.files import check_output
+from nad_attr.system.rng import isolated_rng
 
 
 def model_arguments(items: Sequence[str] | None) -> dict[str, Any]:
@@ -79,13 +83,19 @@ def open_images(
     check: bool = False,
     n_workers: int = 0,
     quiet: bool = False,
+    labels: Path | None = None,
 ) -> LoadedData:
     """Open data for a network, and say which folder is which class."""
     loaded, transform = opened.loaded, opened.transform
     n_classes = None
     given = None if class_index is None else read_class_index(class_index)
+    if labels is not None:
+        return _open_table(labels, data, loaded, transform, given, quiet)
+    one_output = False
     if Path(data).exists():
         n_classes = n_outputs(loaded.model, _first_image(data, transform))
+        if n_classes == 1:
+            one_output, n_classes = True, 2
     found = load_data(
         data,
         transform,
@@ -99,12 +109,75 @@ def open_images(
     )
     if found.images is not None:
         say(f"data: {len(found.images):,} images in {data}, {found.mapping}", quiet)
+        _check_shapes(found.images, transform)
         if check:
             checked(found.images, n_workers, quiet)
     else:
         say(f"data: {data}", quiet)
     say(found.note and f"      {found.note}", quiet)
+    if one_output and found.images is not None:
+        one = Labels([[label] for label in found.images.targets], kind="several")
+        return replace(found, data=(found.data, one), names={0: found.names.get(1, "1")})
     return found
+
+
+def _open_table(
+    labels: Path,
+    folder: str,
+    loaded: LoadedModel,
+    transform: Transform,
+    given: Mapping[str, int] | None,
+    quiet: bool,
+) -> LoadedData:
+    """Images of a folder with the labels of a table."""
+    if given is None and loaded.class_names:
+        given = {name: k for k, name in enumerate(loaded.class_names)}
+    files, read, names = read_table(labels, folder, given)
+    photos = PhotoTable(folder, files, transform.function, transform.random)
+    say(f"data: {len(files):,} images in {folder}, labels in {labels}", quiet)
+    _check_shapes(photos, transform)
+    if len(as_source((photos, read), any_labels=True).labels.shape) == 1:
+        names = {k: str(n) for k, n in enumerate(loaded.class_names or ())} | names
+    return LoadedData((photos, read), folder, names)
+
+
+#: Files whose sizes are looked at, and images of different sizes that are compared as the network
+#: gets them, at most.
+HEADS_READ, SIZES_COMPARED = 2000, 8
+
+
+def _check_shapes(images: ImageFolderData | PhotoTable, transform: Transform) -> None:
+    """Refuse pictures that the transform leaves at several sizes, which no batch can hold.
+
+    Raises:
+        UsageError: Names two of them.
+    """
+    from PIL import Image
+
+    known: dict[tuple[int, int], int] = {}
+    if transform.record.get("crop"):
+        return
+    for number in range(0, len(images), max(1, len(images) // HEADS_READ)):
+        try:
+            with Image.open(images.path(number)) as picture:  # its head alone
+                known.setdefault(picture.size, number)
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue  # what cannot be read is said elsewhere
+        if len(known) >= SIZES_COMPARED:
+            break
+    shapes: dict[tuple[int, ...], Path] = {}
+    for number in known.values():
+        path = images.path(number)
+        with suppress(OSError, ValueError), isolated_rng(0):
+            made = transform.function(read_image(path))
+            shapes.setdefault(tuple(getattr(made, "shape", ())), path)
+    if len(shapes) > 1:
+        (a, first), (b, second), *_ = shapes.items()
+        raise UsageError(
+            f"the pictures come to the network at several sizes, which cannot go into one batch: "
+            f"{first} as {' x '.join(map(str, a))}, {second} as {' x '.join(map(str, b))}. Give "
+            "--resize and --crop, such as --resize 256 --crop 224, or a --transform that crops."
+        )
 
 
 def check_outputs(

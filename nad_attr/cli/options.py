@@ -45,6 +45,14 @@ ClassIndex: TypeAlias = Annotated[
     Path | None,
     typer.Option(help='JSON file that says which class each folder is: {"folder": 7, ...}.'),
 ]
+LabelTable: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels",
+        help="CSV table with a head: a file of --data in each row, then its class, or a label (0, "
+        "1, empty: unknown) or target for each output.",
+    ),
+]
 AllowEmpty: TypeAlias = Annotated[
     bool, typer.Option("--allow-empty", help="Accept class folders without images.")
 ]

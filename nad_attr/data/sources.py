@@ -655,7 +655,7 @@ def _read(batches: Iterable[Any], given: Labels | None = None) -> TensorSource:
     with isolated_rng(0):
         for batch in batches:
             parts = _parts(batch)
-            if _is_item(parts):
+            if _is_item(parts, isinstance(batches, DataLoader)):
                 parts = _parts(default_collate([_row(batch) if parts.fields else batch]))
             fields = parts.fields
             inputs.append(_as_inputs(parts.inputs))
@@ -686,14 +686,19 @@ def _read(batches: Iterable[Any], given: Labels | None = None) -> TensorSource:
     return source
 
 
-def _is_item(parts: _Parts) -> bool:
-    """Whether it is one image with its label, not a batch of them."""
+def _is_item(parts: _Parts, of_loader: bool) -> bool:
+    """Whether it is one image with its label, not a batch of them.
+
+    An image of three axes with as many labels as colours is one, unless a loader made it.
+    """
     label = parts.label
     if isinstance(label, (int, float, str)) or np.ndim(label) == 0:
         return True
     first = next(iter(parts.inputs.values())) if isinstance(parts.inputs, Mapping) else parts.inputs
     first = first[0] if isinstance(first, (tuple, list)) and len(first) else first
-    return hasattr(first, "__len__") and len(first) != len(label)
+    if not hasattr(first, "__len__") or len(first) != len(label):
+        return hasattr(first, "__len__")
+    return not of_loader and np.ndim(first) == 3 and len(first) in (1, 3, 4)
 
 
 def only_images(inputs: Inputs) -> Tensor:

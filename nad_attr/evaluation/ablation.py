@@ -621,7 +621,7 @@ def _run_all(runner: Runner, sites: Sequence[GateSite], source: Source, totals: 
     for chosen, inputs in zip(numbers, drawn, strict=True):
         totals.rows = totals.place[chosen[0] : chosen[-1] + 1]
         with torch.no_grad(), installed(runner.model, sites, totals):
-            runner(inputs)
+            runner.run(inputs)
 
 
 def _donor_pool(runner: Runner, source: Source, n_donors: int, seed: int) -> ResampleAblation:

@@ -177,7 +177,7 @@ class TopImages:
         with torch.no_grad(), ExitStack() as stack:
             stack.enter_context(_network(runner, self.architecture, self.inside))
             activations = stack.enter_context(recorded(runner.model, [at]))
-            runner(inputs)
+            runner.run(inputs)
         values, grid, _ = _by_channel(at, activations[site], images.shape[-2] / images.shape[-1])
         assert grid is not None
         return images.cpu(), grid.maps(values[..., channel]).float().cpu()
@@ -370,7 +370,7 @@ def top_images(
         activations = stack.enter_context(recorded(runner.model, at))
         for part, inputs in zip(parts, runner.draw(source, parts, "top images"), strict=True):
             images = only_images(inputs)
-            runner(inputs)
+            runner.run(inputs)
             numbers = torch.tensor(part, device="cpu")
             for name, keeper in best.items():
                 aspect = images.shape[-2] / images.shape[-1]

@@ -278,13 +278,8 @@ class Runner:
         """The inputs where the network is, without their graph."""
         return tuple(sent(x.detach(), self.device) for x in inputs)
 
-    def __call__(self, inputs: Inputs) -> Tensor:
-        """The network's outputs (B, K), at least float32: float16 has few values to rank by.
-
-        Raises:
-            TypeError: If the network returns no floating-point tensor.
-            ValueError: If it returns another shape.
-        """
+    def run(self, inputs: Inputs) -> Any:
+        """Whatever the network returns, for those who look at its sites alone."""
         outputs = None
         kept = Kept(self.model, self._copies)
         try:
@@ -292,6 +287,16 @@ class Runner:
                 outputs = self.call(*inputs, *self._extra)
         finally:
             kept.restore(graph=isinstance(outputs, Tensor) and outputs.requires_grad)
+        return outputs
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """The network's outputs (B, K), at least float32: float16 has few values to rank by.
+
+        Raises:
+            TypeError: If the network returns no floating-point tensor.
+            ValueError: If it returns another shape.
+        """
+        outputs = self.run(inputs)
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise TypeError(f"the network returned {_what(outputs)}")
         if outputs.ndim == 1 and len(outputs) == len(inputs[0]):

@@ -406,6 +406,8 @@ def n_outputs(model: nn.Module, inputs: Tensor) -> int:
             f"the model does not take inputs of shape {tuple(inputs.shape)}: {first_line(error)}. "
             "Check --resize, --crop or --transform."
         ) from error
+    if isinstance(outputs, Tensor) and outputs.ndim == 1 and len(outputs) == len(inputs):
+        return 1
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise SpecError(

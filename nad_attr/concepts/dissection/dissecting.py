@@ -36,11 +36,13 @@ from nad_attr.concepts.dissection.shown import Shown
 from nad_attr.concepts.dissection.thresholds import ExactTail, Tail, TailSketch, not_above
 from nad_attr.concepts.unit_concepts import Concept, UnitConcepts
 from nad_attr.data.fingerprints import fixed_outputs, model_hash
+from nad_attr.data.sources import Inputs
 from nad_attr.gating.hooks import channel_shape, installed
 from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite
+from nad_attr.sites.tracing import tensors_in
 
 __all__ = ["dissect", "site_maps"]
 
@@ -297,7 +299,11 @@ class _Dissection:
             [s for s in known if isinstance(s, GateSite)]
             if known is not None and all(isinstance(site, GateSite) for site in known)
             else find_gate_sites(
-                self.runner.model, inputs, layers=known, additional_forward_args=extra
+                self.runner.model,
+                inputs,
+                layers=known,
+                additional_forward_args=extra,
+                forward_func=None if self.runner.is_plain else self.runner.call,
             )
         )
         device = self.runner.device
@@ -312,7 +318,7 @@ class _Dissection:
             self.order.append(site)
 
         with installed(self.runner.model, self.sites, look), torch.no_grad():
-            self.runner(inputs)
+            self.runner.run(inputs)
         n_kept = 0
         self.tails: dict[str, Tail] = {}
         for site in self.sites:
@@ -397,7 +403,7 @@ class _Dissection:
             for batch in self.images.batches(places):
                 now[:] = [batch]
                 before(batch)
-                self.runner(self.runner.to_device(batch.inputs))
+                self.runner.run(self.runner.to_device(batch.inputs))
                 after(batch)
 
     # -- first pass ------------------------------------------------------------------------------
@@ -546,6 +552,14 @@ class _Dissection:
 
     # -- checkpoint and result -------------------------------------------------------------------
 
+    def _numbers(self, inputs: Inputs) -> Tensor:
+        """What the network returns, of whatever kind, as one row of numbers per image or pass."""
+        outputs = self.runner.run(inputs)
+        if isinstance(outputs, Tensor) and outputs.ndim == 2:
+            return outputs
+        parts = [t.detach().double().flatten().cpu() for t in tensors_in(outputs)]
+        return torch.cat(parts)[None] if parts else torch.zeros(1, 1, device="cpu")
+
     def identity(self) -> dict[str, Any]:
         """What a checkpoint has to be of."""
         places = [[0], [len(self.images) - 1]]
@@ -553,7 +567,7 @@ class _Dissection:
         return {
             "model_hash": model_hash(self.model),
             "data": self.images.fingerprint(),
-            "outputs": fixed_outputs(self.runner, first),
+            "outputs": fixed_outputs(self._numbers, first),
             "sites": [[s.name, s.n_channels, s.channel_dim, s.at_input] for s in self.sites],
             "concepts": [[concept.name, concept.category] for concept in self.concepts],
             "quantile": self.quantile,

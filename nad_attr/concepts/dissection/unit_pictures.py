@@ -94,9 +94,10 @@ def unit_masks(
                 inputs,
                 layers=name,
                 additional_forward_args=runner.options.additional_forward_args,
+                forward_func=None if runner.is_plain else runner.call,
             )[0]
         with recorded(runner.model, [where]) as held, torch.no_grad():
-            runner(inputs)
+            runner.run(inputs)
         activation = site_maps(where, held[name])[0, :, :, unit].cpu()
         mask = active_pixels(activation, threshold, batch.size)
         found.append((batch.numbers[0], batch.inputs[0][0], mask))

@@ -1,0 +1,110 @@
+"""Images named in a table with their labels, whatever kind these are."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from nad_attr.data.images import read_image
+from nad_attr.data.labels import Labels
+from nad_attr.specs.names import SpecError
+
+__all__ = ["PhotoTable", "read_table"]
+
+
+class PhotoTable(Dataset[Any]):
+    """Photos named in a table.
+
+    Args:
+        root: The folder they are in.
+        files: Their paths in it.
+        transform: What is done to each.
+        augmented: Whether that may be random.
+    """
+
+    def __init__(
+        self, root: str, files: Sequence[str], transform: Callable[[Any], Any], augmented: bool
+    ) -> None:
+        self.root, self.files, self.transform = Path(root), list(files), transform
+        self.augmented = augmented
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def path(self, number: int) -> Path:
+        """The file of an image."""
+        return self.root / self.files[number]
+
+    def __getitem__(self, number: int) -> Any:
+        return self.transform(read_image(self.path(number)))
+
+
+def read_table(
+    path: str | Path, root: str, class_names: Mapping[str, int] | None = None
+) -> tuple[list[str], Labels, dict[int, str]]:
+    """Read a CSV file: a head, then a row for each image with its file and its labels.
+
+    The first column is the file, relative to the folder. One more column is a class index, a class
+    name, one label of 0 or 1, or a target; several are a label or target for each output, in the
+    order of the network's outputs. An empty cell is unknown.
+
+    Args:
+        path: The table.
+        root: The folder of the images.
+        class_names: ``{name: class index}``, for class names.
+
+    Returns:
+        The files, their labels, and ``{output: name}`` as far as known.
+
+    Raises:
+        OSError: If it cannot be read.
+        SpecError: If it is no such table, or names a file that is not there; says the line.
+    """
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = list(csv.reader(file))
+    if len(lines) < 2 or len(lines[0]) < 2:
+        raise SpecError(
+            f"{path} must be a table with a head: a column of files, then one of labels for each "
+            "output (or one of class indices or names)."
+        )
+    head, rows = lines[0], [(i, row) for i, row in enumerate(lines[1:], 2) if any(row)]
+    files = []
+    for line, row in rows:
+        if len(row) != len(head):
+            raise SpecError(f"{path}, line {line}: {len(row)} cells, but the head has {len(head)}.")
+        inside = Path(root, row[0]).resolve().is_relative_to(Path(root).resolve())
+        if not inside or not Path(root, row[0]).is_file():
+            raise SpecError(f"{path}, line {line}: there is no file {row[0]!r} in {root}.")
+        files.append(row[0])
+    cells = [row[1:] for _, row in rows]
+    try:
+        numbers = [[float(c) if c.strip() else math.nan for c in row] for row in cells]
+    except ValueError:
+        return files, *_named(path, [row[0].strip() for row in cells], len(head), class_names)
+    if len(head) > 2:
+        return files, Labels(numbers), dict(enumerate(head[1:]))
+    flat = [row[0] for row in numbers]
+    if all(v.is_integer() and v >= 0 for v in flat):
+        return files, Labels([int(v) for v in flat]), {}
+    return files, Labels(flat), {0: head[1]}
+
+
+def _named(
+    path: str | Path, names: list[str], n_columns: int, class_names: Mapping[str, int] | None
+) -> tuple[Labels, dict[int, str]]:
+    if n_columns > 2:
+        raise SpecError(f"{path}: several columns of labels must be numbers, or empty if unknown.")
+    if not class_names:
+        raise SpecError(
+            f"{path} holds names of classes ({names[0]!r}, ...), and nothing says which output is "
+            'which: give --class-index, a JSON file {"name": 0, ...}.'
+        )
+    unknown = next((name for name in names if name not in class_names), None)
+    if unknown is not None:
+        raise SpecError(f"{path}: {unknown!r} is none of the {len(class_names)} known classes.")
+    return Labels([class_names[name] for name in names]), {k: n for n, k in class_names.items()}

@@ -1,0 +1,383 @@
+"""Labels of every kind, and rows of every kind: learned from, judged, scored and asked for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from nad_attr import (
+    Labels,
+    NADAttribution,
+    Recipe,
+    SubArchitecture,
+    find_gate_sites,
+    learn_gates,
+    learn_to_store,
+)
+from nad_attr.data.labels import other_images, own_images, read_labels
+from nad_attr.data.sources import as_source
+from nad_attr.evaluation import Evaluation, NeuronMCTScorer, TaylorScorer, evaluate, fit_ablation
+from nad_attr.report import Report
+from nad_attr.sites.site import GateSite, SiteError
+
+QUICK = Recipe(size=0.5, steps=6, images_per_step=8)
+N = 32
+
+
+class Net(nn.Module):
+    """Channel 2j and 2j + 1 say output j alone: what an output needs is known."""
+
+    def __init__(self, n_outputs: int, form: str = "logits") -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(n_outputs, 2 * n_outputs, 1, bias=False)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(2 * n_outputs, n_outputs, bias=False)
+        self.form = form
+        with torch.no_grad():
+            eye = torch.eye(n_outputs)
+            pairs = torch.stack([eye, -eye], 1).flatten(0, 1)
+            self.conv.weight.copy_(pairs[:, :, None, None])
+            self.head.weight.copy_(torch.stack([eye, -eye], 2).flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.head(self.relu(self.conv(x)).mean((2, 3)))
+        if self.form == "flat":
+            return out[:, 0]
+        return out.sigmoid() if self.form == "sigmoid" else out
+
+
+def made(n_outputs: int, form: str = "logits") -> tuple[nn.Module, Tensor, Tensor]:
+    """A network, images, and its outputs' inputs (N, K): what each image is to each output."""
+    values = torch.randn(N, n_outputs, generator=torch.Generator().manual_seed(0)).double()
+    net = Net(n_outputs, form).double().eval()
+    return net, values[:, :, None, None].expand(N, n_outputs, 2, 2).clone(), values
+
+
+def kept(gates: Any, task: int) -> set[int]:
+    return set(
+        gates.sub_architecture(task, size=2 / gates.sites[0].n_channels)["relu"]
+        .nonzero()[:, 0]
+        .tolist()
+    )
+
+
+def opened(gates: Any, task: Any) -> SubArchitecture:
+    """All channels."""
+    return SubArchitecture(SubArchitecture.full(gates.sites).masks, gates.sites, task=task)
+
+
+# ---------------------------------------------------------------------------------------------
+# What labels are read as
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ([2, 0, 1], [2, 0, 1]),
+        ([[2], [0], [1]], [2, 0, 1]),
+        (np.eye(3)[[2, 0]], [2, 0]),
+        (torch.eye(3)[[2, 0]].long(), [2, 0]),
+        ([[1, 1], [0, -1]], [[1, 1], [0, -1]]),
+        ([[1.0, math.nan], [0.0, 1.0]], [[1, -1], [0, 1]]),
+        (torch.tensor([[True, True], [False, True]]), [[1, 1], [0, 1]]),
+        ([[1], [0], [-1]], [[1], [0], [-1]]),
+        ([1.0, 0.0, math.nan], [[1], [0], [-1]]),
+        ([1.5, 2.5, 9.0, math.nan], [[0], [0], [1], [-1]]),
+        ([[0.1, 3.0], [0.2, 3.0], [0.3, 2.0]], [[0, 1], [0, 1], [1, 0]]),
+        (Labels([0.1, 0.2, 0.3], above=0.15), [[0], [1], [1]]),
+        (Labels([1, 2, 3], kind="targets"), [[0], [0], [1]]),
+        (Labels([[1, 0], [0, 1]], kind="several"), [[1, 0], [0, 1]]),
+        (Labels(["b", "a"], classes=["a", "b"]), [1, 0]),
+    ],
+)  # fmt: skip
+def test_labels_are_read_as_people_mean_them(given: Any, read: Any) -> None:
+    assert read_labels(given).labels.tolist() == read
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["a", "b"], r"names \('a', 'b'.*Labels\(names, classes"),
+        (Labels(["c"], classes=["a"]), "'c' is none of the 1 classes"),
+        ([[1, -1], [1, 1]], "1 and -1 alone"),
+        ([[3, 1], [0, 2]], r"0, 1 or -1 .*labels\.float"),
+        ([-100, 1], "from 0 on, got -100"),
+        ([math.inf, 0.5], "finite"),
+        (torch.zeros(2, 2, 2), "not torch.float32 of shape"),
+        (Labels([0.5, 1.0], above=[1, 2]), "one for each of 1 outputs"),
+    ],
+)
+def test_labels_that_mean_nothing_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_labels(given)
+
+
+def test_unknown_is_neither_own_nor_other() -> None:
+    labels = torch.tensor([[1, 0], [0, -1], [-1, 0]])
+    assert own_images(labels, [0, 1, (0, 1)]).tolist() == [
+        [True, False, False], [False, False, False], [True, False, False],
+    ]  # fmt: skip
+    assert other_images(labels, [0, 1, (0, 1)]).tolist() == [
+        [False, True, False], [True, False, True], [False, False, False],
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Learned from and judged
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["logits", "flat", "sigmoid"])
+def test_a_network_of_one_output(form: str) -> None:
+    net, x, values = made(1, form)
+    labels = (values[:, 0] > 0).long()
+    gates = learn_gates(net, (x, labels), recipe=QUICK)
+    assert gates.tasks == (0,)
+    for other in (labels[:, None], labels.double(), labels[:, None].double()):
+        assert learn_gates(net, (x, other), recipe=QUICK) == gates
+    full = opened(gates, 0)
+    result = evaluate(net, [full], (x, labels), n_random=0)
+    assert result.own_auc == 1
+    assert result.recall == 1
+    assert result.fpr == 0 and result.fidelity == 1
+    nad = NADAttribution(net, recipe=QUICK)
+    (attribution,) = nad.attribute(x[:4])
+    assert attribution.shape == (4, 2, 2, 2)
+    with pytest.raises(ValueError, match="one output, whose task is 0"):
+        learn_gates(net, (x, labels), [1], QUICK)
+    with pytest.raises(ValueError, match=r"label 2.*one output"):
+        learn_gates(net, (x, labels + 1), recipe=QUICK)
+
+
+def test_several_labels_an_image() -> None:
+    net, x, values = made(3)
+    labels = (values > 0).long()
+    unknown = labels.double()
+    unknown[::5, 1] = math.nan
+    gates = learn_gates(net, (x, unknown), recipe=QUICK)
+    assert gates.tasks == (0, 1, 2)
+    assert all(kept(gates, k) == {2 * k, 2 * k + 1} for k in gates.tasks)
+    assert learn_gates(net, TensorDataset(x, labels), [0, 2], QUICK) == learn_gates(
+        net, (x, labels), [0, 2], QUICK
+    )
+    result = evaluate(net, gates, (x, unknown), n_random=1, threshold_data=(x, labels))
+    known = ~unknown[:, 1].isnan()
+    assert result.n_own.tolist() == (labels * ~unknown.isnan()).sum(0).tolist()
+    assert np.allclose(result.whole.own_auc, 1)
+    assert np.allclose(result.whole.recall, 1)
+    assert np.isnan(result.margin_auc).all()
+    assert np.isnan(result.other_accuracy).all()
+    # By hand: only the images whose label is known count.
+    arch = SubArchitecture.from_kept({"relu": [2]}, gates.sites, task=1)
+    found = evaluate(net, [arch], (x, unknown), n_random=0)
+    positive = values[known, 1].clamp(min=0)
+    own = labels[known, 1].bool()
+    assert found.recall == (positive[own] > 0).double().mean()
+    assert found.own_auc == 1
+    assert found.n_images == N
+
+
+def test_regression() -> None:
+    net, x, values = made(2)
+    targets = values + 0.1
+    gates = learn_gates(net, (x, targets), recipe=QUICK)
+    assert all(kept(gates, k) == {2 * k, 2 * k + 1} for k in gates.tasks)
+    result = evaluate(net, gates, (x, targets), n_random=0)
+    whole = 1 - 0.01 / values.var(0, unbiased=False)
+    assert np.allclose(result.whole.target_r2, whole, atol=1e-5)
+    assert np.isnan(result.own_auc).all()
+    assert np.isnan(result.recall).all()
+    assert "target R²" in result.summary()
+    assert "AUC" not in result.summary()
+    with pytest.raises(ValueError, match="no groups"):
+        evaluate(net, [opened(gates, (0, 1))], (x, targets))
+    with pytest.raises(ValueError, match="one label, but the network has 2 outputs"):
+        learn_gates(net, (x, targets[:, 0]), recipe=QUICK)
+
+
+def test_measures_of_targets_are_kept_in_files(tmp_path: Path) -> None:
+    net, x, values = made(1)
+    gates = learn_gates(net, (x, values), recipe=QUICK)
+    result = evaluate(net, gates, (x, values), n_random=1)
+    result.save_json(tmp_path / "a.json")
+    result.save(tmp_path / "a.h5")
+    for again in (Evaluation.load_json(tmp_path / "a.json"), Evaluation.load(tmp_path / "a.h5")):
+        assert np.array_equal(again.target_r2, result.target_r2)
+
+
+@pytest.mark.parametrize("kind", ["one", "several", "targets"])
+def test_scorers_ablations_stores_and_reports_take_them(kind: str, tmp_path: Path) -> None:
+    net, x, values = made(1 if kind == "one" else 2)
+    labels = values if kind == "targets" else (values > 0).long()
+    if kind == "one":
+        labels = labels[:, 0]
+    path = learn_to_store(tmp_path / "g.h5", net, (x, labels), recipe=QUICK)
+    gates = learn_gates(net, (x, labels), recipe=QUICK)
+    assert path.exists()
+    for scorer in (NeuronMCTScorer, TaylorScorer):
+        scores = scorer(net, gates.sites)(x, labels, include_others=True)
+        assert scores["relu"].shape == (len(gates.tasks), gates.sites[0].n_channels)
+        assert bool(torch.isfinite(scores["relu"]).all())
+    for ablation in ("mean", "other_mean", "resample", "noise"):
+        fitted = fit_ablation(net, gates.sites, (x, labels), ablation, tasks=gates.tasks)
+        result = evaluate(net, gates, (x, labels), ablation=fitted, n_random=0)
+        assert not np.isnan(result.fidelity).any()
+    page = Report(gates, model=net, data=(x, labels))
+    assert page is not None
+
+
+def test_mean_of_other_images_is_that_of_known_others() -> None:
+    net, x, values = made(2)
+    labels = (values > 0).long()
+    labels[::3, 0] = -1
+    fitted = fit_ablation(net, [GateSite("relu", 4)], (x, labels), "other_mean")
+    with torch.no_grad():
+        held = net.relu(net.conv(x)).mean((2, 3))  # type: ignore[operator]
+    assert torch.allclose(fitted.means(0)["relu"].double(), held[labels[:, 0] == 0].mean(0))
+
+
+def test_what_asks_for_classes_says_so() -> None:
+    net, x, values = made(2)
+    with pytest.raises(ValueError, match="which one class each image has"):
+        as_source((x, values))
+    with pytest.raises(ValueError, match="paper's recipe learns from the cross-entropy of classes"):
+        learn_gates(net, (x, values), recipe=Recipe.paper(beta=1.0))
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows of every kind, and forward_func
+# ---------------------------------------------------------------------------------------------
+
+
+class Rows(Dataset[Any]):
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.items[number]
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Any:
+        return iter(self.items)
+
+
+class Two(Net):
+    """Takes two inputs by keyword only, as multi-modal networks do."""
+
+    def forward(self, *, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(left + right)
+
+
+class Whole(Net):
+    """Takes a dictionary and returns one."""
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:  # type: ignore[override]
+        return {"logits": super().forward(batch["left"] + batch["right"])}
+
+
+def test_rows_of_every_kind_learn_the_same_gates() -> None:
+    net, x, values = made(3)
+    y = values.argmax(1)
+    two = Two(3).double().eval()
+    two.load_state_dict(net.state_dict())
+    whole = Whole(3).double().eval()
+    whole.load_state_dict(net.state_dict())
+    left, right = x / 2, x / 2
+    expected = learn_gates(net, (x, y), recipe=QUICK)
+    fields = {"left": left, "right": right}
+    rows = [
+        {"left": a, "right": b, "text": "t", "label": int(k)}
+        for a, b, k in zip(left, right, y, strict=True)
+    ]
+    listed = [{**row, "left": row["left"].tolist(), "right": row["right"].tolist()} for row in rows]
+    pairs = [({"left": a, "right": b}, int(k)) for a, b, k in zip(left, right, y, strict=True)]
+    in_order = lambda a, b: two(left=a, right=b)  # noqa: E731
+
+    def logits(batch: dict[str, Tensor]) -> Tensor:
+        return whole(batch)["logits"]
+
+    for data in ((fields, y), Rows(rows), rows, Rows(pairs), Stream(rows), DataLoader(Rows(pairs))):
+        assert learn_gates(two, data, recipe=QUICK) == expected, data
+        assert learn_gates(two, data, recipe=QUICK, forward_func=in_order) == expected
+        assert learn_gates(whole, data, recipe=QUICK, forward_func=logits) == expected
+    single = learn_gates(
+        two, Rows(listed), recipe=QUICK, forward_func=lambda a, b: in_order(a.double(), b.double())
+    )
+    assert single.tasks == expected.tasks
+    result = evaluate(two, expected, Rows(pairs), n_random=0)
+    assert np.array_equal(result.table, evaluate(net, expected, (x, y), n_random=0).table)
+    assert find_gate_sites(whole, fields)[0].name == "relu"
+
+
+def test_streams_of_single_items_and_of_batches() -> None:
+    net, x, values = made(3)
+    y = values.argmax(1)
+    expected = learn_gates(net, (x, y), recipe=QUICK)
+    items = list(zip(x, y.tolist(), strict=True))
+    batches = [(x[i : i + 5], y[i : i + 5]) for i in range(0, N, 5)]
+    for data in (
+        Stream(items),
+        Stream(batches),
+        items,
+        iter(items),
+        DataLoader(Stream(items), batch_size=7),
+    ):
+        assert learn_gates(net, data, recipe=QUICK) == expected
+    several = (values > 0).long()
+    streamed = Stream(list(zip(x, several, strict=True)))
+    assert learn_gates(net, streamed, recipe=QUICK) == learn_gates(net, (x, several), recipe=QUICK)
+
+
+def dropping(items: list[Any]) -> Any:
+    return default_collate([item for item in items if item is not None])
+
+
+def halving(items: list[Any]) -> Any:
+    return default_collate(items[: (len(items) + 1) // 2])
+
+
+def test_collates_that_drop_broken_items() -> None:
+    net, x, values = made(3)
+    y = values.argmax(1)
+    items: list[Any] = list(zip(x, y.tolist(), strict=True))
+    whole = [i for i in range(N) if i not in (0, 9)]
+    broken = [None if i in (0, 9) else item for i, item in enumerate(items)]
+    loader = DataLoader(Rows(broken), batch_size=8, collate_fn=dropping)
+    assert learn_gates(net, loader, recipe=QUICK) == learn_gates(
+        net, (x[whole], y[whole]), recipe=QUICK
+    )
+    with pytest.raises(ValueError, match=r"made .* images of .* items"):
+        learn_gates(net, DataLoader(Rows(items), collate_fn=halving), recipe=QUICK)
+
+
+def test_a_dataset_with_other_labels_than_its_own() -> None:
+    net, x, values = made(3)
+    y = values.argmax(1)
+    names = Labels([f"c{int(k)}" for k in y], classes=["c0", "c1", "c2"])
+    expected = learn_gates(net, (x, y), recipe=QUICK)
+    images_alone = Rows(list(x))
+    for data in ((x, names), (images_alone, names), (TensorDataset(x, 0 * y), names)):
+        assert learn_gates(net, data, recipe=QUICK) == expected  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="32 inputs came with 31 labels"):
+        learn_gates(net, (images_alone, Labels(y[1:])), recipe=QUICK)  # type: ignore[arg-type]
+
+
+def test_a_forward_func_that_runs_the_network_twice_is_named() -> None:
+    net, x, _ = made(2)
+    with pytest.raises(SiteError, match="runs the model 2 times"):
+        find_gate_sites(net, x[:1], forward_func=lambda v: net(v) + net(v))
