@@ -197,6 +197,14 @@ def test_learned_gates_are_those_of_the_library(here: Path) -> None:
     assert TaskGates.load("red.h5").gates_of("red").keys() == gates.gates_of("red").keys()
 
 
+def test_constants_of_each_task(here: Path) -> None:
+    succeeds(*LEARN, "--out", "constants.h5", "--ablation", "optimal", "--size", "0.5", "-q")
+    gates = TaskGates.load("constants.h5")
+    assert gates.constants is not None
+    assert "best constants" in succeeds("show", "constants.h5")
+    succeeds("evaluate", "constants.h5", "--trust-file", "--data", "val", "--random", "0")
+
+
 def test_the_published_recipe(here: Path) -> None:
     succeeds(
         *("learn", *MODEL, "--data", "train", "--out", "paper.h5", "--device", "cpu"),
