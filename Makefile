@@ -14,7 +14,7 @@ export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format typecheck pytest test demo docs docs-links spelling release-check clean distclean
+.PHONY: help venv lint format typecheck pytest quick test test-matrix demo docs docs-links spelling release-check clean distclean
 
 # An environment that stands is kept, so an interpreter that was asked for by name has to be its own.
 ifneq ($(origin PYTHON),file)
@@ -64,11 +64,20 @@ typecheck: $(STAMP)  ## check the types
 pytest: $(STAMP)  ## run the tests and the examples in the docstrings only; ARGS= goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
+quick: $(STAMP)  ## style, and the tests that are not slow: for daily work; ARGS= goes to pytest
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
 test: $(STAMP)  ## run every check: style, types, tests
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest $(ARGS)
+
+# nox makes its own environments; it is installed into this one when it is first asked for.
+test-matrix: $(STAMP)  ## the quick tests on Python 3.10 to 3.13, oldest and newest torch; ARGS= goes to nox
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'nox[uv]>=2024.4'
+	$(BIN)/python -m nox $(ARGS)
 
 demo: $(STAMP)  ## explain a real ImageNet network on real photos
 	$(BIN)/nad-attr demo $(ARGS)

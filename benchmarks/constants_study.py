@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import nad_attr.learning.constants
 import nad_attr.learning.selection
 from benchmarks.cifar import REPOSITORY
-from nad_attr import Recipe, SubArchitecture, TaskGates, find_gate_sites
+from nad_attr import Recipe, RunOptions, SubArchitecture, TaskGates, find_gate_sites
 from nad_attr.evaluation import NeuronMCTScorer, evaluate, top_k
 from nad_attr.gates.channels import kappa, split_sites
 from nad_attr.gating.hooks import frozen
@@ -85,14 +85,16 @@ class Setting:
     def session(self, recipe: Recipe, seed: int, batch: int = 80) -> Session:
         """Ready to learn, in bfloat16."""
         return Session(
-            self.model, self.train, self.tasks, recipe, self.sites, seed=seed, batch_size=batch,
-            amp=True,
+            self.model, self.train, self.tasks, recipe, self.sites, seed=seed,
+            run=RunOptions(batch_size=batch, amp=True),
         )  # fmt: skip
 
     def measure(self, archs: TaskGates | Sequence[SubArchitecture], data: Any = None) -> Any:
         """Own AUC and fidelity of each task, held out or on other data."""
         data = self.held_out if data is None else data
-        result = evaluate(self.model, archs, data, n_random=0, batch_size=100, amp=True)
+        result = evaluate(
+            self.model, archs, data, n_random=0, run=RunOptions(batch_size=100, amp=True)
+        )
         return result.own_auc, result.fidelity
 
     def note(self, row: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +41,7 @@ from benchmarks.networks import PAIRS, load_network
 from nad_attr import (
     GateSite,
     Recipe,
+    RunOptions,
     SubArchitecture,
     TaskGates,
     find_gate_sites,
@@ -92,7 +94,7 @@ class Cell:
         self.tasks = list(range(len(data.classes)))
         self.held_out = per_class(data.held_out, args.val_per_class, seed)
         self.choice = per_class(data.held_out, args.choice_per_class, 999)
-        self.where: dict[str, Any] = {"batch_size": args.batch}
+        self.options = RunOptions(batch_size=args.batch)
         self._means: dict[str, Tensor] | None = None
         self._scorers: dict[str, ChannelScorer] = {}
         self._nad: dict[str, dict[float, TaskGates]] = {}
@@ -118,8 +120,8 @@ class Cell:
                 self._nad[ablation] = {size: TaskGates.load(p) for size, p in paths.items()}
             else:
                 found = learn_sizes(
-                    self.model, self.data.train, self.args.sizes, self.tasks, recipe, self.sites,
-                    seed=self.seed, amp=True, **self.where,
+                    self.model, self.args.sizes, self.data.train, self.tasks, recipe, self.sites,
+                    seed=self.seed, amp=True, run=self.options,
                 )  # fmt: skip
                 for size, gates in found.items():
                     gates.save(paths[size])
@@ -133,7 +135,13 @@ class Cell:
         if self._means is None:
             recipe = Recipe(ablation="mean", steps=1)
             gates = learn_gates(
-                self.model, self.data.train, [0], recipe, self.sites, seed=self.seed, **self.where
+                self.model,
+                self.data.train,
+                [0],
+                recipe,
+                self.sites,
+                seed=self.seed,
+                run=self.options,
             )
             self._means = gates.means
         return self._means
@@ -179,7 +187,7 @@ class Cell:
         images = per_class(self.data.train, self.args.paper_images, self.seed)
         gates = learn_gates(
             self.model, images, self.tasks, recipe, self.sites, seed=self.seed, amp=True,
-            **self.where,
+            run=self.options,
         )  # fmt: skip
         gates.save(path)
         return gates
@@ -217,14 +225,14 @@ class Cell:
         n = self.args.costly_images if method in COSTLY else self.args.score_images
         images = per_class(self.data.train, n, self.seed)
         means = self.means(ablation)
-        run = dict(self.where)
+        run = self.options
         if method not in FLOAT32:
-            run["forward_func"] = self.autocast
+            run = replace(run, forward_func=self.autocast)
         known = variants.get(f"{method}/{ablation}")
         if known is None:  # the first seed chooses
             found = best_variants(
                 scorer, images, self.choice, self.tasks, sizes=self.args.choice_sizes,
-                means=means, **run,
+                means=means, run=run,
             )  # fmt: skip
             keys = {size: (v.include_others, v.signed, v.per_site) for size, v in found.items()}
             scores = {(v.include_others, v.signed): v.scores for v in found.values()}
@@ -237,7 +245,7 @@ class Cell:
             scores = {}
             for others, signed in wanted:
                 scores |= scorer.variants(
-                    *images, tasks=self.tasks, include_others=(others,), signed=(signed,), **run
+                    *images, tasks=self.tasks, include_others=(others,), signed=(signed,), run=run
                 )
         code = " ".join(
             f"{size:g}={''.join(str(int(flag)) for flag in key)}" for size, key in keys.items()
@@ -270,8 +278,8 @@ class Cell:
                     continue
                 learned = time.process_time()
                 grid = measure_grid(
-                    self.model, [archs for _, archs, _ in found], self.held_out, amp=True,
-                    **self.where,
+                    self.model, [archs for _, archs, _ in found], self.held_out,
+                    run=replace(self.options, amp=True),
                 )  # fmt: skip
                 seconds = [round(learned - start, 1), round(time.process_time() - learned, 1)]
                 whole = {name: round(float(np.nanmean(grid.whole[name])), 4) for name in PER_TASK}

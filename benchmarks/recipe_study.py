@@ -169,13 +169,13 @@ def row(cell: Cell, name: str, ablation: str) -> dict[str, Any]:
     with variant(name) as settings:
         recipe = Recipe(ablation=ablation, steps=cell.args.steps * len(sizes), **settings)
         found = learn_sizes(
-            cell.model, cell.data.train, sizes, cell.tasks, recipe, cell.sites,
-            seed=cell.seed, amp=True, **cell.where,
+            cell.model, sizes, cell.data.train, cell.tasks, recipe, cell.sites,
+            seed=cell.seed, amp=True, run=cell.options,
         )  # fmt: skip
     seconds = time.process_time() - start
     measured = {}
     for size, gates in found.items():
-        result = evaluate(cell.model, gates, cell.held_out, amp=True, n_random=0, **cell.where)
+        result = evaluate(cell.model, gates, cell.held_out, amp=True, n_random=0, run=cell.options)
         measured[f"{size:g}"] = {name: round(result.mean(name), 4) for name in MEASURES}
     return {
         "pair": cell.pair, "ablation": ablation, "variant": name, "seed": cell.seed,

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cifar import SharedMissingError, add_shared_arguments, load_cifar10, load_resnet
-from nad_attr import GateSite, Recipe, SubArchitecture, TaskGates, find_gate_sites, learn_gates
+from nad_attr import (
+    GateSite,
+    Recipe,
+    RunOptions,
+    SubArchitecture,
+    TaskGates,
+    find_gate_sites,
+    learn_gates,
+)
 from nad_attr.evaluation import (
     ChannelScorer,
     EnergyScorer,
@@ -148,7 +156,10 @@ class Benchmark:
     ) -> tuple[dict[str, Tensor], float]:
         start = time.perf_counter()
         scores = scorer(
-            *images, tasks=self.tasks, include_others=others, batch_size=self.args.batch
+            *images,
+            tasks=self.tasks,
+            include_others=others,
+            run=RunOptions(batch_size=self.args.batch),
         )
         return scores, time.perf_counter() - start
 

@@ -55,7 +55,7 @@ from benchmarks.learning_cost import (
     used_heap,
 )
 from benchmarks.released_loop import BATCH, EPOCHS, ReleasedLoop
-from nad_attr import GateSite, Recipe, TaskGates, find_gate_sites, learn_gates
+from nad_attr import GateSite, Recipe, RunOptions, TaskGates, find_gate_sites, learn_gates
 from nad_attr.evaluation import evaluate, top_k
 from nad_attr.gating.hooks import frozen
 
@@ -421,7 +421,7 @@ class _Quality:
         scorer = getattr(evaluation, f"{label}Scorer")(self.model, self.sites, n_steps=n_steps)
         with _counted(self.model) as count:
             start = _now(self.device, self.speed.args.clock)
-            scores = scorer(x[chosen], y[chosen], tasks=self.tasks, batch_size=200)
+            scores = scorer(x[chosen], y[chosen], tasks=self.tasks, run=RunOptions(batch_size=200))
             seconds = _now(self.device, self.speed.args.clock) - start
         what = f"Captum {label}, {n_images} images, {n_steps} steps"
         scores = {name: score.cpu() for name, score in scores.items()}

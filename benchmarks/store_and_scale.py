@@ -247,9 +247,9 @@ def measure_scale(
         path = folder / f"{name}.h5"
         seconds = timed(
             lambda: learn_to_store(
-                path,
                 model,
                 (images, labels),
+                path,
                 which,
                 recipe,
                 executor=executor,

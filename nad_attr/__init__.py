@@ -11,7 +11,7 @@ from nad_attr._version import __version__
 if TYPE_CHECKING:
     from nad_attr._checks import GatingError
     from nad_attr.attribution import NADAttribution
-    from nad_attr.data.labels import Task
+    from nad_attr.data.labels import Labels, Task
     from nad_attr.gates.history import History
     from nad_attr.gates.recipe import PaperRecipe, Recipe
     from nad_attr.gates.sub_architecture import SubArchitecture
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nad_attr.learning.api import learn_gates, learn_sizes
     from nad_attr.learning.runs import learn_to_store
     from nad_attr.learning.session import fit_constants
+    from nad_attr.running.options import RunOptions
     from nad_attr.sites.finding import find_gate_sites, paper_sites
     from nad_attr.sites.site import GateSite, SiteError
     from nad_attr.store import GateStore, GateStoreError
@@ -30,9 +31,11 @@ __all__ = [
     "GateStoreError",
     "GatingError",
     "History",
+    "Labels",
     "NADAttribution",
     "PaperRecipe",
     "Recipe",
+    "RunOptions",
     "SiteError",
     "SubArchitecture",
     "Task",
@@ -55,10 +58,12 @@ _HOMES = {
     "attribution": ("NADAttribution",),
     "gates": ("Task", "TaskGates"),
     "gating": ("GatingError", "gated", "recorded"),
+    "data.labels": ("Labels",),
     "gates.history": ("History",),
     "learning": ("fit_constants", "learn_gates", "learn_sizes"),
     "gates.recipe": ("PaperRecipe", "Recipe"),
     "learning.runs": ("learn_to_store",),
+    "running.options": ("RunOptions",),
     "sites": ("GateSite", "SiteError", "find_gate_sites", "paper_sites"),
     "store": ("GateStore", "GateStoreError"),
 }

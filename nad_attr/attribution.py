@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,12 +15,14 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+from nad_attr.data.labels import Labels
 from nad_attr.data.sources import Data, TensorSource, as_source, loading, numbers_of
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import check_eval, expand, multiply, recorded
 from nad_attr.learning.api import learn_gates
+from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.sites.finding import asked_layers, find_gate_sites
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, SiteError, unwrap
@@ -71,6 +74,13 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         seed: All randomness of learning comes from it.
         gates: Task gates learned before, in place of :meth:`learn`.
         n_copies: ``scope="example"`` only: from how many versions of an image its path is learned.
+        run: How the network is run for learning; see :class:`nad_attr.RunOptions`. Attributing is
+            one pass where the network is, in its own precision, as in all of Captum's methods.
+        device: In place of that field of ``run``.
+        amp: In place of that field of ``run``.
+        batch_size: In place of that field of ``run``.
+        memory_limit: In place of that field of ``run``.
+        show_progress: In place of that field of ``run``.
 
     Attributes:
         task_gates: What :meth:`learn` learned or ``gates`` brought; None before.
@@ -115,6 +125,12 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         seed: int = 0,
         gates: TaskGates | None = None,
         n_copies: int = _N_COPIES,
+        run: RunOptions | None = None,
+        device: str | torch.device | None = FROM_RUN,
+        amp: bool | torch.dtype | None = FROM_RUN,
+        batch_size: int | Literal["auto"] | None = FROM_RUN,
+        memory_limit: int | str | None = FROM_RUN,
+        show_progress: bool = FROM_RUN,
     ) -> None:
         if scope not in ("task", "example"):
             raise ValueError(f"scope must be 'task' or 'example', not {scope!r}.")
@@ -132,6 +148,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             raise ValueError(f"n_copies must be at least 2, not {n_copies}.")
         _check_forward_func(forward_func, layer, device_ids)
         super().__init__(forward_func, layer, device_ids)
+        self.run = _checked(as_options(run, device, amp, batch_size, memory_limit, show_progress))
         self.recipe = recipe
         self.scope = scope
         self.channel_dim = channel_dim
@@ -153,6 +170,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         recipe: Recipe | None = None,
         *,
         attribute_to_layer_input: bool = False,
+        additional_forward_args: Any = None,
+        run: RunOptions | None = None,
         **options: Any,
     ) -> NADAttribution:
         """Learn the gates once and keep them in ``task_gates``.
@@ -162,9 +181,11 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             tasks: Class indices, groups of them, or named groups; None: all that the labels name.
             recipe: In place of the one given to the constructor, for this call.
             attribute_to_layer_input: Put the gates on the inputs of the layers.
-            **options: Further arguments of :func:`~nad_attr.learn_gates` (``seed``, ``device``,
-                ``batch_size``, ...). ``additional_forward_args`` are the same for all images; an
+            additional_forward_args: Arguments of every call, the same for all images; an
                 argument with a value for each image is one more of the data's inputs.
+            run: In place of the one given to the constructor, for this call.
+            **options: Further arguments of :func:`~nad_attr.learn_gates` (``seed``, ``device``,
+                ``batch_size``, ...).
 
         Returns:
             This object.
@@ -178,8 +199,9 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                 "scope='example' learns the gates of each image in attribute(); use scope='task' "
                 "to learn them beforehand."
             )
-        if "forward_func" in options:
-            raise TypeError("forward_func is given to the constructor, not to learn().")
+        run = _checked(self.run if run is None else as_options(run))
+        if additional_forward_args is not None:
+            run = replace(run, additional_forward_args=additional_forward_args)
         _check_forward_func(self.forward_func, self.layer, self.device_ids)
         example: tuple[Tensor, ...] = ()
         look = self.channel_dim is not None or attribute_to_layer_input
@@ -192,15 +214,14 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             place = next(root.parameters(), None)
             if place is not None:
                 example = tuple(item.to(place.device) for item in example)
-            extra = _as_tuple(options.get("additional_forward_args"))
-            sites = self._find(root, layers, example, extra, attribute_to_layer_input)
+            sites = self._find(root, layers, example, run.arguments, attribute_to_layer_input)
         if not isinstance(self.forward_func, nn.Module):
             # Says that the network behind it cannot be copied to another device.
-            options["forward_func"] = root
+            run = replace(run, forward_func=root)
         options.setdefault("seed", self.seed)
         with _own_errors():
             self.task_gates = learn_gates(
-                root, data, tasks, recipe or self.recipe, sites, **options
+                root, data, tasks, recipe or self.recipe, sites, run=run, **options
             )
         self._keep_found(root, layers, self.task_gates.sites, attribute_to_layer_input)
         self._latest = None
@@ -214,6 +235,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         extra: tuple[Any, ...],
         own: Sequence[int],
         targets: Sequence[int],
+        one_output: bool,
     ) -> TaskGates:
         """Learn the gates of the targets that occur, from exactly these images.
 
@@ -222,14 +244,17 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         # A tensor made in inference mode cannot take part in learning.
         with torch.inference_mode(False):
             tensors, forward = _bind(root, inputs, extra, own)
+            labels = torch.tensor(targets, device="cpu")
+            # Each image is its target's own: of one output, all are.
+            given = Labels(torch.ones_like(labels)[:, None], kind="several")
             return learn_gates(
                 root,
-                (tensors, torch.tensor(targets, device="cpu")),
+                (tensors, given if one_output else labels),
                 sorted(set(targets)),
                 self.recipe,
                 list(sites),
                 seed=self.seed,
-                forward_func=forward,
+                run=replace(self.run, forward_func=forward, additional_forward_args=None),
             )
 
     def _learn_paths(
@@ -240,6 +265,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         extra: tuple[Any, ...],
         own: Sequence[int],
         targets: Sequence[int],
+        one_output: bool,
     ) -> list[TaskGates]:
         """Learn the gates of each image from versions of that image alone."""
         paths = []
@@ -252,7 +278,11 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             with warnings.catch_warnings():
                 # That there are own images only is the point here.
                 warnings.filterwarnings("ignore", message=_ONE_CLASS)
-                paths.append(self._learn_from(root, sites, copies, tuple(args), own, [target] * n))
+                paths.append(
+                    self._learn_from(
+                        root, sites, copies, tuple(args), own, [target] * n, one_output
+                    )
+                )
         return paths
 
     # -- attributing ---------------------------------------------------------------------------
@@ -283,7 +313,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         Args:
             inputs: Images, dim 0 = examples; a tuple for a network of several inputs.
             target: Class index for all images (int or tensor of one element), or one for each
-                image (list of int, or tensor (N,)).
+                image (list of int, or tensor (N,)). None: the only output of a network that has
+                one, (N,) or (N, 1).
             additional_forward_args: Passed to ``forward_func`` after the inputs. Tensors with
                 N on dim 0 belong to the images one by one.
             attribute_to_layer_input: Gate the inputs of the layers in place of their outputs.
@@ -294,7 +325,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             ``layer``, or forward order where no layers were named.
 
         Raises:
-            AssertionError: If the target is None, a tuple, or no class index of the output.
+            AssertionError: If the target is None where there are several outputs, a tuple, or no
+                class index of the output.
             KeyError: If gates were learned before, but not of this target.
             SiteError: If a layer cannot be gated.
             TypeError: If inputs or outputs are no tensors.
@@ -302,7 +334,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         """
         _check_forward_func(self.forward_func, self.layer, self.device_ids)
         images, extra = _check_inputs(inputs), _as_tuple(additional_forward_args)
-        targets = _read_target(target, len(images[0]))
+        n = len(images[0])
+        targets = [0] * n if target is None else _read_target(target, n)
         if isinstance(self.forward_func, nn.DataParallel) and self.forward_func.device_ids:
             # It would have scattered them from wherever they are.
             home = self.forward_func.src_device_obj
@@ -316,7 +349,15 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             sites = self._find(root, layers, images, extra, attribute_to_layer_input)
         with torch.no_grad(), unchanged(root), recorded(root, sites) as activations:
             outputs = root(*images, *extra)
+        if isinstance(outputs, Tensor) and tuple(outputs.shape) == (n,):
+            outputs = outputs[:, None]
+        if target is None and isinstance(outputs, Tensor) and outputs.shape[1:] != (1,):
+            raise AssertionError(
+                "target is None; say which output is explained, as in target=7 (a network with one "
+                "output for each image, (N,) or (N, 1), needs no target)."
+            )
         _check_outputs(outputs, targets)
+        one_output = outputs.shape[1] == 1
         if self.task_gates is not None:
             at_input = attribute_to_layer_input if self.layer is None else None
             _check_learned(self.task_gates, sites, targets, at_input)
@@ -325,10 +366,10 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         if self.task_gates is not None:
             gates = _rows(self.task_gates, sites, targets)
         elif self.scope == "task":
-            self._latest = self._learn_from(root, sites, images, extra, own, targets)
+            self._latest = self._learn_from(root, sites, images, extra, own, targets, one_output)
             gates = _rows(self._latest, sites, targets)
         else:
-            self._latest = self._learn_paths(root, sites, images, extra, own, targets)
+            self._latest = self._learn_paths(root, sites, images, extra, own, targets, one_output)
             gates = {s.name: torch.cat([path[s.name] for path in self._latest]) for s in sites}
 
         attributions = []
@@ -511,6 +552,14 @@ def _own_errors() -> Iterator[None]:
         raise error.__cause__ from error
 
 
+def _checked(run: RunOptions) -> RunOptions:
+    if run.forward_func is not None:
+        raise TypeError(
+            "forward_func is the first argument of NADAttribution; leave it out of run=."
+        )
+    return run
+
+
 def _check_forward_func(forward_func: object, layer: object, device_ids: object) -> None:
     if isinstance(forward_func, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise TypeError(
@@ -591,11 +640,6 @@ def _check_inputs(inputs: object) -> tuple[Tensor, ...]:
 
 def _read_target(target: object, n: int) -> list[int]:
     """One class index for each of n images."""
-    if target is None:
-        raise AssertionError(
-            "target is None; say which output is explained, as in target=7. A network with one "
-            "output for each image must return it as (N, 1); then target=0."
-        )
     if isinstance(target, tuple) or (
         isinstance(target, list) and any(isinstance(item, tuple) for item in target)
     ):
@@ -757,13 +801,13 @@ def _first_images(data: Data) -> tuple[tuple[Tensor, ...], Data]:
             numbers = numbers_of(data)
         few = Subset(dataset, (range(len(dataset)) if numbers is None else numbers)[:2])
         if isinstance(data, DataLoader):
-            source = as_source(DataLoader(few, **loading(data)))
+            source = as_source(DataLoader(few, **loading(data)), any_labels=True)
         else:
-            source = as_source(few)
+            source = as_source(few, any_labels=True)
     else:
-        source = as_source(data)
+        source = as_source(data, any_labels=True)
         if isinstance(source, TensorSource):
             # What could be read only once has been read now.
-            data = source.inputs, source.labels
+            data = source
     draws = [(number, 0) for number in range(min(2, len(source.labels)))]
     return next(iter(source.batches([draws]))), data

@@ -29,7 +29,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu`` where there is no CUDA device."""
+    """Skip ``gpu`` tests where there is no CUDA device; tests of benchmarks are slow."""
+    for item in items:
+        if item.nodeid.startswith("tests/benchmarks/"):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -84,7 +84,7 @@ def _child(path: str, slow: float = 0.0, die_at_write: int = 0) -> None:
 
     if die_at_write:
         _die_at_write(die_at_write)
-    learn_to_store(path, network(), data(), resume=True, on_progress=pause, **SETTINGS)
+    learn_to_store(network(), data(), path, resume=True, on_progress=pause, **SETTINGS)
 
 
 def serve() -> None:

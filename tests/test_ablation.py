@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from nad_attr import RunOptions
 from nad_attr.data.counters import hashed, mixed, standard_normal, unsigned, words
 from nad_attr.evaluation.ablation import (
     ABLATIONS,
@@ -125,9 +126,11 @@ def test_fitted_numbers(name: str, training: tuple[Tensor, Tensor]) -> None:
         s.name: activations[s.name].movedim(s.channel_dim, -1).reshape(14, -1, s.n_channels)
         for s in sites
     }
-    mean = fit_ablation(model, sites, training, "mean", batch_size=4)
-    noise = fit_ablation(model, sites, training, "noise", batch_size=5)
-    other = fit_ablation(model, sites, training, "other_mean", tasks=TASKS, batch_size=3)
+    mean = fit_ablation(model, sites, training, kind="mean", run=RunOptions(batch_size=4))
+    noise = fit_ablation(model, sites, training, kind="noise", run=RunOptions(batch_size=5))
+    other = fit_ablation(
+        model, sites, training, kind="other_mean", tasks=TASKS, run=RunOptions(batch_size=3)
+    )
     assert isinstance(mean, MeanAblation)
     assert isinstance(noise, NoiseAblation)
     assert isinstance(other, OtherMeanAblation)
@@ -147,15 +150,22 @@ def test_fitted_numbers(name: str, training: tuple[Tensor, Tensor]) -> None:
 def test_donors_are_of_all_classes(identity: nn.Module) -> None:
     labels = torch.tensor([0] * 50 + [1] * 4 + [2] * 3)
     images = torch.arange(57.0)[:, None].expand(57, 3).contiguous()
-    pool = fit_ablation(identity, [INPUT], (images, labels), "resample", n_donors=12, batch_size=5)
+    pool = fit_ablation(
+        identity,
+        [INPUT],
+        (images, labels),
+        kind="resample",
+        n_donors=12,
+        run=RunOptions(batch_size=5),
+    )
     assert isinstance(pool, ResampleAblation)
     assert pool.labels.bincount().tolist() == [5, 4, 3]
     assert torch.equal(labels[pool.inputs[0][:, 0].long()], pool.labels)
-    again = fit_ablation(identity, [INPUT], (images, labels), "resample", n_donors=12)
+    again = fit_ablation(identity, [INPUT], (images, labels), kind="resample", n_donors=12)
     assert torch.equal(again.inputs[0], pool.inputs[0])
-    other = fit_ablation(identity, [INPUT], (images, labels), "resample", n_donors=12, seed=1)
+    other = fit_ablation(identity, [INPUT], (images, labels), kind="resample", n_donors=12, seed=1)
     assert not torch.equal(other.inputs[0], pool.inputs[0])
-    every = fit_ablation(identity, [INPUT], (images, labels), "resample")
+    every = fit_ablation(identity, [INPUT], (images, labels), kind="resample")
     assert len(every.labels) == 57
 
 
@@ -169,9 +179,9 @@ def test_donors_are_of_all_classes(identity: nn.Module) -> None:
 def test_vectors(name: str, kind: str, training, data) -> None:
     """As sub-architectures that bring these means themselves; their own means are overruled."""
     model, sites = helpers.build(MAKE[name]), SITES[name]
-    ablation = fit_ablation(model, sites, training, kind)
+    ablation = fit_ablation(model, sites, training, kind=kind)
     archs = architectures(sites, means=True)
-    found = sweep(model, archs, data, ablation=ablation, batch_size=5)
+    found = sweep(model, archs, data, ablation=ablation, run=RunOptions(batch_size=5))
     for row, arch in enumerate(archs):
         means = None
         if isinstance(ablation, MeanAblation):
@@ -188,9 +198,9 @@ def test_vectors(name: str, kind: str, training, data) -> None:
 def test_resample(name: str, training, data) -> None:
     """One image and one task at a time, with the donor run alone."""
     model, sites = helpers.build(MAKE[name]), SITES[name]
-    pool = fit_ablation(model, sites, training, "resample", seed=4)
+    pool = fit_ablation(model, sites, training, kind="resample", seed=4)
     archs = architectures(sites)
-    found = sweep(model, archs, data, ablation=pool, batch_size=6)
+    found = sweep(model, archs, data, ablation=pool, run=RunOptions(batch_size=6))
     filler = pool.filler(sites, TASKS, torch.device("cpu"))
     seen = set()
     for row, arch in enumerate(archs):
@@ -226,7 +236,13 @@ def test_noise(identity: nn.Module) -> None:
     images = torch.randn(n, 3, generator=torch.Generator().manual_seed(0))
     noise = NoiseAblation([INPUT], means, deviations, seed=1)
     archs = [SubArchitecture.from_kept({"0": [0]}, [INPUT], task=k) for k in range(3)]
-    found = sweep(identity, archs, (images, torch.arange(n) % 3), ablation=noise, batch_size=1000)
+    found = sweep(
+        identity,
+        archs,
+        (images, torch.arange(n) % 3),
+        ablation=noise,
+        run=RunOptions(batch_size=1000),
+    )
     values = found.gated
     assert torch.equal(values[:, :, 0], images[:, 0].expand(3, -1))
     for channel, mean in ((1, 5.0), (2, -1.0)):
@@ -243,7 +259,7 @@ def test_noise(identity: nn.Module) -> None:
 
 def test_noise_of_each_position(training) -> None:
     model, sites = helpers.build(helpers.TinyCNN), SITES["cnn"]
-    noise = fit_ablation(model, sites, training, "noise")
+    noise = fit_ablation(model, sites, training, kind="noise")
     arch = SubArchitecture.from_kept({"relu2": range(8)}, sites, task=0)
     seen = {}
     handle = model.conv2.register_forward_pre_hook(lambda m, args: seen.update(x=args[0].clone()))
@@ -260,7 +276,7 @@ def test_noise_of_each_position(training) -> None:
 @pytest.mark.parametrize("kind", ABLATIONS)
 def test_full_sub_architecture_is_the_whole_network(kind: str, training, data) -> None:
     model, sites = helpers.build(helpers.TinyResNet), SITES["resnet"]
-    ablation = fit_ablation(model, sites, training, kind)
+    ablation = fit_ablation(model, sites, training, kind=kind)
     full = SubArchitecture(SubArchitecture.full(sites).masks, sites, task=1)
     found = sweep(model, full, data, ablation=ablation)
     torch.testing.assert_close(found.gated[0], found.whole)
@@ -271,6 +287,7 @@ def test_full_sub_architecture_is_the_whole_network(kind: str, training, data) -
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ABLATIONS)
 @pytest.mark.parametrize("name", ["cnn", "vit"])
 def test_batches_play_no_part(name: str, kind: str, training, data) -> None:
@@ -278,9 +295,11 @@ def test_batches_play_no_part(name: str, kind: str, training, data) -> None:
     archs = architectures(sites)
     expected = None
     for fit_size, batch_size in ((64, 64), (1, 1), (3, 2), (5, 7)):
-        ablation = fit_ablation(model, sites, training, kind, seed=2, batch_size=fit_size)
+        ablation = fit_ablation(
+            model, sites, training, kind=kind, seed=2, run=RunOptions(batch_size=fit_size)
+        )
         assert ablation.kind == kind
-        found = sweep(model, archs, data, ablation=ablation, batch_size=batch_size)
+        found = sweep(model, archs, data, ablation=ablation, run=RunOptions(batch_size=batch_size))
         expected = found if expected is None else expected
         torch.testing.assert_close(found.gated, expected.gated, rtol=1e-6, atol=1e-7)
         assert torch.equal(found.gated_class, expected.gated_class)
@@ -298,7 +317,7 @@ def test_the_seed_counts(kind: str, training, data) -> None:
             model,
             architectures(sites),
             data,
-            ablation=fit_ablation(model, sites, training, kind, seed=seed),
+            ablation=fit_ablation(model, sites, training, kind=kind, seed=seed),
         ).gated
         for seed in (0, 1)
     )
@@ -309,7 +328,7 @@ def test_the_seed_counts(kind: str, training, data) -> None:
 def test_model_untouched(kind: str, training, data) -> None:
     model, sites = helpers.build(helpers.TinyResNet), SITES["resnet"]
     with helpers.assert_model_untouched(model, *training, *data):
-        ablation = fit_ablation(model, sites, training, kind)
+        ablation = fit_ablation(model, sites, training, kind=kind)
         found = evaluate(model, architectures(sites), data, ablation=ablation, n_random=1)
         site_fidelity(model, architectures(sites), data, ablation=ablation)
     assert np.isfinite(found.own_auc).all()
@@ -317,12 +336,14 @@ def test_model_untouched(kind: str, training, data) -> None:
 
 def test_batch_size_holds_donors_too(training, data) -> None:
     model, sites = helpers.build(helpers.TinyCNN), SITES["cnn"]
-    pool = fit_ablation(model, sites, training, "resample")
+    pool = fit_ablation(model, sites, training, kind="resample")
     sizes = []
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     for batch_size in (2, 5, 8):
         sizes.clear()
-        sweep(model, architectures(sites), data, ablation=pool, batch_size=batch_size)
+        sweep(
+            model, architectures(sites), data, ablation=pool, run=RunOptions(batch_size=batch_size)
+        )
         assert max(sizes) <= batch_size
 
 
@@ -341,14 +362,14 @@ def test_several_inputs(training, data) -> None:
     model = Two().eval()
     images, labels = training
     half = torch.full((14,), 0.5, dtype=torch.float64)
-    pool = fit_ablation(model, sites, ((images * 2, half), labels), "resample")
+    pool = fit_ablation(model, sites, ((images * 2, half), labels), kind="resample")
     found = sweep(
         model,
         architectures(sites),
         ((data[0] * 4, half[:7] / 2), data[1]),
         ablation=pool,
     )
-    alone = fit_ablation(model.cnn, SITES["cnn"], training, "resample")
+    alone = fit_ablation(model.cnn, SITES["cnn"], training, kind="resample")
     expected = sweep(model.cnn, architectures(SITES["cnn"]), data, ablation=alone)
     torch.testing.assert_close(found.gated, expected.gated)
 
@@ -375,14 +396,14 @@ def test_bad_kinds(training, data) -> None:
         lambda value: evaluate(model, archs, data, ablation=value),
         lambda value: site_fidelity(model, archs, data, ablation=value),
     ):
-        with pytest.raises(ValueError, match=r"fit_ablation\(model, sites, data, 'mean'\)"):
+        with pytest.raises(ValueError, match=r"fit_ablation\(model, sites, data, kind='mean'\)"):
             run("mean")
         with pytest.raises(ValueError, match="no ablation 'median'; there are zero, mean"):
             run("median")
         with pytest.raises(TypeError, match="as fit_ablation makes it"):
             run({})
     with pytest.raises(ValueError, match="no ablation 'median'"):
-        fit_ablation(model, sites, training, "median")
+        fit_ablation(model, sites, training, kind="median")
     with pytest.raises(TypeError):
         Ablation()
 
@@ -392,18 +413,18 @@ def test_bad_fits(kind: str, training) -> None:
     model, sites = helpers.build(helpers.TinyCNN), SITES["cnn"]
     with helpers.assert_model_untouched(model):
         with pytest.raises(SiteError, match="relu9"):
-            fit_ablation(model, [GateSite("relu9", 6, 1)], training, kind)
+            fit_ablation(model, [GateSite("relu9", 6, 1)], training, kind=kind)
         with pytest.raises(ValueError, match="batch_size"):
-            fit_ablation(model, sites, training, kind, batch_size=0)
+            fit_ablation(model, sites, training, kind=kind, run=RunOptions(batch_size=0))
         for n_donors in (1, 2.5, True):
             with pytest.raises(ValueError, match="n_donors"):
-                fit_ablation(model, sites, training, kind, n_donors=n_donors)
+                fit_ablation(model, sites, training, kind=kind, n_donors=n_donors)
         if kind != "zero":
             with pytest.raises(ValueError, match="NaN"):
-                fit_ablation(model, sites, (training[0] * torch.nan, training[1]), kind)
+                fit_ablation(model, sites, (training[0] * torch.nan, training[1]), kind=kind)
     model.train()
     with pytest.raises(ValueError, match="train mode"):
-        fit_ablation(model, sites, training, kind)
+        fit_ablation(model, sites, training, kind=kind)
 
 
 @pytest.mark.parametrize("kind", ["other_mean", "resample"])
@@ -412,8 +433,8 @@ def test_other_classes_are_needed(kind: str, training, data) -> None:
     alone = training[1] == 0
     own = training[0][alone], training[1][alone]
     with pytest.raises(ValueError, match="no image of another class than those of task 0"):
-        fit_ablation(model, sites, own, kind, tasks=[1, 0])
-    ablation = fit_ablation(model, sites, own, kind, tasks=[1])
+        fit_ablation(model, sites, own, kind=kind, tasks=[1, 0])
+    ablation = fit_ablation(model, sites, own, kind=kind, tasks=[1])
     with (
         helpers.assert_model_untouched(model),
         pytest.raises(ValueError, match="no image of another class than those of task 0"),
@@ -424,17 +445,17 @@ def test_other_classes_are_needed(kind: str, training, data) -> None:
 @pytest.mark.parametrize("kind", ["mean", "other_mean", "noise"])
 def test_other_sites(kind: str, training, data) -> None:
     model, sites = helpers.build(helpers.TinyCNN), SITES["cnn"]
-    ablation = fit_ablation(model, sites[:1], training, kind)
+    ablation = fit_ablation(model, sites[:1], training, kind=kind)
     with pytest.raises(ValueError, match=f"the {kind} ablation was not fitted for .*relu2"):
         sweep(model, architectures(sites), data, ablation=ablation)
     # Some of the sites that it was fitted for are enough.
-    both = fit_ablation(model, sites, training, kind)
+    both = fit_ablation(model, sites, training, kind=kind)
     sweep(model, architectures(sites[:1]), data, ablation=both)
 
 
 def test_donors_of_another_shape(training, data) -> None:
     model, sites = helpers.build(helpers.TinyCNN), SITES["cnn"]
-    pool = fit_ablation(model, sites, (training[0][:, :, :6], training[1]), "resample")
+    pool = fit_ablation(model, sites, (training[0][:, :, :6], training[1]), kind="resample")
     with (
         helpers.assert_model_untouched(model),
         pytest.raises(ValueError, match=r"donor images have shape \(3, 6, 8\)"),

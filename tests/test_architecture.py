@@ -101,6 +101,7 @@ def test_from_kept() -> None:
     assert SubArchitecture.from_kept({"a": [], "b": range(6)}, SITES) == arch_of("0000", "111111")
 
 
+@pytest.mark.slow
 @given(arch=archs)
 def test_kept_channels_make_the_same_sub_architecture(arch: SubArchitecture) -> None:
     again = SubArchitecture.from_kept(arch.kept, SITES)
@@ -326,6 +327,7 @@ def test_top_k_of_ties_keeps_the_first() -> None:
 numbers = st.lists(st.integers(-3, 3) | st.floats(allow_nan=False), min_size=10, max_size=10)
 
 
+@pytest.mark.slow
 @given(rows=st.lists(numbers, min_size=1, max_size=3), k=st.integers(0, 10))
 def test_top_k_is_exact_and_stable(rows: list[list[float]], k: int) -> None:
     flat = torch.tensor(rows, dtype=torch.float64)

@@ -24,6 +24,7 @@ from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.api import learn_gates
+from nad_attr.running import RunOptions
 from nad_attr.sites.site import GateSite, SiteError
 from tests.helpers import TinyCNN, assert_model_untouched, build, images, labelled_images, snapshot
 
@@ -134,6 +135,7 @@ def test_learn_makes_it_a_lookup(tiny_cnn: nn.Module, monkeypatch: pytest.Monkey
         nad.gates(2)
 
 
+@pytest.mark.slow
 def test_learn_takes_options_and_superclasses(tiny_cnn: nn.Module) -> None:
     data = labelled_images()
     nad = NADAttribution(tiny_cnn, recipe=RECIPE, seed=3).learn(
@@ -145,8 +147,8 @@ def test_learn_takes_options_and_superclasses(tiny_cnn: nn.Module) -> None:
     assert seeded.task_gates == learn_gates(tiny_cnn, data, recipe=RECIPE, seed=3)
     with pytest.raises(TypeError, match="no_such_option"):
         nad.learn(data, no_such_option=1)
-    with pytest.raises(TypeError, match="given to the constructor"):
-        nad.learn(data, forward_func=tiny_cnn)
+    with pytest.raises(TypeError, match="first argument of NADAttribution"):
+        nad.learn(data, run=RunOptions(forward_func=tiny_cnn))
 
 
 @pytest.mark.usefixtures("no_learning")
@@ -312,6 +314,7 @@ def test_keeps_the_activation_dtype(dtype: torch.dtype) -> None:
         assert nad.attribute(x, target=0)[0].dtype == dtype
 
 
+@pytest.mark.slow
 def test_every_tiny_network(tiny_model: nn.Module) -> None:
     x, y = labelled_images()
     nad = NADAttribution(tiny_model, recipe=RECIPE)
@@ -327,6 +330,7 @@ def test_every_tiny_network(tiny_model: nn.Module) -> None:
             torch.testing.assert_close(attribution, activation * gate[:, :, None, None])
 
 
+@pytest.mark.slow
 def test_channel_axis_may_be_spelt_out(tiny_vit: nn.Module) -> None:
     x, y = labelled_images()
     nad = NADAttribution(tiny_vit, "blocks.0", recipe=RECIPE, channel_dim=1)
@@ -356,7 +360,7 @@ def test_forms_of_a_target(learned: tuple[nn.Module, TaskGates], target: Any) ->
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (None, r"target is None; say which output .* \(N, 1\); then target=0"),
+        (None, r"target is None; say which output .* \(N, 1\), needs no target"),
         ((1, 0), r"target=\(1, 0\) picks from .* forward_func return \(N, classes\)"),
         ((9999,) * 20, "forward_func return"),
         ([(1, 0), (0, 0), (1, 1)], "forward_func return"),
@@ -467,8 +471,8 @@ def test_refuses_bad_outputs(tiny_cnn: nn.Module) -> None:
     layer = tiny_cnn.relu2
     with pytest.raises(TypeError, match=r"returned a dict.*\.logits"):
         NADAttribution(lambda x: {"logits": tiny_cnn(x)}, layer).attribute(x, y)
-    with pytest.raises(AssertionError, match=r"shape \(12,\) for 12 images"):
-        NADAttribution(lambda x: tiny_cnn(x)[:, 0], layer).attribute(x, 0)
+    with pytest.raises(AssertionError, match=r"target 1 is none of the network's 1 outputs"):
+        NADAttribution(lambda x: tiny_cnn(x)[:, 0], layer).attribute(x, 1)
     with pytest.raises(AssertionError, match=r"shape \(12, 3, 1\)"):
         NADAttribution(lambda x: tiny_cnn(x)[:, :, None], layer).attribute(x, y)
 
@@ -515,6 +519,7 @@ def test_one_target_warns(tiny_cnn: nn.Module) -> None:
 # -- the forward function and its arguments ------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [False, True])
 def test_functions_with_layers(tiny_resnet: nn.Module, bound: bool) -> None:
     x, y = labelled_images()
@@ -550,6 +555,7 @@ def test_function_whose_target_is_not_a_logit(tiny_cnn: nn.Module) -> None:
         nad.attribute(x, target=2)
 
 
+@pytest.mark.slow
 def test_wrapped_networks_are_looked_through(tiny_cnn: nn.Module) -> None:
     x, y = labelled_images()
     expected = NADAttribution(tiny_cnn, recipe=RECIPE).attribute(x, y)
@@ -577,6 +583,7 @@ def test_several_inputs() -> None:
         torch.testing.assert_close(one, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_function", [False, True])
 def test_additional_forward_args(as_function: bool) -> None:
     model = build(TwoInputs)
@@ -673,6 +680,7 @@ def test_on_the_gpu(tiny_cnn: nn.Module) -> None:
 # -- a path for each image ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_paths_of_single_images(tiny_cnn: nn.Module) -> None:
     x, y = labelled_images(4)
     nad = NADAttribution(tiny_cnn, recipe=RECIPE, scope="example", n_copies=10)
@@ -820,6 +828,7 @@ def test_noise_tunnel(learned: tuple[nn.Module, TaskGates], batch_size: int | No
     torch.testing.assert_close(squared, bare.attribute(x, y) ** 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["task", "example"])
 def test_noise_tunnel_learns_too(tiny_cnn: nn.Module, scope: Any) -> None:
     x, y = labelled_images(4)
@@ -960,6 +969,7 @@ def test_captums_configurations_are_there() -> None:
     assert {"conv_layer_single_target", "basic_layer_multi_input"} <= set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", list(_configs()))
 @pytest.mark.parametrize("mode", ["normal", "incorrect_target", "invalid_module"])
 def test_captum_hook_removal(config: dict[str, Any], mode: str) -> None:

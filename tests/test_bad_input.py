@@ -28,6 +28,7 @@ from nad_attr import (
     GatingError,
     History,
     Recipe,
+    RunOptions,
     SiteError,
     SubArchitecture,
     TaskGates,
@@ -1083,7 +1084,11 @@ cases(
         "data is one tensor": (lambda c: learn(c, c.x), TypeError, "data must be.*Tensor"),
         "data of three": (lambda c: learn(c, (c.x, c.labels, c.x)), TypeError, "data must be"),
         "data of nothing": (lambda c: learn(c, ()), TypeError, "data must be"),
-        "arrays": (lambda c: learn(c, (c.x.numpy(), c.labels)), TypeError, "tensor"),
+        "arrays of text": (
+            lambda c: learn(c, (np.array([["a"]] * 6, dtype=object), c.labels)),
+            TypeError,
+            "tensor",
+        ),
         "no images": (lambda c: learn(c, (c.x[:0], c.labels[:0])), ValueError, "empty"),
         "fewer labels": (lambda c: learn(c, (c.x, c.labels[:5])), ValueError, "6 inputs.*5 labels"),
         "labels of probabilities": (
@@ -1094,7 +1099,7 @@ cases(
         "labels one-hot": (
             lambda c: learn(c, (c.x, torch.eye(6, dtype=torch.long))),
             ValueError,
-            r"shape \(N,\)",
+            "label 5.*3 outputs",
         ),
         "labels are flags": (lambda c: learn(c, (c.x, c.labels > 0)), ValueError, "True and False"),
         "labels are complex": (
@@ -1157,9 +1162,9 @@ cases(
         "empty dataset": (lambda c: learn(c, Yields((IMAGE, 0), 0)), ValueError, "empty"),
         "dataset of images": (lambda c: learn(c, Yields(IMAGE)), TypeError, "pairs"),
         "dataset of tables": (
-            lambda c: learn(c, Yields({"image": IMAGE, "label": 0})),
+            lambda c: learn(c, Yields({"image": IMAGE, "kind": 0})),
             TypeError,
-            "pairs; got dict",
+            "fields image, kind.*none.*pairs",
         ),
         "dataset of triples": (lambda c: learn(c, Yields((IMAGE, 0, 0))), TypeError, "of 3"),
         "dataset with text labels": (
@@ -1195,7 +1200,7 @@ cases(
         "stream of images": (
             lambda c: learn(c, DataLoader(Stream([IMAGE] * 4))),
             TypeError,
-            "inputs, labels",
+            "pairs",
         ),
         "stream of nothing": (lambda c: learn(c, DataLoader(Stream([]))), ValueError, "empty"),
         "stream of different sizes": (
@@ -1263,39 +1268,43 @@ cases(
             SiteError,
             "whole model",
         ),
-        "forward_func is a number": (lambda c: learn(c, forward_func=3), TypeError, "forward_func"),
+        "forward_func is a number": (
+            lambda c: learn(c, run=RunOptions(forward_func=3)),
+            TypeError,
+            "forward_func",
+        ),
         "forward_func returns a tuple": (
-            lambda c: learn(c, forward_func=lambda x: (c.model(x),)),
+            lambda c: learn(c, run=RunOptions(forward_func=lambda x: (c.model(x),))),
             TypeError,
             "returned tuple.*forward_func",
         ),
         "forward_func returns one number": (
-            lambda c: learn(c, forward_func=lambda x: c.model(x)[:, 0]),
+            lambda c: learn(c, run=RunOptions(forward_func=lambda x: c.model(x)[:, 0])),
             ValueError,
-            r"shape \(2,\)",
+            "label 2.*one output",
         ),
         "forward_func returns one image": (
-            lambda c: learn(c, forward_func=lambda x: c.model(x)[:1]),
+            lambda c: learn(c, run=RunOptions(forward_func=lambda x: c.model(x)[:1])),
             ValueError,
             r"shape \(1, 3\) for 2 images",
         ),
         "forward_func runs another network": (
-            lambda c: learn(c, forward_func=helpers.build(TinyCNN)),
+            lambda c: learn(c, run=RunOptions(forward_func=helpers.build(TinyCNN))),
             GatingError,
             "did not fire",
         ),
         "forward_func detaches": (
-            lambda c: learn(c, forward_func=lambda x: c.model(x).detach()),
+            lambda c: learn(c, run=RunOptions(forward_func=lambda x: c.model(x).detach())),
             NetworkCheckError,
             "gradient.*the outputs are detached behind",
         ),
         "forward_func returns nothing": (
-            lambda c: learn(c, forward_func=lambda x: None),
+            lambda c: learn(c, run=RunOptions(forward_func=lambda x: None)),
             TypeError,
             "NoneType",
         ),
         "too many arguments": (
-            lambda c: learn(c, additional_forward_args=(1, 2)),
+            lambda c: learn(c, run=RunOptions(additional_forward_args=(1, 2))),
             ValueError,
             "cannot be run",
         ),
@@ -1393,9 +1402,21 @@ cases(
             "cannot be run",
         ),
         "outputs are NaN": (lambda c: measure(c, model=nan_model()), ValueError, "NaN for image 0"),
-        "no images at once": (lambda c: measure(c, batch_size=0), ValueError, "batch_size"),
-        "half a batch": (lambda c: measure(c, batch_size=2.5), ValueError, "batch_size"),
-        "unknown device": (lambda c: measure(c, device="cup"), ValueError, "device.*cup"),
+        "no images at once": (
+            lambda c: measure(c, run=RunOptions(batch_size=0)),
+            ValueError,
+            "batch_size",
+        ),
+        "half a batch": (
+            lambda c: measure(c, run=RunOptions(batch_size=2.5)),
+            ValueError,
+            "batch_size",
+        ),
+        "unknown device": (
+            lambda c: measure(c, run=RunOptions(device="cup")),
+            ValueError,
+            "device.*cup",
+        ),
         "size of sub-architectures": (
             lambda c: measure(c, [c.arch], size=0.5),
             ValueError,
@@ -1414,22 +1435,22 @@ cases(
             "should have 4 channels",
         ),
         "forward_func returns a tuple": (
-            lambda c: measure(c, forward_func=lambda x: (c.model(x),)),
+            lambda c: measure(c, run=RunOptions(forward_func=lambda x: (c.model(x),))),
             TypeError,
             "returned tuple",
         ),
         "forward_func returns one number": (
-            lambda c: measure(c, forward_func=lambda x: c.model(x)[:, 0]),
+            lambda c: measure(c, run=RunOptions(forward_func=lambda x: c.model(x)[:, 0])),
             ValueError,
-            "shape",
+            "one output",
         ),
         "forward_func runs nothing": (
-            lambda c: measure(c, forward_func=lambda x: torch.ones(len(x), 3)),
+            lambda c: measure(c, run=RunOptions(forward_func=lambda x: torch.ones(len(x), 3))),
             GatingError,
             "did not fire",
         ),
         "forward_func is a number": (
-            lambda c: measure(c, forward_func=3),
+            lambda c: measure(c, run=RunOptions(forward_func=3)),
             TypeError,
             "forward_func",
         ),
@@ -1532,20 +1553,25 @@ cases(
         "task twice": (lambda c: score(c, tasks=[0, 0]), ValueError, "twice"),
         "tasks are text": (lambda c: score(c, tasks="cat"), TypeError, "tasks"),
         "no tasks": (lambda c: score(c, tasks=[]), ValueError, "no task"),
-        "no images at once": (lambda c: score(c, batch_size=0), ValueError, "batch_size"),
         "images are NaN": (lambda c: score(c, RandomScorer, inputs=c.x * NAN), ValueError, "NaN"),
-        "images are an array": (lambda c: score(c, inputs=c.x.numpy()), TypeError, "tensor"),
+        "images are text": (lambda c: score(c, inputs=["a"] * 6), TypeError, "tensor"),
         "images of other channels": (
             lambda c: score(c, TaylorScorer, inputs=c.x[:, :2]),
             ValueError,
             "cannot be run",
         ),
         "forward_func detaches": (
-            lambda c: score(c, TaylorScorer, forward_func=lambda x: c.model(x).detach()),
+            lambda c: score(
+                c, TaylorScorer, run=RunOptions(forward_func=lambda x: c.model(x).detach())
+            ),
             GatingError,
             "no gradient",
         ),
-        "unknown device": (lambda c: score(c, device="cup"), ValueError, "device.*cup"),
+        "unknown device": (
+            lambda c: score(c, run=RunOptions(device="cup")),
+            ValueError,
+            "device.*cup",
+        ),
         "tasks_of: text": (lambda c: tasks_of([0], "ab"), TypeError, "not str"),
         "tasks_of: a number": (lambda c: tasks_of([0], 3), TypeError, "not int"),
         "top_k: NaN": (
@@ -1803,6 +1829,7 @@ def ends_well(c: Context, call: Callable[[], object], must_fail: bool = False) -
     assert failed or not must_fail
 
 
+@pytest.mark.slow
 @some
 @given(name=st.text(max_size=12).filter(lambda text: text not in NAMES))
 def test_random_names_of_layers(c: Context, name: str) -> None:
@@ -1829,6 +1856,7 @@ def test_random_gates(c: Context, shape: list[int], dtype: torch.dtype, seed: in
     ends_well(c, lambda: top_k(row(c, relu1=values), c.sites, [0, 1, 2], 0.5))
 
 
+@pytest.mark.slow
 @some
 @given(shape=st.lists(st.integers(0, 9), max_size=5), dtype=dtypes)
 def test_random_images(c: Context, shape: list[int], dtype: torch.dtype) -> None:
@@ -1856,6 +1884,7 @@ def test_random_labels(c: Context, labels: list[int]) -> None:
         ends_well(c, lambda: score(c, NeuronMCTScorer, targets=labels), must_fail)
 
 
+@pytest.mark.slow
 @some
 @given(
     places=st.lists(st.tuples(*(st.integers(0, n - 1) for n in (6, 3, 8, 8))), min_size=1),
@@ -1878,6 +1907,7 @@ def test_values_that_are_not_finite_anywhere(
         assert f"[{named}]" in str(error.value)
 
 
+@pytest.mark.slow
 @some
 @given(value=anything)
 def test_random_arguments(c: Context, value: Any) -> None:
@@ -1918,7 +1948,7 @@ def test_random_arguments(c: Context, value: Any) -> None:
         lambda: learn(c, device=value),
         lambda: learn(c, amp=value),
         lambda: learn(c, (c.x, value)),
-        lambda: learn(c, forward_func=value),
+        lambda: learn(c, run=RunOptions(forward_func=value)),
         lambda: learn(c, initial_logits=value),
         lambda: evaluate(c.model, value, c.data),
         lambda: evaluate(c.model, c.gates, value),

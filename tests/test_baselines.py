@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nad_attr import RunOptions
 from nad_attr.gating.hooks import gated, recorded
 from nad_attr.scoring.baselines import (
     EnergyScorer,
@@ -206,7 +207,9 @@ def test_a_new_scorer_is_a_few_lines() -> None:
     make, sites = NETWORKS["tokens"]
     model = helpers.build(make)
     images, labels = helpers.labelled_images(6)
-    found = MeanScorer(model, sites)(images, labels, batch_size=2, dtype=torch.float64)
+    found = MeanScorer(model, sites)(
+        images, labels, run=RunOptions(batch_size=2), dtype=torch.float64
+    )
     with torch.no_grad(), recorded(model, sites) as activations:
         model(images)
     expected = torch.stack([activations["blocks.1"][labels == k].mean((0, 1)) for k in range(3)])

@@ -11,7 +11,7 @@ from captum import attr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nad_attr import GateSite, GatingError, TaskGates, gated, recorded
+from nad_attr import GateSite, GatingError, RunOptions, TaskGates, gated, recorded
 from nad_attr.evaluation import (
     SCORERS,
     CaptumLayerScorer,
@@ -120,7 +120,9 @@ def test_centred_effect_takes_the_means_of_all_images() -> None:
     means = channel_means(model, sites, [(images,)])
     given = CentredEffectScorer(model, sites, means=means)(images, labels, tasks=[1], **F64)
     # Given means are kept in float32.
-    found = CentredEffectScorer(model, sites)(images, labels, tasks=[1], batch_size=2, **F64)
+    found = CentredEffectScorer(model, sites)(
+        images, labels, tasks=[1], run=RunOptions(batch_size=2), **F64
+    )
     assert_same(found, given, tolerance=1e-6)
 
 
@@ -203,7 +205,7 @@ def test_captum_called_by_hand(scorer: type[CaptumLayerScorer]) -> None:
     images, labels = helpers.labelled_images(6)
     # Before an in-place ReLU, after one, and at a block.
     sites = [GateSite("bn1", 4, 1), GateSite("relu", 4, 1), GateSite("layer1.1", 4, 1)]
-    found = scorer(model, sites, **options)(images, labels, batch_size=5, **F64)
+    found = scorer(model, sites, **options)(images, labels, run=RunOptions(batch_size=5), **F64)
     for site in sites:
         layer = plain.get_submodule(site.name)
         reference = method(plain, layer).attribute(images, target=labels, **options)
@@ -216,7 +218,7 @@ def test_conductance_of_all_positions_adds_up() -> None:
     model = helpers.build(helpers.TinyCNN)
     images, labels = helpers.labelled_images(6)
     scorer = LayerConductanceScorer(model, [GateSite("relu1", 6, 1)], n_steps=400, signed=True)
-    found = scorer(images, labels, batch_size=401 * 6, **F64)["relu1"].sum(1)
+    found = scorer(images, labels, run=RunOptions(batch_size=401 * 6), **F64)["relu1"].sum(1)
     with torch.no_grad():
         change = model(images) - model(torch.zeros_like(images))
     expected = torch.stack([change[labels == k, k].mean() for k in range(3)])
@@ -286,7 +288,7 @@ def test_no_pass_holds_more_images_than_asked() -> None:
         LayerIntegratedGradientsScorer(model, sites, n_steps=3),
         LayerDeepLiftScorer(model, sites),
     ):
-        scorer(*helpers.labelled_images(6), batch_size=8, forward_func=forward)
+        scorer(*helpers.labelled_images(6), run=RunOptions(batch_size=8, forward_func=forward))
     assert max(sizes) <= 8
     assert sum(sizes) / len(sizes) > 4
 
@@ -682,6 +684,7 @@ def test_bad_given_scores(gates: TaskGates) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_best_variant_is_the_best_of_all() -> None:
     make, sites = NETWORKS["cnn"]
     model = helpers.build(make)

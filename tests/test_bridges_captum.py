@@ -221,6 +221,7 @@ def test_no_method_of_captum_is_forgotten() -> None:
     assert classes - NOT_FOR_IMAGES <= {*INPUT, *INNER}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("name", [*INPUT, *INNER])
 def test_equal_to_the_folded_network(name: str, soft: bool) -> None:

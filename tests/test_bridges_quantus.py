@@ -66,6 +66,7 @@ def test_each_image_through_its_own_class(batch: Any, kind: str, soft: bool) -> 
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ATTRIBUTIONS)
 def test_an_image_does_not_depend_on_the_batch(batch: Any, kind: str) -> None:
     if kind == "lrp":
@@ -184,6 +185,7 @@ def quantus() -> Any:
         return pytest.importorskip("quantus", reason="the extra quantus is not installed")
 
 
+@pytest.mark.slow
 def test_metrics_of_every_category_run_unmodified(quantus: Any, batch: Any) -> None:
     model, (x, y) = single(), batch
     masks = np.zeros((4, 1, 8, 8), bool)
@@ -212,37 +214,3 @@ def test_metrics_of_every_category_run_unmodified(quantus: Any, batch: Any) -> N
                 device="cpu",
             )
             assert len(scores) > 0, name
-
-
-def test_the_table(quantus: Any, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("zennit")
-    from benchmarks.quantus_table import as_markdown, quantus_table
-
-    model, (x, y) = single(), batch
-    masks = np.zeros((4, 8, 8), bool)
-    masks[:, 2:6, 2:6] = True
-    with helpers.assert_model_untouched(model):
-        table = quantus_table(model, torch.tensor(x), torch.tensor(y), task_gates(), masks, draws=2)
-        again = quantus_table(model, torch.tensor(x), torch.tensor(y), task_gates(), masks, draws=2)
-    assert table.equals(again)
-    assert list(table.index) == [
-        f"{kind}, {where}"
-        for kind in ("gradient", "LRP", "integrated gradients")
-        for where in ("whole network", "sub-architecture")
-    ]
-    assert {category for category, _ in table.columns} == {
-        "faithfulness",
-        "robustness",
-        "localisation",
-        "randomisation",
-        "complexity",
-    }
-    assert table.notna().all().all()
-    assert as_markdown(table).count("\n") >= 7
-    inside = SubArchitectureExplainer(task_gates())(model, x, y)
-    mass = np.abs(inside)
-    expected = (mass * masks[:, None]).sum((1, 2, 3)) / mass.sum((1, 2, 3))
-    found = table.loc["gradient, sub-architecture", ("localisation", "relevance mass")]
-    np.testing.assert_allclose(found, expected.mean(), rtol=1e-4)
-    without = quantus_table(model, x, y, task_gates(), draws=2, attributions=["gradient"])
-    assert "localisation" not in {category for category, _ in without.columns}

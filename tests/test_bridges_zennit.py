@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -533,13 +531,6 @@ def test_bad_input_is_named() -> None:
     attributor = SubArchitectureAttributor(model, arch)
     with attributor, pytest.raises(RuntimeError, match="in use"):
         attributor.__enter__()
-
-
-def test_without_zennit_the_message_names_the_extra() -> None:
-    code = "import sys; sys.modules['zennit'] = None; import nad_attr.bridges.zennit"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode == 1
-    assert "pip install 'nad-attr[zennit]'" in run.stderr
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from nad_attr import (
     GateStore,
     GateStoreError,
     Recipe,
+    RunOptions,
     SubArchitecture,
     TaskGates,
     fit_constants,
@@ -52,7 +53,7 @@ def small() -> tuple[nn.Module, list[GateSite]]:
 def test_gradients_for_gates_and_constants_are_those_of_autograd() -> None:
     net, sites = small()
     images, gates, constants = drawn(5, 2, 6, 6), torch.rand(5, 7).double(), drawn(5, 7, seed=1)
-    network = Network(net, sites, batch_size=2)
+    network = Network(net, sites, run=RunOptions(batch_size=2))
     classes = torch.tensor([[0], [1], [0], [1], [0]])
     with frozen(net):
         found = network.output_and_gradients(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nad_attr import GateSite, SubArchitecture, TaskGates, find_gate_sites
+from nad_attr import GateSite, RunOptions, SubArchitecture, TaskGates, find_gate_sites
 from nad_attr.evaluation import mosaics
 from nad_attr.pictures import class_mosaics, contrast_maps
 from tests import helpers
@@ -58,7 +58,7 @@ def test_maps_against_sums_written_out(tiny_cnn: nn.Module, batch_size: int) -> 
                 [a, b],
                 images,
                 measure=measure,  # type: ignore[arg-type]
-                batch_size=batch_size,
+                run=RunOptions(batch_size=batch_size),
             )
         first = by_hand(tiny_cnn, a, a - b, images, 0)[index]
         second = by_hand(tiny_cnn, b, b - a, images, 1)[index]
@@ -104,6 +104,7 @@ def test_equal_architectures_have_no_contrast_and_order_swaps_it(tiny_cnn: nn.Mo
     assert "relu1" in one.summary()
 
 
+@pytest.mark.slow
 def test_gates_names_and_tokens(tiny_vit: nn.Module) -> None:
     sites = find_gate_sites(tiny_vit, helpers.images(1))
     generator = torch.Generator().manual_seed(0)
@@ -133,7 +134,7 @@ def test_nothing_is_left_after_an_exception(tiny_cnn: nn.Module) -> None:
         helpers.assert_model_untouched(tiny_cnn, images),
         pytest.raises(Exception, match="stop"),
     ):
-        contrast_maps(tiny_cnn, [a, b], images, forward_func=fails)
+        contrast_maps(tiny_cnn, [a, b], images, run=RunOptions(forward_func=fails))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_mosaics_leave_nothing_after_an_exception(
         helpers.assert_model_untouched(net, *data),
         pytest.raises(Exception, match="stop"),
     ):
-        class_mosaics(net, archs, data, n=2, forward_func=fails)
+        class_mosaics(net, archs, data, n=2, run=RunOptions(forward_func=fails))
     assert len(calls) == 3
 
 

@@ -390,6 +390,7 @@ def test_all_settings_of_a_loader_are_used(monkeypatch: pytest.MonkeyPatch) -> N
     assert settings.items() - {("multiprocessing_context", "fork")} <= options.items()
 
 
+@pytest.mark.slow
 def test_persistent_workers_stay() -> None:
     loader = DataLoader(
         Processes(), num_workers=1, persistent_workers=True, multiprocessing_context="fork"

@@ -43,6 +43,7 @@ def _without_device(source: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_every_factory_names_a_device() -> None:
     found = {
         str(path.relative_to(PACKAGE)): calls
@@ -83,7 +84,8 @@ USES: dict[str, Callable[[], Any]] = {
     ),
     "heat_maps": lambda: heat_maps(MODEL, GATES, DATA[0][:2], DATA[1][:2]),
     "dissect": lambda: dissect(
-        MODEL, GATES.sites, (DATA[0], (DATA[0][:, 0] > 0).long()), 0.1, ["a", "b"], exact=True
+        MODEL, GATES.sites, (DATA[0], (DATA[0][:, 0] > 0).long()),
+        quantile=0.1, concepts=["a", "b"], exact=True,
     ).iou["relu1"].tolist(),
     "save and load": lambda: TaskGates.load(_saved())["relu1"],
 }  # fmt: skip

@@ -168,8 +168,8 @@ def test_several_networks(several: DepthProfile) -> None:
     alone = along_depth(random_gates(), name="plain")["plain"]
     assert frame["kappa"][:3].tolist() == pytest.approx(alone.mean("kappa").tolist())
     listed = json.loads(json.dumps(several.to_dict(), allow_nan=False))
-    assert listed["residual"]["size"]["mean"] == pytest.approx([8 / 12, 0.5, 1 / 12])
-    assert "fidelity" not in listed["plain"]
+    assert listed["measured"]["residual"]["size"]["mean"] == pytest.approx([8 / 12, 0.5, 1 / 12])
+    assert "fidelity" not in listed["measured"]["plain"]
     text = several.summary()
     assert "plain: 7 tasks" in text
     assert "with depth" in text

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nad_attr import GateSite, TaskGates, find_gate_sites
+from nad_attr import GateSite, RunOptions, TaskGates, find_gate_sites
 from nad_attr.concepts import Concept, UnitConcepts, dissect, draw_unit, unit_masks
 from nad_attr.concepts.datasets.label_maps import label_maps
 from nad_attr.concepts.dissection.dissecting import _Dissection
@@ -87,13 +87,22 @@ def exact_threshold(values: Tensor, quantile: float) -> Tensor:
 # -- the IoU matrix --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unlabelled", ["ignore", "count"])
 @pytest.mark.parametrize("make", [TinyCNN, TinyResNet])
 def test_exact_mode_equals_counting_each_pixel(make: Any, unlabelled: str) -> None:
     model, x, maps = build(make), images(), labels()
     sites = find_gate_sites(model, x[:1])
     with assert_model_untouched(model, x, maps):
-        units = dissect(model, sites, (x, maps), 0.05, CONCEPTS, True, unlabelled=unlabelled)
+        units = dissect(
+            model,
+            sites,
+            (x, maps),
+            quantile=0.05,
+            concepts=CONCEPTS,
+            exact=True,
+            unlabelled=unlabelled,
+        )
     held = activations_of(model, sites, x)
     assert units.sites == tuple(site.name for site in sites)
     for name in units:
@@ -104,11 +113,12 @@ def test_exact_mode_equals_counting_each_pixel(make: Any, unlabelled: str) -> No
         assert units.iou[name].max() > 0.01  # there is something to see
 
 
+@pytest.mark.slow
 def test_streaming_mode_is_within_its_bound() -> None:
     model, x, maps = build(TinyResNet), images(40), labels(40)
     sites = find_gate_sites(model, x[:1])
     n_bins = 64
-    units = dissect(model, sites, (x, maps), 0.02, CONCEPTS, n_bins=n_bins)
+    units = dissect(model, sites, (x, maps), quantile=0.02, concepts=CONCEPTS, n_bins=n_bins)
     held = activations_of(model, sites, x)
     differs = False
     for name in units:
@@ -218,19 +228,20 @@ def test_a_flat_map_at_its_threshold_is_nowhere_active() -> None:
 # -- what must not change it -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batches_scratch_and_memory_order_change_nothing() -> None:
     model, x, maps = build(TinyResNet), images(13), labels(13)
     sites = find_gate_sites(model, x[:1])
 
     def units(**how: Any) -> UnitConcepts:
-        return dissect(model, sites, (x, maps), 0.1, CONCEPTS, n_bins=32, **how)
+        return dissect(model, sites, (x, maps), quantile=0.1, concepts=CONCEPTS, n_bins=32, **how)
 
-    first = units(batch_size=1, scratch_bytes=0)
+    first = units(run=RunOptions(batch_size=1), scratch_bytes=0)
     for how in (
-        {"batch_size": 5, "scratch_bytes": 0},
-        {"batch_size": 5, "scratch_bytes": 2**24},
-        {"batch_size": 4, "scratch_bytes": 40_000},  # room for some batches only
-        {"batch_size": 13, "n_workers": 1},
+        {"run": RunOptions(batch_size=5), "scratch_bytes": 0},
+        {"run": RunOptions(batch_size=5), "scratch_bytes": 2**24},
+        {"run": RunOptions(batch_size=4), "scratch_bytes": 40_000},  # room for some batches only
+        {"run": RunOptions(batch_size=13), "n_workers": 1},
     ):
         other = units(**how)
         for name in first:
@@ -239,6 +250,7 @@ def test_batches_scratch_and_memory_order_change_nothing() -> None:
             assert np.array_equal(other.top_images[name], first.top_images[name])
 
 
+@pytest.mark.slow
 def test_parts_of_activations_and_of_batches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, maps = build(TinyResNet), images(40), labels(40)
     # Labels of two sizes, so that a batch is counted in parts.
@@ -248,7 +260,15 @@ def test_parts_of_activations_and_of_batches_give_the_same(monkeypatch: pytest.M
     for data in (list(zip(x, maps, strict=True)), mixed):
 
         def units(data: Any = data, **how: Any) -> UnitConcepts:
-            return dissect(model, sites, data, 0.004, CONCEPTS, batch_size=5, **how)
+            return dissect(
+                model,
+                sites,
+                data,
+                quantile=0.004,
+                concepts=CONCEPTS,
+                run=RunOptions(batch_size=5),
+                **how,
+            )
 
         whole = units(scratch_bytes=0)
         read = []
@@ -284,7 +304,12 @@ class Counting(nn.Module):
 def test_the_network_runs_once_with_scratch_and_twice_without(scratch: int, passes: int) -> None:
     model = Counting().eval()
     dissect(
-        model, [GateSite("relu", 3)], (images(), labels()), 0.1, CONCEPTS, scratch_bytes=scratch
+        model,
+        [GateSite("relu", 3)],
+        (images(), labels()),
+        quantile=0.1,
+        concepts=CONCEPTS,
+        scratch_bytes=scratch,
     )
     assert model.n == 1 + passes * 12  # one to look at
 
@@ -294,7 +319,14 @@ def test_a_full_disk_costs_passes_and_nothing_else(monkeypatch: pytest.MonkeyPat
     sites = [GateSite("relu", 3)]
 
     def units(model: Counting) -> UnitConcepts:
-        return dissect(model.eval(), sites, (x, maps), 0.1, CONCEPTS, batch_size=4)
+        return dissect(
+            model.eval(),
+            sites,
+            (x, maps),
+            quantile=0.1,
+            concepts=CONCEPTS,
+            run=RunOptions(batch_size=4),
+        )
 
     expected = units(Counting())
     make = tempfile.TemporaryFile
@@ -338,15 +370,17 @@ class Stream(torch.utils.data.Dataset[Any]):
         return images(1, seed=i)[0], labels(2, seed=i)[1]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images() -> None:
     model = build(TinyCNN)
     sizes = []
     for n in (8, 32):
         run = _Dissection(
             model, Stream(n), 0.05, None, False, ignore_index=-1, unlabelled="ignore", n_bins=64,
-            n_top=4, n_images=None, seed=0, batch_size=4, n_workers=0, runner=Runner(model),
+            n_top=4, n_images=None, seed=0, n_workers=0,
+            runner=Runner(model, RunOptions(batch_size=4)),
         )  # fmt: skip
-        run.begin(["relu1", "relu2"], None)
+        run.begin(["relu1", "relu2"])
         with torch.no_grad(), _held() as largest:
             bar: Any = _Bar()
             run.find_thresholds(None, None, bar)
@@ -385,12 +419,13 @@ class _held:
         Runner.__call__ = self.original  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("phase", [1, 2])
 def test_an_interrupted_dissection_goes_on(tmp_path: Path, exact: bool, phase: int) -> None:
     model, path = build(TinyCNN), tmp_path / "state.h5"
-    how: dict[str, Any] = {"batch_size": 2, "scratch_bytes": 0, "exact": exact}
-    whole = dissect(model, ["relu1"], Stream(10), 0.1, **how)
+    how: dict[str, Any] = {"run": RunOptions(batch_size=2), "scratch_bytes": 0, "exact": exact}
+    whole = dissect(model, ["relu1"], Stream(10), quantile=0.1, **how)
     calls = 0
     original = Stream.__getitem__
 
@@ -404,16 +439,26 @@ def test_an_interrupted_dissection_goes_on(tmp_path: Path, exact: bool, phase: i
     Stream.__getitem__ = failing  # type: ignore[method-assign]
     try:
         with assert_model_untouched(model), pytest.raises(OSError, match="disk is gone"):
-            dissect(model, ["relu1"], Stream(10), 0.1, checkpoint=path, checkpoint_every=2, **how)
+            dissect(
+                model,
+                ["relu1"],
+                Stream(10),
+                quantile=0.1,
+                checkpoint=path,
+                checkpoint_every=2,
+                **how,
+            )
     finally:
         Stream.__getitem__ = original  # type: ignore[method-assign]
     done = read_result(path, "checkpoint")[1]["progress"]["done"] if path.exists() else [0, 0]
     assert done[phase - 1] > 0 or phase == 1
     with pytest.raises(GateStoreError, match="quantile differ"):
-        dissect(model, ["relu1"], Stream(10), 0.2, checkpoint=path, **how) if path.exists() else (
-            _raise()
-        )
-    again = dissect(model, ["relu1"], Stream(10), 0.1, checkpoint=path, checkpoint_every=2, **how)
+        dissect(
+            model, ["relu1"], Stream(10), quantile=0.2, checkpoint=path, **how
+        ) if path.exists() else (_raise())
+    again = dissect(
+        model, ["relu1"], Stream(10), quantile=0.1, checkpoint=path, checkpoint_every=2, **how
+    )
     assert again == whole
     assert not path.exists()
 
@@ -433,7 +478,8 @@ def test_a_checkpoint_is_a_file_of_its_own(tmp_path: Path) -> None:
 def test_some_images_are_a_seeded_draw() -> None:
     model = build(TinyCNN)
     a, b, c = (
-        dissect(model, ["relu1"], Stream(30), 0.1, n_images=5, n_top=5, seed=s) for s in (1, 1, 2)
+        dissect(model, ["relu1"], Stream(30), quantile=0.1, n_images=5, n_top=5, seed=s)
+        for s in (1, 1, 2)
     )
     assert a == b
     assert set(a.top_images["relu1"][0]) != set(c.top_images["relu1"][0])
@@ -467,9 +513,11 @@ def test_of_a_loader_only_what_it_has_chosen_is_used() -> None:
     loader = torch.utils.data.DataLoader(
         Dicts(), sampler=torch.utils.data.SubsetRandomSampler(chosen), collate_fn=collate
     )
-    found = dissect(net, sites, loader, 0.1, exact=True, n_top=2)
+    found = dissect(net, sites, loader, quantile=0.1, exact=True, n_top=2)
     assert sorted(set(touched)) == [1, 2, 4]
-    expected = dissect(net, sites, (x[[1, 2, 4]], maps[[1, 2, 4]]), 0.1, ["a", "b"], exact=True)
+    expected = dissect(
+        net, sites, (x[[1, 2, 4]], maps[[1, 2, 4]]), quantile=0.1, concepts=["a", "b"], exact=True
+    )
     for site in sites:
         np.testing.assert_array_equal(found.iou[site.name], expected.iou[site.name])
     assert {n for (n, _, _) in unit_masks(net, found, loader, sites[0], 0)} <= {1, 2, 4}
@@ -487,13 +535,16 @@ def test_a_loaders_workers_dissect() -> None:
         Where(x, maps), num_workers=1, multiprocessing_context="fork"
     )
     net = build(TinyCNN)
-    found = dissect(net, find_gate_sites(net, x[:1]), loader, 0.1, ["a"], exact=True)
+    found = dissect(
+        net, find_gate_sites(net, x[:1]), loader, quantile=0.1, concepts=["a"], exact=True
+    )
     assert found.n_units("relu1") == 6
 
 
+@pytest.mark.slow
 def test_tokens_are_a_square_of_positions() -> None:
     model, x, maps = build(TinyViT), images(), labels()
-    units = dissect(model, ["blocks.0"], (x, maps), 0.1, CONCEPTS, True)
+    units = dissect(model, ["blocks.0"], (x, maps), quantile=0.1, concepts=CONCEPTS, exact=True)
     held = activations_of(model, find_gate_sites(model, x[:1], layers="blocks.0"), x)["blocks.0"]
     square = held.transpose(1, 2).reshape(12, 8, 2, 2)
     expected = brute_force(square, torch.tensor(units.thresholds["blocks.0"]), maps)
@@ -503,23 +554,31 @@ def test_tokens_are_a_square_of_positions() -> None:
 def test_labels_of_the_whole_image_and_of_different_sizes() -> None:
     model, x = build(TinyCNN), images(4)
     whole = [(image, i % 2) for i, image in enumerate(x)]
-    units = dissect(model, ["relu1"], whole, 0.1, ["a", "b"], True)
+    units = dissect(model, ["relu1"], whole, quantile=0.1, concepts=["a", "b"], exact=True)
     full = [(image, torch.full((8, 8), i % 2)) for i, image in enumerate(x)]
-    same = dissect(model, ["relu1"], full, 0.1, ["a", "b"], True)
+    same = dissect(model, ["relu1"], full, quantile=0.1, concepts=["a", "b"], exact=True)
     assert np.array_equal(units.iou["relu1"], same.iou["relu1"])
     mixed = [(image, torch.full((8 + 8 * (i > 1),) * 2, i % 2)) for i, image in enumerate(x)]
-    assert np.isfinite(dissect(model, ["relu1"], mixed, 0.1, ["a", "b"]).iou["relu1"]).all()
+    assert np.isfinite(
+        dissect(model, ["relu1"], mixed, quantile=0.1, concepts=["a", "b"]).iou["relu1"]
+    ).all()
 
 
 def test_a_concept_that_no_image_shows_is_unknown() -> None:
-    units = dissect(build(TinyCNN), ["relu1"], (images(), labels()), 0.1, [*CONCEPTS, "unseen"])
+    units = dissect(
+        build(TinyCNN),
+        ["relu1"],
+        (images(), labels()),
+        quantile=0.1,
+        concepts=[*CONCEPTS, "unseen"],
+    )
     assert np.isnan(units.iou["relu1"][:, 4]).all()
     assert (units.best("relu1")[0] < 4).all()
 
 
 def test_top_images_are_those_with_the_highest_activations() -> None:
     model, x = build(TinyCNN), images(9)
-    units = dissect(model, ["relu2"], (x, labels(9)), 0.05, CONCEPTS, n_top=3)
+    units = dissect(model, ["relu2"], (x, labels(9)), quantile=0.05, concepts=CONCEPTS, n_top=3)
     highest = activations_of(model, [GateSite("relu2", 8)], x)["relu2"].amax((2, 3))
     for unit in range(8):
         expected = sorted(range(9), key=lambda i: (-float(highest[i, unit]), i))[:3]
@@ -548,7 +607,6 @@ def test_top_images_are_those_with_the_highest_activations() -> None:
         ({"n_bins": 2}, "n_bins"),
         ({"n_top": -1}, "n_top"),
         ({"n_images": 99}, "n_images"),
-        ({"batch_size": 0}, "batch_size"),
         ({"scratch_bytes": -1}, "scratch_bytes"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
         ({"iou_threshold": 2}, "iou_threshold"),

@@ -46,6 +46,7 @@ def photo(path: Path, size: tuple[int, int] = (6, 8), colour: Any = (255, 0, 0))
 # -- thresholds ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     st.integers(0, 2**31),
     st.sampled_from([0.005, 0.05, 0.3, 0.9]),

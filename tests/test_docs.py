@@ -229,7 +229,7 @@ def given_to(page: str, root: Path) -> dict[str, Any]:
         recipe, scratch = Recipe(size=0.4), root / "scratch"
         scratch.mkdir()
         for i, part in enumerate(([0, 1, 2], [3, 4, 5])):
-            nad_attr.learn_to_store(scratch / f"gates-{i}.h5", model, data, part, recipe)
+            nad_attr.learn_to_store(model, data, scratch / f"gates-{i}.h5", part, recipe)
     names = {"model": model, "data": data, "gates": gates, "images": images, "labels": labels}
     return {name: names[name] for name in GIVEN[page]}
 
@@ -414,6 +414,7 @@ def runnable(page: str) -> list[Block]:
     return [b for b in BLOCKS[page] if b.language in kinds and b.reason is None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in BLOCKS if runnable(page)])
 def test_code_runs(
     page: str,
@@ -456,6 +457,7 @@ def options_of_commands() -> dict[str, set[str]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", BLOCKS)
 def test_commands_that_are_not_run_have_options_that_exist(page: str) -> None:
     pytest.importorskip("typer")
@@ -609,6 +611,7 @@ def resolve(dotted: str) -> object:
     raise AssertionError(f"there is no {dotted}")
 
 
+@pytest.mark.slow
 def test_spelling() -> None:
     if importlib.util.find_spec("codespell_lib") is None:
         pytest.skip("codespell is not installed: make spelling")

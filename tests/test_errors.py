@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor, nn
 
+from nad_attr import RunOptions
 from nad_attr._checks import GatingError
 from nad_attr.evaluation.questions.error_ranks import (
     binomial_p,
@@ -118,6 +119,7 @@ def test_random_similarity_has_hit_n_of_the_null_on_average() -> None:
     assert abs(reciprocal.mean() - found[0].mrr_null) < 4 * reciprocal.std() / math.sqrt(150)
 
 
+@pytest.mark.slow
 def test_p_values_are_uniform_under_the_null() -> None:
     generator = np.random.default_rng(5)
     mrr, hit, partial = [], [], []
@@ -135,6 +137,7 @@ def test_p_values_are_uniform_under_the_null() -> None:
         assert np.mean(np.array(values) <= 0.05) < 0.1
 
 
+@pytest.mark.slow
 def test_p_values_are_uniform_where_similarity_repeats_the_control() -> None:
     # Errors follow the control, so does the similarity, with noise of its own: it adds nothing.
     generator = np.random.default_rng(6)
@@ -335,6 +338,7 @@ def test_study_by_hand(reader: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     assert not study.left_out
 
 
+@pytest.mark.slow
 def test_kappa_and_gates(reader: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     study = errors(reader, archs(), data, voting=False)
     assert study.voting is None
@@ -404,7 +408,9 @@ def test_batch_size_plays_no_part(
     reader: nn.Module, data: tuple[Tensor, Tensor], batch_size: int
 ) -> None:
     first = errors(reader, archs(), data, n_permutations=19).to_dict()
-    other = errors(reader, archs(), data, n_permutations=19, batch_size=batch_size).to_dict()
+    other = errors(
+        reader, archs(), data, n_permutations=19, run=RunOptions(batch_size=batch_size)
+    ).to_dict()
     assert json.dumps(_rounded(first)) == json.dumps(_rounded(other))
 
 

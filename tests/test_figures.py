@@ -168,6 +168,7 @@ def test_missing_pandas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_whether_has_a_panel_per_measure_and_a_line_per_method() -> None:
     result = made(n_sizes=4, n_methods=3)
     figure = result.plot()
@@ -256,6 +257,7 @@ def test_curves_of_several_methods() -> None:
         plot_curves({})
 
 
+@pytest.mark.slow
 def test_nothing_global_is_touched() -> None:
     import matplotlib
 
@@ -267,6 +269,7 @@ def test_nothing_global_is_touched() -> None:
         assert sys.modules["matplotlib.pyplot"].get_fignums() == []
 
 
+@pytest.mark.slow
 def test_no_pyplot_and_no_matplotlib_before_the_first_figure() -> None:
     code = (
         "import captum.attr, sys; [sys.modules.pop(n) for n in list(sys.modules)"

@@ -386,15 +386,18 @@ def _append_for_ever(path: Path, fold: int) -> None:
             store.append(some_gates([task]))
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("fold", [500, 2**20], ids=["written often", "in the journal"])
 def test_killed_at_random_moments(path: Path, fold: int) -> None:
     GateStore.create(path, SITES, recipe=RECIPE, means=MEANS).close()
     dice = random.Random(fold)
-    held = 0
-    for _ in range(12):
+    held = rounds = 0
+    # A busy machine gets less done in a moment: then there are more of them, and longer ones.
+    while rounds < 12 or (held <= 10 and rounds < 200):
+        rounds += 1
         with forked(_append_for_ever, path, fold):
-            time.sleep(dice.uniform(0.02, 0.12))
+            time.sleep(dice.uniform(0.02, 0.12) * (1 + rounds // 12))
         with GateStore.open(path) as store:
             assert len(store) >= held
             held = len(store)
@@ -407,6 +410,7 @@ def test_killed_at_random_moments(path: Path, fold: int) -> None:
     assert_same(TaskGates.load(path), some_gates(list(range(held + 1))))
 
 
+@pytest.mark.slow
 def test_a_journal_cut_off_at_any_byte(path: Path, tmp_path: Path) -> None:
     with begun(path, [0, 1]) as store:
         store.flush()
@@ -582,7 +586,7 @@ def test_two_writers_are_refused(path: Path) -> None:
 def test_two_processes_that_write(path: Path) -> None:
     GateStore.create(path, SITES).close()
     with forked(_append_for_ever, path, 2**20) as pid:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 200
         while not (_journal.journal_path(path).exists() and len(GateStore.open(path))):
             assert time.monotonic() < deadline
         with pytest.raises(GateStoreError, match=f"being written by process {pid} on "):
@@ -608,13 +612,14 @@ def test_a_forked_worker_neither_keeps_the_lock_nor_writes(path: Path) -> None:
             assert again.tasks == (0,)
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("fold", [500, 2**20], ids=["written often", "in the journal"])
 def test_readers_read_while_a_writer_writes(path: Path, fold: int) -> None:
     GateStore.create(path, SITES, recipe=RECIPE, means=MEANS).close()
     with forked(_append_for_ever, path, fold):
         held, n_seen = 0, 0
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 200
         with GateStore.open(path) as kept:
             until = time.monotonic() + 0.7
             while time.monotonic() < until or (n_seen < 5 and time.monotonic() < deadline):

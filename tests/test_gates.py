@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nad_attr.data.labels import as_task
+from nad_attr.evaluation import random_architectures
 from nad_attr.gates.channels import budget
 from nad_attr.gates.history import History
 from nad_attr.gates.recipe import Recipe
@@ -130,6 +131,18 @@ def test_what_they_give_away_are_copies(gates: TaskGates) -> None:
     logits[:] = 5
     kept.logits["a"][:] = 6
     assert kept.logits["a"].tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_sub_architectures_of_all_tasks_hold_one_copy_of_the_means(gates: TaskGates) -> None:
+    first, *others = gates.sub_architectures()
+    derived = [*others, ~first, first | others[0], *random_architectures([first])]
+    for arch in derived:
+        assert arch.means is not None
+        assert all(arch.means[name] is first.means[name] for name in gates)
+    assert all(first.means[name] is not gates.means[name] for name in gates)
+    alone = gates.sub_architecture(gates.tasks[0])
+    assert alone == first
+    assert all(alone.means[name] is not gates.means[name] for name in gates)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bool, torch.int64])

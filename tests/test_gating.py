@@ -333,6 +333,7 @@ def test_compiled_network_is_refused_where_it_cannot_run_eagerly(tiny_cnn: nn.Mo
         compiled(helpers.images(2))
 
 
+@pytest.mark.slow
 @NEEDS_STANCE
 def test_compiled_network_runs_eagerly_inside(tiny_cnn: nn.Module) -> None:
     compiled = torch.compile(tiny_cnn, backend="eager")
@@ -349,6 +350,7 @@ def test_compiled_network_runs_eagerly_inside(tiny_cnn: nn.Module) -> None:
     assert list(seen) == [site.name for site in sites]
 
 
+@pytest.mark.slow
 @NEEDS_STANCE
 def test_network_compiled_in_place_runs_eagerly_inside(tiny_cnn: nn.Module) -> None:
     sites = [GateSite("relu1", 6)]

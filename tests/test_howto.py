@@ -67,6 +67,7 @@ def test_pages_are_there() -> None:
     assert set(wanted.split()) <= set(PAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = HOWTO / f"{page}.md"

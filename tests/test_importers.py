@@ -219,7 +219,7 @@ def test_truncated_and_foreign_reports(tmp_path):
         with pytest.raises(ImportFileError, match=r"report.json"):
             import_dissect_report({"a": path})
     path.write_text("[" * 100_000)
-    with pytest.raises(ImportFileError, match="nested deeper"):
+    with pytest.raises(ImportFileError, match="nested too deep"):
         import_dissect_report({"a": path})
     path.write_text('{"units": [{"unit": 0, "iou": 0.1, "label": "tree"}]}')
     with pytest.raises(ImportFileError, match="no 'cat'"):

@@ -56,7 +56,7 @@ MOST_IN_ROOT = 12
 
 # Methods that may import what writes, reads or draws their object when they are called: neither the
 # order of rooms nor the circles count these imports.
-LATE_METHODS = {"save", "load", "save_json", "load_json", "to_dict", "plot", "draw", "figure"}
+LATE_METHODS = {"save", "load", "plot", "draw", "figure"}
 
 # The only ones of them that go up, with the room that they go to.
 LATE_UPWARD = {
@@ -66,7 +66,8 @@ LATE_UPWARD = {
         ("gates.sub_architecture", "SubArchitecture"),
     )
     for method in ("save", "load")
-}
+} | {("stats.results", f"Result.{method}", "store") for method in ("save", "load")}
+LATE_UPWARD.add(("stats.tests", "Statistic.plot", "plots.style"))
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,12 @@ def test_root_is_small() -> None:
     assert len(in_root) <= MOST_IN_ROOT, f"move something of {in_root} into a room"
 
 
+@pytest.mark.slow
 def test_imports_run_one_way() -> None:
     assert not order_violations(imports_of(PACKAGE))
 
 
+@pytest.mark.slow
 def test_imports_have_no_circle() -> None:
     assert find_circle(imports_of(PACKAGE)) is None
 
@@ -257,6 +260,31 @@ def test_library_never_imports_benchmarks_or_tests() -> None:
         if item.imported.partition(".")[0] in ("benchmarks", "tests")
     ]
     assert not outside
+
+
+def _importers_of_benchmarks(tests: Path) -> list[str]:
+    """Return the files of tests that import benchmarks/, save those of tests/benchmarks/."""
+    wrong = []
+    for path in sorted(tests.rglob("*.py")):
+        collector = _Collector("tests", True, set())
+        collector.visit(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)))
+        if path.relative_to(tests).parts[0] != "benchmarks" and any(
+            item.imported.partition(".")[0] == "benchmarks" for item in collector.found
+        ):
+            wrong.append(str(path.relative_to(tests)))
+    return wrong
+
+
+def test_only_tests_of_benchmarks_import_benchmarks() -> None:
+    assert not _importers_of_benchmarks(ROOT / "tests")
+
+
+def test_importers_of_benchmarks_are_found(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "test_a.py").write_text("from benchmarks import speed")
+    (tmp_path / "test_b.py").write_text("def test():\n    from benchmarks.speed import main")
+    (tmp_path / "test_c.py").write_text("from tests.benchmarks import x\nimport nad_attr")
+    assert _importers_of_benchmarks(tmp_path) == ["test_b.py"]
 
 
 @pytest.fixture
@@ -362,7 +390,7 @@ def _brought_in(first: str = "") -> set[str]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert result.returncode == 0, result.stderr
     return set(json.loads(result.stdout.splitlines()[-1]))

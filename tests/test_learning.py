@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from nad_attr import GateSite, Recipe, TaskGates, find_gate_sites, learn_gates
+from nad_attr import GateSite, Recipe, RunOptions, TaskGates, find_gate_sites, learn_gates
 from nad_attr.gates.channels import budget
 from tests import helpers
 
@@ -451,12 +451,18 @@ def test_several_inputs_further_arguments_and_a_forward_function() -> None:
     def forward(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
         return model(a, b, scale)["logits"]
 
-    gates = learn_gates(model, ((a, b), y), [0], QUICK, forward_func=forward)
+    gates = learn_gates(model, ((a, b), y), [0], QUICK, run=RunOptions(forward_func=forward))
     assert list(gates) == ["body.1"]
     scaled = learn_gates(
-        model, ((a, b), y), [0], QUICK, forward_func=forward, additional_forward_args=2.0
+        model,
+        ((a, b), y),
+        [0],
+        QUICK,
+        run=RunOptions(forward_func=forward, additional_forward_args=2.0),
     )
-    doubled = learn_gates(model, ((2 * a, 2 * b), y), [0], QUICK, forward_func=forward)
+    doubled = learn_gates(
+        model, ((2 * a, 2 * b), y), [0], QUICK, run=RunOptions(forward_func=forward)
+    )
     assert scaled == doubled
 
 

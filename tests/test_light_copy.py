@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nad_attr import GateSite, Recipe, find_gate_sites, learn_gates
+from nad_attr import GateSite, Recipe, RunOptions, find_gate_sites, learn_gates
 from nad_attr.gating.hooks import frozen
 from nad_attr.learning.engine import Network
 from nad_attr.learning.fast.light_copy import light_copy
@@ -248,14 +248,16 @@ def test_errors_of_the_network_are_its_own() -> None:
 
 def test_no_copy_with_a_function_in_between() -> None:
     model, x = _plain(), images(2)
-    network = Network(model, [GateSite("relu", 4, 1)], forward_func=lambda x: model(x))
+    network = Network(
+        model, [GateSite("relu", 4, 1)], run=RunOptions(forward_func=lambda x: model(x))
+    )
     network.lighten([(x,)])
     assert network.model is model
 
 
 def test_autocast_keeps_batchnorm() -> None:
     model, x = _pooling().float(), images(2, dtype=torch.float32)
-    network = Network(model, [GateSite("2", 4, 1)], amp=torch.bfloat16)
+    network = Network(model, [GateSite("2", 4, 1)], run=RunOptions(amp=torch.bfloat16))
     expected = network((x,))
     network.lighten([(x,)])
     assert [type(m) for m in network.model][:4] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, MaxPool2d]  # type: ignore[arg-type]

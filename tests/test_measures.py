@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from nad_attr import RunOptions
 from nad_attr._checks import GatingError
 from nad_attr.data.labels import own_images
 from nad_attr.evaluation import measures
@@ -293,7 +294,7 @@ def test_each_sub_architecture_has_its_own_means(identity: nn.Module) -> None:
         keeps(0, task=1),
         keeps(0, task=2, means=[0.0, 0.0, 9.0]),
     ]
-    found = sweep(identity, archs, (SCORES, LABELS), batch_size=2)
+    found = sweep(identity, archs, (SCORES, LABELS), run=RunOptions(batch_size=2))
     assert found.gated[0, :, 1].tolist() == [7] * 5
     assert found.gated[1, :, 1].tolist() == [0] * 5
     assert found.gated[2, :, 2].tolist() == [9] * 5
@@ -322,7 +323,9 @@ def test_rounding_is_no_evidence() -> None:
         y = model[0](x)
         return torch.cat([y[:, :1] * 1e-6 + y[:, 1:2], y[:, 1:]], dim=1)
 
-    found = evaluate(model, [faint], (images, torch.arange(3).repeat(4)), forward_func=forward)
+    found = evaluate(
+        model, [faint], (images, torch.arange(3).repeat(4)), run=RunOptions(forward_func=forward)
+    )
     assert (found.own_auc[0], found.rank_fidelity[0]) == (0.5, 0)
 
 
@@ -545,8 +548,7 @@ def test_forward_func_and_arguments(cnn: nn.Module, data) -> None:
         cnn,
         gates,
         ((images / 4, images * 3 / 4), labels),
-        forward_func=forward,
-        additional_forward_args=(1.0,),
+        run=RunOptions(forward_func=forward, additional_forward_args=(1.0,)),
     )
     assert_same(found, evaluate(cnn, gates, data))
 
@@ -587,7 +589,7 @@ def test_one_task_has_no_others(cnn: nn.Module, data) -> None:
 def test_sweep_takes_several_of_one_task(cnn: nn.Module, data) -> None:
     gates = task_gates(CNN_SITES)
     archs = [*gates.sub_architectures(0.3), *gates.sub_architectures(0.7)]
-    found = sweep(cnn, archs, data, batch_size=4)
+    found = sweep(cnn, archs, data, run=RunOptions(batch_size=4))
     assert found.tasks == TASKS * 2
     assert found.columns == TASKS
     assert found.gated.shape == (6, 11, 3)
@@ -641,13 +643,13 @@ def test_bad_network_or_data(cnn: nn.Module, data) -> None:
     with pytest.raises(ValueError, match="NaN"):
         evaluate(cnn, gates, (images * nan, labels))
     with pytest.raises(ValueError, match="expected \\(images, classes\\)"):
-        evaluate(cnn, gates, data, forward_func=lambda x: cnn(x)[0])
+        evaluate(cnn, gates, data, run=RunOptions(forward_func=lambda x: cnn(x)[0]))
     with pytest.raises(TypeError, match="dict"):
-        evaluate(cnn, gates, data, forward_func=lambda x: {"logits": cnn(x)})
+        evaluate(cnn, gates, data, run=RunOptions(forward_func=lambda x: {"logits": cnn(x)}))
     with pytest.raises(GatingError, match="did not fire"):
-        evaluate(cnn, gates, data, forward_func=lambda x: x.flatten(1))
+        evaluate(cnn, gates, data, run=RunOptions(forward_func=lambda x: x.flatten(1)))
     with pytest.raises(ValueError, match="the network gives NaN for image 0"):
-        evaluate(cnn, gates, data, forward_func=lambda x: cnn(x) * nan)
+        evaluate(cnn, gates, data, run=RunOptions(forward_func=lambda x: cnn(x) * nan))
     cnn.train()
     with helpers.assert_model_untouched(cnn), pytest.raises(ValueError, match="eval"):
         evaluate(cnn, gates, data)
@@ -660,7 +662,9 @@ def test_nan_inside_a_sub_architecture(identity: nn.Module) -> None:
 
     archs = [keeps(0, 1, 2, task=1), keeps(2, task=2)]
     with pytest.raises(ValueError, match="sub-architecture of task 2 gives NaN for image 0"):
-        evaluate(identity, archs, (SCORES, LABELS), forward_func=normalised, batch_size=3)
+        evaluate(
+            identity, archs, (SCORES, LABELS), run=RunOptions(forward_func=normalised), batch_size=3
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -747,7 +751,7 @@ def test_frame_without_pandas(result: Evaluation, monkeypatch: pytest.MonkeyPatc
 
 def test_json(result: Evaluation, tmp_path) -> None:
     path = tmp_path / "result.json"
-    result.save_json(path)
+    result.save(path)
     read = json.loads(path.read_text(encoding="utf-8"))
     assert read == result.to_dict()
     assert read["tasks"] == [2, [0, 1], 0]

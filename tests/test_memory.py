@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nad_attr import GateStore, Recipe, learn_gates, learn_to_store
+from nad_attr import GateStore, Recipe, RunOptions, learn_gates, learn_to_store
 from nad_attr.learning.engine import Network
 from nad_attr.learning.runs import InProcess
 from nad_attr.learning.session import Session
@@ -156,7 +156,7 @@ def test_passes_are_cut_without_changing_gates(
 
 
 def test_a_batch_is_cut_into_equal_parts() -> None:
-    network = Network(build(TinyCNN), batch_size=10)
+    network = Network(build(TinyCNN), run=RunOptions(batch_size=10))
     assert [len(part) for part in network._passes(12)] == [6, 6]
     assert [len(part) for part in network._passes(10)] == [10]
     assert [len(part) for part in Network(build(TinyCNN))._passes(12)] == [12]
@@ -167,10 +167,12 @@ def test_auto_finds_what_fits() -> None:
     data = labelled_images(30)
     recipe = Recipe(size=0.5, steps=3, images_per_step=4)
     with assert_model_untouched(model):
-        free = Session(model, data, [0, 1, 2], recipe, batch_size="auto")
+        free = Session(model, data, [0, 1, 2], recipe, run=RunOptions(batch_size="auto"))
     assert free.batch_size == 12  # all tasks together: no more is ever needed
     sizes = [
-        Session(model, data, [0, 1, 2], recipe, batch_size="auto", memory_limit=limit).batch_size
+        Session(
+            model, data, [0, 1, 2], recipe, run=RunOptions(batch_size="auto", memory_limit=limit)
+        ).batch_size
         for limit in (60_000, 120_000, 240_000, "1GB")
     ]
     assert sizes == sorted(sizes)
@@ -184,7 +186,9 @@ def test_auto_keeps_to_its_limit() -> None:
     data = labelled_images(40)
     recipe = Recipe(size=0.5, steps=12, images_per_step=4, memory=0.5)
     limit = 200_000
-    session = Session(model, data, [0, 1, 2], recipe, batch_size="auto", memory_limit=limit)
+    session = Session(
+        model, data, [0, 1, 2], recipe, run=RunOptions(batch_size="auto", memory_limit=limit)
+    )
     assert session.batch_size < 12
     means = session.means()  # a pass of its own, of 32 images without a graph
     assert peak_memory(CPU, lambda: session.learn(means=means)) <= limit
@@ -221,16 +225,16 @@ def test_auto_goes_on_with_the_store_s_own_batch(tmp_path: Path) -> None:
     recipe = Recipe(size=0.5, steps=2, images_per_step=4)
     path = tmp_path / "gates.h5"
     options = {"recipe": recipe, "batch_size": "auto"}
-    learn_to_store(path, model, data, [0], memory_limit=80_000, **options)  # type: ignore[arg-type]
+    learn_to_store(model, data, path, [0], memory_limit=80_000, **options)  # type: ignore[arg-type]
     with GateStore.open(path) as store:
         begun = store.provenance["batch_size"]
     assert isinstance(begun, int)
-    learn_to_store(path, model, data, [0, 1], resume=True, **options)  # type: ignore[arg-type]
+    learn_to_store(model, data, path, [0, 1], resume=True, **options)  # type: ignore[arg-type]
     with GateStore.open(path) as store:
         assert store.provenance["batch_size"] == begun
         assert list(store.tasks) == [0, 1]
     with pytest.raises(ValueError, match="executor"):
-        learn_to_store(tmp_path / "b.h5", model, data, executor=InProcess(), **options)  # type: ignore[arg-type]
+        learn_to_store(model, data, tmp_path / "b.h5", executor=InProcess(), **options)  # type: ignore[arg-type]
 
 
 # -- what is free, from fake /proc and /sys trees --------------------------------------------------

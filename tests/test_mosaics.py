@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from nad_attr import RunOptions
 from nad_attr._checks import GatingError
 from nad_attr.evaluation.questions.mosaic_result import MosaicResult
 from nad_attr.evaluation.questions.mosaics import mosaics, quadrant_shares
@@ -345,7 +346,7 @@ def result(planes: nn.Module, data: tuple[Tensor, Tensor]) -> MosaicResult:
 def test_batch_size_plays_no_part(
     planes: nn.Module, data: tuple[Tensor, Tensor], result: MosaicResult, batch_size: int
 ) -> None:
-    other = mosaics(planes, random_gates(), data, n=15, batch_size=batch_size)
+    other = mosaics(planes, random_gates(), data, n=15, run=RunOptions(batch_size=batch_size))
     assert np.allclose(other.shares, result.shares, atol=1e-12)
     assert np.allclose(other.whole, result.whole, atol=1e-12)
 
@@ -450,7 +451,7 @@ def test_bad_input(planes: nn.Module, data: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(ValueError, match="n must be a whole number"):
         mosaics(planes, archs, data, n=0)
     with pytest.raises(ValueError, match="batch_size"):
-        mosaics(planes, archs, data, batch_size=0)
+        mosaics(planes, archs, data, run=RunOptions(batch_size=0))
     with pytest.raises(ValueError, match="top must be"):
         mosaics(planes, archs, data, top=2.0)
     with pytest.raises(ValueError, match="prefix_tokens"):

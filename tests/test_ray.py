@@ -53,7 +53,7 @@ def cluster() -> Iterator[Any]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> TaskGates:
     """The gates of a run in this process that nothing happens to."""
     path = tmp_path_factory.mktemp("whole") / "gates.h5"
-    learn_to_store(path, killable.network(), killable.data(), **killable.SETTINGS)
+    learn_to_store(killable.network(), killable.data(), path, **killable.SETTINGS)
     return TaskGates.load(path)
 
 
@@ -164,7 +164,7 @@ def test_ray_is_not_imported_until_it_is_used_and_missed_by_name() -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     message, imported = json.loads(result.stdout.splitlines()[-1])
     assert "pip install 'nad-attr[ray]'" in message
@@ -209,11 +209,11 @@ def test_local_cluster_is_started_and_ended_and_one_worker_gives_the_same_bits(
     path = tmp_path / "gates.h5"
     # There is none that this machine belongs to; the store is begun all the same.
     with pytest.raises(ConnectionError, match="ray start --head"):
-        learn_to_store(path, model, data, executor=RayExecutor(), **killable.SETTINGS)
+        learn_to_store(model, data, path, executor=RayExecutor(), **killable.SETTINGS)
     before = dict(os.environ)
     with assert_model_untouched(model, *data):
         executor = RayExecutor("local", n_workers=1)
-        learn_to_store(path, model, data, resume=True, executor=executor, **killable.SETTINGS)
+        learn_to_store(model, data, path, resume=True, executor=executor, **killable.SETTINGS)
     assert not ray.is_initialized()
     assert dict(os.environ) == before
     assert_same_bits(uninterrupted, TaskGates.load(path))
@@ -225,9 +225,9 @@ def test_two_workers_give_the_same_bits(
 ) -> None:
     told: list[Progress] = []
     path = learn_to_store(
-        tmp_path / "gates.h5",
         killable.network(),
         killable.data(),
+        tmp_path / "gates.h5",
         executor=RayExecutor(n_workers=2),
         on_progress=told.append,
         **killable.SETTINGS,
@@ -252,7 +252,7 @@ def test_ten_killed_workers_do_not_change_a_bit(
     data = Deadly(marks)
     # The tensors' fingerprint and choice of images, so that the gates have to be the same.
     learn_to_store(
-        path, killable.network(), data, executor=executor, augmented=False, **killable.SETTINGS
+        killable.network(), data, path, executor=executor, augmented=False, **killable.SETTINGS
     )
     assert executor.lost == 10
     assert not list(marks.iterdir())
@@ -271,7 +271,7 @@ def test_what_is_done_is_saved_when_a_chunk_fails_for_good(
     def run(retries: int = 5, **options: Any) -> None:
         settings = {**killable.SETTINGS, "augmented": False, "resume": True, **options}
         executor = RayExecutor(n_workers=1, retries=retries)
-        learn_to_store(path, model, data, executor=executor, **settings)
+        learn_to_store(model, data, path, executor=executor, **settings)
 
     with pytest.raises(WorkersLostError, match=r"lost its worker 1 times.*resume"):
         for image in range(60):

@@ -15,7 +15,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nad_attr import GateSite, GateStore, GateStoreError, Recipe, TaskGates
+from nad_attr import GateSite, GateStore, GateStoreError, Recipe, RunOptions, TaskGates
 from nad_attr.concepts import Comparison, Concept, UnitConcepts, mann_whitney
 from nad_attr.evaluation import Evaluation, curves, errors, evaluate, mosaics
 from nad_attr.gates.history import History
@@ -248,7 +248,7 @@ def test_gates_are_in_the_page_bit_by_bit() -> None:
 
 
 def test_large_stores_get_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nad_attr.report.contents.LARGE", 10)
+    monkeypatch.setattr("nad_attr.report.contents.MAX_GATES_OF_EIGHT_BITS", 10)
     found = Report(make_gates()).contents()
     assert found.data["bits"] == 4
     assert len(base64.b64decode(found.gates[0])) == 7
@@ -374,7 +374,7 @@ MOSAICS = {
 }  # fmt: skip
 CURVES = [
     {
-        "name": "gates", "metric": "auc", "sizes": [0.0, 1.0], "full": 0.9, "empty": 0.5,
+        "name": "gates", "measure": "auc", "sizes": [0.0, 1.0], "full": 0.9, "empty": 0.5,
         "delta": 0.1, "n_images": 9,
         **{key: [0.5, 0.9] for key in ("keep", "keep_low", "keep_high")},
         **{key: [0.5, 0.9] for key in ("ablate", "ablate_low", "ablate_high")},
@@ -500,7 +500,7 @@ def test_top_images_are_the_highest_responses() -> None:
     order = np.argsort(-highest[:, 0], kind="stable")[:5]
     assert len(set(top[0].tolist())) == 5
     again = Report(gates).measure(
-        model, labelled_images(12), parts=["pictures"], n_images=12, batch_size=1
+        model, labelled_images(12), parts=["pictures"], n_images=12, run=RunOptions(batch_size=1)
     )
     assert again.results.pictures == part
     assert len(order) == 5
@@ -652,7 +652,7 @@ def invoke(*arguments: object) -> Any:
 def test_command_writes_the_page(tmp_path: Path) -> None:
     make_gates().save(tmp_path / "gates.h5")
     result = _evaluation(1.0, random=[_evaluation(0.1)])
-    result.save_json(tmp_path / "evaluation.json")
+    result.save(tmp_path / "evaluation.json")
     out = tmp_path / "page.html"
     outcome = invoke(
         "report", tmp_path / "gates.h5", "--out", out, "--title", "Mine", "--evaluation",

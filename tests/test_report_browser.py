@@ -94,7 +94,7 @@ class Opened:
         for chart in self.page.query_selector_all(".chart"):
             chart.scroll_into_view_if_needed()
             name = chart.get_attribute("id")
-            self.page.wait_for_selector(f"#{name} .main-svg", timeout=20_000, state="attached")
+            self.page.wait_for_selector(f"#{name} .main-svg", timeout=200_000, state="attached")
 
     def text(self, selector: str) -> str:
         return self.page.inner_text(selector)
@@ -150,7 +150,7 @@ def test_charts_in_sight_wait_for_the_whole_page(browser: Any, small: Path) -> N
         opened = Opened(browser, address, height=6000)  # all charts are in sight at once
         for chart in opened.page.query_selector_all(".chart"):
             name = chart.get_attribute("id")
-            opened.page.wait_for_selector(f"#{name} .main-svg", timeout=20_000, state="attached")
+            opened.page.wait_for_selector(f"#{name} .main-svg", timeout=200_000, state="attached")
     finally:
         server.shutdown()
         server.server_close()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from nad_attr import RunOptions
 from nad_attr._checks import GatingError
 from nad_attr.data.labels import own_images
 from nad_attr.data.sources import as_source
@@ -17,7 +18,7 @@ from nad_attr.evaluation.ablation import fit_ablation
 from nad_attr.evaluation.responses import _margins, answers, progress_bar, site_fidelity, sweep
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import recorded
-from nad_attr.running.forward import Runner, amp_dtype
+from nad_attr.running.forward import Runner
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.site import GateSite
 from tests import helpers
@@ -93,11 +94,11 @@ def test_parts_of_a_sweep(cnn: nn.Module, data) -> None:
     """In blocks of rows, with the whole network's answers taken from the first."""
     archs = architectures(CNN_SITES, means=True)
     expected = sweep(cnn, archs, data)
-    runner, source = Runner(cnn), as_source(data)
+    runner, source = Runner(cnn, RunOptions(batch_size=4)), as_source(data)
     passes = []
     cnn.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
-    options = {"batch_size": 4, "ablation": None, "amp": None, "columns": expected.columns}
-    with progress_bar(4, 22, False) as bar:
+    options = {"ablation": None, "columns": expected.columns}
+    with progress_bar(runner, 4, 22) as bar:
         first = answers(runner, archs[:3], source, bar=bar, **options)
         assert sum(passes) == 11 * 4
         passes.clear()
@@ -121,11 +122,11 @@ def test_mixed_precision(data, amp) -> None:
     images, labels = data[0].float(), data[1]
     seen = []
     handle = model.conv1.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
-    found = sweep(model, architectures(CNN_SITES), (images, labels), amp=amp)
+    found = sweep(model, architectures(CNN_SITES), (images, labels), run=RunOptions(amp=amp))
     assert set(seen) == {torch.bfloat16}
     seen.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # the caller's own plays no part
-        exact = sweep(model, architectures(CNN_SITES), (images, labels), amp=False)
+        exact = sweep(model, architectures(CNN_SITES), (images, labels), run=RunOptions(amp=False))
     assert set(seen) == {torch.float32}
     handle.remove()
     for name in ("whole", "gated", "whole_margin", "gated_margin"):
@@ -138,15 +139,15 @@ def test_mixed_precision(data, amp) -> None:
 def test_mixed_precision_of_ablations(data, kind: str) -> None:
     model = helpers.build(helpers.TinyCNN).float()
     data = data[0].float(), data[1]
-    ablation = fit_ablation(model, CNN_SITES, data, kind)
+    ablation = fit_ablation(model, CNN_SITES, data, kind=kind)
     archs = architectures(CNN_SITES)
-    found = sweep(model, archs, data, ablation=ablation, amp=True)
+    found = sweep(model, archs, data, ablation=ablation, run=RunOptions(amp=True))
     exact = sweep(model, archs, data, ablation=ablation)
     torch.testing.assert_close(found.gated, exact.gated, rtol=0.1, atol=0.1)
 
 
 def test_bad_amp(cnn: nn.Module, data) -> None:
-    assert [amp_dtype(x) for x in (None, False, True, torch.float16)] == [
+    assert [RunOptions(amp=x).dtype for x in (None, False, True, torch.float16)] == [
         None,
         None,
         torch.bfloat16,
@@ -155,7 +156,7 @@ def test_bad_amp(cnn: nn.Module, data) -> None:
     for bad in ("bf16", torch.float32, 1.0):
         for function in (sweep, site_fidelity):
             with pytest.raises(ValueError, match=r"amp must be True, torch\.bfloat16"):
-                function(cnn, architectures(CNN_SITES), data, amp=bad)
+                function(cnn, architectures(CNN_SITES), data, run=RunOptions(amp=bad))
 
 
 @pytest.mark.gpu
@@ -167,8 +168,8 @@ def test_on_a_gpu(cnn: nn.Module, data, kind: str) -> None:
             cnn,
             archs,
             data,
-            ablation=fit_ablation(cnn, CNN_SITES, data, kind, device=device),
-            device=device,
+            ablation=fit_ablation(cnn, CNN_SITES, data, kind=kind, run=RunOptions(device=device)),
+            run=RunOptions(device=device),
         )
         for device in ("cpu", "cuda")
     )
@@ -188,7 +189,7 @@ def test_site_fidelity(name: str, means: bool, data) -> None:
     model = helpers.build(make)
     archs = architectures(sites, means=means)
     with helpers.assert_model_untouched(model, *data):
-        found = site_fidelity(model, archs, data, batch_size=5)
+        found = site_fidelity(model, archs, data, run=RunOptions(batch_size=5))
     assert list(found) == [site.name for site in sites]
     for row, arch in enumerate(archs):
         own = own_images(data[1], [arch.task])[0]
@@ -207,11 +208,13 @@ def test_site_fidelity(name: str, means: bool, data) -> None:
 
 def test_site_fidelity_of_batches(cnn: nn.Module, data) -> None:
     for kind in (None, "resample", "noise"):
-        ablation = None if kind is None else fit_ablation(cnn, CNN_SITES, data, kind)
+        ablation = None if kind is None else fit_ablation(cnn, CNN_SITES, data, kind=kind)
         archs = architectures(CNN_SITES)
         expected = site_fidelity(cnn, archs, data, ablation=ablation)
         for batch_size in (1, 4, 9):
-            found = site_fidelity(cnn, archs, data, ablation=ablation, batch_size=batch_size)
+            found = site_fidelity(
+                cnn, archs, data, ablation=ablation, run=RunOptions(batch_size=batch_size)
+            )
             for name, values in expected.items():
                 torch.testing.assert_close(found[name], values)
 
@@ -248,8 +251,8 @@ def test_site_fidelity_bad_input(cnn: nn.Module, data) -> None:
         with pytest.raises(ValueError, match="there is a label 7"):
             site_fidelity(cnn, archs, (images, torch.where(labels == 1, 7, labels)))
         with pytest.raises(GatingError, match="did not fire"):
-            site_fidelity(cnn, archs, data, forward_func=lambda x: x.flatten(1))
+            site_fidelity(cnn, archs, data, run=RunOptions(forward_func=lambda x: x.flatten(1)))
         with pytest.raises(ValueError, match="batch_size"):
-            site_fidelity(cnn, archs, data, batch_size=0)
+            site_fidelity(cnn, archs, data, run=RunOptions(batch_size=0))
         with pytest.raises(TypeError, match="TaskGates or a sequence"):
             site_fidelity(cnn, "gates", data)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nad_attr import GateStore, GateStoreError, Recipe, TaskGates, cli, learn_to_store
+from nad_attr import GateStore, GateStoreError, Recipe, RunOptions, TaskGates, cli, learn_to_store
 from nad_attr.data.fingerprints import data_fingerprint
 from nad_attr.data.images import ImageFolderData, ImageTransform
 from nad_attr.data.sources import as_source
@@ -401,9 +401,9 @@ def test_a_full_disk_truncates_nothing(here: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(SizeSweep, "to_dict", lambda self: {})
     monkeypatch.setattr(Curves, "to_dict", lambda self: {})
     writers: dict[str, Callable[[str], Any]] = {
-        "a.json": evaluation.save_json,
-        "b.json": object.__new__(SizeSweep).save_json,
-        "c.json": object.__new__(Curves).save_json,
+        "a.json": evaluation.save,
+        "b.json": object.__new__(SizeSweep).save,
+        "c.json": object.__new__(Curves).save,
         "d.html": Report("gates.h5").save,
         "e.h5": gates.save,
         "f.h5": evaluation.save,
@@ -591,7 +591,7 @@ def test_virelay_keeps_the_earlier_project_if_a_move_fails(
 
 def begun(path: Path, model: nn.Module, data: Any, **options: Any) -> Path:
     settings = {"recipe": Recipe(size=0.5, steps=2, images_per_step=4), "batch_size": 4, **options}
-    return learn_to_store(path, model, data, **settings)
+    return learn_to_store(model, data, path, **settings)
 
 
 def network(activation: nn.Module) -> nn.Module:
@@ -707,7 +707,7 @@ def test_a_dissection_of_another_network_does_not_go_on(tmp_path: Path) -> None:
             concepts=concepts,
             checkpoint=tmp_path / "state.h5",
             checkpoint_every=1,
-            batch_size=1,
+            run=RunOptions(batch_size=1),
         )
 
     data = Breaking()
@@ -780,7 +780,7 @@ def test_ctrl_c_while_torch_is_imported_is_a_line_and_130(tmp_path: Path) -> Non
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "importing"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 130
     assert errors.strip() == "Stopped."
 

@@ -60,7 +60,7 @@ def learned(name: str) -> TaskGates:
     """Gates of three tasks, by one of the recipes, or "sizes": the smaller of two from one run."""
     if name == "sizes":
         recipe = Recipe(ablation="mean", steps=12, images_per_step=8)
-        return learn_sizes(network(), data(36, 1), sizes=[0.7, 0.3], recipe=recipe)[0.3]
+        return learn_sizes(network(), [0.7, 0.3], data(36, 1), recipe=recipe)[0.3]
     return learn_gates(network(), data(36, 1), recipe=RECIPES[name])
 
 

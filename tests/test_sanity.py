@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from nad_attr import GateSite, Recipe, SubArchitecture, learn_gates
+from nad_attr import GateSite, Recipe, RunOptions, SubArchitecture, learn_gates
 from nad_attr.data.sources import as_source
 from nad_attr.evaluation import (
     Control,
@@ -83,7 +83,7 @@ def test_a_seed_is_a_draw_layer_by_layer(tiny_cnn: nn.Module) -> None:
 def test_batchnorm_statistics_are_those_of_the_data(
     tiny_cnn: nn.Module, tiny_data: tuple[Tensor, Tensor]
 ) -> None:
-    drawn = random_weights(tiny_cnn, data=tiny_data, batch_size=12)
+    drawn = random_weights(tiny_cnn, data=tiny_data, run=RunOptions(batch_size=12))
     with torch.no_grad():
         before = drawn.conv1(tiny_data[0])
     torch.testing.assert_close(drawn.bn1.running_mean, before.mean(dim=(0, 2, 3)))
@@ -357,7 +357,7 @@ def test_the_report_in_all_forms(report: SanityReport) -> None:
     frame = report.frame()
     assert len(frame) == (1 + 2 + 2 + 2 + 1) * 4
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert plain["controls"][0]["means"]["gain"] == pytest.approx(
+    assert plain["verdicts"]["trained network"]["means"]["gain"] == pytest.approx(
         report["trained network"].gain.mean()
     )
     assert plain["stability"]["means"]["seeds"] > 0.9
@@ -407,9 +407,9 @@ def test_gain_and_whether_it_vanishes_by_hand() -> None:
     words = {line.split("  ")[0]: line.split()[-1] for line in report.summary().splitlines()}
     assert {words[n] for n, v in expected.items() if v is None} == {"unknown"}
     assert (words["near"], words["all above"]) == ("gone", "there")
-    listed = {c["name"]: c["vanishes"] for c in report.to_dict()["controls"]}
+    listed = {n: v["vanishes"] for n, v in report.to_dict()["verdicts"].items()}
     assert listed == expected
-    assert report.to_dict()["controls"][0]["margin"] == 0.05
+    assert report.to_dict()["verdicts"]["near"]["margin"] == 0.05
     for margin in (0, -1.0, True, None, nan):
         with pytest.raises(ValueError, match="margin must be"):
             report.vanishes("near", margin=margin)
@@ -430,7 +430,7 @@ def test_sanity_refuses(known: PlantedCircuit) -> None:
     def learn(model: nn.Module, data: object, seed: int) -> list[SubArchitecture]:
         raise AssertionError("bad arguments are told before work is done")
 
-    for arguments in ({"n_random": 0}, {"n_networks": 0}, {"stages": -1}, {"batch_size": 0}):
+    for arguments in ({"n_random": 0}, {"n_networks": 0}, {"stages": -1}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             sanity(known.model, learn, known.data, known.held_out, **arguments)
     with pytest.raises(TypeError, match="learn must be a function"):

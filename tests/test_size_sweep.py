@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nad_attr import RunOptions
 from nad_attr.evaluation import (
     EnergyScorer,
     TaylorOutputScorer,
@@ -93,7 +94,9 @@ def made(n_sizes: int = 1, n_tasks: int = 2, n_random: int = 3, n_methods: int =
 def test_measures_are_those_of_evaluate(per_site: bool) -> None:
     model, data = helpers.build(helpers.TinyCNN), helpers.labelled_images()
     learned = gates(0)
-    result = measure({"nad": learned, "bare": scores(1)}, per_site=per_site, memory=1e-9)
+    result = measure(
+        {"nad": learned, "bare": scores(1)}, per_site=per_site, run=RunOptions(memory_limit=1)
+    )
     assert result.methods == ("nad", "bare")
     assert result.task_names == ("class 0", "class 1", "class 2")
     like = as_ranking(learned)
@@ -188,7 +191,12 @@ def test_batch_size_seed_and_model() -> None:
     with helpers.assert_model_untouched(model, *data):
         first = size_sweep(model, {"nad": gates(0)}, data, train_data=data, **options)
     second = size_sweep(
-        model, {"nad": gates(0)}, data, train_data=data, batch_size=5, memory=1e-9, **options
+        model,
+        {"nad": gates(0)},
+        data,
+        train_data=data,
+        run=RunOptions(batch_size=5, memory_limit=1),
+        **options,
     )
     other = size_sweep(model, {"nad": gates(0)}, data, seed=1, **options)
     for m in GRID_MEASURES:
@@ -317,11 +325,11 @@ def test_frame() -> None:
 def test_dictionary_and_json(tmp_path) -> None:
     result = made(n_sizes=2)
     result.measured["method 0"]["fpr"][0, 0] = nan
-    result.save_json(tmp_path / "whether.json")
+    result.save(tmp_path / "whether.json")
     read = json.loads((tmp_path / "whether.json").read_text())
     assert read == result.to_dict()
-    assert read["methods"]["method 0"]["fpr"]["tasks"][0][0] is None
-    assert read["methods"]["method 1"]["ba"]["p"] == result.p_value("method 1", "ba").tolist()
+    assert read["measured"]["method 0"]["fpr"][0][0] is None
+    assert read["means"]["method 1"]["ba"]["p"] == result.p_value("method 1", "ba").tolist()
     assert np.array(read["random"]["ba"]).shape == (3, 2, 2)
 
 
@@ -430,11 +438,15 @@ def test_training_images_are_loaded_a_batch_at_a_time() -> None:
     methods = {"energy": EnergyScorer(cnn, sites)}
     options = {"baselines": {}, "sites": sites, "tasks": [0, 1, 2], "n_random": 0, "sizes": [0.5]}
     with Largest() as largest:
-        found = size_sweep(cnn, methods, held_out, train_data=train, batch_size=4, **options)
+        found = size_sweep(
+            cnn, methods, held_out, train_data=train, run=RunOptions(batch_size=4), **options
+        )
     assert sorted(train.asked) == list(range(600))
     assert largest.n_bytes < train.images.numel() * train.images.element_size() / 8
     tensors = train.images, torch.tensor(train.targets)
-    again = size_sweep(cnn, methods, held_out, train_data=tensors, batch_size=4, **options)
+    again = size_sweep(
+        cnn, methods, held_out, train_data=tensors, run=RunOptions(batch_size=4), **options
+    )
     for measure in found.measures:
         np.testing.assert_array_equal(
             found.values("energy", measure), again.values("energy", measure)
@@ -446,10 +458,10 @@ def test_scorers_take_data_and_load_each_image_once() -> None:
     scorer = TaylorOutputScorer(cnn, [GateSite("relu1", 6, 1)])
     for random in (False, True):
         train = Loaded(20, random=random)
-        found = scorer(train, tasks=[0, 1, 2], include_others=True, batch_size=6)
+        found = scorer(train, tasks=[0, 1, 2], include_others=True, run=RunOptions(batch_size=6))
         # Three tasks look at every image; those that a batch's end parts are loaded twice.
         assert len(train.asked) <= 20 + 60 / 6
-        again = scorer(train, tasks=[0, 1, 2], include_others=True, batch_size=60)
+        again = scorer(train, tasks=[0, 1, 2], include_others=True, run=RunOptions(batch_size=60))
         torch.testing.assert_close(found["relu1"], again["relu1"])
         if not random:
             tensors = scorer(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from nad_attr import RunOptions
 from nad_attr._checks import GatingError
 from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.evaluation.measures import balanced_accuracy, fit_threshold
@@ -82,8 +83,9 @@ def test_costs_of_a_forward_function() -> None:
         model,
         sites,
         (x, x),
-        forward_func=lambda a, b, scale: model(a + b * scale),
-        additional_forward_args=2.0,
+        run=RunOptions(
+            forward_func=lambda a, b, scale: model(a + b * scale), additional_forward_args=2.0
+        ),
     )
     assert found == site_costs(model, sites, x)
 
@@ -124,7 +126,12 @@ def test_bad_costs() -> None:
             with pytest.raises(TypeError, match="inputs must be a tensor"):
                 site_costs(model, [GateSite("relu1", 6, 1)], inputs)
         with pytest.raises(GatingError, match="did not fire"):
-            site_costs(model, [GateSite("relu1", 6, 1)], x, forward_func=lambda x: x.flatten(1))
+            site_costs(
+                model,
+                [GateSite("relu1", 6, 1)],
+                x,
+                run=RunOptions(forward_func=lambda x: x.flatten(1)),
+            )
 
 
 # ---------------------------------------------------------------------------------------------

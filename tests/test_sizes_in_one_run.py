@@ -19,7 +19,7 @@ RECIPE = Recipe(steps=9, images_per_step=4)
 @pytest.fixture(scope="module")
 def found() -> dict[float, TaskGates]:
     model = helpers.build(helpers.TinyCNN)
-    return learn_sizes(model, helpers.labelled_images(), SIZES, recipe=RECIPE)
+    return learn_sizes(model, SIZES, helpers.labelled_images(), recipe=RECIPE)
 
 
 def test_every_size_is_reached_exactly(found: dict[float, TaskGates]) -> None:
@@ -40,14 +40,14 @@ def test_curves_end_where_the_gates_were_taken(found: dict[float, TaskGates]) ->
 
 def test_one_size_is_learn_gates() -> None:
     model, data = helpers.build(helpers.TinyCNN), helpers.labelled_images()
-    (gates,) = learn_sizes(model, data, [0.4], recipe=RECIPE).values()
+    (gates,) = learn_sizes(model, [0.4], data, recipe=RECIPE).values()
     recipe = Recipe(size=0.4, steps=9, images_per_step=4)
     assert gates == learn_gates(model, data, recipe=recipe)
 
 
 def test_a_task_does_not_depend_on_its_company(found: dict[float, TaskGates]) -> None:
     model, data = helpers.build(helpers.TinyCNN), helpers.labelled_images()
-    alone = learn_sizes(model, data, SIZES, tasks=[1], recipe=RECIPE)
+    alone = learn_sizes(model, SIZES, data, tasks=[1], recipe=RECIPE)
     for size, gates in alone.items():
         for name in gates:
             assert torch.equal(gates[name] > 0.5, found[size].select([1])[name] > 0.5)
@@ -55,7 +55,7 @@ def test_a_task_does_not_depend_on_its_company(found: dict[float, TaskGates]) ->
 
 def test_default_recipe_gives_each_size_its_steps() -> None:
     model, data = helpers.build(helpers.TinyCNN), helpers.labelled_images()
-    (gates,) = learn_sizes(model, data, [0.5], tasks=[0]).values()
+    (gates,) = learn_sizes(model, [0.5], data, tasks=[0]).values()
     assert gates.recipe is not None
     assert gates.recipe.steps == 100
 
@@ -92,4 +92,4 @@ def test_bad_sizes(sizes: list[float], recipe: Recipe, message: str) -> None:
     model = helpers.build(helpers.TinyCNN)
     sites = find_gate_sites(model, helpers.images(1))
     with helpers.assert_model_untouched(model), pytest.raises(ValueError, match=message):
-        learn_sizes(model, helpers.labelled_images(), sizes, recipe=recipe, sites=sites)
+        learn_sizes(model, sizes, helpers.labelled_images(), recipe=recipe, sites=sites)

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import learning_cost, speed
-from benchmarks.released_loop import ReleasedLoop
-from nad_attr import GateSite, Recipe, SubArchitecture, find_gate_sites, learn_gates
+from nad_attr import GateSite, Recipe, RunOptions, SubArchitecture, find_gate_sites, learn_gates
 from nad_attr.evaluation import fit_ablation, sweep
 from nad_attr.gating import hooks as gating
 from nad_attr.gating.hooks import frozen
@@ -117,7 +115,9 @@ def test_bfloat16_step_within_three_percent(channels_last: bool) -> None:
     arguments = ((x,), gates, torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1).bool())
     with frozen(model):
         _, expected = Network(model, sites).output_and_gradient(*arguments)
-        _, found = Network(model, sites, amp=torch.bfloat16).output_and_gradient(*arguments)
+        _, found = Network(model, sites, run=RunOptions(amp=torch.bfloat16)).output_and_gradient(
+            *arguments
+        )
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 0.03 * expected.norm()
 
@@ -384,7 +384,7 @@ def test_equal_networks_are_run_once(ablation: str | None) -> None:
         SubArchitecture.from_kept(kept[i], sites, task=k)
         for i, k in ((0, 0), (1, 1), (0, 1), (0, 2), (1, 0))
     ]
-    fitted = None if ablation is None else fit_ablation(model, sites, data, ablation)
+    fitted = None if ablation is None else fit_ablation(model, sites, data, kind=ablation)
     n_run = 0
 
     def note(module: nn.Module, args: Any) -> None:
@@ -392,7 +392,7 @@ def test_equal_networks_are_run_once(ablation: str | None) -> None:
         n_run += len(args[0])
 
     handle = model.register_forward_pre_hook(note)
-    found = sweep(model, archs, data, ablation=fitted, batch_size=5)
+    found = sweep(model, archs, data, ablation=fitted, run=RunOptions(batch_size=5))
     handle.remove()
     # What stands in place of a channel differs from task to task with other_mean.
     assert n_run == 12 * (1 + (2 if ablation is None else 5))
@@ -404,112 +404,7 @@ def test_equal_networks_are_run_once(ablation: str | None) -> None:
         assert torch.equal(found.gated_class[row], alone.gated_class[0])
 
 
-# -- The benchmark --------------------------------------------------------------------------------
-
-
-def test_released_loop_is_the_papers_recipe() -> None:
-    model, (x, _) = build(TinyCNN), labelled_images(40)
-    with torch.no_grad():
-        labels = model(x).argmax(1)
-    k = int(labels.mode().values)
-    own = x[labels == k][:8]
-    sites = find_gate_sites(model, x)
-    loop = ReleasedLoop(model, [(s.name, s.n_channels, s.channel_dim) for s in sites], 0.3)
-    loop.logits = [
-        torch.linspace(-1, 1, len(z), dtype=torch.float64).requires_grad_(True) for z in loop.logits
-    ]
-    start = {s.name: z.detach()[None].clone() for s, z in zip(sites, loop.logits, strict=True)}
-    for _ in range(3):
-        loop.step(own, torch.full((len(own),), k))
-    gates = learn_gates(
-        model,
-        (own, torch.full((len(own),), k)),
-        [k],
-        Recipe.paper(beta=0.3, epochs=3),
-        sites,
-        initial_logits=start,
-    )
-    assert gates.logits is not None
-    for name, scores in loop.scores().items():
-        # Task gates hold float32.
-        torch.testing.assert_close(scores.float(), gates.logits[name], rtol=1e-6, atol=1e-6)
-
-
-@pytest.fixture
-def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make() -> learning_cost.Gateable:
-        with torch.random.fork_rng(devices=[]):
-            model = TinyCNN().eval()
-            model.linear = nn.Linear(8, 4).eval()
-        return model, find_gate_sites(model, torch.zeros(1, 3, 8, 8))
-
-    def missing() -> learning_cost.Gateable:
-        raise ImportError("no such package")
-
-    monkeypatch.setattr(speed, "MODELS", {"resnet50": make, "vgg16": missing})
-    monkeypatch.setattr(learning_cost, "MODELS", {"resnet50": make})
-    monkeypatch.setattr(learning_cost, "RECIPES", {"selection": lambda: Recipe(steps=24)})
-    monkeypatch.setattr(speed, "CAPTUM_IMAGES", 3)
-
-
-@pytest.mark.usefixtures("_tiny")
-def test_benchmark_writes_what_it_says(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    import json
-
-    path = tmp_path / "new" / "speed.json"
-    arguments = "--models resnet50 vgg16 --batch 4 --image-size 8 --repeats 1 --clock cpu"
-    arguments += f" --sections steps released captum projection --json {path}"
-    assert speed.main(arguments.split()) == 0
-    found = json.loads(path.read_text())
-    assert found["device"] == "cpu"
-    assert any("vgg16" in what for what in found["skipped"])
-    assert [row["precision"] for row in found["steps"]] == [
-        "float32",
-        "bfloat16 (autocast)",
-        "bfloat16 (autocast)",
-    ]
-    assert all(row["time_ratio"] > row["kept_ratio"] > 0 for row in found["steps"])
-    step = found["steps"][0]
-    hours = {row["what"]: row["projected_hours"] for row in found["projection"]}
-    recipe = Recipe()
-    per_class = recipe.steps * recipe.images_per_step / step["step_images_per_second"]
-    assert hours["default recipe, float32"] == pytest.approx(1000 * per_class / 3600)
-    conductance = next(row for row in found["captum"] if row["method"] == "LayerConductance")
-    expected = conductance["seconds_per_image_site_step"] * 2 * 3 * 50 * 1000 / 3600
-    assert hours["LayerConductance, 3 images"] == pytest.approx(expected)
-    out = capsys.readouterr().out
-    assert "PROJECTION, not measured" in out
-    assert "skipped: steps: vgg16" in out
-
-
-@pytest.mark.usefixtures("_tiny")
-def test_benchmark_growth_and_profile(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(learning_cost, "peak_memory", lambda device, function: 1)
-    arguments = "--models resnet50 --batch 4 --image-size 8 --repeats 1"
-    speed.main([*arguments.split(), "--sections", "growth"])
-    out = capsys.readouterr().out
-    assert out.count("tasks  resnet50") == 4
-    speed.main([*arguments.split(), "--profile"])
-    assert "aten::" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("_tiny")
-def test_benchmark_quality(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    import json
-
-    model = build(TinyCNN).float()
-    x, y = labelled_images(60)
-    data = (x.float(), y, x.float(), y)
-    monkeypatch.setattr(speed, "load_resnet", lambda *args: model)
-    monkeypatch.setattr(speed, "load_cifar10", lambda *args, **kwargs: data)
-    path = tmp_path / "speed.json"
-    speed.main(f"--quick --sections quality --json {path}".split())
-    rows = json.loads(path.read_text())["quality"]
-    assert rows[0]["image_passes"] == 3 * 20  # 20 own images: forward twice, backward once
-    # Steps times images, forward and backward, each image clean once; and two looks at the start.
-    assert 2 * 5 * 4 < rows[1]["image_passes"] <= 2 * 5 * 4 + 60 + 2 * 2
+# -- The page -------------------------------------------------------------------------------------
 
 
 def test_documentation_runs() -> None:

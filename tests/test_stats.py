@@ -63,7 +63,7 @@ def test_every_measure_has_its_tail_in_results_files_and_reports(name: str, tmp_
     for result, p in zip((low, high), expected, strict=True):
         wanted = None if name in NEITHER else p
         assert result.p_value(name) == p or (name in NEITHER and math.isnan(result.p_value(name)))
-        result.save_json(tmp_path / "result.json")
+        result.save(tmp_path / "result.json")
         written = json.loads((tmp_path / "result.json").read_text())
         assert written["p_values"][name] == wanted
         assert written["p_least"] == 1 / 4

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nad_attr import GateSite, SubArchitecture, find_gate_sites, gated, recorded
+from nad_attr import GateSite, RunOptions, SubArchitecture, find_gate_sites, gated, recorded
 from nad_attr.pictures import top_images
 from tests import helpers
 from tests.test_heat_maps import architectures
@@ -35,7 +35,9 @@ def test_against_a_sort_of_everything(
 ) -> None:
     images = torch.tensor(values, dtype=torch.float32).reshape(-1, 3, 2, 2)
     labels = torch.arange(len(images)) % 2
-    found = top_images(NET, ARCH, (images, labels), k=k, batch_size=batch_size, pool=pool)
+    found = top_images(
+        NET, ARCH, (images, labels), k=k, run=RunOptions(batch_size=batch_size), pool=pool
+    )
     for row, channel in enumerate((0, 2)):
         flat = images[:, channel].flatten(1)
         scores = (flat.amax(1) if pool == "max" else flat.mean(1)).tolist()
@@ -62,7 +64,9 @@ def test_whole_network_and_inside(request: pytest.FixtureRequest, name: str, ins
     arch = architectures(model)[1]
     images, labels = helpers.labelled_images(12)
     with helpers.assert_model_untouched(model, images, labels):
-        found = top_images(model, arch, (images, labels), k=3, inside=inside, batch_size=5)
+        found = top_images(
+            model, arch, (images, labels), k=3, inside=inside, run=RunOptions(batch_size=5)
+        )
     gates = arch.gates(torch.float64) if inside else SubArchitecture.full(arch.sites).gates()
     with (
         torch.no_grad(),
@@ -125,7 +129,13 @@ def test_nothing_is_left_after_an_exception(tiny_cnn: nn.Module) -> None:
         helpers.assert_model_untouched(tiny_cnn, images),
         pytest.raises(Exception, match="stop"),
     ):
-        top_images(tiny_cnn, arch, (images, labels), inside=True, batch_size=3, forward_func=fails)
+        top_images(
+            tiny_cnn,
+            arch,
+            (images, labels),
+            inside=True,
+            run=RunOptions(batch_size=3, forward_func=fails),
+        )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +147,6 @@ def test_nothing_is_left_after_an_exception(tiny_cnn: nn.Module) -> None:
         ({"channels": {"0": [3]}}, ValueError, "from 0 to 2"),
         ({"channels": {"0": [0.5]}}, ValueError, "whole numbers"),
         ({"channels": {"0": []}}, ValueError, "no channel"),
-        ({"batch_size": 0}, ValueError, "batch_size"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -16,6 +16,7 @@ from nad_attr import (
     GateSite,
     GateStore,
     GatingError,
+    RunOptions,
     SubArchitecture,
     TaskGates,
     find_gate_sites,
@@ -72,7 +73,7 @@ def test_files_hold_what_they_should(
             tmp_path / "project",
             model=tiny_cnn,
             to_pixels=lambda x: (x + 4) / 8,
-            batch_size=4,
+            run=RunOptions(batch_size=4),
             n_clusters=(2, 3),
         )
     assert path == tmp_path / "project" / "project.yaml"
@@ -241,7 +242,7 @@ def test_batch_size_changes_nothing_that_counts(
     contents = []
     for batch_size in (2, 32):
         folder = tmp_path / str(batch_size)
-        export_virelay(gates, data, folder, model=tiny_cnn, batch_size=batch_size)
+        export_virelay(gates, data, folder, model=tiny_cnn, run=RunOptions(batch_size=batch_size))
         found = {}
         for path in sorted(folder.glob("*.h5")):
             with h5py.File(path) as file:
@@ -280,7 +281,12 @@ def test_nothing_is_left_behind_by_a_method_that_fails(
         pytest.raises(RuntimeError, match="stop"),
     ):
         export_virelay(
-            gates, data, tmp_path / "new", model=tiny_cnn, method=leaves_traces, batch_size=5
+            gates,
+            data,
+            tmp_path / "new",
+            model=tiny_cnn,
+            method=leaves_traces,
+            run=RunOptions(batch_size=5),
         )
     assert len(calls) == 2
     assert sorted(tmp_path.iterdir()) == before

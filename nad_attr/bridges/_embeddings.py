@@ -13,7 +13,7 @@ from nad_attr.system.rng import isolated_rng, seed_of
 
 __all__ = ["check_embeddings", "check_n_clusters", "clusters", "embeddings", "pca"]
 
-FloatArray: TypeAlias = "NDArray[np.float32]"
+FloatArray: TypeAlias = NDArray[np.float32]
 #: Points (N, 2), and what says how much each axis stands for, if the method has it.
 Embedded: TypeAlias = "tuple[FloatArray, NDArray[np.float64] | None]"
 

@@ -22,6 +22,7 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.foreign_hooks import move_behind_rewriters
 from nad_attr.gating.hooks import expand, installed, site_modules
 from nad_attr.sites.site import GateSite, unwrap
+from nad_attr.system.threads import owned
 
 __all__ = ["CRPComparison", "compare_with_condition", "relevance_masked"]
 
@@ -75,12 +76,13 @@ def relevance_masked(model: nn.Module, arch: SubArchitecture) -> Iterator[None]:
         for site in arch.sites:
             move_behind_rewriters(modules[site.name], function)
 
-    handle = unwrap(model).register_forward_pre_hook(find_place)
-    try:
-        with installed(model, arch.sites, function):
-            yield
-    finally:
-        handle.remove()
+    with owned() as owner:
+        handle = unwrap(model).register_forward_pre_hook(owner.only(find_place))
+        try:
+            with installed(model, arch.sites, function):
+                yield
+        finally:
+            handle.remove()
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from os import PathLike
 from pathlib import Path
@@ -19,6 +20,7 @@ from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.api import learn_gates
 from nad_attr.running.forward import Runner, check_classes
+from nad_attr.running.options import RunOptions, as_options
 
 if TYPE_CHECKING:
     _Callback: type[Any] = object
@@ -78,8 +80,7 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
         path: Where to save the gates. None: ``gates.h5`` in the first logger's folder (or the
             trainer's root folder). False: nowhere.
         seed: Of learning and measuring.
-        batch_size: Images in a pass.
-        show_progress: Show bars.
+        run: How to run the network, except for ``forward_func``; see :class:`nad_attr.RunOptions`.
 
     Attributes:
         gates: The gates, after training; None before, and on all processes but the first.
@@ -105,8 +106,7 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
         forward_func: Callable[..., Any] | None = None,
         path: str | PathLike[str] | bool | None = None,
         seed: int = 0,
-        batch_size: int = 64,
-        show_progress: bool = False,
+        run: RunOptions | None = None,
     ) -> None:
         if _Callback is object and not TYPE_CHECKING:
             raise ImportError(
@@ -119,7 +119,12 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
         self.data, self.held_out = data, held_out
         self.tasks, self.recipe, self.network = tasks, recipe, network
         self.forward_func, self.path, self.seed = forward_func, path, seed
-        self.batch_size, self.show_progress = batch_size, show_progress
+        self.run = as_options(run)
+        if self.run.forward_func is not None:
+            raise ValueError(
+                "forward_func is an argument of LearnSubArchitectures itself, which calls it with "
+                "the network; leave it out of run=."
+            )
         self.gates: TaskGates | None = None
         self.evaluation: Evaluation | None = None
 
@@ -152,7 +157,7 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
                     source = as_source(some)
                     draws = [(number, 0) for number in range(len(source.labels))]
                     inputs = next(iter(source.batches([draws])))
-                    runner = Runner(model, forward_func=forward_func)
+                    runner = Runner(model, replace(self.run, forward_func=forward_func))
                     outputs = runner(runner.to_device(inputs))
                     check_classes(source.labels, [0], outputs.shape[1])
                 except (TypeError, ValueError) as error:
@@ -186,12 +191,8 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
 
     def _run(self, trainer: Any, pl_module: Any) -> None:
         model, forward_func, data, held_out = self._given(trainer, pl_module)
-        common: dict[str, Any] = {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "show_progress": self.show_progress,
-            "forward_func": forward_func,
-        }
+        run = replace(self.run, forward_func=forward_func)
+        common: dict[str, Any] = {"seed": self.seed, "run": run}
         with torch.inference_mode(False), torch.enable_grad(), _eval_mode(pl_module):
             self.gates = learn_gates(model, data, self.tasks, self.recipe, **common)
             if held_out is not None:

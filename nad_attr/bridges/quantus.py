@@ -18,8 +18,9 @@ from nad_attr._checks import tensor_of
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import gated
-from nad_attr.gating.restore import restored
+from nad_attr.gating.restore import Explained, restored
 from nad_attr.running.forward import Runner
+from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.system.rng import isolated_rng, seed_of
 
 __all__ = ["ATTRIBUTIONS", "SubArchitectureExplainer", "explain_func"]
@@ -94,6 +95,8 @@ class SubArchitectureExplainer:
         sum_channels: One heat-map for each image, (B, 1, H, W), the sum over its colour channels:
             what Quantus's metrics of localisation ask for. False: (B, C, H, W).
         seed: What is random in an attribution comes from it.
+        run: How to run the network; see :class:`nad_attr.RunOptions`. Quantus's own ``device`` goes
+            before its field. Images are explained one by one.
         **options: Further arguments of the attribution (``n_steps``, ...); for ``"lrp"``,
             ``composite``: a name or a function that makes one.
 
@@ -125,6 +128,7 @@ class SubArchitectureExplainer:
         size: float | None = None,
         sum_channels: bool = True,
         seed: int = 0,
+        run: RunOptions | None = None,
         **options: Any,
     ) -> None:
         if not (gates is None or isinstance(gates, (TaskGates, SubArchitecture, Mapping))):
@@ -156,6 +160,7 @@ class SubArchitectureExplainer:
         self.size = size
         self.sum_channels = sum_channels
         self.seed = seed
+        self.run = as_options(run)
         self.options = options
 
     def __call__(
@@ -185,10 +190,17 @@ class SubArchitectureExplainer:
             TypeError: If images or classes are something else.
             ValueError: If the network is in train mode, or images and classes do not go together.
         """
-        runner = Runner(model, device="cuda" if device == "gpu" else device)
+        place = FROM_RUN if device is None else "cuda" if device == "gpu" else device
+        runner = Runner(model, as_options(self.run, device=place))
+        if self.attribution == "lrp" and not runner.plain:
+            raise ValueError(
+                "attribution='lrp' runs the network itself in full precision: leave amp out of "
+                "run=, and put forward_func and further arguments into a module's forward."
+            )
         images, wanted = _tensors(runner, inputs, targets)
         with torch.no_grad():
-            outputs = runner((images,))
+            width = runner.images_per_pass((images,))
+            outputs = torch.cat([runner((part,)) for part in images.split(width)])
         if self.classes == "predicted":
             wanted = outputs.argmax(1)
         if int(wanted.min()) < 0 or int(wanted.max()) >= outputs.shape[1]:
@@ -201,7 +213,7 @@ class SubArchitectureExplainer:
         found = torch.zeros(images.shape, device="cpu")
         for task, gates in chosen.items():
             rows = (wanted == task).nonzero().flatten()
-            part = self._explain(runner.model, images[rows], task, gates)
+            part = self._explain(runner, images[rows], task, gates)
             if part.shape != images[rows].shape:
                 raise ValueError(
                     f"the attribution returned shape {tuple(part.shape)} for images of shape "
@@ -227,8 +239,9 @@ class SubArchitectureExplainer:
         return self.gates[task], None
 
     def _explain(
-        self, model: nn.Module, images: Tensor, task: int, gates: tuple[Any, Any] | None
+        self, runner: Runner, images: Tensor, task: int, gates: tuple[Any, Any] | None
     ) -> Tensor:
+        model = runner.model
         seed = seed_of("explaining", self.seed, task)
         if self.attribution == "lrp":
             return _lrp(model, images, task, gates, self.options.get("composite", "epsilon_plus"))
@@ -236,6 +249,7 @@ class SubArchitectureExplainer:
         function = ATTRIBUTIONS[name] if isinstance(name, str) else name
         assert function is not None
         inside = nullcontext() if gates is None else gated(model, gates[0], tasks=gates[1])
+        network = model if runner.plain else Explained(model, lambda *inputs: runner(tuple(inputs)))
         parts = []
         with restored(model), inside:
             # Image by image, each with the same seed: what is drawn for one must not depend on the
@@ -243,7 +257,7 @@ class SubArchitectureExplainer:
             for image in images.split(1):
                 with isolated_rng(seed):
                     classes = torch.tensor([task], device=images.device)
-                    parts.append(function(model, image.clone(), classes, **self.options).detach())
+                    parts.append(function(network, image.clone(), classes, **self.options).detach())
         return torch.cat(parts)
 
 
@@ -269,17 +283,13 @@ def _tensors(runner: Runner, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]
 def _lrp(
     model: nn.Module, images: Tensor, task: int, gates: tuple[Any, Any] | None, composite: Any
 ) -> Tensor:
-    try:
-        from nad_attr.bridges.zennit import (
-            GateCanonizer,
-            SubArchitectureAttributor,
-            named_composite,
-            whole_network,
-        )
-    except ImportError as error:
-        raise ImportError(
-            "attribution='lrp' needs Zennit; install it with: pip install 'nad-attr[zennit]'"
-        ) from error
+    from nad_attr.bridges.zennit import (  # takes long to load
+        GateCanonizer,
+        SubArchitectureAttributor,
+        named_composite,
+        whole_network,
+    )
+
     made = named_composite(composite) if isinstance(composite, str) else composite()
     if gates is None:
         return whole_network(model, images, task, made)
@@ -312,8 +322,8 @@ def explain_func(
         attribution: As there.
         device: Where to run; None: where the network is.
         method: Of no account: ``quantus.evaluate`` passes the name it has for this function.
-        **options: As there: ``classes``, ``soft``, ``size``, ``sum_channels``, ``seed``, and the
-            attribution's own.
+        **options: As there: ``classes``, ``soft``, ``size``, ``sum_channels``, ``seed``, ``run``,
+            and the attribution's own.
 
     Returns:
         The heat-maps, (B, 1, H, W) or, without ``sum_channels``, (B, C, H, W), float32.

@@ -18,17 +18,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nad_attr.bridges._embeddings import check_embeddings, check_n_clusters, clusters, embeddings
-from nad_attr.data.sources import Data, Source, as_source, only_images
+from nad_attr.data.sources import Data, Inputs, Source, as_source, only_images
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import channel_shape, recorded
@@ -39,14 +38,15 @@ from nad_attr.pictures.heat_maps import (
     run_method,
 )
 from nad_attr.pictures.pixels import ToPixels, as_pixels
-from nad_attr.running.forward import Runner, check_batch_size, check_classes, chunks
+from nad_attr.running.forward import Runner, check_classes, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.store import GateStore
 from nad_attr.system.files import sync
 
 __all__ = ["export_virelay"]
 
-FloatArray: TypeAlias = "NDArray[np.float32]"
-IntArray: TypeAlias = "NDArray[np.int64]"
+FloatArray: TypeAlias = NDArray[np.float32]
+IntArray: TypeAlias = NDArray[np.int64]
 #: What each class is called, or its WordNet number: by class index.
 Names: TypeAlias = "Mapping[int, str] | Sequence[str] | None"
 
@@ -67,7 +67,6 @@ class _Job:
     method: HeatMapMethod
     to_pixels: ToPixels | None
     batch_size: int
-    show_progress: bool
 
     @property
     def labels(self) -> IntArray:
@@ -271,11 +270,10 @@ def _write_dataset(job: _Job, path: Path) -> FloatArray:
     n = len(job.labels)
     outputs: list[FloatArray] = []
     parts = [list(part) for part in chunks(n, job.batch_size)]
-    bar = tqdm(total=n, unit="image", desc="images", disable=not job.show_progress)
-    with h5py.File(path, "w") as file, bar, torch.no_grad():
+    with h5py.File(path, "w") as file, torch.no_grad():
         file["label"] = job.labels
         data = None
-        for part, inputs in zip(parts, job.runner.draw(job.source, parts), strict=True):
+        for part, inputs in zip(parts, job.runner.draw(job.source, parts, "images"), strict=True):
             pixels = as_pixels(only_images(inputs), job.to_pixels).numpy()
             if min(pixels.shape[2:]) < 3:
                 raise ValueError(
@@ -287,7 +285,6 @@ def _write_dataset(job: _Job, path: Path) -> FloatArray:
                 data = file.create_dataset("data", shape, np.uint8, chunks=(1, *shape[1:]))
             data[part[0] : part[-1] + 1] = pixels
             outputs.append(job.runner(inputs).float().cpu().numpy())
-            bar.update(len(part))
     return np.concatenate(outputs)
 
 
@@ -296,7 +293,7 @@ def _write_attributions(job: _Job, path: Path, outputs: FloatArray) -> FloatArra
     index, labels = job.index, job.labels
     row_of = {int(number): row for row, number in enumerate(index)}
     activations: FloatArray | None = None
-    bar = tqdm(total=len(index), unit="image", desc="heat-maps", disable=not job.show_progress)
+    bar = job.runner.bar(len(index), "heat-maps")
     with h5py.File(path, "w") as file, bar:
         file["index"] = index
         file["label"] = labels[index]
@@ -444,11 +441,11 @@ def _write_activation_analysis(
 
 
 def export_virelay(
+    model: nn.Module,
     store: GateStore | TaskGates | Sequence[SubArchitecture] | str | PathLike[str],
-    dataset: Data,
+    data: Data,
     folder: str | PathLike[str],
     *,
-    model: nn.Module,
     method: HeatMapMethod = gradient_times_input,
     method_name: str | None = None,
     size: float | None = None,
@@ -462,11 +459,7 @@ def export_virelay(
     n_clusters: Sequence[int] = (2, 3, 5),
     seed: int = 0,
     overwrite: bool = False,
-    batch_size: int = 32,
-    device: torch.device | str | None = None,
-    show_progress: bool = False,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> Path:
     """Write a ViRelAy project of heat-maps through each class's own sub-architecture.
 
@@ -479,14 +472,14 @@ def export_virelay(
     network calls, and k-means. Open it with ``virelay project.yaml``.
 
     Args:
+        model: The network, in eval mode; unchanged afterwards, whatever ``method`` does.
         store: A gate store or its path, task gates, or sub-architectures with tasks. Of a store,
             only the classes of the images are read.
-        dataset: Images with labels: ``(inputs, labels)`` tensors, a Dataset or a DataLoader.
+        data: Images with labels: ``(inputs, labels)`` tensors, a Dataset or a DataLoader.
         folder: Where to write; made if it is not there. Files appear when all are complete: a new
             folder in one step; in a folder that is there, an earlier project stays if anything
             fails. If the process is killed while files are moved there is no ``project.yaml``,
             and the earlier files are in the hidden folder beside this one.
-        model: The network, in eval mode; unchanged afterwards, whatever ``method`` does.
         method: The heat-maps, called as ``method(network, inputs, target)`` in the gated network,
             see :func:`nad_attr.pictures.heat_maps`.
         method_name: What ViRelAy calls it. None: the function's name.
@@ -504,12 +497,7 @@ def export_virelay(
             the classes' clusters only.
         seed: Of embeddings and clusters.
         overwrite: Replace a project that is there.
-        batch_size: Images in a pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        show_progress: Show bars of the images done (tqdm).
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The path of ``project.yaml``.
@@ -535,33 +523,27 @@ def export_virelay(
         >>> data = (torch.rand(8, 3, 8, 8), torch.arange(8) % 2)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = export_virelay(
-        ...         archs, data, folder, model=net, embeddings=["pca"], n_clusters=[]
+        ...         net, archs, data, folder, embeddings=["pca"], n_clusters=[]
         ...     )
         ...     sorted(file.name for file in path.parent.iterdir())
         ['analysis_activations.h5', 'analysis_gates.h5', 'attribution.h5', 'dataset.h5',
         'label_map.json', 'project.yaml']
     """
-    check_batch_size(batch_size)
     if not callable(method):
         raise TypeError(f"method must be a function, not {method!r:.60}.")
     wanted = check_embeddings(embeddings)
     ks = check_n_clusters(n_clusters)
-    source = as_source(dataset)
+    source = as_source(data)
     gates = _gates_of(store, sorted(set(source.labels.tolist())))
-    job = _Job(
-        runner=Runner(
-            model,
-            device=device,
-            forward_func=forward_func,
-            additional_forward_args=additional_forward_args,
-        ),
-        source=source,
-        of_class=class_architectures(gates, size),
-        method=method,
-        to_pixels=to_pixels,
-        batch_size=batch_size,
-        show_progress=show_progress,
-    )
+    of_class = class_architectures(gates, size)
+    runner = Runner(model, run, batch_size=32)
+    label, arch = next(iter(of_class.items()))
+
+    def probe(inputs: Inputs) -> None:
+        target = torch.full((len(inputs[0]),), label, dtype=torch.int64, device="cpu")
+        run_method(runner, arch, method, only_images(inputs), target)
+
+    job = _Job(runner, source, of_class, method, to_pixels, runner.images_per_pass(source, probe))
     if len(job.index) == 0:
         raise ValueError(
             f"no image is of a class with gates: the images are of "

@@ -1,4 +1,4 @@
-"""Layer-wise relevance propagation through a sub-architecture, with Zennit (extra ``zennit``).
+"""Layer-wise relevance propagation through a sub-architecture, with Zennit.
 
 :class:`GateCanonizer` puts the gates into any composite; :class:`SubArchitectureAttributor` does
 that for you, checks the outcome and tidies up. Works with Zennit 0.5.1 and 1.0.0.
@@ -15,7 +15,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from zennit.attribution import Attributor, Gradient, IntegratedGradients, Occlusion, SmoothGrad
+from zennit.canonizers import Canonizer
+from zennit.core import Composite, RemovableHandleList, collect_leaves
+from zennit.image import gridify, palette
+from zennit.types import BatchNorm, Linear
 
 from nad_attr._checks import GatingError, tensor_of
 from nad_attr.data.labels import Task
@@ -28,18 +34,6 @@ from nad_attr.scoring.zennit_scorers import LRPScorer, check_weights, composite_
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.system.rng import isolated_rng
-
-try:
-    from PIL import Image
-    from zennit.attribution import Attributor, Gradient, IntegratedGradients, Occlusion, SmoothGrad
-    from zennit.canonizers import Canonizer
-    from zennit.core import Composite, RemovableHandleList, collect_leaves
-    from zennit.image import gridify, palette
-    from zennit.types import BatchNorm, Linear
-except ImportError as error:
-    raise ImportError(
-        "nad_attr.bridges.zennit needs Zennit; install it with: pip install 'nad-attr[zennit]'"
-    ) from error
 
 __all__ = [
     "ATTRIBUTORS",

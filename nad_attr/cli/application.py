@@ -14,6 +14,7 @@ from nad_attr.cli.compare import compare
 from nad_attr.cli.demo import demo
 from nad_attr.cli.evaluate import evaluate
 from nad_attr.cli.learn import learn
+from nad_attr.cli.options import flat
 from nad_attr.cli.report import report
 from nad_attr.cli.sites import sites
 from nad_attr.cli.stores import export, merge
@@ -62,7 +63,7 @@ def make_app() -> typer.Typer:
     )
     result.callback()(_common)
     for command in COMMANDS:
-        result.command(help=_help(command), no_args_is_help=command is not demo)(command)
+        result.command(help=_help(command), no_args_is_help=command is not demo)(flat(command))
     return result
 
 

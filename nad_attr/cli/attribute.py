@@ -18,7 +18,6 @@ from nad_attr.cli.messages import UsageError, guarded, print_table, say
 from nad_attr.cli.opening import (
     check_outputs,
     chosen_device,
-    image_options,
     opened_gates,
     pick_tasks,
     rebuilt,
@@ -61,20 +60,11 @@ def attribute(
         Path | None,
         typer.Option("--hdf5", dir_okay=False, help="Write all channels of all images here."),
     ] = None,
-    model: opt.OtherModel = None,
-    weights: opt.Weights = None,
-    model_arg: opt.ModelArg = None,
-    any_model: opt.AnyModel = False,
-    trust_file: opt.TrustFile = False,
-    transform: opt.TransformOption = None,
-    resize: opt.Resize = None,
-    crop: opt.Crop = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    interpolation: opt.Interpolation = None,
     device: opt.Device = None,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
+    *,
+    network: opt.NetworkOptions,
 ) -> None:
     """Attribute images to the channels that their class needs: gate times activation.
 
@@ -91,22 +81,12 @@ def attribute(
                 raise UsageError(f"{path} is a folder; name image files, as in {path}/*.jpg.")
             if not path.exists():
                 raise UsageError(f"there is no file {path}.")
-        check_outputs([(csv_file, "text"), (hdf5_file, "HDF5")], [*images, weights])
+        check_outputs([(csv_file, "text"), (hdf5_file, "HDF5")], [*images, network.weights])
         if csv_file is not None:
             check_outputs([(csv_file, "text")], [gates])
         place = chosen_device(device)
         learned, provenance = opened_gates(gates)
-        opened = rebuilt(
-            provenance,
-            trust=trust_file,
-            model=model,
-            weights=weights,
-            arguments=model_arg,
-            transform=transform,
-            options=image_options(resize, crop, mean, std, interpolation),
-            any_model=any_model,
-            quiet=quiet,
-        )
+        opened = rebuilt(provenance, network, quiet=quiet)
         tasks = [k for k in learned.tasks if isinstance(k, int)]
         if not tasks:
             raise SpecError(f"{gates} holds groups of classes only, none of a single class.")
@@ -116,16 +96,16 @@ def attribute(
             (wanted, *more) = pick_tasks([task], names, tasks)
             if more:
                 raise UsageError("--task takes one class.")
-        network = opened.loaded.model.to(place)
-        nad = NADAttribution(network, gates=learned)
-        parameter = next(network.parameters(), torch.zeros(0, device="cpu"))
+        net = opened.loaded.model.to(place)
+        nad = NADAttribution(net, gates=learned)
+        parameter = next(net.parameters(), torch.zeros(0, device="cpu"))
         rows: list[_Row] = []
         everything: list[dict[str, Tensor]] = []
         for path in images:
             say(f"{path}", quiet or len(images) == 1)
             image = opened.transform.function(_read(path))[None].to(place, parameter.dtype)
             with torch.no_grad():
-                outputs = network(image)[0]
+                outputs = net(image)[0]
             target = wanted if wanted is not None else max(tasks, key=lambda k: float(outputs[k]))
             values = nad.attribute(image, target=target)
             channels = {

@@ -19,7 +19,6 @@ from nad_attr.cli.opening import (
     check_outputs,
     chosen_device,
     finished,
-    image_options,
     known_folders,
     open_images,
     opened_gates,
@@ -30,6 +29,7 @@ from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import evaluate
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.running.options import RunOptions
 from nad_attr.specs import SpecError
 from nad_attr.system.files import write_text
 
@@ -65,17 +65,6 @@ def compare(
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write the numbers here as well.")
     ] = None,
-    model: opt.OtherModel = None,
-    weights: opt.Weights = None,
-    model_arg: opt.ModelArg = None,
-    any_model: opt.AnyModel = False,
-    trust_file: opt.TrustFile = False,
-    transform: opt.TransformOption = None,
-    resize: opt.Resize = None,
-    crop: opt.Crop = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    interpolation: opt.Interpolation = None,
     class_index: opt.ClassIndex = None,
     seed: opt.Seed = 0,
     device: opt.Device = None,
@@ -83,6 +72,8 @@ def compare(
     workers: opt.Workers = 0,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
+    *,
+    network: opt.NetworkOptions,
 ) -> None:
     """Compare two files task by task, the tasks of one file, or gates with other methods.
 
@@ -99,7 +90,9 @@ def compare(
         if len(files) > 2:
             raise UsageError(f"compare takes one file or two, not {len(files)}.")
         check_size(size)
-        check_outputs([(json_file, "text")], [*files, weights, class_index, data, train_data])
+        check_outputs(
+            [(json_file, "text")], [*files, network.weights, class_index, data, train_data]
+        )
         methods = check_methods(rival)
         if bool(methods) != (data is not None):
             raise UsageError("--with and --data go together: methods are measured on images.")
@@ -111,22 +104,13 @@ def compare(
             result = _within(files[0], tasks, size)
         else:
             assert data is not None
-            place = chosen_device(device)
+            shown = not quiet and sys.stderr.isatty()
+            run = RunOptions(chosen_device(device), batch_size=batch_size, show_progress=shown)
             check_folder(data)
             gates, provenance = opened_gates(files[0], tasks)
-            opened = rebuilt(
-                provenance,
-                trust=trust_file,
-                model=model,
-                weights=weights,
-                arguments=model_arg,
-                transform=transform,
-                options=image_options(resize, crop, mean, std, interpolation),
-                any_model=any_model,
-                quiet=quiet,
-            )
+            opened = rebuilt(provenance, network, quiet=quiet)
             name = training_name(
-                train_data, provenance, trust_file, "name the images to score channels on"
+                train_data, provenance, network.trust_file, "name the images to score channels on"
             )
             known = known_folders(provenance)
             training, held_out = (
@@ -142,30 +126,28 @@ def compare(
                 )
                 for where, later in ((name, False), (data, True))
             )
-            network = opened.loaded.model
+            net = opened.loaded.model
             archs = gates.sub_architectures(size)
             rivals = rivals_of(
                 methods,
-                network,
+                net,
                 gates.sites,
                 archs,
                 training.data,
+                recipe=gates.recipe,
                 n_images=n_images,
                 seed=seed,
-                batch_size=batch_size,
-                device=place,
+                run=run,
                 quiet=quiet,
             )
             measured = evaluate(
-                network,
+                net,
                 gates,
                 held_out.data,
                 size=size,
                 rivals=rivals,
                 seed=seed,
-                batch_size=batch_size,
-                device=place,
-                show_progress=not quiet and sys.stderr.isatty(),
+                run=run,
             )
             finished(training, quiet)
             finished(held_out, quiet)

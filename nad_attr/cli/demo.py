@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nad_attr.cli.messages import check_size, guarded, print_table
+from nad_attr.cli.evaluate import print_evaluation
+from nad_attr.cli.messages import check_size, guarded
 from nad_attr.cli.options import Debug
 from nad_attr.examples.demo import N_CLASSES, SIZE, STEPS, run_demo
 
@@ -52,9 +52,5 @@ def demo(
             say=typer.echo,
         )
     typer.echo()
-    if importlib.util.find_spec("rich") is None:
-        typer.echo(f"{result.table()}\n")
-    else:
-        for header, rows in (result.class_rows(), result.method_rows()):
-            print_table(header, rows, bold=("mean", "NAD"))
+    print_evaluation(result.evaluation)
     typer.echo(result.explanation())

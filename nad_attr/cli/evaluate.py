@@ -16,7 +16,6 @@ from nad_attr.cli.opening import (
     check_outputs,
     chosen_device,
     finished,
-    image_options,
     known_folders,
     open_images,
     opened_gates,
@@ -25,6 +24,7 @@ from nad_attr.cli.opening import (
 )
 from nad_attr.evaluation import ABLATIONS, Evaluation, fit_ablation
 from nad_attr.evaluation import evaluate as measure
+from nad_attr.running.options import RunOptions
 from nad_attr.specs import LoadedData
 from nad_attr.system.files import written
 from nad_attr.system.safe_text import cell
@@ -77,17 +77,6 @@ def evaluate(
     random: Annotated[
         int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
     ] = 3,
-    model: opt.OtherModel = None,
-    weights: opt.Weights = None,
-    model_arg: opt.ModelArg = None,
-    any_model: opt.AnyModel = False,
-    trust_file: opt.TrustFile = False,
-    transform: opt.TransformOption = None,
-    resize: opt.Resize = None,
-    crop: opt.Crop = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    interpolation: opt.Interpolation = None,
     class_index: opt.ClassIndex = None,
     allow_empty: opt.AllowEmpty = False,
     check: Annotated[
@@ -101,9 +90,12 @@ def evaluate(
     device: opt.Device = None,
     amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
     batch_size: opt.BatchSize = 64,
+    checks: opt.Checks = opt.ChecksName.refuse,
     workers: opt.Workers = 0,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
+    *,
+    network: opt.NetworkOptions,
 ) -> None:
     """Measure on held-out images whether sub-architectures do what they should.
 
@@ -122,22 +114,17 @@ def evaluate(
         if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
             raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
         text = out is not None and out.suffix in (".json", ".csv")
-        read = [weights, class_index, data, train_data, *([gates] if text else [])]
+        read = [network.weights, class_index, data, train_data, *([gates] if text else [])]
         check_outputs([(out, "text" if text else "HDF5")], read)
-        place = chosen_device(device)
+        run = RunOptions(
+            chosen_device(device),
+            amp=amp,
+            batch_size=batch_size,
+            show_progress=not quiet and sys.stderr.isatty(),
+        )
         check_folder(data)
         learned, provenance = opened_gates(gates, tasks)
-        opened = rebuilt(
-            provenance,
-            trust=trust_file,
-            model=model,
-            weights=weights,
-            arguments=model_arg,
-            transform=transform,
-            options=image_options(resize, crop, mean, std, interpolation),
-            any_model=any_model,
-            quiet=quiet,
-        )
+        opened = rebuilt(provenance, network, quiet=quiet)
         known = known_folders(provenance)
 
         def images_of(name: str, held_out: bool) -> LoadedData:
@@ -158,18 +145,19 @@ def evaluate(
         training = None
         if train_data is not None or ablation not in (None, "zero"):
             why = f"name the training images that --ablation {ablation} needs"
-            training = images_of(training_name(train_data, provenance, trust_file, why), False)
+            training = images_of(
+                training_name(train_data, provenance, network.trust_file, why), False
+            )
         closed = None
         if ablation is not None:
             closed = fit_ablation(
                 opened.loaded.model,
                 learned.sites,
                 images.data if training is None else training.data,
-                ablation,
+                kind=ablation,
                 tasks=learned.tasks,
                 seed=seed,
-                batch_size=batch_size,
-                device=place,
+                run=run,
             )
         result = measure(
             opened.loaded.model,
@@ -180,10 +168,8 @@ def evaluate(
             threshold_data=None if training is None else training.data,
             n_random=random,
             seed=seed,
-            batch_size=batch_size,
-            device=place,
-            amp=amp or None,
-            show_progress=not quiet and sys.stderr.isatty(),
+            run=run,
+            checks=checks.value,
         )
         finished(images, quiet)
         print_evaluation(result)
@@ -215,9 +201,7 @@ def print_evaluation(result: Evaluation) -> None:
 
 
 def _write(result: Evaluation, out: Path) -> None:
-    if out.suffix == ".json":
-        result.save_json(out)
-    elif out.suffix == ".csv":
+    if out.suffix == ".csv":
         frame = result.frame().rename(index=cell, columns=cell)
         frame = frame.apply(lambda column: column.map(cell))
         with written(out) as file:

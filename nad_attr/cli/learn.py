@@ -20,7 +20,6 @@ from nad_attr.cli.opening import (
     check_outputs,
     chosen_device,
     finished,
-    image_options,
     model_arguments,
     open_images,
     open_model,
@@ -102,12 +101,6 @@ def learn(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over own images, published recipe. [20]")
     ] = None,
-    transform: opt.TransformOption = None,
-    resize: opt.Resize = None,
-    crop: opt.Crop = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    interpolation: opt.Interpolation = None,
     class_index: opt.ClassIndex = None,
     allow_empty: opt.AllowEmpty = False,
     check: Annotated[
@@ -128,6 +121,7 @@ def learn(
             help="What --batch-size auto may take, such as 8GB. [half of what is free; GPU: 90 %]",
         ),
     ] = None,
+    checks: opt.Checks = opt.ChecksName.refuse,
     workers: opt.Workers = 0,
     chunk_size: Annotated[
         int | None, typer.Option(min=1, help="Classes that are learned and saved together.")
@@ -144,6 +138,8 @@ def learn(
     ] = None,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
+    *,
+    pictures: opt.PictureOptions,
 ) -> None:
     """Learn which channels a network needs for each class, and keep the gates in a file.
 
@@ -183,8 +179,8 @@ def learn(
             model,
             weights,
             model_arguments(model_arg),
-            transform=transform,
-            options=image_options(resize, crop, mean, std, interpolation),
+            transform=pictures.transform,
+            options=pictures.options(),
             data=data,
             quiet=quiet,
         )
@@ -201,9 +197,9 @@ def learn(
         wanted, names = _tasks(images, tasks)
         with _shown(quiet, done.append) as on_progress:
             learn_to_store(
-                out,
                 opened.loaded.model,
                 images.data,
+                out,
                 wanted,
                 made,
                 layer or None,
@@ -213,6 +209,7 @@ def learn(
                 batch_size=batch_size,
                 memory_limit=memory_limit,
                 chunk_size=chunk_size,
+                checks=checks.value,
                 resume=resume,
                 overwrite=overwrite,
                 may_differ=tuple(may_differ or ()),
@@ -233,7 +230,7 @@ def learn(
                 f"{counted(channels, 'channel')} ({learned} learned in {duration(last.seconds)})"
             )
             # Such a file may be yours; other people's cannot make us call or read what they like.
-            plain = weights is None and transform is None
+            plain = weights is None and pictures.transform is None
             plain = plain and is_plain_model(opened.loaded.name, opened.loaded.arguments)
             trusted = "" if plain else " --trust-file"
             say(f"next: nad-attr evaluate {shlex.quote(str(out))} --data HELD_OUT_PHOTOS{trusted}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nad_attr.cli.messages import UsageError, progress_bar, say
+from nad_attr.cli.options import NetworkOptions
 from nad_attr.data.fingerprints import model_hash
 from nad_attr.data.images import ImageFolderData, class_folders, read_class_index
 from nad_attr.data.labels import Task
@@ -50,32 +51,6 @@ def model_arguments(items: Sequence[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             result[name] = value
     return result
-
-
-def image_options(
-    resize: int | None,
-    crop: int | None,
-    mean: str | None,
-    std: str | None,
-    interpolation: str | None,
-) -> dict[str, Any]:
-    """Those that were given, as :class:`nad_attr.datasets.ImageTransform` takes them."""
-    options: dict[str, Any] = {}
-    for name, pixels in (("resize", resize), ("crop", crop)):
-        if pixels is not None:
-            options[name] = pixels or None
-    for name, text in (("mean", mean), ("std", std)):
-        if text is not None:
-            try:
-                values = tuple(float(part) for part in text.replace(" ", ",").split(",") if part)
-            except ValueError:
-                values = ()
-            if len(values) not in (1, 3):
-                raise UsageError(f"--{name} takes three numbers R,G,B, not {text!r}.")
-            options[name] = values * 3 if len(values) == 1 else values
-    if interpolation is not None:
-        options["interpolation"] = interpolation
-    return options
 
 
 def chosen_device(name: str | None) -> str:
@@ -248,16 +223,7 @@ def provenance_of(opened: Opened, data: LoadedData) -> dict[str, Any]:
 
 
 def rebuilt(
-    provenance: Mapping[str, Any],
-    *,
-    trust: bool = False,
-    model: str | None = None,
-    weights: Path | None = None,
-    arguments: Sequence[str] | None = None,
-    transform: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    any_model: bool = False,
-    quiet: bool = False,
+    provenance: Mapping[str, Any], network: NetworkOptions, *, quiet: bool = False
 ) -> Opened:
     """The network that gates were learned on, made again and compared.
 
@@ -269,6 +235,8 @@ def rebuilt(
         SpecError: If the store does not say how to make it, says more than a file may, or it is
             another network.
     """
+    model, weights, transform = network.model, network.weights, network.pictures.transform
+    options = network.pictures.options()
     name = model or provenance.get("model")
     transform_record = provenance.get("transform")
     if model is None and (not isinstance(name, str) or ":" not in name):
@@ -276,7 +244,7 @@ def rebuilt(
             "the file does not say how to make its network (it was not written by nad-attr "
             "learn); name it with --model."
         )
-    own = model_arguments(arguments)
+    own = model_arguments(network.model_arg)
     named: list[tuple[str, str]] = []
     if model is None:
         known = provenance.get("model_arguments")
@@ -292,7 +260,7 @@ def rebuilt(
     if isinstance(transform_record, dict) and transform_record.get("kind") == "factory":
         if transform is None and not options:
             named.append(("--transform", str(transform_record.get("factory"))))
-    check_trust(named, trust)
+    check_trust(named, network.trust_file)
     if ("--weights", str(weights)) in named and not Path(str(weights)).is_file():
         raise SpecError(
             f"the network's weights were in {shown(str(weights))}, which is not there now; say "
@@ -313,7 +281,7 @@ def rebuilt(
             f"this is not the network that the gates were learned on: the weights of {name} "
             "differ from theirs"
         )
-        if not any_model:
+        if not network.any_model:
             raise SpecError(
                 f"{text}. Name the right one with --model and --weights, or take it "
                 "all the same with --any-model."

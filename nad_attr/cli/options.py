@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
+from nad_attr.cli.messages import UsageError
 from nad_attr.system.processes import check_processes
 
 Model: TypeAlias = Annotated[
@@ -110,6 +115,23 @@ Workers: TypeAlias = Annotated[
     int, typer.Option(min=0, callback=few_processes, help="Processes that load images.")
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(help="All random numbers come from it.")]
+
+
+class ChecksName(str, Enum):
+    """What becomes of a doubt about the network."""
+
+    refuse = "refuse"
+    warn = "warn"
+    off = "off"
+
+
+Checks: TypeAlias = Annotated[
+    ChecksName,
+    typer.Option(
+        help="What to do if outputs depend on chance or on other images, or gradients do not say "
+        "what closing channels does: refuse the network, warn and go on, or do not look.",
+    ),
+]
 Store: TypeAlias = Annotated[
     Path, typer.Argument(metavar="GATES.h5", help="File written by nad-attr learn.")
 ]
@@ -135,3 +157,96 @@ AnyModel: TypeAlias = Annotated[
         "--any-model", help="Go on even if the network's weights are not those of the gates."
     ),
 ]
+
+
+# -- Groups of options ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """What is done to images before the network gets them."""
+
+    transform: TransformOption = None
+    resize: Resize = None
+    crop: Crop = None
+    mean: Mean = None
+    std: Std = None
+    interpolation: Interpolation = None
+
+    def options(self) -> dict[str, Any]:
+        """Those that were given, as :class:`nad_attr.datasets.ImageTransform` takes them."""
+        options: dict[str, Any] = {}
+        for name, pixels in (("resize", self.resize), ("crop", self.crop)):
+            if pixels is not None:
+                options[name] = pixels or None
+        for name, text in (("mean", self.mean), ("std", self.std)):
+            if text is not None:
+                try:
+                    parts = text.replace(" ", ",").split(",")
+                    values = tuple(float(part) for part in parts if part)
+                except ValueError:
+                    values = ()
+                if len(values) not in (1, 3):
+                    raise UsageError(f"--{name} takes three numbers R,G,B, not {text!r}.")
+                options[name] = values * 3 if len(values) == 1 else values
+        if self.interpolation is not None:
+            options["interpolation"] = self.interpolation
+        return options
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The network that a file of gates names, or another in its place."""
+
+    model: OtherModel = None
+    weights: Weights = None
+    model_arg: ModelArg = None
+    any_model: AnyModel = False
+    trust_file: TrustFile = False
+    pictures: PictureOptions = PictureOptions()
+
+
+def flat(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose groups of options are options of its own, as typer wants them.
+
+    Args:
+        command: Groups are keyword-only parameters, of types that are dataclasses.
+
+    Example:
+        >>> def show(*, pictures: PictureOptions) -> None:
+        ...     print(pictures.options())
+        >>> flat(show)(resize=256)
+        {'resize': 256}
+    """
+
+    def parameters(function: Any) -> list[inspect.Parameter]:
+        hints = get_type_hints(function, include_extras=True)
+        found = []
+        for name, parameter in inspect.signature(function).parameters.items():
+            if is_dataclass(hints[name]):
+                found += parameters(hints[name])
+            else:
+                found.append(parameter.replace(annotation=hints[name]))
+        return found
+
+    def gathered(function: Any, given: dict[str, Any]) -> dict[str, Any]:
+        hints = get_type_hints(function, include_extras=True)
+        return {
+            name: hints[name](**gathered(hints[name], given))
+            if is_dataclass(hints[name])
+            else given[name]
+            for name in inspect.signature(function).parameters
+        }
+
+    wanted = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters(command)]
+    signature = inspect.Signature(wanted)
+
+    def run(**given: Any) -> None:
+        bound = signature.bind(**given)
+        bound.apply_defaults()
+        command(**gathered(command, bound.arguments))
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in wanted}
+    return run

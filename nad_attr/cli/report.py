@@ -14,7 +14,6 @@ from nad_attr.cli.opening import (
     check_outputs,
     chosen_device,
     finished,
-    image_options,
     known_folders,
     open_images,
     rebuilt,
@@ -23,6 +22,7 @@ from nad_attr.cli.opening import (
 from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import Evaluation
 from nad_attr.report import Report
+from nad_attr.running.options import RunOptions
 
 __all__ = ["report"]
 
@@ -69,17 +69,6 @@ def report(
         str | None,
         typer.Option(help="Images that --with scores on; left out: those gates were learned on."),
     ] = None,
-    model: opt.OtherModel = None,
-    weights: opt.Weights = None,
-    model_arg: opt.ModelArg = None,
-    any_model: opt.AnyModel = False,
-    trust_file: opt.TrustFile = False,
-    transform: opt.TransformOption = None,
-    resize: opt.Resize = None,
-    crop: opt.Crop = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    interpolation: opt.Interpolation = None,
     class_index: opt.ClassIndex = None,
     seed: opt.Seed = 0,
     device: opt.Device = None,
@@ -87,6 +76,8 @@ def report(
     workers: opt.Workers = 0,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
+    *,
+    network: opt.NetworkOptions,
 ) -> None:
     """Write one page that shows everything a file of gates says.
 
@@ -104,23 +95,13 @@ def report(
             raise UsageError("--with needs --data: methods are measured on images.")
         if keep and data is None:
             raise UsageError("--keep needs --data: nothing is measured without images.")
-        read = [gates, weights, class_index, data, train_data, measured]
+        read = [gates, network.weights, class_index, data, train_data, measured]
         check_outputs([(out, "text")], read)
         result = Report(gates, evaluation=_evaluation(measured), title=title)
         if data is not None:
-            place = chosen_device(device)
+            run = RunOptions(device=chosen_device(device), batch_size=batch_size)
             check_folder(data)
-            opened = rebuilt(
-                result.provenance,
-                trust=trust_file,
-                model=model,
-                weights=weights,
-                arguments=model_arg,
-                transform=transform,
-                options=image_options(resize, crop, mean, std, interpolation),
-                any_model=any_model,
-                quiet=quiet,
-            )
+            opened = rebuilt(result.provenance, network, quiet=quiet)
             options: dict[str, Any] = {
                 "class_index": class_index,
                 "known": known_folders(result.provenance),
@@ -133,7 +114,7 @@ def report(
                 name = training_name(
                     train_data,
                     result.provenance,
-                    trust_file,
+                    network.trust_file,
                     "name the images to score channels on",
                 )
                 training = open_images(name, opened.loaded, opened.transform, **options)
@@ -143,10 +124,10 @@ def report(
                     result.gates.sites,
                     result.gates.sub_architectures(),
                     training.data,
+                    recipe=result.gates.recipe,
                     n_images=_SCORED,
                     seed=seed,
-                    batch_size=batch_size,
-                    device=place,
+                    run=run,
                     quiet=quiet,
                 )
             result.measure(
@@ -156,8 +137,7 @@ def report(
                 n_images=n_images,
                 n_random=random,
                 seed=seed,
-                batch_size=batch_size,
-                device=place,
+                run=run,
                 say=lambda text: say(text, quiet),
             )
             finished(images, quiet)
@@ -175,4 +155,4 @@ def report(
 def _evaluation(name: str | None) -> Evaluation | str | None:
     if name is None or not name.endswith(".json"):
         return name
-    return Evaluation.load_json(name)
+    return Evaluation.load(name)

@@ -13,8 +13,10 @@ from nad_attr.cli.messages import UsageError, say
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation import own_images, top_k
+from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.learning.session import fit_constants
+from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
 from nad_attr.specs import SpecError
 from nad_attr.system.rng import seed_of
@@ -56,10 +58,10 @@ def rivals_of(
     archs: Sequence[SubArchitecture],
     data: Data,
     *,
+    recipe: Recipe | None,
     n_images: int,
     seed: int,
-    batch_size: int,
-    device: str,
+    run: RunOptions,
     quiet: bool,
 ) -> dict[str, list[SubArchitecture]]:
     """Each method's sub-architectures, of the sizes that those given have.
@@ -69,11 +71,11 @@ def rivals_of(
         model: The network.
         sites: Its gate sites.
         archs: Sub-architectures of T tasks.
-        data: Images to score channels on.
+        data: Images to score channels on, and to fit constants to if those given have their own.
+        recipe: Of those given: constants are fitted with as many images and passes.
         n_images: Of each class, at most.
         seed: Says which.
-        batch_size: Images in one pass.
-        device: Where to compute.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
         quiet: Say nothing.
 
     Raises:
@@ -89,15 +91,12 @@ def rivals_of(
             labels,
             tasks=tasks,
             include_others=True,
-            batch_size=batch_size,
-            device=device,
+            run=run,
         )
         found[name] = _same_sizes(scores, archs)
         if any(arch.own_constants for arch in archs):
             say(f"fitting constants: {name}", quiet)
-            found[name] = fit_constants(
-                model, found[name], data, seed=seed, device=device, batch_size=batch_size
-            )
+            found[name] = fit_constants(model, found[name], data, recipe=recipe, seed=seed, run=run)
     return found
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nad_attr._display import html_text
+from nad_attr.stats.results import Result, is_json
+from nad_attr.stats.tables import pandas, table
 from nad_attr.store import GateStoreError, read_units, unit_names, write_units
 from nad_attr.system.safe_text import shown
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["CATEGORIES", "Concept", "UnitConcepts"]
 
-FloatArray: TypeAlias = "NDArray[np.float32]"
+FloatArray: TypeAlias = NDArray[np.float32]
 
 #: Kinds of concepts, from what is thought low to what is thought high; "" is not known.
 CATEGORIES = ("colour", "texture", "material", "part", "object", "scene", "")
@@ -53,7 +57,7 @@ class Concept:
         object.__setattr__(self, "category", _SPELLINGS.get(self.category, self.category))
 
 
-class UnitConcepts:
+class UnitConcepts(Result):
     """The IoU of every unit of some sites with every concept: full matrices, read only.
 
     Made by :func:`nad_attr.concepts.dissect` or by an importer. A unit's *label* is the concept
@@ -358,7 +362,7 @@ class UnitConcepts:
         Raises:
             ImportError: If pandas is missing.
         """
-        pd = _pandas()
+        pd = pandas("UnitConcepts.frame()")
         names = np.array([c.name for c in self.concepts] + [None], dtype=object)
         categories = np.array([c.category for c in self.concepts] + [None], dtype=object)
         parts = []
@@ -401,40 +405,63 @@ class UnitConcepts:
                     f"{np.median(known):.3f}" if known.size else "-",
                 ]
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
         about = f"{self!r}\nDetectors have an IoU above {self.iou_threshold:g} with their concept; "
         about += "in brackets: different concepts."
         if self.measure != "IoU":
             about = f"{self!r}\nLabelled by {self.measure}, not IoU: no unit counts as a detector."
-        return "\n".join(map(shown, [*about.split("\n"), *lines]))
+        return "\n".join(map(shown, [*about.split("\n"), *table(rows)]))
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
+    def plot(self, axes: Any = None) -> Figure:
+        """How many units of each site are detectors, by the category of their concept.
+
+        Args:
+            axes: One matplotlib Axes; None: a new figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from nad_attr.plots.style import plot_parts
+
+        names = {category: category or "unknown" for category in self.categories}
+        parts = {name: [0.0] * len(self) for name in names.values()}
+        for s, site in enumerate(self.sites):
+            for i in self.best(site)[0][self.detectors(site)]:
+                parts[names[self.concepts[i].category]][s] += 1
+        return plot_parts(self.sites, parts, "detectors", axes=axes)
 
     # -- files ---------------------------------------------------------------------------------
 
-    def save(self, path: str | PathLike[str], name: str = "dissection") -> None:
-        """Write to the group ``/units/<name>`` of a store of gates, or of a file of results.
+    @classmethod
+    def _types(cls) -> dict[str, Any]:
+        kinds = {"iou": np.float32, "thresholds": np.float64, "top_images": np.int64}
+        tables = {name: dict[str, NDArray[kind]] | None for name, kind in kinds.items()}  # type: ignore[valid-type]
+        texts = {"source": str, "concepts": tuple[Concept, ...], "info": dict[str, Any]}
+        return {**tables, **texts, "quantile": float | None, "iou_threshold": float}
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._types()}
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> UnitConcepts:
+        return cls(fields.pop("iou"), fields.pop("concepts"), **fields)
+
+    def save(self, path: str | PathLike[str], name: str | None = None) -> None:
+        """Write to JSON, or to the group ``/units/<name>`` of a store or a file of results.
 
         Beside gates, each site has to be one of the store's, with as many units as it has
         channels. Where there is no file, one is made.
 
         Args:
             path: The file.
-            name: Other names for several of them in one file.
+            name: Other names for several of them in one file; None: "dissection".
 
         Raises:
+            OSError: If a JSON file cannot be written.
             GateStoreError: If the file is something else, or sites do not fit.
             TypeError: If ``info`` holds what JSON cannot.
         """
+        if is_json(path):
+            return super().save(path)
         tables: dict[str, Mapping[str, Any]] = {"iou": self.iou}
         if self.thresholds is not None:
             tables["threshold"] = self.thresholds
@@ -447,7 +474,7 @@ class UnitConcepts:
             "info": self.info,
         }
         concepts = [(concept.name, concept.category) for concept in self.concepts]
-        write_units(path, name, tables, concepts, attributes)
+        write_units(path, name or "dissection", tables, concepts, attributes)
 
     @classmethod
     def load(cls, path: str | PathLike[str], name: str | None = None) -> UnitConcepts:
@@ -459,6 +486,7 @@ class UnitConcepts:
 
         Raises:
             GateStoreError: If the file is missing, damaged or foreign, or holds no such units.
+            ValueError: If a JSON file holds no such units.
 
         Example:
             >>> import tempfile
@@ -468,6 +496,8 @@ class UnitConcepts:
             ...     UnitConcepts.load(f"{folder}/units.h5") == units
             True
         """
+        if is_json(path):
+            return super().load(path)
         if name is None:
             names = unit_names(path)
             if len(names) != 1:
@@ -501,14 +531,3 @@ def _same(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> bool:
     if a is None or b is None:
         return a is b
     return all(np.array_equal(a[n], b[n], equal_nan=a[n].dtype.kind == "f") for n in a)
-
-
-def _pandas() -> Any:
-    try:
-        import pandas as pd
-    except ImportError:
-        raise ImportError(
-            "UnitConcepts.frame() needs pandas: pip install 'nad-attr[stats]'; summary() does "
-            "without."
-        ) from None
-    return pd

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -77,14 +77,16 @@ def _pillow() -> Any:
 # -- one image -----------------------------------------------------------------------------------
 
 
-def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(
+    path: str | os.PathLike[str] | IO[bytes], *, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """Read an image file as RGB with 8 bits, as a person sees it.
 
     Turned as its EXIF data say; CMYK, grey, palette and other colour spaces converted; 16 bits
     scaled to 8; transparent parts on white; of an animation the first frame.
 
     Args:
-        path: The file.
+        path: The file, or one that is open.
         max_pixels: An image of more is refused before it is decoded.
 
     Returns:
@@ -107,7 +109,8 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     from PIL import ImageOps
 
     try:
-        check_file(path)
+        if isinstance(path, (str, os.PathLike)):
+            check_file(path)
     except NotAFileError as error:
         raise UnreadableImageError(str(error)) from None
     try:

@@ -7,9 +7,10 @@ the caller's random numbers nor the number of loader workers change.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -24,10 +25,13 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
     get_worker_info,
 )
 
 from nad_attr._checks import tensor_of
+from nad_attr.data.labels import Labels, ReadLabels, only_classes, read_labels
+from nad_attr.sites.calling import Fields
 from nad_attr.system.processes import check_processes
 from nad_attr.system.rng import isolated_rng
 
@@ -36,6 +40,10 @@ __all__ = ["Data", "Draw", "Inputs", "Source", "as_source"]
 
 #: Bytes of images that are read into memory where there is no other way to draw from them.
 MAX_BYTES = 2**32
+
+
+#: Items that are looked at for one that is not None.
+ITEMS_TRIED = 100
 
 
 #: What learning and evaluation accept.
@@ -53,35 +61,18 @@ Inputs: TypeAlias = "tuple[Tensor, ...]"
 class Source(Protocol):
     """Images with labels, drawn by number."""
 
-    #: int64 (N,)
+    #: int64 (N,) class indices or (N, K) memberships, see :mod:`nad_attr.data.labels`
     labels: Tensor
+    #: float64 (N, K), of regression targets
+    targets: Tensor | None
+    #: The names of the inputs, known with the first of them
+    fields: Fields | None
     #: Whether an image may look different each time it is drawn.
     augmented: bool
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws, in order, on the CPU or where they are."""
         ...
-
-
-def _check_labels(labels: Any, n: int | None = None) -> Tensor:
-    try:
-        tensor = tensor_of(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"labels must be class indices, not {labels!r:.60}: {error}.") from None
-    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
-        raise ValueError(
-            f"labels must be class indices, an integer tensor of shape (N,), not "
-            f"{tensor.dtype} of shape {tuple(tensor.shape)}."
-        )
-    if tensor.dtype == torch.bool:
-        raise ValueError("labels must be class indices, not True and False.")
-    if n is not None and len(tensor) != n:
-        raise ValueError(f"{n} inputs came with {len(tensor)} labels.")
-    if len(tensor) == 0:
-        raise ValueError("data is empty: there is not a single image to learn from.")
-    if int(tensor.min()) < 0:
-        raise ValueError(f"labels must be class indices from 0 on, got {int(tensor.min())}.")
-    return tensor.detach().to("cpu", torch.int64)
 
 
 def check_finite(inputs: Inputs) -> Inputs:
@@ -98,7 +89,12 @@ def check_finite(inputs: Inputs) -> Inputs:
 
 
 def _as_inputs(value: Any) -> Inputs:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
     inputs = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    inputs = tuple(
+        tensor_of(x) if isinstance(x, np.ndarray) and x.dtype != object else x for x in inputs
+    )
     if not inputs or not all(isinstance(item, Tensor) for item in inputs):
         kinds = ", ".join(type(item).__name__ for item in inputs) or "nothing"
         raise TypeError(
@@ -113,6 +109,77 @@ def _as_inputs(value: Any) -> Inputs:
     return inputs
 
 
+#: Where a row's label is looked for, in this order.
+LABEL_FIELDS = ("labels", "label", "targets", "target", "y", "class", "cls")
+
+
+class _Parts(NamedTuple):
+    """A batch, or an item, taken apart."""
+
+    inputs: Any
+    label: Any
+    fields: Fields | None
+
+
+def _parts(batch: Any) -> _Parts:
+    """Inputs and label of what a dataset or loader yields.
+
+    Raises:
+        TypeError: If it is neither a pair nor a row with a label; says which.
+    """
+    if isinstance(batch, Mapping):
+        key = next((name for name in LABEL_FIELDS if name in batch), None)
+        if key is None:
+            raise TypeError(
+                f"a row has the fields {', '.join(map(str, batch))}, and none of them is called "
+                f"{', '.join(LABEL_FIELDS)}; yield (inputs, label) pairs."
+            )
+        kept = {k: v for k, v in batch.items() if k != key and not _is_text(v)}
+        if not kept:
+            raise TypeError(f"a row has no field of numbers beside its {key!r}.")
+        return _Parts(kept, batch[key], Fields(tuple(map(str, kept)), row=True))
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise TypeError(
+            f"the dataset must yield (input, label) pairs or rows with a label; got "
+            f"{type(batch).__name__}{length}. Wrap it in one that does."
+        )
+    return _Parts(batch[0], batch[1], fields_of(batch[0]))
+
+
+def fields_of(inputs: Any) -> Fields | None:
+    """The names of inputs that are a dictionary."""
+    return Fields(tuple(map(str, inputs))) if isinstance(inputs, Mapping) else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], str)
+    )
+
+
+def _labels_of(parts: Sequence[Any], classes: Any) -> ReadLabels:
+    """The labels of batches, one after the other."""
+    if any(map(_is_text, parts)):
+        names = [name for part in parts for name in ([part] if isinstance(part, str) else part)]
+        listed = list(classes) if isinstance(classes, (list, tuple)) else None
+        return read_labels(Labels(names, classes=listed))
+    tensors = []
+    for part in parts:
+        try:
+            # Several labels an image, collated label by label.
+            columns = isinstance(part, (list, tuple)) and isinstance(part[0], Tensor)
+            tensors.append(torch.stack(list(part), dim=-1) if columns else tensor_of(part))
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(f"labels must be class indices, not {part!r:.60}: {error}.") from None
+    if any(t.ndim == 0 or t.shape[1:] != tensors[0].shape[1:] for t in tensors):
+        raise ValueError(
+            "labels must be class indices, an integer tensor of shape (N,), or rows of one length; "
+            f"got shapes {sorted({tuple(t.shape) for t in tensors})[:5]}."
+        )
+    return read_labels(torch.cat(tensors))
+
+
 class TensorSource:
     """Images that lie in memory."""
 
@@ -124,7 +191,13 @@ class TensorSource:
             self.inputs = tuple(
                 item.clone() if item.is_inference() else item for item in _as_inputs(inputs)
             )
-        self.labels = _check_labels(labels, len(self.inputs[0]))
+        self.fields = fields_of(inputs)
+        read = (
+            labels if isinstance(labels, ReadLabels) else read_labels(labels, len(self.inputs[0]))
+        )
+        if len(read.labels) != len(self.inputs[0]):
+            raise ValueError(f"{len(self.inputs[0])} inputs came with {len(read.labels)} labels.")
+        self.labels, self.targets = read.labels, read.targets
         check_finite(self.inputs)
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
@@ -143,7 +216,14 @@ class _SeededItems(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         number, seed = key
         with isolated_rng(seed):
-            return self.dataset[number]
+            item: Any = self.dataset[number]
+        return _row(item) if isinstance(item, Mapping) else item
+
+
+def _row(item: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A row whose lists of numbers are tensors, which batches are stacked from."""
+    lists = {k: v for k, v in item.items() if isinstance(v, list) and not _is_text(v)}
+    return dict(item) | {k: torch.as_tensor(v, device="cpu") for k, v in lists.items()}
 
 
 #: What a loader says about how its items are loaded.
@@ -271,37 +351,47 @@ class DatasetSource:
         numbers: Sequence[int] | None = None,
         loader: DataLoader[Any] | None = None,
         augmented: bool = True,
+        labels: Labels | None = None,
     ) -> None:
         if loader is not None:
             check_processes(loader.num_workers, "num_workers of the loader")
         self.dataset, self.augmented = dataset, augmented
         self._loader = SeededLoader(dataset, loader)
+        self.fields: Fields | None = None
         n = len(dataset)  # type: ignore[arg-type]
         self.numbers = range(n) if numbers is None else list(numbers)
-        self.labels = self._labels()
+        if loader is not None and _drops(loader.collate_fn, dataset, self.numbers):
+            self.numbers = self._sound()
+        read = self._labels() if labels is None else read_labels(labels)
+        if len(read.labels) != len(self.numbers):
+            raise ValueError(f"{len(self.numbers)} inputs came with {len(read.labels)} labels.")
+        self._own_labels = labels is None
+        self.labels, self.targets = read.labels, read.targets
 
-    def _labels(self) -> Tensor:
+    def _sound(self) -> list[int]:
+        """The items that are not None, which the collate function would drop."""
+        one_by_one = copy.copy(self._loader)
+        one_by_one.options = self._loader.options | {"collate_fn": _is_none}
+        every = ([(number, 0)] for number in self.numbers)
+        return [n for n, none in zip(self.numbers, one_by_one(every), strict=True) if not none]
+
+    def _labels(self) -> ReadLabels:
         known = _known_labels(self.dataset)
         if known is not None:
-            return _check_labels(
+            return read_labels(
                 known[torch.as_tensor(list(self.numbers), dtype=torch.long, device="cpu")]
             )
         if len(self.numbers) == 0:
-            return _check_labels(torch.zeros(0, dtype=torch.long, device="cpu"))
+            return read_labels(torch.zeros(0, dtype=torch.long, device="cpu"))
         # Nothing says the labels but the items themselves: read them all once.
         every = ([(i, 0)] for i in range(len(self.numbers)))
-        return _check_labels(torch.cat([_check_labels(label) for _, label in self._load(every)]))
+        parts = [parts.label for parts in self._load(every)]
+        return _labels_of(parts, _class_names(self.dataset))
 
-    def _load(self, draws: Iterable[Sequence[Draw]]) -> Iterator[tuple[Any, Any]]:
+    def _load(self, draws: Iterable[Sequence[Draw]]) -> Iterator[_Parts]:
         every = ([(self.numbers[i], s) for i, s in chosen] for chosen in draws)
         for batch in self._collated(self._loader(every)):
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-                raise TypeError(
-                    f"the dataset must yield (input, label) pairs; got {type(batch).__name__}"
-                    f"{length}. Wrap it in one that does."
-                )
-            yield batch[0], batch[1]
+            yield _parts(batch)
 
     @staticmethod
     def _collated(loader: Iterator[Any]) -> Iterator[Any]:
@@ -317,8 +407,57 @@ class DatasetSource:
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws, in order, loaded by the workers."""
-        for inputs, _ in self._load(draws):
-            yield check_finite(_as_inputs(inputs))
+        kept: list[int] = []
+
+        def noted() -> Iterator[Sequence[Draw]]:
+            for chosen in draws:
+                kept.append(len(chosen))
+                yield chosen
+
+        every = ([(self.numbers[i], s) for i, s in chosen] for chosen in noted())
+        for n, batch in enumerate(self._collated(self._loader(every))):
+            # With labels of its own a batch may be inputs alone.
+            alone = not self._own_labels and not (
+                isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and len(batch) == 2)
+            )
+            inputs = batch if alone else _parts(batch).inputs
+            self.fields = None if alone else _parts(batch).fields
+            tensors = check_finite(_as_inputs(inputs))
+            if len(tensors[0]) != kept[n]:
+                raise ValueError(
+                    f"the collate function made {len(tensors[0])} images of {kept[n]} items, so "
+                    "nothing says whose they are; let the dataset leave out (torch.utils.data."
+                    "Subset), or be None at, what is broken."
+                )
+            yield tensors
+
+
+def _is_none(items: list[Any]) -> bool:
+    return items[0] is None
+
+
+def _drops(collate: Any, dataset: Any, numbers: Sequence[int]) -> bool:
+    """Whether a collate function leaves out items that are None (tried on the first item)."""
+    if collate is None or collate is default_collate or not len(numbers):
+        return False
+    with isolated_rng(0):
+        for number in list(numbers[:ITEMS_TRIED]):
+            item = dataset[number]
+            if item is not None:
+                break
+        else:
+            return True
+        try:
+            return len(_as_inputs(_parts(collate([None, item])).inputs)[0]) == 1
+        except Exception:  # whatever theirs raises: it takes no None
+            return False
+
+
+def _class_names(dataset: Any) -> Any:
+    """A dataset's names of the classes, in the order of the outputs."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "classes", None)
 
 
 def _known_labels(dataset: Any) -> Tensor | None:
@@ -339,83 +478,120 @@ def _known_labels(dataset: Any) -> Tensor | None:
     return None
 
 
-def as_source(data: Any, *, augmented: bool | None = None) -> Source:
+def as_source(data: Any, *, augmented: bool | None = None, any_labels: bool = False) -> Source:
     """Make a source of a pair of tensors, a dataset, or a loader.
 
     Args:
-        data: ``(inputs, labels)`` with ``inputs`` a tensor or tuple of tensors (axis 0 = images);
-            a map-style dataset of (input, label); or a DataLoader, whose dataset, collate
-            function, workers with all their settings and choice of images are used, each image
-            once (:func:`numbers_of`). Loaders without random access
-            (iterable datasets, or any other iterable of batches) are read into memory once, up
-            to 4 GB.
+        data: ``(inputs, labels)`` with ``inputs`` a tensor, array, list of images, or a tuple or
+            dictionary of tensors (axis 0 = images); a map-style dataset, or a list, of (input,
+            label) or of rows, dictionaries with a label among them; or a DataLoader, whose
+            dataset, collate function, workers with all their settings and choice of images are
+            used, each image once (:func:`numbers_of`). Labels of any kind that
+            :class:`~nad_attr.data.labels.Labels` names; ``(dataset, Labels)`` replaces a dataset's
+            own. Loaders without random access (iterable datasets, or any other iterable of batches
+            or items) are read into memory once, up to 4 GB.
         augmented: Whether an image may look different each time it is drawn. None: as the
             dataset's attribute ``augmented`` says, if it has one; else True for datasets (their
-            transforms may be random), False for tensors.
+            transforms may be random), False for tensors and lists.
+        any_labels: Whether labels may be others than one class an image.
 
     Raises:
         TypeError: If data is something else or yields something else.
-        ValueError: If there are no images, labels are no class indices, or there is no random
-            access to more images than memory should take.
+        ValueError: If there are no images, labels are of no known kind, or not class indices where
+            only these will do, or there is no random access to more images than memory should
+            take.
 
     Example:
         >>> source = as_source((torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])))
         >>> [x[0].shape for x in source.batches([[(0, 0), (1, 0)], [(3, 0)]])]
         [torch.Size([2, 3, 8, 8]), torch.Size([1, 3, 8, 8])]
     """
+    source = _as_source(data, augmented)
+    if not any_labels:
+        only_classes(source.labels)
+    return source
+
+
+def _as_source(data: Any, augmented: bool | None) -> Source:
+    if isinstance(data, (TensorSource, DatasetSource)):
+        return data
+    labels = None
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Labels):
+        if not isinstance(data[0], (Dataset, DataLoader)):
+            return TensorSource(_stacked(data[0], len(data[1])), data[1])
+        data, labels = data
+        if isinstance(data, TensorDataset):
+            return TensorSource(data.tensors[: max(1, len(data.tensors) - 1)], labels)
     if (
         isinstance(data, DataLoader)
         and not isinstance(data.dataset, IterableDataset)
         and data.batch_sampler is not None  # else the dataset's items are batches
     ):
-        return _loader_source(data, augmented)
+        return _loader_source(data, augmented, labels)
     if isinstance(data, TensorDataset):
         if len(data.tensors) < 2:
             raise TypeError("a TensorDataset needs inputs and labels.")
         return TensorSource(data.tensors[:-1], data.tensors[-1])
     if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data, Dataset):
-        if isinstance(data[0], (Tensor, tuple, list)) and isinstance(
+        if isinstance(data[0], (Tensor, tuple, list, np.ndarray, Mapping)) and isinstance(
             data[1], (Tensor, list, np.ndarray)
         ):
-            return TensorSource(*data)
+            return TensorSource(_stacked(data[0], len(data[1])), data[1])
+    if isinstance(data, list) and data and isinstance(data[0], (tuple, Mapping)):
+        data, augmented = _Items(data), bool(augmented)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         if not hasattr(data, "__len__"):
             raise TypeError(f"{type(data).__name__} has no length; wrap it in a DataLoader.")
-        return DatasetSource(data, augmented=_augmented(data, augmented))
-    if isinstance(data, (tuple, list)) and len(data) and not isinstance(data, Dataset):
-        raise TypeError(_not_a_pair(data))
+        return DatasetSource(data, augmented=_augmented(data, augmented), labels=labels)
+    if not isinstance(data, Dataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        if hasattr(data, "features"):  # datasets.Dataset of Hugging Face, which is no torch Dataset
+            return DatasetSource(_Items(data), augmented=_augmented(data, augmented), labels=labels)
+    if isinstance(data, (tuple, list)) and len(data):
+        kinds = ", ".join(type(x).__name__ for x in data[:4]) + (" ..." if len(data) > 4 else "")
+        raise TypeError(
+            "data must be a pair (inputs, labels) of tensors, a Dataset of (input, label) or a "
+            f"DataLoader of such, not a {type(data).__name__} of {len(data)} ({kinds})."
+        )
     if isinstance(data, (DataLoader, IterableDataset)) or (
         isinstance(data, Iterable) and not isinstance(data, (Tensor, str, bytes, dict, tuple, list))
     ):
-        return _read(data)
+        return _read(data, labels)
     raise TypeError(
         "data must be a pair (inputs, labels) of tensors, a Dataset of (input, label) or a "
         f"DataLoader of such, not {type(data).__name__}."
     )
 
 
-def _not_a_pair(data: tuple[Any, ...] | list[Any]) -> str:
-    """Why a tuple or list is no data, and what to do."""
-    if len(data) == 2 and any(isinstance(item, np.ndarray) for item in data):
-        kinds = " and ".join(type(item).__name__ for item in data)
-        return (
-            f"data must be a pair (inputs, labels) whose inputs are a tensor, not {kinds}: "
-            "(torch.from_numpy(inputs), labels), float32 as the network takes them."
-        )
-    if isinstance(data[0], (tuple, list)) and len(data[0]) == 2:
-        return (
-            "data must be a pair (inputs, labels) of tensors or a Dataset, not a "
-            f"{type(data).__name__} of {len(data)} (input, label) pairs: "
-            "(torch.stack([x for x, _ in data]), [y for _, y in data])."
-        )
-    kinds = ", ".join(type(item).__name__ for item in data[:4]) + (" ..." if len(data) > 4 else "")
-    return (
-        "data must be a pair (inputs, labels) of tensors, a Dataset of (input, label) or a "
-        f"DataLoader of such, not a {type(data).__name__} of {len(data)} ({kinds})."
-    )
+class _Items(Dataset[Any]):
+    """Items that are at hand, such as a list of pairs or the rows of a table."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.items[number]
 
 
-def _loader_source(loader: DataLoader[Any], augmented: bool | None) -> Source:
+def _stacked(inputs: Any, n: int) -> Any:
+    """A list of n images as one tensor; other inputs as they are."""
+    if not isinstance(inputs, list) or len(inputs) != n or not n:
+        return inputs
+    if not all(isinstance(x, (Tensor, np.ndarray)) and x.ndim for x in inputs):
+        return inputs
+    if all(len(x) == n for x in inputs):
+        return inputs  # n inputs of n images each
+    try:
+        return torch.stack([tensor_of(x) for x in inputs])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the list of images cannot be stacked to one tensor: {error}.") from None
+
+
+def _loader_source(
+    loader: DataLoader[Any], augmented: bool | None, labels: Labels | None
+) -> Source:
     if isinstance(loader.dataset, TensorDataset) and loader.collate_fn is not None:
         augmented = False if augmented is None else augmented
     return DatasetSource(
@@ -423,6 +599,7 @@ def _loader_source(loader: DataLoader[Any], augmented: bool | None) -> Source:
         numbers=numbers_of(loader),
         loader=loader,
         augmented=_augmented(loader.dataset, augmented),
+        labels=labels,
     )
 
 
@@ -470,30 +647,25 @@ def _augmented(dataset: Any, augmented: bool | None) -> bool:
     return bool(getattr(dataset, "augmented", True))
 
 
-def _read(batches: Iterable[Any]) -> TensorSource:
+def _read(batches: Iterable[Any], given: Labels | None = None) -> TensorSource:
     inputs: list[Inputs] = []
-    labels: list[Tensor] = []
-    n_bytes = 0
+    labels: list[Any] = []
+    n_bytes = n_images = 0
+    fields: Fields | None = None
     with isolated_rng(0):
         for batch in batches:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise TypeError(
-                    f"the loader must yield (inputs, labels) batches, not {type(batch).__name__}."
-                )
-            if not isinstance(batch[1], (Tensor, list, tuple, np.ndarray)) or (
-                isinstance(batch[1], Tensor) and batch[1].ndim == 0
-            ):
-                raise TypeError(
-                    "the data yields single images with their label, not batches; give "
-                    "DataLoader(data, batch_size=32), which collects them."
-                )
-            inputs.append(_as_inputs(batch[0]))
-            labels.append(_check_labels(batch[1], len(inputs[-1][0])))
+            parts = _parts(batch)
+            if _is_item(parts):
+                parts = _parts(default_collate([_row(batch) if parts.fields else batch]))
+            fields = parts.fields
+            inputs.append(_as_inputs(parts.inputs))
+            labels.append(parts.label)
             n_bytes += sum(item.numel() * item.element_size() for item in inputs[-1])
+            n_images += len(inputs[-1][0])
             if n_bytes > MAX_BYTES:
                 raise ValueError(
                     f"the loader gives its images in its own order only, and the first "
-                    f"{sum(map(len, labels)):,} of them take {n_bytes / 2**30:.1f} GB of memory "
+                    f"{n_images:,} of them take {n_bytes / 2**30:.1f} GB of memory "
                     "already. Give a map-style Dataset, which has __getitem__ and __len__ and is "
                     "read as it is needed (nad_attr.datasets.ImageFolderData, for example), or a "
                     "TensorDataset if the images should lie in memory."
@@ -506,9 +678,22 @@ def _read(batches: Iterable[Any]) -> TensorSource:
             "the loader's batches hold inputs of different number, shape or type: "
             f"{[tuple(x.shape) for x in inputs[0]]} and others."
         )
-    return TensorSource(
-        tuple(torch.cat(parts) for parts in zip(*inputs, strict=True)), torch.cat(labels)
-    )
+    joined = tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
+    names = getattr(getattr(batches, "dataset", batches), "classes", None)
+    read = _labels_of(labels, names) if given is None else given
+    source = TensorSource(joined, read)
+    source.fields = fields
+    return source
+
+
+def _is_item(parts: _Parts) -> bool:
+    """Whether it is one image with its label, not a batch of them."""
+    label = parts.label
+    if isinstance(label, (int, float, str)) or np.ndim(label) == 0:
+        return True
+    first = next(iter(parts.inputs.values())) if isinstance(parts.inputs, Mapping) else parts.inputs
+    first = first[0] if isinstance(first, (tuple, list)) and len(first) else first
+    return hasattr(first, "__len__") and len(first) != len(label)
 
 
 def only_images(inputs: Inputs) -> Tensor:

@@ -8,18 +8,20 @@ meets what it is used to, without the information.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from nad_attr._checks import check_count
 from nad_attr.data.counters import hashed, key_of, standard_normal, unsigned, words
-from nad_attr.data.labels import Task, as_task, own_images
+from nad_attr.data.labels import Labels, Task, as_task, other_images, patterns
 from nad_attr.data.sources import Data, Inputs, Source, as_source
 from nad_attr.gates.channels import check_means, distinct_sites
 from nad_attr.gating.hooks import channel_shape, expand, installed, multiply, site_modules
-from nad_attr.running.forward import Runner, check_batch_size, chunks
+from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
 from nad_attr.system.rng import seed_of
 
@@ -251,7 +253,7 @@ class OtherMeanAblation(_Fitted):
         Raises:
             ValueError: If all images that it was fitted on are the task's own.
         """
-        other = ~own_images(self.classes, [task])[0]
+        (other,) = other_images(self.classes, [task])
         if not bool(other.any()):
             raise ValueError(
                 f"the other_mean ablation saw no image of another class than those of task {task}."
@@ -395,7 +397,9 @@ class ResampleAblation(Ablation):
     kind = "resample"
 
     def __init__(self, inputs: Any, labels: Any, *, seed: int = 0) -> None:
-        pool = as_source((inputs, labels))
+        several = isinstance(labels, Tensor) and labels.ndim == 2
+        given = Labels(labels, kind="several") if several else labels
+        pool = as_source((inputs, given), any_labels=True)
         n = len(pool.labels)
         (self.inputs,) = pool.batches([[(i, 0) for i in range(n)]])
         self.labels, self.seed = pool.labels, seed
@@ -405,7 +409,7 @@ class ResampleAblation(Ablation):
     ) -> Filler:
         """See :meth:`Ablation.filler`."""
         different = list(dict.fromkeys(tasks))
-        other = ~own_images(self.labels, different)
+        other = other_images(self.labels, different)
         counts = other.sum(1)
         for task, count in zip(different, counts.tolist(), strict=True):
             if count == 0:
@@ -480,7 +484,7 @@ def as_ablation(ablation: Ablation | str | None) -> Ablation | None:
             return ZeroAblation()
         raise ValueError(
             f"ablation {ablation!r} needs data: make it with fit_ablation(model, sites, data, "
-            f"{ablation!r}), with training images, and pass what it returns."
+            f"kind={ablation!r}), with training images, and pass what it returns."
         )
     raise TypeError(
         f"ablation must be an Ablation, as fit_ablation makes it, 'zero' or None, not "
@@ -497,15 +501,12 @@ def fit_ablation(
     model: nn.Module,
     sites: Sequence[GateSite],
     data: Data,
-    kind: str,
     *,
+    kind: str,
     tasks: Sequence[Task] | None = None,
     seed: int = 0,
     n_donors: int = 256,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> Ablation:
     """Prepare what closed channels become, from training images.
 
@@ -522,10 +523,7 @@ def fit_ablation(
         seed: Of donors and noise.
         n_donors: Images that "resample" keeps in memory to choose from, at most; the same number
             of each class as far as there are.
-        batch_size: Images in a forward pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Raises:
         GatingError: If a site does not fire, fires twice or has another shape.
@@ -538,38 +536,32 @@ def fit_ablation(
         >>> from nad_attr import GateSite
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
         >>> data = torch.tensor([[1.0, 8.0], [3.0, 0.0]]), torch.tensor([0, 1])
-        >>> fit_ablation(net, [GateSite("0", 2, 1)], data, "mean").means
+        >>> fit_ablation(net, [GateSite("0", 2, 1)], data, kind="mean").means
         {'0': tensor([2., 4.])}
     """
     _check_kind(kind)
     sites = distinct_sites(sites)
     site_modules(model, sites)
-    check_batch_size(batch_size)
-    if isinstance(n_donors, bool) or not isinstance(n_donors, int) or n_donors < 2:
-        raise ValueError(f"n_donors must be a whole number from 2 on, not {n_donors!r}.")
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    check_count(n_donors, "n_donors", least=2)
+    runner = Runner(model, run)
     if kind == "zero":
         return ZeroAblation()
-    source = as_source(data)
+    source = as_source(data, any_labels=True)
+    runner.fit(source)
     if kind in ("other_mean", "resample") and tasks is not None:
         known = [as_task(task) for task in tasks]
-        own = (
-            own_images(source.labels, known)
+        other = (
+            other_images(source.labels, known)
             if known
             else torch.zeros(0, 1, dtype=torch.bool, device="cpu")
         )
-        for task, every in zip(known, own.all(1).tolist(), strict=True):
-            if every:
+        for task, has in zip(known, other.any(1).tolist(), strict=True):
+            if not has:
                 raise ValueError(f"data holds no image of another class than those of task {task}.")
     if kind == "resample":
-        return _donor_pool(runner, source, n_donors, batch_size, seed)
+        return _donor_pool(runner, source, n_donors, seed)
     totals = _Totals(sites, source.labels, squares=kind == "noise")
-    _run_all(runner, sites, source, totals, batch_size)
+    _run_all(runner, sites, source, totals)
     if kind == "other_mean":
         return OtherMeanAblation(sites, totals.sums, totals.counts, totals.classes)
     means = totals.means(totals.sums)
@@ -586,7 +578,7 @@ class _Totals:
     """Sums over images and positions of each class, channel by channel, in float64."""
 
     def __init__(self, sites: Sequence[GateSite], labels: Tensor, *, squares: bool) -> None:
-        self.classes, self.place = labels.unique(return_inverse=True)
+        self.classes, self.place = patterns(labels)
         shapes = {site.name: (len(self.classes), site.n_channels) for site in sites}
         self.sums = {
             name: torch.zeros(s, dtype=torch.float64, device="cpu") for name, s in shapes.items()
@@ -622,22 +614,19 @@ def _summed(values: Tensor, over: list[int]) -> Tensor:
     return summed.cpu()
 
 
-def _run_all(
-    runner: Runner, sites: Sequence[GateSite], source: Source, totals: _Totals, batch_size: int
-) -> None:
-    numbers = list(chunks(len(source.labels), batch_size))
+def _run_all(runner: Runner, sites: Sequence[GateSite], source: Source, totals: _Totals) -> None:
+    numbers = list(chunks(len(source.labels), runner.images_per_pass(source)))
     # Every batch is drawn outside the hooks: drawing it may run the network for something else.
-    for chosen, inputs in zip(numbers, runner.draw(source, numbers), strict=True):
+    drawn = runner.draw(source, numbers, "fitting the ablation")
+    for chosen, inputs in zip(numbers, drawn, strict=True):
         totals.rows = totals.place[chosen[0] : chosen[-1] + 1]
         with torch.no_grad(), installed(runner.model, sites, totals):
             runner(inputs)
 
 
-def _donor_pool(
-    runner: Runner, source: Source, n_donors: int, batch_size: int, seed: int
-) -> ResampleAblation:
+def _donor_pool(runner: Runner, source: Source, n_donors: int, seed: int) -> ResampleAblation:
     """Images of all classes in turn, in an order that the seed draws."""
-    labels = source.labels
+    _, labels = patterns(source.labels)
     generator = torch.Generator().manual_seed(seed_of(seed, "donors"))
     order = torch.randperm(len(labels), generator=generator, device="cpu")
     # How many of its class come before each image, in that order.
@@ -647,7 +636,7 @@ def _donor_pool(
     rank = torch.empty_like(order)
     rank[same] = torch.arange(len(labels), device="cpu") - starts
     chosen = order[rank.argsort(stable=True)][:n_donors].sort().values
-    numbers = [chosen[part[0] : part[-1] + 1].tolist() for part in chunks(len(chosen), batch_size)]
+    numbers = [chosen[part[0] : part[-1] + 1].tolist() for part in chunks(len(chosen), 64)]
     parts = [tuple(x.cpu() for x in inputs) for inputs in runner.draw(source, numbers)]
     inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
-    return ResampleAblation(inputs, labels[chosen], seed=seed)
+    return ResampleAblation(inputs, source.labels[chosen], seed=seed)

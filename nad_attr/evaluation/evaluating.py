@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nad_attr.data.labels import Task, own_images
+from nad_attr._checks import check_count
+from nad_attr.data.labels import Task, other_images, own_images, tasks_in
 from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation.ablation import Ablation, as_ablation
 from nad_attr.evaluation.measures import (
+    among,
     auc,
     balanced_accuracy,
     constant_up_to_rounding,
     fidelity,
     fit_threshold,
+    r_squared,
     share_of,
 )
 from nad_attr.evaluation.responses import (
@@ -42,11 +46,15 @@ from nad_attr.gates.channels import top_k_masks
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.network_checks import Checks, check_option, check_outputs
-from nad_attr.running.forward import Runner, amp_dtype, check_batch_size, chunks
+from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.stats.pairs import overlap_matrix
 from nad_attr.system.rng import seed_of
 
 __all__ = ["evaluate", "random_architectures"]
+
+#: Bytes of answers that are kept at once where nothing is said.
+ANSWER_BYTES = 10**9
 
 #: What an image takes for one sub-architecture beside its task outputs, while ranks are made.
 ROW_BYTES = 128
@@ -81,7 +89,7 @@ def random_architectures(
             for site in arch.sites
         }
         masks = top_k_masks(scores, arch.sites, arch.n_kept)
-        result.append(SubArchitecture(masks, arch.sites, task=arch.task, means=arch.means))
+        result.append(arch._with_masks(masks, arch.task))
     return result
 
 
@@ -96,13 +104,12 @@ def evaluate(
     n_random: int = 3,
     rivals: Mapping[str, TaskGates | Sequence[SubArchitecture]] | None = None,
     seed: int = 0,
-    batch_size: int = 64,
-    max_bytes: int = 10**9,
-    device: torch.device | str | None = None,
-    amp: bool | torch.dtype | None = None,
-    show_progress: bool = False,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
+    device: str | torch.device | None = FROM_RUN,
+    amp: bool | torch.dtype | None = FROM_RUN,
+    batch_size: int | Literal["auto"] | None = FROM_RUN,
+    memory_limit: int | str | None = FROM_RUN,
+    show_progress: bool = FROM_RUN,
     checks: Checks = "refuse",
 ) -> Evaluation:
     """Measure sub-architectures on held-out images, beside what they have to beat.
@@ -129,17 +136,12 @@ def evaluate(
             constants in place of closed channels, give rivals theirs
             (:func:`nad_attr.fit_constants`).
         seed: Of the random channels.
-        batch_size: Images in a forward pass, at most, donors of the ablation included (at least
-            one of each).
-        max_bytes: Memory for the sub-architectures' answers, at most (but one's at least): if all
-            do not fit, the images are drawn several times, for some sub-architectures each. The
-            results are the same.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: Mixed precision: a dtype for autocast, True for bfloat16. The answers are float32.
-        show_progress: Show a bar of the images done (tqdm).
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
+        device: In place of that field of ``run``.
+        amp: In place of that field of ``run``.
+        batch_size: In place of that field of ``run``.
+        memory_limit: In place of that field of ``run``.
+        show_progress: In place of that field of ``run``.
         checks: What to do if an image's outputs depend on chance or on the other images of its
             batch, which two images show: "refuse", "warn", or "off" for no check.
 
@@ -171,9 +173,8 @@ def evaluate(
         raise ValueError(
             f"task {twice[0]} is there twice; evaluate one sub-architecture per task at a time."
         )
-    check_batch_size(batch_size)
-    _check_whole_number(n_random, "n_random", 0)
-    _check_whole_number(max_bytes, "max_bytes", 1)
+    check_count(n_random, "n_random", least=0)
+    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     against = _rivals(rivals, archs, tasks)
     for draw in range(n_random):
         against[draw] = random_architectures(archs, draw=draw, seed=seed)
@@ -181,33 +182,29 @@ def evaluate(
             # Constants of a task's own were fitted to other channels than these.
             against[draw] = [arch.with_means(architectures.means) for arch in against[draw]]
     chosen = as_ablation(ablation)
-    dtype = amp_dtype(amp)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
-    source = as_source(data)
-    threshold = None if threshold_data is None else as_source(threshold_data)
+    runner = Runner(model, options)
+    source = as_source(data, any_labels=True)
+    threshold = None if threshold_data is None else as_source(threshold_data, any_labels=True)
+    for some in (source, threshold):
+        if some is not None:
+            runner.fit(some)
     has_own = own_images(source.labels, tasks).any(-1)
     if not bool(has_own.any()):
         raise ValueError(
             f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
-            f"{source.labels.unique().tolist()[:10]}."
+            f"{tasks_in(source.labels)[:10]}."
         )
     if checks != "off":
         numbers = [[0, len(source.labels) - 1]]
         images = next(iter(runner.draw(source, numbers)))
-        with torch.autocast(runner.device.type, dtype=dtype, enabled=dtype is not None):
-            half = dtype is not None or any(
-                p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()
-            )
-            check_outputs(runner, runner.model, images, checks=check_option(checks), half=half)
+        half = runner.amp is not None or any(
+            p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()
+        )
+        check_outputs(runner, runner.model, images, checks=check_option(checks), half=half)
     names = architectures.task_names if isinstance(architectures, TaskGates) else None
     rows = [*archs, *(arch for rival in against.values() for arch in rival)]
-    pass_ = _Measuring(runner, tasks, source, threshold, batch_size, chosen, dtype)
-    measured = pass_.all_rows(rows, max_bytes, show_progress)
+    pass_ = _Measuring(runner, tasks, source, threshold, chosen)
+    measured = pass_.all_rows(rows)
 
     missing = [task for task, has in zip(tasks, has_own.tolist(), strict=True) if not has]
     if missing:
@@ -238,11 +235,6 @@ def evaluate(
         random=tuple(results[draw] for draw in range(n_random)),
         rivals={name: result for name, result in results.items() if isinstance(name, str)},
     )
-
-
-def _check_whole_number(value: Any, name: str, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ValueError(f"{name} must be a whole number from {lowest} on, not {value!r}.")
 
 
 def _rivals(
@@ -335,39 +327,33 @@ class _Measuring:
         tasks: tuple[Task, ...],
         source: Source,
         threshold: Source | None,
-        batch_size: int,
         ablation: Ablation | None,
-        amp: torch.dtype | None,
     ) -> None:
         self.runner, self.tasks = runner, tasks
-        self.source, self.threshold = source, threshold
-        self.batch_size, self.ablation, self.amp = batch_size, ablation, amp
+        self.source, self.threshold, self.ablation = source, threshold, ablation
         self.own = own_images(source.labels, tasks)
+        self.known = self.own | other_images(source.labels, tasks)
         # Sorting a large table is quick on a GPU; float64, which mps lacks, is needed.
         self.device = torch.device("cpu") if runner.device.type == "mps" else runner.device
         self.clean: Responses | None = None
         self.clean_threshold: Responses | None = None
         self.activity: Activity
 
-    def all_rows(
-        self, rows: Sequence[SubArchitecture], max_bytes: int, show_progress: bool
-    ) -> dict[str, FloatArray]:
+    def all_rows(self, rows: Sequence[SubArchitecture]) -> dict[str, FloatArray]:
         """The measures of all rows: ``{measure: (R,)}``, and the table (R, T)."""
         n = len(self.source.labels)
         n_threshold = 0 if self.threshold is None else len(self.threshold.labels)
         per_row = (4 * len(self.tasks) + ROW_BYTES) * n + ROW_BYTES * n_threshold
-        height = max(1, max_bytes // per_row)
+        height = max(1, self.runner.options.kept_bytes(ANSWER_BYTES) // per_row)
         blocks = list(chunks(len(rows), height))
         self.activity = Activity(rows[0].sites, self.source.labels, self.runner.device)
         parts = []
         total = len(blocks) * (n + n_threshold)
-        with progress_bar(len(rows), total, show_progress) as bar:
+        with progress_bar(self.runner, len(rows), total) as bar:
             for block in blocks:
                 archs = rows[block[0] : block[-1] + 1]
                 options: dict[str, Any] = {
-                    "batch_size": self.batch_size,
                     "ablation": self.ablation,
-                    "amp": self.amp,
                     "bar": bar,
                     "columns": self.tasks,
                 }
@@ -401,9 +387,13 @@ class _Measuring:
         """The detector's threshold of each row: float64 (R,), from own task outputs (R, N)."""
         column = torch.tensor([self.tasks.index(task) for task in fitted.tasks], device="cpu")
         own = own_images(fitted.labels, self.tasks)[column]
+        known = own | other_images(fitted.labels, self.tasks)[column]
         whole = fitted.whole.T[column]
-        return fit_threshold(
-            constant_up_to_rounding(values, whole).to(self.device), own.to(self.device)
+        return among(
+            known.to(self.device),
+            fit_threshold,
+            constant_up_to_rounding(values, whole).to(self.device),
+            own.to(self.device),
         )
 
     def _reduced(self, found: Responses, thresholds: Tensor | None) -> dict[str, FloatArray]:
@@ -415,7 +405,7 @@ class _Measuring:
         table, explained = [], []
         for values, j in zip(found.gated, column.tolist(), strict=True):
             row = constant_up_to_rounding(values.T.to(self.device), whole_by_task)
-            table.append(auc(row, own_by_task))
+            table.append(self._table_row(row, own_by_task))
             explained.append(row[j])
         return {
             "table": _array(torch.stack(table)),
@@ -427,9 +417,16 @@ class _Measuring:
                 found.whole_margin.T.to(self.device)[column],
                 found.gated_class.to(self.device),
                 own_by_task[column],
+                self.known.to(self.device)[column],
                 thresholds,
             ),
         }
+
+    def _table_row(self, outputs: Tensor, own: Tensor) -> Tensor:
+        """The AUC of each task's output (T, N) for its own images; none for targets."""
+        if self.source.targets is not None:
+            return torch.full((len(own),), torch.nan, dtype=torch.float64, device=own.device)
+        return among(self.known.to(own.device), auc, outputs, own)
 
     def whole(self) -> dict[str, FloatArray]:
         """The same of the whole network, a row for each task."""
@@ -442,12 +439,22 @@ class _Measuring:
         if self.clean_threshold is not None:
             by_task = replace(self.clean_threshold, tasks=self.tasks)
             cuts = self._thresholds(by_task, by_task.whole.T)
-        row = _array(auc(outputs, own))
+        row = _array(self._table_row(outputs, own))
         n = len(self.tasks)
         calls = self.clean.whole_class.to(self.device).expand(n, -1)
         return {
             "table": np.tile(row, (n, 1)),
-            **self._by_row(self.tasks, outputs, outputs, margin, margin, calls, own, cuts),
+            **self._by_row(
+                self.tasks,
+                outputs,
+                outputs,
+                margin,
+                margin,
+                calls,
+                own,
+                self.known.to(self.device),
+                cuts,
+            ),
         }
 
     def _by_row(
@@ -459,10 +466,19 @@ class _Measuring:
         whole_margin: Tensor,
         calls: Tensor,
         own: Tensor,
+        known: Tensor,
         thresholds: Tensor | None,
     ) -> dict[str, FloatArray]:
         """Measures of R rows, all arguments (R, N) but the thresholds, (R,)."""
         whole = constant_up_to_rounding(whole, whole)
+        kept = {
+            "fidelity": _array(among(known, fidelity, whole, explained, own)),
+            "rank_fidelity": _array(
+                among(known, partial(fidelity, ranks=True), whole, explained, own)
+            ),
+        }
+        if self.source.labels.ndim == 2:
+            return kept | self._without_classes(tasks, explained, margin, own, known, thresholds)
         called = torch.stack(
             [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
         )
@@ -474,12 +490,39 @@ class _Measuring:
         # With no other class at all the margin is infinite for every image, and says nothing.
         margin_auc = auc(constant_up_to_rounding(margin, whole_margin), own)
         margin_auc = torch.where(torch.isfinite(margin).any(-1), margin_auc, torch.nan)
-        return {
-            "fidelity": _array(fidelity(whole, explained, own)),
-            "rank_fidelity": _array(fidelity(whole, explained, own, ranks=True)),
+        return kept | {
             "margin_auc": _array(margin_auc),
             "recall": _array(share_of(called, own)),
             "fpr": _array(share_of(called, ~own)),
             "other_accuracy": _array(share_of(calls == labels, ~own)),
             "detector_ba": _array(detector),
         }
+
+    def _without_classes(
+        self,
+        tasks: Sequence[Task],
+        explained: Tensor,
+        margin: Tensor,
+        own: Tensor,
+        known: Tensor,
+        thresholds: Tensor | None,
+    ) -> dict[str, FloatArray]:
+        """The measures that several labels an image, or targets, leave some sense in."""
+        nothing = torch.full((len(tasks),), torch.nan, dtype=torch.float64, device="cpu")
+        found = dict.fromkeys(
+            ("margin_auc", "recall", "fpr", "other_accuracy", "detector_ba"), nothing
+        )
+        targets = self.source.targets
+        if targets is None:
+            called = margin > 0
+            found |= {"recall": share_of(called, own), "fpr": share_of(called, known & ~own)}
+            if thresholds is not None:
+                ba = among(known, balanced_accuracy, explained > thresholds[:, None], own)
+                found["detector_ba"] = torch.where(thresholds.isnan(), torch.nan, ba)
+        else:
+            columns = [task for task in tasks if isinstance(task, int)]
+            if len(columns) < len(tasks):
+                raise ValueError("targets belong to single outputs; there are no groups of them.")
+            wanted = targets.T[columns].to(self.device)
+            found["target_r2"] = among(known, r_squared, wanted.nan_to_num(), explained)
+        return {name: _array(values) for name, values in found.items()}

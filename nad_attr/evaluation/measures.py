@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -305,6 +306,28 @@ def balanced_accuracy(calls: Tensor, positive: Tensor) -> Tensor:
     """
     calls, positive = _together(_flags(calls, "calls"), _flags(positive))
     return (share_of(calls, positive) + 1 - share_of(calls, ~positive)) / 2
+
+
+def among(counts: Tensor, measure: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """A measure of each row over the images that count for it.
+
+    Args:
+        counts: bool (R, N).
+        measure: Of tensors with the images on the last axis.
+        *values: Its arguments, each (R, N).
+
+    Returns:
+        float64 (R,).
+
+    Example:
+        >>> own = torch.tensor([[True, False, False]])
+        >>> among(torch.tensor([[True, True, False]]), auc, torch.tensor([[2.0, 1.0, 3.0]]), own)
+        tensor([1.], dtype=torch.float64)
+    """
+    if bool(counts.all()):
+        return measure(*values)
+    rows = zip(counts, *values, strict=True)
+    return torch.stack([measure(*(v[kept] for v in row)) for kept, *row in rows])
 
 
 def share_of(flags: Tensor, among: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from nad_attr.evaluation.ablation import Ablation, Filler, VectorFiller, as_abla
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import installed
-from nad_attr.running.forward import Runner, amp_dtype, check_batch_size, check_classes, chunks
+from nad_attr.running.forward import Runner, check_classes, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.site import GateSite
 
@@ -28,7 +29,7 @@ class Responses:
     """What the whole network and R sub-architectures answered to N images.
 
     Attributes:
-        labels: int64 (N,), the images' classes.
+        labels: int64 (N,), the images' classes, or (N, K), see :mod:`nad_attr.data.labels`.
         tasks: The R sub-architectures' tasks.
         columns: The J different tasks among them, whose task outputs are kept.
         whole: float32 (N, J), task outputs of the whole network.
@@ -37,6 +38,10 @@ class Responses:
         gated_class: int32 (R, N), the class that each sub-architecture calls.
         whole_margin: float32 (N, J), task output minus the highest output of any other class.
         gated_margin: float32 (R, N), the same for each sub-architecture's own task.
+
+    Where labels are no classes, no class is called (-1), and the margin is the task output minus
+    the threshold from which on an output says yes: one half where all outputs of the whole
+    network are in [0, 1] (probabilities), else zero (logits).
     """
 
     labels: Tensor
@@ -276,12 +281,7 @@ def sweep(
     *,
     size: float | None = None,
     ablation: Ablation | str | None = None,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    amp: bool | torch.dtype | None = None,
-    show_progress: bool = False,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> Responses:
     """Run data through the whole network and through each sub-architecture, in one pass over it.
 
@@ -296,13 +296,7 @@ def sweep(
         size: As in :func:`nad_attr.evaluation.evaluate`.
         ablation: What closed channels become, from :func:`nad_attr.evaluation.fit_ablation`, or
             "zero". None: what each sub-architecture says (zero, or its means).
-        batch_size: Images in a forward pass, at most, donors of the ablation included (at least
-            one of each).
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: Mixed precision: a dtype for autocast, True for bfloat16. The answers are float32.
-        show_progress: Show a bar of the images done (tqdm).
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The answers, in the order of the data and of ``architectures``.
@@ -323,30 +317,16 @@ def sweep(
     """
     archs = as_architectures(architectures, size)
     chosen = as_ablation(ablation)
-    check_batch_size(batch_size)
-    dtype = amp_dtype(amp)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
-    source = as_source(data)
-    bar = progress_bar(len(archs), len(source.labels), show_progress)
-    with bar:
-        return answers(
-            runner, archs, source, batch_size=batch_size, ablation=chosen, amp=dtype, bar=bar
-        )
+    runner = Runner(model, run)
+    source = as_source(data, any_labels=True)
+    runner.fit(source)
+    with progress_bar(runner, len(archs), len(source.labels)) as bar:
+        return answers(runner, archs, source, ablation=chosen, bar=bar)
 
 
-def progress_bar(n_rows: int, n_images: int, show: bool) -> tqdm[Any]:
-    """A bar of the images done."""
-    return tqdm(
-        total=n_images,
-        unit="image",
-        desc=f"evaluating {n_rows} sub-architectures",
-        disable=not show,
-    )
+def progress_bar(runner: Runner, n_rows: int, n_images: int) -> tqdm[Any]:
+    """A bar of the images done, if one is wanted."""
+    return runner.bar(n_images, f"evaluating {n_rows} sub-architectures")
 
 
 class Watch(Protocol):
@@ -364,9 +344,7 @@ def answers(
     archs: Sequence[SubArchitecture],
     source: Source,
     *,
-    batch_size: int,
     ablation: Ablation | None,
-    amp: torch.dtype | None,
     bar: tqdm[Any],
     columns: tuple[Task, ...] | None = None,
     whole: Responses | None = None,
@@ -379,9 +357,7 @@ def answers(
         runner: The network.
         archs: R sub-architectures.
         source: The images.
-        batch_size: Images in a forward pass, at most.
         ablation: What closed channels become.
-        amp: Autocast dtype.
         bar: Advanced by the images done.
         columns: J tasks whose outputs are kept; None: the different tasks of the rows.
         whole: Answers to the same images for the same columns: the whole network's are taken from
@@ -409,15 +385,12 @@ def answers(
     column_of = torch.tensor([columns.index(task) for task in tasks], device=device)
     rows_of = Rows(archs, device, ablation)
     rows_of.watch = watch
-    width = rows_of.width(batch_size)
     distinct = DistinctNetworks(rows_of)
-    numbers = list(chunks(n, batch_size))
     members: Tensor | None = None
 
     def run(inputs: Inputs) -> Tensor:
         nonlocal members
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            outputs = runner(inputs)
+        outputs = runner(inputs)
         if members is None:
             check_classes(labels, (*tasks, *columns), outputs.shape[1])
             members = own_images(torch.arange(outputs.shape[1], device="cpu"), columns).to(
@@ -425,7 +398,14 @@ def answers(
             )
         return outputs
 
+    def probe(inputs: Inputs) -> None:
+        some = tuple(x[: rows_of.width(len(x))] for x in inputs)
+        place = torch.arange(len(some[0]), device=device)
+        rows_of.gated_pass(run, some, torch.zeros_like(place), place)
+
     with torch.no_grad(), installed(runner.model, rows_of.sites, rows_of):
+        batch_size = runner.images_per_pass(source, probe)
+        width, numbers = rows_of.width(batch_size), list(chunks(n, batch_size))
         for chosen, inputs in zip(numbers, runner.draw(source, numbers), strict=True):
             here = slice(chosen[0], chosen[-1] + 1)
             if whole is None:
@@ -470,6 +450,12 @@ def answers(
             gated[:, here], gated_class[:, here] = block.cpu(), called.cpu()
             gated_margin[:, here] = margin.cpu()
             bar.update(n_here)
+    if labels.ndim == 2:
+        says_yes = 0.5 if bool((clean >= 0).all() and (clean <= 1).all()) else 0.0
+        clean_class, gated_class = clean_class.fill_(-1), gated_class.fill_(-1)
+        clean_margin = clean - says_yes
+        at = torch.zeros_like(column_of) if own_only else column_of
+        gated_margin = gated[torch.arange(n_rows), :, at.cpu()] - says_yes
     return Responses(
         labels=labels,
         tasks=tasks,
@@ -552,11 +538,7 @@ def site_fidelity(
     *,
     size: float | None = None,
     ablation: Ablation | str | None = None,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    amp: bool | torch.dtype | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> dict[str, Tensor]:
     """How far each site's values are from the whole network's, on own images.
 
@@ -570,12 +552,7 @@ def site_fidelity(
         data: As in :func:`nad_attr.evaluation.evaluate`; only own images are run.
         size: As in :func:`nad_attr.evaluation.evaluate`.
         ablation: As in :func:`sweep`.
-        batch_size: Images in a forward pass, at most: an image, its clean copy and its donor count
-            each (at least one of each).
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: As in :func:`sweep`.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         ``{site name: float64 (R,)}``, in forward order; NaN for a task without own images and
@@ -595,27 +572,21 @@ def site_fidelity(
     """
     archs = as_architectures(architectures, size)
     chosen = as_ablation(ablation)
-    check_batch_size(batch_size)
-    dtype = amp_dtype(amp)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
-    source = as_source(data)
+    runner = Runner(model, run)
+    source = as_source(data, any_labels=True)
+    runner.fit(source)
     own = own_images(source.labels, tasks_of_rows(archs))
     if not bool(own.any()):
         raise ValueError("data holds no image of any of the tasks.")
     rows_of = _Differences(archs, runner.device, chosen)
+    batch_size = runner.images_per_pass(source)
     width = max(1, rows_of.width(batch_size) // 2)
     used = own.any(0).nonzero()[:, 0]
     cuts = [used[part[0] : part[-1] + 1] for part in chunks(len(used), batch_size)]
-    drawn = runner.draw(source, [cut.tolist() for cut in cuts])
+    drawn = runner.draw(source, [cut.tolist() for cut in cuts], "fidelity of sites")
 
-    def run(inputs: Inputs) -> Tensor:
-        with torch.autocast(runner.device.type, dtype=dtype, enabled=dtype is not None):
-            outputs = runner(inputs)
+    def forward(inputs: Inputs) -> Tensor:
+        outputs = runner(inputs)
         check_classes(source.labels, rows_of.tasks, outputs.shape[1])
         return outputs
 
@@ -626,7 +597,7 @@ def site_fidelity(
                 here = slice(part[0], part[-1] + 1)
                 at = images[here].to(runner.device)
                 rows_of.gated_pass(
-                    run,
+                    forward,
                     tuple(x[at] for x in inputs),
                     rows[here].to(runner.device),
                     cut[images[here]].to(runner.device),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +13,18 @@ from nad_attr._display import html_table
 from nad_attr.data.labels import Task
 from nad_attr.stats.bootstrap import bootstrap_interval
 from nad_attr.stats.measure_table import MEASURE_TABLE, MEASURES, p_against
-from nad_attr.stats.p_values import permutation_p
-from nad_attr.stats.tables import nan_mean, number, table
+from nad_attr.stats.p_values import least_p, permutation_p
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["MEASURES", "Evaluation"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def _none() -> FloatArray:
@@ -31,7 +32,7 @@ def _none() -> FloatArray:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Evaluation:
+class Evaluation(Result):
     """How T sub-architectures do on N images: one number per task for each measure.
 
     A measure is NaN where it has no meaning: without own (or other) images in the data, or with a
@@ -59,6 +60,8 @@ class Evaluation:
         parameter_size: (T,), the same weighted by parameters.
         dead_fraction: (T,), share of the kept channels that are constant (zero, mostly) on all own
             images inside the whole network.
+        target_r2: (T,), R^2 of the images' regression targets by the task output, see
+            :func:`nad_attr.evaluation.r_squared`; NaN without targets.
         detector_ba: (T,), balanced accuracy of "task output above a threshold", the threshold
             fitted to other images inside the sub-architecture; NaN without such images.
         overlap: (T, T), |A and B| / |A or B| of the sub-architectures, mean over sites.
@@ -85,6 +88,7 @@ class Evaluation:
     flop_size: FloatArray = field(default_factory=_none)
     parameter_size: FloatArray = field(default_factory=_none)
     dead_fraction: FloatArray = field(default_factory=_none)
+    target_r2: FloatArray = field(default_factory=_none)
     detector_ba: FloatArray = field(default_factory=_none)
     overlap: FloatArray = field(default_factory=_none)
     kappa: FloatArray = field(default_factory=_none)
@@ -92,9 +96,16 @@ class Evaluation:
     rivals: Mapping[str, Evaluation] = field(default_factory=dict)
     _whole: Evaluation | None = field(default=None)
 
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("tasks", "task_names", "n_own", "sizes", "size", "fidelity"), "T"),
+        **dict.fromkeys(("flop_size", "parameter_size", "dead_fraction", "rank_fidelity"), "T"),
+        **dict.fromkeys(("detector_ba", "margin_auc", "recall", "fpr", "other_accuracy"), "T"),
+        **dict.fromkeys(("table", "overlap", "kappa"), "T T"),
+    }
+
     def __post_init__(self) -> None:
         n = len(self.tasks)
-        for name in ("flop_size", "parameter_size", "dead_fraction", "detector_ba"):
+        for name in ("flop_size", "parameter_size", "dead_fraction", "target_r2", "detector_ba"):
             if getattr(self, name).size == 0:
                 object.__setattr__(self, name, np.full(n, np.nan))
         for name in ("overlap", "kappa"):
@@ -105,6 +116,11 @@ class Evaluation:
     def whole(self) -> Evaluation:
         """The same measures of the whole network, which is its own whole."""
         return self if self._whole is None else self._whole
+
+    @property
+    def is_of_targets(self) -> bool:
+        """Whether the images have targets to be predicted, and there are no classes to be told."""
+        return not bool(np.isnan(self.whole.target_r2).all())
 
     @property
     def own_auc(self) -> FloatArray:
@@ -131,34 +147,34 @@ class Evaluation:
         """(T,), balanced accuracy ``(recall + 1 - fpr) / 2``."""
         return np.asarray((self.recall + 1 - self.fpr) / 2)
 
-    def values(self, name: str) -> FloatArray:
+    def values(self, measure: str) -> FloatArray:
         """A measure of every task, (T,).
 
         Raises:
             ValueError: If there is no such measure.
         """
-        if name not in MEASURES:
-            raise ValueError(f"no measure {name!r}; there are {', '.join(MEASURES)}.")
-        values: FloatArray = getattr(self, name)
+        if measure not in MEASURES:
+            raise ValueError(f"no measure {measure!r}; there are {', '.join(MEASURES)}.")
+        values: FloatArray = getattr(self, measure)
         return values
 
-    def mean(self, name: str) -> float:
+    def mean(self, measure: str) -> float:
         """Mean of a measure over the tasks for which it is known.
 
         Raises:
             ValueError: If there is no such measure.
         """
-        return float(nan_mean(self.values(name)))
+        return float(nan_mean(self.values(measure)))
 
     def interval(
-        self, name: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
+        self, measure: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
     ) -> tuple[float, float]:
         """Bootstrap interval of the mean over tasks (percentiles of resampled means).
 
         Says how much the mean hangs on which tasks were looked at; the images are taken as given.
 
         Args:
-            name: One of ``MEASURES``.
+            measure: One of ``MEASURES``.
             level: Coverage.
             n_draws: Times that T tasks are drawn with replacement.
             seed: Of the draws; the global random state is not used.
@@ -169,9 +185,9 @@ class Evaluation:
         Raises:
             ValueError: If there is no such measure, or an argument makes no sense.
         """
-        return bootstrap_interval(self.values(name), level=level, n_draws=n_draws, seed=seed)
+        return bootstrap_interval(self.values(measure), level=level, n_draws=n_draws, seed=seed)
 
-    def p_value(self, name: str, *, lower: bool | None = None) -> float:
+    def p_value(self, measure: str, *, lower: bool | None = None) -> float:
         """How often random channels of the same size do as well, in the mean over tasks.
 
         ``(1 + number of draws that reach the observed mean) / (draws + 1)``: a valid p-value of
@@ -180,7 +196,7 @@ class Evaluation:
         :func:`evaluate` for ``n_random=19`` to see 0.05.
 
         Args:
-            name: One of ``MEASURES``.
+            measure: One of ``MEASURES``.
             lower: Whether less is better. None: as the measure says (FPR, other AUC and dead
                 fraction are better when low).
 
@@ -191,11 +207,11 @@ class Evaluation:
         Raises:
             ValueError: If there is no such measure.
         """
-        observed = self.mean(name)
-        draws = [result.mean(name) for result in self.random]
+        observed = self.mean(measure)
+        draws = [result.mean(measure) for result in self.random]
         if lower is not None:
             return float(permutation_p(observed, draws, tail="lower" if lower else "higher"))
-        return float(p_against(name, observed, draws))
+        return float(p_against(measure, observed, draws))
 
     def frame(self) -> pd.DataFrame:
         """One row per task with all measures, for pandas.
@@ -203,13 +219,7 @@ class Evaluation:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "Evaluation.frame() needs pandas (pip install pandas); summary(), to_dict() and "
-                "save_json() do without."
-            ) from error
+        pd = pandas("Evaluation.frame()")
         # tupleize_cols: a group of classes is one task, not a level of an index each.
         index = pd.Index(list(self.tasks), name="task", tupleize_cols=False)
         columns: dict[str, Any] = {"name": list(self.task_names), "n_own": self.n_own}
@@ -225,7 +235,7 @@ class Evaluation:
         Args:
             max_tasks: Tasks that are listed one by one, at most.
         """
-        main = (
+        main: tuple[str, ...] = (
             "size",
             "own_auc",
             "other_auc",
@@ -235,11 +245,15 @@ class Evaluation:
             "fpr",
             "ba",
         )
+        if self.is_of_targets:
+            main = ("size", "fidelity", "rank_fidelity", "target_r2", "detector_ba")
         head = {name: MEASURE_TABLE[name].head for name in (*main, "other_accuracy")}
         if np.isnan(self.detector_ba).all():
             del head["detector_ba"]
         bare = self._whole is not None and not self.random and not self.rivals
-        if bare:
+        if self.is_of_targets:
+            del head["other_accuracy"]
+        elif bare:
             del head["recall"]
         rows = [["task", *head.values()]]
         columns = [self.values(m)[:max_tasks] for m in head]
@@ -263,70 +277,119 @@ class Evaluation:
         names, rule, *lines = table(rows)
         what = "the whole network" if self._whole is None else "sub-architectures"
         title = f"{what} of {len(self.tasks)} task(s) on {self.n_images} images"
-        if bare:
+        if bare and not self.is_of_targets:
             title += "\n(recall is left out: it says nothing without random channels or rivals)"
         n = n_listed - 1
         listed = [*title.split("\n"), names, rule, *lines[:n], rule, *lines[n:]]
         return "\n".join(map(shown, listed))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
-        from nad_attr.evaluation.saved import to_dict
-
-        return to_dict(self)
-
-    def save_json(self, path: str | PathLike[str]) -> None:
-        """Write :meth:`to_dict` to a JSON file.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        from nad_attr.evaluation.saved import write_json
-
-        write_json(self, path)
-
-    @classmethod
-    def load_json(cls, path: str | PathLike[str]) -> Evaluation:
-        """Read a file written by :meth:`save_json`.
-
-        Raises:
-            OSError: If the file cannot be read.
-            ValueError: If it holds no evaluation.
-        """
-        from nad_attr.evaluation.saved import read_json
-
-        return read_json(path)
-
-    def save(self, path: str | PathLike[str], group: str = "evaluation") -> None:
-        """Write to a group of an HDF5 file; what else is in the file stays.
+    def plot(self, measure: str = "own_auc", axes: Any = None) -> Figure:
+        """The mean of a measure with its interval over tasks, beside all that it has to beat.
 
         Args:
-            path: The file: a new one, or one with gates or other results.
-            group: Name of the result in the file, such as "evaluation/held_out"; replaced if it is
-                there.
+            measure: One of ``MEASURES``.
+            axes: One matplotlib Axes; None: a new figure.
 
         Raises:
-            GateStoreError: If the file cannot be written, or is not one of nad_attr.
+            ImportError: If matplotlib is missing.
+            ValueError: If there is no such measure.
         """
-        from nad_attr.evaluation.saved import write_hdf5
+        from nad_attr.plots.style import label_of, plot_intervals
 
-        write_hdf5(self, path, group)
+        rows = {"sub-architectures" if self._whole is not None else "whole network": self}
+        rows |= self.rivals
+        if self._whole is not None:
+            rows["whole network"] = self.whole
+        found = {name: (each.mean(measure), *each.interval(measure)) for name, each in rows.items()}
+        if self.random:
+            draws = [draw.mean(measure) for draw in self.random]
+            found["random, same size"] = (float(np.mean(draws)), min(draws), max(draws))
+        return plot_intervals(found, label_of(measure), axes=axes)
+
+    # -- files -------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: str | PathLike[str], group: str = "evaluation") -> Evaluation:
-        """Read from a file written by :meth:`save`; no code in the file is ever run.
+    def _types(cls) -> dict[str, Any]:
+        types = super()._types()
+        return {**types, "whole": types.pop("_whole")}
 
-        Raises:
-            GateStoreError: If the file or the group is no such thing.
+    def _fields(self) -> dict[str, Any]:
+        fields = super()._fields()
+        fields["whole"] = fields.pop("_whole")
+        fields["random"] = [replace(draw, _whole=None) for draw in self.random]
+        fields["rivals"] = {name: replace(r, _whole=None) for name, r in self.rivals.items()}
+        return fields
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> Evaluation:
+        whole = fields.pop("whole", None)
+        if fields["n_images"] < 0:
+            raise ValueError(f"{fields['n_images']} images")
+        random = tuple(replace(draw, _whole=whole) for draw in fields.pop("random", ()))
+        rivals = {n: replace(r, _whole=whole) for n, r in fields.pop("rivals", {}).items()}
+        made = super()._of_fields(fields)
+        return replace(made, random=random, rivals=rivals, _whole=whole)
+
+    def _derived(self) -> dict[str, Any]:
+        found: dict[str, Any] = {name: self.values(name) for name in MEASURES}
+        found["means"] = {
+            name: {"mean": self.mean(name), "interval_95": self.interval(name)} for name in MEASURES
+        }
+        if self.random:
+            found["p_values"] = {name: self.p_value(name) for name in MEASURES}
+            found["p_least"] = least_p(len(self.random))
+        return found
+
+    def _stored(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arrays have the names of the measures: (T,) or (T, T), and "sizes" (sites, T).
+
+        Those of the whole network begin with "whole.", of random draws and of rivals with "random."
+        and "rivals.", where the draw or rival is a first axis.
         """
-        from nad_attr.evaluation.saved import read_hdf5
+        sites = list(self.sizes)
+        arrays = {**_arrays(self, sites), "n_own": self.n_own}
+        if self._whole is not None:
+            arrays |= {f"whole.{name}": value for name, value in _arrays(self.whole, sites).items()}
+        for what, several in (("random", self.random), ("rivals", tuple(self.rivals.values()))):
+            parts = [_arrays(part, sites) for part in several]
+            for name in parts[0] if parts else ():
+                arrays[f"{what}.{name}"] = np.stack([part[name] for part in parts])
+        return arrays, {
+            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
+            "task_names": list(self.task_names),
+            "n_images": self.n_images,
+            "sites": sites,
+            "has_whole": self._whole is not None,
+            "n_random": len(self.random),
+            "rivals": list(self.rivals),
+        }
 
-        return read_hdf5(path, group)
+    @classmethod
+    def _of_stored(cls, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -> Evaluation:
+        common = {name: attributes[name] for name in ("tasks", "task_names", "n_images")}
+
+        def part(prefix: str, row: int | None = None) -> dict[str, Any]:
+            def field(name: str) -> Any:
+                values = arrays[prefix + name]
+                return values if row is None else values[row]
+
+            sizes = dict(zip(attributes["sites"], field("sizes"), strict=True))
+            found = {name: field(name) for name in _STORED}
+            return {**common, **found, "sizes": sizes, "n_own": arrays["n_own"]}
+
+        content = part("")
+        if attributes["has_whole"]:
+            content["whole"] = part("whole.")
+        content["random"] = [part("random.", i) for i in range(attributes["n_random"])]
+        content["rivals"] = {n: part("rivals.", i) for i, n in enumerate(attributes["rivals"])}
+        return super()._of_stored({}, {"fields": content})
 
     def _repr_html_(self) -> str:
         """How notebooks show it: the means, beside what they have to beat."""
         measures = ["own_auc", "other_auc", "fidelity", "recall", "fpr", "ba"]
-        if self._whole is not None and not self.random and not self.rivals:
+        if self.is_of_targets:
+            measures = ["fidelity", "rank_fidelity", "target_r2"]
+        elif self._whole is not None and not self.random and not self.rivals:
             measures.remove("recall")  # as in summary: alone it says nothing
         columns = [self.values(m)[:_SHOWN] for m in ("size", *measures)]
         rows = [
@@ -362,9 +425,22 @@ class Evaluation:
         )
 
 
+#: Fields that are arrays of the HDF5 file: numbers of each task, and of each pair of tasks.
+_STORED = (
+    *("size", "flop_size", "parameter_size", "dead_fraction", "fidelity", "rank_fidelity"),
+    *("detector_ba", "margin_auc", "recall", "fpr", "other_accuracy", "table", "overlap", "kappa"),
+)
+
+
+def _arrays(result: Evaluation, sites: Sequence[str]) -> dict[str, FloatArray]:
+    arrays: dict[str, FloatArray] = {name: getattr(result, name) for name in _STORED}
+    sizes = np.array([result.sizes[name] for name in sites], dtype=np.float64)
+    return {**arrays, "sizes": sizes.reshape(len(sites), len(result.tasks))}
+
+
 #: Tasks that a notebook shows.
 _SHOWN = 12
 
 
-def _mean_of(results: Sequence[Evaluation], name: str) -> float:
-    return float(nan_mean(np.array([result.mean(name) for result in results])))
+def _mean_of(results: Sequence[Evaluation], measure: str) -> float:
+    return float(nan_mean(np.array([result.mean(measure) for result in results])))

@@ -13,6 +13,7 @@ from nad_attr.data.labels import Task, own_images
 from nad_attr.data.sources import Data, as_source
 from nad_attr.evaluation.measures import auc
 from nad_attr.evaluation.responses import sweep
+from nad_attr.running.options import RunOptions
 from nad_attr.scoring.baselines import (
     CentredEffectScorer,
     EnergyScorer,
@@ -100,10 +101,7 @@ def best_variants(
     include_others: Sequence[bool] | None = None,
     signed: Sequence[bool] | None = None,
     per_site: Sequence[bool] = (False, True),
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
     **sweep_options: Any,
 ) -> dict[float, Variant]:
     """A rival at its best: for each size, the variant of its scores with the highest own AUC.
@@ -124,10 +122,7 @@ def best_variants(
         include_others: Which of the two; None: both, as far as they differ.
         signed: Which of the two; None: both, as far as there is a sign.
         per_site: Which of the two.
-        batch_size: Images in a pass, at most.
-        device: Where to run. None: where the network is.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
         **sweep_options: Further arguments of :func:`~nad_attr.evaluation.sweep`.
 
     Returns:
@@ -139,17 +134,11 @@ def best_variants(
     """
     if not sizes or not per_site:
         raise ValueError("name at least one size and one way to keep channels (per_site).")
-    where: dict[str, Any] = {
-        "batch_size": batch_size,
-        "device": device,
-        "forward_func": forward_func,
-        "additional_forward_args": additional_forward_args,
-    }
     inputs, targets = scoring
     rows = tasks_of(targets, tasks)
     choice: dict[str, Any] = {} if include_others is None else {"include_others": include_others}
     variants: Variants = scorer.variants(
-        inputs, targets, tasks=rows, signed=signed, **choice, **where
+        inputs, targets, tasks=rows, signed=signed, run=run, **choice
     )
     source = as_source(choosing)
     own = own_images(source.labels, rows)
@@ -165,7 +154,7 @@ def best_variants(
                 variants[others, sign], scorer.sites, rows, size, means=means, per_site=apart
             )
         ]
-        responses = sweep(scorer.model, archs, choosing, **where, **sweep_options)
+        responses = sweep(scorer.model, archs, choosing, run=run, **sweep_options)
         column = [responses.columns.index(arch.task) for arch in archs if arch.task is not None]
         gated = responses.gated[torch.arange(len(archs), device="cpu"), :, column]
         values = auc(gated, own_images(responses.labels, rows).repeat(len(keys), 1))

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nad_attr.data.labels import Task, own_images
+from nad_attr.data.labels import Task, own_images, patterns
 from nad_attr.data.sources import Inputs
 from nad_attr.evaluation.measures import ROUNDING
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import channel_shape, installed
 from nad_attr.running.forward import Runner
+from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite, check_sites, unwrap
 from nad_attr.sites.tracing import no_attention_fast_path
+from nad_attr.system.threads import owned
 
 __all__ = ["SiteCosts", "flop_size", "parameter_size", "site_costs"]
 
@@ -45,8 +47,7 @@ def site_costs(
     sites: Sequence[GateSite],
     inputs: Any,
     *,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> SiteCosts:
     """Count multiply-adds and parameters between the gate sites, in one forward pass.
 
@@ -58,8 +59,7 @@ def site_costs(
         model: The network, in eval mode; unchanged afterwards.
         sites: Gate sites of that network.
         inputs: One or more images, a tensor or tuple of tensors; multiply-adds are those of one.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of the call.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         Multiply-adds of convolutions and matrix products, as :mod:`torch.utils.flop_counter`
@@ -78,9 +78,7 @@ def site_costs(
         >>> site_costs(net.eval(), [GateSite("1", 3, 1)], torch.ones(1, 2))
         SiteCosts(flops={'1': 6}, parameters={'1': 9})
     """
-    runner = Runner(
-        model, forward_func=forward_func, additional_forward_args=additional_forward_args
-    )
+    runner = Runner(model, run)
     given = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if not given or not all(isinstance(x, Tensor) and x.ndim > 0 and len(x) for x in given):
         raise TypeError("inputs must be a tensor, or tuple of tensors, of one image or more.")
@@ -107,10 +105,10 @@ def count_costs(runner: Runner, sites: Sequence[GateSite], inputs: Inputs) -> Si
 
         return hook
 
-    with ExitStack() as stack:
+    with owned() as owner, ExitStack() as stack:
         for name, module in modules.items():
             # First of all hooks: a site at this module's input fires after it.
-            handle = module.register_forward_pre_hook(called(name), prepend=True)
+            handle = module.register_forward_pre_hook(owner.only(called(name)), prepend=True)
             stack.callback(handle.remove)
         stack.enter_context(torch.no_grad())
         # Its one kernel for all of attention is nothing that the counter knows.
@@ -201,7 +199,7 @@ class Activity:
     """
 
     def __init__(self, sites: Sequence[GateSite], labels: Tensor, device: torch.device) -> None:
-        self.classes, self._place = labels.unique(return_inverse=True)
+        self.classes, self._place = patterns(labels)
         shapes = {site.name: (len(self.classes), site.n_channels) for site in sites}
         self.low = {n: torch.full(s, torch.inf, device=device) for n, s in shapes.items()}
         self.high = {n: torch.full(s, -torch.inf, device=device) for n, s in shapes.items()}

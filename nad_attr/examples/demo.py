@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nad_attr._version import __version__
-from nad_attr.evaluation import Evaluation, RandomScorer, TaylorScorer, evaluate, top_k
+from nad_attr.evaluation import Evaluation, TaylorScorer, evaluate, plot_sizes, top_k
 from nad_attr.gates.recipe import Recipe
-from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import recorded
 from nad_attr.learning.api import learn_gates
+from nad_attr.running.options import RunOptions
 from nad_attr.system.files import check_output, replacing, write_text
 from nad_attr.system.rng import seed_of
 
@@ -45,7 +45,6 @@ __all__ = [
     "check_extra",
     "choose_classes",
     "draw_photo",
-    "draw_sizes",
     "load_lite0",
     "load_photos",
     "random_crops",
@@ -80,10 +79,6 @@ _PACKAGES = (
     "matplotlib",
     "PIL",
 )
-#: Okabe and Ito's colours, told apart with any kind of colour vision.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800", "#555555")
-_MARKERS = "osD^vP*X"
-
 _HOW_TO_READ = """\
 own AUC   does the class's output still tell its own images from the others? (chance: 0.50)
 fidelity  does it still have the whole network's values? (R^2: 1 the same, 0 a constant, below 0
@@ -138,61 +133,22 @@ class DemoResult:
 
     Attributes:
         gates: The task gates.
-        evaluations: "NAD", "Taylor" and "random": the measures on held-out crops, for
-            sub-architectures of the same size.
+        evaluation: The measures on held-out crops, beside Taylor's and random channels of the same
+            size and the whole network.
         out: The folder.
         files: What was written, by name.
         seconds: How long it took.
     """
 
     gates: TaskGates
-    evaluations: dict[str, Evaluation]
+    evaluation: Evaluation
     out: Path
     files: dict[str, Path]
     seconds: float
 
-    def class_rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the table of classes; the last row is the mean over classes."""
-        columns = [
-            ("NAD", "size", "size", False),
-            ("NAD", "own_auc", "NAD\nown AUC", False),
-            ("NAD", "fidelity", "\nfidelity", False),
-            ("NAD", "recall", "\nrecall", False),
-            ("NAD", "fpr", "\nFPR", False),
-            ("Taylor", "own_auc", "Taylor\nown AUC", False),
-            ("Taylor", "fidelity", "\nfidelity", False),
-            ("random", "own_auc", "random\nown AUC", False),
-            ("random", "fidelity", "\nfidelity", False),
-        ]
-        header = ["class", *(title for _, _, title, _ in columns)]
-        rows = []
-        for k, name in enumerate(self.evaluations["NAD"].task_names):
-            cells = [float(getattr(self.evaluations[who], what)[k]) for who, what, _, _ in columns]
-            rows.append([name, *map(_number, cells)])
-        means = [self.evaluations[who].mean(what) for who, what, _, _ in columns]
-        return header, [*rows, ["mean", *map(_number, means)]]
-
-    def method_rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the table of methods: means over classes."""
-        measures = {
-            "size": "size",
-            "own_auc": "own AUC",
-            "fidelity": "fidelity",
-            "recall": "recall",
-            "fpr": "FPR",
-            "ba": "BA",
-        }
-        entries = {**self.evaluations, "whole network": self.evaluations["NAD"].whole}
-        rows = [
-            [name, *(_number(evaluation.mean(measure)) for measure in measures)]
-            for name, evaluation in entries.items()
-        ]
-        return ["mean over classes", *measures.values()], rows
-
     def table(self) -> str:
-        """Both tables as plain text."""
-        classes = _text_table(*self.class_rows(), last_apart=True)
-        return f"{classes}\n\n{_text_table(*self.method_rows())}"
+        """The measures as plain text: each class, their mean, and what is beside it."""
+        return self.evaluation.summary()
 
     def code(self) -> str:
         """Lines of Python that load the gates and run the network as one sub-architecture."""
@@ -215,7 +171,7 @@ class DemoResult:
         """How to read the tables, where everything lies, and how to go on."""
         contents = {
             "gates.h5": "the gates; any HDF5 tool opens it",
-            "table.txt": "the tables above",
+            "table.txt": "the table above",
             "table.json": "all measures, and how they came about",
             "sizes.png": "the share of channels that each class keeps at each site",
             "photo.png": "a photo, and where its class's strongest channels respond",
@@ -463,6 +419,7 @@ def run_demo(
     check_extra()
     recipe = Recipe(size=size, steps=steps, images_per_step=IMAGES_PER_STEP)
     where = _device(device)
+    run = RunOptions(batch_size=BATCH_SIZE, show_progress=show_progress)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: check_output(folder / name, kind) for name, kind in _FILES.items()}
@@ -484,117 +441,41 @@ def run_demo(
         tasks,
         recipe,
         seed=seed,
-        batch_size=BATCH_SIZE,
-        show_progress=show_progress,
+        run=run,
     )
 
     say(f"Measuring on {N_HELD_OUT} other crops of each photo, beside equally many channels:")
-    architectures: dict[str, TaskGates | list[SubArchitecture]] = {
-        "NAD": gates,
-        **_baselines(network, gates, learn, size, seed),
-    }
-    evaluations = {}
-    for name, archs in architectures.items():
-        say(f"  {name}")
-        evaluation = evaluate(
-            network,
-            archs,
-            held_out,
-            n_random=0,  # they are one of the methods
-            batch_size=BATCH_SIZE,
-            show_progress=show_progress,
-        )
-        evaluations[name] = replace(evaluation, task_names=tuple(tasks))
+    own = torch.isin(learn[1], torch.tensor(gates.tasks, device="cpu"))
+    scores = TaylorScorer(network, gates.sites)(
+        learn[0][own], learn[1][own], tasks=gates.tasks, run=RunOptions(batch_size=BATCH_SIZE)
+    )
+    evaluation = evaluate(
+        network,
+        gates,
+        held_out,
+        rivals={"Taylor": top_k(scores, gates.sites, gates.tasks, size, means=gates.means)},
+        seed=seed,
+        run=run,
+    )
 
     say("Writing gates, tables and pictures")
-    result = DemoResult(gates, evaluations, folder, files, 0.0)
+    result = DemoResult(gates, evaluation, folder, files, 0.0)
     gates.save(files["gates.h5"])
     shown = next(photo for photo in photos if photo.label == gates.tasks[0])
     figures = {
-        "sizes.png": draw_sizes(gates),
+        "sizes.png": plot_sizes(gates, gates.tasks),
         "photo.png": draw_photo(network, gates, shown, size=image_size),
     }
     for name, figure in figures.items():
         with replacing(files[name]) as scratch:
             figure.savefig(scratch, dpi=150, format="png")
     write_text(files["table.txt"], result.table() + "\n")
-    result = DemoResult(gates, evaluations, folder, files, time.monotonic() - started)
+    result = DemoResult(gates, evaluation, folder, files, time.monotonic() - started)
     write_text(files["table.json"], _as_json(result, image_size))
     return result
 
 
-def _baselines(
-    model: nn.Module, gates: TaskGates, data: tuple[Tensor, Tensor], size: float, seed: int
-) -> dict[str, list[SubArchitecture]]:
-    """Sub-architectures of the highest Taylor and random scores, with the same ablation value."""
-    images, labels = data
-    own = torch.isin(labels, torch.tensor(gates.tasks, device="cpu"))
-    scorers = {
-        "Taylor": TaylorScorer(model, gates.sites),
-        "random": RandomScorer(model, gates.sites, seed=seed),
-    }
-    return {
-        name: top_k(
-            scorer(images[own], labels[own], tasks=gates.tasks, batch_size=BATCH_SIZE),
-            gates.sites,
-            gates.tasks,
-            size,
-            means=gates.means,
-        )
-        for name, scorer in scorers.items()
-    }
-
-
 # -- Pictures ----------------------------------------------------------------------------------
-
-
-def draw_sizes(gates: TaskGates) -> Figure:
-    """Kept share at each site in forward order: each class, their mean, and random channels.
-
-    Args:
-        gates: The task gates.
-
-    Returns:
-        A matplotlib figure, not attached to any window.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    archs = gates.sub_architectures()
-    names = gates.task_names or [str(task) for task in gates.tasks]
-    shares = np.array([list(arch.sizes.values()) for arch in archs])
-    at = np.arange(len(gates.sites))
-    figure = Figure(figsize=(max(7.0, 3.6 + 0.33 * len(at)), 5.2), layout="constrained")
-    axes = figure.add_subplot()
-    for k, (name, share) in enumerate(zip(names, shares, strict=True)):
-        axes.plot(
-            at,
-            share,
-            color=_COLOURS[k % len(_COLOURS)],
-            marker=_MARKERS[(k + k // len(_COLOURS)) % len(_MARKERS)],
-            markersize=4,
-            linewidth=1,
-            alpha=0.75,
-            label=name,
-        )
-    axes.plot(at, shares.mean(0), color="black", linewidth=3, label="mean over classes")
-    expected = float(np.mean([arch.size for arch in archs]))
-    axes.axhline(
-        expected, color="black", linestyle="--", linewidth=1.5, label=f"random: {expected:.0%}"
-    )
-    axes.set_xticks(
-        at, [f"{s.name} ({s.n_channels})" for s in gates.sites], rotation=90, fontsize=8
-    )
-    axes.set_xlim(-0.5, len(at) - 0.5)
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("gate site (channels), from the input to the output")
-    axes.set_ylabel("channels that are kept")
-    axes.set_title("Where each class keeps its channels")
-    axes.grid(axis="y", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
-    return figure
 
 
 @torch.no_grad()
@@ -696,35 +577,6 @@ def draw_photo(
     return figure
 
 
-# -- Tables ------------------------------------------------------------------------------------
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
-
-
-def _text_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, last_apart: bool = False
-) -> str:
-    """Plain text, first column to the left; header cells may have several lines."""
-    split = [cell.split("\n") for cell in header]
-    height = max(map(len, split))
-    tops = [[""] * (height - len(cell)) + cell for cell in split]
-    lines = [[cell[i] for cell in tops] for i in range(height)]
-    widths = [max(len(line[c]) for line in [*lines, *rows]) for c in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = cells
-        padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        return "  ".join([first.ljust(widths[0]), *padded]).rstrip()
-
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    body = [line(row) for row in rows]
-    if last_apart:
-        body.insert(-1, rule)
-    return "\n".join([*map(line, lines), rule, *body])
-
-
 def _as_json(result: DemoResult, image_size: int) -> str:
     recipe = result.gates.recipe
     content: dict[str, Any] = {
@@ -734,6 +586,6 @@ def _as_json(result: DemoResult, image_size: int) -> str:
         "crops_per_photo": {"learning": N_LEARN, "measuring": N_HELD_OUT},
         "recipe": None if recipe is None else json.loads(recipe.to_json()),
         "info": result.gates.info,
-        "methods": {name: part.to_dict() for name, part in result.evaluations.items()},
+        "evaluation": result.evaluation.to_dict(),
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"

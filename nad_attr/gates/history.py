@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import nan_mean, number, pandas, table
+
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["History"]
 
 
-class History(Mapping[str, npt.NDArray[np.float32]]):
+class History(Result, Mapping[str, npt.NDArray[np.float32]]):
     """Learning curves, ``{quantity: float32 (steps, T)}``.
 
     A task that takes fewer steps than others has NaN in the rest of its column.
@@ -70,6 +74,45 @@ class History(Mapping[str, npt.NDArray[np.float32]]):
         """The curves of some of the tasks."""
         return History({name: curve[:, list(rows)] for name, curve in self._curves.items()})
 
+    def frame(self) -> pd.DataFrame:
+        """One row per step and task, one column per quantity, for pandas.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        steps, tasks = self._shape
+        columns = {"step": np.repeat(np.arange(steps), tasks), "task": [*range(tasks)] * steps}
+        curves = {name: curve.ravel() for name, curve in self.items()}
+        return pandas("History.frame()").DataFrame(columns | curves)
+
+    def summary(self) -> str:
+        """The mean over tasks of each quantity at the first and the last step, as plain text."""
+        rows = [["mean over tasks", "first step", "last step"]]
+        for name, curve in self.items():
+            ends = nan_mean(curve[[0, -1]].T.astype(np.float64)) if len(curve) else (np.nan,) * 2
+            rows.append([name, *map(number, ends)])
+        return "\n".join([repr(self), *table(rows)])
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        steps, tasks = next(iter(self._curves.values())).shape if self._curves else (0, 0)
+        return steps, tasks
+
+    @classmethod
+    def _kind(cls) -> str:
+        return "learning_history"  # "history" is where stores keep the tasks' own
+
+    @classmethod
+    def _types(cls) -> dict[str, Any]:
+        return {"curves": dict[str, npt.NDArray[np.float32]]}
+
+    def _fields(self) -> dict[str, Any]:
+        return {"curves": self._curves}
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> History:
+        return cls(fields["curves"])
+
     def plot(self) -> Figure:
         """One panel per quantity, one line per task, the mean in black.
 
@@ -96,5 +139,5 @@ class History(Mapping[str, npt.NDArray[np.float32]]):
         return figure
 
     def __repr__(self) -> str:
-        steps, tasks = next(iter(self._curves.values())).shape if self._curves else (0, 0)
+        steps, tasks = self._shape
         return f"History({steps} steps, {tasks} tasks: {', '.join(self._curves)})"

@@ -50,7 +50,8 @@ class SubArchitecture:
         >>> arch | ~arch == SubArchitecture.full([site])
         True
 
-    Two are equal if sites, masks, task and means are.
+    Two are equal if sites, masks, task and means are. Those made from one another, or by one call
+    of :meth:`TaskGates.sub_architectures`, share their means: they are not to be written to.
     """
 
     __slots__ = ("_masks", "means", "own_constants", "sites", "task")
@@ -263,18 +264,15 @@ class SubArchitecture:
             own_constants: Whether these are constants fitted to this sub-architecture, rather than
                 means over data.
         """
-        return self._with(self._masks, self.task, means, own_constants)
-
-    def _with(
-        self,
-        masks: Mapping[str, Tensor],
-        task: Task | None,
-        means: Mapping[str, Tensor] | None,
-        own_constants: bool,
-    ) -> SubArchitecture:
         return SubArchitecture(
-            masks, self.sites, task=task, means=means, own_constants=own_constants
+            self._masks, self.sites, task=self.task, means=means, own_constants=own_constants
         )
+
+    def _with_masks(self, masks: Mapping[str, Tensor], task: Task | None) -> SubArchitecture:
+        """Other channels of the same sites, with the very same means: no copy for each."""
+        made = SubArchitecture(masks, self.sites, task=task)
+        made.means, made.own_constants = self.means, self.own_constants
+        return made
 
     def _gating(
         self, tasks: object
@@ -297,7 +295,7 @@ class SubArchitecture:
         self._check_same_sites(other)
         masks = {name: function(mask, other._masks[name]) for name, mask in self._masks.items()}
         task = self.task if self.task == other.task else None
-        return self._with(masks, task, self.means, self.own_constants)
+        return self._with_masks(masks, task)
 
     def __or__(self, other: SubArchitecture) -> SubArchitecture:
         """Channels kept by either."""
@@ -314,7 +312,7 @@ class SubArchitecture:
     def __invert__(self) -> SubArchitecture:
         """The complement: channels that this one closes."""
         masks = {name: ~mask for name, mask in self._masks.items()}
-        return self._with(masks, self.task, self.means, self.own_constants)
+        return self._with_masks(masks, self.task)
 
     def overlaps(
         self, other: SubArchitecture, *, chance_corrected: bool = False

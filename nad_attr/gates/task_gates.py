@@ -274,7 +274,12 @@ class TaskGates:
 
     def sub_architectures(self, size: float | None = None) -> list[SubArchitecture]:
         """The sub-architecture of every task, in the order of ``tasks``."""
-        return [self.sub_architecture(task, size) for task in self.tasks]
+        found = [self.sub_architecture(task, size) for task in self.tasks[:1]]
+        for task in self.tasks[1:]:
+            found.append(self.sub_architecture(task, size))
+            if self._constants is None:
+                found[-1].means = found[0].means  # one copy, not one for each task
+        return found
 
     def select(self, tasks: Sequence[object]) -> TaskGates:
         """The gates of some of the tasks, in the given order.

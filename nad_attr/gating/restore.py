@@ -12,6 +12,7 @@ from nad_attr.gating.hooks import site_modules
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.system.rng import isolated_rng
+from nad_attr.system.threads import owned
 
 __all__ = ["Explained", "flowing_copies", "restored", "untouched"]
 
@@ -59,13 +60,13 @@ def flowing_copies(model: nn.Module, sites: Sequence[GateSite]) -> Iterator[None
         return tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in args)
 
     modules = site_modules(model, sites)
-    with ExitStack() as stack:
+    with owned() as owner, ExitStack() as stack:
         for site in sites:
             module = modules[site.name]
             if site.at_input:
-                handle = module.register_forward_pre_hook(input_hook)
+                handle = module.register_forward_pre_hook(owner.only(input_hook))
             else:
-                handle = module.register_forward_hook(output_hook)
+                handle = module.register_forward_hook(owner.only(output_hook))
             stack.callback(handle.remove)
         yield
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nad_attr.data.sources import Data
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session, _start
+from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.sites.site import GateSite
 
 __all__ = ["learn_gates", "learn_sizes"]
@@ -27,16 +27,15 @@ def learn_gates(
     sites: Sequence[GateSite | str | nn.Module] | None = None,
     *,
     seed: int = 0,
-    device: str | torch.device | None = None,
-    amp: bool | torch.dtype | None = None,
-    batch_size: int | Literal["auto"] = 64,
-    memory_limit: int | str | None = None,
+    run: RunOptions | None = None,
+    device: str | torch.device | None = FROM_RUN,
+    amp: bool | torch.dtype | None = FROM_RUN,
+    batch_size: int | Literal["auto"] | None = FROM_RUN,
+    memory_limit: int | str | None = FROM_RUN,
+    show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
     checks: Checks = "refuse",
     initial_logits: Mapping[str, Tensor] | None = None,
-    show_progress: bool = False,
 ) -> TaskGates:
     """Learn which channels of a network each task needs.
 
@@ -58,26 +57,21 @@ def learn_gates(
         sites: Gate sites, module names or modules; None: found by
             :func:`nad_attr.find_gate_sites`.
         seed: Any whole number; each task draws from a generator of (seed, task).
-        device: Where to learn. None: where the network is. Elsewhere, a copy of it is used.
-        amp: Mixed precision: a dtype for autocast, True for bfloat16. Gates stay float32.
-        batch_size: Images in one pass of the network at most; with the paper's recipe, a task's
-            images of one step always go together. "auto": the largest that fits into memory,
-            measured with the first image (on a CPU or CUDA; the default recipe). Changes memory
-            and speed, not the result beyond the rounding of the arithmetic.
-        memory_limit: What "auto" may take: bytes, or a text such as "8GB". None: half of what is
-            free on a CPU, 90 % on a GPU.
+        run: How to run the network; see :class:`nad_attr.RunOptions`. With the paper's recipe, a
+            task's images of one step always go together, whatever the batch size.
+        device: In place of that field of ``run``.
+        amp: In place of that field of ``run``.
+        batch_size: In place of that field of ``run``.
+        memory_limit: In place of that field of ``run``.
+        show_progress: In place of that field of ``run``.
         augmented: Whether the same image may look different each time it is drawn. None: yes for
             datasets and loaders, no for tensors. False lets the whole network's outputs be
             computed once per image and kept.
-        forward_func: What is called with the inputs in place of the model, to choose among
-            several outputs, for example; must run ``model``.
-        additional_forward_args: Further arguments of every call, one or a tuple of them.
         checks: Before learning, two images tell whether an image's outputs are its own and whether
             gradients say what closing channels does (:mod:`nad_attr.learning.network_checks`):
             "refuse" a network where that is not so, "warn" and go on, or "off".
         initial_logits: ``{site name: (T, C)}``, the paper recipe's starting point in place of
             N(0, 1).
-        show_progress: Show a progress bar with the time left.
 
     Returns:
         The gates, with history and everything needed to repeat the run in ``info``.
@@ -100,6 +94,7 @@ def learn_gates(
         >>> gates["1"].shape
         torch.Size([1, 6])
     """
+    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     session = Session(
         model,
         data,
@@ -107,39 +102,33 @@ def learn_gates(
         recipe,
         sites,
         seed=seed,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        memory_limit=memory_limit,
+        run=options,
         augmented=augmented,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
         checks=checks,
     )
     start = _start(initial_logits, session.recipe, session.sites, session.tasks)
     total = sum(map(session.n_steps, session.tasks))
-    with tqdm(total=total, desc="learning gates", unit="step", disable=not show_progress) as bar:
+    with session.network.bar(total, "learning gates", "step") as bar:
         return session.learn(start=start, advance=bar.update)
 
 
 def learn_sizes(
     model: nn.Module,
-    data: Data,
     sizes: Sequence[float],
+    data: Data,
     tasks: Sequence[object] | Mapping[str, object] | None = None,
     recipe: Recipe | None = None,
     sites: Sequence[GateSite | str | nn.Module] | None = None,
     *,
     seed: int = 0,
-    device: str | torch.device | None = None,
-    amp: bool | torch.dtype | None = None,
-    batch_size: int | Literal["auto"] = 64,
-    memory_limit: int | str | None = None,
+    run: RunOptions | None = None,
+    device: str | torch.device | None = FROM_RUN,
+    amp: bool | torch.dtype | None = FROM_RUN,
+    batch_size: int | Literal["auto"] | None = FROM_RUN,
+    memory_limit: int | str | None = FROM_RUN,
+    show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
     checks: Checks = "refuse",
-    show_progress: bool = False,
 ) -> dict[float, TaskGates]:
     """Learn which channels each task needs at several sizes, in one run of falling budget.
 
@@ -149,22 +138,21 @@ def learn_sizes(
 
     Args:
         model: See :func:`learn_gates`.
-        data: See there.
         sizes: Shares of the channels to keep, each in (0, 1].
+        data: See :func:`learn_gates`.
         tasks: See :func:`learn_gates`.
         recipe: The default recipe with other settings; its size is not used. None:
             ``Recipe(steps=max(100, 25 * len(sizes)))``.
         sites: See :func:`learn_gates`.
         seed: See there.
-        device: See there.
-        amp: See there.
-        batch_size: See there.
-        memory_limit: See there.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
+        device: In place of that field of ``run``.
+        amp: In place of that field of ``run``.
+        batch_size: In place of that field of ``run``.
+        memory_limit: In place of that field of ``run``.
+        show_progress: In place of that field of ``run``.
         augmented: See there.
-        forward_func: See there.
-        additional_forward_args: See there.
         checks: See there.
-        show_progress: See there.
 
     Returns:
         ``{size: task gates}`` in the order of ``sizes``.
@@ -179,12 +167,13 @@ def learn_sizes(
         >>> generator = torch.Generator().manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
         >>> x = torch.randn(20, 4, generator=generator)
-        >>> found = learn_sizes(net, (x, (x[:, 0] > 0).long()), [0.5, 1 / 3], tasks=[1])
+        >>> found = learn_sizes(net, [0.5, 1 / 3], (x, (x[:, 0] > 0).long()), tasks=[1])
         >>> {round(size, 2): gates.sub_architecture(1).n_kept for size, gates in found.items()}
         {0.5: 3, 0.33: 2}
     """
     if recipe is None and isinstance(sizes, Sequence):
         recipe = Recipe(steps=max(Recipe().steps, 25 * len(sizes)))
+    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
     session = Session(
         model,
         data,
@@ -192,15 +181,10 @@ def learn_sizes(
         recipe,
         sites,
         seed=seed,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        memory_limit=memory_limit,
+        run=options,
         augmented=augmented,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
         checks=checks,
     )
     total = sum(map(session.n_steps, session.tasks))
-    with tqdm(total=total, desc="learning gates", unit="step", disable=not show_progress) as bar:
+    with session.network.bar(total, "learning gates", "step") as bar:
         return session.learn_sizes(sizes, advance=bar.update)

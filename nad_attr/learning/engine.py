@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nad_attr._checks import GatingError
-from nad_attr.data.labels import Task
+from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Draw, Inputs, Source
 from nad_attr.gates.channels import n_channels, split_sites
 from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply_learned
@@ -19,6 +19,7 @@ from nad_attr.learning.fast.batchnorm import lean_batchnorm
 from nad_attr.learning.fast.convolution import lean_convolutions
 from nad_attr.learning.fast.light_copy import light_copy
 from nad_attr.running.forward import Runner, chunks, sent
+from nad_attr.running.options import RunOptions
 from nad_attr.running.outputs import own_task_output
 from nad_attr.sites.preserving import Copies, unchanged
 from nad_attr.sites.site import GateSite
@@ -34,16 +35,12 @@ class Network(Runner):
     Args:
         model: The network, in eval mode.
         sites: Its gate sites; may be set later, for finding them takes the network's place.
-        device: See :class:`~nad_attr.running.Runner`.
-        forward_func: See there.
-        additional_forward_args: See there.
-        amp: Autocast dtype, or None for none.
-        batch_size: Images in one pass at most, in :meth:`clean` and :meth:`output_and_gradient`;
-            None: all that are given.
+        run: See :class:`~nad_attr.running.Runner`.
 
     Attributes:
         sites: As given.
-        batch_size: As given.
+        batch_size: Images in one pass at most, in :meth:`clean` and :meth:`output_and_gradient`;
+            None: all that are given. The number that ``run`` names, if it does.
         dtype: Of gates and outputs: float32, or float64 for a float64 network, whatever the
             activations are.
         means: What closed channels are replaced by, ``{site name: (C,)}``; None: zero.
@@ -59,20 +56,11 @@ class Network(Runner):
         self,
         model: nn.Module,
         sites: Sequence[GateSite] = (),
-        *,
-        device: str | torch.device | None = None,
-        forward_func: Callable[..., Any] | None = None,
-        additional_forward_args: Any = None,
-        amp: torch.dtype | None = None,
-        batch_size: int | None = None,
+        run: RunOptions | None = None,
     ) -> None:
-        super().__init__(
-            model,
-            device=device,
-            forward_func=forward_func,
-            additional_forward_args=additional_forward_args,
-        )
-        self.sites, self.amp, self.batch_size = tuple(sites), amp, batch_size
+        super().__init__(model, run)
+        asked = None if run is None else run.batch_size
+        self.sites, self.batch_size = tuple(sites), asked if isinstance(asked, int) else None
         parameter = next(self.model.parameters(), None)
         double = parameter is not None and parameter.dtype == torch.float64
         self.dtype = torch.float64 if double else torch.float32
@@ -145,8 +133,7 @@ class Network(Runner):
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """The network's outputs (B, K) in the gates' dtype, through whatever hooks are on it."""
-        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-            return super().__call__(inputs).to(self.dtype)
+        return super().__call__(inputs).to(self.dtype)
 
     @torch.no_grad()
     def clean(self, inputs: Inputs) -> Tensor:
@@ -367,9 +354,8 @@ class TaskImages:
     """
 
     def __init__(self, labels: Tensor, task: Task, seed: int) -> None:
-        classes = torch.tensor([task] if isinstance(task, int) else task, device="cpu")
-        own = torch.isin(labels, classes)
-        self.pools = {"own": own.nonzero().flatten(), "other": (~own).nonzero().flatten()}
+        (own,), (other,) = own_images(labels, [task]), other_images(labels, [task])
+        self.pools = {"own": own.nonzero().flatten(), "other": other.nonzero().flatten()}
         self._key = (seed, task)
         self._generators = {
             kind: torch.Generator().manual_seed(seed_of(seed, task, kind)) for kind in self.pools

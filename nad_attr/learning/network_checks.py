@@ -22,13 +22,21 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from nad_attr._checks import GatingError
 from nad_attr.sites.coverage import NetworkCheckWarning
 from nad_attr.sites.preserving import unchanged
-from nad_attr.sites.tracing import graph_nodes, random_states, tensors_in
-from nad_attr.system.rng import isolated_rng
+from nad_attr.sites.tracing import graph_nodes, tensors_in
+from nad_attr.system.rng import isolated_rng, random_states
 from nad_attr.system.threads import owned
 
-__all__ = ["Checks", "NetworkCheckError", "check_gradients", "check_option", "check_outputs"]
+__all__ = [
+    "Checks",
+    "NetworkCheckError",
+    "NetworkCheckWarning",
+    "check_gradients",
+    "check_option",
+    "check_outputs",
+]
 
 
 #: What becomes of a doubt: an error, a warning, or no check at all.
@@ -70,7 +78,7 @@ _N_DIRECTIONS = 4
 _FLAT = ("Round", "Sign", "Sgn", "Floor", "Ceil", "Trunc", "Heaviside", "Zeros")
 
 
-class NetworkCheckError(ValueError):
+class NetworkCheckError(GatingError, ValueError):
     """What would be learned about this network would not be true of it; the message says why."""
 
 
@@ -117,7 +125,9 @@ def check_option(checks: object) -> Checks:
 
 def _doubt(message: str, checks: Checks) -> None:
     if checks == "refuse":
-        raise NetworkCheckError(f"{message} Pass checks='warn' to go on nevertheless.")
+        raise NetworkCheckError(
+            f"{message} Pass checks='warn' (--checks warn) to go on nevertheless."
+        )
     warnings.warn(message, NetworkCheckWarning, stacklevel=4)
 
 
@@ -175,7 +185,7 @@ def check_outputs(
     # Eight bits are coarser still; an observer that is on moves their range a little in each pass.
     half = half or any(map(_fake_quantised, model.modules()))
     with _left_alone(model):
-        before: tuple[str, ...] = random_states()
+        before: tuple[object, ...] = random_states()
         first = run(inputs) if outputs is None else outputs
         second = run(inputs)
         again = 0
@@ -291,8 +301,9 @@ def check_gradients(
     """Refuse a network at some of whose gate sites the gradient does not tell what closing does.
 
     One backward pass on two images gives the gradient of every gate; at each site a few channels
-    are then moved a little, and the change is compared with what the gradient says: two image
-    passes for each site. Where there is a doubt, more of them, other steps and more images decide.
+    are then moved a little, and the change is compared with what the gradient says: an image pass
+    for each site, and one for all channels without any gradient. Where there is a doubt, more of
+    them, other steps and more images decide.
 
     Args:
         network: The network with its sites.
@@ -416,22 +427,28 @@ class _Probe:
         move[columns] = signs.to(move)
         move = move.to(self.gates.device)
         if silent:
-            move[columns] = -(self.gradient[image, :, columns] == 0).all(0).to(move)
+            move[columns] = -self._silent(name).to(move)
         return move
 
     def faults(self, names: Sequence[str]) -> dict[str, str]:
         """``{site name: what is wrong}`` for some of the sites."""
         rows: list[tuple[str, int, Tensor, str]] = []
+        silent: list[str] = []
         for name in names:
             here = self.gradient[:, :, self.columns[name]]
             if not bool(here.any()):
                 rows += [(name, i, self._whole(name, i), "none") for i in range(self.n)]
                 continue
-            for i in range(max(2, self.n)):
-                image = i % self.n
-                silent = i % 2 == 1 and bool((here[image] == 0).all(0).any())
-                what = "silent" if silent else "all"
-                rows.append((name, image, self._direction(name, image, silent), what))
+            # The image that says most: on another, all that the site feeds may be dead.
+            image = int(here.flatten(1).norm(dim=1).argmax())
+            rows.append((name, image, self._direction(name, image, silent=False), "all"))
+            silent += [name] * bool(self._silent(name).any())
+        if silent and self._silent_matter(silent):
+            rows += [
+                (name, i, self._direction(name, i, silent=True), "silent")
+                for name in silent
+                for i in range(self.n)
+            ]
         step = {"none": 1.0, "all": _STEPS[0], "silent": _STEPS[0]}
         moved = [(image, step[what] * move) for _, image, move, what in rows]
         change = self._change(moved)
@@ -441,6 +458,21 @@ class _Probe:
                 doubts.setdefault(name, set()).add(what)
         found = {name: self._judged(name, kinds) for name, kinds in doubts.items()}
         return {name: what for name, what in found.items() if what}
+
+    def _silent(self, name: str) -> Tensor:
+        """The channels of a site without any gradient: bool (C,)."""
+        return (self.gradient[:, :, self.columns[name]] == 0).all(0).all(0)
+
+    def _silent_matter(self, names: Sequence[str]) -> bool:
+        """Whether closing such channels does anything: at all of these sites in one pass."""
+        moves = [
+            (i, _STEPS[0] * sum(self._direction(name, i, silent=True) for name in names))
+            for i in range(self.n)
+        ]
+        real = self._change(moves)
+        return any(
+            self._error(i, move, change) > 0 for (i, move), change in zip(moves, real, strict=True)
+        )
 
     def _whole(self, name: str, image: int) -> Tensor:
         move = torch.zeros_like(self.gates[image])
@@ -486,7 +518,7 @@ class _Probe:
                 if shares[-1] <= _SILENT:
                     break
             else:
-                zero = int((self.gradient[:, :, columns] == 0).all(0).all(0).sum())
+                zero = int(self._silent(name).sum())
                 return f"no gradient arrives at {zero} channels, though closing them matters"
         if "all" in kinds:
             errors: list[float] = []

@@ -14,22 +14,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from nad_attr._checks import check_count
 from nad_attr.data.fingerprints import data_fingerprint, environment, model_hash
-from nad_attr.data.labels import Task, as_task
+from nad_attr.data.labels import Task, as_task, own_images
 from nad_attr.data.sources import Data
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session
 from nad_attr.running.forward import chunks
+from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.store import GateStore, GateStoreError
 
@@ -143,30 +145,29 @@ class InProcess:
 
 
 def learn_to_store(
-    path: str | PathLike[str],
     model: nn.Module,
     data: Data,
+    path: str | PathLike[str],
     tasks: Sequence[object] | Mapping[str, object] | None = None,
     recipe: Recipe | None = None,
     sites: Sequence[GateSite | str | nn.Module] | None = None,
     *,
     seed: int = 0,
-    device: str | torch.device | None = None,
-    amp: bool | torch.dtype | None = None,
-    batch_size: int | Literal["auto"] = 64,
-    memory_limit: int | str | None = None,
+    run: RunOptions | None = None,
+    device: str | torch.device | None = FROM_RUN,
+    amp: bool | torch.dtype | None = FROM_RUN,
+    batch_size: int | Literal["auto"] | None = FROM_RUN,
+    memory_limit: int | str | None = FROM_RUN,
+    show_progress: bool = FROM_RUN,
     chunk_size: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     may_differ: Sequence[str] = (),
     task_names: Mapping[Any, str] | Sequence[str] | None = None,
     augmented: bool | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
     checks: Checks = "refuse",
     provenance: Mapping[str, Any] | None = None,
     executor: Executor | None = None,
-    show_progress: bool = False,
     on_progress: Callable[[Progress], object] | None = None,
 ) -> Path:
     """Learn task gates into a store, chunk by chunk, in a way that survives being killed.
@@ -183,19 +184,21 @@ def learn_to_store(
     Channel means are computed once, when the run begins, and read from the store from then on.
 
     Args:
-        path: The file.
         model: See :func:`nad_attr.learn_gates`.
         data: See there.
+        path: The file.
         tasks: See there.
         recipe: See there.
         sites: See there.
         seed: See there.
-        device: Where to learn. None: where the network is, or where the executor's workers are
-            best.
-        amp: See :func:`nad_attr.learn_gates`.
-        batch_size: See there. "auto": on resume, what the store was begun with; not with an
-            executor, whose workers' memory is not known here.
-        memory_limit: See there.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
+        device: In place of that field of ``run``. None: where the network is, or where the
+            executor's workers are best.
+        amp: In place of that field of ``run``.
+        batch_size: In place of that field of ``run``. "auto": on resume, what the store was begun
+            with; not with an executor, whose workers' memory is not known here.
+        memory_limit: In place of that field of ``run``.
+        show_progress: In place of that field of ``run``.
         chunk_size: Tasks in a chunk: what is lost at most, and what is handed to a worker. None:
             as many as share a pass of the network, ``batch_size // recipe.images_per_step``; on
             resume, what the store was begun with.
@@ -208,13 +211,10 @@ def learn_to_store(
             recipe or other sites need another file.
         task_names: ``{class index: name}``, or one name for each of ``tasks`` in that order.
         augmented: See :func:`nad_attr.learn_gates`.
-        forward_func: See there.
-        additional_forward_args: See there.
         checks: See there.
         provenance: Further facts to keep in the store, as JSON can hold them.
         executor: Where chunks are learned; None: in this process. See
             :class:`nad_attr.distributed.RayExecutor`.
-        show_progress: Show a progress bar with the time left.
         on_progress: Called with a :class:`Progress` when a chunk is written, and now and then in
             between.
 
@@ -235,21 +235,28 @@ def learn_to_store(
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
         >>> data = torch.randn(20, 4), torch.arange(20) % 2
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = learn_to_store(f"{folder}/gates.h5", net, data, recipe=Recipe(size=0.5))
+        ...     path = learn_to_store(net, data, f"{folder}/gates.h5", recipe=Recipe(size=0.5))
         ...     TaskGates.load(path)
         TaskGates(2 tasks, 1 site, 6 channels, 50.0 % kept, closed channels at their mean)
     """
-    target = Path(path)
+    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(
+            f"path must name a file, not be a {type(path).__name__}; the order is "
+            "learn_to_store(model, data, path)."
+        )
+    target, auto = Path(path), options.batch_size == "auto"
     _check_options(target, resume, overwrite, may_differ, chunk_size)
-    if batch_size == "auto" and executor is not None:
+    if auto and executor is not None:
         raise ValueError(
             "batch_size='auto' measures the memory of this process, not of the executor's workers; "
             "give a number."
         )
-    if batch_size == "auto" and resume and target.exists():
+    if auto and resume and target.exists():
         with GateStore.open(target) as begun:
-            batch_size = begun.provenance.get("batch_size", batch_size)
-            memory_limit = memory_limit if batch_size == "auto" else None
+            known = begun.provenance.get("batch_size")
+        if known is not None:
+            options = replace(options, batch_size=known, memory_limit=None)
     executor = InProcess() if executor is None else executor
     session = Session(
         model,
@@ -258,13 +265,8 @@ def learn_to_store(
         recipe,
         sites,
         seed=seed,
-        device=executor.session_device(device),
-        amp=amp,
-        batch_size=batch_size,
-        memory_limit=memory_limit,
+        run=replace(options, device=executor.session_device(options.device)),
         augmented=augmented,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
         checks=checks,
     )
     _name_and_sort(session, task_names)
@@ -278,7 +280,7 @@ def learn_to_store(
         "amp": None if session.network.amp is None else str(session.network.amp),
         "batch_size": session.batch_size,
         "n_images": len(session.source.labels),
-        "device": str(session.network.device if device is None else device),
+        "device": str(session.network.device if options.device is None else options.device),
         "n_threads": torch.get_num_threads(),
         "environment": environment(),
     }
@@ -286,13 +288,13 @@ def learn_to_store(
         size = chunk_size or int(store.provenance["chunk_size"])
         parts = [[session.tasks[i] for i in part] for part in chunks(len(session.tasks), size)]
         parts = [part for part in parts if any(task not in store for task in part)]
-        run = _Run(store, session, parts, executor, on_progress)
-        with run.bar(show_progress):
-            learned = executor.learn(session, parts, store.means, run.advance, device)
+        progress = _Run(store, session, parts, executor, on_progress)
+        with progress.bar():
+            learned = executor.learn(session, parts, store.means, progress.advance, options.device)
             # Closed by hand, for what lends workers must give them back at once after Ctrl-C.
             with closing(learned):  # type: ignore[type-var]
                 for gates in learned:
-                    run.save(gates)
+                    progress.save(gates)
     return target
 
 
@@ -303,9 +305,8 @@ def _check_options(
         raise ValueError("resume keeps what is in the file and overwrite deletes it: choose one.")
     if isinstance(may_differ, str) or not set(may_differ) <= set(MAY_DIFFER):
         raise ValueError(f"may_differ must be a list of some of {list(MAY_DIFFER)}.")
-    whole = isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size > 0
-    if chunk_size is not None and not whole:
-        raise ValueError(f"chunk_size must be a whole number from 1 on, not {chunk_size!r}.")
+    if chunk_size is not None:
+        check_count(chunk_size, "chunk_size")
     if target.exists() and not (resume or overwrite):
         raise FileExistsError(
             f"{target} is there already; resume=True (--resume) goes on with it, overwrite=True "
@@ -429,10 +430,8 @@ class _Run:
         self._bar: Any = None
 
     @contextmanager
-    def bar(self, shown: bool) -> Iterator[None]:
-        with tqdm(
-            total=self.n_steps, desc="learning gates", unit="step", disable=not shown
-        ) as self._bar:
+    def bar(self) -> Iterator[None]:
+        with self.session.network.bar(self.n_steps, "learning gates", "step") as self._bar:
             self._tell()
             yield
 
@@ -448,7 +447,8 @@ class _Run:
         missing = [task for task in gates.tasks if task not in self.store]
         if missing:
             labels = self.session.source.labels
-            counts = {task: int(torch.isin(labels, _classes(task)).sum()) for task in missing}
+            own = own_images(labels, missing).sum(1).tolist() if missing else []
+            counts = dict(zip(missing, own, strict=True))
             with _interrupted_later():
                 self.store.append(gates.select(missing), sample_counts=counts)
         self.done += len(missing)
@@ -473,10 +473,6 @@ class _Run:
                     lost,
                 )
             )
-
-
-def _classes(task: Task) -> Tensor:
-    return torch.tensor([task] if isinstance(task, int) else task, device="cpu")
 
 
 @contextmanager

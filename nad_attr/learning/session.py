@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from nad_attr._checks import check_mapping
 from nad_attr._version import __version__
 from nad_attr.data.fingerprints import fixed_outputs
-from nad_attr.data.labels import Task, as_task
+from nad_attr.data.labels import (
+    Task,
+    as_task,
+    other_images,
+    own_images,
+    patterns,
+    tasks_in,
+)
 from nad_attr.data.sources import Data, Inputs, Source, as_source
 from nad_attr.gates.channels import budget, n_channels, split_sites
 from nad_attr.gates.history import History
@@ -30,10 +38,11 @@ from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network
 from nad_attr.learning.network_checks import Checks, check_gradients, check_option, check_outputs
 from nad_attr.learning.paper import learn_paper, paper_steps
 from nad_attr.learning.selection import learn_selection, steps_in_memory
-from nad_attr.running.forward import amp_dtype, check_batch_size, check_classes, chunks
+from nad_attr.running.forward import MAX_FOUND_BATCH, check_classes, chunks, repeated
+from nad_attr.running.options import RunOptions, as_options
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite, unwrap
-from nad_attr.system.memory import largest_batch, parse_bytes
+from nad_attr.system.memory import largest_batch
 from nad_attr.system.rng import seed_of
 
 __all__ = ["Session", "fit_constants"]
@@ -47,10 +56,6 @@ MEAN_IMAGES = 512
 ALONE = 16
 
 
-#: Images in a batch, at most, where the size is found: more are hardly faster.
-MAX_FOUND_BATCH = 512
-
-
 def fit_constants(
     model: nn.Module,
     architectures: TaskGates | SubArchitecture | Sequence[SubArchitecture],
@@ -58,12 +63,8 @@ def fit_constants(
     *,
     recipe: Recipe | None = None,
     seed: int = 0,
-    device: str | torch.device | None = None,
-    amp: bool | torch.dtype | None = None,
-    batch_size: int = 64,
+    run: RunOptions | None = None,
     augmented: bool | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
 ) -> list[SubArchitecture]:
     """Give any method's channels the constants with which they keep the task output best.
 
@@ -79,12 +80,8 @@ def fit_constants(
         recipe: Steps, images of a step and what is kept of the task output; its size plays no
             part. None: ``Recipe(ablation="optimal")``.
         seed: See :func:`learn_gates`.
-        device: See there.
-        amp: See there.
-        batch_size: See there.
-        augmented: See there.
-        forward_func: See there.
-        additional_forward_args: See there.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
+        augmented: See :func:`learn_gates`.
 
     Returns:
         The same channels with the new constants, one sub-architecture for each task.
@@ -125,12 +122,8 @@ def fit_constants(
         recipe,
         archs[0].sites,
         seed=seed,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
+        run=run,
         augmented=augmented,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
     )
     return session.fit(archs)
 
@@ -188,13 +181,8 @@ class Session:
         sites: Sequence[GateSite | str | nn.Module] | None = None,
         *,
         seed: int = 0,
-        device: str | torch.device | None = None,
-        amp: bool | torch.dtype | None = None,
-        batch_size: int | Literal["auto"] = 64,
-        memory_limit: int | str | None = None,
+        run: RunOptions | None = None,
         augmented: bool | None = None,
-        forward_func: Callable[..., Any] | None = None,
-        additional_forward_args: Any = None,
         checks: Checks = "refuse",
     ) -> None:
         self.recipe = Recipe() if recipe is None else recipe
@@ -207,27 +195,28 @@ class Session:
             )
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be a whole number, not {seed!r}.")
-        limit = _check_batch(batch_size, memory_limit, self.recipe)
+        options = as_options(run)
+        _check_batch(options, self.recipe)
         check_option(checks)
         self.seed = seed
         self._known_moments: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-        self.network = Network(
-            model,
-            device=device,
-            forward_func=forward_func,
-            additional_forward_args=additional_forward_args,
-            amp=amp_dtype(amp),
-        )
+        self.network = Network(model, run=options)
         # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
         with torch.inference_mode(False):
-            self.source = as_source(data, augmented=augmented)
+            self.source = as_source(data, augmented=augmented, any_labels=True)
+            with suppress(TypeError, ValueError, RuntimeError):  # said below, when sites are known
+                self.network.fit(self.source)
             labels = self.source.labels
+            if isinstance(self.recipe, PaperRecipe) and labels.ndim == 2:
+                raise ValueError(
+                    "the paper's recipe learns from the cross-entropy of classes; for one output, "
+                    "several labels an image or targets use the default, Recipe()."
+                )
             self.tasks, self.names = _tasks(tasks, labels)
             _check_images(self.tasks, labels, self.recipe)
             example = next(iter(self.source.batches([[(0, 0), (len(labels) - 1, 0)]])))
-            self.network.sites = tuple(
-                _sites(self.network, sites, example, additional_forward_args)
-            )
+            self.network.fields = self.source.fields
+            self.network.sites = tuple(_sites(self.network, sites, example))
             outputs = _check_outputs(self.network, example, self.tasks, labels)
             images = self.network.to_device(example)
             check_outputs(
@@ -246,13 +235,12 @@ class Session:
                     "the sites inside gets no gradient; use checkpoint(..., use_reentrant=False), "
                     "switch checkpointing off, or take the default recipe."
                 )
-            self.network.batch_size = 8 if batch_size == "auto" else batch_size
+            asked = self.network.options.batch_size
+            self.network.batch_size = asked if isinstance(asked, int) else 8
             with frozen(self.network.model):
                 check_gradients(self.network, images, more=self._some, checks=checks)
             self.network.batch_size = None
-            self.batch_size = (
-                self._largest_batch(example, limit) if batch_size == "auto" else batch_size
-            )
+            self.batch_size = asked if isinstance(asked, int) else self._largest_batch(example)
         self.network.batch_size = self.batch_size
         self.width = max(1, self.batch_size // self.recipe.images_per_step)
 
@@ -264,19 +252,12 @@ class Session:
 
     def _of_each_task(self) -> Iterator[Inputs]:
         """An image of each task: some alone, and all of them."""
-        classes, places = self.source.labels.unique(return_inverse=True)
-        first = torch.full((len(classes),), len(places), device="cpu")
-        first = first.scatter_reduce(0, places, torch.arange(len(places), device="cpu"), "amin")
-        of_class = dict(zip(classes.tolist(), first.tolist(), strict=True))
-        images = [
-            (next(of_class[k] for k in _members(task).tolist() if k in of_class), 0)
-            for task in self.tasks
-        ]
+        images = [(first, 0) for first in _first_own(self.source.labels, self.tasks)]
         alone = images[:: max(1, len(images) // ALONE)][:ALONE]
         together = [images[part.start : part.stop] for part in chunks(len(images), ALONE)]
         yield from self.source.batches([[image] for image in alone] + together)
 
-    def _largest_batch(self, example: Inputs, limit: int | None) -> int:
+    def _largest_batch(self, example: Inputs) -> int:
         """Images of a step that fit into memory, together with what the recipe holds for them."""
         network, recipe = self.network, self.recipe
         n = n_channels(network.sites)
@@ -288,7 +269,7 @@ class Session:
         image = network.to_device(tuple(item[:1] for item in example))
 
         def run(n_images: int) -> None:
-            batch = tuple(item.expand(n_images, *item.shape[1:]).contiguous() for item in image)
+            batch = repeated(image, n_images)
             gates = torch.ones(n_images, n, device=network.device, dtype=network.dtype)
             classes = torch.zeros(n_images, 1, device=network.device, dtype=torch.int64)
             network.output_and_gradient(batch, gates, classes, torch.ones_like(classes).bool())
@@ -302,7 +283,7 @@ class Session:
                 found = largest_batch(
                     network.device,
                     run,
-                    limit=limit,
+                    limit=network.options.limit,
                     fixed=held_for_image * recipe.images_per_step,
                     beside=held_for_image,
                     most=min(MAX_FOUND_BATCH, recipe.images_per_step * len(self.tasks)),
@@ -509,30 +490,27 @@ class Session:
         )
 
 
-def _check_batch(
-    batch_size: int | str, memory_limit: int | str | None, recipe: Recipe
-) -> int | None:
-    """The memory limit in bytes; None: none was given."""
-    if batch_size != "auto":
-        check_batch_size(batch_size, auto=True)
-        if memory_limit is not None:
-            raise ValueError(
-                f"memory_limit is for batch_size='auto'; batch_size is {batch_size!r}."
-            )
-        return None
-    if isinstance(recipe, PaperRecipe):
+def _check_batch(run: RunOptions, recipe: Recipe) -> None:
+    if run.batch_size != "auto" and run.memory_limit is not None:
+        raise ValueError(
+            "learning takes a memory_limit with batch_size='auto' only; batch_size is "
+            f"{run.batch_size or 64}."
+        )
+    if run.batch_size == "auto" and isinstance(recipe, PaperRecipe):
         raise ValueError(
             "batch_size='auto' is for the default recipe; give a number for the paper's, whose "
             f"steps take {recipe.images_per_step} images of each task."
         )
-    return None if memory_limit is None else parse_bytes(memory_limit)
 
 
 def _tasks(
     tasks: Sequence[object] | Mapping[str, object] | None, labels: Tensor
 ) -> tuple[list[Task], list[str] | None]:
     if tasks is None:
-        return [int(k) for k in labels.unique()], None
+        present = tasks_in(labels)
+        if not present:
+            raise ValueError("no image has any of the labels: there is no task to learn.")
+        return present, None
     if isinstance(tasks, (str, bytes)):
         raise TypeError(f"tasks must be a list of class indices or a dictionary, not {tasks!r}.")
     names = None
@@ -557,17 +535,24 @@ def _tasks(
     return wanted, names
 
 
-def _members(task: Task) -> Tensor:
-    return torch.tensor([task] if isinstance(task, int) else task, device="cpu")
+def _first_own(labels: Tensor, tasks: Sequence[Task]) -> list[int]:
+    """An image of each task: the first of the lowest class of its group that has any."""
+    known, places = patterns(labels)
+    first = torch.full((len(known),), len(places), device="cpu")
+    first = first.scatter_reduce(0, places, torch.arange(len(places), device="cpu"), "amin")
+    own = own_images(known, tasks)
+    return [int(first[row.nonzero()[0, 0]]) for row in own]
 
 
 def _check_images(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> None:
-    present = labels.unique()
-    for task in tasks:
-        if not bool(torch.isin(_members(task), present).any()):
-            shown = ", ".join(map(str, present[:20].tolist())) + (" ..." * (len(present) > 20))
+    known, _ = patterns(labels)
+    for task, has in zip(tasks, own_images(known, tasks).any(1).tolist(), strict=True):
+        if not has:
+            present = tasks_in(labels)
+            shown = ", ".join(map(str, present[:20])) + (" ..." * (len(present) > 20))
+            said = "its labels are" if labels.ndim == 1 else "the tasks with own images are"
             raise ValueError(
-                f"there is no image of task {task} in the data; its labels are {shown}."
+                f"there is no image of task {task} in the data; {said} {shown or 'none'}."
             )
     if isinstance(recipe, PaperRecipe):
         return
@@ -585,14 +570,14 @@ def _own_only(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> list[Any
     """Tasks that are learned from own images alone: all of them with the paper's recipe."""
     if isinstance(recipe, PaperRecipe):
         return list(tasks)
-    return [task for task in tasks if bool(torch.isin(labels, _members(task)).all())]
+    others = other_images(labels, tasks).any(1).tolist()
+    return [task for task, has in zip(tasks, others, strict=True) if not has]
 
 
 def _sites(
     network: Network,
     sites: Sequence[GateSite | str | nn.Module] | None,
     example: Inputs,
-    additional_forward_args: Any,
 ) -> list[GateSite]:
     if sites is not None:
         if isinstance(sites, (str, nn.Module, GateSite)):
@@ -608,7 +593,8 @@ def _sites(
         network.model,
         network.to_device(example),
         layers=sites,
-        additional_forward_args=additional_forward_args,
+        additional_forward_args=network.options.additional_forward_args,
+        forward_func=None if network.is_plain else network.call,
     )
 
 
@@ -661,7 +647,7 @@ def _start(
 
 def _steps(task: Task, labels: Tensor, recipe: Recipe) -> int:
     if isinstance(recipe, PaperRecipe):
-        return paper_steps(int(torch.isin(labels, _members(task)).sum()), recipe)
+        return paper_steps(int(own_images(labels, [task]).sum()), recipe)
     return recipe.steps
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.pictures.evidence import Measure, check_measure, evidence_maps
 from nad_attr.pictures.pixels import ToPixels
 from nad_attr.running.forward import Runner
+from nad_attr.running.options import RunOptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,9 +146,7 @@ def class_mosaics(
     size: float | None = None,
     resize: bool = True,
     prefix_tokens: int | None = None,
-    device: torch.device | str | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> ClassMosaics:
     """Map what the sub-architectures of four classes find in a mosaic of their images.
 
@@ -167,9 +166,7 @@ def class_mosaics(
         size: Binarise task gates at this share of the channels; None: as they were learned.
         resize: Make the mosaic of the images' own size. False: twice as high and wide.
         prefix_tokens: As for :func:`contrast_maps`.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call, the same for all mosaics.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The mosaics and their maps.
@@ -196,19 +193,15 @@ def class_mosaics(
     given = named_architectures(architectures, size, least=4)
     check_count(n, "n")
     check_measure(measure)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    runner = Runner(model, run)
     source = as_source(data)
     chosen, numbers = choose(source.labels, given.tasks, n, seed)
     masks = given.masks
     kept: list[Tensor] = []
     maps: dict[str, list[Tensor]] = {}
     left_out: dict[str, str] = {}
-    for rows, inputs in zip(chosen, runner.draw(source, numbers.tolist()), strict=True):
+    drawn = runner.draw(source, numbers.tolist(), "mosaics")
+    for rows, inputs in zip(chosen, drawn, strict=True):
         mosaic = assemble(only_images(inputs), resize)
         kept.append(mosaic.detach().cpu())
         of_mosaic: dict[str, list[Tensor]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from nad_attr.data.labels import Task
 from nad_attr.data.sources import check_finite, only_images
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
-from nad_attr.pictures.evidence import Measure, check_measure, evidence_maps
+from nad_attr.pictures.evidence import Measure, SiteMaps, check_measure, evidence_maps
 from nad_attr.pictures.pixels import ToPixels
-from nad_attr.running.forward import Runner, check_batch_size, chunks
+from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -183,10 +184,7 @@ def contrast_maps(
     measure: Measure = "evidence",
     size: float | None = None,
     prefix_tokens: int | None = None,
-    batch_size: int = 32,
-    device: torch.device | str | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> ContrastMaps:
     """Map where images hold what one class's sub-architecture needs and another's does not.
 
@@ -205,11 +203,7 @@ def contrast_maps(
         size: Binarise task gates at this share of the channels; None: as they were learned.
         prefix_tokens: Tokens in front of those of the image at sites that hold a list of tokens.
             None: none or one, as their number says.
-        batch_size: Images in a pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The maps.
@@ -237,38 +231,33 @@ def contrast_maps(
                 [ 0.0000, -1.0000]])
     """
     pair, names = two_architectures(architectures, tasks, size)
-    check_batch_size(batch_size)
     check_measure(measure)
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor, not {type(images).__name__}.")
     only_images(check_finite((images,)))
     if len(images) == 0:
         raise ValueError("there is no image to map.")
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    runner = Runner(model, run, batch_size=32)
     only = [(pair[0] - pair[1]).masks, (pair[1] - pair[0]).masks]
     found: list[dict[str, list[Tensor]]] = [{}, {}]
     left_out: dict[str, str] = {}
-    for part in chunks(len(images), batch_size):
+
+    def mapped(arch: SubArchitecture, x: Tensor, channels: Mapping[str, Tensor]) -> SiteMaps:
+        assert arch.task is not None
+        options: Any = {"measure": measure, "prefix_tokens": prefix_tokens}
+        return evidence_maps(runner, arch, arch.task, x, channels, **options)
+
+    width = runner.images_per_pass((images,), lambda x: mapped(pair[0], x[0], only[0]))
+    bar = runner.bar(len(images), "contrast maps")
+    for part in chunks(len(images), width):
         (x,) = runner.to_device((images[part.start : part.stop],))
+        bar.update(len(x))
         for arch, channels, into in zip(pair, only, found, strict=True):
-            assert arch.task is not None
-            result = evidence_maps(
-                runner,
-                arch,
-                arch.task,
-                x,
-                channels,
-                measure=measure,
-                prefix_tokens=prefix_tokens,
-            )
+            result = mapped(arch, x, channels)
             left_out = result.left_out
             for name, maps in result.maps.items():
                 into.setdefault(name, []).append(maps)
+    bar.close()
     if not found[0]:
         why = "; ".join(f"{k!r}: {v}" for k, v in left_out.items())
         raise ValueError(f"no gate site has positions to look at ({why}).")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from nad_attr.data.sources import Data
 from nad_attr.pictures.pixels import ToPixels, as_pixels
 from nad_attr.plots.style import INK, LABEL_SIZE, PALETTE, TICK_SIZE, TITLE_SIZE, new_figure
+from nad_attr.running.options import RunOptions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,8 +232,7 @@ def draw_top_images(
     crop: float | None = None,
     threshold: float = 0.5,
     to_pixels: ToPixels | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> Figure:
     """See :meth:`nad_attr.pictures.TopImages.plot`."""
     for name, share in (("crop", 1.0 if crop is None else crop), ("threshold", threshold)):
@@ -243,17 +243,7 @@ def draw_top_images(
             raise ValueError("no site that was looked at has positions.")
         site = list(found.grids)[-1]
     shown = found.most_selective(site, 6) if channels is None else list(channels)
-    pictures = [
-        found.maps(
-            model,
-            data,
-            site,
-            channel,
-            forward_func=forward_func,
-            additional_forward_args=additional_forward_args,
-        )
-        for channel in shown
-    ]
+    pictures = [found.maps(model, data, site, channel, run=run) for channel in shown]
     k = found.images[site].shape[1] if n_images is None else n_images
     columns = max(1, min(k, max(len(maps) for _, maps in pictures)))
     side = 1.15

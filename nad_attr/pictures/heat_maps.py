@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
 from nad_attr.gating.restore import Explained, untouched
-from nad_attr.running.forward import Runner, check_batch_size, chunks
+from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.options import RunOptions
 
 __all__ = ["HeatMapMethod", "class_architectures", "gradient_times_input", "heat_maps"]
 
@@ -128,10 +129,9 @@ def explained(runner: Runner, arch: SubArchitecture | None) -> Iterator[nn.Modul
         if arch is not None:
             stack.enter_context(arch.applied(runner.model))
         # The network itself where that will do: methods look for its layers by name or type.
-        plain = runner._run is runner.model and not runner._extra
         yield (
             runner.model
-            if plain
+            if runner.plain
             else Explained(runner.model, lambda *inputs: runner(tuple(inputs)))
         )
 
@@ -177,10 +177,7 @@ def heat_maps(
     *,
     method: HeatMapMethod = gradient_times_input,
     size: float | None = None,
-    batch_size: int = 32,
-    device: torch.device | str | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> Tensor:
     """Attribute outputs to images, each inside the sub-architecture of its target.
 
@@ -199,11 +196,7 @@ def heat_maps(
             Captum's, for example ``lambda net, x, y: Saliency(net).attribute(x, target=y)``.
             Random numbers that it draws are the same for every batch.
         size: Binarise task gates at this share of the channels; None: as they were learned.
-        batch_size: Images in a call of ``method``, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class. ``method`` gets a module that calls it.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         Heat-maps on the CPU, shaped as ``inputs``; axis 1 is 1 if the method has no colours.
@@ -224,7 +217,6 @@ def heat_maps(
         >>> heat_maps(net, arch, torch.tensor([[10.0, 1.0]]), 1)
         tensor([[30.,  0.]])
     """
-    check_batch_size(batch_size)
     if not callable(method):
         raise TypeError(f"method must be a function, not {method!r:.60}.")
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.ndim < 2:
@@ -242,21 +234,26 @@ def heat_maps(
             raise ValueError(
                 f"there is no sub-architecture for target {target}; there are {list(of_class)}."
             )
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    runner = Runner(model, run, batch_size=32)
     maps: list[Tensor] = []
     order: list[Tensor] = []
+    bar = runner.bar(len(inputs), "heat-maps")
     for target in chosen.unique().tolist():
+        arch = of_class[target]
         numbers = (chosen == target).nonzero().flatten()
-        for part in chunks(len(numbers), batch_size):
+        width = runner.images_per_pass(
+            (inputs,),
+            lambda some, arch=arch, y=target: run_method(  # type: ignore[misc]
+                runner, arch, method, some[0], torch.full((len(some[0]),), y, device="cpu")
+            ),
+        )
+        for part in chunks(len(numbers), width):
             some = numbers[part.start : part.stop]
             (x,) = runner.to_device((inputs[some.to(inputs.device)],))
-            maps.append(run_method(runner, of_class[target], method, x, chosen[some]))
+            maps.append(run_method(runner, arch, method, x, chosen[some]))
             order.append(some)
+            bar.update(len(some))
+    bar.close()
     if not maps:
         return inputs.detach().cpu().clone()
     return torch.cat(maps)[torch.cat(order).argsort()]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nad_attr._checks import as_tensor, check_count, check_mapping
 from nad_attr.data.labels import Task
@@ -18,7 +17,8 @@ from nad_attr.data.sources import Data, as_source, only_images
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import channel_shape, recorded
 from nad_attr.pictures.pixels import ToPixels
-from nad_attr.running.forward import Runner, check_batch_size, chunks
+from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ class TopImages:
         crop: float | None = None,
         threshold: float = 0.5,
         to_pixels: ToPixels | None = None,
-        forward_func: Callable[..., Any] | None = None,
-        additional_forward_args: Any = None,
+        run: RunOptions | None = None,
     ) -> Figure:
         """Draw the images of some channels, dimmed where the channel does not respond.
 
@@ -116,8 +115,7 @@ class TopImages:
             threshold: Not dimmed: where the activation is above this share of its highest one.
             to_pixels: Undoes the network's preprocessing, see
                 :func:`nad_attr.pictures.as_pixels`.
-            forward_func: As for :func:`top_images`.
-            additional_forward_args: As for :func:`top_images`.
+            run: How to run the network; see :class:`nad_attr.RunOptions`.
 
         Returns:
             A figure with one row per channel.
@@ -139,8 +137,7 @@ class TopImages:
             crop=crop,
             threshold=threshold,
             to_pixels=to_pixels,
-            forward_func=forward_func,
-            additional_forward_args=additional_forward_args,
+            run=run,
         )
 
     def maps(
@@ -150,8 +147,7 @@ class TopImages:
         site: str,
         channel: int,
         *,
-        forward_func: Callable[..., Any] | None = None,
-        additional_forward_args: Any = None,
+        run: RunOptions | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A channel's images and its activation on them, computed once more.
 
@@ -160,8 +156,7 @@ class TopImages:
             data: The data that the images were found in.
             site: The site, one with positions.
             channel: The channel.
-            forward_func: As for :func:`top_images`.
-            additional_forward_args: As for :func:`top_images`.
+            run: How to run the network; see :class:`nad_attr.RunOptions`.
 
         Returns:
             The images (k', C, H, W) as the network takes them, and the activations float32
@@ -174,9 +169,7 @@ class TopImages:
         row = self.row(site, channel)
         if site not in self.grids:
             raise ValueError(f"site {site!r} has no positions to look at.")
-        runner = Runner(
-            model, forward_func=forward_func, additional_forward_args=additional_forward_args
-        )
+        runner = Runner(model, run)
         numbers = [i for i in self.images[site][row].tolist() if i >= 0]
         (inputs,) = runner.draw(as_source(data), [numbers])
         images = only_images(inputs)
@@ -305,13 +298,6 @@ def _own(labels: Tensor, task: Task | None) -> Tensor:
     )
 
 
-def _passes(n: int, batch_size: int, show_progress: bool) -> Iterator[list[int]]:
-    with tqdm(total=n, unit="image", desc="top images", disable=not show_progress) as bar:
-        for part in chunks(n, batch_size):
-            yield list(part)
-            bar.update(len(part))
-
-
 def top_images(
     model: nn.Module,
     architecture: SubArchitecture,
@@ -322,11 +308,7 @@ def top_images(
     channels: Mapping[str, Any] | None = None,
     pool: Pool = "max",
     inside: bool = False,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    show_progress: bool = False,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> TopImages:
     """Find the images in which each kept channel is most active.
 
@@ -344,11 +326,7 @@ def top_images(
         pool: "max": an image's activation is the highest over positions; "mean": their mean.
         inside: Run the network as the sub-architecture. False: the whole network, in which a
             channel means the same for all classes.
-        batch_size: Images in a pass.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        show_progress: Show a bar of the images done (tqdm).
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The images' numbers, activations and positions, and each channel's selectivity.
@@ -377,27 +355,20 @@ def top_images(
             "gates.sub_architecture(task)."
         )
     check_count(k, "k")
-    check_batch_size(batch_size)
     if pool not in ("max", "mean"):
         raise ValueError(f"pool must be 'max' or 'mean', not {pool!r}.")
     chosen = _chosen_channels(architecture, sites, channels)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    runner = Runner(model, run)
     source = as_source(data)
     at = [site for site in architecture.sites if site.name in chosen]
     best = {site.name: _Best(site, chosen[site.name], k, pool) for site in at}
     own = _own(source.labels, architecture.task)
     n = len(source.labels)
-    parts = list(_passes(n, batch_size, False))
+    parts = [list(part) for part in chunks(n, runner.images_per_pass(source))]
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(_network(runner, architecture, inside))
         activations = stack.enter_context(recorded(runner.model, at))
-        shown = _passes(n, batch_size, show_progress)
-        for part, inputs in zip(shown, runner.draw(source, parts), strict=True):
+        for part, inputs in zip(parts, runner.draw(source, parts, "top images"), strict=True):
             images = only_images(inputs)
             runner(inputs)
             numbers = torch.tensor(part, device="cpu")

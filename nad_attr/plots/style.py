@@ -8,7 +8,7 @@ drawn, and is in the extra ``plot``.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -421,6 +421,72 @@ def legend(
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower center", ncols=columns, **common
     )
+
+
+def plot_intervals(
+    rows: Mapping[str, tuple[float, ...]],
+    x: str,
+    *,
+    at: float | None = None,
+    axes: Any = None,
+) -> Figure:
+    """Values with their intervals, one below the other.
+
+    Args:
+        rows: ``{name: (value, low, high)}``; NaN is left out.
+        x: What the values are.
+        at: Where to draw a dashed line: what chance gives.
+        axes: One matplotlib Axes; None: a new figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+
+    Example:
+        >>> figure = plot_intervals({"nad": (0.9, 0.8, 1.0), "taylor": (0.7, 0.6, 0.8)}, "own AUC")
+        >>> [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+        ['nad', 'taylor']
+    """
+    figure, (axis,) = panels(1, axes, panel=(PANEL[0] * 1.6, 0.8 + 0.28 * max(len(rows), 1)))
+    for place, ends in enumerate(np.asarray(list(rows.values()), dtype=float).reshape(-1, 3)):
+        axis.plot(ends[1:], [place, place], color=PALETTE[0], linewidth=1.6)
+        axis.plot(ends[:1], [place], color=PALETTE[0], marker="o", markersize=4)
+    if at is not None:
+        axis.axvline(at, color=GREY, linewidth=1.2, linestyle="--")
+    style(axis, x=x, grid="x")
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    return figure
+
+
+def plot_parts(
+    names: Sequence[str], parts: Mapping[str, Sequence[float]], y: str, *, axes: Any = None
+) -> Figure:
+    """Bars made of parts, one beside the other.
+
+    Args:
+        names: Of the bars.
+        parts: ``{part: height in each bar}``, from below.
+        y: What the heights are.
+        axes: One matplotlib Axes; None: a new figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+
+    Example:
+        >>> figure = plot_parts(["conv1", "conv2"], {"kept": [3, 4], "closed": [5, 4]}, "channels")
+        >>> len(figure.axes[0].patches)
+        4
+    """
+    width = max(PANEL[0] * 1.3, 1.2 + 0.34 * len(names))
+    figure, (axis,) = panels(1, axes, panel=(width, PANEL[1] * 1.15))
+    below = np.zeros(len(names))
+    for i, (part, heights) in enumerate(parts.items()):
+        axis.bar(names, heights, bottom=below, label=part, color=PALETTE[i % len(PALETTE)])
+        below = below + np.asarray(heights, dtype=float)
+    style(axis, y=y)
+    axis.set_xticks(range(len(names)), list(names), rotation=90)
+    legend(figure, [axis], own_figure=axes is None)
+    return figure
 
 
 def label_of(measure: str) -> str:

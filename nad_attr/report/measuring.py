@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nad_attr._checks import GatingError
+from nad_attr.data.labels import ReadLabels, patterns
 from nad_attr.data.sources import Source, TensorSource, as_source
 from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.evaluation.questions.errors import errors
@@ -27,6 +28,7 @@ from nad_attr.report.packing import plain, text64
 from nad_attr.report.parts import curves_part, errors_part, mosaics_part
 from nad_attr.report.pictures import Album, array_picture, encoded
 from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.stats.pairs import overlap_matrix
 from nad_attr.system.rng import seed_of
 
@@ -52,23 +54,31 @@ class Sample:
         source: Where they come from.
         numbers: Their numbers there.
         inputs: The network's inputs.
-        labels: int64 (N,).
+        labels: int64 (N,) or (N, K), see :mod:`nad_attr.data.labels`.
+        targets: float64 (N, K) of regression, or None.
     """
 
     def __init__(self, source: Source, numbers: list[int], inputs: tuple[Tensor, ...]) -> None:
         self.source, self.numbers, self.inputs = source, numbers, inputs
-        self.labels = source.labels[torch.tensor(numbers, dtype=torch.long, device="cpu")]
+        rows = torch.tensor(numbers, dtype=torch.long, device="cpu")
+        self.labels = source.labels[rows]
+        self.targets = None if source.targets is None else source.targets[rows]
 
     @property
-    def data(self) -> tuple[Any, Tensor]:
+    def data(self) -> TensorSource:
         """As evaluation takes it."""
-        return self.inputs[0] if len(self.inputs) == 1 else self.inputs, self.labels
+        return self._of(slice(None))
 
-    def some(self, n: int) -> tuple[Any, Tensor]:
+    def some(self, n: int) -> TensorSource:
         """At most n of them, evenly over the classes."""
-        rows = torch.tensor(evenly(self.labels, n, 0), dtype=torch.long, device="cpu")
-        parts = tuple(part[rows] for part in self.inputs)
-        return parts[0] if len(parts) == 1 else parts, self.labels[rows]
+        return self._of(torch.tensor(evenly(self.labels, n, 0), dtype=torch.long, device="cpu"))
+
+    def _of(self, rows: Any) -> TensorSource:
+        targets = None if self.targets is None else self.targets[rows]
+        read = ReadLabels(self.labels[rows], targets)
+        source = TensorSource(tuple(part[rows] for part in self.inputs), read)
+        source.fields = self.source.fields
+        return source
 
 
 def evenly(labels: Tensor, n: int, seed: int) -> list[int]:
@@ -79,8 +89,9 @@ def evenly(labels: Tensor, n: int, seed: int) -> list[int]:
         True
     """
     turns: list[tuple[int, int, int]] = []
-    for label in labels.unique().tolist():
-        own = (labels == label).nonzero().flatten()
+    known, places = patterns(labels)
+    for place, label in enumerate(known.tolist() if known.ndim == 1 else range(len(known))):
+        own = (places == place).nonzero().flatten()
         order = torch.randperm(
             len(own),
             generator=torch.Generator().manual_seed(seed_of(seed, "report", label)),
@@ -90,20 +101,20 @@ def evenly(labels: Tensor, n: int, seed: int) -> list[int]:
     return sorted(number for _, _, number in sorted(turns)[:n])
 
 
-def sampled(data: Any, n_images: int, *, seed: int = 0, batch_size: int = 64) -> Sample:
+def sampled(data: Any, n_images: int, *, seed: int = 0) -> Sample:
     """Read at most ``n_images`` images, evenly over their classes.
 
     Raises:
         TypeError: If ``data`` is nothing that images come from.
         ValueError: If it is empty or holds NaN.
     """
-    source = as_source(data)
+    source = as_source(data, any_labels=True)
     if len(source.labels) <= n_images and isinstance(source, TensorSource):
         return Sample(source, list(range(len(source.labels))), source.inputs)
     numbers = evenly(source.labels, n_images, seed)
     draws = [
-        [(i, seed_of(seed, "report", i)) for i in numbers[start : start + batch_size]]
-        for start in range(0, len(numbers), batch_size)
+        [(numbers[i], seed_of(seed, "report", numbers[i])) for i in part]
+        for part in chunks(len(numbers), 64)
     ]
     parts = list(source.batches(draws))
     inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
@@ -120,8 +131,7 @@ def measure(
     rivals: Mapping[str, TaskGates | Sequence[SubArchitecture]] | None = None,
     n_random: int = 3,
     seed: int = 0,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
+    run: RunOptions | None = None,
     say: Callable[[str], object] | None = None,
 ) -> None:
     """Measure what is asked for, and put it into ``results``.
@@ -137,11 +147,10 @@ def measure(
         rivals: Other methods' sub-architectures, for the evaluation.
         n_random: Draws of random channels.
         seed: Of all random numbers.
-        batch_size: Images in one pass of the network, at most.
-        device: Where to run; None: where the network is.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
         say: Told what is being done.
     """
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "device": device}
+    options: dict[str, Any] = {"seed": seed, "run": run}
     tell = say or (lambda text: None)
 
     def attempt(what: str, make: Callable[[], Any]) -> Any:
@@ -172,14 +181,14 @@ def measure(
         )
     if "mosaics" in parts and results.mosaics is not None:
         results.mosaics["examples"] = (
-            attempt("mosaic pictures", lambda: _mosaic_pictures(model, gates, sample, seed, device))
+            attempt("mosaic pictures", lambda: _mosaic_pictures(model, gates, sample, options))
             or []
         )
     album = Album(sample.source)
     calls: NDArray[np.int64] | None = None
     if "pictures" in parts or "errors" in parts:
         tell("looking at what channels respond to")
-        calls, highest = responses(model, gates, sample, batch_size, device)
+        calls, highest = responses(model, gates, sample, run)
         if "pictures" in parts:
             results.pictures = attempt("pictures", lambda: _pictures(highest, sample, album))
     if "errors" in parts and calls is not None and len(gates) >= 3:
@@ -200,30 +209,24 @@ def _curves(
         site.name: torch.rand(len(chosen), site.n_channels, generator=generator, device="cpu")
         for site in chosen.sites
     }
-    plain_options = {"batch_size": options["batch_size"], "device": options["device"]}
     data = sample.some(_CURVE_IMAGES)
     made = {
-        "these gates": curves(model, chosen, data, sizes=_SIZES, **plain_options),
+        "these gates": curves(model, chosen, data, sizes=_SIZES, run=options["run"]),
         ("random order" if chosen.constants is None else "random order, at means"): curves(
             model,
             TaskGates(random, chosen.sites, chosen.tasks, means=chosen.means),
             data,
             sizes=_SIZES,
-            **plain_options,
+            run=options["run"],
         ),
     }
     return curves_part(made)
 
 
 def _mosaic_pictures(
-    model: nn.Module,
-    gates: TaskGates,
-    sample: Sample,
-    seed: int,
-    device: torch.device | str | None,
+    model: nn.Module, gates: TaskGates, sample: Sample, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Some mosaics, and the same coloured by the class whose channels have most to say."""
-    options: dict[str, Any] = {"seed": seed, "device": device}
     found = class_mosaics(model, gates, sample.data, n=_MOSAIC_PICTURES, **options)
     shares = found.own_share()
     return [
@@ -240,22 +243,20 @@ def _mosaic_pictures(
 
 
 def responses(
-    model: nn.Module,
-    gates: TaskGates,
-    sample: Sample,
-    batch_size: int,
-    device: torch.device | str | None,
+    model: nn.Module, gates: TaskGates, sample: Sample, run: RunOptions | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """What the whole network calls each image, and the highest value of each channel.
 
     Returns:
         int64 (N,), and float32 (N, all channels).
     """
-    runner = Runner(model, device=device)
+    runner = Runner(model, run)
+    runner.fields = sample.source.fields
     calls: list[Tensor] = []
     highest: list[Tensor] = []
     with torch.no_grad(), recorded(runner.model, gates.sites) as seen:
-        for rows in chunks(len(sample.labels), batch_size):
+        width = runner.images_per_pass(sample.inputs)
+        for rows in chunks(len(sample.labels), width):
             batch = slice(rows[0], rows[-1] + 1)
             inputs = runner.to_device(tuple(part[batch] for part in sample.inputs))
             calls.append(runner(inputs).argmax(1).cpu())
@@ -306,7 +307,7 @@ def _errors(
             tuple(part[row : row + 1] for part in sample.inputs),
             int(sample.labels[row]),
             similarity=kappa,
-            device=options["device"],
+            run=options["run"],
         )
         examples.append(_example(found, gates, album.add(sample.numbers[row])))
     return errors_part(study, examples)

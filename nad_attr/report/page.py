@@ -259,7 +259,7 @@ def _curves(curves: Sequence[dict[str, Any]]) -> str:
         _numbers(curve["sizes"], n)
         for key in ("full", "empty"):
             _numbers([curve[key]], 1)
-        if not isinstance(curve["name"], str) or not isinstance(curve["metric"], str):
+        if not isinstance(curve["name"], str) or not isinstance(curve["measure"], str):
             raise ValueError("a curve's name is no text")
     return _section(
         "curves",

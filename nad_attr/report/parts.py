@@ -98,16 +98,16 @@ def curves_part(results: Mapping[str, Curves]) -> list[dict[str, Any]]:
     """Mean keep and ablate curves of each ranking with their intervals, ends included."""
     parts = []
     for name, result in results.items():
-        metric = result.metric
+        measure = result.measure
         part: dict[str, Any] = {
             "name": name,
-            "metric": metric,
+            "measure": measure,
             "sizes": plain([0.0, *result.sizes.tolist(), 1.0]),
             "n_images": result.n_images,
             "n_tasks": len(result.tasks),
             "ablation": result.ablation,
-            "full": plain(float(nan_mean(result.full[metric]))),
-            "empty": plain(float(nan_mean(result.empty[metric]))),
+            "full": plain(float(nan_mean(result.full[measure]))),
+            "empty": plain(float(nan_mean(result.empty[measure]))),
             "delta": plain(float(nan_mean(result.delta()))),
             "delta_interval": plain(list(result.delta_interval())),
         }

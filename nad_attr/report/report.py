@@ -7,7 +7,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from nad_attr.concepts import UnitConcepts
@@ -24,6 +23,7 @@ from nad_attr.report.measuring import PARTS, measure, sampled
 from nad_attr.report.page import page
 from nad_attr.report.parts import curves_part, errors_part, mosaics_part, statistics_part
 from nad_attr.report.saving import STATISTICS, found_results, keep_results
+from nad_attr.running.options import RunOptions
 from nad_attr.store import GateStore, GateStoreError
 from nad_attr.system.files import check_output, write_text
 
@@ -158,8 +158,7 @@ class Report:
         n_images: int = 1000,
         n_random: int = 3,
         seed: int = 0,
-        batch_size: int = 64,
-        device: torch.device | str | None = None,
+        run: RunOptions | None = None,
         say: Callable[[str], object] | None = None,
     ) -> Report:
         """Measure what is not known yet, on held-out images.
@@ -178,8 +177,7 @@ class Report:
             n_images: At most.
             n_random: Draws of random channels of equal size.
             seed: Of all random numbers.
-            batch_size: Images in one pass of the network, at most.
-            device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
+            run: How to run the network; see :class:`nad_attr.RunOptions`.
             say: Told what is being done.
 
         Returns:
@@ -202,14 +200,13 @@ class Report:
             measure(
                 model,
                 self.gates,
-                sampled(data, n_images, seed=seed, batch_size=batch_size),
+                sampled(data, n_images, seed=seed),
                 self.results,
                 parts=parts,
                 rivals=rivals,
                 n_random=n_random,
                 seed=seed,
-                batch_size=batch_size,
-                device=device,
+                run=run,
                 say=say,
             )
         return self

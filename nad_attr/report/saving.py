@@ -28,7 +28,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "errors": ("n_errors", "n_images", "n_others", "similarity", "rows", "confused", "examples"),
     "pictures": ("album",),
 }
-_CURVE = ("name", "metric", "sizes", "full", "empty", "delta", "keep", "ablate", "n_images")
+_CURVE = ("name", "measure", "sizes", "full", "empty", "delta", "keep", "ablate", "n_images")
 _EXAMPLE = ("mosaic", "coloured", "tasks", "shares")
 FORMAT = 1
 #: The title of statistics.

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from nad_attr.running.forward import (
-    Runner,
-    amp_dtype,
-    check_batch_size,
-    check_classes,
-    chunks,
-    cumulative,
-    sent,
-)
+from nad_attr.running.forward import Runner, check_classes, chunks, cumulative, sent
+from nad_attr.running.options import RunOptions
 
 __all__ = [
+    "RunOptions",
     "Runner",
-    "amp_dtype",
-    "check_batch_size",
     "check_classes",
     "chunks",
     "cumulative",

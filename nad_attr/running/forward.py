@@ -4,62 +4,37 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from nad_attr._checks import GatingError
-from nad_attr.data.labels import Task
+from nad_attr.data.labels import Task, for_one_output
 from nad_attr.data.sources import Inputs, Source, check_finite
 from nad_attr.gating.hooks import check_eval
+from nad_attr.running.options import RunOptions, as_options
+from nad_attr.sites.calling import Fields, call_with
 from nad_attr.sites.preserving import Copies, Kept
 from nad_attr.sites.site import unwrap
 from nad_attr.sites.tracing import eager
+from nad_attr.system.memory import largest_batch
 from nad_attr.system.rng import seed_of
 
 __all__ = [
+    "MAX_FOUND_BATCH",
     "Runner",
-    "amp_dtype",
-    "check_batch_size",
     "check_classes",
     "chunks",
     "cumulative",
     "sent",
 ]
 
-
-def check_batch_size(batch_size: object, auto: bool = False) -> None:
-    """Refuse what is no whole number from 1 on.
-
-    Args:
-        batch_size: As given by the user.
-        auto: "auto" would have been taken as well.
-
-    Raises:
-        ValueError: Names it.
-    """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        or_auto = " or 'auto'" if auto else ""
-        raise ValueError(
-            f"batch_size must be a whole number from 1 on{or_auto}, not {batch_size!r}."
-        )
-
-
-def amp_dtype(amp: bool | torch.dtype | None) -> torch.dtype | None:
-    """The dtype that autocast computes in: True is bfloat16, None and False are none.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    if amp is None or amp is False:
-        return None
-    if amp is True:
-        return torch.bfloat16
-    if amp in (torch.bfloat16, torch.float16):
-        return amp
-    raise ValueError(f"amp must be True, torch.bfloat16 or torch.float16, not {amp!r}.")
+#: Images in a batch, at most, where the size is found: more are hardly faster.
+MAX_FOUND_BATCH = 512
 
 
 def chunks(n: int, size: int) -> Iterator[range]:
@@ -80,24 +55,25 @@ def check_classes(labels: Tensor, tasks: Sequence[Task], n_classes: int) -> None
         ValueError: Names the highest one.
     """
     named = [m for task in tasks for m in (task if isinstance(task, tuple) else (task,))]
-    for what, highest in (("label", int(labels.max())), ("task", max(named))):
+    if labels.ndim == 2 and labels.shape[1] != n_classes:
+        given = "one label" if labels.shape[1] == 1 else f"{labels.shape[1]} labels or targets"
+        raise ValueError(
+            f"each image has {given}, but the network has {n_classes} outputs: give one for each "
+            "output, or a forward_func that picks the outputs. For class indices that are "
+            "floating-point numbers give labels.long()."
+        )
+    highest_label = -1 if labels.ndim == 2 else int(labels.max())
+    for what, highest in (("label", highest_label), ("task", max(named))):
         if highest >= n_classes:
+            if n_classes == 1:
+                raise ValueError(
+                    f"there is a {what} {highest}, but the network has one output, whose task is "
+                    "0: its own images are those with label 1, the others have 0."
+                )
             raise ValueError(
                 f"there is a {what} {highest}, but the network has {n_classes} outputs "
                 f"(classes 0 to {n_classes - 1})."
             )
-
-
-def as_device(device: str | torch.device) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: If there is no such kind of device.
-    """
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError, ValueError):
-        raise ValueError(f"device must be 'cpu', 'cuda' or the like, not {device!r}.") from None
 
 
 def copied_to(model: nn.Module, device: torch.device) -> nn.Module:
@@ -190,16 +166,18 @@ class Runner:
     Args:
         model: The network. Wrappers that spread a batch over devices are looked through: one gate
             vector per image cannot be spread.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How it is run. None: as :class:`~nad_attr.RunOptions` says by itself.
+        batch_size: What ``run.batch_size`` None stands for.
 
     Attributes:
         model: The network to put hooks on.
         device: Where the inputs are sent.
+        options: How it is run.
+        amp: Autocast dtype; None: none.
+        fields: The names of the inputs, if they have any; set by :meth:`draw`.
 
     Raises:
-        TypeError: If the network is no module or ``forward_func`` no function.
+        TypeError: If the network is no module, or ``run`` is something else.
         ValueError: If the network is in train mode, or cannot be run where it should.
 
     Example:
@@ -209,16 +187,14 @@ class Runner:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        device: torch.device | str | None = None,
-        forward_func: Callable[..., Any] | None = None,
-        additional_forward_args: Any = None,
+        self, model: nn.Module, run: RunOptions | None = None, *, batch_size: int = 64
     ) -> None:
+        options = as_options(run)
+        if options.batch_size is None:
+            options = replace(options, batch_size=batch_size)
+        self.options, self.amp = options, options.dtype
+        device, forward_func = options.device, options.forward_func
         check_eval(model)
-        if forward_func is not None and not callable(forward_func):
-            raise TypeError(f"forward_func must be a function, not {forward_func!r:.60}.")
         root = unwrap(model)
         tensors = [*root.parameters(), *root.buffers()]
         places = [tensor.device for tensor in tensors]
@@ -234,7 +210,7 @@ class Runner:
                 "run copy.deepcopy(model), made outside of it, in forward_func."
             )
         here = places[0] if places else torch.device("cpu")
-        self.device = here if device is None else as_device(device)
+        self.device = here if device is None else torch.device(device)
         # "cuda" is wherever on CUDA the network is.
         same = here.type == self.device.type and self.device.index in (None, here.index)
         if same:
@@ -254,10 +230,49 @@ class Runner:
         self.model = root if forward_func is None else model
         self._copies = Copies()
         self._run = root if forward_func is None else forward_func
-        extra = additional_forward_args
-        if extra is None:
-            extra = ()
-        self._extra = tuple(extra) if isinstance(extra, (tuple, list)) else (extra,)
+        self._extra = options.arguments
+        self.fields: Fields | None = None
+        self._adapted: tuple[object, ...] | None = None
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context that passes run in: autocast, or none whatever is around it."""
+        if self.amp is None and not torch.amp.is_autocast_available(self.device.type):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether a call of the network itself, with an image's inputs, does the same."""
+        return self.is_plain and not self._extra and self.amp is None
+
+    def bar(self, total: int, desc: str, unit: str = "image") -> tqdm[Any]:
+        """A progress bar, if one is wanted."""
+        return tqdm(total=total, desc=desc, unit=unit, disable=not self.options.show_progress)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the network itself is called, with its inputs in order."""
+        return self._run is self.model and self.fields is None
+
+    def call(self, *inputs: Any) -> Any:
+        """What the network or ``forward_func`` returns for inputs and further arguments."""
+        key = self._run, self.fields
+        if self._adapted is None or self._adapted[0] != key:
+            self._adapted = key, call_with(self._run, self.fields)
+        function: Any = self._adapted[1]
+        return function(*inputs)
+
+    def fit(self, source: Source) -> None:
+        """Read class indices 0 and 1 as the labels of one output, if the network has one.
+
+        Runs one image where the labels leave open whether the network has one output or two.
+        """
+        if source.labels.ndim == 1 and int(source.labels.max()) <= 1:
+            (inputs,) = self.draw(source, [[0]])
+            with torch.no_grad():
+                n_outputs = self(inputs).shape[1]
+            if n_outputs == 1:
+                source.labels = for_one_output(source.labels)
 
     def to_device(self, inputs: Inputs) -> Inputs:
         """The inputs where the network is, without their graph."""
@@ -273,12 +288,14 @@ class Runner:
         outputs = None
         kept = Kept(self.model, self._copies)
         try:
-            with network_errors(inputs), eager(self.model):
-                outputs = self._run(*inputs, *self._extra)
+            with self.precision(), network_errors(inputs), eager(self.model):
+                outputs = self.call(*inputs, *self._extra)
         finally:
             kept.restore(graph=isinstance(outputs, Tensor) and outputs.requires_grad)
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise TypeError(f"the network returned {_what(outputs)}")
+        if outputs.ndim == 1 and len(outputs) == len(inputs[0]):
+            outputs = outputs[:, None]
         if outputs.ndim != 2 or len(outputs) != len(inputs[0]):
             raise ValueError(
                 f"the network returned shape {tuple(outputs.shape)} for {len(inputs[0])} images; "
@@ -286,15 +303,61 @@ class Runner:
             )
         return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
-    def draw(self, source: Source, numbers: Sequence[Sequence[int]]) -> Iterator[Inputs]:
+    def draw(
+        self, source: Source, numbers: Sequence[Sequence[int]], desc: str = ""
+    ) -> Iterator[Inputs]:
         """The images of each list of numbers, where the network is.
 
-        A random transform gives the same image in every evaluation.
+        A random transform gives the same image in every evaluation. ``desc`` names the progress
+        bar, if one is wanted.
 
         Raises:
             ValueError: If an image holds NaN or infinity.
         """
         # One batch at a time: all draws of a large data set would fill the memory.
         draws = ([(i, seed_of("evaluation", i)) for i in chosen] for chosen in numbers)
-        for inputs in source.batches(draws):
-            yield self.to_device(check_finite(inputs))
+        shown = bool(desc) and self.options.show_progress
+        with tqdm(total=sum(map(len, numbers)), desc=desc, unit="image", disable=not shown) as bar:
+            for chosen, inputs in zip(numbers, source.batches(draws), strict=True):
+                self.fields = source.fields
+                yield self.to_device(check_finite(inputs))
+                bar.update(len(chosen))
+
+    def images_per_pass(
+        self,
+        images: Source | Inputs,
+        probe: Callable[[Inputs], object] | None = None,
+        most: int = MAX_FOUND_BATCH,
+    ) -> int:
+        """Images in a pass: as many as were asked for, or as fit into memory.
+
+        Args:
+            images: What the need of memory is measured with: the first one of them.
+            probe: What is done with a batch; None: a pass without gradients.
+            most: Where the number is found: no more than this.
+
+        Raises:
+            ValueError: If one image does not fit, or nothing tells how much memory there is.
+        """
+        asked = self.options.batch_size
+        if isinstance(asked, int):
+            return asked
+
+        def without_gradients(inputs: Inputs) -> None:
+            with torch.no_grad():
+                self(inputs)
+
+        given = images if isinstance(images, tuple) else next(self.draw(images, [[0]]))
+        image = self.to_device(tuple(x[:1] for x in given))
+        limit = self.options.limit
+        return largest_batch(
+            self.device,
+            lambda n: (probe or without_gradients)(repeated(image, n)),
+            limit=None if limit is None else limit - self.options.kept_bytes(0),
+            most=most,
+        )
+
+
+def repeated(image: Inputs, n: int) -> Inputs:
+    """A batch of one image ``n`` times."""
+    return tuple(x[:1].expand(n, *x.shape[1:]).contiguous() for x in image)

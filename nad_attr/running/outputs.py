@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nad_attr.data.labels import Task
 
-__all__ = ["task_outputs"]
+__all__ = ["label_loss", "task_outputs"]
 
 
 def task_outputs(outputs: Tensor, tasks: Sequence[Task]) -> Tensor:
@@ -36,6 +37,33 @@ def task_outputs(outputs: Tensor, tasks: Sequence[Task]) -> Tensor:
         for task in tasks
     ]
     return torch.stack(columns, dim=1)
+
+
+def label_loss(outputs: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+    """How far outputs are from what the images' labels say, summed over images.
+
+    Args:
+        outputs: (B, K).
+        labels: int64 (B,) classes: cross-entropy. (B, K) memberships: binary cross-entropy of each
+            output (of logits, or of probabilities where all outputs are in [0, 1]) over those that
+            are known.
+        targets: (B, K), NaN where unknown: the squared difference in place of that.
+
+    Example:
+        >>> outputs, labels = torch.tensor([[1.0, 3.0]]), torch.tensor([[1, 0]])
+        >>> label_loss(outputs, labels, targets=torch.tensor([[2.0, 1.0]]))
+        tensor(5.)
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(outputs, labels, reduction="sum")
+    if targets is not None:
+        wanted = targets.to(outputs)
+        return (outputs - wanted)[~wanted.isnan()].square().sum()
+    known = labels >= 0
+    values, wanted = outputs[known], labels[known].to(outputs)
+    if bool(((outputs >= 0) & (outputs <= 1)).all()):
+        return F.binary_cross_entropy(values, wanted, reduction="sum")
+    return F.binary_cross_entropy_with_logits(values, wanted, reduction="sum")
 
 
 def own_task_output(outputs: Tensor, classes: Tensor, valid: Tensor) -> Tensor:

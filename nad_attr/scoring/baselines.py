@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nad_attr._checks import check_mapping
 from nad_attr.data.labels import Task
@@ -20,6 +19,7 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import recorded
 from nad_attr.gating.means import channel_means
 from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.outputs import label_loss
 from nad_attr.scoring.scorer import Batch, ChannelScorer, Scores, TaskScorer, positions, tasks_of
 from nad_attr.sites.site import GateSite
 from nad_attr.system.rng import seed_of
@@ -96,10 +96,11 @@ class EnergyScorer(ChannelScorer):
 class TaylorScorer(ChannelScorer):
     """E[(g dL/dg)^2]: the first-order change of the loss when a channel is closed, squared.
 
-    ``g = 1`` is a gate on one channel of one image, and L the cross-entropy of the network's
-    outputs on that image's own label, so ``g dL/dg = sum over positions of a dL/da``. The mean is
-    over images (Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019,
-    equation 8, with the gate after the layer).
+    ``g = 1`` is a gate on one channel of one image, and L the loss of the network's outputs on that
+    image's own labels (cross-entropy of classes, see
+    :func:`nad_attr.running.outputs.label_loss`), so ``g dL/dg = sum over positions of a dL/da``.
+    The mean is over images (Molchanov et al., "Importance Estimation for Neural Network Pruning",
+    CVPR 2019, equation 8, with the gate after the layer).
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
@@ -112,7 +113,7 @@ class TaylorScorer(ChannelScorer):
         """Square of the derivative of the image's loss by the gate."""
         return self.effects(
             batch,
-            lambda outputs: F.cross_entropy(outputs, batch.labels, reduction="sum"),
+            lambda outputs: label_loss(outputs, batch.labels, batch.targets),
             lambda site, a, gradient: (a * gradient).sum(-1).square(),
         )
 

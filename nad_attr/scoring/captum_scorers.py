@@ -26,6 +26,7 @@ from nad_attr.gating.restore import Explained, flowing_copies, untouched
 from nad_attr.running.outputs import task_outputs
 from nad_attr.scoring.scorer import Batch, ChannelScorer, Scores, check_differentiable, positions
 from nad_attr.sites.site import GateSite
+from nad_attr.system.threads import owned
 
 __all__ = [
     "CaptumLayerScorer",
@@ -214,11 +215,12 @@ def _called_once(model: nn.Module, method: Any) -> Iterator[None]:
 
         return hook
 
-    with ExitStack() as stack:
+    with owned() as owner, ExitStack() as stack:
         if isinstance(method, type) and issubclass(method, LayerDeepLift):
             for name, module in model.named_modules():
                 if type(module) in SUPPORTED_NON_LINEAR:
-                    stack.callback(module.register_forward_pre_hook(counter(name)).remove)
+                    hook = owner.only(counter(name))
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
         yield
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nad_attr._checks import check_count
 from nad_attr.gates.channels import n_channels, split_sites
 from nad_attr.gating.hooks import gated
-from nad_attr.running.forward import check_batch_size
 from nad_attr.scoring.scorer import Batch, ChannelScorer, Scores, check_differentiable
 from nad_attr.sites.site import GateSite
 
@@ -61,10 +61,7 @@ class CDRPScorer(ChannelScorer):
         highest: float = 10.0,
     ) -> None:
         super().__init__(model, sites)
-        try:
-            check_batch_size(steps)
-        except ValueError:
-            raise ValueError(f"steps must be a whole number from 1 on, not {steps!r}.") from None
+        check_count(steps, "steps")
         for what, value, low, high in (
             ("learning_rate", learning_rate, 0.0, float("inf")),
             ("momentum", momentum, 0.0, 1.0),

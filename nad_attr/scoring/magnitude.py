@@ -17,6 +17,7 @@ from nad_attr.running.forward import Runner, check_classes
 from nad_attr.scoring.scorer import Scores, TaskScorer, positions
 from nad_attr.sites.site import GateSite
 from nad_attr.system.rng import seed_of
+from nad_attr.system.threads import owned
 
 __all__ = ["MagnitudeScorer"]
 
@@ -162,8 +163,8 @@ def _hooked(
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         return function(module, output)
 
-    with ExitStack() as stack:
+    with owned() as owner, ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, _FILTERED):
-                stack.callback(module.register_forward_hook(hook).remove)
+                stack.callback(module.register_forward_hook(owner.only(hook)).remove)
         yield

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr._checks import GatingError, tensor_of
-from nad_attr.data.labels import Task, as_task, own_images
+from nad_attr.data.labels import Task, as_task, other_images, own_images, tasks_in
 from nad_attr.data.sources import Draw, Inputs, Source, TensorSource, as_source
 from nad_attr.gating.hooks import channel_shape, frozen, installed, site_modules
-from nad_attr.running.forward import Runner, check_batch_size, check_classes, chunks
+from nad_attr.running.forward import Runner, check_classes, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.site import GateSite, check_sites
 from nad_attr.system.rng import seed_of
@@ -45,7 +46,7 @@ def tasks_of(targets: Any, tasks: Sequence[Task] | None = None) -> list[Task]:
         >>> tasks_of(torch.tensor([2, 0, 2])), tasks_of(torch.tensor([2, 0, 2]), [(0, 2), 2])
         ([0, 2], [(0, 2), 2])
     """
-    chosen = tensor_of(targets).unique().tolist() if tasks is None else tasks
+    chosen = tasks_in(tensor_of(targets)) if tasks is None else tasks
     if isinstance(chosen, (str, bytes, Mapping, int)):
         raise TypeError(f"tasks must be a sequence of tasks, not {type(chosen).__name__}.")
     result = [as_task(task) for task in chosen]
@@ -71,11 +72,13 @@ class Batch:
     Attributes:
         model: The network, to put hooks on.
         inputs: The network's inputs.
-        labels: int64 (B,), the images' own classes.
+        labels: int64 (B,), the images' own classes, or (B, K), see
+            :mod:`nad_attr.data.labels`.
         tasks: The B tasks that the images are scored for; empty for a scorer whose scores do not
             depend on the task.
         run: Runs the network on any number of inputs: float (B, K), checked, with its graph.
         prepared: What :meth:`ChannelScorer.prepare` returned.
+        targets: float64 (B, K), the images' regression targets, if they have any.
     """
 
     model: nn.Module
@@ -84,6 +87,7 @@ class Batch:
     tasks: list[Task]
     run: Callable[[Inputs], Tensor]
     prepared: Any = None
+    targets: Tensor | None = None
 
     def outputs(self) -> Tensor:
         """The network's outputs for these images, (B, K), with their graph."""
@@ -119,7 +123,7 @@ def _weights(labels: Tensor, tasks: Sequence[Task], include_others: bool) -> Ten
     own = own_images(labels, tasks)
     parts = [(own, "own")]
     if include_others:
-        parts.append((~own, "other"))
+        parts.append((other_images(labels, tasks), "other"))
     weights = torch.zeros(own.shape, dtype=torch.float64, device="cpu")
     for part, what in parts:
         for task, has in zip(tasks, part.any(-1).tolist(), strict=True):
@@ -134,10 +138,14 @@ class _Scored:
 
     def __init__(self, source: Source) -> None:
         self.source, self.labels, self.augmented = source, source.labels, source.augmented
+        self.targets, self.fields = source.targets, source.fields
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws."""
-        return self.source.batches([(i, seed_of("scores", i)) for i, _ in some] for some in draws)
+        seeded = ([(i, seed_of("scores", i)) for i, _ in some] for some in draws)
+        for inputs in self.source.batches(seeded):
+            self.fields = self.source.fields
+            yield inputs
 
 
 class ChannelScorer(ABC):
@@ -207,10 +215,7 @@ class ChannelScorer(ABC):
         *,
         tasks: Sequence[Task] | None = None,
         include_others: bool = False,
-        batch_size: int = 64,
-        device: torch.device | str | None = None,
-        forward_func: Callable[..., Any] | None = None,
-        additional_forward_args: Any = None,
+        run: RunOptions | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Tensor]:
         """Score all channels.
@@ -224,11 +229,7 @@ class ChannelScorer(ABC):
                 :func:`tasks_of`).
             include_others: Take the mean over own and other images in equal parts, not over own
                 images only.
-            batch_size: Images in a forward (and backward) pass, at most.
-            device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-            forward_func: Called with the inputs in place of the network; has to run the network.
-                Returns (B, K), one output per class.
-            additional_forward_args: Further arguments of every call, the same for all images.
+            run: How to run the network; see :class:`nad_attr.RunOptions`.
             dtype: Of the result.
 
         Returns:
@@ -241,8 +242,7 @@ class ChannelScorer(ABC):
                 targets or tasks are no class of the network, or a task has no own (or, where
                 they count, no other) images.
         """
-        options = (batch_size, device, forward_func, additional_forward_args, dtype)
-        found = self._scored(inputs, targets, tasks, (include_others,), (self.signed,), *options)
+        found = self._scored(inputs, targets, tasks, (include_others,), (self.signed,), run, dtype)
         return found[include_others, self.signed]
 
     def variants(
@@ -253,10 +253,7 @@ class ChannelScorer(ABC):
         tasks: Sequence[Task] | None = None,
         include_others: Sequence[bool] = (False, True),
         signed: Sequence[bool] | None = None,
-        batch_size: int = 64,
-        device: torch.device | str | None = None,
-        forward_func: Callable[..., Any] | None = None,
-        additional_forward_args: Any = None,
+        run: RunOptions | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Variants:
         """All ways to average this scorer's numbers, from one pass over the images.
@@ -267,10 +264,7 @@ class ChannelScorer(ABC):
             tasks: See there.
             include_others: Over which images: own (False), own and other (True).
             signed: Without (False) or with the sign (True); None: both, where there is one.
-            batch_size: See there.
-            device: See there.
-            forward_func: See there.
-            additional_forward_args: See there.
+            run: See there.
             dtype: See there.
 
         Returns:
@@ -303,8 +297,7 @@ class ChannelScorer(ABC):
         for what, values in (("include_others", include_others), ("signed", signed)):
             if isinstance(values, bool) or not values:
                 raise ValueError(f"{what} must list True, False or both, not {values!r}.")
-        options = (batch_size, device, forward_func, additional_forward_args, dtype)
-        return self._scored(inputs, targets, tasks, include_others, signed, *options)
+        return self._scored(inputs, targets, tasks, include_others, signed, run, dtype)
 
     def _scored(
         self,
@@ -313,29 +306,23 @@ class ChannelScorer(ABC):
         tasks: Sequence[Task] | None,
         include_others: Sequence[bool],
         signed: Sequence[bool],
-        batch_size: int,
-        device: torch.device | str | None,
-        forward_func: Callable[..., Any] | None,
-        additional_forward_args: Any,
+        run: RunOptions | None,
         dtype: torch.dtype,
     ) -> Variants:
-        runner = Runner(
-            self.model,
-            device=device,
-            forward_func=forward_func,
-            additional_forward_args=additional_forward_args,
-        )
+        runner = Runner(self.model, run)
         # A caller's inference mode would leave nothing to differentiate.
         with torch.inference_mode(False), torch.enable_grad(), frozen(runner.model):
             source: Source = (
                 TensorSource(inputs, targets)
                 if targets is not None or isinstance(inputs, Tensor)
-                else _Scored(inputs if hasattr(inputs, "batches") else as_source(inputs))
+                else _Scored(
+                    inputs if hasattr(inputs, "batches") else as_source(inputs, any_labels=True)
+                )
             )
+            runner.fit(source)
             rows = tasks_of(source.labels, tasks)
             weights = torch.stack([_weights(source.labels, rows, both) for both in include_others])
-            check_batch_size(batch_size)
-            totals = self._totals(runner, source, rows, weights, signed, batch_size)
+            totals = self._totals(runner, source, rows, weights, signed)
         for name, total in totals.items():
             if not bool(torch.isfinite(total).all()):
                 raise ValueError(f"the scores of gate site {name!r} are not finite.")
@@ -352,7 +339,6 @@ class ChannelScorer(ABC):
         tasks: Sequence[Task],
         weights: Tensor,
         signed: Sequence[bool],
-        batch_size: int,
     ) -> dict[str, Tensor]:
         """Weighted sums of image scores.
 
@@ -362,7 +348,6 @@ class ChannelScorer(ABC):
             tasks: T tasks.
             weights: float64 (V, T, N), how much each image counts.
             signed: S times, whether the sign counts.
-            batch_size: Images in a pass, at most.
 
         Returns:
             ``{site name: float64 (V, S, T, C)}`` on the CPU.
@@ -383,26 +368,36 @@ class ChannelScorer(ABC):
                 torch.empty(0, dtype=torch.long, device="cpu"),
                 counts.any(0).nonzero()[:, 0],
             )
-        cuts = list(chunks(len(image), self.images_per_batch(batch_size)))
+
+        def as_batch(inputs: Inputs, rows: Tensor, chosen: Sequence[int]) -> Batch:
+            return Batch(
+                runner.model,
+                inputs,
+                source.labels[chosen].to(runner.device),
+                [tasks[r] for r in rows.tolist()],
+                partial(self._outputs, runner, source.labels, tasks),
+                prepared,
+                None if source.targets is None else source.targets[chosen].to(runner.device),
+            )
+
+        def probe(inputs: Inputs) -> None:
+            n = len(inputs[0])
+            self.image_scores(as_batch(inputs, row[:1].expand(n if len(row) else 0), [0] * n))
+
+        whole = runner.images_per_pass(source)
+        prepared = self.prepare(runner, source, whole)
+        found = runner.options.batch_size == "auto"
+        width = runner.images_per_pass(source, probe) if found else self.images_per_batch(whole)
+        cuts = list(chunks(len(image), width))
         numbers = [image[cut[0] : cut[-1] + 1].tolist() for cut in cuts]
         once = [list(dict.fromkeys(chosen)) for chosen in numbers]
-        prepared = self.prepare(runner, source, batch_size)
-        for cut, chosen, drawn, inputs in zip(
-            cuts, numbers, once, runner.draw(source, once), strict=True
-        ):
+        images = runner.draw(source, once, f"scoring with {type(self).__name__}")
+        for cut, chosen, drawn, inputs in zip(cuts, numbers, once, images, strict=True):
             here = row[cut[0] : cut[-1] + 1]
             if len(drawn) < len(chosen):
                 places = {number: place for place, number in enumerate(drawn)}
                 inputs = tuple(x[[places[number] for number in chosen]] for x in inputs)
-            batch = Batch(
-                runner.model,
-                inputs,
-                source.labels[chosen].to(runner.device),
-                [tasks[r] for r in here.tolist()],
-                partial(self._outputs, runner, source.labels, tasks),
-                prepared,
-            )
-            for name, scores in self.image_scores(batch).items():
+            for name, scores in self.image_scores(as_batch(inputs, here, chosen)).items():
                 values = scores.detach().cpu().double()
                 for s, sign in enumerate(signed):
                     kept = values if sign or not self.has_sign else values.abs()
@@ -524,7 +519,6 @@ class TaskScorer(ChannelScorer):
         tasks: Sequence[Task],
         weights: Tensor,
         signed: Sequence[bool],
-        batch_size: int,
     ) -> dict[str, Tensor]:
         scores = self.task_scores(runner, source, tasks)
         return {

@@ -158,13 +158,8 @@ class LRPScorer(ChannelScorer):
 
 
 def _composite(composite: Any, canonizers: Sequence[Any] | None) -> Any:
-    try:
-        import zennit.composites  # noqa: F401 (part of it may be missing)
-        from zennit.core import Composite
-    except ImportError as error:
-        raise ImportError(
-            "LRPScorer needs Zennit; install it with: pip install 'nad-attr[zennit]'"
-        ) from error
+    from zennit.core import Composite  # takes long to load
+
     if isinstance(composite, Composite):
         if canonizers is not None:
             raise TypeError("a composite brings its own canonizers; leave out canonizers=.")

@@ -15,22 +15,26 @@ from __future__ import annotations
 import itertools
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from nad_attr.sites.calling import Fields, call_with
 from nad_attr.sites.coverage import NetworkCheckWarning, poor_coverage
 from nad_attr.sites.site import GateSite, SiteError, resolve_name, unwrap
-from nad_attr.sites.tracing import Call, Trace, trace
+from nad_attr.sites.tracing import INT8, Call, Trace, trace
 
 __all__ = ["find_gate_sites", "paper_sites"]
 
 
 # How many other sites a module may hold for a site to be named after it.
 _MOST_ENCLOSED = 2
+
+
+_FLOAT = "give the float network that it was made from"
 
 
 Layers: TypeAlias = "str | nn.Module | GateSite | Sequence[str | nn.Module | GateSite]"
@@ -74,13 +78,14 @@ _GATHER = (
 
 def find_gate_sites(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Tensor, ...],
+    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
     *,
     layers: Layers | None = None,
     channel_dim: int | Mapping[str, int] | None = None,
     at_input: bool = False,
     additional_forward_args: object = None,
     vectors: bool = True,
+    forward_func: Callable[..., object] | None = None,
 ) -> list[GateSite]:
     """Finds, or checks, the places where a gate really closes a channel.
 
@@ -93,7 +98,8 @@ def find_gate_sites(
 
     Args:
         model: The network, in eval mode.
-        example_inputs: A tensor or a tuple of tensors the model can be called with; the first axis
+        example_inputs: A tensor or a tuple of tensors the model can be called with, or a dictionary
+            of them, handed over by keyword or as it is, as the model takes it; the first axis
             is the batch. One image is enough; where the model does not look at values, a tensor
             on the meta device will do.
         layers: Modules to put gates at, instead of finding them: names, modules or
@@ -104,6 +110,8 @@ def find_gate_sites(
         additional_forward_args: One more argument or a tuple of them, as in Captum.
         vectors: Whether layers whose output has no positions, (batch, channels), may be sites.
             False leaves out the hidden fully connected layers of a VGG. Only without ``layers``.
+        forward_func: What is called in place of the model, which it runs: for models that take
+            keywords, dictionaries or lists.
 
     Returns:
         The sites in forward order.
@@ -123,15 +131,19 @@ def find_gate_sites(
         '0'
     """
     model = _checked_model(model)
+    if isinstance(example_inputs, Mapping):
+        fields = Fields(tuple(example_inputs))
+        forward_func = call_with(model if forward_func is None else forward_func, fields)
+        example_inputs = tuple(example_inputs.values())
     inputs = _checked_inputs(example_inputs)
     asked = None if layers is None else asked_layers(model, layers, at_input)
     if asked is None and at_input:
         raise SiteError("at_input=True needs layers=: the modules at whose inputs to put the gates")
     try:
-        traced = trace(model, inputs, _as_tuple(additional_forward_args))
+        traced = trace(model, inputs, _as_tuple(additional_forward_args), forward_func)
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-        sizes = _batch_sizes(model, inputs, _as_tuple(additional_forward_args))
+        sizes = _batch_sizes(model, inputs, _as_tuple(additional_forward_args), forward_func)
         if sizes:
             raise SiteError(
                 f"the model runs on batches of {' or '.join(map(str, sizes))} images and not of "
@@ -141,12 +153,19 @@ def find_gate_sites(
         remedy = (
             "If the model looks at values, give real tensors instead of meta tensors."
             if any(tensor.is_meta for tensor in inputs)
-            else "Give inputs that model(*example_inputs, *additional_forward_args) accepts."
+            else "Give inputs that model(*example_inputs, *additional_forward_args) accepts, or a "
+            "forward_func that hands them over."
         )
         raise SiteError(
             f"the model cannot be run on example_inputs of shape {shapes}: "
             f"{type(error).__name__}: {error}. {remedy}"
         ) from error
+    times = sum(not call.name for call in traced.calls)
+    if times > 1:
+        raise SiteError(
+            f"forward_func runs the model {times} times, so one gate would stand for several "
+            "tensors; run it once and make what is wanted of its one output"
+        )
     flow = _Flow(model, traced)
     if asked is None:
         sites = _found_sites(flow, channel_dim, vectors)
@@ -239,7 +258,10 @@ def _checked_model(model: nn.Module) -> nn.Module:
 
 
 def _batch_sizes(
-    model: nn.Module, inputs: tuple[Tensor, ...], arguments: tuple[object, ...]
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    arguments: tuple[object, ...],
+    forward_func: Callable[..., object] | None,
 ) -> list[int]:
     """Batch sizes that a model can be run on, of those that people write into a forward pass."""
     found = []
@@ -252,7 +274,9 @@ def _batch_sizes(
             for s, t in zip(shapes, inputs, strict=True)
         ]
         try:
-            trace(model, shaped, arguments)  # on shapes alone, which costs next to nothing
+            trace(
+                model, shaped, arguments, forward_func
+            )  # on shapes alone, which costs next to nothing
         except Exception:
             continue
         found.append(n)
@@ -340,6 +364,9 @@ class _Flow:
         self.calls: dict[str, list[Call]] = {}
         for call in traced.calls:
             self.calls.setdefault(call.name, []).append(call)
+        whole = next((c.name for c in traced.calls if c.kind == INT8), None)
+        #: Why some layers have no place for a gate; "": none is of that kind.
+        self.int8 = "" if whole is None else (f"layer {whole!r} returns {INT8}; {_FLOAT}")
         self.sources = set(traced.sources)
         self.sinks = set(traced.sinks)
         reach = set(self.sources)
@@ -450,7 +477,7 @@ def _canonical_axis(shape: tuple[int, ...], axis: int) -> int:
 def _found_sites(
     flow: _Flow, channel_dim: int | Mapping[str, int] | None, vectors: bool
 ) -> list[GateSite]:
-    if not flow.path:
+    if not flow.path and not flow.int8:
         raise SiteError(
             "the output does not depend on the inputs by PyTorch operators, so no site can be "
             "found; name the layers yourself with layers="
@@ -475,6 +502,8 @@ def _found_sites(
         if vectors or len(call.shape) > 2:
             axes = flow.nodes[index].axes
             sites.append(_site(call.name, call.shape, axes, channel_dim, at_input=False))
+    if not sites and flow.int8:
+        raise SiteError(f"no gate site found: {flow.int8}")
     if not sites:
         raise SiteError(
             "no gate site found: no module returns a hidden tensor on which all of the output "
@@ -740,6 +769,8 @@ def _gated_node(flow: _Flow, call: Call, at_input: bool) -> int:
     verb = "is given" if at_input else "returns"
     if shape is None:
         kind = call.argument_kind if at_input else call.kind
+        if kind == INT8:
+            raise SiteError(f"layer {name!r} {verb} {kind}; {_FLOAT}")
         needed = "input (by position, and no other)" if at_input else "output, of real numbers"
         raise SiteError(
             f"layer {name!r} {verb} {kind}; a gate needs one tensor as {needed}; {remedy}"

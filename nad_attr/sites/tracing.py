@@ -8,14 +8,12 @@ and made, and every call of a module with the tensors it was given and gave back
 from __future__ import annotations
 
 import dataclasses
-import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,6 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nad_attr.sites.preserving import unchanged
 from nad_attr.system.rng import isolated_rng
 from nad_attr.system.threads import owned
+
+#: What a layer of static int8 returns, in words.
+INT8 = "int8 numbers, which have no gradient"
 
 Axes = frozenset[int]
 
@@ -158,7 +159,10 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def trace(
-    model: nn.Module, inputs: Sequence[Tensor], additional_forward_args: Sequence[object] = ()
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    additional_forward_args: Sequence[object] = (),
+    forward_func: Callable[..., object] | None = None,
 ) -> Trace:
     """Traces one forward pass of a model.
 
@@ -172,6 +176,7 @@ def trace(
         model: The model, in eval mode.
         inputs: The model's inputs, of which the first axis is the batch.
         additional_forward_args: More arguments, which count as constants.
+        forward_func: What is called in place of the model, which it runs.
 
     Returns:
         The trace.
@@ -179,6 +184,7 @@ def trace(
     Raises:
         Exception: Whatever the model raises on the real tensors.
     """
+    run = model if forward_func is None else forward_func
     arguments: tuple[object, ...] = (*inputs, *additional_forward_args)
     parameters = [*model.parameters(), *model.buffers()]
     device = parameters[0].device if parameters else torch.device("cpu")
@@ -196,12 +202,12 @@ def trace(
                     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             return fake.from_tensor(tensor)
 
-        return _run(model, tuple(_map(arguments, faked)), len(inputs), fake)
+        return _run(model, run, tuple(_map(arguments, faked)), len(inputs), fake)
 
     def as_given() -> Trace:
         # Copies, since the model may write into its inputs.
         copies = tuple(_map(arguments, lambda tensor: tensor.detach().clone()))
-        return _run(model, copies, len(inputs), None)
+        return _run(model, run, copies, len(inputs), None)
 
     # Meta tensors have no values either, and go through a meta model faster than fake ones.
     first, second = (as_given, on_fake_tensors) if on_meta else (on_fake_tensors, as_given)
@@ -227,7 +233,11 @@ def _map(value: object, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _run(
-    model: nn.Module, arguments: tuple[object, ...], n_inputs: int, fake: FakeTensorMode | None
+    model: nn.Module,
+    run: Callable[..., object],
+    arguments: tuple[object, ...],
+    n_inputs: int,
+    fake: FakeTensorMode | None,
 ) -> Trace:
     """Runs and records one pass, on fake tensors if a mode is given."""
     recorder = _Recorder()
@@ -247,7 +257,7 @@ def _run(
             stack.enter_context(fake)
         stack.enter_context(_calls_recorded(model, recorder))
         with recorder:
-            output = model(*arguments)
+            output = run(*arguments)
     tensors = tensors_in(_main_output(output))
     sinks = tuple(dict.fromkeys(recorder.node_of[id(t)] for t in tensors if recorder.knows(t)))
     first = next(tensors_in(arguments[:n_inputs]))
@@ -587,6 +597,8 @@ def _calls_recorded(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
                 if output.is_complex():
                     call.kind = "complex numbers"
                     return
+                if output.is_quantized:
+                    return
                 call.output = recorder.node_of.get(id(output))
                 call.shape = tuple(output.shape)
                 call.floating = output.is_floating_point()
@@ -605,20 +617,10 @@ def _calls_recorded(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 def _words(value: object) -> str:
     """What a module was given or gave back, in words."""
     if isinstance(value, Tensor):
-        return "a tensor"
+        return INT8 if value.is_quantized else "a tensor"
     n = len(list(tensors_in(value)))
     kind = type(value).__name__
     return f"a {kind} with {n} tensor{'' if n == 1 else 's'}"
-
-
-def random_states() -> tuple[str, ...]:
-    """The global random states, to see whether anything has drawn from them."""
-    torch_states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
-        torch_states += torch.cuda.get_rng_state_all()
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002
-    kept = [np.asarray(numpy_state[1]).tobytes(), *(s.numpy().tobytes() for s in torch_states)]
-    return str(random.getstate()), *(f"{hash(b)}" for b in kept), str(numpy_state[2])
 
 
 def graph_nodes(root: Any) -> Iterator[Any]:

@@ -26,7 +26,7 @@ __all__ = [
     "rbo_weight",
 ]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: Rank-biased overlap looks this patiently down the ranking: the first 50 ranks have 85 % of the
 #: weight.

@@ -14,7 +14,7 @@ from nad_attr._checks import check_count
 __all__ = ["bootstrap_interval", "bootstrap_means", "check_interval", "interval_of", "times_drawn"]
 
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def check_interval(level: float, n_draws: int) -> None:

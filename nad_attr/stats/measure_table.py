@@ -38,6 +38,7 @@ MEASURE_TABLE = {
     "disentanglement": Measure("disent.", "disentanglement", "higher"),
     "fidelity": Measure("fidelity", "fidelity (R²)", "higher"),
     "rank_fidelity": Measure("rank fid.", "rank fidelity", "higher"),
+    "target_r2": Measure("target R²", "R² of the targets", "higher"),
     "detector_ba": Measure("det. BA", "detector BA", "higher"),
     "margin_auc": Measure("margin AUC", "margin AUC", "higher"),
     "recall": Measure("recall", "recall", "higher"),

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["least_p", "permutation_p"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: Numbers that differ by less than this share of the largest one are equal: it is rounding.
 TIE = 1e-9

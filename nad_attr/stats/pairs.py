@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["chance_overlaps", "cosines", "overlap_matrix", "site_overlaps"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def overlap_matrix(masks: Mapping[str, Tensor], *, chance_corrected: bool = False) -> Tensor:

@@ -26,9 +26,9 @@ __all__ = [
     "with_tail",
 ]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
-IntArray: TypeAlias = "NDArray[np.int64]"
-BoolArray: TypeAlias = "NDArray[np.bool_]"
+FloatArray: TypeAlias = NDArray[np.float64]
+IntArray: TypeAlias = NDArray[np.int64]
+BoolArray: TypeAlias = NDArray[np.bool_]
 
 #: Entries of one block of permuted scores, so that memory stays small (32 MiB of float64).
 _BLOCK = 4_000_000

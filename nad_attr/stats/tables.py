@@ -12,7 +12,7 @@ from nad_attr.stats.bootstrap import bootstrap_interval
 
 __all__ = ["intervals", "nan_mean", "number", "pandas", "plain", "table"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def nan_mean(values: FloatArray) -> FloatArray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,7 @@ from scipy import stats
 from nad_attr._checks import check_count
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.ranks import midranks, standard_ranks
+from nad_attr.stats.results import Result
 from nad_attr.stats.sentences import MEASURES, sentence_of
 from nad_attr.stats.strata import (
     Tables,
@@ -28,6 +29,11 @@ from nad_attr.stats.strata import (
     strata_of,
     with_tail,
 )
+from nad_attr.stats.tables import pandas
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = [
     "Statistic",
@@ -37,15 +43,15 @@ __all__ = [
     "rank_correlation",
 ]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
-BoolArray: TypeAlias = "NDArray[np.bool_]"
+FloatArray: TypeAlias = NDArray[np.float64]
+BoolArray: TypeAlias = NDArray[np.bool_]
 
 #: Kept and dropped channels from which on a sum of ranks is nearly normal, far out as well.
 MIN_PER_SIDE_FOR_NORMAL = 10
 
 
 @dataclass(frozen=True)
-class Statistic:
+class Statistic(Result):
     """One number with what it takes to judge it.
 
     Attributes:
@@ -83,6 +89,34 @@ class Statistic:
     def measure(self) -> str:
         """What the effect is called."""
         return MEASURES[self.test]
+
+    def frame(self) -> pd.DataFrame:
+        """One row: :meth:`row`, for pandas.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return pandas("Statistic.frame()").DataFrame([self.row()])
+
+    def summary(self) -> str:
+        """What may be concluded: :attr:`sentence`."""
+        return self.sentence
+
+    def plot(self, axes: Any = None) -> Figure:
+        """The effect with its interval, and what chance gives.
+
+        Args:
+            axes: One matplotlib Axes; None: a new figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from nad_attr.plots.style import plot_intervals
+
+        rows = {self.test: (self.effect, *self.interval)}
+        if not math.isnan(self.control):
+            rows["chance"] = (self.control, *self.control_interval)
+        return plot_intervals(rows, self.measure, at=self.null, axes=axes)
 
     def row(self) -> dict[str, Any]:
         """The numbers as a row of a table."""

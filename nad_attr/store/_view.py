@@ -310,6 +310,7 @@ def opened(path: Path) -> tuple[Content, h5py.File]:
 
 def seen(path: Path) -> tuple[Content, h5py.File]:
     """The state of a store that may be replaced at any moment: file and journal that fit."""
+    check_hdf5(path)  # before realpath, which fails in its own words where a name holds a zero
     # A writer follows a link to the store, so its journal is where that leads.
     journal = journal_path(Path(os.path.realpath(path)))
     for _ in range(_LOOKS):

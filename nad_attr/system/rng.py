@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["isolated_rng", "seed_of"]
+__all__ = ["isolated_rng", "random_states", "seed_of"]
 
 
 def seed_of(*parts: object) -> int:
@@ -59,3 +59,19 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
                 generator.manual_seed(generator.initial_seed())
         for generator, state in generators:
             generator.set_state(state)
+
+
+def random_states() -> tuple[object, ...]:
+    """The global random states, to see whether anything has drawn from them.
+
+    Example:
+        >>> before = random_states()
+        >>> before == random_states()
+        True
+        >>> _ = torch.rand(1, device="cpu")
+        >>> before == random_states()
+        False
+    """
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    states = (generator.get_state().numpy().tobytes() for generator in _generators())
+    return random.getstate(), str(numpy_state[2]), numpy_state[1].tobytes(), *states  # type: ignore[index, union-attr]

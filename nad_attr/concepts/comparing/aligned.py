@@ -22,7 +22,7 @@ from nad_attr.store import GateStore
 
 __all__ = ["Aligned", "Gates", "align"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 #: What says which channels tasks keep.
 Gates: TypeAlias = (
     "TaskGates | SubArchitecture | Sequence[SubArchitecture] | GateStore | str | PathLike[str]"

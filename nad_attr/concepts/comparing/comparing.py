@@ -55,7 +55,7 @@ from nad_attr.system.rng import seed_of
 
 __all__ = ["compare"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: Random sub-architectures of all tasks whose overlaps are held against a similarity.
 _RANDOM_OVERLAPS = 20

@@ -10,22 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nad_attr._checks import check_count
-from nad_attr._display import html_text
 from nad_attr.concepts.comparing.aligned import Aligned, Gates, align
 from nad_attr.concepts.comparing.result import Comparison, RowList
 from nad_attr.concepts.unit_concepts import UnitConcepts
 from nad_attr.stats.bootstrap import bootstrap_means, interval_of
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.ranks import rank_trends
+from nad_attr.stats.results import Result
 from nad_attr.stats.sentences import DEPTH_MEASURES
 from nad_attr.stats.strata import permutations, with_tail
-from nad_attr.stats.tables import nan_mean
+from nad_attr.stats.tables import nan_mean, pandas
 from nad_attr.system.rng import seed_of
 from nad_attr.system.safe_text import shown
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 __all__ = ["HIGH", "DepthSemantics", "semantics_along_depth"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: Categories of concepts that count as high-level; colours, textures and materials are low.
 HIGH = ("object", "part", "scene")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DepthSemantics:
+class DepthSemantics(Result):
     """Concepts along depth, of kept channels, all channels and random ones.
 
     Attributes:
@@ -73,6 +73,11 @@ class DepthSemantics:
     high: tuple[str, ...]
     notes: tuple[str, ...] = ()
     seed: int = 0
+
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **{"sites": "S", "depths": "S", "n_channels": "S", "task_names": "T", "kept": "T S"},
+        **{"all": "S", "random": "draws S", "categories": "T S", "all_categories": "S"},
+    }
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -210,13 +215,7 @@ class DepthSemantics:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "DepthSemantics.frame() needs pandas: pip install 'nad-attr[stats]'; summary() "
-                "does without."
-            ) from error
+        pd = pandas("DepthSemantics.frame()")
         parts = []
         base = {"site": list(self.sites), "depth": self.depths, "n_channels": self.n_channels}
         for measure in self.measures:
@@ -270,10 +269,6 @@ class DepthSemantics:
         )
         lines += [f"Note: {note}" for note in self.notes]
         return "\n".join(map(shown, lines))
-
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
 
     def plot(self, axes: Any = None) -> Figure:
         """A panel per measure over depth: kept with its interval, all, random with its range.

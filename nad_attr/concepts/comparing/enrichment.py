@@ -21,7 +21,7 @@ from nad_attr.stats.tests import count_test, fisher_interval, normal_interval, n
 
 __all__ = ["concept_enrichment"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def tables_of(aligned: Aligned, flags: list[NDArray[np.bool_]]) -> Tables:

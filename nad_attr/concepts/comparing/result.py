@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr._display import html_text
+from nad_attr.stats.results import Result, is_json
 from nad_attr.stats.sentences import (
     ALL_TASKS,
     DEPTH_MEASURES,
@@ -17,16 +17,18 @@ from nad_attr.stats.sentences import (
     SIGNIFICANCE_LEVEL,
     sentence_of,
 )
+from nad_attr.stats.tables import pandas
 from nad_attr.stats.tests import Statistic, benjamini_hochberg
 from nad_attr.store import GateStoreError, read_result, write_result
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["ALL_TASKS", "Comparison", "RowList"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 _TEXTS = ("test", "task", "site", "concept", "other")
 _NUMBERS = (
@@ -87,7 +89,7 @@ class RowList:
         )
 
 
-class Comparison:
+class Comparison(Result):
     """A table of statistics with q-values over all of it, and sentences.
 
     Made by :func:`nad_attr.concepts.compare`.
@@ -219,13 +221,7 @@ class Comparison:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "Comparison.frame() needs pandas: pip install 'nad-attr[stats]'; summary() does "
-                "without."
-            ) from error
+        pd = pandas("Comparison.frame()")
         columns: dict[str, Any] = {**self.columns, "measure": [MEASURES[t] for t in self["test"]]}
         table = {name: columns[name] for name in _COLUMNS}
         if sentences:
@@ -283,16 +279,60 @@ class Comparison:
         lines += [f"Note: {note}" for note in self.notes]
         return "\n".join(map(shown, lines))
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
+    def plot(self, test: str | None = None, *, limit: int = 20, axes: Any = None) -> Figure:
+        """Effects of one test with their intervals, those of the smallest q-values.
 
-    def save(self, path: str | PathLike[str], name: str = "comparison") -> None:
-        """Write to the group ``/comparison/<name>`` of a store of gates or a file of results.
+        Args:
+            test: Which; None: that of the first row.
+            limit: Rows, at most.
+            axes: One matplotlib Axes; None: a new figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If there is no row of such a test.
+        """
+        from nad_attr.plots.style import plot_intervals
+
+        rows = self.where(test=test or next(iter(self["test"]), ""))
+        if not rows:
+            raise ValueError(f"no row is of test {test!r}; there are {[*self._counts()]}.")
+        rows = sorted(rows, key=lambda i: (np.isnan(self["q"][i]), self["q"][i]))[:limit]
+        found = {
+            " ".join(self[name][i] for name in _TEXTS[1:] if self[name][i]) or str(i): tuple(
+                float(self[name][i]) for name in ("effect", "low", "high")
+            )
+            for i in rows
+        }
+        return plot_intervals(found, MEASURES[self["test"][rows[0]]], axes=axes)
+
+    @classmethod
+    def _types(cls) -> dict[str, Any]:
+        return {"columns": dict[str, list[Any]], "notes": tuple[str, ...], "info": dict[str, Any]}
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._types()}
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> Comparison:
+        if unknown := set(fields["columns"]["test"]) - set(MEASURES):
+            raise ValueError(f"there is no test {sorted(unknown)[0]!r}.")
+        columns = {n: [np.nan if v is None else v for v in c] for n, c in fields["columns"].items()}
+        return cls(columns, notes=fields["notes"], info=fields["info"])
+
+    def save(self, path: str | PathLike[str], name: str | None = None) -> None:
+        """Write to JSON, or to the group ``/comparison/<name>`` of a store or a file of results.
+
+        Args:
+            path: The file; see :meth:`nad_attr.stats.results.Result.save`.
+            name: Of the comparison; None: "comparison".
 
         Raises:
             GateStoreError: If the file is something else or cannot be written.
+            OSError: If a JSON file cannot be written.
         """
+        if is_json(path):
+            return super().save(path)
+        name = name or "comparison"
         write_result(path, f"comparison/{name}", *self.stored())
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -302,10 +342,11 @@ class Comparison:
         return arrays, {"notes": list(self.notes), "info": self.info}
 
     @classmethod
-    def load(cls, path: str | PathLike[str], name: str = "comparison") -> Comparison:
+    def load(cls, path: str | PathLike[str], name: str | None = None) -> Comparison:
         """Read what :meth:`save` wrote.
 
         Raises:
+            ValueError: If a JSON file holds no comparison.
             GateStoreError: If the file is missing, damaged or foreign, or holds no such result.
 
         Example:
@@ -317,16 +358,13 @@ class Comparison:
             ...     Comparison.load(f"{folder}/results.h5") == result
             True
         """
+        if is_json(path):
+            return super().load(path)
+        name = name or "comparison"
         arrays, about = read_result(path, f"comparison/{name}")
         try:
-            unknown = set(arrays["test"]) - set(MEASURES)
-            if unknown:
-                raise ValueError(f"there is no test {sorted(unknown)[0]!r}.")
-            return cls(
-                {key: list(value) for key, value in arrays.items()},
-                notes=about["notes"],
-                info=about["info"],
-            )
+            columns = {key: list(value) for key, value in arrays.items()}
+            return cls._of_fields({"columns": columns, **about})
         except (KeyError, TypeError, ValueError) as error:
             raise GateStoreError(
                 f"{path}, '/comparison/{name}' holds no comparison: {error!r:.200}."

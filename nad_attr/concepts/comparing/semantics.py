@@ -23,7 +23,7 @@ from nad_attr.system.rng import seed_of
 
 __all__ = ["classifier_similarity", "confusion_similarity", "mantel", "wordnet_similarity"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def _matrix(values: ArrayLike, what: str) -> FloatArray:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,20 @@ def _text(path: Path, what: str) -> str:
         raise ConceptDataError(f"{path}, {what}, cannot be read: {error}.") from None
 
 
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[Any]:
+    """A picture, open; what Pillow cannot read is named."""
+    pillow = _pillow()
+    try:
+        check_file(path)
+        with pillow.open(path) as file:
+            yield file
+    except ConceptDataError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ConceptDataError(f"{path} is no {what} that can be read: {error}.") from None
+
+
 def _size(size: Size) -> tuple[int, int] | None:
     if size is None:
         return None
@@ -131,16 +146,11 @@ class _Photos(Dataset[Any]):
 
     def _photo(self, path: Path) -> tuple[Tensor, Any]:
         """The image as the network takes it, and as Pillow read it."""
-        pillow = _pillow()
-        try:
-            check_file(path)
-            with pillow.open(path) as file:
-                photo = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ConceptDataError(f"{path} is no image that can be read: {error}.") from None
+        with _opened(path, "image") as file:
+            photo = file.convert("RGB")
         shown = photo
         if self.size is not None:
-            shown = photo.resize(self.size[::-1], pillow.Resampling.BICUBIC)
+            shown = photo.resize(self.size[::-1], _pillow().Resampling.BICUBIC)
         if self.transform is not None:
             image = self.transform(shown)
             if not isinstance(image, Tensor):
@@ -163,26 +173,23 @@ def _pixels(photo: Any) -> Tensor:
 
 def _mask(path: Path, size: tuple[int, int] | None = None) -> Tensor:
     """An index mask, int64 (H, W): palette and grey images as the numbers that they hold."""
-    pillow = _pillow()
-    try:
-        check_file(path)
-        with pillow.open(path) as file:
-            if file.mode not in ("P", "L", "1", "I", "I;16"):
-                raise ConceptDataError(
-                    f"{path} is a {file.mode} image; label masks hold one number for each pixel "
-                    "(palette or grey). Colour-coded labels must be converted first."
-                )
-            if size is not None:
-                file = file.resize(size[::-1], pillow.Resampling.NEAREST)
-            return torch.from_numpy(np.array(file).astype(np.int64))
-    except (OSError, SyntaxError, NotAFileError) as error:
-        raise ConceptDataError(f"{path} is no label mask that can be read: {error}.") from None
+    with _opened(path, "label mask") as file:
+        if file.mode not in ("P", "L", "1", "I", "I;16"):
+            raise ConceptDataError(
+                f"{path} is a {file.mode} image; label masks hold one number for each pixel "
+                "(palette or grey). Colour-coded labels must be converted first."
+            )
+        if size is not None:
+            file = file.resize(size[::-1], _pillow().Resampling.NEAREST)
+        return torch.from_numpy(np.array(file).astype(np.int64))
 
 
 class _Masked(_Photos):
     """Photos with an index mask each; ``paths`` holds the pairs."""
 
     paths: list[tuple[Path, Path]]
+    #: Number of the first concept in the masks, and what to do about a number beyond the last.
+    _first, _hint = 0, "."
 
     def __init__(
         self,
@@ -195,6 +202,11 @@ class _Masked(_Photos):
     ) -> None:
         super().__init__(concepts, size, transform, colours)
         self._ignored, self._label_size = list(ignored), _size(label_size)
+        self._n_masked = self._n_given
+
+    def _labels(self, photo: Path) -> list[int]:
+        """Concepts of the whole photo."""
+        return []
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -205,13 +217,31 @@ class _Masked(_Photos):
         image, shown = self._photo(photo)
         labels = _mask(mask, self._label_size)
         for number in self._ignored:
-            labels[labels == number] = -1
-        if int(labels.max()) >= self._n_given:
+            labels[labels == number] = self._first - 1
+        if int(labels.max()) >= self._first + self._n_masked:
             raise ConceptDataError(
-                f"{mask} holds the label {int(labels.max())}, but there are {self._n_given} "
-                "concepts; if that is unlabelled, say so with ignore_index."
+                f"{mask} holds the label {int(labels.max())}, but there are {self._n_masked} "
+                f"concepts, from {self._first} on{self._hint}"
             )
-        return image, self._with_colours(shown, [labels])
+        return image, self._with_colours(shown, [labels - self._first, *self._labels(photo)])
+
+
+def _pairs(photos: Path, masks: Path) -> list[tuple[Path, Path]]:
+    """The photos of a folder, each with its mask of the same name in another."""
+    paths = [
+        (path, masks / f"{path.stem}.png")
+        for path in sorted(photos.iterdir())
+        if path.suffix.lower() in _IMAGES
+    ]
+    if not paths:
+        raise ConceptDataError(f"{photos} holds no photos ({', '.join(_IMAGES)}).")
+    missing = [mask for _, mask in paths if not mask.is_file()]
+    if missing:
+        raise ConceptDataError(
+            f"{len(missing)} of {len(paths)} photos in {photos} have no mask; the first that is "
+            f"missing is {missing[0]}."
+        )
+    return paths
 
 
 class MaskData(_Masked):
@@ -239,6 +269,8 @@ class MaskData(_Masked):
         nad_attr.concepts.datasets.readers.ConceptDataError: there is no folder ...
     """
 
+    _hint = "; if that is unlabelled, say so with ignore_index."
+
     def __init__(
         self,
         root: str | PathLike[str],
@@ -256,19 +288,7 @@ class MaskData(_Masked):
         super().__init__(as_concepts(concepts), ignored, size, label_size, transform, colours)
         photos = _folder(Path(root) / images, "the photos")
         masks = _folder(Path(root) / labels, "the label masks")
-        self.paths = [
-            (path, masks / f"{path.stem}.png")
-            for path in sorted(photos.iterdir())
-            if path.suffix.lower() in _IMAGES
-        ]
-        if not self.paths:
-            raise ConceptDataError(f"{photos} holds no photos ({', '.join(_IMAGES)}).")
-        missing = [mask for _, mask in self.paths if not mask.is_file()]
-        if missing:
-            raise ConceptDataError(
-                f"{len(missing)} of {len(self.paths)} photos in {photos} have no mask; the first "
-                f"that is missing is {missing[0]}."
-            )
+        self.paths = _pairs(photos, masks)
 
 
 class VOCData(_Masked):
@@ -319,7 +339,7 @@ class VOCData(_Masked):
                     raise ConceptDataError(f"{path} is listed, but not there.")
 
 
-class ADE20KData(_Photos):
+class ADE20KData(_Masked):
     """ADE20K as in the scene parsing benchmark (``ADEChallengeData2016``): 150 objects, and scenes.
 
     ``images/SPLIT/*.jpg``, ``annotations/SPLIT/*.png`` (0 is unlabelled), ``objectInfo150.txt``
@@ -342,6 +362,8 @@ class ADE20KData(_Photos):
         ...
         nad_attr.concepts.datasets.readers.ConceptDataError: there is no folder ...
     """
+
+    _first = 1  # 0 is unlabelled
 
     def __init__(
         self,
@@ -372,40 +394,17 @@ class ADE20KData(_Photos):
         if listed.is_file():
             pairs = [line.split() for line in _text(listed, "the table of scenes").split("\n")]
             scenes = {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
-        self.paths = [
-            (path, masks / f"{path.stem}.png")
-            for path in sorted(photos.iterdir())
-            if path.suffix.lower() in _IMAGES
-        ]
-        missing = [str(mask) for _, mask in self.paths if not mask.is_file()]
-        if not self.paths or missing:
-            what = f"the mask {missing[0]} is missing" if missing else "there are no photos"
-            raise ConceptDataError(f"{photos}: {what}.")
+        self.paths = _pairs(photos, masks)
         names = sorted({scenes[p.stem] for p, _ in self.paths if p.stem in scenes})
-        super().__init__(
-            [*objects, *(Concept(name, "scene") for name in names)], size, transform, colours
-        )
-        self._n_objects, self._label_size = len(objects), _size(label_size)
+        concepts = [*objects, *(Concept(name, "scene") for name in names)]
+        super().__init__(concepts, [], size, label_size, transform, colours)
+        self._n_masked = len(objects)
         self._scene = {
             stem: len(objects) + names.index(n) for stem, n in scenes.items() if n in names
         }
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, list[Any]]:
-        """The image, its objects, and its scene if that is known."""
-        photo, mask = self.paths[i]
-        image, shown = self._photo(photo)
-        labels = _mask(mask, self._label_size) - 1
-        if int(labels.max()) >= self._n_objects:
-            raise ConceptDataError(
-                f"{mask} holds {int(labels.max()) + 1}; the table has {self._n_objects} objects."
-            )
-        found: list[Any] = [labels]
-        if photo.stem in self._scene:
-            found.append(self._scene[photo.stem])
-        return image, self._with_colours(shown, found)
+    def _labels(self, photo: Path) -> list[int]:
+        return [self._scene[photo.stem]] if photo.stem in self._scene else []
 
 
 def _distinct(concepts: Sequence[Concept]) -> list[Concept]:
@@ -533,12 +532,8 @@ class BrodenData(_Photos):
 
     @staticmethod
     def _codes(path: Path) -> Tensor:
-        try:
-            check_file(path)
-            with _pillow().open(path) as file:
-                pixels = np.array(file.convert("RGB")).astype(np.int64)
-        except (OSError, SyntaxError, NotAFileError) as error:
-            raise ConceptDataError(f"{path} is no label image that can be read: {error}.") from None
+        with _opened(path, "label image") as file:
+            pixels = np.array(file.convert("RGB")).astype(np.int64)
         return torch.from_numpy(pixels[:, :, 0] + 256 * pixels[:, :, 1])
 
 

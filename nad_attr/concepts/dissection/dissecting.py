@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
+from nad_attr._checks import check_count
 from nad_attr.concepts.datasets.label_maps import LabelMaps, as_concepts, label_maps
 from nad_attr.concepts.dissection.checkpoint import Checkpoint
 from nad_attr.concepts.dissection.labelled_images import Batch, LabelledImages
@@ -36,7 +37,8 @@ from nad_attr.concepts.dissection.thresholds import ExactTail, Tail, TailSketch,
 from nad_attr.concepts.unit_concepts import Concept, UnitConcepts
 from nad_attr.data.fingerprints import fixed_outputs, model_hash
 from nad_attr.gating.hooks import channel_shape, installed
-from nad_attr.running.forward import Runner, check_batch_size
+from nad_attr.running.forward import Runner
+from nad_attr.running.options import RunOptions
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite
 
@@ -46,6 +48,8 @@ __all__ = ["dissect", "site_maps"]
 _EXACT_BYTES = 2**33
 #: Bytes of activations in a temporary file, where nothing is said.
 _SCRATCH_BYTES = 2**32
+#: Images in a batch, at most, where the size is found.
+MAX_FOUND = 64
 #: Activations are written down in part, where that takes fewer bytes, once so many times the tail's
 #: values were seen.
 _FIRST_SPARSE = 8
@@ -54,11 +58,11 @@ _FIRST_SPARSE = 8
 def dissect(
     model: nn.Module,
     sites: Sequence[GateSite | str] | None,
-    dataset: Any,
+    data: Any,
+    *,
     quantile: float = 0.005,
     concepts: Sequence[Concept | str] | None = None,
     exact: bool = False,
-    *,
     ignore_index: int = -1,
     unlabelled: Literal["ignore", "count"] = "ignore",
     iou_threshold: float = 0.04,
@@ -66,15 +70,11 @@ def dissect(
     n_top: int = 10,
     n_images: int | None = None,
     seed: int = 0,
-    batch_size: int = 16,
+    run: RunOptions | None = None,
     n_workers: int = 0,
     scratch_bytes: int | None = None,
     checkpoint: str | PathLike[str] | None = None,
     checkpoint_every: int = 256,
-    device: torch.device | str | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
-    show_progress: bool = False,
 ) -> UnitConcepts:
     """Measure the IoU of every unit at every site with every concept.
 
@@ -103,13 +103,13 @@ def dissect(
         sites: Where: gate sites, or names of modules. None: all of :func:`find_gate_sites`. Tokens
             (B, L, C) are taken as a square grid, less a class token; a site without positions is a
             single one.
-        dataset: Yields (image, labels): a map-style dataset, a DataLoader of one (its choice of
+        data: Yields (image, labels): a map-style dataset, a DataLoader of one (its choice of
             images, workers and collate function are used), or a pair (images, maps) of tensors.
             Labels are indices of concepts: a map (H, W) of any resolution, covering the same field
             as the image; several maps (L, H, W) or a list of them, which may overlap; an integer
             for the whole image (a scene); or a list of those.
         quantile: Share of a unit's activations above its threshold.
-        concepts: What the indices stand for. None: ``dataset.concepts``.
+        concepts: What the indices stand for. None: ``data.concepts``.
         exact: Exact thresholds. Keeps that share of all activations in memory: for small data.
         ignore_index: Label of pixels that nobody labelled; negative labels mean the same.
         unlabelled: "ignore": pixels without a label of a concept's category do not count for it.
@@ -120,17 +120,13 @@ def dissect(
         n_top: Images to remember for each unit, those with its highest activations.
         n_images: Take only so many images, drawn with the seed. None: all.
         seed: Of that draw, and of random transforms of the dataset.
-        batch_size: Images in one forward pass.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
         n_workers: Processes that load images; 0: as a loader says, or none.
         scratch_bytes: Bytes of activations in the temporary file at most; 0: none. None: 4 GiB on
             a CPU, none elsewhere. At most half of the disk's free space.
         checkpoint: A file that an interrupted dissection goes on from. It is written to now and
             then, and removed at the end.
         checkpoint_every: Images between two states of it.
-        device: Where to run. None: where the network is.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call.
-        show_progress: Show a progress bar.
 
     Returns:
         IoUs, thresholds and top images. A concept that no image shows has IoU NaN.
@@ -148,15 +144,16 @@ def dissect(
         >>> image = torch.tensor([[[[0.9, 0.1], [0.2, 0.3]]]])
         >>> labels = torch.tensor([[[0, 1], [1, 1]]])
         >>> units = dissect(
-        ...     net, [GateSite("0", 2)], (image, labels), 0.25, ["bright", "dark"], exact=True
+        ...     net, [GateSite("0", 2)], (image, labels),
+        ...     quantile=0.25, concepts=["bright", "dark"], exact=True,
         ... )
         >>> units.iou["0"]
         array([[1.        , 0.        ],
                [0.        , 0.33333334]], dtype=float32)
     """
-    run = _Dissection(
+    job = _Dissection(
         model,
-        dataset,
+        data,
         quantile,
         concepts,
         exact,
@@ -166,39 +163,31 @@ def dissect(
         n_top=n_top,
         n_images=n_images,
         seed=seed,
-        batch_size=batch_size,
         n_workers=n_workers,
-        runner=Runner(
-            model,
-            device=device,
-            forward_func=forward_func,
-            additional_forward_args=additional_forward_args,
-        ),
+        runner=Runner(model, run, batch_size=16),
     )
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must lie in [0, 1], not {iou_threshold!r}.")
     if isinstance(checkpoint_every, bool) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be 1 or more, not {checkpoint_every!r}.")
     if scratch_bytes is None:
-        scratch_bytes = _SCRATCH_BYTES if run.runner.device.type == "cpu" else 0
+        scratch_bytes = _SCRATCH_BYTES if job.runner.device.type == "cpu" else 0
     if scratch_bytes < 0:
         raise ValueError(f"scratch_bytes must be 0 or more, not {scratch_bytes!r}.")
-    run.begin(sites, additional_forward_args)
+    job.begin(sites)
     with ExitStack() as stack, torch.no_grad():
         saved = None
         if checkpoint is not None:
-            saved = Checkpoint(checkpoint, run.identity(), checkpoint_every)
+            saved = Checkpoint(checkpoint, job.identity(), checkpoint_every)
             stack.enter_context(saved)
-            run.restore(saved)
+            job.restore(saved)
         scratch = stack.enter_context(Scratch(scratch_bytes)) if scratch_bytes else None
-        bar = stack.enter_context(
-            tqdm(total=2 * len(run.images), disable=not show_progress, unit="image")
-        )
-        run.find_thresholds(scratch, saved, bar)
-        run.count_overlaps(scratch, saved, bar)
+        bar = stack.enter_context(job.runner.bar(2 * len(job.images), "dissecting"))
+        job.find_thresholds(scratch, saved, bar)
+        job.count_overlaps(scratch, saved, bar)
         if saved is not None:
             saved.remove()
-    return run.result(iou_threshold)
+    return job.result(iou_threshold)
 
 
 def site_maps(site: GateSite, tensor: Tensor) -> Tensor:
@@ -254,18 +243,15 @@ class _Dissection:
         n_top: int,
         n_images: int | None,
         seed: int,
-        batch_size: int,
         n_workers: int,
         runner: Runner,
     ) -> None:
-        check_batch_size(batch_size)
         if isinstance(quantile, bool) or not 0 < quantile < 1:
             raise ValueError(f"quantile must lie between 0 and 1, not {quantile!r}.")
         if unlabelled not in ("ignore", "count"):
             raise ValueError(f"unlabelled must be 'ignore' or 'count', not {unlabelled!r}.")
-        for what, value, least in (("n_bins", n_bins, 8), ("n_top", n_top, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{what} must be a whole number from {least} on, not {value!r}.")
+        check_count(n_bins, "n_bins", least=8)
+        check_count(n_top, "n_top", least=0)
         if isinstance(dataset, (tuple, list)) and len(dataset) == 2:
             if all(isinstance(part, Tensor) for part in dataset):
                 if len(dataset[0]) != len(dataset[1]):
@@ -286,7 +272,7 @@ class _Dissection:
         self.images = LabelledImages(dataset, n_images, seed, n_workers)
         self.model, self.runner, self.quantile, self.exact = model, runner, quantile, exact
         self.ignore_index, self.unlabelled = ignore_index, unlabelled
-        self.n_bins, self.n_top, self.seed, self.batch_size = n_bins, n_top, seed, batch_size
+        self.n_bins, self.n_top, self.seed = n_bins, n_top, seed
         categories = list(dict.fromkeys(concept.category for concept in self.concepts))
         #: Which category each concept has.
         self.category = torch.tensor(
@@ -296,10 +282,13 @@ class _Dissection:
         #: Images that the first and the second pass are through with.
         self.done = [0, 0]
 
-    def begin(self, sites: Sequence[GateSite | str] | None, extra: Any) -> None:
+    def begin(self, sites: Sequence[GateSite | str] | None) -> None:
         """Look at the first image: find the sites, and see that its labels make sense."""
         first = next(self.images.batches([range(1)]))
         inputs = self.runner.to_device(first.inputs)
+        extra = self.runner.options.additional_forward_args
+        # Label maps and upsampled activations take memory beside the pass.
+        self.batch_size = self.runner.images_per_pass(inputs, most=MAX_FOUND)
         self._labels(first.labels, first)
         known = list(sites) if sites is not None else None
         if known is not None and not known:

@@ -14,6 +14,7 @@ from nad_attr.concepts.dissection.overlap import active_pixels
 from nad_attr.concepts.unit_concepts import UnitConcepts
 from nad_attr.gating.hooks import recorded
 from nad_attr.running.forward import Runner
+from nad_attr.running.options import RunOptions
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite
 
@@ -29,29 +30,25 @@ _DARK = 0.25
 def unit_masks(
     model: nn.Module,
     units: UnitConcepts,
-    dataset: Any,
+    data: Any,
     site: GateSite | str,
     unit: int,
     *,
     n: int | None = None,
     seed: int = 0,
-    device: torch.device | str | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> list[tuple[int, Tensor, Tensor]]:
     """A unit's top images, and where it is active in them.
 
     Args:
         model: The network, in eval mode.
         units: What :func:`nad_attr.concepts.dissect` gave, with thresholds and top images.
-        dataset: The data set that was dissected with.
+        data: The images that was dissected with.
         site: The site, or its name where the axis of its channels can be found.
         unit: Number of the unit.
         n: How many images; None: all that are known.
         seed: As in the dissection.
-        device: Where to run. None: where the network is.
-        forward_func: Called with the inputs in place of the network.
-        additional_forward_args: Further arguments of every call.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         (number in the dataset, image as the network took it, bool (H, W)) for each, in order.
@@ -66,7 +63,9 @@ def unit_masks(
         >>> images = torch.tensor([[[[0.0, 1.0]]], [[[3.0, 2.0]]]])
         >>> data = images, torch.tensor([[[0, 1]], [[1, 0]]])
         >>> site = GateSite("0", 1)
-        >>> units = dissect(net, [site], data, 0.25, ["a", "b"], exact=True)
+        >>> units = dissect(
+        ...     net, [site], data, quantile=0.25, concepts=["a", "b"], exact=True
+        ... )
         >>> [(i, mask.tolist()) for i, _, mask in unit_masks(net, units, data, site, 0, n=1)]
         [(1, [[True, False]])]
     """
@@ -78,15 +77,10 @@ def unit_masks(
         )
     if not 0 <= unit < units.n_units(name):
         raise ValueError(f"{name!r} has units 0 to {units.n_units(name) - 1}, not {unit}.")
-    if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and isinstance(dataset[0], Tensor):
-        dataset = torch.utils.data.TensorDataset(*dataset)
-    images = LabelledImages(dataset, seed=seed)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+        data = torch.utils.data.TensorDataset(*data)
+    images = LabelledImages(data, seed=seed)
+    runner = Runner(model, run)
     numbers = [i for i in units.top_images[name][unit].tolist()[:n] if i >= 0]
     threshold = float(units.thresholds[name][unit])
     found: list[tuple[int, Tensor, Tensor]] = []
@@ -96,7 +90,10 @@ def unit_masks(
         inputs = runner.to_device(batch.inputs)
         if where is None:
             where = find_gate_sites(
-                runner.model, inputs, layers=name, additional_forward_args=additional_forward_args
+                runner.model,
+                inputs,
+                layers=name,
+                additional_forward_args=runner.options.additional_forward_args,
             )[0]
         with recorded(runner.model, [where]) as held, torch.no_grad():
             runner(inputs)
@@ -109,7 +106,7 @@ def unit_masks(
 def draw_unit(
     model: nn.Module,
     units: UnitConcepts,
-    dataset: Any,
+    data: Any,
     site: GateSite | str,
     unit: int,
     *,
@@ -122,7 +119,7 @@ def draw_unit(
     Args:
         model: The network, in eval mode.
         units: What :func:`nad_attr.concepts.dissect` gave.
-        dataset: The data set that was dissected with.
+        data: The images that was dissected with.
         site: The site, or its name where the axis of its channels can be found.
         unit: Number of the unit.
         n: Images at most.
@@ -153,7 +150,7 @@ def draw_unit(
             "pictures of units need matplotlib: pip install 'nad-attr[plot]'; unit_masks() gives "
             "the masks without."
         ) from None
-    found = unit_masks(model, units, dataset, site, unit, n=n, **running)
+    found = unit_masks(model, units, data, site, unit, n=n, **running)
     name = site if isinstance(site, str) else site.name
     figure = Figure(figsize=(1.6 * max(1, len(found)), 2.0), layout="constrained")
     index, iou = (values[unit] for values in units.best(name))

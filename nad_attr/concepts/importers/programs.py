@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 StrPath: TypeAlias = "str | PathLike[str]"
-FloatArray: TypeAlias = "NDArray[np.float32]"
+FloatArray: TypeAlias = NDArray[np.float32]
 
 #: More units than any layer has.
 _MOST_UNITS = 1_000_000
@@ -69,7 +69,13 @@ class _Cells:
             None if category is None else Concept("any", category).category
         )
 
-    def tables(self, path: StrPath) -> dict[str, FloatArray]:
+    def units(self, path: StrPath, what: str, **about: Any) -> UnitConcepts:
+        """All that was gathered; ``path`` and ``what`` say in an error what is missing where."""
+        if not self.concepts:
+            raise ImportFileError(f"{fspath(path)}: no unit has {what}.")
+        return UnitConcepts(self._tables(path), list(self.concepts), **about)
+
+    def _tables(self, path: StrPath) -> dict[str, FloatArray]:
         n_units = sum(max(units) + 1 for units in self.sites.values())
         check_room(
             n_units * len(self.concepts),
@@ -188,11 +194,9 @@ def import_netdissect_lite(
             elif not categories and score == 0:
                 cells.add_zero(site, unit - 1)
         _check_units(table.path, site, units, 1)
-    if not cells.concepts:
-        raise ImportFileError(f"{next(iter(paths.values()))}: no unit has any label.")
-    return UnitConcepts(
-        cells.tables(next(iter(paths.values()))),
-        list(cells.concepts),
+    return cells.units(
+        next(iter(paths.values())),
+        "any label",
         source="NetDissect-Lite tally.csv",
         quantile=quantile,
         iou_threshold=iou_threshold,
@@ -274,11 +278,9 @@ def import_dissect_report(
             else:
                 cells.add(site, unit, concept, value)
         _check_units(fspath(path), site, numbers, 0)
-    if not cells.concepts:
-        raise ImportFileError(f"{next(iter(paths.values()))}: no unit has an IoU.")
-    return UnitConcepts(
-        cells.tables(next(iter(paths.values()))),
-        list(cells.concepts),
+    return cells.units(
+        next(iter(paths.values())),
+        "an IoU",
         source="dissect report.json",
         quantile=quantile,
         iou_threshold=iou_threshold,
@@ -492,11 +494,9 @@ def import_clip_dissect(
         for unit, (concept, value) in sorted(by_layer[layer].items()):
             cells.add(site, unit, None, np.nan)
             cells.add(site, unit, concept, value)
-    if not cells.concepts:
-        raise ImportFileError(f"{table.path}: no unit has a similarity.")
-    return UnitConcepts(
-        cells.tables(table.path),
-        list(cells.concepts),
+    return cells.units(
+        table.path,
+        "a similarity",
         source="CLIP-Dissect descriptions.csv",
         iou_threshold=1.0,
         info={"measure": "similarity", "known": "best description"},

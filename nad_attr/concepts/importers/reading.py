@@ -27,8 +27,6 @@ StrPath: TypeAlias = "str | PathLike[str]"
 MAX_BYTES = 256 * 2**20
 #: A compressed archive may unpack to this much.
 MAX_UNPACKED = 4 * 2**30
-#: Deeper JSON is not what any of these programs writes.
-MAX_DEPTH = 32
 #: Up to here nobody asks how much memory is free.
 _LITTLE = 2**28
 
@@ -214,32 +212,14 @@ def read_json(path: StrPath) -> Any:
     """
     found = check_file(path)
     text = _text(found)
-    # Parsing is recursive: depth is counted before.
-    depth = deepest = 0
-    inside = escaped = False
-    for character in text:
-        if inside:
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character == '"':
-                inside = False
-        elif character == '"':
-            inside = True
-        elif character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
-        if deepest > MAX_DEPTH:
-            raise ImportFileError(f"{found}: nested deeper than {MAX_DEPTH} levels.")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ImportFileError(
             f"{found}, line {error.lineno}: {error.msg}; was the file written to the end?"
         ) from None
+    except RecursionError:
+        raise ImportFileError(f"{found}: nested too deep.") from None
     except ValueError as error:  # an integer of thousands of digits
         raise ImportFileError(f"{found}: {error}.") from None
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nad_attr._checks import check_count
 from nad_attr.data.labels import Task
 from nad_attr.evaluation.controls.planted_networks import (
     PLANTED_KINDS,
@@ -31,16 +32,19 @@ from nad_attr.evaluation.controls.planted_networks import (
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import number, pandas, table
 from nad_attr.system.rng import seed_of
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["PLANTED_KINDS", "PlantedCircuit", "PlantedScore", "planted"]
 
 
 @dataclass(frozen=True, eq=False)
-class PlantedScore:
+class PlantedScore(Result):
     """How many of the planted channels sub-architectures keep, and how much else.
 
     Where a network holds several copies of a circuit, a sub-architecture is held against the copy
@@ -76,15 +80,15 @@ class PlantedScore:
         total = self.precision + self.recall
         return np.asarray(2 * self.precision * self.recall / np.where(total > 0, total, 1.0))
 
-    def mean(self, name: str) -> float:
+    def mean(self, measure: str) -> float:
         """Mean over tasks of "precision", "recall", "union_precision", "f1", "whole" or "size".
 
         Raises:
             ValueError: If there is no such measure.
         """
-        if name not in _MEASURES:
-            raise ValueError(f"no measure {name!r}; there are {', '.join(_MEASURES)}.")
-        return float(np.asarray(getattr(self, name), dtype=np.float64).mean())
+        if measure not in _MEASURES:
+            raise ValueError(f"no measure {measure!r}; there are {', '.join(_MEASURES)}.")
+        return float(np.asarray(getattr(self, measure), dtype=np.float64).mean())
 
     def frame(self) -> pd.DataFrame:
         """One row per task, for pandas.
@@ -92,23 +96,42 @@ class PlantedScore:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "PlantedScore.frame() needs pandas (pip install pandas); to_dict() does without."
-            ) from error
+        pd = pandas("PlantedScore.frame()")
         index = pd.Index(list(self.tasks), name="task", tupleize_cols=False)
         columns = {name: getattr(self, name) for name in (*_MEASURES, "copy")}
         return pd.DataFrame(columns, index=index)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists and numbers, and the means over tasks."""
-        return {
-            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
-            "means": {name: self.mean(name) for name in _MEASURES},
-            **{name: getattr(self, name).tolist() for name in (*_MEASURES, "copy")},
-        }
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("tasks", "precision", "recall", "union_precision"), "T"),
+        **dict.fromkeys(("whole", "copy", "size"), "T"),
+    }
+
+    def _derived(self) -> dict[str, Any]:
+        return {"means": {name: self.mean(name) for name in _MEASURES}, "f1": self.f1}
+
+    def summary(self) -> str:
+        """A table as plain text: one line per task, and the means."""
+        columns = [np.asarray(getattr(self, name), dtype=np.float64) for name in _MEASURES]
+        rows = [["task", *_MEASURES]]
+        for t, task in enumerate(self.tasks):
+            rows.append([str(task), *(number(column[t]) for column in columns)])
+        rows.append(["mean", *(number(self.mean(name)) for name in _MEASURES)])
+        return "\n".join(table(rows))
+
+    def plot(self, axes: Any = None) -> Figure:
+        """The mean of each measure over tasks, with the range of the tasks.
+
+        Args:
+            axes: One matplotlib Axes; None: a new figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from nad_attr.plots.style import plot_intervals
+
+        values = {name: np.asarray(getattr(self, name), dtype=np.float64) for name in _MEASURES}
+        rows = {n: (float(v.mean()), float(v.min()), float(v.max())) for n, v in values.items()}
+        return plot_intervals(rows, "mean over tasks, and their range", axes=axes)
 
     def __repr__(self) -> str:
         return (
@@ -386,7 +409,6 @@ def _check(
         ("n_images", n_images, 2 * n_classes if isinstance(n_classes, int) else 1),
         ("copies", copies, 2 if kind == "redundant" else 1),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be a whole number from {least} on, not {value!r}.")
+        check_count(value, name, least=least)
     if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
         raise ValueError(f"noise must be a finite number from 0 on, not {noise!r}.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from nad_attr._checks import check_count
 from nad_attr.data.sources import Data, DatasetSource, Source, TensorSource, as_source, loading
 from nad_attr.gating.hooks import check_eval
-from nad_attr.running.forward import Runner, check_batch_size, chunks, network_errors
+from nad_attr.running.forward import Runner, chunks, network_errors
+from nad_attr.running.options import RunOptions, as_options
 from nad_attr.sites.site import unwrap
 from nad_attr.system.rng import isolated_rng, seed_of
 
@@ -29,7 +33,7 @@ def random_weights(
     *,
     data: Data | None = None,
     layers: Collection[str] | None = None,
-    batch_size: int = 64,
+    run: RunOptions | None = None,
 ) -> nn.Module:
     """A copy of the network with parameters drawn anew.
 
@@ -43,7 +47,7 @@ def random_weights(
         data: What the statistics of the redrawn BatchNorms are estimated on. None: they are as
             ``reset_parameters`` leaves them, mean 0 and variance 1.
         layers: Names of the modules whose own parameters are drawn anew; None: all.
-        batch_size: Images in a forward pass, at most.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The copy, in eval mode, where the network was.
@@ -60,7 +64,7 @@ def random_weights(
         True
     """
     check_eval(model)
-    check_batch_size(batch_size)
+    for_copies(run)
     root = unwrap(model)
     modules = dict(root.named_modules())
     if isinstance(layers, str):
@@ -72,20 +76,37 @@ def random_weights(
     for parameter in drawn.parameters():
         parameter.grad = None
     # Draws on the CPU are the same for a network on any device.
-    places = [
-        (tensor, tensor.device) for ts in (drawn.parameters(), drawn.buffers()) for tensor in ts
-    ]
+    places = {name: tensor.device for name, tensor in _tensors(drawn)}
     drawn.cpu()
     chosen = [(n, m) for n, m in drawn.named_modules() if layers is None or n in layers]
     for name, module in chosen:
         with isolated_rng(seed_of("random weights", seed, name)), torch.no_grad():
             _draw(module)
     with torch.no_grad():
-        for tensor, device in places:
-            tensor.data = tensor.data.to(device)
+        for name, tensor in _tensors(drawn):
+            tensor.data = tensor.data.to(places[name])
     if data is not None:
-        _estimate_norms(drawn, [module for _, module in chosen], as_source(data), seed, batch_size)
+        _estimate_norms(drawn, [name for name, _ in chosen], as_source(data), seed, run)
     return drawn.eval()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def for_copies(run: RunOptions | None) -> RunOptions:
+    """The options, which have to hold for copies of the network.
+
+    Raises:
+        ValueError: If ``forward_func`` is among them: it runs the network itself.
+    """
+    options = as_options(run)
+    if options.forward_func is not None:
+        raise ValueError(
+            "forward_func runs the network that it was made for, not the random copies that this "
+            "control is about: put both into a module whose forward returns the outputs."
+        )
+    return options
 
 
 def _draw(module: nn.Module) -> None:
@@ -106,16 +127,20 @@ def _draw(module: nn.Module) -> None:
 
 
 def _estimate_norms(
-    model: nn.Module, modules: Sequence[nn.Module], source: Source, seed: int, batch_size: int
+    model: nn.Module, names: Sequence[str], source: Source, seed: int, run: RunOptions | None
 ) -> None:
-    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not norms:
+    runner = Runner(model.eval(), run)  # where it runs may be a copy
+    layers = [(runner.model.get_submodule(name), model.get_submodule(name)) for name in names]
+    pairs = [(a, b) for a, b in layers if isinstance(a, _BatchNorm) and a.running_mean is not None]
+    if not pairs:
         return
-    runner = Runner(model)
+    norms = [norm for norm, _ in pairs]
     n = len(source.labels)
     generator = torch.Generator().manual_seed(seed_of("BatchNorm images", seed))
     numbers = torch.randperm(n, generator=generator, device="cpu")[:NORM_IMAGES].tolist()
-    batches = [[numbers[i] for i in cut] for cut in chunks(len(numbers), batch_size)]
+    batches = [
+        [numbers[i] for i in cut] for cut in chunks(len(numbers), runner.images_per_pass(source))
+    ]
     # One image has no variance.
     batches = [batch for batch in batches if len(batch) > 1] or [numbers]
     momenta = [norm.momentum for norm in norms]
@@ -125,13 +150,16 @@ def _estimate_norms(
         norm.train()
     try:
         with torch.no_grad():
-            for inputs in runner.draw(source, batches):
-                with network_errors(inputs):  # a runner would put back what its passes change
-                    model(*inputs)
+            for inputs in runner.draw(source, batches, "statistics of BatchNorm"):
+                # A runner would put back what its passes change.
+                with runner.precision(), network_errors(inputs):
+                    runner.model(*inputs, *runner.options.arguments)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
+    for norm, own in pairs:
+        own.load_state_dict(norm.state_dict())
 
 
 def cascading_randomisation(
@@ -140,7 +168,7 @@ def cascading_randomisation(
     *,
     seed: int = 0,
     stages: int | None = None,
-    batch_size: int = 64,
+    run: RunOptions | None = None,
 ) -> Iterator[tuple[str, nn.Module]]:
     """Copies of the network, random from the output down to one layer after the other.
 
@@ -151,7 +179,7 @@ def cascading_randomisation(
             ``random_weights(model, seed, data=data)``, which the last copy equals.
         stages: Number of copies, evenly spaced over the layers with parameters; None: one for
             each.
-        batch_size: Images in a forward pass, at most.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Yields:
         The name of the layer that is reached, and the copy with that layer and all that run after
@@ -167,14 +195,11 @@ def cascading_randomisation(
         >>> [name for name, _ in cascading_randomisation(net, data)]
         ['1', '0']
     """
-    if stages is not None and (
-        isinstance(stages, bool) or not isinstance(stages, int) or stages < 1
-    ):
-        raise ValueError(f"stages must be a whole number from 1 on, not {stages!r}.")
+    if stages is not None:
+        check_count(stages, "stages")
     check_eval(model)
-    check_batch_size(batch_size)
-    source = as_source(data)
-    names = _output_first(unwrap(model), source)
+    options, source = for_copies(run), as_source(data)
+    names = _output_first(unwrap(model), source, options)
     if not names:
         raise ValueError("the network has no parameters that could be drawn anew.")
     n_stages = len(names) if stages is None else min(stages, len(names))
@@ -185,15 +210,16 @@ def cascading_randomisation(
             chosen = names[:end]
             yield (
                 names[end - 1],
-                random_weights(model, seed, data=data, layers=chosen, batch_size=batch_size),
+                random_weights(model, seed, data=data, layers=chosen, run=options),
             )
 
     return copies()
 
 
-def _output_first(model: nn.Module, source: Source) -> list[str]:
+def _output_first(model: nn.Module, source: Source, run: RunOptions) -> list[str]:
     """Names of the modules with parameters of their own, in the reverse order of their run."""
     probe = copy.deepcopy(model)
+    run = replace(run, device=None)  # the hooks are on this copy
     finished: dict[str, int] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -204,7 +230,7 @@ def _output_first(model: nn.Module, source: Source) -> list[str]:
 
     for name, module in probe.named_modules():
         module.register_forward_hook(watch(name))
-    runner = Runner(probe)
+    runner = Runner(probe, run)
     with torch.no_grad():
         for inputs in runner.draw(source, [[0]]):
             runner(inputs)

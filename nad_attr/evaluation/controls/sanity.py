@@ -10,18 +10,19 @@ here but gates.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import nn
 
-from nad_attr._display import html_text
+from nad_attr._checks import check_count
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data
 from nad_attr.evaluation.controls.randomisation import (
     cascading_randomisation,
+    for_copies,
     random_weights,
     shuffled_labels,
 )
@@ -30,22 +31,22 @@ from nad_attr.evaluation.controls.stability import (
     Learn,
     Stability,
     architectures_of,
-    listed,
-    pandas_for,
     stability,
     tasks_named,
 )
 from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import check_eval
-from nad_attr.running.forward import check_batch_size
+from nad_attr.running.options import RunOptions
 from nad_attr.stats.bootstrap import bootstrap_interval
-from nad_attr.stats.tables import nan_mean, plain
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import nan_mean, pandas
 from nad_attr.system.rng import seed_of
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["Control", "SanityReport", "sanity"]
 
@@ -75,6 +76,11 @@ class Control:
     random_auc: FloatArray
     fidelity: FloatArray
     random_fidelity: FloatArray
+
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("whole_auc", "own_auc", "random_auc"), "D T"),
+        **dict.fromkeys(("fidelity", "random_fidelity"), "D T"),
+    }
 
     @property
     def gain(self) -> FloatArray:
@@ -121,7 +127,7 @@ class Control:
 
 
 @dataclass(frozen=True)
-class SanityReport:
+class SanityReport(Result):
     """What is left of the gain where there is nothing to be found. See :func:`sanity`.
 
     Attributes:
@@ -187,7 +193,7 @@ class SanityReport:
             for d in range(len(control.own_auc))
             for t, task in enumerate(self.tasks)
         ]
-        return pandas_for("SanityReport").DataFrame(rows)
+        return pandas("SanityReport.frame()").DataFrame(rows)
 
     def summary(self) -> str:
         """A table as plain text, means over draws and tasks, with the 95 % interval of the gain."""
@@ -212,28 +218,32 @@ class SanityReport:
         text = "\n".join(map(shown, lines))
         return text if self.stability is None else f"{text}\n\n{self.stability.summary()}"
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
-        return {
-            "tasks": listed(self.tasks),
-            "controls": [
-                {
-                    "name": control.name,
-                    "means": {name: plain(_mean(getattr(control, name))) for name in _COLUMNS},
-                    "gain_interval_95": plain(list(control.interval)),
-                    "vanishes": self.vanishes(control.name),
-                    "margin": MARGIN,
-                    "equivalence_p": plain(control.equivalence_p()),
-                    **{name: plain(getattr(control, name).tolist()) for name in _COLUMNS},
-                }
-                for control in self.controls
-            ],
-            "stability": None if self.stability is None else self.stability.to_dict(),
+    def _derived(self) -> dict[str, Any]:
+        verdicts = {
+            control.name: {
+                "means": {name: _mean(getattr(control, name)) for name in _COLUMNS},
+                "gain_interval_95": control.interval,
+                "vanishes": self.vanishes(control.name),
+                "margin": MARGIN,
+                "equivalence_p": control.equivalence_p(),
+            }
+            for control in self.controls
         }
+        return {"verdicts": verdicts}
+
+    def plot(self, axes: Any = None) -> Figure:
+        """The gain in own AUC of each control with its 95 % interval over tasks.
+
+        Args:
+            axes: One matplotlib Axes; None: a new figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from nad_attr.plots.style import plot_intervals
+
+        rows = {control.name: (_mean(control.gain), *control.interval) for control in self.controls}
+        return plot_intervals(rows, "own AUC above that of random channels", at=0.0, axes=axes)
 
     def __repr__(self) -> str:
         gains = ", ".join(f"{c.name} {_mean(c.gain):+.3f}" for c in self.controls)
@@ -255,7 +265,7 @@ def sanity(
     stages: int = 3,
     seeds: Sequence[int] = (),
     images_per_class: Sequence[int] = (),
-    batch_size: int = 64,
+    run: RunOptions | None = None,
 ) -> SanityReport:
     """Run the controls: is what ``learn`` finds a fact of the trained network?
 
@@ -284,7 +294,7 @@ def sanity(
         stages: Networks between the trained and the random one; 0 for none.
         seeds: Two or more: run :func:`stability` with these.
         images_per_class: For :func:`stability`.
-        batch_size: Images in a forward pass of the measuring, at most.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The report.
@@ -307,15 +317,11 @@ def sanity(
     """
     if not callable(learn):
         raise TypeError(f"learn must be a function of (model, data, seed), not {learn!r:.60}.")
-    for name, value, lowest in (
-        ("n_random", n_random, 1),
-        ("n_networks", n_networks, 1),
-        ("stages", stages, 0),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ValueError(f"{name} must be a whole number from {lowest} on, not {value!r}.")
+    check_count(n_random, "n_random")
+    check_count(n_networks, "n_networks")
+    check_count(stages, "stages", least=0)
     check_eval(model)
-    check_batch_size(batch_size)
+    run = for_copies(run)
 
     def found(network: nn.Module, images: Data) -> list[SubArchitecture]:
         return architectures_of(learn(network, images, seed))
@@ -323,7 +329,7 @@ def sanity(
     def measured(
         network: nn.Module, archs: Sequence[SubArchitecture], images: Data
     ) -> list[FloatArray]:
-        return _measured(network, archs, images, n_random, seed, batch_size)
+        return _measured(network, archs, images, n_random, seed, run)
 
     archs = found(model, data)
     tasks = tasks_named(archs)
@@ -333,7 +339,7 @@ def sanity(
     draws = [seed_of("sanity", seed, i) for i in range(n_networks)]
     rows["random weights"] = []
     for draw in draws:
-        network = random_weights(model, draw, data=data, batch_size=batch_size)
+        network = random_weights(model, draw, data=data, run=run)
         rows["random weights"].append(measured(network, found(network, data), held_out))
     rows["labels shuffled for learning"] = [
         measured(model, found(model, shuffled_labels(data, draw)), held_out) for draw in draws
@@ -344,9 +350,7 @@ def sanity(
     if stages:
         # The last one is all random, which is known already.
         cascade = list(
-            cascading_randomisation(
-                model, data, seed=draws[0], stages=stages + 1, batch_size=batch_size
-            )
+            cascading_randomisation(model, data, seed=draws[0], stages=stages + 1, run=run)
         )
         for layer, network in cascade[:-1]:
             name = f"random down to {layer}"
@@ -369,10 +373,10 @@ def _measured(
     images: Data,
     n_random: int,
     seed: int,
-    batch_size: int,
+    run: RunOptions,
 ) -> list[FloatArray]:
     """Own AUC of whole, learned and random, and fidelity of learned and random, each (T,)."""
-    result = evaluate(network, archs, images, n_random=n_random, seed=seed, batch_size=batch_size)
+    result = evaluate(network, archs, images, n_random=n_random, seed=seed, run=run)
     return [
         result.whole.own_auc,
         result.own_auc,

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nad_attr._display import html_text
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data, as_source
 from nad_attr.evaluation.controls.randomisation import chosen
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import pandas
 from nad_attr.system.rng import seed_of
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["Learn", "Stability", "stability"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 #: Finds a network's sub-architectures: called with network, data and seed.
 Learn: TypeAlias = "Callable[[nn.Module, Data, int], TaskGates | Sequence[SubArchitecture]]"
 
@@ -65,7 +67,7 @@ def _kappas(a: Sequence[SubArchitecture], b: Sequence[SubArchitecture]) -> list[
 
 
 @dataclass(frozen=True, eq=False)
-class Stability:
+class Stability(Result):
     """Overlaps of what was found again: mean over sites of kappa (:func:`nad_attr.kappa`).
 
     1 means the same channels, 0 what random channels of these sizes share.
@@ -81,6 +83,30 @@ class Stability:
     seeds: FloatArray
     halves: FloatArray
     images: Mapping[int, FloatArray]
+
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **{"tasks": "T", "seeds": "pairs T", "halves": "seeds T", "images": "T"},
+    }
+
+    def _derived(self) -> dict[str, Any]:
+        return {"means": {name: float(kappa.mean()) for name, kappa in self._rows()}}
+
+    def plot(self, axes: Any = None) -> Figure:
+        """Mean kappa of each comparison, with the range of the tasks' means.
+
+        Args:
+            axes: One matplotlib Axes; None: a new figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from nad_attr.plots.style import plot_intervals
+
+        tasks = {name: kappa.mean(0) for name, kappa in self._rows()}
+        rows = {
+            name: (float(k.mean()), float(k.min()), float(k.max())) for name, k in tasks.items()
+        }
+        return plot_intervals(rows, "kappa: mean over tasks, and their range", at=0.0, axes=axes)
 
     def _rows(self) -> list[tuple[str, FloatArray]]:
         rows = [("seeds", self.seeds), ("halves of the images", self.halves)]
@@ -99,26 +125,12 @@ class Stability:
             for i in range(len(kappa))
             for t, task in enumerate(self.tasks)
         ]
-        return pandas_for("Stability").DataFrame(rows)
+        return pandas("Stability.frame()").DataFrame(rows)
 
     def summary(self) -> str:
         """Mean kappa of each comparison, as plain text."""
         lines = [f"  {name:<24} {kappa.mean():6.3f}" for name, kappa in self._rows()]
         return "\n".join(["kappa between sub-architectures of the same task", *map(shown, lines)])
-
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists and numbers."""
-        return {
-            "tasks": listed(self.tasks),
-            "means": {name: float(kappa.mean()) for name, kappa in self._rows()},
-            "seeds": self.seeds.tolist(),
-            "halves": self.halves.tolist(),
-            "images": {str(n): kappa.tolist() for n, kappa in self.images.items()},
-        }
 
 
 def stability(
@@ -196,17 +208,3 @@ def stability(
         np.array(split).reshape(-1, len(tasks)),
         fewer,
     )
-
-
-def pandas_for(what: str) -> Any:
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise ImportError(
-            f"{what}.frame() needs pandas (pip install pandas); summary() and to_dict() do without."
-        ) from error
-    return pd
-
-
-def listed(tasks: Sequence[Task]) -> list[Any]:
-    return [list(task) if isinstance(task, tuple) else task for task in tasks]

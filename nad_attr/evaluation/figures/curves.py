@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_curves"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def _drawn(
-    result: Curves, kind: str, metric: str, log: bool
+    result: Curves, kind: str, measure: str, log: bool
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """x, y and band of a mean curve with its ends; size 0 has no place on a logarithmic axis."""
-    first, last = result.ends(kind, metric)
-    values = np.concatenate([first[:, None], result.values(kind, metric), last[:, None]], axis=1)
+    first, last = result.ends(kind, measure)
+    values = np.concatenate([first[:, None], result.values(kind, measure), last[:, None]], axis=1)
     xs = np.concatenate([[0.0], result.sizes, [1.0]])
     start = 1 if log else 0
     low, high = intervals(values, 0.95, 2000, 0)
@@ -44,7 +44,7 @@ def _references(axis: Axes, full: float, empty: float) -> None:
 
 def plot_curves(
     results: Curves | Mapping[str, Curves],
-    metric: str | None = None,
+    measure: str | None = None,
     *,
     normalised: bool = False,
     log: bool = False,
@@ -54,7 +54,7 @@ def plot_curves(
 
     Args:
         results: Curves, or ``{method: curves}``.
-        metric: One of their measures; None: the first method's own.
+        measure: One of their measures; None: the first method's own.
         normalised: Faithfulness and completeness in place of the measure itself.
         log: Draw sizes on a logarithmic axis.
         axes: Two matplotlib Axes to draw into; None: a new figure.
@@ -85,7 +85,7 @@ def plot_curves(
     if not named:
         raise ValueError("there are no curves to draw.")
     first = next(iter(named.values()))
-    metric = first._metric(metric)
+    measure = first._measure(measure)
     kinds = ("faithfulness", "completeness") if normalised else ("keep", "ablate")
     titles = kinds if normalised else ("top channels kept", "top channels removed")
     figure, flat = figures.panels(2, axes, columns=2, sharey=True)
@@ -93,17 +93,17 @@ def plot_curves(
     for axis, kind, title in zip(flat, kinds, titles, strict=True):
         shown: list[float] = []
         for name, result in named.items():
-            xs, ys, low, high = _drawn(result, kind, result._metric(metric), log)
+            xs, ys, low, high = _drawn(result, kind, result._measure(measure), log)
             shown += xs.tolist()
-            label = name or label_of(metric)
+            label = name or label_of(measure)
             figures.line(axis, xs, ys, low=low, high=high, label=label, **styles[name])
         if not normalised:
             _references(
-                axis, float(nan_mean(first.full[metric])), float(nan_mean(first.empty[metric]))
+                axis, float(nan_mean(first.full[measure])), float(nan_mean(first.empty[measure]))
             )
         if normalised:
-            title = f"{title} ({label_of(metric)})"
-        y = label_of(metric) if axis is flat[0] and not normalised else None
+            title = f"{title} ({label_of(measure)})"
+        y = label_of(measure) if axis is flat[0] and not normalised else None
         figures.style(axis, title=title, y=y)
         what = "removed" if kind in ("ablate", "completeness") else "kept"
         figures.size_axis(axis, shown, log=log, label=f"channels {what} (%)")
@@ -111,14 +111,14 @@ def plot_curves(
     return figure
 
 
-def plot_one(curve: Curves, metric: str, *, log: bool = False, axes: Any = None) -> Figure:
+def plot_one(curve: Curves, measure: str, *, log: bool = False, axes: Any = None) -> Figure:
     """Both curves of one ranking in one panel; see :meth:`Curves.plot`."""
     figure, [axis] = figures.panels(1, axes, panel=(4.2, 3.1))
     colours = {"keep": figures.PALETTE[0], "ablate": figures.PALETTE[1]}
     names = {"keep": "top channels kept, S", "ablate": "top channels removed, N"}
     drawn = {}
     for kind, marker in (("keep", "o"), ("ablate", "s")):
-        xs, ys, low, high = _drawn(curve, kind, metric, log)
+        xs, ys, low, high = _drawn(curve, kind, measure, log)
         drawn[kind] = ys
         figures.line(
             axis,
@@ -134,9 +134,9 @@ def plot_one(curve: Curves, metric: str, *, log: bool = False, axes: Any = None)
     axis.fill_between(
         xs, drawn["ablate"], drawn["keep"], color=figures.GREY, alpha=0.12, linewidth=0
     )
-    _references(axis, float(nan_mean(curve.full[metric])), float(nan_mean(curve.empty[metric])))
-    delta = number(float(nan_mean(curve.delta(metric))))
-    figures.style(axis, title=f"{label_of(metric)}: delta {delta}", y=label_of(metric))
+    _references(axis, float(nan_mean(curve.full[measure])), float(nan_mean(curve.empty[measure])))
+    delta = number(float(nan_mean(curve.delta(measure))))
+    figures.style(axis, title=f"{label_of(measure)}: delta {delta}", y=label_of(measure))
     figures.size_axis(axis, xs.tolist(), log=log, label="channels kept or removed (%)")
     figures.legend(figure, [axis], own_figure=axes is None, columns=2)
     return figure

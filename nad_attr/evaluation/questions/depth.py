@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr._display import html_text
 from nad_attr.data.labels import Task
 from nad_attr.evaluation.rows import NamedArchitectures, named_architectures
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -22,7 +21,8 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.stats.bootstrap import check_interval, interval_of, times_drawn
 from nad_attr.stats.pairs import site_overlaps
 from nad_attr.stats.ranks import rank_trends
-from nad_attr.stats.tables import pandas, plain, table
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DepthProfile", "NetworkProfile", "along_depth"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 Architectures: TypeAlias = "TaskGates | SubArchitecture | Sequence[SubArchitecture]"
 
 #: What a profile knows at each site.
@@ -88,9 +88,23 @@ class NetworkProfile:
         """What is known: ``"size"``, ``"jaccard"``, ``"kappa"``, and ``"fidelity"`` if given."""
         return DEPTH_MEASURES if self.fidelities is not None else DEPTH_MEASURES[:-1]
 
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **{"sites": "S", "n_channels": "S", "depths": "S", "tasks": "T", "task_names": "T"},
+        **{"sizes": "S T", "jaccards": "S T T", "kappas": "S T T", "fidelities": "S T"},
+    }
+
     def _check(self, measure: str) -> None:
         if measure not in self.measures:
             raise ValueError(f"no measure {measure!r}; there are {', '.join(self.measures)}.")
+
+    def measured(self) -> dict[str, Any]:
+        """Mean, interval and trend of each measure, as :meth:`DepthProfile.to_dict` has them."""
+        found = {}
+        for measure in self.measures:
+            low, high = self.interval(measure)
+            means = {"mean": self.mean(measure), "low": low, "high": high}
+            found[measure] = {**means, "trend": self.trend(measure)}
+        return found
 
     def mean(self, measure: str) -> FloatArray:
         """At each site the mean over tasks, or for overlaps over pairs of tasks: (S,).
@@ -171,7 +185,7 @@ class NetworkProfile:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DepthProfile:
+class DepthProfile(Result):
     """Sub-architectures along depth, for one or several networks.
 
     Attributes:
@@ -230,31 +244,8 @@ class DepthProfile:
         )
         return "\n".join(map(shown, lines))
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Means, intervals and trends as lists, numbers and strings; NaN becomes None for JSON."""
-        result: dict[str, Any] = {}
-        for name, profile in self.networks.items():
-            entry: dict[str, Any] = {
-                "sites": list(profile.sites),
-                "n_channels": profile.n_channels.tolist(),
-                "depths": profile.depths.tolist(),
-                "tasks": [list(t) if isinstance(t, tuple) else t for t in profile.tasks],
-                "task_names": list(profile.task_names),
-            }
-            for measure in profile.measures:
-                low, high = profile.interval(measure)
-                entry[measure] = {
-                    "mean": plain(profile.mean(measure).tolist()),
-                    "low": plain(low.tolist()),
-                    "high": plain(high.tolist()),
-                    "trend": plain(list(profile.trend(measure))),
-                }
-            result[name] = entry
-        return result
+    def _derived(self) -> dict[str, Any]:
+        return {"measured": {name: each.measured() for name, each in self.networks.items()}}
 
     def plot(self, axes: Any = None) -> Figure:
         """A panel for each measure over relative depth, a line with its interval for each network.

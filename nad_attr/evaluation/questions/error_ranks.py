@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,7 +25,7 @@ __all__ = [
     "partial_rank_correlation",
 ]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: Decimals to which similarities are compared: what differs less is rounding, and a tie.
 DECIMALS = 12
@@ -133,17 +133,13 @@ def others_above(similarity: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.
         How many of the other classes are more similar to y than y', and how many, y' itself
         counted, equally so: int64 (K, K) each. The diagonal means nothing.
     """
-    n = len(similarity)
+    from scipy.stats import rankdata  # takes long to load
+
     off = similarity.copy()
     np.fill_diagonal(off, -np.inf)
-    above, equal = np.empty((n, n), dtype=np.int64), np.empty((n, n), dtype=np.int64)
-    for y in range(n):
-        # The class itself comes first in ascending order, and counts for nothing above it.
-        ordered = np.sort(off[y])
-        up_to = np.searchsorted(ordered, off[y], side="right")
-        above[y] = n - up_to
-        equal[y] = up_to - np.searchsorted(ordered, off[y], side="left")
-    return above, equal
+    # The class itself comes last in descending order, and counts for nothing before it.
+    first, last = (rankdata(-off, method, axis=1).astype(np.int64) for method in ("min", "max"))
+    return first - 1, last - first + 1
 
 
 def _hit_probability(above: NDArray[np.int64], equal: NDArray[np.int64], n: int) -> FloatArray:
@@ -379,23 +375,3 @@ def partial_rank_correlation(
     draws = [partial(generator.permutation(n)) for _ in range(n_permutations)]
     plain = _correlation(confused, similar[used])
     return PartialCorrelation(observed, permutation_p(observed, draws), plain)
-
-
-def as_dict(statistics: RankStatistics) -> dict[str, Any]:
-    """The numbers, with strings as keys, for JSON."""
-    named = ("hits", "hit_null", "hit_p", "hit_binomial_p")
-    result: dict[str, Any] = {
-        name: {str(k): v for k, v in getattr(statistics, name).items()} for name in named
-    }
-    result["hit_intervals_95"] = {
-        str(k): [_number(x) for x in ends] for k, ends in statistics.hit_intervals.items()
-    }
-    for name in ("n_classes", "n_errors", "mrr", "mrr_null", "mrr_p", "mean_rank"):
-        result[name] = getattr(statistics, name)
-    result["mrr_interval_95"] = [_number(x) for x in statistics.mrr_interval]
-    result["rank_counts"] = statistics.rank_counts.tolist()
-    return result
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

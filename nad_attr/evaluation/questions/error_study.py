@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr._display import html_text
 from nad_attr.evaluation.questions.error_ranks import (
     DECIMALS,
     PartialCorrelation,
     RankStatistics,
-    as_dict,
 )
 from nad_attr.stats.p_values import least_p, permutation_p
-from nad_attr.stats.tables import number, pandas, plain, table
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ErrorStudy", "Voting"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Voting:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ErrorStudy:
+class ErrorStudy(Result):
     """Errors of a network, and the similarity of the classes that were taken for each other.
 
     Attributes:
@@ -189,43 +189,16 @@ class ErrorStudy:
             )
         return "\n".join(map(shown, lines))
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **{"tasks": "K", "task_names": "K", "confusion": "K K", "similarities": "K K"},
+        "control_similarities": "K K",
+    }
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings; NaN becomes None for JSON."""
-        result: dict[str, Any] = {
-            "tasks": list(self.tasks),
-            "task_names": list(self.task_names),
-            "n_images": self.n_images,
-            "n_errors": self.n_errors,
-            "n_outside": self.n_outside,
-            "confusion": self.confusion.tolist(),
-            "similarity": self.similarity,
-            "similarities": plain(self.similarities.tolist()),
-            "statistics": {name: as_dict(ranks) for name, ranks in self.statistics.items()},
-            "control_similarities": {
-                name: plain(values.tolist()) for name, values in self.control_similarities.items()
-            },
-            "partial": {
-                name: {"value": p.value, "p": p.p, "without_control": p.without_control}
-                for name, p in self.partial.items()
-            },
-            "left_out": dict(self.left_out),
-        }
-        if self.voting is not None:
-            vote = self.voting
-            result["voting"] = {
-                "accuracy": vote.accuracy,
-                "whole": vote.whole,
-                "random": list(vote.random),
-                "agreement": vote.agreement,
-                "n_images": vote.n_images,
-                "p": plain(vote.p_value),
-                "p_least": least_p(len(vote.random)) if vote.random else None,
-            }
-        return result
+    def _derived(self) -> dict[str, Any]:
+        vote = {} if self.voting is None else {"voting_p": self.voting.p_value}
+        if self.voting is not None and self.voting.random:
+            vote["voting_p_least"] = least_p(len(self.voting.random))
+        return {"n_errors": self.n_errors, **vote}
 
     def plot(self, axes: Any = None) -> Figure:
         """Two panels: hit@n against n, and mean reciprocal ranks with their intervals.

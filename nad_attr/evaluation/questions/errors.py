@@ -7,14 +7,13 @@ what chance gives, and four controls that need no sub-architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nad_attr._checks import GatingError, check_count
 from nad_attr.data.sources import Data, Draw, Inputs, Source, as_source
@@ -30,13 +29,14 @@ from nad_attr.evaluation.rows import NamedArchitectures, named_architectures
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import recorded
-from nad_attr.running.forward import Runner, check_batch_size, check_classes, chunks
+from nad_attr.running.forward import Runner, check_classes, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.stats.pairs import chance_overlaps, cosines, overlap_matrix
 
 __all__ = ["SIMILARITIES", "errors"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 Architectures: TypeAlias = "TaskGates | SubArchitecture | Sequence[SubArchitecture]"
 
 #: Similarities of two sub-architectures: overlaps of masks, or the cosine of soft gates.
@@ -184,7 +184,6 @@ def _clean_pass(
     runner: Runner,
     source: Source,
     tasks: Sequence[int],
-    batch_size: int,
     classifier: str | None,
 ) -> tuple[NDArray[np.int64], dict[str, FloatArray], dict[str, str]]:
     """What the whole network calls each image, and what the controls need.
@@ -198,7 +197,7 @@ def _clean_pass(
     check_classes(source.labels, tasks, n_classes)
     found = _classifier_of(runner, one, n_classes, classifier)
     sites = [] if isinstance(found, str) else [_input_of(*found)]
-    numbers = list(chunks(len(source.labels), batch_size))
+    numbers = list(chunks(len(source.labels), runner.images_per_pass(source)))
     y, called = rows_of(source.labels, tasks), []
     features = None if isinstance(found, str) else _ClassMeans(len(tasks), found[1].in_features)
     with recorded(runner.model, sites) as seen:
@@ -243,21 +242,16 @@ def _vote(
     *,
     n_random: int,
     seed: int,
-    batch_size: int,
-    show_progress: bool,
 ) -> Voting:
     archs = list(given.architectures)
     for draw in range(n_random):
         archs += random_architectures(given.architectures, draw=draw, seed=seed)
-    bar = tqdm(total=len(source.labels), unit="image", desc="voting", disable=not show_progress)
-    with bar:
+    with runner.bar(len(source.labels), "voting") as bar:
         said = answers(
             runner,
             archs,
             source,
-            batch_size=batch_size,
             ablation=None,
-            amp=None,
             bar=bar,
             columns=given.tasks,
             own_only=True,
@@ -288,11 +282,7 @@ def errors(
     n_random: int = 3,
     classifier: str | None = None,
     seed: int = 0,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    show_progress: bool = False,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> ErrorStudy:
     """Ask whether errors go to classes whose sub-architecture is similar to the right one's.
 
@@ -317,12 +307,7 @@ def errors(
         classifier: Name of the Linear layer whose rows are the classes, for the controls. None:
             the last one with as many outputs as the network.
         seed: Of permutations, random channels and bootstrap.
-        batch_size: Images in a forward pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        show_progress: Show a bar of the images that were voted on (tqdm).
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all images.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The statistics, controls and the vote.
@@ -347,17 +332,11 @@ def errors(
     given = named_architectures(architectures, size, least=3)
     tasks = single_classes(given)
     what, similarities = similarity_of(architectures, given, similarity)
-    check_batch_size(batch_size)
     check_count(n_permutations, "n_permutations")
     check_count(n_random, "n_random", least=0)
     for k in hits:
         check_count(k, "hits")
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    runner = Runner(model, run)
     source = as_source(data)
     of_tasks = torch.isin(source.labels, torch.tensor(tasks, device="cpu")).nonzero()[:, 0]
     if len(of_tasks) == 0:
@@ -367,7 +346,7 @@ def errors(
         chosen = _Chosen(source, of_tasks.tolist())
 
     with torch.no_grad():
-        calls, rows, left_out = _clean_pass(runner, chosen, tasks, batch_size, classifier)
+        calls, rows, left_out = _clean_pass(runner, chosen, tasks, classifier)
     confusion, n_outside = _confusion(chosen.labels.numpy(), calls, tasks)
     if not (confusion - np.diag(confusion.diagonal())).any():
         raise ValueError(
@@ -379,15 +358,7 @@ def errors(
     common: dict[str, Any] = {"n_permutations": n_permutations, "seed": seed}
     vote = None
     if voting:
-        vote = _vote(
-            runner,
-            given,
-            chosen,
-            n_random=n_random,
-            seed=seed,
-            batch_size=batch_size,
-            show_progress=show_progress,
-        )
+        vote = _vote(runner, given, chosen, n_random=n_random, seed=seed)
     return ErrorStudy(
         tasks=tasks,
         task_names=given.task_names,

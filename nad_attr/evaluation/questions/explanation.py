@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from nad_attr._display import html_text
 from nad_attr.data.labels import as_task
 from nad_attr.data.sources import as_source
 from nad_attr.evaluation.questions.error_study import rank_among_others
@@ -18,7 +17,14 @@ from nad_attr.evaluation.questions.errors import Architectures, similarity_of, s
 from nad_attr.evaluation.rows import named_architectures
 from nad_attr.gating.hooks import gated
 from nad_attr.running.forward import Runner, check_classes
+from nad_attr.running.options import RunOptions
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import pandas
 from nad_attr.system.safe_text import shown
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 __all__ = ["ErrorExplanation", "SharedSite", "explain_error"]
 
@@ -47,7 +53,7 @@ class SharedSite:
 
 
 @dataclass(frozen=True)
-class ErrorExplanation:
+class ErrorExplanation(Result):
     """One misclassified image.
 
     Attributes:
@@ -103,37 +109,46 @@ class ErrorExplanation:
                 lines.append(f"    {_listed(site.shared)}")
         return "\n".join(map(shown, lines))
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(str(self))
+    def summary(self) -> str:
+        """The explanation as plain text: the same as ``str``."""
+        return str(self)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings."""
-        return {
-            "right": self.right,
-            "called": self.called,
-            "right_name": self.right_name,
-            "called_name": self.called_name,
-            "similarity": self.similarity,
-            "value": self.value,
-            "rank": self.rank,
-            "n_others": self.n_others,
-            "overlap": self.overlap,
-            "kappa": self.kappa,
-            "logits": {name: list(pair) for name, pair in self.logits.items()},
-            "sites": [
-                {
-                    "name": site.name,
-                    "n_channels": site.n_channels,
-                    "shared": list(site.shared),
-                    "only_right": list(site.only_right),
-                    "only_called": list(site.only_called),
-                    "jaccard": site.jaccard,
-                    "kappa": site.kappa,
-                }
-                for site in self.sites
-            ],
+    def frame(self) -> pd.DataFrame:
+        """One row per site: how many channels the two sub-architectures share, for pandas.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        rows = [
+            {
+                **{"site": site.name, "n_channels": site.n_channels},
+                **{part: len(getattr(site, part)) for part in _PARTS},
+                **{"jaccard": site.jaccard, "kappa": site.kappa},
+            }
+            for site in self.sites
+        ]
+        return pandas("ErrorExplanation.frame()").DataFrame(rows).set_index("site")
+
+    def plot(self, axes: Any = None) -> Figure:
+        """Channels at each site that both sub-architectures keep, and that only one keeps.
+
+        Args:
+            axes: One matplotlib Axes; None: a new figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from nad_attr.plots.style import plot_parts
+
+        names = ("both", f"only {self.right_name}", f"only {self.called_name}")
+        parts = {
+            name: [len(getattr(site, part)) for site in self.sites]
+            for name, part in zip(names, _PARTS, strict=True)
         }
+        return plot_parts([site.name for site in self.sites], parts, "channels kept", axes=axes)
+
+
+_PARTS = ("shared", "only_right", "only_called")
 
 
 def _full(task: int, name: str) -> str:
@@ -162,9 +177,7 @@ def explain_error(
     *,
     similarity: str | Any = "kappa",
     size: float | None = None,
-    device: torch.device | str | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> ErrorExplanation:
     """Say of one misclassified image what the right and the called class have in common.
 
@@ -176,9 +189,7 @@ def explain_error(
         label: Its class.
         similarity: As in :func:`nad_attr.evaluation.errors`.
         size: As in :func:`nad_attr.evaluation.errors`.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of the call.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The explanation; ``str()`` makes it readable.
@@ -222,12 +233,7 @@ def explain_error(
         )
     inputs = _one(image)
     as_source((inputs, torch.tensor([y], device="cpu")))  # refuses NaN and what is no image
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    runner = Runner(model, run)
     inputs = runner.to_device(inputs)
     with torch.no_grad():
         outputs = runner(inputs)[0].cpu()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr._display import html_text
 from nad_attr.data.labels import Task
 from nad_attr.stats.bootstrap import bootstrap_means, check_interval, interval_of
-from nad_attr.stats.tables import number, pandas, plain, table
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MosaicResult"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 #: What :meth:`MosaicResult.mean` and :meth:`MosaicResult.interval` know: one number per site.
@@ -28,7 +29,7 @@ MOSAIC_MEASURES = ("hit", "excess", "difference")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MosaicResult:
+class MosaicResult(Result):
     """Hits of sub-architectures in n mosaics, at the S sites that have positions.
 
     Attributes:
@@ -211,34 +212,17 @@ class MosaicResult:
         left = [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
         return "\n".join(map(shown, [title, *table(rows), *left]))
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **{"sites": "S", "depths": "S", "tasks": "T", "task_names": "T"},
+        **{"chosen": "n 4", "images": "n 4", "shares": "n S 4 4", "whole": "n S 4"},
+    }
 
-    def to_dict(self) -> dict[str, Any]:
-        """The means and intervals as lists, numbers and strings; NaN becomes None for JSON."""
-        result: dict[str, Any] = {
-            "n": len(self),
-            "top": self.top,
-            "seed": self.seed,
-            "sites": list(self.sites),
-            "depths": self.depths.tolist(),
-            "grids": {name: list(grid) for name, grid in self.grids.items()},
-            "left_out": dict(self.left_out),
-            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
-            "task_names": list(self.task_names),
-        }
+    def _derived(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"n": len(self), "by_task": self.by_task()}
         for measure in MOSAIC_MEASURES:
             low, high = self.interval(measure)
-            result[measure] = {
-                "mean": plain(self.mean(measure).tolist()),
-                "low": plain(low.tolist()),
-                "high": plain(high.tolist()),
-            }
-        result["by_task"] = {
-            name: plain(values.tolist()) for name, values in self.by_task().items()
-        }
-        return result
+            found[measure] = {"mean": self.mean(measure), "low": low, "high": high}
+        return found
 
     def plot(self, axes: Any = None) -> Figure:
         """Excess over chance along depth: the mean with its interval, and each task as a dot.

@@ -9,7 +9,7 @@ depend on the class gives exactly 0.25 on average over the four quadrants.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,26 +17,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from nad_attr._checks import check_count
 from nad_attr.data.labels import Task
 from nad_attr.data.layout import Grid, grid_of
-from nad_attr.data.sources import Data, as_source, only_images
+from nad_attr.data.sources import Data, Inputs, as_source, only_images
 from nad_attr.evaluation.questions.mosaic_result import MosaicResult
 from nad_attr.evaluation.responses import Rows
 from nad_attr.evaluation.rows import NamedArchitectures, named_architectures
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import channel_shape, installed
-from nad_attr.running.forward import Runner, check_batch_size, check_classes, chunks
+from nad_attr.running.forward import Runner, check_classes, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
 from nad_attr.system.rng import seed_of
 
 __all__ = ["mosaics", "quadrant_shares"]
 
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 #: Maps that vary by less than this share of the activations that they sum are constant: rounding.
@@ -245,11 +245,7 @@ def mosaics(
     resize: bool = True,
     absolute: bool = False,
     prefix_tokens: int | None = None,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    show_progress: bool = False,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
+    run: RunOptions | None = None,
 ) -> MosaicResult:
     """Ask at each gate site whether a task's channels look at the task's quadrant of a mosaic.
 
@@ -276,12 +272,7 @@ def mosaics(
         absolute: Sum the activations' absolute values, for sites where they take both signs.
         prefix_tokens: Tokens in front of those of the image (class token, registers) at sites that
             hold a list of tokens. None: none or one, as the number of tokens says.
-        batch_size: Mosaics in a forward pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        show_progress: Show a bar of the mosaics done (tqdm).
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all mosaics.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The hits. Sites without positions (vectors, lists of tokens that are no grid of the image's
@@ -308,16 +299,10 @@ def mosaics(
     """
     given = named_architectures(architectures, size, least=4)
     check_count(n, "n")
-    check_batch_size(batch_size)
     _check_top(top)
     if prefix_tokens is not None:
         check_count(prefix_tokens, "prefix_tokens", least=0)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    runner = Runner(model, run)
     source = as_source(data)
     chosen, images = choose(source.labels, given.tasks, n, seed)
     # A row like the others, all of whose gates are open; which task it says plays no part.
@@ -342,7 +327,7 @@ def mosaics(
         ],
         dim=1,
     )
-    shares = _run(runner, maps, source, images, rows, given, resize, batch_size, show_progress)
+    shares = _run(runner, maps, source, images, rows, given, resize)
     names = tuple(site.name for site in given.sites if site.name in maps.grids)
     depths = np.linspace(0, 1, len(given.sites)) if len(given.sites) > 1 else np.zeros(1)
     kept = [i for i, site in enumerate(given.sites) if site.name in maps.grids]
@@ -370,16 +355,24 @@ def _run(
     rows: Tensor,
     given: NamedArchitectures,
     resize: bool,
-    batch_size: int,
-    show_progress: bool,
 ) -> FloatArray:
     """Quadrant shares of n mosaics through five networks each: float64 (n, S, 5, 4)."""
     n, n_rows = rows.shape
     shares: FloatArray | None = None
-    some = list(chunks(n, max(1, batch_size // n_rows)))
-    numbers = [images[chosen[0] : chosen[-1] + 1].ravel().tolist() for chosen in some]
-    bar = tqdm(total=n, unit="mosaic", desc="mosaics", disable=not show_progress)
-    with bar, torch.no_grad(), installed(runner.model, maps.sites, maps):
+
+    def probe(inputs: Inputs) -> None:
+        whole = assemble(only_images(tuple(torch.cat([x] * 4) for x in inputs)), resize)
+        place = torch.zeros(len(whole), dtype=torch.int64, device="cpu")
+        maps.gated_pass(runner, (whole,), place, place)
+
+    with (
+        runner.bar(n, "mosaics", "mosaic") as bar,
+        torch.no_grad(),
+        installed(runner.model, maps.sites, maps),
+    ):
+        batch_size = runner.images_per_pass(source, probe)
+        some = list(chunks(n, max(1, batch_size // n_rows)))
+        numbers = [images[chosen[0] : chosen[-1] + 1].ravel().tolist() for chosen in some]
         for chosen, inputs in zip(some, runner.draw(source, numbers), strict=True):
             whole = assemble(only_images(inputs), resize)
             for pairs in chunks(len(chosen) * n_rows, batch_size):

@@ -6,18 +6,14 @@ first has S high and N low from small p on: delta is the area between the two.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from nad_attr._display import html_text
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data
 from nad_attr.evaluation.ablation import Ablation
@@ -31,10 +27,11 @@ from nad_attr.evaluation.sweeps.grid import (
     recipe_of,
 )
 from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.running.options import RunOptions
 from nad_attr.scoring.rankings import SIZES, Ranking, Ranks, as_ranking, check_sizes
 from nad_attr.sites.site import GateSite
-from nad_attr.stats.tables import intervals, nan_mean, number, pandas, plain, table
-from nad_attr.system.files import write_text
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import intervals, nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -43,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Curves", "area_under", "completeness", "curves", "faithfulness"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: What :meth:`Curves.values` knows: two measured curves, and the same two on a common scale.
 KINDS = ("keep", "ablate", "faithfulness", "completeness")
@@ -131,17 +128,17 @@ def completeness(complement: ArrayLike, empty: ArrayLike, full: ArrayLike) -> Fl
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Curves:
+class Curves(Result):
     """Keep and ablate curves of T tasks at S sizes, for every measure.
 
-    Made by :func:`curves`. Each method below takes ``metric``, one of the measures; None: the one
+    Made by :func:`curves`. Each method below takes ``measure``, one of the measures; None: the one
     that was asked for.
 
     Attributes:
         tasks: T class indices or groups of them.
         task_names: T names.
         n_images: Images that were measured.
-        metric: The measure that is shown where none is named.
+        measure: The measure that is shown where none is named.
         sizes: (S,), share of the channels that is really kept, or removed: budgets are whole
             channels, at least one.
         requested: S sizes as asked for.
@@ -156,7 +153,7 @@ class Curves:
     tasks: tuple[Task, ...]
     task_names: tuple[str, ...]
     n_images: int
-    metric: str
+    measure: str
     sizes: FloatArray
     requested: tuple[float, ...]
     per_site: bool
@@ -171,55 +168,55 @@ class Curves:
         """The measures that there are."""
         return tuple(self.keep)
 
-    def _metric(self, metric: str | None) -> str:
-        return check_measure(self.metric if metric is None else metric, self.keep)
+    def _measure(self, measure: str | None) -> str:
+        return check_measure(self.measure if measure is None else measure, self.keep)
 
-    def values(self, kind: str = "keep", metric: str | None = None) -> FloatArray:
+    def values(self, kind: str = "keep", measure: str | None = None) -> FloatArray:
         """One of the curves, (T, S).
 
         Args:
             kind: ``"keep"``: the measure of S(p); ``"ablate"``: of N(p); ``"faithfulness"``:
                 :func:`faithfulness` of S(p); ``"completeness"``: of S(p), whose complement is
                 N(p).
-            metric: One of ``measures``.
+            measure: One of ``measures``.
 
         Raises:
             ValueError: If there is no such curve or measure.
         """
         if kind not in KINDS:
             raise ValueError(f"no curve {kind!r}; there are {', '.join(KINDS)}.")
-        metric = self._metric(metric)
-        measured = (self.keep if kind in ("keep", "faithfulness") else self.ablate)[metric]
+        measure = self._measure(measure)
+        measured = (self.keep if kind in ("keep", "faithfulness") else self.ablate)[measure]
         if kind in ("keep", "ablate"):
             return measured.copy()
         scaled = faithfulness if kind == "faithfulness" else completeness
-        return scaled(measured, self.empty[metric][:, None], self.full[metric][:, None])
+        return scaled(measured, self.empty[measure][:, None], self.full[measure][:, None])
 
-    def ends(self, kind: str = "keep", metric: str | None = None) -> tuple[FloatArray, FloatArray]:
+    def ends(self, kind: str = "keep", measure: str | None = None) -> tuple[FloatArray, FloatArray]:
         """The curve's ends at size 0 and size 1, (T,) each: they need no measurement of their own.
 
         Nothing kept is the empty network, nothing removed the whole one.
         """
-        metric = self._metric(metric)
-        self.values(kind, metric)
-        low, high = self.empty[metric], self.full[metric]
+        measure = self._measure(measure)
+        self.values(kind, measure)
+        low, high = self.empty[measure], self.full[measure]
         if kind == "keep":
             return low.copy(), high.copy()
         if kind == "ablate":
             return high.copy(), low.copy()
         return faithfulness(low, low, high), faithfulness(high, low, high)
 
-    def area(self, kind: str = "keep", metric: str | None = None) -> FloatArray:
+    def area(self, kind: str = "keep", measure: str | None = None) -> FloatArray:
         """Area under a curve from size 0 to size 1 (:func:`area_under`), (T,).
 
         Raises:
             ValueError: If there is no such curve or measure.
         """
-        first, last = self.ends(kind, metric)
-        values = np.concatenate([first[:, None], self.values(kind, metric), last[:, None]], axis=1)
+        first, last = self.ends(kind, measure)
+        values = np.concatenate([first[:, None], self.values(kind, measure), last[:, None]], axis=1)
         return area_under(np.concatenate([[0.0], self.sizes, [1.0]]), values)
 
-    def delta(self, metric: str | None = None) -> FloatArray:
+    def delta(self, measure: str | None = None) -> FloatArray:
         """Area under S minus area under N, (T,).
 
         For measures in [0, 1] it lies in [-1, 1]. About 0 for a random order, and the higher the
@@ -228,16 +225,16 @@ class Curves:
         Raises:
             ValueError: If there is no such measure.
         """
-        return np.asarray(self.area("keep", metric) - self.area("ablate", metric))
+        return np.asarray(self.area("keep", measure) - self.area("ablate", measure))
 
-    def mean(self, kind: str = "keep", metric: str | None = None) -> FloatArray:
+    def mean(self, kind: str = "keep", measure: str | None = None) -> FloatArray:
         """Mean curve over the tasks for which it is known, (S,)."""
-        return nan_mean(self.values(kind, metric))
+        return nan_mean(self.values(kind, measure))
 
     def interval(
         self,
         kind: str = "keep",
-        metric: str | None = None,
+        measure: str | None = None,
         *,
         level: float = 0.95,
         n_draws: int = 2000,
@@ -247,7 +244,7 @@ class Curves:
 
         Args:
             kind: See :meth:`values`.
-            metric: One of ``measures``.
+            measure: One of ``measures``.
             level: Coverage, at each size by itself.
             n_draws: Times that T tasks are drawn with replacement.
             seed: Of the draws; the global random state is not used.
@@ -255,18 +252,18 @@ class Curves:
         Raises:
             ValueError: If an argument makes no sense.
         """
-        return intervals(self.values(kind, metric), level, n_draws, seed)
+        return intervals(self.values(kind, measure), level, n_draws, seed)
 
     def delta_interval(
         self,
-        metric: str | None = None,
+        measure: str | None = None,
         *,
         level: float = 0.95,
         n_draws: int = 2000,
         seed: int = 0,
     ) -> tuple[float, float]:
         """Bootstrap interval of the mean :meth:`delta` over tasks; see :meth:`interval`."""
-        low, high = intervals(self.delta(metric), level, n_draws, seed)
+        low, high = intervals(self.delta(measure), level, n_draws, seed)
         return float(low), float(high)
 
     def frame(self) -> pd.DataFrame:
@@ -288,58 +285,42 @@ class Curves:
                 "curve": kind,
                 "size": np.tile(np.concatenate([[0.0], self.sizes, [1.0]]), n_tasks),
             }
-            for metric in self.measures:
-                first, last = self.ends(kind, metric)
-                inner = self.values(kind, metric)
-                columns[metric] = np.concatenate(
+            for measure in self.measures:
+                first, last = self.ends(kind, measure)
+                inner = self.values(kind, measure)
+                columns[measure] = np.concatenate(
                     [first[:, None], inner, last[:, None]], axis=1
                 ).ravel()
             parts.append(pd.DataFrame(columns))
         return pd.concat(parts, ignore_index=True)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **{"tasks": "T", "task_names": "T", "sizes": "S", "requested": "S"},
+        **{"keep": "T S", "ablate": "T S", "empty": "T", "full": "T"},
+    }
+
+    def _derived(self) -> dict[str, Any]:
+        delta = {
+            measure: {
+                "mean": nan_mean(self.delta(measure)),
+                "interval_95": self.delta_interval(measure),
+                "tasks": self.delta(measure),
+            }
+            for measure in self.measures
+        }
+        scaled = ("faithfulness", "completeness")
         return {
-            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
-            "task_names": list(self.task_names),
-            "n_images": self.n_images,
-            "metric": self.metric,
-            "sizes": self.sizes.tolist(),
-            "requested": list(self.requested),
-            "per_site": self.per_site,
-            "ablation": self.ablation,
-            "delta": {
-                metric: {
-                    "mean": plain(float(nan_mean(self.delta(metric)))),
-                    "interval_95": plain(list(self.delta_interval(metric))),
-                    "tasks": plain(self.delta(metric).tolist()),
-                }
-                for metric in self.measures
-            },
-            "curves": {
-                metric: {kind: plain(self.values(kind, metric).tolist()) for kind in KINDS}
-                for metric in self.measures
-            },
-            "empty": {metric: plain(self.empty[metric].tolist()) for metric in self.measures},
-            "full": {metric: plain(self.full[metric].tolist()) for metric in self.measures},
+            "delta": delta,
+            **{kind: {m: self.values(kind, m) for m in self.measures} for kind in scaled},
         }
 
-    def save_json(self, path: str | PathLike[str]) -> None:
-        """Write :meth:`to_dict` to a JSON file.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        write_text(path, text + "\n")
-
-    def summary(self, metric: str | None = None) -> str:
+    def summary(self, measure: str | None = None) -> str:
         """A table as plain text: the mean curves with their 95 % intervals, and delta."""
-        metric = self._metric(metric)
+        measure = self._measure(measure)
         rows = [["size", *(f"{kind} (95 %)" for kind in ("keep", "ablate")), "faithf.", "compl."]]
-        means = {kind: self.mean(kind, metric) for kind in KINDS}
-        ends = {kind: self.interval(kind, metric) for kind in ("keep", "ablate")}
-        rows.append(["0", *self._end_cells(metric, 0)])
+        means = {kind: self.mean(kind, measure) for kind in KINDS}
+        ends = {kind: self.interval(kind, measure) for kind in ("keep", "ablate")}
+        rows.append(["0", *self._end_cells(measure, 0)])
         for i, size in enumerate(self.sizes):
             cells = [
                 f"{number(means[kind][i])} ({number(ends[kind][0][i])} to "
@@ -348,29 +329,25 @@ class Curves:
             ]
             shares = [number(means[kind][i]) for kind in ("faithfulness", "completeness")]
             rows.append([f"{size:.3g}", *cells, *shares])
-        rows.append(["1", *self._end_cells(metric, 1)])
-        low, high = self.delta_interval(metric)
+        rows.append(["1", *self._end_cells(measure, 1)])
+        low, high = self.delta_interval(measure)
         how = "at each site" if self.per_site else "of all channels"
         title = (
-            f"{metric} of {len(self.tasks)} task(s) on {self.n_images} images, top share {how}, "
+            f"{measure} of {len(self.tasks)} task(s) on {self.n_images} images, top share {how}, "
             f"closed channels: {self.ablation}"
         )
-        delta = number(float(nan_mean(self.delta(metric))))
+        delta = number(float(nan_mean(self.delta(measure))))
         foot = f"delta {delta} ({number(low)} to {number(high)})"
         return "\n".join(map(shown, [title, *table(rows), foot]))
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
+    def _end_cells(self, measure: str, end: int) -> list[str]:
+        return [number(float(nan_mean(self.ends(kind, measure)[end]))) for kind in KINDS]
 
-    def _end_cells(self, metric: str, end: int) -> list[str]:
-        return [number(float(nan_mean(self.ends(kind, metric)[end]))) for kind in KINDS]
-
-    def plot(self, metric: str | None = None, *, log: bool = False, axes: Any = None) -> Figure:
+    def plot(self, measure: str | None = None, *, log: bool = False, axes: Any = None) -> Figure:
         """Both curves in one panel, delta as the area between them; see :func:`plot_curves`.
 
         Args:
-            metric: One of ``measures``.
+            measure: One of ``measures``.
             log: Draw sizes on a logarithmic axis.
             axes: One matplotlib Axes to draw into; None: a new figure.
 
@@ -383,12 +360,12 @@ class Curves:
         """
         from nad_attr.evaluation.figures.curves import plot_one
 
-        return plot_one(self, self._metric(metric), log=log, axes=axes)
+        return plot_one(self, self._measure(measure), log=log, axes=axes)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{size:.3g}" for size in self.sizes)
         delta = number(float(nan_mean(self.delta())))
-        return f"Curves({len(self.tasks)} tasks, sizes {sizes}; {self.metric}: delta {delta})"
+        return f"Curves({len(self.tasks)} tasks, sizes {sizes}; {self.measure}: delta {delta})"
 
 
 def closed_at(ablation: Ablation | None, ranking: Ranking) -> str:
@@ -412,23 +389,17 @@ def curves(
     tasks: Sequence[Task] | None = None,
     task_names: Sequence[str] | None = None,
     sizes: Sequence[float] = SIZES,
-    metric: str = "own_auc",
+    measure: str = "own_auc",
     per_site: bool = False,
     ablation: Ablation | str | None = None,
     train_data: Data | None = None,
     others: bool = True,
-    memory: float = 0.25,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    amp: bool | torch.dtype | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
-    show_progress: bool = False,
+    run: RunOptions | None = None,
 ) -> Curves:
     """Keep the top channels of a ranking, and remove them, at several sizes.
 
     All sizes of all tasks, the empty network and the whole one are measured on the same images, in
-    as few passes over them as ``memory`` allows.
+    as few passes over them as ``run.memory_limit`` allows.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -442,7 +413,7 @@ def curves(
         tasks: The T tasks, in the order of the scores' rows; of gates: those wanted (None: all).
         task_names: T names, for display.
         sizes: Shares of the channels, in (0, 1].
-        metric: The measure that is shown where none is named; all are measured.
+        measure: The measure that is shown where none is named; all are measured.
         per_site: Keep (remove) this share at each site, rather than of all channels together.
         ablation: What stands in place of closed channels: one of
             :func:`nad_attr.evaluation.fit_ablation`, or the name of a kind (``"zero"``, ``"mean"``,
@@ -454,15 +425,7 @@ def curves(
         train_data: Images to fit a named ablation to, other than ``data``.
         others: Measure the outputs of the other tasks as well: other AUC and disentanglement.
             Without, T times fewer answers have to be kept.
-        memory: GiB of answers that are kept at once, at most; at least one sub-architecture's.
-            Less means more passes over the data, and the same result.
-        batch_size: Images in a forward pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: Mixed precision: a dtype for autocast, True for bfloat16.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all images.
-        show_progress: Show a bar of the images done (tqdm).
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The curves. A task without own images in the data gets NaN and a warning.
@@ -485,45 +448,34 @@ def curves(
         array([0.25, 0.25])
     """
     shares = check_sizes(sizes)
-    if check_measure(metric) in OF_OTHERS and not others:
-        raise ValueError(f"metric {metric!r} needs others=True.")
+    if check_measure(measure) in OF_OTHERS and not others:
+        raise ValueError(f"measure {measure!r} needs others=True.")
     ranking = as_ranking(scores_or_gates, sites=sites, tasks=tasks, task_names=task_names)
     if lacking := ranking.missing(shares):
         raise ValueError(lacking)
-    run: dict[str, Any] = {
-        "batch_size": batch_size,
-        "device": device,
-        "forward_func": forward_func,
-        "additional_forward_args": additional_forward_args,
-    }
     optimal = ablation == OPTIMAL
     prepared = fitted(
-        None if optimal else ablation, model, ranking.sites, ranking.tasks, train_data, **run
+        None if optimal else ablation, model, ranking.sites, ranking.tasks, train_data, run
     )
     kept = [ranking.sub_architectures(share, per_site=per_site) for share in shares]
     groups: list[list[SubArchitecture]] = [[arch & ~arch for arch in kept[0]]]
     groups += [group for archs in kept for group in (archs, [~arch for arch in archs])]
     if optimal:
         known = [False, *(k for share in shares for k in (ranking.has_constants(share), False))]
-        groups = own_constants(
-            model, groups, train_data, known, recipe_of(scores_or_gates), amp=amp, **run
-        )
+        groups = own_constants(model, groups, train_data, known, recipe_of(scores_or_gates), run)
     grid = measure_grid(
         model,
         groups,
         data,
         ablation=prepared,
         others=others,
-        memory=memory,
-        amp=amp,
-        show_progress=show_progress,
-        **run,
+        run=run,
     )
     return Curves(
         tasks=ranking.tasks,
         task_names=ranking.task_names,
         n_images=grid.n_images,
-        metric=metric,
+        measure=measure,
         sizes=np.array([archs[0].size for archs in kept]),
         requested=shares,
         per_site=per_site,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,12 +22,13 @@ from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.session import fit_constants
-from nad_attr.running.forward import Runner, amp_dtype, check_batch_size, chunks
+from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
 
 __all__ = ["GRID_MEASURES", "Grid", "fitted", "measure_grid"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: What is measured at every size, as in :class:`nad_attr.evaluation.Evaluation`.
 GRID_MEASURES = (
@@ -42,6 +43,9 @@ GRID_MEASURES = (
     "ba",
     "other_accuracy",
 )
+
+#: Bytes of answers that are kept at once where nothing is said.
+GRID_BYTES = 2**28
 
 #: Those that need the outputs of the other tasks as well.
 OF_OTHERS = ("other_auc", "disentanglement")
@@ -78,7 +82,7 @@ def own_constants(
     train_data: Data | None,
     known: Sequence[bool],
     recipe: Recipe | None,
-    **run: Any,
+    run: RunOptions | None,
 ) -> list[list[SubArchitecture]]:
     """Each sub-architecture with the constants that keep its task output best.
 
@@ -88,7 +92,7 @@ def own_constants(
         train_data: Images to fit to.
         known: Which groups have them already.
         recipe: How long to fit; None: as the default recipe.
-        **run: See :func:`nad_attr.fit_constants`.
+        run: How to run the network.
 
     Raises:
         ValueError: If there are no images to fit to.
@@ -102,7 +106,7 @@ def own_constants(
         list(group)
         # Where nothing is closed there is nothing to fit.
         if has or all(arch.size == 1 for arch in group)
-        else fit_constants(model, group, train_data, recipe=recipe, **run)
+        else fit_constants(model, group, train_data, recipe=recipe, run=run)
         for group, has in zip(groups, known, strict=True)
     ]
 
@@ -113,7 +117,7 @@ def fitted(
     sites: Sequence[GateSite],
     tasks: Sequence[Task],
     train_data: Data | None,
-    **run: Any,
+    run: RunOptions | None,
 ) -> Ablation | None:
     """The ablation value that an argument stands for, fitted to training images if it has to be.
 
@@ -127,7 +131,7 @@ def fitted(
             f"ablation {ablation!r} needs train_data=, images to fit it to, other than those that "
             "are measured; or pass what fit_ablation(model, sites, data, ...) returns."
         )
-    return fit_ablation(model, sites, train_data, ablation, tasks=tasks, **run)
+    return fit_ablation(model, sites, train_data, kind=ablation, tasks=tasks, run=run)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,13 +219,7 @@ def measure_grid(
     *,
     ablation: Ablation | str | None = None,
     others: bool = True,
-    memory: float = 0.25,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    amp: bool | torch.dtype | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
-    show_progress: bool = False,
+    run: RunOptions | None = None,
 ) -> Grid:
     """The measures of :func:`nad_attr.evaluation.evaluate` for many groups at once.
 
@@ -232,17 +230,11 @@ def measure_grid(
         data: As in :func:`nad_attr.evaluation.evaluate`.
         ablation: As in :func:`nad_attr.evaluation.sweep`.
         others: Measure the outputs of the other tasks as well.
-        memory: GiB of answers that are kept at once, at most; at least one sub-architecture's.
-        batch_size: Images in a forward pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: As in :func:`nad_attr.evaluation.sweep`.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call, the same for all images.
-        show_progress: Show a bar of the images done, those of each block counted by themselves.
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
-        The measures, a function of the sub-architectures and the images alone: not of ``memory``
-        or the other groups.
+        The measures, a function of the sub-architectures and the images alone: not of
+        ``run.memory_limit`` or the other groups.
 
     Raises:
         GatingError: If a site does not fire, fires twice or has another shape.
@@ -263,37 +255,27 @@ def measure_grid(
     if any(tuple(_task(arch) for arch in group) != tasks for group in groups):
         raise ValueError("groups must be of the same tasks in the same order.")
     chosen = as_ablation(ablation)
-    check_batch_size(batch_size)
-    dtype = amp_dtype(amp)
-    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not memory > 0:
-        raise ValueError(f"memory must be a number of GiB above 0, not {memory!r}.")
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    runner = Runner(model, run)
     source = as_source(data)
     own = own_images(source.labels, tasks)
     _check_own(own, tasks, source.labels)
 
     n = len(source.labels)
+    kept = runner.options.kept_bytes(GRID_BYTES)
     per_row = 4 * n * (len(tasks) if others else 1)
-    blocks = list(chunks(len(archs), max(1, int(memory * 2**30 / per_row))))
+    blocks = list(chunks(len(archs), max(1, kept // per_row)))
     column_of = {task: j for j, task in enumerate(tasks)}
     columns = [column_of[_task(arch)] for arch in archs]
     parts: list[dict[str, FloatArray]] = []
     whole: dict[str, FloatArray] = {}
     responses: Responses | None = None
-    with progress_bar(len(archs), n * len(blocks), show_progress) as bar:
+    with progress_bar(runner, len(archs), n * len(blocks)) as bar:
         for block in blocks:
             responses = answers(
                 runner,
                 archs[block[0] : block[-1] + 1],
                 source,
-                batch_size=batch_size,
                 ablation=chosen,
-                amp=dtype,
                 bar=bar,
                 columns=tasks,
                 whole=responses,

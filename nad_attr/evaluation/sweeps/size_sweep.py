@@ -7,20 +7,17 @@ gates find such a part where simpler rankings and random channels of the same si
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import product
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nad_attr._checks import check_mapping
-from nad_attr._display import html_text
+from nad_attr._checks import check_count, check_mapping
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data, as_source
 from nad_attr.evaluation.ablation import Ablation
@@ -35,6 +32,7 @@ from nad_attr.evaluation.sweeps.grid import (
 )
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.running.options import RunOptions
 from nad_attr.scoring.baselines import EnergyScorer, NeuronMCTScorer, TaylorScorer
 from nad_attr.scoring.rankings import (
     SIZES,
@@ -48,8 +46,8 @@ from nad_attr.scoring.scorer import ChannelScorer
 from nad_attr.sites.site import GateSite
 from nad_attr.stats.measure_table import MEASURE_TABLE, p_against
 from nad_attr.stats.p_values import least_p
-from nad_attr.stats.tables import intervals, nan_mean, number, pandas, plain, table
-from nad_attr.system.files import write_text
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import intervals, nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SizeSweep", "size_sweep"]
 
-FloatArray: TypeAlias = "NDArray[np.float64]"
+FloatArray: TypeAlias = NDArray[np.float64]
 
 #: How random channels are called among the methods.
 RANDOM = "random"
@@ -77,7 +75,7 @@ PANELS = (
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SizeSweep:
+class SizeSweep(Result):
     """Measures of M methods at S sizes for T tasks, beside random channels and the whole network.
 
     Made by :func:`size_sweep`.
@@ -233,7 +231,7 @@ class SizeSweep:
         Raises:
             ImportError: If pandas is not installed.
         """
-        pd = pandas("Whether.frame()")
+        pd = pandas("SizeSweep.frame()")
         parts: list[tuple[str, int, Mapping[str, FloatArray]]] = [
             (method, 0, self.measured[method]) for method in self.methods
         ]
@@ -302,49 +300,21 @@ class SizeSweep:
             lines += ["", *table(rows)]
         return "\n".join(map(shown, lines))
 
-    def _repr_html_(self) -> str:
-        """How notebooks show it."""
-        return html_text(self.summary())
+    _AXES: ClassVar[Mapping[str, str]] = {
+        **{"tasks": "T", "task_names": "T", "sizes": "S", "requested": "S"},
+        **{"measured": "S T", "random": "D S T", "whole": "T"},
+    }
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and strings; NaN becomes None, as JSON has no NaN."""
+    def _derived(self) -> dict[str, Any]:
         names = [*self.methods, *([RANDOM] if self.n_random else [])]
-        results: dict[str, Any] = {}
-        for name in names:
-            results[name] = {}
-            for measure in self.measures:
-                low, high = self.interval(name, measure)
-                found = {
-                    "mean": self.mean(name, measure),
-                    "interval_95": np.stack([low, high], axis=1),
-                    "tasks": self.values(name, measure),
-                }
-                if name != RANDOM:
-                    found["p"] = self.p_value(name, measure)
-                results[name][measure] = {key: plain(v.tolist()) for key, v in found.items()}
-        return {
-            "tasks": [list(task) if isinstance(task, tuple) else task for task in self.tasks],
-            "task_names": list(self.task_names),
-            "n_images": self.n_images,
-            "sizes": self.sizes.tolist(),
-            "requested": list(self.requested),
-            "per_site": self.per_site,
-            "ablation": self.ablation,
-            "baselines": list(self.baselines),
-            "methods": results,
-            "p_least": least_p(self.n_random) if self.n_random else None,
-            "random": {m: plain(values.tolist()) for m, values in self.random.items()},
-            "whole": {m: plain(values.tolist()) for m, values in self.whole.items()},
-        }
-
-    def save_json(self, path: str | PathLike[str]) -> None:
-        """Write :meth:`to_dict` to a JSON file.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        write_text(path, text + "\n")
+        means: dict[str, Any] = {}
+        for name, measure in product(names, self.measures):
+            means.setdefault(name, {})[measure] = {
+                "mean": self.mean(name, measure),
+                "interval_95": np.stack(self.interval(name, measure), axis=1),
+                **({"p": self.p_value(name, measure)} if name != RANDOM else {}),
+            }
+        return {"means": means, "p_least": least_p(self.n_random) if self.n_random else None}
 
     def plot(
         self,
@@ -382,7 +352,7 @@ class SizeSweep:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{size:.3g}" for size in self.sizes)
         return (
-            f"Whether({len(self.tasks)} tasks, methods {', '.join(self.methods)}, sizes {sizes}, "
+            f"SizeSweep({len(self.tasks)} tasks, methods {', '.join(self.methods)}, sizes {sizes}, "
             f"{self.n_random} random draws)"
         )
 
@@ -425,13 +395,7 @@ def size_sweep(
     n_random: int = 19,
     seed: int = 0,
     others: bool = True,
-    memory: float = 0.25,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    amp: bool | torch.dtype | None = None,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
-    show_progress: bool = False,
+    run: RunOptions | None = None,
 ) -> SizeSweep:
     """Can the network be divided, and does a method find where? Size against every measure.
 
@@ -468,15 +432,7 @@ def size_sweep(
         seed: Of the random orders.
         others: Measure the outputs of the other tasks as well: other AUC and disentanglement.
             Without, T times fewer answers have to be kept.
-        memory: GiB of answers that are kept at once, at most; at least one sub-architecture's.
-            Less means more passes over the data, and the same result.
-        batch_size: Images in a forward pass, at most.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: Mixed precision: a dtype for autocast, True for bfloat16.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-            Returns (B, K), one output per class.
-        additional_forward_args: Further arguments of every call, the same for all images.
-        show_progress: Show a bar of the images done (tqdm).
+        run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
         The measures. A task without own images in the data gets NaN and a warning.
@@ -501,8 +457,7 @@ def size_sweep(
         array([0.5])
     """
     shares = check_sizes(sizes)
-    if isinstance(n_random, bool) or not isinstance(n_random, int) or n_random < 0:
-        raise ValueError(f"n_random must be a whole number from 0 on, not {n_random!r}.")
+    check_count(n_random, "n_random", least=0)
     check_mapping(methods, "methods")
     if not methods:
         raise ValueError("methods is empty; name at least one.")
@@ -530,12 +485,6 @@ def size_sweep(
     if scoring and train_data is None:
         raise ValueError(f"{scoring[0]!r} is a scorer: it needs train_data=, images to score on.")
 
-    run: dict[str, Any] = {
-        "batch_size": batch_size,
-        "device": device,
-        "forward_func": forward_func,
-        "additional_forward_args": additional_forward_args,
-    }
     # What is given is checked before any network is run for what has to be found.
     found = {
         name: as_ranking(ranks, sites=sites, tasks=tasks, task_names=task_names, what=repr(name))
@@ -560,12 +509,12 @@ def size_sweep(
             "constants of each method's own, or ablation='mean' for means throughout.",
             stacklevel=2,
         )
-    prepared = fitted(None if optimal else ablation, model, sites, tasks, train_data, **run)
+    prepared = fitted(None if optimal else ablation, model, sites, tasks, train_data, run)
     train = as_source(train_data) if scoring else None
     for name in scoring:
         scorer = named[name]
         assert isinstance(scorer, ChannelScorer)
-        scores = scorer(train, tasks=tasks, **run)
+        scores = scorer(train, tasks=tasks, run=run)
         found[name] = as_ranking(
             scores, sites=sites, tasks=tasks, task_names=task_names, what=repr(name)
         )
@@ -580,17 +529,14 @@ def size_sweep(
             known.append(ranking.has_constants(share))
     if optimal:
         recipe = recipe_of(named[gated[0]]) if gated else None
-        groups = own_constants(model, groups, train_data, known, recipe, amp=amp, **run)
+        groups = own_constants(model, groups, train_data, known, recipe, run)
     grid = measure_grid(
         model,
         groups,
         data,
         ablation=prepared,
         others=others,
-        memory=memory,
-        amp=amp,
-        show_progress=show_progress,
-        **run,
+        run=run,
     )
     n, n_named = len(shares), len(named)
     blocks = {

@@ -305,7 +305,7 @@ if (DATA.curves) {
       const shapes = [[first.full, "dash"], [first.empty, "dot"]].filter(([value]) => value !== null).map(([value, dash]) => ({
         type: "line", xref: "paper", x0: 0, x1: 1, y0: value, y1: value, line: { dash, color: GREY, width: 1 },
       }));
-      const label = DATA.measures[first.metric] || first.metric;
+      const label = DATA.measures[first.measure] || first.measure;
       return {
         traces,
         layout: {

@@ -1,0 +1,155 @@
+"""How to run a network: where, in what precision, in what batches, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from nad_attr.system.memory import parse_bytes
+
+__all__ = ["FROM_RUN", "RunOptions", "as_options"]
+
+
+class _FromRun:
+    """Stands for a keyword that was not given: the field of ``run`` holds."""
+
+    def __repr__(self) -> str:
+        return "<as in run>"
+
+
+FROM_RUN: Any = _FromRun()
+
+#: Autocast's dtypes, by what may be asked for.
+_AMP = {None: None, False: None, True: torch.bfloat16} | {
+    dtype: dtype for dtype in (torch.bfloat16, torch.float16)
+}
+
+
+@dataclass(frozen=True, eq=False)
+class RunOptions:
+    """How to run a network. Everything that runs one takes it as ``run=``.
+
+    Attributes:
+        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
+        amp: Mixed precision: a dtype for autocast, True for bfloat16. Gates and answers stay
+            float32.
+        batch_size: Images in one pass of the network, at most; copies of an image and donors of an
+            ablation count as images. "auto": as many as fit into memory, measured with the first
+            image (on a CPU or CUDA). None: 64; 32 for pictures and 16 for a dissection. It changes
+            memory and speed, not the results beyond the rounding of the arithmetic.
+        memory_limit: Bytes, or a text such as "8GB": what "auto" may fill with a batch, and what
+            the answers of sub-architectures may take that are kept at once (at least one's; the
+            data are gone through several times if need be, with the same results). With both, the
+            answers have a quarter. None: half of what is free on a CPU, 90 % on a GPU; 1 GB of
+            answers, or 256 MB where many sizes are measured.
+        forward_func: Called with the inputs in place of the network, to choose among several
+            outputs, for example. It must run the network, and return (B, K), one output for each
+            class.
+        additional_forward_args: Further arguments of every call, one or a tuple of them, the same
+            for all images.
+        show_progress: Show a progress bar with the time left.
+
+    Raises:
+        TypeError: If ``forward_func`` is no function.
+        ValueError: If another field has no sensible value.
+
+    Example:
+        >>> run = RunOptions(batch_size=16, amp=True)
+        >>> run
+        RunOptions(amp=True, batch_size=16)
+        >>> RunOptions(batch_size=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: batch_size must be a whole number from 1 on or 'auto', not 0.
+    """
+
+    device: str | torch.device | None = None
+    amp: bool | torch.dtype | None = None
+    batch_size: int | Literal["auto"] | None = None
+    memory_limit: int | str | None = None
+    forward_func: Callable[..., Any] | None = None
+    additional_forward_args: Any = None
+    show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except (RuntimeError, TypeError, ValueError):
+                raise ValueError(
+                    f"device must be 'cpu', 'cuda' or the like, not {self.device!r}."
+                ) from None
+        if not (self.amp is None or isinstance(self.amp, (bool, torch.dtype))) or (
+            self.amp not in _AMP
+        ):
+            raise ValueError(
+                f"amp must be True, torch.bfloat16 or torch.float16, not {self.amp!r}."
+            )
+        n = self.batch_size
+        whole = isinstance(n, int) and not isinstance(n, bool) and n > 0
+        if not (n is None or n == "auto" or whole):
+            raise ValueError(f"batch_size must be a whole number from 1 on or 'auto', not {n!r}.")
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
+        if self.forward_func is not None and not callable(self.forward_func):
+            raise TypeError(f"forward_func must be a function, not {self.forward_func!r:.60}.")
+        if not isinstance(self.show_progress, bool):
+            raise ValueError(f"show_progress must be True or False, not {self.show_progress!r}.")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that autocast computes in; None: no autocast."""
+        return _AMP[self.amp]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The additional arguments of a call."""
+        extra = self.additional_forward_args
+        if isinstance(extra, (tuple, list)):
+            return tuple(extra)
+        return () if extra is None else (extra,)
+
+    @property
+    def limit(self) -> int | None:
+        """The memory limit in bytes."""
+        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
+
+    def kept_bytes(self, default: int) -> int:
+        """Bytes of answers that may be kept at once, beside a batch that is found."""
+        if self.limit is None:
+            return default
+        return self.limit // 4 if self.batch_size == "auto" else self.limit
+
+    def __repr__(self) -> str:
+        said = ((f.name, getattr(self, f.name)) for f in fields(self))
+        named = ", ".join(f"{k}={v!r}" for k, v in said if v is not None and v is not False)
+        return f"RunOptions({named})"
+
+
+def as_options(
+    run: RunOptions | None,
+    device: Any = FROM_RUN,
+    amp: Any = FROM_RUN,
+    batch_size: Any = FROM_RUN,
+    memory_limit: Any = FROM_RUN,
+    show_progress: Any = FROM_RUN,
+) -> RunOptions:
+    """The options that were given, with the keywords beside them in place of their fields.
+
+    Raises:
+        TypeError: If ``run`` is something else.
+        ValueError: See :class:`RunOptions`.
+
+    Example:
+        >>> as_options(RunOptions(device="cpu", batch_size=8), batch_size=2)
+        RunOptions(device='cpu', batch_size=2)
+    """
+    if run is not None and not isinstance(run, RunOptions):
+        raise TypeError(f"run must be nad_attr.RunOptions(...), not {run!r:.60}.")
+    names = ("device", "amp", "batch_size", "memory_limit", "show_progress")
+    values = (device, amp, batch_size, memory_limit, show_progress)
+    given = {k: v for k, v in zip(names, values, strict=True) if v is not FROM_RUN}
+    return replace(run or RunOptions(), **given)

@@ -1,0 +1,330 @@
+"""One face for all results: a table, a text, a figure, a dictionary, files and notebooks.
+
+A result is a dataclass (or says what its fields are). Its fields are its content, in files as
+well: JSON holds them as lists and numbers, beside what follows from them, and HDF5 as arrays. What
+is read has to be of the types that the fields are declared with; a file names no class and calls
+nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    TypeAlias,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import numpy as np
+
+from nad_attr._display import html_text
+from nad_attr.data.labels import as_task
+from nad_attr.system.files import write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from typing_extensions import Self
+
+__all__ = ["Result", "is_json"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+#: Written into each file, raised when what is in it changes its meaning.
+FORMAT = 1
+#: What a file that is no such result makes :meth:`Result.load` trip over.
+_WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
+
+
+class Result:
+    """What every result can do. Results add ``plot()``, which needs matplotlib.
+
+    Example:
+        >>> import tempfile
+        >>> from nad_attr.evaluation import Stability
+        >>> one = np.ones((1, 2))
+        >>> result = Stability((0, 1), seeds=one, halves=one, images={})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result.save(f"{folder}/stability.json")
+        ...     result.save(f"{folder}/results.h5")
+        ...     Stability.load(f"{folder}/stability.json").seeds.tolist()
+        [[1.0, 1.0]]
+    """
+
+    #: Axes of the fields, such as ``"T S"``: the same letter is the same length everywhere.
+    _AXES: ClassVar[Mapping[str, str]] = {}
+
+    def frame(self) -> pd.DataFrame:
+        """A tidy table, for pandas.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """What was found, as plain text."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and what follows from them, as lists, numbers and strings.
+
+        NaN becomes None, as JSON has no NaN, and infinity the text "inf".
+        """
+        found: dict[str, Any] = _encoded(self, lambda name, array: _listed(array), True)
+        return found
+
+    def save(self, path: str | PathLike[str], group: str | None = None) -> None:
+        """Write to a JSON file, or to a group of an HDF5 file; what else is in that stays.
+
+        Args:
+            path: The file. One that ends in ".json" gets :meth:`to_dict`; any other is HDF5: a new
+                file, or one with gates or other results.
+            group: Name of the result in an HDF5 file, such as "evaluation/held_out"; replaced if it
+                is there. None: the name of the class, such as "size_sweep".
+
+        Raises:
+            GateStoreError: If the HDF5 file cannot be written, or is not one of nad_attr.
+            OSError: If the JSON file cannot be written, or would replace something else.
+        """
+        if is_json(path):
+            write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+            return
+        from nad_attr.store import write_result
+
+        arrays, attributes = self._stored()
+        about = {"what": self._kind(), "format": FORMAT, **attributes}
+        write_result(path, group or self._kind(), arrays, about)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], group: str | None = None) -> Self:
+        """Read what :meth:`save` wrote; no code in the file is ever run.
+
+        Args:
+            path: The file.
+            group: Name of the result in an HDF5 file; None: the name of the class.
+
+        Raises:
+            GateStoreError: If the HDF5 file or the group is no such thing.
+            OSError: If a JSON file cannot be read.
+            ValueError: If a JSON file holds no such result.
+        """
+        if is_json(path):
+            return cls._of_json(path)
+        from nad_attr.store import GateStoreError, read_result
+
+        group = group or cls._kind()
+        arrays, about = read_result(path, group)
+        where = f"{fspath(path)}, {group!r}"
+        if about.get("what") != cls._kind():
+            raise GateStoreError(f"{where} holds no {cls._kind()}.")
+        if about.get("format") != FORMAT:
+            raise GateStoreError(
+                f"{where} has format {about.get('format')!r}; this version reads {FORMAT}."
+            )
+        try:
+            return cls._of_stored(arrays, about)
+        except _WRONG as error:
+            raise GateStoreError(f"{where} holds no whole {cls._kind()}: {error!r:.200}.") from None
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        return html_text(self.summary())
+
+    # -- what results with another inside change -------------------------------------------------
+
+    @classmethod
+    def _types(cls) -> dict[str, Any]:
+        """Names and types of the fields."""
+        return _types_of(cls)
+
+    def _fields(self) -> dict[str, Any]:
+        """Their values."""
+        return _fields_of(self)
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> Self:
+        """A result of the fields that a file holds, if they fit together."""
+        found: Self = _made(cls, fields)
+        return found
+
+    def _derived(self) -> dict[str, Any]:
+        """What follows from the fields and is written beside them: means, intervals, p-values."""
+        return {}
+
+    def _stored(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arrays and attributes of the HDF5 file."""
+        arrays: dict[str, Any] = {}
+
+        def put(name: str, array: Array) -> dict[str, str]:
+            key = name if not set(name) & {"/", "\0"} and name not in arrays else str(len(arrays))
+            arrays[key] = array
+            return {"array": key}
+
+        return arrays, {"fields": _encoded(self, put, False)}
+
+    @classmethod
+    def _of_stored(cls, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -> Self:
+        """The result of what :meth:`_stored` gave."""
+
+        def array(value: Any) -> Any:
+            return arrays[value["array"]] if isinstance(value, Mapping) else value
+
+        found: Self = _decoded(cls, attributes["fields"], array)
+        return found
+
+    @classmethod
+    def _of_json(cls, path: str | PathLike[str]) -> Self:
+        with open(fspath(path), encoding="utf-8") as file:
+            try:
+                content = json.load(file)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{fspath(path)} is no JSON file: {error}.") from None
+        try:
+            found: Self = _decoded(cls, content, lambda value: value)
+            return found
+        except _WRONG as error:
+            raise ValueError(
+                f"{fspath(path)} is no {cls._kind()} written by save: {error!r:.200}."
+            ) from None
+
+    @classmethod
+    def _kind(cls) -> str:
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+
+
+def is_json(path: str | PathLike[str]) -> bool:
+    """Whether a file's name says that it is JSON."""
+    return Path(path).suffix.lower() == ".json"
+
+
+# -- Fields ------------------------------------------------------------------------------------
+
+
+def _types_of(cls: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _fields_of(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _made(cls: type[Any], fields: dict[str, Any]) -> Any:
+    result = cls(**fields)
+    lengths: dict[str, int] = {}
+    for name, axes in getattr(cls, "_AXES", {}).items():
+        for shape in _shapes(getattr(result, name)):
+            wanted = tuple(
+                int(axis) if axis.isdecimal() else lengths.setdefault(axis, n)
+                for axis, n in zip(axes.split(), shape, strict=True)
+            )
+            if shape != wanted:
+                raise ValueError(f"{name} has shape {shape}, not {wanted}")
+    return result
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    if isinstance(value, Mapping):
+        return [shape for part in value.values() for shape in _shapes(part)]
+    if value is None:
+        return []
+    return [value.shape if isinstance(value, np.ndarray) else (len(value),)]
+
+
+# -- To and from lists, numbers and strings ------------------------------------------------------
+
+
+def _listed(array: Array) -> Any:
+    # A list without numbers does not say how many axes there are behind the first.
+    return _plain(array.tolist()) if array.size or array.ndim == 1 else {"shape": [*array.shape]}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def _encoded(value: Any, put: Callable[[str, Array], Any], derived: bool, name: str = "") -> Any:
+    """A value of a field for JSON; ``put`` says what stands in place of an array."""
+    if dataclasses.is_dataclass(value) or isinstance(value, Result):
+        fields = value._fields() if isinstance(value, Result) else _fields_of(value)
+        more = value._derived() if derived and isinstance(value, Result) else {}
+        value = {**fields, **more}
+    if isinstance(value, np.ndarray):
+        return put(name, value)
+    if isinstance(value, Mapping):
+        return {
+            str(key): _encoded(part, put, derived, f"{name}.{key}" if name else str(key))
+            for key, part in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_encoded(part, put, derived, f"{name}.{i}") for i, part in enumerate(value)]
+    return _plain(value.item() if isinstance(value, np.generic) else value)
+
+
+def _decoded(kind: Any, value: Any, array: Callable[[Any], Any], name: str = "") -> Any:
+    """A value of a type from what :func:`_encoded` made of it; ``array`` finds an array's numbers.
+
+    Raises:
+        TypeError, ValueError, KeyError: If it is of another type.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if name == "tasks":
+        return tuple(as_task(task) for task in value)
+    if kind is Any:
+        return value
+    if origin in (Union, UnionType):
+        if value is None and NoneType in args:
+            return None
+        (kind,) = (arg for arg in args if arg is not NoneType)
+        return _decoded(kind, value, array)
+    if origin is np.ndarray:
+        return _array(array(value), np.dtype(get_args(args[1])[0]))
+    result = kind if isinstance(kind, type) and issubclass(kind, Result) else None
+    if result or dataclasses.is_dataclass(kind):
+        types = result._types() if result else _types_of(kind)
+        fields = {
+            key: _decoded(of, value[key], array, key) for key, of in types.items() if key in value
+        }
+        return result._of_fields(fields) if result else _made(kind, fields)
+    if origin is not None and issubclass(origin, Mapping):
+        key_of, of = args
+        return {key_of(key): _decoded(of, part, array) for key, part in value.items()}
+    if origin in (tuple, list):
+        if not isinstance(value, list):
+            raise TypeError(f"{value!r:.60} in place of a list")
+        kinds = args if origin is tuple and Ellipsis not in args else args[:1] * len(value)
+        return origin(_decoded(k, v, array) for k, v in zip(kinds, value, strict=True))
+    if kind is float and value is None:
+        return math.nan
+    if kind is float and (value in ("inf", "-inf") or isinstance(value, int)) and value is not True:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.60} in place of {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _array(values: Any, dtype: np.dtype[Any]) -> Array:
+    if isinstance(values, Mapping):
+        return np.empty((0,), dtype).reshape(values["shape"])
+    if dtype.kind == "f":
+        return np.asarray(values, dtype=dtype)  # None becomes NaN
+    found = np.asarray(values)
+    if found.size and found.dtype.kind != dtype.kind:
+        raise TypeError(f"{found.dtype} in place of {dtype}")
+    return found.astype(dtype)

@@ -1,0 +1,264 @@
+"""Every result has the same face: table, text, figure, dictionary, files, notebook."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+import nad_attr
+from nad_attr.concepts import Comparison, Concept, UnitConcepts, association
+from nad_attr.concepts.comparing.depth import DepthSemantics
+from nad_attr.evaluation import Curves, DepthProfile, Evaluation, MosaicResult, SizeSweep
+from nad_attr.evaluation.controls.planted import PlantedScore
+from nad_attr.evaluation.controls.sanity import Control, SanityReport
+from nad_attr.evaluation.controls.stability import Stability
+from nad_attr.evaluation.questions.depth import NetworkProfile
+from nad_attr.evaluation.questions.error_ranks import error_ranks, partial_rank_correlation
+from nad_attr.evaluation.questions.error_study import ErrorStudy, Voting
+from nad_attr.evaluation.questions.explanation import ErrorExplanation, SharedSite
+from nad_attr.evaluation.sweeps.grid import GRID_MEASURES
+from nad_attr.gates.history import History
+from nad_attr.stats.results import Result
+from nad_attr.stats.tests import Statistic
+from nad_attr.store import GateStoreError
+
+NAN, INF = float("nan"), float("inf")
+TASKS, NAMES = (0, (1, 2)), ("cat", "dog/wolf")
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    """Numbers in [0, 1], the first one unknown."""
+    values = np.random.default_rng(seed).random(shape)
+    values[(0,) * len(shape)] = NAN
+    return values
+
+
+def evaluation() -> Evaluation:
+    def part(seed: int, **more: Any) -> Evaluation:
+        each = ("size", "fidelity", "rank_fidelity", "margin_auc", "recall", "fpr")
+        values = {name: numbers(2, seed=seed + i) for i, name in enumerate(each)}
+        return Evaluation(
+            TASKS, NAMES, 9, np.array([4, 5]), sizes={"a/b": numbers(2), "c": numbers(2)},
+            table=numbers(2, 2), other_accuracy=numbers(2), **values, **more,
+        )  # fmt: skip
+
+    whole = part(1)
+    others = {"random": tuple(part(i, _whole=whole) for i in (2, 3))}
+    return part(0, _whole=whole, rivals={"b.c": part(4, _whole=whole)}, **others)
+
+
+def curves() -> Curves:
+    measured = {name: numbers(2, 3) for name in ("own_auc", "fidelity")}
+    ends = {name: numbers(2) for name in measured}
+    sizes = np.array([0.2, 0.5, 0.9])
+    return Curves(
+        TASKS, NAMES, 9, "fidelity", sizes, (0.2, 0.5, 0.9), True, "zero", measured,
+        {name: 1 - values for name, values in measured.items()}, ends, ends,
+    )  # fmt: skip
+
+
+def size_sweep() -> SizeSweep:
+    return SizeSweep(
+        TASKS, NAMES, 9, np.array([0.2, 0.5]), (0.2, 0.5), False, "mean", ("nad", "b.c"), ("b.c",),
+        {name: {m: numbers(2, 2) for m in GRID_MEASURES} for name in ("nad", "b.c")},
+        {m: numbers(3, 2, 2) for m in GRID_MEASURES}, {m: numbers(2) for m in GRID_MEASURES},
+    )  # fmt: skip
+
+
+def mosaics() -> MosaicResult:
+    chosen = np.arange(12).reshape(3, 4) % 2
+    shares = np.random.default_rng(0).dirichlet(np.ones(4), (3, 1, 4))
+    return MosaicResult(
+        ("conv",), np.zeros(1), {"conv": (4, 4)}, {"fc": "no map"}, TASKS, NAMES, chosen, chosen,
+        shares, shares.mean(2), 0.1, 7,
+    )  # fmt: skip
+
+
+def depth_profile() -> DepthProfile:
+    sites, ones = ("a", "b", "c"), np.tile(np.eye(2), (3, 1, 1))
+    profile = NetworkProfile(
+        sites, np.array([4, 8, 16]), np.linspace(0, 1, 3), TASKS, NAMES, numbers(3, 2), ones, ones
+    )
+    return DepthProfile(
+        {"one": profile, "two": dataclasses.replace(profile, fidelities=numbers(3, 2))}
+    )
+
+
+CONFUSION = np.array([[5, 3, 0], [1, 6, 1], [0, 2, 7]])
+
+
+def error_study() -> ErrorStudy:
+    similarity = np.array([[1, 0.9, 0.1], [0.9, 1, 0.2], [0.1, 0.2, 1]])
+    ranks = error_ranks(similarity, CONFUSION, hits=[1], n_permutations=9)
+    partial = partial_rank_correlation(CONFUSION, similarity, np.ones((3, 3)), n_permutations=9)
+    return ErrorStudy(
+        (0, 1, 2), ("a", "b", "c"), 25, 2, CONFUSION, "kappa", similarity, ranks, {"head": ranks},
+        {"head": similarity}, {"head": partial}, {"input": "no layer"},
+        Voting(0.5, 0.75, (0.25, 0.5), 0.5, 25),
+    )  # fmt: skip
+
+
+def sanity_report() -> SanityReport:
+    control = Control("trained network", *(numbers(1, 2, seed=i) for i in range(5)))
+    return SanityReport(TASKS, (control,), stability())
+
+
+def stability() -> Stability:
+    return Stability(TASKS, np.array([[0.5, 1.0]]), np.empty((0, 2)), {5: np.array([0.2, 0.4])})
+
+
+def planted() -> PlantedScore:
+    half, whole = np.array([0.5, 1.0]), np.array([True, False])
+    return PlantedScore(TASKS, half, half, half, whole, np.array([0, 1]), half)
+
+
+def depth_semantics() -> DepthSemantics:
+    each = {"high": numbers(2, 3), "iou": numbers(2, 3)}
+    one = {name: values.mean(0) for name, values in each.items()}
+    random = {name: np.random.default_rng(0).random((5, 3)) for name in each}
+    return DepthSemantics(
+        ("a", "b", "c"), np.linspace(0, 1, 3), np.array([4, 8, 16]), NAMES, each, one, random,
+        {"object": numbers(2, 3)}, {"object": numbers(3)}, ("object",), ("a note",), 3,
+    )  # fmt: skip
+
+
+def statistic() -> Statistic:
+    return Statistic("mantel", 45, 0.4, (0.2, INF), 0.01, 0.0, names={"other": "wordnet"})
+
+
+def units() -> UnitConcepts:
+    return UnitConcepts(
+        {"a": [[0.5, 0.01], [NAN, 0.1]], "b/c": [[0.0, 0.25]]},
+        [Concept("sky", "scene"), Concept("red", "color")], source="by hand", quantile=0.005,
+        top_images={"a": [[3], [-1]], "b/c": [[7]]}, info={"note": [1, "two"]},
+    )  # fmt: skip
+
+
+MADE: dict[type[Result], Callable[[], Any]] = {
+    Evaluation: evaluation,
+    Curves: curves,
+    SizeSweep: size_sweep,
+    MosaicResult: mosaics,
+    DepthProfile: depth_profile,
+    ErrorStudy: error_study,
+    ErrorExplanation: lambda: ErrorExplanation(
+        3, 5, "cat", "dog", (SharedSite("conv", 8, (1, 4), (0,), (), 0.5, 0.25),), "kappa", 0.5,
+        1.5, 9, 0.5, 0.25, {"whole network": (1.0, 2.0)},
+    ),
+    SanityReport: sanity_report,
+    Stability: stability,
+    PlantedScore: planted,
+    DepthSemantics: depth_semantics,
+    Statistic: statistic,
+    Comparison: lambda: Comparison.of(
+        [statistic(), association([True, False] * 4, [True, True] * 4)], notes=["a note"]
+    ),
+    UnitConcepts: units,
+    History: lambda: History({"loss": numbers(4, 2), "size": numbers(4, 2, seed=1)}),
+}  # fmt: skip
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two results, or parts of them, are equal; NaN equals NaN."""
+    if type(a) is not type(b) and not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+        return False
+    if isinstance(a, Result):
+        return same(a._fields(), b._fields())
+    if dataclasses.is_dataclass(a):
+        return same(vars(a), vars(b))
+    if isinstance(a, np.ndarray):
+        equal = np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+        return a.shape == b.shape and a.dtype == b.dtype and equal
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b) or (a != a and b != b)
+
+
+@pytest.fixture(params=MADE, ids=lambda cls: cls.__name__)
+def result(request: pytest.FixtureRequest) -> Any:
+    return MADE[request.param]()
+
+
+def test_all_results_are_here() -> None:
+    for module in pkgutil.walk_packages(nad_attr.__path__, "nad_attr."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    assert set(MADE) == set(Result.__subclasses__())
+
+
+def test_table_text_and_notebook(result: Any) -> None:
+    frame = pytest.importorskip("pandas").DataFrame(result.frame())
+    assert len(frame)
+    assert isinstance(result.summary(), str)
+    assert result.summary().strip()
+    assert "nad-attr" in result._repr_html_()
+
+
+def test_figure(result: Any) -> None:
+    pytest.importorskip("matplotlib")
+    figure = result.plot()
+    assert figure.axes
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("name", ["result.json", "RESULT.JSON", "result.h5"])
+def test_files_give_back_the_same(result: Any, name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    result.save(path)
+    assert same(type(result).load(path), result)
+    assert h5py.is_hdf5(path) == name.endswith(".h5")
+    if name == "result.json":
+        assert json.loads(path.read_text()) == result.to_dict()
+
+
+def test_several_in_one_file_of_gates(result: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results.h5"
+    result.save(path, "one")
+    result.save(path, "two")
+    assert same(type(result).load(path, "one"), type(result).load(path, "two"))
+
+
+def test_another_kind_of_file_is_refused(result: Any, tmp_path: Path) -> None:
+    other = MADE[History if not isinstance(result, History) else Curves]()
+    for name, error in (("other.json", ValueError), ("other.h5", GateStoreError)):
+        other.save(tmp_path / name, "x")
+        with pytest.raises(error, match=name):
+            type(result).load(tmp_path / name, "x")
+    with pytest.raises(OSError, match=r"none\.json"):
+        type(result).load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "match"),
+    [
+        (Curves, {"sizes": [0.1, 0.2]}, r"shape"),
+        (Curves, {"keep": {"own_auc": [[0.5]]}}, r"keep has shape"),
+        (Curves, {"n_images": "9"}, r"'9' in place of int"),
+        (Curves, {"per_site": 1}, r"1 in place of bool"),
+        (Curves, {"tasks": [0, -2]}, r"class index"),
+        (Curves, {"task_names": "ab"}, r"'ab' in place of a list"),
+        (MosaicResult, {"chosen": [[0.5, 1, 0, 1]] * 3}, r"float64 in place of int64"),
+        (PlantedScore, {"whole": [0, 1]}, r"in place of bool"),
+        (History, {"curves": {"loss": [[1, 2]], "size": [[1]]}}, r"shape"),
+        (UnitConcepts, {"concepts": [{"name": ""}]}, r"needs a name"),
+        (SanityReport, {"controls": [{"name": "x"}]}, r"whole_auc"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(
+    cls: type[Any], change: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "spoilt.json"
+    path.write_text(json.dumps({**MADE[cls]().to_dict(), **change}))
+    with pytest.raises(ValueError, match=match):
+        cls.load(path)
