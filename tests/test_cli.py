@@ -226,6 +226,18 @@ def test_learned_gates_are_those_of_the_library(here: Path) -> None:
     assert TaskGates.load("red.h5").gates_of("red").keys() == gates.gates_of("red").keys()
 
 
+def test_constants_of_each_task_and_of_each_rival(here: Path) -> None:
+    succeeds(*LEARN, "--out", "constants.h5", "--ablation", "optimal", "--size", "0.5", "-q")
+    gates = TaskGates.load("constants.h5")
+    assert gates.constants is not None
+    assert "best constants" in succeeds("info", "constants.h5")
+    text = succeeds(
+        *("compare", "constants.h5", "--trust-file", "--with", "taylor", "--data", "val"),
+        *("--images", "4"),
+    )
+    assert "fitting constants: taylor" in text
+
+
 def test_the_published_recipe(here: Path) -> None:
     succeeds(
         *("learn", *MODEL, "--data", "train", "--out", "paper.h5", "--device", "cpu"),

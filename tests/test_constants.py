@@ -29,6 +29,7 @@ from nad_attr.learning import constants as module
 from nad_attr.learning.constants import ConstantModel, noise_share
 from nad_attr.learning.engine import Network, TaskImages
 from nad_attr.learning.selection import QuadraticModel
+from nad_attr.scoring.given_scorers import shuffled
 from nad_attr.store import diff
 from tests.helpers import assert_model_untouched
 
@@ -366,3 +367,29 @@ def test_images_kept_apart_are_not_learned_from() -> None:
     assert not apart
     assert [len(kind) for kind in draws] == [30, 30]
     assert {i for i, _ in few.take("own", 30)} == {i for i, _ in draws[0]}
+
+
+def test_slices_and_merges_keep_constants(tmp_path: Path) -> None:
+    _, sites = small()
+    values = {"1": drawn(3, 4).float(), "3": drawn(3, 3, seed=1).float()}
+    masks = {name: (value > 0).float() for name, value in values.items()}
+    means = {"1": torch.zeros(4), "3": torch.zeros(3)}
+    gates = TaskGates(masks, sites, [0, 1, 2], means=means, constants=values)
+    gates.save(tmp_path / "all.h5")
+    with GateStore.open(tmp_path / "all.h5") as store:
+        store.slice([2, 0], tmp_path / "two.h5")
+        store.slice([1], tmp_path / "one.h5")
+    assert TaskGates.load(tmp_path / "two.h5") == gates.select([2, 0])
+    GateStore.merge([tmp_path / "two.h5", tmp_path / "one.h5"], tmp_path / "merged.h5")
+    assert TaskGates.load(tmp_path / "merged.h5").select([0, 1, 2]) == gates
+    values["1"][0, 0] += 1
+    other = TaskGates(masks, sites, [0, 1, 2], means=means, constants=values)
+    assert other != gates
+    other.save(tmp_path / "other.h5")
+    with pytest.raises(GateStoreError, match="task 0"):
+        GateStore.merge([tmp_path / "two.h5", tmp_path / "other.h5"], tmp_path / "m.h5")
+    plain = TaskGates(masks, sites, [0, 1, 2], means=means).select([1])
+    plain.save(tmp_path / "plain.h5")
+    with pytest.raises(GateStoreError, match="constants"):
+        GateStore.merge([tmp_path / "two.h5", tmp_path / "plain.h5"], tmp_path / "m.h5")
+    assert shuffled(gates).closed_at == "at their mean"

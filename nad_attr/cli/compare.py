@@ -117,6 +117,7 @@ def compare(
                 gates.sites,
                 archs,
                 training.data,
+                recipe=gates.recipe,
                 n_images=n_images,
                 seed=work.seed,
                 run=run,

@@ -53,6 +53,7 @@ class Ablation(str, Enum):
 
     mean = "mean"
     zero = "zero"
+    optimal = "optimal"
 
 
 def learn(

@@ -111,6 +111,7 @@ def report(
                     result.gates.sites,
                     result.gates.sub_architectures(),
                     training.data,
+                    recipe=result.gates.recipe,
                     n_images=_SCORED,
                     seed=work.seed,
                     run=run,

@@ -13,6 +13,7 @@ from nad_attr.cli.messages import UsageError, say
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation import own_images, top_k
+from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.learning.session import fit_constants
 from nad_attr.running.options import RunOptions
@@ -57,6 +58,7 @@ def rivals_of(
     archs: Sequence[SubArchitecture],
     data: Data,
     *,
+    recipe: Recipe | None,
     n_images: int,
     seed: int,
     run: RunOptions,
@@ -69,7 +71,8 @@ def rivals_of(
         model: The network.
         sites: Its gate sites.
         archs: Sub-architectures of T tasks.
-        data: Images to score channels on.
+        data: Images to score channels on, and to fit constants to if those given have their own.
+        recipe: Of those given: constants are fitted with as many images and passes.
         n_images: Of each class, at most.
         seed: Says which.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
@@ -93,7 +96,7 @@ def rivals_of(
         found[name] = _same_sizes(scores, archs)
         if any(arch.own_constants for arch in archs):
             say(f"fitting constants: {name}", quiet)
-            found[name] = fit_constants(model, found[name], data, seed=seed, run=run)
+            found[name] = fit_constants(model, found[name], data, recipe=recipe, seed=seed, run=run)
     return found
 
 

@@ -92,7 +92,7 @@ def own_constants(
         train_data: Images to fit to.
         known: Which groups have them already.
         recipe: How long to fit; None: as the default recipe.
-        run: See :func:`nad_attr.fit_constants`.
+        run: How to run the network.
 
     Raises:
         ValueError: If there are no images to fit to.
