@@ -79,7 +79,6 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         device: In place of that field of ``run``.
         amp: In place of that field of ``run``.
         batch_size: In place of that field of ``run``.
-        memory_limit: In place of that field of ``run``.
         show_progress: In place of that field of ``run``.
 
     Attributes:
@@ -129,7 +128,6 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         device: str | torch.device | None = FROM_RUN,
         amp: bool | torch.dtype | None = FROM_RUN,
         batch_size: int | Literal["auto"] | None = FROM_RUN,
-        memory_limit: int | str | None = FROM_RUN,
         show_progress: bool = FROM_RUN,
     ) -> None:
         if scope not in ("task", "example"):
@@ -148,7 +146,11 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             raise ValueError(f"n_copies must be at least 2, not {n_copies}.")
         _check_forward_func(forward_func, layer, device_ids)
         super().__init__(forward_func, layer, device_ids)
-        self.run = _checked(as_options(run, device, amp, batch_size, memory_limit, show_progress))
+        self.run = _checked(
+            as_options(
+                run, device=device, amp=amp, batch_size=batch_size, show_progress=show_progress
+            )
+        )
         self.recipe = recipe
         self.scope = scope
         self.channel_dim = channel_dim

@@ -205,7 +205,9 @@ def test_auto_learns_the_same_gates() -> None:
     data = labelled_images(30)
     recipe = Recipe(size=0.5, steps=4, images_per_step=4)
     plain = learn_gates(model, data, recipe=recipe, batch_size=64)
-    auto = learn_gates(model, data, recipe=recipe, batch_size="auto", memory_limit=80_000)
+    auto = learn_gates(
+        model, data, recipe=recipe, run=RunOptions(batch_size="auto", memory_limit=80_000)
+    )
     assert auto.info["batch_size"] < plain.info["batch_size"]
     for site in plain.sites:
         assert torch.equal(plain[site.name] > 0.5, auto[site.name] > 0.5)
@@ -216,9 +218,11 @@ def test_auto_says_what_is_wrong() -> None:
     data = labelled_images(20)
     recipe = Recipe(steps=2, images_per_step=4)
     with pytest.raises(ValueError, match=r"one image takes .* raise memory_limit"):
-        learn_gates(model, data, recipe=recipe, batch_size="auto", memory_limit=1000)
+        learn_gates(
+            model, data, recipe=recipe, run=RunOptions(batch_size="auto", memory_limit=1000)
+        )
     with pytest.raises(ValueError, match="batch_size='auto'"):
-        learn_gates(model, data, recipe=recipe, batch_size=8, memory_limit="1GB")
+        learn_gates(model, data, recipe=recipe, run=RunOptions(batch_size=8, memory_limit="1GB"))
     with pytest.raises(ValueError, match="'auto'"):
         learn_gates(model, data, recipe=recipe, batch_size="largest")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="paper"):
@@ -232,7 +236,7 @@ def test_auto_goes_on_with_the_store_s_own_batch(tmp_path: Path) -> None:
     recipe = Recipe(size=0.5, steps=2, images_per_step=4)
     path = tmp_path / "gates.h5"
     options = {"recipe": recipe, "batch_size": "auto"}
-    learn_to_store(model, data, path, [0], memory_limit=80_000, **options)  # type: ignore[arg-type]
+    learn_to_store(model, data, path, [0], run=RunOptions(memory_limit=80_000), **options)  # type: ignore[arg-type]
     with GateStore.open(path) as store:
         begun = store.provenance["batch_size"]
     assert isinstance(begun, int)

@@ -30,6 +30,7 @@ from nad_attr.data.labels import tasks_in
 from nad_attr.data.sources import as_source
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.runs import MAY_DIFFER, Executor, Progress, learn_to_store
+from nad_attr.running.options import RunOptions
 from nad_attr.specs import LoadedData, is_plain_model
 from nad_attr.store import GateStore
 
@@ -210,7 +211,7 @@ def learn(
                 device=place,
                 amp=amp or None,
                 batch_size=batch_size,
-                memory_limit=memory_limit,
+                run=RunOptions(memory_limit=memory_limit),
                 chunk_size=chunk_size,
                 checks=checks.value,
                 resume=resume,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -108,7 +108,8 @@ def evaluate(
     device: str | torch.device | None = FROM_RUN,
     amp: bool | torch.dtype | None = FROM_RUN,
     batch_size: int | Literal["auto"] | None = FROM_RUN,
-    memory_limit: int | str | None = FROM_RUN,
+    forward_func: Callable[..., Any] | None = FROM_RUN,
+    additional_forward_args: Any = FROM_RUN,
     show_progress: bool = FROM_RUN,
     checks: Checks = "refuse",
 ) -> Evaluation:
@@ -140,7 +141,8 @@ def evaluate(
         device: In place of that field of ``run``.
         amp: In place of that field of ``run``.
         batch_size: In place of that field of ``run``.
-        memory_limit: In place of that field of ``run``.
+        forward_func: In place of that field of ``run``.
+        additional_forward_args: In place of that field of ``run``.
         show_progress: In place of that field of ``run``.
         checks: What to do if an image's outputs depend on chance or on the other images of its
             batch, which two images show: "refuse", "warn", or "off" for no check.
@@ -174,7 +176,15 @@ def evaluate(
             f"task {twice[0]} is there twice; evaluate one sub-architecture per task at a time."
         )
     check_count(n_random, "n_random", least=0)
-    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
+    options = as_options(
+        run,
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+        show_progress=show_progress,
+    )
     against = _rivals(rivals, archs, tasks)
     for draw in range(n_random):
         against[draw] = random_architectures(archs, draw=draw, seed=seed)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ def learn_gates(
     device: str | torch.device | None = FROM_RUN,
     amp: bool | torch.dtype | None = FROM_RUN,
     batch_size: int | Literal["auto"] | None = FROM_RUN,
-    memory_limit: int | str | None = FROM_RUN,
+    forward_func: Callable[..., Any] | None = FROM_RUN,
+    additional_forward_args: Any = FROM_RUN,
     show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
     checks: Checks = "refuse",
@@ -62,7 +63,8 @@ def learn_gates(
         device: In place of that field of ``run``.
         amp: In place of that field of ``run``.
         batch_size: In place of that field of ``run``.
-        memory_limit: In place of that field of ``run``.
+        forward_func: In place of that field of ``run``.
+        additional_forward_args: In place of that field of ``run``.
         show_progress: In place of that field of ``run``.
         augmented: Whether the same image may look different each time it is drawn. None: yes for
             datasets and loaders, no for tensors. False lets the whole network's outputs be
@@ -94,7 +96,15 @@ def learn_gates(
         >>> gates["1"].shape
         torch.Size([1, 6])
     """
-    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
+    options = as_options(
+        run,
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+        show_progress=show_progress,
+    )
     session = Session(
         model,
         data,
@@ -125,7 +135,8 @@ def learn_sizes(
     device: str | torch.device | None = FROM_RUN,
     amp: bool | torch.dtype | None = FROM_RUN,
     batch_size: int | Literal["auto"] | None = FROM_RUN,
-    memory_limit: int | str | None = FROM_RUN,
+    forward_func: Callable[..., Any] | None = FROM_RUN,
+    additional_forward_args: Any = FROM_RUN,
     show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
     checks: Checks = "refuse",
@@ -149,7 +160,8 @@ def learn_sizes(
         device: In place of that field of ``run``.
         amp: In place of that field of ``run``.
         batch_size: In place of that field of ``run``.
-        memory_limit: In place of that field of ``run``.
+        forward_func: In place of that field of ``run``.
+        additional_forward_args: In place of that field of ``run``.
         show_progress: In place of that field of ``run``.
         augmented: See there.
         checks: See there.
@@ -173,7 +185,15 @@ def learn_sizes(
     """
     if recipe is None and isinstance(sizes, Sequence):
         recipe = Recipe(steps=max(Recipe().steps, 25 * len(sizes)))
-    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
+    options = as_options(
+        run,
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+        show_progress=show_progress,
+    )
     session = Session(
         model,
         data,

@@ -157,7 +157,8 @@ def learn_to_store(
     device: str | torch.device | None = FROM_RUN,
     amp: bool | torch.dtype | None = FROM_RUN,
     batch_size: int | Literal["auto"] | None = FROM_RUN,
-    memory_limit: int | str | None = FROM_RUN,
+    forward_func: Callable[..., Any] | None = FROM_RUN,
+    additional_forward_args: Any = FROM_RUN,
     show_progress: bool = FROM_RUN,
     chunk_size: int | None = None,
     resume: bool = False,
@@ -197,7 +198,8 @@ def learn_to_store(
         amp: In place of that field of ``run``.
         batch_size: In place of that field of ``run``. "auto": on resume, what the store was begun
             with; not with an executor, whose workers' memory is not known here.
-        memory_limit: In place of that field of ``run``.
+        forward_func: In place of that field of ``run``.
+        additional_forward_args: In place of that field of ``run``.
         show_progress: In place of that field of ``run``.
         chunk_size: Tasks in a chunk: what is lost at most, and what is handed to a worker. None:
             as many as share a pass of the network, ``batch_size // recipe.images_per_step``; on
@@ -239,7 +241,15 @@ def learn_to_store(
         ...     TaskGates.load(path)
         TaskGates(2 tasks, 1 site, 6 channels, 50.0 % kept, closed channels at their mean)
     """
-    options = as_options(run, device, amp, batch_size, memory_limit, show_progress)
+    options = as_options(
+        run,
+        device=device,
+        amp=amp,
+        batch_size=batch_size,
+        forward_func=forward_func,
+        additional_forward_args=additional_forward_args,
+        show_progress=show_progress,
+    )
     if not isinstance(path, (str, PathLike)):
         raise TypeError(
             f"path must name a file, not be a {type(path).__name__}; the order is "

@@ -129,15 +129,12 @@ class RunOptions:
         return f"RunOptions({named})"
 
 
-def as_options(
-    run: RunOptions | None,
-    device: Any = FROM_RUN,
-    amp: Any = FROM_RUN,
-    batch_size: Any = FROM_RUN,
-    memory_limit: Any = FROM_RUN,
-    show_progress: Any = FROM_RUN,
-) -> RunOptions:
+def as_options(run: RunOptions | None = None, **fields: Any) -> RunOptions:
     """The options that were given, with the keywords beside them in place of their fields.
+
+    Args:
+        run: The options; None: the defaults.
+        **fields: Fields of :class:`RunOptions`; ``FROM_RUN`` for one that was not given.
 
     Raises:
         TypeError: If ``run`` is something else.
@@ -149,7 +146,5 @@ def as_options(
     """
     if run is not None and not isinstance(run, RunOptions):
         raise TypeError(f"run must be nad_attr.RunOptions(...), not {run!r:.60}.")
-    names = ("device", "amp", "batch_size", "memory_limit", "show_progress")
-    values = (device, amp, batch_size, memory_limit, show_progress)
-    given = {k: v for k, v in zip(names, values, strict=True) if v is not FROM_RUN}
+    given = {name: value for name, value in fields.items() if value is not FROM_RUN}
     return replace(run or RunOptions(), **given)
