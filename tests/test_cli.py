@@ -230,7 +230,7 @@ def test_constants_of_each_task_and_of_each_rival(here: Path) -> None:
     succeeds(*LEARN, "--out", "constants.h5", "--ablation", "optimal", "--size", "0.5", "-q")
     gates = TaskGates.load("constants.h5")
     assert gates.constants is not None
-    assert "best constants" in succeeds("info", "constants.h5")
+    assert "best constants" in succeeds("inspect", "constants.h5")
     text = succeeds(
         *("compare", "constants.h5", "--trust-file", "--with", "taylor", "--data", "val"),
         *("--images", "4"),
