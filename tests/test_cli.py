@@ -317,6 +317,26 @@ def test_export(here: Path) -> None:
     assert len(smaller) == 1 + 3 * 3
 
 
+def test_export_a_smaller_network(here: Path) -> None:
+    text = succeeds("export", "gates.h5", "--task", "red", "--network", "red.pt2", "--pixels", 8)
+    assert "parameters" in text
+    assert "latency" in text
+    assert "written: red.json, red.pt2" in text
+    arch = TaskGates.load("gates.h5").sub_architecture("red")
+    content = json.loads(Path("red.json").read_text())
+    assert content["sites"]["relu"] == arch.kept["relu"].tolist()
+    assert content["outputs"] == [arch.task]
+    sys.path.insert(0, str(here))
+    try:
+        from colour_nets import Colours  # type: ignore[import-not-found]
+    finally:
+        sys.path.remove(str(here))
+    network, x = Colours().eval(), torch.rand(5, 3, *content["input_shapes"][0][1:])
+    small = torch.export.load("red.pt2").module()
+    with arch.applied(network), torch.no_grad():
+        assert torch.allclose(small(x)[:, 0], network(x)[:, arch.task], atol=1e-5)
+
+
 def test_merge_puts_tasks_together(here: Path) -> None:
     text = succeeds("merge", "rest.h5", "red.h5", "--out", "merged.h5", "--overwrite")
     assert "3 tasks of 2 files" in text
@@ -460,6 +480,14 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
         (2, "for 40 % write 0.4", ("demo", "--size", "40")),
         (2, "say what to write", ("export", "gates.h5")),
         (2, "--size takes a share", ("export", "gates.h5", "--csv", "-", "--size", "0")),
+        (2, "ends in .pt2, .onnx", ("export", "gates.h5", "--network", "a.pth", "--task", "red")),
+        (2, "name the class with --task", ("export", "gates.h5", "--network", "a.pt2")),
+        (
+            2,
+            "a.json is written as well",
+            ("export", "gates.h5", "--network", "a.pt2", "--task", "red", "--json", "a.json"),
+        ),
+        (2, "2 are chosen", ("export", "gates.h5", "--network", "a.pt2", "--task", "red,blue")),
         (2, "merge takes two files", ("merge", "gates.h5", "--out", "m.h5")),
         (2, "red.h5 is there already", ("merge", "red.h5", "rest.h5", "--out", "red.h5")),
         (1, "text.h5", ("merge", "red.h5", "text.h5", "--out", "m.h5")),

@@ -471,6 +471,17 @@ def test_everything_is_measured_and_shown(measured: Report) -> None:
     assert all(map(is_picture, page.data()["pictures"]["album"]))
 
 
+def test_classes_networks_stand_beside_the_whole_one(measured: Report) -> None:
+    part = measured.results.export
+    assert part is not None
+    whole, *own = part["rows"]
+    assert whole["name"] == "whole network"
+    assert own
+    assert all(row["multiply_adds"] < whole["multiply_adds"] for row in own)
+    assert all(row["seconds"] > 0 for row in part["rows"])
+    assert "What a class&#x27;s network alone costs" in measured.html()
+
+
 def test_errors_are_explained_as_by_hand(measured: Report) -> None:
     from nad_attr.evaluation import explain_error
 
@@ -591,7 +602,7 @@ def test_kept_results_come_back(tmp_path: Path, measured: Report) -> None:
     report.results = measured.results
     written = report.keep()
     assert written == [
-        "evaluation", "report/curves", "report/errors", "report/pictures",
+        "evaluation", "report/curves", "report/errors", "report/pictures", "report/export",
     ]  # fmt: skip
     again = Report(path)
     assert again.results.pictures == measured.results.pictures

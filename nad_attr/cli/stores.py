@@ -15,11 +15,12 @@ import typer
 
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, counted, guarded, number, print_table, say
-from nad_attr.cli.opening import check_outputs, chosen_tasks
+from nad_attr.cli.networks import check_network, write_network
+from nad_attr.cli.opening import check_outputs, chosen_tasks, rebuilt
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.store import GateStore
 from nad_attr.store import merge as merge_stores
-from nad_attr.system.files import replacing, written
+from nad_attr.system.files import check_output, replacing, written
 from nad_attr.system.safe_text import cell, members, shown
 
 __all__ = ["export", "inspect", "merge"]
@@ -167,7 +168,21 @@ def export(
         Path | None,
         typer.Option("--npz", help="Arrays gate/SITE, logit/SITE, kept/SITE (tasks, channels)."),
     ] = None,
-    tasks: opt.Tasks = None,
+    network: Annotated[
+        Path | None,
+        typer.Option(
+            help="One class's sub-architecture as a smaller network, and a .json beside it: .pt2 "
+            "(torch.export), .onnx, or .safetensors (a state dict, and the .py file it is for)."
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            "--task",
+            help="Class indices, ranges or names: 0-99,207 or cat,dog; all if left out.",
+        ),
+    ] = None,
     size: Annotated[
         float | None,
         typer.Option(help="Keep this share of the channels; left out: as learned."),
@@ -175,27 +190,48 @@ def export(
     kept_only: Annotated[
         bool, typer.Option("--kept-only", help="Leave closed channels out of the CSV file.")
     ] = False,
+    head: Annotated[
+        str, typer.Option(help="Outputs of --network: the task's alone, or the whole network's.")
+    ] = "task",
+    merge_bn: Annotated[
+        bool, typer.Option("--merge-bn", help="Merge BatchNorm layers into convolutions.")
+    ] = False,
+    pixels: Annotated[
+        int,
+        typer.Option(min=1, help="Side of --network's images, where no transform sets it."),
+    ] = 224,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
+    *,
+    source: opt.NetworkOptions,
 ) -> None:
-    """Write gates as CSV, JSON or NumPy arrays.
+    """Write gates as CSV, JSON or NumPy arrays, or a class's network as a smaller one.
 
     Examples:
       nad-attr export gates.h5 --csv gates.csv
       nad-attr export gates.h5 --csv - --tasks cat --kept-only | head
       nad-attr export gates.h5 --json kept.json --size 0.2
+      nad-attr export gates.h5 --task cat --network cat.onnx
     """
     with guarded(debug):
-        if csv_file is None and json_file is None and npz_file is None:
-            raise UsageError("say what to write: --csv, --json or --npz, with a file name.")
+        if csv_file is None and json_file is None and npz_file is None and network is None:
+            raise UsageError(
+                "say what to write: --csv, --json, --npz or --network, with a file name."
+            )
         check_size(size)
+        if network is not None:
+            check_network(network, gates, tasks, head, (csv_file, json_file, npz_file))
         if npz_file is not None and npz_file.suffix != ".npz":
             npz_file = npz_file.with_name(f"{npz_file.name}.npz")
         texts = [path for path in (csv_file, json_file) if path is not None and str(path) != "-"]
         archives = [] if npz_file is None else [(npz_file, "archive")]
         check_outputs([*((path, "text") for path in texts), *archives], [gates])
+        if network is not None:
+            kind = "archive" if network.suffix == ".pt2" else "data"
+            check_output(network, kind, [gates, source.weights])
         with GateStore.open(gates) as store:
             learned = store.read(chosen_tasks(store, tasks))
+            provenance = dict(store.provenance)
         if csv_file is not None:
             with _written(csv_file) as file:
                 count = _csv(learned, size, kept_only, file)
@@ -209,6 +245,18 @@ def export(
             with replacing(npz_file) as scratch, scratch.open("wb") as file:
                 np.savez_compressed(file, **_arrays(learned, size))
             say(f"written: {npz_file}", quiet)
+        if network is not None:
+            opened = rebuilt(provenance, source, quiet=quiet)
+            write_network(
+                learned,
+                opened,
+                network,
+                size=size,
+                head=head,
+                pixels=pixels,
+                merge_bn=merge_bn,
+                quiet=quiet,
+            )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from nad_attr.data.labels import Task, as_task
 from nad_attr.gates.channels import check_means, distinct_sites, jaccard, kappa, n_channels
 from nad_attr.gating.hooks import gated
 from nad_attr.sites.site import GateSite
+
+if TYPE_CHECKING:
+    from nad_attr.export.costs import Summary
 
 __all__ = ["SubArchitecture"]
 
@@ -207,6 +211,80 @@ class SubArchitecture:
             SiteError: If the network has no such site.
         """
         return gated(model, self)
+
+    def export(
+        self,
+        model: nn.Module,
+        example_inputs: Tensor | tuple[Tensor, ...],
+        *,
+        head: Literal["whole", "task"] = "whole",
+        merge_bn: bool = False,
+        check: bool = True,
+    ) -> nn.Module:
+        """This sub-architecture as a smaller network: a plain module with the same outputs.
+
+        Weights are cut to the kept channels of their sites; channels inside a block that nothing
+        reads any more go too; constants of closed channels go into biases, or into maps of border
+        corrections where zero padding makes them differ. An operator that cannot be cut keeps
+        reading all channels, closed ones as constants, and the summary says so.
+
+        The result is a ``torch.fx.GraphModule`` of PyTorch's own operators. Nothing of this library
+        is needed to run, pickle, fine-tune or export it. :func:`nad_attr.export.save` writes it to
+        a file, :func:`nad_attr.export.summary` says what it costs and which channels it kept.
+
+        Args:
+            model: The network, in eval mode; unchanged, and sharing nothing with the result.
+            example_inputs: What it is called with, one image or more. The result takes any number
+                of images of this size, on the device of the network.
+            head: ``"task"`` keeps the task's column of the output alone, (B, 1); a group of classes
+                keeps a column each.
+            merge_bn: Whether BatchNorm layers are merged into the convolutions before them.
+            check: Whether the result is run beside the gated network, on noise.
+
+        Raises:
+            ExportError: If ``torch.export`` cannot write the network as a graph, or the result
+                differs from the gated network by more than rounding.
+            GatingError, SiteError: If the sites are not this network's.
+            TypeError, ValueError: If an argument is of another kind, there is no task for
+                ``head="task"``, or the network is in train mode.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+            >>> arch = SubArchitecture.from_kept({"1": [2, 5]}, [GateSite("1", 8)], task=0)
+            >>> small = arch.export(net, torch.zeros(1, 4), head="task")
+            >>> {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
+            {'0.weight': (2, 4), '0.bias': (2,), '2.weight': (1, 2), '2.bias': (1,)}
+        """
+        from nad_attr.export.exporting import export
+
+        return export(self, model, example_inputs, head=head, merge_bn=merge_bn, check=check)
+
+    def cost(
+        self, model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], **options: Any
+    ) -> Summary:
+        """What this sub-architecture costs as a network of its own, beside the whole network.
+
+        Args:
+            model: The network, in eval mode; unchanged.
+            example_inputs: What it is called with.
+            options: ``head`` and ``merge_bn``, as for :meth:`export`.
+
+        Returns:
+            Parameters and multiply-adds of both, of each block, and the share that could be cut.
+
+        Raises:
+            ExportError, GatingError, SiteError, TypeError, ValueError: As :meth:`export`.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+            >>> arch = SubArchitecture.from_kept({"1": [2, 5]}, [GateSite("1", 8)])
+            >>> cost = arch.cost(net, torch.zeros(1, 4))
+            >>> cost.whole.parameters, cost.smaller.parameters, cost.smaller.multiply_adds
+            (67, 19, 14)
+        """
+        from nad_attr.export.costs import summary
+
+        return summary(self.export(model, example_inputs, check=False, **options))
 
     def to_crp_condition(self, target: object = None) -> dict[str, list[int]]:
         """The kept channels as a condition of concept relevance propagation (zennit-crp).

@@ -37,6 +37,7 @@ class Results:
         mosaics: See :func:`nad_attr.report.parts.mosaics_part`.
         errors: See :func:`nad_attr.report.parts.errors_part`.
         pictures: See :func:`nad_attr.report.measuring.pictures_part`.
+        export: Classes' networks by themselves, see :func:`nad_attr.report.measuring.export_part`.
         units: Concepts of units, see :func:`nad_attr.report.concepts.units_part`.
         statistics: Named tables, see :func:`nad_attr.report.parts.frame_part`.
         notes: What could not be shown, and why.
@@ -48,6 +49,7 @@ class Results:
     mosaics: dict[str, Any] | None = None
     errors: dict[str, Any] | None = None
     pictures: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
     units: dict[str, Any] | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -130,6 +132,7 @@ def contents(
         "mosaics": results.mosaics,
         "errors": results.errors,
         "pictures": results.pictures,
+        "export": results.export,
         "units": results.units,
     }
     return Contents(
@@ -297,6 +300,8 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
         found.append(("errors and why they were made", measured))
     if results.pictures is None:
         found.append(("pictures of what channels respond to", measured))
+    if results.export is None:
+        found.append(("what a class's network alone costs", measured))
     if results.units is None:
         found.append(("concepts of channels", f'dissect(...).save("{file}") of nad_attr.concepts'))
     if not results.statistics:

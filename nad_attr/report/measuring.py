@@ -18,6 +18,10 @@ from nad_attr.evaluation.questions.errors import errors
 from nad_attr.evaluation.questions.explanation import ErrorExplanation, explain_error
 from nad_attr.evaluation.questions.mosaics import mosaics
 from nad_attr.evaluation.sweeps.curves import curves
+from nad_attr.export.costs import latency
+from nad_attr.export.costs import summary as export_summary
+from nad_attr.export.exporting import cut
+from nad_attr.export.tracing import ExportError, traced
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import channel_shape, recorded
@@ -35,11 +39,13 @@ from nad_attr.system.rng import seed_of
 __all__ = ["PARTS", "Sample", "measure", "sampled"]
 
 #: What can be measured.
-PARTS = ("evaluation", "curves", "mosaics", "errors", "pictures")
+PARTS = ("evaluation", "curves", "mosaics", "errors", "pictures", "export")
 
 #: Sizes of the keep and ablate curves; tasks and images that they are measured on at most.
 _SIZES = (0.05, 0.1, 0.2, 0.4, 0.7)
 _CURVE_TASKS, _CURVE_IMAGES = 20, 100
+#: Classes whose networks are cut out, and seconds that all of them are timed.
+_EXPORTED, _SECONDS = 5, 3.0
 _MOSAICS, _MOSAIC_PICTURES = 200, 3
 #: Pixels of a mosaic's side in the page.
 MOSAIC_SIDE = 240
@@ -157,7 +163,7 @@ def measure(
         tell(f"measuring {what}")
         try:
             return make()
-        except (GatingError, TypeError, ValueError) as error:
+        except (ExportError, GatingError, TypeError, ValueError) as error:
             results.notes.append(f"No {what.split(' (')[0]}: {' '.join(str(error).split())}")
             return None
 
@@ -195,8 +201,47 @@ def measure(
         results.errors = attempt(
             "errors", lambda: _errors(model, gates, sample, calls, album, options)
         )
+    if "export" in parts:
+        results.export = attempt(
+            "classes' networks", lambda: export_part(model, gates, sample.inputs)
+        )
     if album.pictures:
         results.pictures = {**(results.pictures or {}), "album": album.pictures}
+
+
+def export_part(model: nn.Module, gates: TaskGates, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    """What classes' networks cost by themselves, beside the whole one.
+
+    Returns:
+        ``rows`` of the whole network and some classes, each with ``name``, ``parameters``,
+        ``multiply_adds`` and ``seconds`` (one image, on this machine); ``stays_whole``, modules
+        that could not be cut; ``pixels``.
+    """
+    place = next(model.parameters(), inputs[0])
+    image = tuple(x[:1].to(place.device) for x in inputs)
+    network = traced(model, image, gates.sites)
+    names = gates.task_names or tuple(map(str, gates.tasks))
+    modules: dict[str, nn.Module] = {}
+    for name, arch in list(zip(names, gates.sub_architectures(), strict=True))[:_EXPORTED]:
+        columns = [arch.task] if isinstance(arch.task, int) else list(arch.task or ())
+        modules[name] = cut(arch, model, image, network, columns)
+    costs = {name: export_summary(module) for name, module in modules.items()}
+    whole = "whole network"
+    seconds = latency({whole: model, **modules}, image, seconds=_SECONDS)
+    rows = [
+        {
+            "name": name,
+            "parameters": cost.parameters,
+            "multiply_adds": cost.multiply_adds,
+            "seconds": plain(seconds[name]),
+        }
+        for name, cost in (
+            (whole, next(iter(costs.values())).whole),
+            *((name, made.smaller) for name, made in costs.items()),
+        )
+    ]
+    stays = sorted({module for made in costs.values() for module in made.stays_whole})
+    return {"rows": rows, "stays_whole": stays, "input": [list(x.shape[1:]) for x in image]}
 
 
 def _curves(

@@ -170,6 +170,7 @@ _SHORT = {
     "curves": "Curves",
     "errors": "Errors",
     "channels": "Channels",
+    "export": "Cost",
     "learning": "Learning",
     "provenance": "Source",
 }
@@ -235,6 +236,8 @@ def _sections(found: Contents) -> tuple[str, dict[str, Any]]:
                 "they respond to most and their best concept, as far as these are known.",
             )
         )
+    if data["export"]:
+        parts.append(_export(data["export"]))
     for number, (name, table) in enumerate(found.statistics.items()):
         add(f"statistics {name!r}", partial(_statistics, number, name, table))
     if data["history"]:
@@ -410,6 +413,32 @@ def _errors(part: dict[str, Any]) -> str:
         + '<div id="examples" class="examples"></div>',
         escape(note),
     )
+
+
+def _export(part: dict[str, Any]) -> str:
+    whole = part["rows"][0]
+    rows = [
+        [
+            str(row["name"]),
+            f"{row['parameters']:,}",
+            f"{100 * row['parameters'] / max(1, whole['parameters']):.1f} %",
+            f"{row['multiply_adds']:,}",
+            f"{100 * row['multiply_adds'] / max(1, whole['multiply_adds']):.1f} %",
+            f"{1e3 * row['seconds']:.2f}",
+            f"{whole['seconds'] / row['seconds']:.2f}",
+        ]
+        for row in part["rows"]
+    ]
+    header = ["network", "parameters", "", "multiply-adds", "", "ms for one image", "times as fast"]
+    note = (
+        "A class's sub-architecture as a network of its own, with the same outputs "
+        "(SubArchitecture.export), its head cut to the class. Times were measured in turns, on the "
+        "machine that the page was measured on."
+    )
+    if part["stays_whole"]:
+        note += f" Not smaller, because no rule says how: {', '.join(part['stays_whole'][:5])}."
+    table = _table(header, rows, label="Cost of classes' networks beside the whole one")
+    return _section("export", "What a class's network alone costs", table, escape(note))
 
 
 def _statistics(number: int, name: str, table: dict[str, Any]) -> str:

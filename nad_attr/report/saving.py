@@ -27,8 +27,10 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "mosaics": ("n", "n_tasks", "top", "sites", "excess", "low", "high", "tasks", "left_out"),
     "errors": ("n_errors", "n_images", "n_others", "similarity", "rows", "confused", "examples"),
     "pictures": ("album",),
+    "export": ("rows", "stays_whole"),
 }
 _CURVE = ("name", "measure", "sizes", "full", "empty", "delta", "keep", "ablate", "n_images")
+_COST = ("parameters", "multiply_adds", "seconds")
 _EXAMPLE = ("mosaic", "coloured", "tasks", "shares")
 FORMAT = 1
 #: The title of statistics.
@@ -48,7 +50,7 @@ def keep_results(path: Path, results: Results) -> list[str]:
     if results.evaluation is not None and results.evaluation_from == "for this report":
         results.evaluation.save(path, "evaluation")
         written.append("evaluation")
-    for name in ("curves", "mosaics", "errors", "pictures"):
+    for name in ("curves", "mosaics", "errors", "pictures", "export"):
         part = getattr(results, name)
         if part is None:
             continue
@@ -102,7 +104,7 @@ def found_results(
             if evaluation is not None:
                 raise
             results.notes.append(f"No evaluation: {error}")
-    for name in ("curves", "mosaics", "errors", "pictures"):
+    for name in ("curves", "mosaics", "errors", "pictures", "export"):
         group = f"report/{name}"
         if group in names:
             try:
@@ -154,6 +156,13 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
             raise ValueError("the channels' pictures are cut short")
     if name == "errors" and not isinstance(found["examples"], list):
         raise ValueError("its examples are no list")
+    if name == "export":
+        for row in found["rows"]:
+            check_parts(row, ("name", *_COST))
+            if not all(isinstance(row[c], (int, float)) for c in _COST) or not row["seconds"] > 0:
+                raise ValueError("a cost in it is no number")
+        if not found["rows"] or not all(isinstance(m, str) for m in found["stays_whole"]):
+            raise ValueError("it has no costs")
     if name == "mosaics":
         for example in found.get("examples") or []:
             check_parts(example, _EXAMPLE)

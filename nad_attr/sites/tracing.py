@@ -258,7 +258,7 @@ def _run(
         stack.enter_context(_calls_recorded(model, recorder))
         with recorder:
             output = run(*arguments)
-    tensors = tensors_in(_main_output(output))
+    tensors = tensors_in(main_output(output))
     sinks = tuple(dict.fromkeys(recorder.node_of[id(t)] for t in tensors if recorder.knows(t)))
     first = next(tensors_in(arguments[:n_inputs]))
     batch_size = first.shape[0] if first.dim() else 1
@@ -266,7 +266,7 @@ def _run(
     return Trace(recorder.nodes, calls, sources, sinks, batch_size)
 
 
-def _main_output(output: object) -> object:
+def main_output(output: object) -> object:
     """The logits of an output that names them, else the whole output."""
     if isinstance(output, Mapping):
         return output.get("logits", output)

@@ -1,0 +1,109 @@
+"""``nad-attr export --network``: one task's sub-architecture as a smaller network in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nad_attr.cli.messages import UsageError, say
+from nad_attr.cli.opening import Opened
+from nad_attr.export.costs import Summary, latency, summary
+from nad_attr.export.files import FORMATS, save
+from nad_attr.gates.task_gates import TaskGates
+
+__all__ = ["check_network", "write_network"]
+
+
+def check_network(
+    path: Path,
+    gates: Path,
+    tasks: Sequence[str] | None,
+    head: str,
+    others: Sequence[Path | None] = (),
+) -> None:
+    """Refuse what cannot be written, before anything is read.
+
+    Args:
+        path: The file of the network.
+        gates: The file of the gates.
+        tasks: As chosen.
+        head: As chosen.
+        others: Further files that are written.
+
+    Raises:
+        UsageError: Says what is wrong.
+    """
+    if path.suffix not in FORMATS:
+        raise UsageError(f"--network takes a file that ends in {', '.join(FORMATS)}, got {path}.")
+    if not tasks:
+        raise UsageError("--network writes one class's network: name the class with --task.")
+    if head not in ("task", "whole"):
+        raise UsageError(f"--head is task or whole, got {head!r}.")
+    check_apart(path, gates, "is the file of the gates")
+    for other in others:
+        check_apart(path, other, "is written as well")
+
+
+def check_apart(path: Path, other: Path | None, what: str) -> None:
+    """Refuse to write a network, or what stands beside it, over another file.
+
+    Raises:
+        UsageError: Names the file.
+    """
+    written = [path.with_suffix(suffix).resolve() for suffix in (path.suffix, ".json", ".py")]
+    if other is not None and other.resolve() in written:
+        raise UsageError(f"{other} {what}; give --network another name.")
+
+
+def image_like(opened: Opened, pixels: int) -> Tensor:
+    """One image as the network's transform hands it over."""
+    from PIL import Image
+
+    made = opened.transform.function(Image.new("RGB", (pixels, pixels)))
+    return torch.as_tensor(made)[None]
+
+
+def write_network(
+    learned: TaskGates,
+    opened: Opened,
+    path: Path,
+    *,
+    size: float | None,
+    head: Any,
+    pixels: int,
+    merge_bn: bool,
+    quiet: bool,
+) -> Summary:
+    """Write the network of the one task there is, and say what it costs.
+
+    Raises:
+        UsageError: If there are several tasks.
+    """
+    if len(learned) != 1:
+        raise UsageError(f"--network writes one class's network, and {len(learned)} are chosen.")
+    if opened.loaded.weights is not None:
+        check_apart(path, Path(opened.loaded.weights), "holds the network's weights")
+    arch = learned.sub_architecture(learned.tasks[0], size)
+    image = image_like(opened, pixels)
+    small = arch.export(opened.loaded.model, image, head=head, merge_bn=merge_bn)
+    files = save(small, path, image)
+    made = summary(small)
+    for line in str(made).splitlines():
+        say(line, quiet)
+    times = latency({"whole": opened.loaded.model, "smaller": small}, image)
+    say(_times(times), quiet)
+    say(
+        f"difference      {made.difference:.1e} of the largest output, beside gates on hooks", quiet
+    )
+    say(f"written: {', '.join(map(str, files))}", quiet)
+    return made
+
+
+def _times(times: Mapping[str, float]) -> str:
+    whole, smaller = 1e3 * times["whole"], 1e3 * times["smaller"]
+    ratio = f"{whole / smaller:.2f} x"
+    return f"latency         {whole:.1f} ms -> {smaller:.1f} ms here, one image, {ratio}"
