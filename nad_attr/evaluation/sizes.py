@@ -111,6 +111,11 @@ def count_costs(runner: Runner, sites: Sequence[GateSite], inputs: Inputs) -> Si
             handle = module.register_forward_pre_hook(owner.only(called(name)), prepend=True)
             stack.callback(handle.remove)
         stack.enter_context(torch.no_grad())
+        # torch 2.4 shows its counter layers in inference mode that the counter knows nothing of.
+        stack.enter_context(torch.inference_mode(False))
+        inputs = tuple(
+            x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in inputs
+        )
         # Its one kernel for all of attention is nothing that the counter knows.
         stack.enter_context(no_attention_fast_path())
         counter = stack.enter_context(FlopCounterMode(display=False))
