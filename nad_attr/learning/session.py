@@ -89,7 +89,7 @@ def fit_constants(
         >>> site = GateSite("1", 6, 1)
         >>> arch = SubArchitecture.from_kept({"1": [0, 3]}, [site], task=1)
         >>> fit_constants(net, arch, (x, (x[:, 0] > 0).long()))[0]
-        SubArchitecture(2 of 6 channels (33.3 %) at 1 site, closed channels at their mean)
+        SubArchitecture(task 1: 2 of 6 channels (33.3 %) at 1 site, closed channels at their mean)
     """
     if isinstance(architectures, TaskGates):
         archs = architectures.sub_architectures()
@@ -160,7 +160,8 @@ class Session:
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
-        >>> session = Session(net, (torch.randn(20, 4), torch.arange(20) % 2), batch_size=40)
+        >>> data = torch.randn(20, 4), torch.arange(20) % 2
+        >>> session = Session(net, data, run=RunOptions(batch_size=40))
         >>> session.tasks, session.width
         ([0, 1], 2)
     """
