@@ -56,7 +56,7 @@ MOST_IN_ROOT = 12
 
 # Methods that may import what writes, reads or draws their object when they are called: neither the
 # order of rooms nor the circles count these imports.
-LATE_METHODS = {"save", "load", "plot", "draw", "figure"}
+LATE_METHODS = {"save", "load", "plot", "draw", "figure", "export", "cost"}
 
 # The only ones of them that go up, with the room that they go to.
 LATE_UPWARD = {
@@ -67,7 +67,11 @@ LATE_UPWARD = {
     )
     for method in ("save", "load")
 } | {("stats.results", f"Result.{method}", "store") for method in ("save", "load")}
-LATE_UPWARD.add(("stats.tests", "Statistic.plot", "plots.style"))
+LATE_UPWARD |= {
+    ("stats.tests", "Statistic.plot", "plots.style"),
+    ("gates.sub_architecture", "SubArchitecture.export", "export.exporting"),
+    ("gates.sub_architecture", "SubArchitecture.cost", "export.costs"),
+}
 
 
 @dataclass(frozen=True)

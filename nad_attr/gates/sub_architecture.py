@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from nad_attr.data.labels import Task, as_task
 from nad_attr.gates.channels import check_means, distinct_sites, jaccard, kappa, n_channels
 from nad_attr.gating.hooks import gated
 from nad_attr.sites.site import GateSite
-
-if TYPE_CHECKING:
-    from nad_attr.export.costs import Summary
 
 __all__ = ["SubArchitecture"]
 
@@ -261,7 +258,7 @@ class SubArchitecture:
 
     def cost(
         self, model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], **options: Any
-    ) -> Summary:
+    ) -> Any:
         """What this sub-architecture costs as a network of its own, beside the whole network.
 
         Args:
@@ -270,7 +267,8 @@ class SubArchitecture:
             options: ``head`` and ``merge_bn``, as for :meth:`export`.
 
         Returns:
-            Parameters and multiply-adds of both, of each block, and the share that could be cut.
+            A :class:`nad_attr.export.Summary`: parameters and multiply-adds of both, of each
+            block, and the share that could be cut.
 
         Raises:
             ExportError, GatingError, SiteError, TypeError, ValueError: As :meth:`export`.

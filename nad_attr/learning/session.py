@@ -168,7 +168,8 @@ class Session:
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
-        >>> session = Session(net, (torch.randn(20, 4), torch.arange(20) % 2), batch_size=40)
+        >>> data = torch.randn(20, 4), torch.arange(20) % 2
+        >>> session = Session(net, data, run=RunOptions(batch_size=40))
         >>> session.tasks, session.width
         ([0, 1], 2)
     """

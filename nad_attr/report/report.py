@@ -62,6 +62,7 @@ class Report:
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> from nad_attr.sites import GateSite
         >>> gates = TaskGates(
         ...     {"layer1": torch.tensor([[0.9, 0.2, 0.6], [0.1, 0.2, 0.7]])},

@@ -140,7 +140,7 @@ def draw_unit(
         >>> net = nn.Sequential(nn.ReLU(), nn.Flatten()).eval()
         >>> data = (torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
         >>> site = GateSite("0", 3)
-        >>> units = dissect(net, [site], data, 0.1, ["wall"])
+        >>> units = dissect(net, [site], data, quantile=0.1, concepts=["wall"])
         >>> len(draw_unit(net, units, data, site, 1).axes)
         2
     """

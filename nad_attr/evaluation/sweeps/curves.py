@@ -438,6 +438,7 @@ def curves(
             labels or tasks are no class of the network.
 
     Example:
+        >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
         >>> data = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), [0, 0, 1, 1]
         >>> result = curves(net, {"0": torch.eye(2)}, data, sites=[GateSite("0", 2, 1)],

@@ -446,6 +446,7 @@ def size_sweep(
             others at their means, or labels or tasks are no class of the network.
 
     Example:
+        >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
         >>> data = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]]), [0, 0, 1, 1]
         >>> ranks = {"right": {"0": torch.eye(2)}, "wrong": {"0": 1 - torch.eye(2)}}
