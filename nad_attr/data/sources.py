@@ -47,7 +47,7 @@ ITEMS_TRIED = 100
 
 
 #: What learning and evaluation accept.
-Data: TypeAlias = "DataLoader[Any] | Dataset[Any] | tuple[Any, Any] | list[Any]"
+Data: TypeAlias = "DataLoader[Any] | Dataset[Any] | tuple[Any, Any] | list[Any] | Source"
 
 
 #: One image to fetch: its number, and the seed of its random transforms.

@@ -544,7 +544,7 @@ def _tasks(
         present = tasks_in(labels)
         if not present:
             raise ValueError("no image has any of the labels: there is no task to learn.")
-        return present, None
+        return list(present), None
     if isinstance(tasks, (str, bytes)):
         raise TypeError(f"tasks must be a list of class indices or a dictionary, not {tasks!r}.")
     names = None
