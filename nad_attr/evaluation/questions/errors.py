@@ -105,7 +105,7 @@ class _Chosen:
         self.source, self.numbers = source, list(numbers)
         self.labels = source.labels[self.numbers]
         self.augmented, self.fields = source.augmented, source.fields
-        self.targets = None
+        self.targets: Tensor | None = None
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws."""
