@@ -82,6 +82,22 @@ def grey():
 
 def number():
     return lambda image: 5
+
+
+class Reds(Colours):
+    """One output, or one number: how red a photo is."""
+
+    def forward(self, x):
+        return super().forward(x)[:, 2]
+
+
+def reds():
+    return Reds()
+
+
+def as_it_is():
+    import numpy as np
+    return lambda image: torch.as_tensor(np.array(image)).permute(2, 0, 1) / 255
 '''
 
 
@@ -601,3 +617,114 @@ def test_ctrl_c_in_a_terminal(here: Path) -> None:
     assert "Traceback" not in output
     with GateStore.open("ctrl.h5") as store:
         assert 1 <= len(store) < 3
+
+
+# -- Labels in a table, pictures of several sizes, long names ------------------------------------
+
+
+def table(path: Path, rows: list[list[object]]) -> Path:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def files_of(split: str) -> list[tuple[str, int]]:
+    return [
+        (f"{name}/{path.name}", label)
+        for label, name in enumerate(CLASSES)
+        for path in sorted(Path(split, name).iterdir())
+    ]
+
+
+@pytest.mark.parametrize("kind", ["classes", "names", "several", "one", "target"])
+def test_labels_from_a_table(here: Path, kind: str) -> None:
+    files = files_of("val")
+    rows: list[list[object]] = {
+        "classes": [["file", "class"], *([f, k] for f, k in files)],
+        "names": [["file", "class"], *([f, CLASSES[k]] for f, k in files)],
+        "several": [
+            ["file", *CLASSES],
+            *([f, *("" if i == 3 else int(j == k) for j in range(3))] for i, (f, k) in enumerate(files)),
+            [files[0][0], 1, 1, 0],
+        ],
+        "one": [["file", "red"], *([f, int(k == 2)] for f, k in files)],
+        "target": [["file", "redness"], *([f, k / 3] for f, k in files)],
+    }[kind]  # fmt: skip
+    model = "colour_nets:reds" if kind in ("one", "target") else "colour_nets:colours"
+    named = here / "classes.json"
+    named.write_text(json.dumps({name: k for k, name in enumerate(CLASSES)}))
+    with_names = ("--class-index", named) if kind == "names" else ()
+    given = ("--data", "val", "--labels", table(here / f"{kind}.csv", rows), *with_names)
+    plain = ("--mean", "0", "--std", "1", "--resize", "0", "--crop", "0")
+    out = f"{kind}.h5"
+    succeeds("learn", "--model", model, *given, *plain, "--out", out, "--steps", 3, "--overwrite")
+    with GateStore.open(out) as store:
+        assert len(store.tasks) == (1 if kind in ("one", "target") else 3)
+        names = store.task_names
+    expected = {"several": CLASSES, "names": CLASSES, "one": ("red",), "target": ("redness",)}
+    assert kind == "classes" or tuple(names or ()) == expected[kind]
+    text = succeeds("evaluate", out, *given, "--trust-file", "--random", 0)
+    assert ("R²" in text) == (kind == "target"), text
+
+
+def test_tables_that_do_not_fit_are_named(here: Path) -> None:
+    for rows, message in (
+        ([["file", "a"], ["gone.png", 1]], "line 2: there is no file 'gone.png'"),
+        ([["file", "a"], ["../text.h5", 1]], "line 2: there is no file"),
+        ([["file", "a"], [files_of("val")[0][0], "cat"]], "--class-index"),
+        ([["file", "a", "b"], [files_of("val")[0][0], 1]], "line 2: 2 cells, but the head has 3"),
+        ([["file"]], "must be a table with a head"),
+    ):
+        path = table(here / "bad.csv", rows)
+        given = ("--data", "val", "--labels", path, "--out", "never.h5")
+        fails(1, message, "learn", "--model", "colour_nets:colours", *given)
+
+
+def test_class_folders_of_a_network_of_one_output(here: Path) -> None:
+    for name in ("no", "yes"):
+        (here / "two" / name).mkdir(parents=True)
+        source = Path("val", "red" if name == "yes" else "blue")
+        for path in source.iterdir():
+            (here / "two" / name / path.name).write_bytes(path.read_bytes())
+    plain = ("--mean", "0", "--std", "1", "--resize", "0", "--crop", "0")
+    given = ("--model", "colour_nets:reds", "--data", "two", *plain)
+    succeeds("learn", *given, "--out", "one.h5", "--steps", 3)
+    with GateStore.open("one.h5") as store:
+        assert (tuple(store.tasks), tuple(store.task_names or ())) == ((0,), ("yes",))
+
+
+def test_pictures_of_several_sizes_are_seen_before_learning(here: Path) -> None:
+    for name in CLASSES:
+        (here / "sizes" / name).mkdir(parents=True)
+        for i in range(2):
+            picture = Image.new("RGB", (8 + 4 * i, 8))
+            picture.save(here / "sizes" / name / f"{i}.png")
+    given = ("--model", "colour_nets:colours", "--data", "sizes", "--out", "sizes.h5")
+    as_it_is = ("--transform", "colour_nets:as_it_is")
+    fails(2, "--resize 256 --crop 224", "learn", *given, *as_it_is)
+    fails(2, "1.png as 3 x 8 x 12", "learn", *given, *as_it_is)
+    assert not Path("sizes.h5").exists()
+    succeeds("learn", *given, "--resize", 8, "--crop", 8, "--steps", 2)
+
+
+def test_tables_shorten_names_and_never_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    from nad_attr.cli.messages import print_table
+
+    name = "x" * 300 + "_end"
+    numbers = [f"{i}.123" for i in range(20)]
+    print_table(
+        ["task", *(f"measure {i}" for i in range(20))], [[name, *numbers], ["cat", *numbers]]
+    )
+    text = capsys.readouterr().out
+    assert all(text.count(f" {number}") == 2 for number in numbers)
+    assert "…" in text
+    assert "_end" in text
+    assert name not in text
+    assert "cat" in text
+
+
+def test_many_channels_keep_their_numbers(here: Path) -> None:
+    photo = next(Path("val", "red").iterdir())
+    text = succeeds("attribute", *MINE, photo, "--top", 20)
+    assert "channel 6" in text
+    assert "…" not in text

@@ -549,33 +549,3 @@ def test_latency_is_measured_in_turns() -> None:
     times = latency({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}, torch.zeros(1, 2), seconds=0.01)
     assert set(times) == {"a", "b"}
     assert min(times.values()) > 0
-
-
-# ---------------------------------------------------------------------------------------------
-# Networks that others use
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("resnet18", "alexnet", "squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5"),
-        *("regnet_x_400mf", "convnext_tiny", "vit_b_32", "densenet121", "mnasnet0_5"),
-    ],
-)
-def test_torchvision(name: str) -> None:
-    """Closed at arbitrary constants; all 80 networks: ``benchmarks/export_exactness.py``."""
-    from benchmarks.export_exactness import constants_of, network
-
-    model, x = network(name, 0)
-    sites = find_gate_sites(model, x[:1])
-    generator = torch.Generator().manual_seed(0)
-    masks = {s.name: torch.rand(s.n_channels, generator=generator) < 0.4 for s in sites}
-    values = constants_of(model, x, sites, 0)["arbitrary"]
-    arch = SubArchitecture(masks, sites, task=7, means=values)
-    small = arch.export(model, x, head="task")
-    with torch.no_grad(), gated(model, arch):
-        expected = model(x)[:, [7]]
-    assert difference(small(x), expected) < 1e-9
-    assert summary(small).smaller.parameters < 0.75 * summary(small).whole.parameters

@@ -231,8 +231,10 @@ def test_scorers_ablations_stores_and_reports_take_them(kind: str, tmp_path: Pat
         fitted = fit_ablation(net, gates.sites, (x, labels), ablation, tasks=gates.tasks)
         result = evaluate(net, gates, (x, labels), ablation=fitted, n_random=0)
         assert not np.isnan(result.fidelity).any()
-    page = Report(gates, model=net, data=(x, labels))
-    assert page is not None
+    report = Report(gates).measure(net, (x, labels), parts=["evaluation"], n_images=20, n_random=1)
+    assert report.results.evaluation is not None
+    assert report.results.evaluation.n_images == 20
+    assert report.html()
 
 
 def test_mean_of_other_images_is_that_of_known_others() -> None:
@@ -382,3 +384,33 @@ def test_a_forward_func_that_runs_the_network_twice_is_named() -> None:
     net, x, _ = made(2)
     with pytest.raises(SiteError, match="runs the model 2 times"):
         find_gate_sites(net, x[:1], forward_func=lambda v: net(v) + net(v))
+
+
+# ---------------------------------------------------------------------------------------------
+# Dissection asks for no outputs
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("returns", ["maps", "features", "dictionary", "list"])
+def test_networks_that_are_no_classifiers_are_dissected(returns: str) -> None:
+    from nad_attr.concepts import dissect
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+            self.head = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            maps = self.head(self.body(x))
+            kinds = {"maps": maps, "features": maps.flatten(1), "dictionary": {"out": maps}}
+            return kinds.get(returns, [maps, maps.mean((2, 3))])
+
+    torch.manual_seed(0)
+    net = Other().eval()
+    images = torch.rand(6, 3, 8, 8)
+    masks = (images[:, 0] > 0.5).long()
+    units = dissect(net, ["body"], (images, masks), concepts=["dark", "light"])
+    plain = nn.Sequential(net.body, nn.Flatten(), nn.Linear(256, 2)).eval()
+    same = dissect(plain, ["0"], (images, masks), concepts=["dark", "light"])
+    assert np.array_equal(units.iou["body"], same.iou["0"])

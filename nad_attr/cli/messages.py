@@ -151,7 +151,7 @@ def print_table(
     for i, cell in enumerate(header):
         side: Literal["left", "right"] = "left" if i < left else "right"
         title = Text(shown(cell, lines=True))
-        table.add_column(title, justify=side, vertical="bottom", no_wrap=True, overflow="ignore")
+        table.add_column(title, justify=side, vertical="bottom", no_wrap=True)
     # A pipe counts as 80 columns. Names are shortened to what the numbers leave, which never are.
     width = max(Console().width, 120)
     cells = [[shown(cell) for cell in row] for row in rows]
@@ -159,7 +159,7 @@ def print_table(
         max(map(len, [line for cell in column for line in cell.split("\n")]))
         for column in zip(header, *cells, strict=True)
     ]
-    spare = width - sum(wanted[left:]) - 2 * len(wanted)
+    spare = width - sum(wanted[left:]) - 3 * len(wanted)
     longest = max(SHORTEST_NAME, spare // max(1, left))
     for original, row in zip(rows, cells, strict=True):
         named = [shortened(cell, longest) for cell in row[:left]]
@@ -168,7 +168,7 @@ def print_table(
             *(Text(cell) for cell in (*named, *row[left:])),
             style="bold" if original[0] in bold else None,
         )
-    needed = sum(min(w, longest) for w in wanted[:left]) + sum(wanted[left:]) + 2 * len(wanted)
+    needed = sum(min(w, longest) for w in wanted[:left]) + sum(wanted[left:]) + 3 * len(wanted)
     Console(width=max(width, needed), highlight=False).print(table)
 
 

@@ -132,8 +132,10 @@ def _open_table(
     """Images of a folder with the labels of a table."""
     if given is None and loaded.class_names:
         given = {name: k for k, name in enumerate(loaded.class_names)}
-    files, read, names = read_table(labels, folder, given)
+    files, _, _ = read_table(labels, folder, given)
     photos = PhotoTable(folder, files, transform.function, transform.random)
+    one_output = n_outputs(loaded.model, photos[0][None]) == 1
+    _, read, names = read_table(labels, folder, given, one_output=one_output)
     say(f"data: {len(files):,} images in {folder}, labels in {labels}", quiet)
     _check_shapes(photos, transform)
     if len(as_source((photos, read), any_labels=True).labels.shape) == 1:

@@ -379,10 +379,10 @@ def patterns(labels: Tensor) -> tuple[Tensor, Tensor]:
         tensor([1, 0, 1])
     """
     if labels.ndim == 1:
-        different, which = labels.unique(return_inverse=True)
+        known, place = torch.unique(labels, return_inverse=True)
     else:
-        different, which = labels.unique(dim=0, return_inverse=True)
-    return different, which
+        known, place = torch.unique(labels, return_inverse=True, dim=0)
+    return known, place
 
 
 def tasks_in(labels: Tensor) -> list[int]:

@@ -360,7 +360,7 @@ def held_back(
     (batch,) = chunk.batches([[[draw for half in row for draw in half] for row in draws]])
     halves = [half for row in draws for half, images in enumerate(row) for _ in images]
     second = torch.tensor(halves, device=network.device)[:, None] == 1
-    offsets: Tensor = deviations * torch.where(
+    offsets = deviations * torch.where(
         second, *(c[batch.rows] for c in reversed(constants))
     )
     clean = chunk.own_output(chunk.clean(batch), batch.rows)

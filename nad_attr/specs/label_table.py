@@ -45,7 +45,11 @@ class PhotoTable(Dataset[Any]):
 
 
 def read_table(
-    path: str | Path, root: str, class_names: Mapping[str, int] | None = None
+    path: str | Path,
+    root: str,
+    class_names: Mapping[str, int] | None = None,
+    *,
+    one_output: bool = False,
 ) -> tuple[list[str], Labels, dict[int, str]]:
     """Read a CSV file: a head, then a row for each image with its file and its labels.
 
@@ -57,6 +61,7 @@ def read_table(
         path: The table.
         root: The folder of the images.
         class_names: ``{name: class index}``, for class names.
+        one_output: Whether the network has one output: a column of 0 and 1 is its label.
 
     Returns:
         The files, their labels, and ``{output: name}`` as far as known.
@@ -89,6 +94,8 @@ def read_table(
     if len(head) > 2:
         return files, Labels(numbers), dict(enumerate(head[1:]))
     flat = [row[0] for row in numbers]
+    if one_output and all(math.isnan(v) or v in (-1, 0, 1) for v in flat):
+        return files, Labels(numbers, kind="several"), {0: head[1]}
     if all(v.is_integer() and v >= 0 for v in flat):
         return files, Labels([int(v) for v in flat]), {}
     return files, Labels(flat), {0: head[1]}

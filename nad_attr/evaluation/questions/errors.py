@@ -104,12 +104,17 @@ class _Chosen:
     def __init__(self, source: Source, numbers: Sequence[int]) -> None:
         self.source, self.numbers = source, list(numbers)
         self.labels = source.labels[self.numbers]
-        self.targets = None if source.targets is None else source.targets[self.numbers]
+        self.targets: Tensor | None = (
+            None if source.targets is None else source.targets[self.numbers]
+        )
         self.augmented, self.fields = source.augmented, source.fields
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws."""
-        return self.source.batches([(self.numbers[i], s) for i, s in some] for some in draws)
+        chosen = ([(self.numbers[i], s) for i, s in some] for some in draws)
+        for inputs in self.source.batches(chosen):
+            self.fields = self.source.fields
+            yield inputs
 
 
 def _classifier_of(
