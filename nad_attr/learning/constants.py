@@ -360,9 +360,8 @@ def held_back(
     (batch,) = chunk.batches([[[draw for half in row for draw in half] for row in draws]])
     halves = [half for row in draws for half, images in enumerate(row) for _ in images]
     second = torch.tensor(halves, device=network.device)[:, None] == 1
-    offsets = deviations * torch.where(
-        second, *(c[batch.rows] for c in reversed(constants))
-    )
+    of_first, of_second = (c[batch.rows] for c in constants)
+    offsets = deviations * torch.where(second, of_second, of_first)
     clean = chunk.own_output(chunk.clean(batch), batch.rows)
     changes = []
     with torch.no_grad():
