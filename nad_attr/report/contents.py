@@ -36,6 +36,7 @@ class Results:
         curves: See :func:`nad_attr.report.parts.curves_part`.
         mosaics: See :func:`nad_attr.report.parts.mosaics_part`.
         errors: See :func:`nad_attr.report.parts.errors_part`.
+        flow: See :func:`nad_attr.report.parts.flow_part`.
         pictures: See :func:`nad_attr.report.measuring.pictures_part`.
         units: Concepts of units, see :func:`nad_attr.report.concepts.units_part`.
         statistics: Named tables, see :func:`nad_attr.report.parts.frame_part`.
@@ -47,6 +48,7 @@ class Results:
     curves: list[dict[str, Any]] | None = None
     mosaics: dict[str, Any] | None = None
     errors: dict[str, Any] | None = None
+    flow: dict[str, Any] | None = None
     pictures: dict[str, Any] | None = None
     units: dict[str, Any] | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
@@ -129,6 +131,7 @@ def contents(
         "curves": results.curves,
         "mosaics": results.mosaics,
         "errors": results.errors,
+        "flow": results.flow,
         "pictures": results.pictures,
         "units": results.units,
     }
@@ -295,6 +298,8 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
         found.append(("mosaics", measured))
     if results.errors is None and len(gates) >= 3:
         found.append(("errors and why they were made", measured))
+    if results.flow is None:
+        found.append(("what flows between channels", measured))
     if results.pictures is None:
         found.append(("pictures of what channels respond to", measured))
     if results.units is None:

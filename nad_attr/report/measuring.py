@@ -17,6 +17,8 @@ from nad_attr.evaluation.questions.errors import errors
 from nad_attr.evaluation.questions.explanation import ErrorExplanation, explain_error
 from nad_attr.evaluation.questions.mosaics import mosaics
 from nad_attr.evaluation.sweeps.curves import curves
+from nad_attr.flow.measuring import information_flow
+from nad_attr.flow.result import TaskFlow
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import channel_shape, recorded
@@ -24,7 +26,7 @@ from nad_attr.pictures.class_mosaics import class_mosaics
 from nad_attr.pictures.figures import coloured_by_class
 from nad_attr.report.contents import Results
 from nad_attr.report.packing import plain, text64
-from nad_attr.report.parts import curves_part, errors_part, mosaics_part
+from nad_attr.report.parts import curves_part, errors_part, flow_part, mosaics_part
 from nad_attr.report.pictures import Album, array_picture, encoded
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.stats.pairs import overlap_matrix
@@ -33,7 +35,7 @@ from nad_attr.system.rng import seed_of
 __all__ = ["PARTS", "Sample", "measure", "sampled"]
 
 #: What can be measured.
-PARTS = ("evaluation", "curves", "mosaics", "errors", "pictures")
+PARTS = ("evaluation", "curves", "mosaics", "errors", "flow", "pictures")
 
 #: Sizes of the keep and ablate curves; tasks and images that they are measured on at most.
 _SIZES = (0.05, 0.1, 0.2, 0.4, 0.7)
@@ -41,6 +43,8 @@ _CURVE_TASKS, _CURVE_IMAGES = 20, 100
 _MOSAICS, _MOSAIC_PICTURES = 200, 3
 #: Pixels of a mosaic's side in the page.
 MOSAIC_SIDE = 240
+#: Tasks, images of each and receiving channels of each site that the flow is measured on, at most.
+_FLOW_TASKS, _FLOW_IMAGES, _FLOW_RECEIVERS = 6, 8, 14
 #: Examples of errors, pictures of a channel.
 _EXAMPLES, _TOP = 12, 5
 
@@ -175,6 +179,11 @@ def measure(
             attempt("mosaic pictures", lambda: _mosaic_pictures(model, gates, sample, seed, device))
             or []
         )
+    if "flow" in parts:
+        results.flow = attempt(
+            "flow",
+            lambda: flow_part(_flows(model, gates, sample, min(batch_size, 8), device)),
+        )
     album = Album(sample.source)
     calls: NDArray[np.int64] | None = None
     if "pictures" in parts or "errors" in parts:
@@ -213,6 +222,28 @@ def _curves(
         ),
     }
     return curves_part(made)
+
+
+def _flows(
+    model: nn.Module,
+    gates: TaskGates,
+    sample: Sample,
+    batch_size: int,
+    device: torch.device | str | None,
+) -> list[TaskFlow]:
+    """The flow of the first tasks of which there are images."""
+    found: list[TaskFlow] = []
+    present = set(sample.labels.tolist())
+    for task in gates.tasks:
+        members = {task} if isinstance(task, int) else set(task)
+        if members & present and len(found) < _FLOW_TASKS:
+            found += information_flow(
+                model, gates, sample.data, tasks=[task], receivers=_FLOW_RECEIVERS,
+                n_images=_FLOW_IMAGES, batch_size=batch_size, device=device,
+            ).flows  # fmt: skip
+    if not found:
+        raise ValueError("there is no image of any task.")
+    return found
 
 
 def _mosaic_pictures(
