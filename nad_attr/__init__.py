@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from nad_attr._checks import GatingError
     from nad_attr.attribution import NADAttribution
     from nad_attr.data.labels import Labels, Task
+    from nad_attr.flow.measuring import information_flow
+    from nad_attr.flow.result import InformationFlow
     from nad_attr.gates.history import History
     from nad_attr.gates.recipe import PaperRecipe, Recipe
     from nad_attr.gates.sub_architecture import SubArchitecture
@@ -31,6 +33,7 @@ __all__ = [
     "GateStoreError",
     "GatingError",
     "History",
+    "InformationFlow",
     "Labels",
     "NADAttribution",
     "PaperRecipe",
@@ -44,6 +47,7 @@ __all__ = [
     "find_gate_sites",
     "fit_constants",
     "gated",
+    "information_flow",
     "learn_gates",
     "learn_sizes",
     "learn_to_store",
@@ -56,6 +60,7 @@ __all__ = [
 _HOMES = {
     "gates.sub_architecture": ("SubArchitecture",),
     "attribution": ("NADAttribution",),
+    "flow": ("InformationFlow", "information_flow"),
     "gates": ("Task", "TaskGates"),
     "gating": ("GatingError", "gated", "recorded"),
     "data.labels": ("Labels",),

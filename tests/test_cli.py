@@ -390,6 +390,30 @@ def test_compare_with_another_method(here: Path) -> None:
     assert set(content["evaluation"]["rivals"]) == {"taylor", "energy"}
 
 
+def test_flow(here: Path) -> None:
+    text = succeeds(
+        *("flow", "gates.h5", "--data", "val", "--task", "red", "--task", "blue", "--images", "3"),
+        *("--receivers", "1", "--csv", "edges.csv", "--plot", "flow.png"),
+    )
+    assert "red: 3 images; outflow equals effect" in text
+    assert "relu > relu2" in text
+    assert Path("flow.png").stat().st_size > 1000
+    with open("edges.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["task"] for row in rows} == {"red", "blue"}
+    assert "-1" in {row["target"] for row in rows}
+    kept = TaskGates.load("gates.h5").sub_architecture("red").kept["relu"].tolist()
+    own = {int(r["source"]) for r in rows if (r["task"], r["source_site"]) == ("red", "relu")}
+    assert own == set(kept)
+    text = succeeds("flow", "gates.h5", "--data", "val", "--task", "red", "--whole", "-q")
+    assert "red: 5 images" in text
+    fails(2, "holds 3 tasks; name one", "flow", "gates.h5", "--data", "val")
+    fails(2, "--plot takes a", *("flow", "gates.h5", "--data", "val", "--plot", "flow.txt"))
+    fails(
+        2, "is the file of the gates", *("flow", "gates.h5", "--data", "val", "--csv", "gates.h5")
+    )
+
+
 def test_attribute(here: Path) -> None:
     text = succeeds(
         *("attribute", *MINE, "val/red/0.png", "val/blue/1.png"),

@@ -352,10 +352,15 @@ def test_damaged_results_are_left_out_with_a_note(tmp_path: Path) -> None:
     put("mosaics", "[" * 100_000)
     put("errors", "{}")
     put("curves", "[]", version=9)
+    node = {"site": 0, "channel": 1, "effect": [0.5], "n": 1}
+    link = {"task": 0, "from": 0, "to": 7, "flow": 1.0, "straight": 0.0}
+    flow = {"sites": ["a"], "tasks": ["t"], "nodes": [node], "drawn": [1.0], "n_images": [1]}
+    put("flow", json.dumps({**flow, "links": [link]}))
     write_result(path, "comparison/comparison", {"test": ["x"]}, {})
     report = Report(path)
     assert (report.results.pictures, report.results.errors) == (None, None)
-    assert len(report.results.notes) == 5
+    assert report.results.flow is None
+    assert len(report.results.notes) == 6
     assert "alert(1)" not in report.html()
     assert "What did not work" in page_of(report).text
 
@@ -464,7 +469,7 @@ def test_results_that_cannot_even_be_read_are_left_out_with_a_note(tmp_path: Pat
 @pytest.mark.slow
 def test_everything_is_measured_and_shown(measured: Report) -> None:
     page = page_of(measured)
-    assert {"measured", "curves", "errors", "channels"} <= page.ids()
+    assert {"measured", "curves", "errors", "flow", "channels"} <= page.ids()
     assert "mosaics" not in page.ids()  # four tasks at least
     assert measured.results.notes == []
     assert measured.results.evaluation.n_images == 20
@@ -602,11 +607,12 @@ def test_kept_results_come_back(tmp_path: Path, measured: Report) -> None:
     report.results = measured.results
     written = report.keep()
     assert written == [
-        "evaluation", "report/curves", "report/errors", "report/pictures", "report/export",
+        "evaluation", "report/curves", "report/errors", "report/flow", "report/pictures", "report/export",
     ]  # fmt: skip
     again = Report(path)
     assert again.results.pictures == measured.results.pictures
     assert again.results.errors["examples"][0]["picture"] >= 0
+    assert again.results.flow["sites"] == [*(site.name for site in SITES), "output"]
     assert again.missing() == [
         "other methods at equal size",
         "concepts of channels",

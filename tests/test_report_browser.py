@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from nad_attr import GateSite, TaskGates
+from nad_attr import GateSite, TaskGates, information_flow
 from nad_attr.concepts import Concept, UnitConcepts
 from nad_attr.evaluation import Evaluation
+from nad_attr.flow.picture import flow_picture
 from nad_attr.gates.history import History
 from nad_attr.report import Report
 
@@ -372,3 +373,32 @@ def test_a_thousand_classes_are_quick(
     assert f"kept: {kept:,}" in opened.text("#legend")
     assert opened.wrong == []
     opened.page.close()
+
+
+def test_the_flow_is_traced_by_mouse_and_keyboard(browser: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 6), torch.nn.ReLU(),
+        torch.nn.Linear(6, 3),
+    ).eval()  # fmt: skip
+    gates = made_gates(3, [GateSite("1", 5), GateSite("3", 6)], ["ant", "bee", "</script>"])
+    flows = [information_flow(net, gates, torch.rand(3, 4), tasks=[task]) for task in (0, 1)]
+    file = Report(gates, flow=flows).save(tmp_path / "flow.html")
+    found = Opened(browser, file)
+    page = found.page
+    n = len(flow_picture([flow.flows[0] for flow in flows])["nodes"])
+    assert len(page.query_selector_all("#flow .node")) == n
+    assert page.query_selector("#flow .t1") is None
+    page.select_option("#flow-tasks label:nth-child(2) select", label="bee")
+    assert page.query_selector("#flow .t1") is not None
+    page.click("#flow .node[data-node='0']")
+    assert "Feeds:" in found.text("#flow-said")
+    assert page.query_selector("#flow path.faint") is not None
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert "of 3" in found.text("#flow-said b")
+    assert "Fed by" in found.text("#flow-said")
+    page.keyboard.press("Escape")
+    assert "Nothing is traced" in found.text("#flow-said")
+    assert found.wrong == []
+    page.close()

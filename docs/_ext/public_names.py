@@ -20,6 +20,7 @@ ROOMS = {
     "nad_attr.evaluation": "nad_attr.evaluation: is it true?",
     "nad_attr.concepts": "nad_attr.concepts: units, concepts, statistics",
     "nad_attr.export": "nad_attr.export: smaller networks, classes as building blocks",
+    "nad_attr.flow": "nad_attr.flow: what channels give to each other",
     "nad_attr.bridges": "nad_attr.bridges: other libraries",
     "nad_attr.report": "nad_attr.report: pages to look at",
     "nad_attr.store": "nad_attr.store: gates in files",

@@ -13,6 +13,7 @@ from nad_attr.cli.attribute import attribute
 from nad_attr.cli.compare import compare
 from nad_attr.cli.demo import demo
 from nad_attr.cli.evaluate import evaluate
+from nad_attr.cli.flow import flow
 from nad_attr.cli.learn import learn
 from nad_attr.cli.options import flat
 from nad_attr.cli.report import report
@@ -28,6 +29,7 @@ COMMANDS = (
     evaluate,
     attribute,
     compare,
+    flow,
     report,
     inspect_command,
     merge,

@@ -36,6 +36,7 @@ class Results:
         curves: See :func:`nad_attr.report.parts.curves_part`.
         mosaics: See :func:`nad_attr.report.parts.mosaics_part`.
         errors: See :func:`nad_attr.report.parts.errors_part`.
+        flow: See :func:`nad_attr.report.parts.flow_part`.
         pictures: See :func:`nad_attr.report.measuring.pictures_part`.
         export: Classes' networks by themselves, see :func:`nad_attr.report.measuring.export_part`.
         units: Concepts of units, see :func:`nad_attr.report.concepts.units_part`.
@@ -48,6 +49,7 @@ class Results:
     curves: list[dict[str, Any]] | None = None
     mosaics: dict[str, Any] | None = None
     errors: dict[str, Any] | None = None
+    flow: dict[str, Any] | None = None
     pictures: dict[str, Any] | None = None
     export: dict[str, Any] | None = None
     units: dict[str, Any] | None = None
@@ -131,6 +133,7 @@ def contents(
         "curves": results.curves,
         "mosaics": results.mosaics,
         "errors": results.errors,
+        "flow": results.flow,
         "pictures": results.pictures,
         "export": results.export,
         "units": results.units,
@@ -298,6 +301,8 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
         found.append(("mosaics", measured))
     if results.errors is None and len(gates) >= 3:
         found.append(("errors and why they were made", measured))
+    if results.flow is None:
+        found.append(("what flows between channels", measured))
     if results.pictures is None:
         found.append(("pictures of what channels respond to", measured))
     if results.export is None:

@@ -22,6 +22,8 @@ from nad_attr.export.costs import latency
 from nad_attr.export.costs import summary as export_summary
 from nad_attr.export.exporting import cut
 from nad_attr.export.tracing import ExportError, traced
+from nad_attr.flow.measuring import information_flow
+from nad_attr.flow.result import TaskFlow
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import channel_shape, recorded
@@ -29,7 +31,7 @@ from nad_attr.pictures.class_mosaics import class_mosaics
 from nad_attr.pictures.figures import coloured_by_class
 from nad_attr.report.contents import Results
 from nad_attr.report.packing import plain, text64
-from nad_attr.report.parts import curves_part, errors_part, mosaics_part
+from nad_attr.report.parts import curves_part, errors_part, flow_part, mosaics_part
 from nad_attr.report.pictures import Album, array_picture, encoded
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
@@ -39,7 +41,7 @@ from nad_attr.system.rng import seed_of
 __all__ = ["PARTS", "Sample", "measure", "sampled"]
 
 #: What can be measured.
-PARTS = ("evaluation", "curves", "mosaics", "errors", "pictures", "export")
+PARTS = ("evaluation", "curves", "mosaics", "errors", "flow", "pictures", "export")
 
 #: Sizes of the keep and ablate curves; tasks and images that they are measured on at most.
 _SIZES = (0.05, 0.1, 0.2, 0.4, 0.7)
@@ -49,6 +51,8 @@ _EXPORTED, _SECONDS = 5, 3.0
 _MOSAICS, _MOSAIC_PICTURES = 200, 3
 #: Pixels of a mosaic's side in the page.
 MOSAIC_SIDE = 240
+#: Tasks, images of each and receiving channels of each site that the flow is measured on, at most.
+_FLOW_TASKS, _FLOW_IMAGES, _FLOW_RECEIVERS = 6, 8, 14
 #: Examples of errors, pictures of a channel.
 _EXAMPLES, _TOP = 12, 5
 
@@ -190,6 +194,11 @@ def measure(
             attempt("mosaic pictures", lambda: _mosaic_pictures(model, gates, sample, options))
             or []
         )
+    if "flow" in parts:
+        results.flow = attempt(
+            "flow",
+            lambda: flow_part(_flows(model, gates, sample, run)),
+        )
     album = Album(sample.source)
     calls: NDArray[np.int64] | None = None
     if "pictures" in parts or "errors" in parts:
@@ -266,6 +275,27 @@ def _curves(
         ),
     }
     return curves_part(made)
+
+
+def _flows(
+    model: nn.Module,
+    gates: TaskGates,
+    sample: Sample,
+    run: RunOptions | None,
+) -> list[TaskFlow]:
+    """The flow of the first tasks of which there are images."""
+    found: list[TaskFlow] = []
+    present = set(sample.labels.tolist())
+    for task in gates.tasks:
+        members = {task} if isinstance(task, int) else set(task)
+        if members & present and len(found) < _FLOW_TASKS:
+            found += information_flow(
+                model, gates, sample.data, tasks=[task], receivers=_FLOW_RECEIVERS,
+                n_images=_FLOW_IMAGES, run=run,
+            ).flows  # fmt: skip
+    if not found:
+        raise ValueError("there is no image of any task.")
+    return found
 
 
 def _mosaic_pictures(

@@ -18,7 +18,7 @@ from nad_attr.system.safe_text import shown
 __all__ = ["page"]
 
 #: The page's program, in the order in which it runs.
-SCRIPTS = ("base", "architecture", "tasks", "charts", "sections", "start")
+SCRIPTS = ("base", "architecture", "tasks", "charts", "sections", "flow", "start")
 
 #: (measure, heading) of the table of means.
 _COLUMNS = (
@@ -168,6 +168,7 @@ _SHORT = {
     "depth": "Depth",
     "overlap": "Overlap",
     "curves": "Curves",
+    "flow": "Flow",
     "errors": "Errors",
     "channels": "Channels",
     "export": "Cost",
@@ -218,6 +219,8 @@ def _sections(found: Contents) -> tuple[str, dict[str, Any]]:
             "80 % of them, and the classes chosen above.",
         )
     )
+    if data["flow"] is not None:
+        parts.append(_flow(data["flow"]))
     if data["overlaps"] is not None:
         parts.append(_overlaps(data["overlaps"]))
     if data["curves"]:
@@ -297,6 +300,28 @@ def _mosaic_part(part: dict[str, Any]) -> str:
         f"own? Shown is the share of the highest {escape(share)} of positions in the own "
         "quadrant, minus chance (a quarter).",
     )
+
+
+def _flow(part: dict[str, Any]) -> str:
+    share = [f"{100 * value:.0f}" for value in (min(part["drawn"]), max(part["drawn"]))]
+    between = share[0] if share[0] == share[1] else f"{share[0]} to {share[1]}"
+    images = max(part["n_images"])
+    note = (
+        "What each channel gives to the channels of the next site: its first-order effect on the "
+        "class's output, as far as it passes them. All that leaves a channel adds up to its "
+        "effect. "
+        f"The links drawn carry {between} % of the flow between sites, of {images} image"
+        f"{'s' * (images != 1)} of each class at most. Choose a channel to trace what feeds it."
+    )
+    body = (
+        '<div class="between"><div class="row" id="flow-tasks"></div>'
+        '<div class="legend" id="flow-legend"></div></div>'
+        '<div class="flow-scroll" id="flow-scroll"></div>'
+        '<p class="quiet keys">In the picture: <kbd>↑</kbd> <kbd>↓</kbd> from channel to channel, '
+        "<kbd>←</kbd> <kbd>→</kbd> from site to site, <kbd>Enter</kbd> traces, <kbd>Esc</kbd> "
+        'shows everything</p><div id="flow-said" role="status" aria-live="polite"></div>'
+    )
+    return _section("flow", "Information flow", body, escape(note))
 
 
 def _without_pictures(part: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ from nad_attr.evaluation.questions.error_study import ErrorStudy
 from nad_attr.evaluation.questions.mosaic_result import MosaicResult
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.evaluation.sweeps.curves import Curves
+from nad_attr.flow.picture import flow_picture
+from nad_attr.flow.result import InformationFlow, TaskFlow, task_flows
 from nad_attr.gates.history import History
 from nad_attr.report.packing import plain
 from nad_attr.stats.tables import nan_mean
@@ -23,6 +25,7 @@ __all__ = [
     "curves_part",
     "errors_part",
     "evaluation_part",
+    "flow_part",
     "history_part",
     "mosaics_part",
     "statistics_part",
@@ -205,6 +208,11 @@ def statistics_part(result: Any) -> dict[str, Any]:
         "n": n,
         "sentences": sentences,
     }
+
+
+def flow_part(flows: Sequence[InformationFlow | TaskFlow]) -> dict[str, Any]:
+    """The flow of some tasks, as :func:`nad_attr.flow.picture.flow_picture` cuts it down."""
+    return dict(plain(flow_picture(task_flows(flows))))
 
 
 def history_part(history: History | None, n_tasks: int) -> dict[str, Any] | None:

@@ -15,13 +15,14 @@ from nad_attr.evaluation.questions.error_study import ErrorStudy
 from nad_attr.evaluation.questions.mosaic_result import MosaicResult
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.evaluation.sweeps.curves import Curves
+from nad_attr.flow.result import InformationFlow
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.report.concepts import units_part
 from nad_attr.report.contents import Contents, Results, contents, not_there
 from nad_attr.report.measuring import PARTS, measure, sampled
 from nad_attr.report.page import page
-from nad_attr.report.parts import curves_part, errors_part, mosaics_part, statistics_part
+from nad_attr.report.parts import curves_part, errors_part, flow_part, mosaics_part, statistics_part
 from nad_attr.report.saving import STATISTICS, found_results, keep_results
 from nad_attr.running.options import RunOptions
 from nad_attr.store import GateStore, GateStoreError
@@ -48,6 +49,7 @@ class Report:
         units: Concepts of the channels.
         comparison: Statistics: a result with ``frame()``, a pandas frame, or several of these by
             their titles.
+        flow: Of some of the tasks, one or several flows of the same sites.
         title: Of the page; None: the network's name.
 
     Attributes:
@@ -86,6 +88,7 @@ class Report:
         errors: ErrorStudy | None = None,
         units: UnitConcepts | None = None,
         comparison: Any = None,
+        flow: InformationFlow | Sequence[InformationFlow] | None = None,
         title: str | None = None,
     ) -> None:
         self._path: Path | None = None
@@ -108,6 +111,11 @@ class Report:
             )
         self.title = title
         self._take(evaluation, curves, mosaics, errors, units, comparison)
+        if flow is not None:
+            flows = [flow] if isinstance(flow, InformationFlow) else list(flow)
+            if not all(isinstance(one, InformationFlow) for one in flows):
+                raise TypeError("flow must be an InformationFlow, or several of them.")
+            self.results.flow = flow_part(flows)
 
     def _read(self, store: GateStore, evaluation: str | None) -> None:
         if not len(store):
@@ -171,7 +179,7 @@ class Report:
         Args:
             model: The network, in eval mode; unchanged afterwards.
             data: Images with labels that the gates were not learned on.
-            parts: Of "evaluation", "curves", "mosaics", "errors", "pictures", "export"; None: those
+            parts: Of "evaluation", "curves", "mosaics", "errors", "flow", "pictures", "export"; None: those
                 that are not known yet.
             rivals: ``{name: sub-architectures}`` of other methods, for the evaluation, which is
                 measured anew then.

@@ -26,6 +26,7 @@ __all__ = ["STATISTICS", "found_results", "keep_results"]
 _NEEDED: dict[str, tuple[str, ...]] = {
     "mosaics": ("n", "n_tasks", "top", "sites", "excess", "low", "high", "tasks", "left_out"),
     "errors": ("n_errors", "n_images", "n_others", "similarity", "rows", "confused", "examples"),
+    "flow": ("sites", "tasks", "nodes", "links", "drawn", "n_images"),
     "pictures": ("album",),
     "export": ("rows", "stays_whole"),
 }
@@ -50,7 +51,7 @@ def keep_results(path: Path, results: Results) -> list[str]:
     if results.evaluation is not None and results.evaluation_from == "for this report":
         results.evaluation.save(path, "evaluation")
         written.append("evaluation")
-    for name in ("curves", "mosaics", "errors", "pictures", "export"):
+    for name in ("curves", "mosaics", "errors", "flow", "pictures", "export"):
         part = getattr(results, name)
         if part is None:
             continue
@@ -104,7 +105,7 @@ def found_results(
             if evaluation is not None:
                 raise
             results.notes.append(f"No evaluation: {error}")
-    for name in ("curves", "mosaics", "errors", "pictures", "export"):
+    for name in ("curves", "mosaics", "errors", "flow", "pictures", "export"):
         group = f"report/{name}"
         if group in names:
             try:
@@ -148,6 +149,8 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
     if not isinstance(found, dict):
         raise ValueError("it is no table")
     check_parts(found, _NEEDED[name])
+    if name == "flow":
+        _check_flow(found)
     if name == "pictures":
         if not all(map(is_picture, found["album"])):
             raise ValueError("a picture in it is none")
@@ -174,3 +177,21 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
             ):
                 raise ValueError("a class in it is none")
     return found
+
+
+def _check_flow(found: Mapping[str, Any]) -> None:
+    """Refuse a flow whose numbers lead to nothing.
+
+    Raises:
+        ValueError: If a node or link is none.
+    """
+    n_tasks, nodes = len(found["tasks"]), found["nodes"]
+    for node in nodes:
+        check_parts(node, ("site", "channel", "effect", "n"))
+        if not (0 <= node["site"] < len(found["sites"]) and len(node["effect"]) == n_tasks):
+            raise ValueError("a channel in it is none")
+    for link in found["links"]:
+        check_parts(link, ("task", "from", "to", "flow", "straight"))
+        ends = (link["from"], link["to"])
+        if not (0 <= link["task"] < n_tasks and all(0 <= end < len(nodes) for end in ends)):
+            raise ValueError("a link in it is none")

@@ -17,7 +17,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,92 @@ def find_gate_sites(
     asked = None if layers is None else asked_layers(model, layers, at_input)
     if asked is None and at_input:
         raise SiteError("at_input=True needs layers=: the modules at whose inputs to put the gates")
+    flow, traced = _traced(model, inputs, additional_forward_args, forward_func)
+    if asked is None:
+        sites = _found_sites(flow, channel_dim, vectors)
+        if vectors:
+            message = _coverage(model, flow, traced, sites)
+            if message is not None:
+                warnings.warn(message, NetworkCheckWarning, stacklevel=2)
+        return sites
+    return _user_sites(flow, asked, channel_dim)
+
+
+def site_links(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    sites: Sequence[GateSite],
+    *,
+    additional_forward_args: object = None,
+) -> dict[str, tuple[str, ...]]:
+    """Which sites each site reads with no other site in between, for sites that are cuts.
+
+    Args:
+        model: The network, in eval mode.
+        example_inputs: As for :func:`find_gate_sites`.
+        sites: Sites that every path passes, or the cells of a network of cells.
+        additional_forward_args: As for :func:`find_gate_sites`.
+
+    Returns:
+        ``{site name: names of the sites that it reads}`` in forward order, and at the end
+        ``"output"``. The first site reads none.
+
+    Raises:
+        SiteError: If a path of the data leads around a site; says which sites to take.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(),
+        ...                       nn.Linear(2, 2)).eval()
+        >>> site_links(model, torch.zeros(1, 2), [GateSite("1", 3), GateSite("3", 2)])
+        {'1': (), '3': ('1',), 'output': ('3',)}
+    """
+    model = _checked_model(model)
+    flow, _ = _traced(model, _checked_inputs(example_inputs), additional_forward_args)
+    cuts = flow.cut_points()
+    cells = {call.output for call in _cells(flow, cuts, set())}
+    nodes: dict[int, str] = {}
+    for site in sites:
+        node = _gated_node(flow, _one_call(flow, site.name), site.at_input)
+        if node not in cuts and node not in cells:
+            raise SiteError(
+                f"a path of the data leads around gate site {site.name!r} (a parallel branch), so "
+                f"what flows through it is not all that flows; {_cut_remedy(flow, site.name, cuts)}"
+            )
+        if site.name == "output":
+            raise SiteError(
+                "a gate site named 'output' cannot be told from the network's output here; take "
+                "another module that returns the same tensor"
+            )
+        if node in nodes:
+            raise SiteError(
+                f"gate sites {nodes[node]!r} and {site.name!r} hold the same tensor; leave one out"
+            )
+        nodes[node] = site.name
+    links: dict[str, tuple[str, ...]] = {}
+    ends = [(nodes[node], {node}) for node in sorted(nodes)]
+    for name, start in [*ends, ("output", flow.sinks)]:
+        # Sites are where the walk back to the input stops.
+        waiting = [i for node in start for i in flow.inputs_of(node)]
+        if name == "output":
+            waiting = list(start)
+        seen: set[int] = set()
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                if node not in nodes:
+                    waiting += flow.inputs_of(node)
+        links[name] = tuple(nodes[node] for node in sorted(seen & set(nodes)))
+    return links
+
+
+def _traced(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    additional_forward_args: object,
+    forward_func: Callable[..., Any] | None = None,
+) -> tuple[_Flow, Trace]:
+    """The flow of data through one forward pass, and what was seen of it."""
     try:
         traced = trace(model, inputs, _as_tuple(additional_forward_args), forward_func)
     except Exception as error:
@@ -166,15 +252,19 @@ def find_gate_sites(
             f"forward_func runs the model {times} times, so one gate would stand for several "
             "tensors; run it once and make what is wanted of its one output"
         )
-    flow = _Flow(model, traced)
-    if asked is None:
-        sites = _found_sites(flow, channel_dim, vectors)
-        if vectors:
-            message = _coverage(model, flow, traced, sites)
-            if message is not None:
-                warnings.warn(message, NetworkCheckWarning, stacklevel=2)
-        return sites
-    return _user_sites(flow, asked, channel_dim)
+    return _Flow(model, traced), traced
+
+
+def _cut_remedy(flow: _Flow, name: str, cuts: Iterable[int]) -> str:
+    """Says which site to take in place of one that is no cut."""
+    at = {call.output: call.name for call in flow.gateable()}
+    named = {at[node] for node in cuts if node in at}
+    outer = name
+    while "." in outer:
+        outer = outer.rpartition(".")[0]
+        if outer in named:
+            return f"take the module around it, {outer!r}, which every path passes"
+    return "take the sites that find_gate_sites(model, images) finds, which every path passes"
 
 
 def paper_sites(architecture: str) -> list[GateSite]:

@@ -46,7 +46,7 @@ setSlot("a");
 build();
 describe();
 performance.mark("nad-attr-shown");
-for (const part of [examples, nearest, cards]) safely(part);
+for (const part of [examples, nearest, cards, startFlow]) safely(part);
 // The charts wait until the first sight of the page is on the screen.
 // The library of the charts stands at the end of the page, which may not be there yet.
 requestAnimationFrame(() => setTimeout(() => {

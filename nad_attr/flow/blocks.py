@@ -1,0 +1,217 @@
+"""One forward pass of a network cut into blocks at its sites, and products with their Jacobians.
+
+At each site stands a leaf: a copy of the site's tensor without history. So the graph of each block
+reaches from its own site back to the sites that it reads and no further, and a vector-Jacobian
+product runs one block backward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from nad_attr.data.labels import Task
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gating.hooks import channel_shape, expand, installed, multiply
+from nad_attr.running.forward import Runner
+from nad_attr.running.outputs import task_outputs
+from nad_attr.sites.site import GateSite
+from nad_attr.sites.tracing import _CONVOLUTION, _PRODUCT
+
+__all__ = ["Blocks", "Gating", "channel_sums", "cut_forward", "products", "whole_gradients"]
+
+#: Elements of a block's output that one batched product may hold on all its vectors.
+_BATCHED = 2**21
+
+
+class Gating:
+    """The gates and constants of a sub-architecture at its sites, where the network runs."""
+
+    def __init__(self, architecture: SubArchitecture, device: torch.device) -> None:
+        self.gates = {name: g.to(device) for name, g in architecture.gates().items()}
+        self.means = (
+            None
+            if architecture.means is None
+            else {name: m.to(device) for name, m in architecture.means.items()}
+        )
+
+    def __call__(self, site: GateSite, tensor: Tensor) -> Tensor:
+        """The site's tensor in the sub-architecture."""
+        mean = None if self.means is None else self.means[site.name]
+        return multiply(site, tensor, self.gates[site.name].to(tensor.dtype), mean)
+
+    def above(self, site: GateSite, x: Tensor) -> Tensor:
+        """``x - a``: what there is above the constants."""
+        if self.means is None:
+            return x
+        return x - expand(self.means[site.name].to(x.dtype), site, x)
+
+
+@dataclass
+class Blocks:
+    """A forward pass in pieces.
+
+    Attributes:
+        leaves: ``{site name: the tensor that the next blocks read}``.
+        returned: ``{site name: what the block before it made of its leaves, gated}``.
+        outputs: (B, K) of the network.
+    """
+
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    returned: dict[str, Tensor] = field(default_factory=dict)
+    outputs: Tensor | None = None
+
+
+class _StraightOnly(TorchFunctionMode):
+    """Let gradients through only where channels are carried: none passes what mixes channels."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if _CONVOLUTION.search(name):
+            # A depthwise convolution keeps channels apart.
+            weight = next((t for t in args[1:2] if isinstance(t, Tensor)), None)
+            if weight is not None and weight.shape[1] == 1 and args[0].shape[1] > 1:
+                return result
+        elif not _PRODUCT.search(name):
+            return result
+        if isinstance(result, Tensor):
+            return result.detach()
+        if isinstance(result, tuple):
+            return tuple(r.detach() if isinstance(r, Tensor) else r for r in result)
+        return result
+
+
+def cut_forward(
+    runner: Runner,
+    inputs: tuple[Tensor, ...],
+    sites: Sequence[GateSite],
+    gating: Gating,
+    *,
+    straight: bool = False,
+    amp: torch.dtype | None = None,
+) -> Blocks:
+    """Run a batch through the sub-architecture with a leaf at each site.
+
+    Args:
+        runner: The network.
+        inputs: A batch.
+        sites: In forward order.
+        gating: Of the sub-architecture.
+        straight: Keep only those paths in the graphs that carry channels and mix none.
+        amp: Dtype of autocast.
+    """
+    blocks = Blocks()
+
+    def function(site: GateSite, tensor: Tensor) -> Tensor:
+        channel_shape(site, tensor)
+        gated = gating(site, tensor)
+        blocks.returned[site.name] = gated
+        leaf = gated.detach().requires_grad_()
+        blocks.leaves[site.name] = leaf
+        return leaf.clone()  # what follows may write into it
+
+    mode = _StraightOnly() if straight else nullcontext()
+    with torch.enable_grad(), installed(runner.model, sites, function), mode, _amp(runner, amp):
+        blocks.outputs = runner(inputs)
+    return blocks
+
+
+def _amp(runner: Runner, amp: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(runner.device.type, dtype=amp, enabled=amp is not None)
+
+
+def whole_gradients(
+    runner: Runner,
+    inputs: tuple[Tensor, ...],
+    sites: Sequence[GateSite],
+    gating: Gating,
+    task: Task,
+    *,
+    amp: torch.dtype | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each site's tensor and the gradient of the task output there, by one plain backward pass.
+
+    Returns:
+        ``{site name: (x, g)}``.
+    """
+    held: dict[str, Tensor] = {}
+
+    def function(site: GateSite, tensor: Tensor) -> Tensor:
+        x = gating(site, tensor)
+        held[site.name] = x if x.requires_grad else x.detach().requires_grad_()
+        return held[site.name].clone()
+
+    with torch.enable_grad(), installed(runner.model, sites, function), _amp(runner, amp):
+        y = task_outputs(runner(inputs), [task]).sum()
+    grads = torch.autograd.grad(y, list(held.values()))
+    return {name: (x.detach(), g) for (name, x), g in zip(held.items(), grads, strict=True)}
+
+
+def channel_sums(site: GateSite, values: Tensor, leading: int = 0) -> Tensor:
+    """Sums over positions: float64 (leading..., B, C) on the CPU."""
+    ndim = values.ndim - leading
+    dim = leading + site.channel_dim % ndim
+    moved = values.movedim(dim, leading + 1)
+    over = list(range(leading + 2, values.ndim))
+    # PyTorch sums by pairs, so that float32 loses nothing that the products had.
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return (moved.sum(over, dtype=wide) if over else moved.to(wide)).cpu().double()
+
+
+def products(
+    returned: Tensor,
+    leaves: Mapping[str, Tensor],
+    vectors: Callable[[Sequence[int]], Tensor],
+    n: int = 1,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Vector-Jacobian products of one block, several at a time.
+
+    Args:
+        returned: What the block made.
+        leaves: What it reads.
+        vectors: ``numbers -> (len(numbers), *returned.shape)``.
+        n: How many vectors there are.
+
+    Yields:
+        Some numbers, and ``{site name: products}`` with these numbers on axis 0; sites that the
+        block does not read are left out.
+    """
+    size = max(1, min(n, _BATCHED // max(1, returned.numel()))) if n > 1 else 1
+    start = 0
+    while start < n:
+        numbers = list(range(start, min(n, start + size)))
+        vector = vectors(numbers)
+        batched = len(numbers) > 1
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*performance drop.*")
+                grads = torch.autograd.grad(
+                    returned,
+                    list(leaves.values()),
+                    vector if batched else vector[0],
+                    is_grads_batched=batched,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+        except RuntimeError:
+            if not batched:
+                raise
+            size = 1  # an operator that cannot be batched, or memory: one by one
+            continue
+        found = {
+            name: g if batched else g[None]
+            for name, g in zip(leaves, grads, strict=True)
+            if g is not None
+        }
+        yield numbers, found
+        start = numbers[-1] + 1

@@ -1,0 +1,368 @@
+"""What flows between the channels of a network's sites: the result, its tables and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nad_attr._display import html_table
+from nad_attr.data.labels import Task
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.sites.site import GateSite
+from nad_attr.stats.tables import pandas
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["OUTPUT", "REST", "InformationFlow", "Link", "TaskFlow"]
+
+#: The name of the task output as a site, and the number of "all other channels together".
+OUTPUT, REST = "output", -1
+
+
+@dataclass(frozen=True)
+class Link:
+    """The flow from the kept channels of one site to those of a site that reads it.
+
+    Attributes:
+        source_site: Where it comes from.
+        target_site: Where it goes, ``"output"`` for the task output.
+        sources: int64 (S,), kept channels of the first.
+        targets: int64 (R,), the receiving channels that are told apart; 0 for the output.
+        n_rest: How many more kept channels receive, all in the last column.
+        flow: float64 (S, R + 1), means over images.
+        strength: float64 (S, R + 1), means over images of the flow's absolute value.
+        straight: float64 (S, R + 1), the part that no operator mixed; NaN where that is unknown.
+        gradient: float64 (S, R + 1), means over images of the absolute derivative alone, summed
+            over positions: what the flow is without how much there is to flow.
+    """
+
+    source_site: str
+    target_site: str
+    sources: Tensor
+    targets: Tensor
+    n_rest: int
+    flow: Tensor
+    strength: Tensor
+    straight: Tensor
+    gradient: Tensor
+
+    @property
+    def numbers(self) -> list[int]:
+        """The receiving channels, column by column."""
+        return [*self.targets.tolist(), *([REST] if self.n_rest else [])]
+
+
+@dataclass(frozen=True)
+class TaskFlow:
+    """The flow of one task.
+
+    Attributes:
+        task: The class, or group of classes.
+        name: What it is called.
+        architecture: The sub-architecture that the images ran through.
+        links: In forward order.
+        effects: ``{site name: float64 (C,)}``, first-order effect of each channel on the task
+            output, found by a plain backward pass of the whole network.
+        n_images: How many images the means are over.
+    """
+
+    task: Task
+    name: str
+    architecture: SubArchitecture
+    links: tuple[Link, ...]
+    effects: dict[str, Tensor]
+    n_images: int
+
+    def outflow(self, site: str) -> Tensor:
+        """float64 (C,): all that leaves each channel of a site."""
+        total = torch.zeros_like(self.effects[site])
+        for link in self.links:
+            if link.source_site == site:
+                total[link.sources] += link.flow.sum(1)
+        return total
+
+    def inflow(self, site: str) -> tuple[Tensor, float]:
+        """float64 (C,): all that arrives at each channel, NaN where not told apart; the rest's."""
+        into = [link for link in self.links if link.target_site == site]
+        total = torch.full_like(self.effects[site], torch.nan)
+        if not into:
+            return torch.zeros_like(total), 0.0
+        total[into[0].targets] = sum(link.flow[:, :-1].sum(0) for link in into)
+        return total, float(sum(link.flow[:, -1].sum() for link in into))
+
+
+@dataclass(frozen=True)
+class InformationFlow:
+    """What flows between the channels of neighbouring gate sites, for one task or two compared.
+
+    :func:`information_flow` makes it; see there for what the numbers mean.
+
+    Attributes:
+        flows: One for each task.
+        sites: In forward order.
+        links: ``{site name or "output": the sites it reads}``.
+        conservation: ``{site name: largest |outflow - effect| / largest |effect|}`` over channels
+            and tasks.
+        cost: Passes of the whole network for each batch of images and task: ``forward``,
+            ``backward``, and ``straight``, backward passes of the shortcuts alone.
+
+    Example:
+        >>> from nad_attr import find_gate_sites, information_flow
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(),
+        ...                     nn.Linear(6, 3)).eval()
+        >>> images = torch.rand(8, 4)
+        >>> whole = SubArchitecture.full(find_gate_sites(net, images))
+        >>> found = information_flow(net, whole, images, tasks=1)
+        >>> found
+        InformationFlow(task 1: 2 sites, 36 edges of 8 images; outflow equals effect)
+        >>> list(found.edges)
+        ['source_site', 'source', 'target_site', 'target', 'flow', 'straight']
+    """
+
+    flows: tuple[TaskFlow, ...]
+    sites: tuple[GateSite, ...]
+    links: dict[str, tuple[str, ...]]
+    conservation: dict[str, float]
+    cost: dict[str, int] = field(default_factory=dict)
+
+    def __getitem__(self, task: object) -> TaskFlow:
+        """The flow of a task, by class, group or name."""
+        for flow in self.flows:
+            if task in (flow.task, flow.name):
+                return flow
+        raise KeyError(f"no flow of {task!r}; there are {[flow.task for flow in self.flows]}.")
+
+    @property
+    def edges(self) -> pd.DataFrame:
+        """All edges, strongest first.
+
+        Columns ``source_site, source, target_site, target, flow, straight``, with two tasks
+        ``task`` before them. ``target`` -1 is all receiving channels that are not told apart.
+        """
+        pd = pandas("edges")
+        frames = []
+        for flow in self.flows:
+            for link in flow.links:
+                numbers = link.numbers
+                n = len(numbers)
+                frame: dict[str, Any] = {"task": flow.name} if len(self.flows) > 1 else {}
+                frame |= {
+                    "source_site": link.source_site,
+                    "source": np.repeat(link.sources.numpy(), n),
+                    "target_site": link.target_site,
+                    "target": np.tile(np.array(numbers, dtype=np.int64), len(link.sources)),
+                    "flow": link.flow[:, :n].reshape(-1).numpy(),
+                    "straight": link.straight[:, :n].reshape(-1).numpy(),
+                }
+                frames.append(pd.DataFrame(frame))
+        frames = [f for f in frames if len(f)] or frames
+        every = pd.concat(frames, ignore_index=True)
+        return every.sort_values("flow", key=abs, ascending=False, kind="stable", ignore_index=True)
+
+    @property
+    def nodes(self) -> pd.DataFrame:
+        """The kept channels of each site.
+
+        Columns ``site, channel, effect, inflow, outflow, source``, with two tasks ``task`` before
+        them. ``source`` is what the block before brings by itself: ``effect - inflow``. Channels
+        that are not told apart as receivers have no inflow of their own (NaN); the row of channel
+        -1 has that of all of them.
+        """
+        pd = pandas("nodes")
+        rows: list[dict[str, Any]] = []
+        for flow in self.flows:
+            label = {"task": flow.name} if len(self.flows) > 1 else {}
+            for site in self.sites:
+                effect, out = flow.effects[site.name], flow.outflow(site.name)
+                inflow, rest = flow.inflow(site.name)
+                kept = flow.architecture.kept[site.name].tolist()
+                rows += [
+                    {
+                        **label, "site": site.name, "channel": c, "effect": float(effect[c]),
+                        "inflow": float(inflow[c]), "outflow": float(out[c]),
+                        "source": float(effect[c] - inflow[c]),
+                    }
+                    for c in kept
+                ]  # fmt: skip
+                others = [c for c in kept if bool(inflow[c].isnan())]
+                if others:
+                    total = float(effect[others].sum())
+                    rows.append(
+                        {
+                            **label, "site": site.name, "channel": REST, "effect": total,
+                            "inflow": rest, "outflow": float(out[others].sum()),
+                            "source": total - rest,
+                        }
+                    )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def cut(
+        self, model: nn.Module, edges: Any, task: object = None
+    ) -> AbstractContextManager[None]:
+        """Run the network as the task's sub-architecture with some edges cut.
+
+        Channel j of the next site gets what the block makes with channel i closed; all other
+        channels get what it makes with i as it is.
+
+        Args:
+            model: The network that the flow was measured on; unchanged afterwards.
+            edges: Rows of :attr:`edges`, or ``(source site, source, target site, target)``, one or
+                several.
+            task: Whose sub-architecture; may be left out if there is one.
+
+        Raises:
+            KeyError: If there is no such task.
+            ValueError: If there is no such edge.
+        """
+        from nad_attr.flow.cutting import cut_edges
+
+        flow = self._one(task)
+        return cut_edges(model, flow.architecture, self.sites, self.links, self.pairs(edges, flow))
+
+    def keep_edges(
+        self, model: nn.Module, n: int | float, task: object = None, *, by: str = "strength"
+    ) -> AbstractContextManager[None]:
+        """Run the network with the strongest edges between sites alone, all others cut.
+
+        Args:
+            model: The network that the flow was measured on; unchanged afterwards.
+            n: How many edges, or their share in (0, 1).
+            task: Whose; may be left out if there is one.
+            by: "strength" or "flow", "gradient", "random".
+
+        Raises:
+            KeyError: If there is no such task.
+            ValueError: If channels were not told apart as receivers, or there are not so many.
+        """
+        from nad_attr.flow.edge_sets import kept_edges
+
+        flow = self._one(task)
+        return self.cut(model, kept_edges(flow, n, by=by).cut, flow.task)
+
+    def _one(self, task: object) -> TaskFlow:
+        if task is not None:
+            return self[task]
+        if len(self.flows) > 1:
+            raise ValueError(
+                f"this is the flow of {[f.task for f in self.flows]}; say which with task=."
+            )
+        return self.flows[0]
+
+    def pairs(self, edges: Any, flow: TaskFlow) -> dict[str, list[tuple[str, int, int]]]:
+        """Edges by the site that they lead to: ``{target site: [(site, source, target), ...]}``.
+
+        Raises:
+            TypeError: If they are no edges.
+            ValueError: If there is no such edge.
+        """
+        columns = ("source_site", "source", "target_site", "target")
+        if hasattr(edges, "itertuples"):
+            edges = list(edges[list(columns)].itertuples(index=False, name=None))
+        elif hasattr(edges, "index") and hasattr(edges, "loc"):
+            edges = [tuple(edges[list(columns)])]
+        elif isinstance(edges, tuple) and len(edges) == 4 and isinstance(edges[0], str):
+            edges = [edges]
+        widths = {site.name: site.n_channels for site in self.sites} | {OUTPUT: 1}
+        rest = {
+            (link.source_site, link.target_site): sorted(
+                set(flow.architecture.kept[link.target_site].tolist()) - set(link.targets.tolist())
+            )
+            for link in flow.links
+            if link.target_site != OUTPUT
+        }
+        found: dict[str, list[tuple[str, int, int]]] = {}
+        for edge in edges:
+            try:
+                site, source, after, target = edge
+                source, target = int(source), int(target)
+            except (TypeError, ValueError):
+                raise TypeError(
+                    "an edge is (source site, source, target site, target), as in the rows of "
+                    f"edges, not {edge!r:.80}."
+                ) from None
+            if site not in self.links.get(after, ()):
+                raise ValueError(f"no link leads from {site!r} to {after!r}.")
+            targets = rest.get((site, after), [0]) if target == REST else [target]
+            if not 0 <= source < widths[site] or any(not 0 <= t < widths[after] for t in targets):
+                raise ValueError(f"there is no edge {tuple(edge)!r}: no such channel.")
+            found.setdefault(after, []).extend((site, source, t) for t in targets)
+        return found
+
+    def plot(self, **options: Any) -> Figure:
+        """The flow, drawn: see :func:`nad_attr.flow.plot_flow`."""
+        from nad_attr.flow.plot import plot_flow
+
+        return plot_flow(self, **options)
+
+    @property
+    def n_edges(self) -> int:
+        """All edges of all tasks."""
+        return sum(len(link.sources) * len(link.numbers) for f in self.flows for link in f.links)
+
+    @property
+    def conserved(self) -> str:
+        """Whether what flows out is what there is, in words."""
+        worst = max(self.conservation.values())
+        if worst < 1e-3:
+            return "outflow equals effect"
+        return f"outflow is off its effect by up to {100 * worst:.2g} %"
+
+    def __repr__(self) -> str:
+        names = " and ".join(flow.name for flow in self.flows)
+        n = sorted({flow.n_images for flow in self.flows})
+        images = " and ".join(map(str, n)) + f" image{'s' * (n[-1] != 1)}"
+        return (
+            f"InformationFlow(task{'s' * (len(self.flows) > 1)} {names}: {len(self.sites)} "
+            f"site{'s' * (len(self.sites) != 1)}, {self.n_edges:,} edges of {images}; "
+            f"{self.conserved})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for flow in self.flows:
+            for link in flow.links:
+                size = float(link.flow.abs().sum())
+                straight = float(link.straight.abs().sum())
+                share = "unknown" if np.isnan(straight) else f"{straight / max(size, 1e-300):.2f}"
+                rows.append(
+                    [flow.name, f"{link.source_site} → {link.target_site}",
+                     f"{len(link.sources)} → {len(link.targets) + link.n_rest}",
+                     f"{size:.3g}", share]
+                )  # fmt: skip
+        return html_table(
+            repr(self),
+            ["task", "from → to", "channels", "sum of |flow|", "straight share"],
+            rows[:40],
+        )
+
+
+def task_flows(flows: Sequence[TaskFlow | InformationFlow]) -> list[TaskFlow]:
+    """The flows of single tasks."""
+    return [
+        one
+        for flow in flows
+        for one in (flow.flows if isinstance(flow, InformationFlow) else (flow,))
+    ]
+
+
+def stacked(flows: Sequence[TaskFlow], site: str, after: str) -> NDArray[np.float64]:
+    """The flows of several tasks between two sites over all their channels: (T, C, C')."""
+    matrices = []
+    for flow in flows:
+        n_targets = 1 if after == OUTPUT else len(flow.effects[after])
+        full = np.zeros((len(flow.effects[site]), n_targets))
+        for link in flow.links:
+            if (link.source_site, link.target_site) == (site, after):
+                full[np.ix_(link.sources.numpy(), link.targets.numpy())] = link.flow[:, :-1].numpy()
+        matrices.append(full)
+    return np.array(matrices)
