@@ -566,7 +566,7 @@ def test_labels_from_a_table(here: Path, kind: str) -> None:
         "names": [["file", "class"], *([f, CLASSES[k]] for f, k in files)],
         "several": [
             ["file", *CLASSES],
-            *([f, *("" if i == 3 else int(j == k) for j in range(3))] for i, (f, k) in enumerate(files)),
+            *([f, *("" if f == files[3][0] else int(j == k) for j in range(3))] for f, k in files),
             [files[0][0], 1, 1, 0],
         ],
         "one": [["file", "red"], *([f, int(k == 2)] for f, k in files)],

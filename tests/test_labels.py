@@ -147,7 +147,8 @@ def test_a_network_of_one_output(form: str) -> None:
     result = evaluate(net, [full], (x, labels), n_random=0)
     assert result.own_auc == 1
     assert result.recall == 1
-    assert result.fpr == 0 and result.fidelity == 1
+    assert result.fpr == 0
+    assert result.fidelity == 1
     nad = NADAttribution(net, recipe=QUICK)
     (attribution,) = nad.attribute(x[:4])
     assert attribution.shape == (4, 2, 2, 2)
