@@ -610,8 +610,8 @@ def test_class_folders_of_a_network_of_one_output(here: Path) -> None:
             (here / "two" / name / path.name).write_bytes(path.read_bytes())
     plain = ("--mean", "0", "--std", "1", "--resize", "0", "--crop", "0")
     given = ("--model", "colour_nets:reds", "--data", "two", *plain)
-    succeeds("learn", *given, "--out", "one.h5", "--steps", 3)
-    with GateStore.open("one.h5") as store:
+    succeeds("learn", *given, "--out", "folders.h5", "--steps", 3)
+    with GateStore.open("folders.h5") as store:
         assert (tuple(store.tasks), tuple(store.task_names or ())) == ((0,), ("yes",))
 
 
