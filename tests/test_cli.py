@@ -668,10 +668,7 @@ def test_labels_from_a_table(here: Path, kind: str) -> None:
         "names": [["file", "class"], *([f, CLASSES[k]] for f, k in files)],
         "several": [
             ["file", *CLASSES],
-            *(
-                [f, *("" if i == 3 else int(j == k) for j in range(3))]
-                for i, (f, k) in enumerate(files)
-            ),
+            *([f, *("" if f == files[3][0] else int(j == k) for j in range(3))] for f, k in files),
             [files[0][0], 1, 1, 0],
         ],
         "one": [["file", "red"], *([f, int(k == 2)] for f, k in files)],
@@ -715,8 +712,8 @@ def test_class_folders_of_a_network_of_one_output(here: Path) -> None:
             (here / "two" / name / path.name).write_bytes(path.read_bytes())
     plain = ("--mean", "0", "--std", "1", "--resize", "0", "--crop", "0")
     given = ("--model", "colour_nets:reds", "--data", "two", *plain)
-    succeeds("learn", *given, "--out", "one.h5", "--steps", 3)
-    with GateStore.open("one.h5") as store:
+    succeeds("learn", *given, "--out", "folders.h5", "--steps", 3)
+    with GateStore.open("folders.h5") as store:
         assert (tuple(store.tasks), tuple(store.task_names or ())) == ((0,), ("yes",))
 
 

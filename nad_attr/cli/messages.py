@@ -181,7 +181,7 @@ def shortened(name: str, longest: int) -> str:
 
     Example:
         >>> shortened("black_footed_albatross", 12), shortened("cat", 12)
-        ('black_…atross', 'cat')
+        ('black…atross', 'cat')
     """
     if len(name) <= longest:
         return name
