@@ -481,7 +481,8 @@ def learn_with_constants(
             spread = PRIOR**2 / torch.maximum(loss, FLOOR * variance)
 
             def freedom(shares: Tensor, spread: Tensor = spread) -> Tensor:
-                return spread / shares.square().sum(1)
+                # No image at all, where a task's only one is left out: nothing is explained.
+                return spread / shares.square().sum(1).clamp(min=MIN_VARIANCE)
 
             if masks is None:
                 metric = model.metric(shares, freedom(shares))
