@@ -360,7 +360,8 @@ def held_back(
     (batch,) = chunk.batches([[[draw for half in row for draw in half] for row in draws]])
     halves = [half for row in draws for half, images in enumerate(row) for _ in images]
     second = torch.tensor(halves, device=network.device)[:, None] == 1
-    offsets = deviations * torch.where(second, *(c[batch.rows] for c in reversed(constants)))
+    first_half, second_half = (of_half[batch.rows] for of_half in constants)
+    offsets = deviations * torch.where(second, second_half, first_half)
     clean = chunk.own_output(chunk.clean(batch), batch.rows)
     changes = []
     with torch.no_grad():
