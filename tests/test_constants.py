@@ -393,3 +393,13 @@ def test_slices_and_merges_keep_constants(tmp_path: Path) -> None:
     with pytest.raises(GateStoreError, match="constants"):
         GateStore.merge([tmp_path / "two.h5", tmp_path / "plain.h5"], tmp_path / "m.h5")
     assert shuffled(gates).closed_at == "at their mean"
+
+
+def test_a_single_image_leaves_constants_at_the_means() -> None:
+    net, sites = small()
+    data = drawn(2, 2, 6, 6), torch.tensor([0, 1])
+    arch = SubArchitecture.from_kept({"1": [0]}, sites, task=1)
+    (fitted,) = fit_constants(net, arch, data, recipe=Recipe(steps=4, images_per_step=4))
+    means = learn_gates(net, data, sites=sites, recipe=Recipe(steps=2)).means
+    for name, mean in means.items():
+        torch.testing.assert_close(fitted.means[name], mean)

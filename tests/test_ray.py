@@ -148,11 +148,11 @@ from tests import killable
 executor = RayExecutor("local")
 with tempfile.TemporaryDirectory() as folder:
     try:
-        learn_to_store(f"{folder}/a.h5", killable.network(), killable.data(), executor=executor)
+        learn_to_store(killable.network(), killable.data(), f"{folder}/a.h5", executor=executor)
     except ImportError as error:
         message = str(error)
     del sys.modules["ray"]
-    learn_to_store(f"{folder}/b.h5", killable.network(), killable.data(), **killable.SETTINGS)
+    learn_to_store(killable.network(), killable.data(), f"{folder}/b.h5", **killable.SETTINGS)
 print(json.dumps([message, sorted(name for name in sys.modules if name.split(".")[0] == "ray")]))
 """
 

@@ -110,9 +110,9 @@ def count_costs(runner: Runner, sites: Sequence[GateSite], inputs: Inputs) -> Si
             # First of all hooks: a site at this module's input fires after it.
             handle = module.register_forward_pre_hook(owner.only(called(name)), prepend=True)
             stack.callback(handle.remove)
-        stack.enter_context(torch.no_grad())
         # torch 2.4 shows its counter layers in inference mode that the counter knows nothing of.
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())  # after that, which switches gradients on
         inputs = tuple(
             x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in inputs
         )

@@ -360,8 +360,8 @@ def held_back(
     (batch,) = chunk.batches([[[draw for half in row for draw in half] for row in draws]])
     halves = [half for row in draws for half, images in enumerate(row) for _ in images]
     second = torch.tensor(halves, device=network.device)[:, None] == 1
-    of_first, of_second = (c[batch.rows] for c in constants)
-    offsets = deviations * torch.where(second, of_second, of_first)
+    first_half, second_half = (of_half[batch.rows] for of_half in constants)
+    offsets = deviations * torch.where(second, second_half, first_half)
     clean = chunk.own_output(chunk.clean(batch), batch.rows)
     changes = []
     with torch.no_grad():
@@ -482,7 +482,8 @@ def learn_with_constants(
             spread = PRIOR**2 / torch.maximum(loss, FLOOR * variance)
 
             def freedom(shares: Tensor, spread: Tensor = spread) -> Tensor:
-                return spread / shares.square().sum(1)
+                # No image at all, where a task's only one is left out: nothing is explained.
+                return spread / shares.square().sum(1).clamp(min=MIN_VARIANCE)
 
             if masks is None:
                 metric = model.metric(shares, freedom(shares))

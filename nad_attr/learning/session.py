@@ -267,7 +267,10 @@ class Session:
         # those of the candidates, a third of all at most.
         # With constants, their gradients as well, and both as the metric sees them.
         copies = 5 if recipe.ablation == "optimal" else 4 / 3
-        held_for_image = steps_in_memory(recipe) * n * copies * torch.finfo(network.dtype).bits / 8
+        numbers = n * copies
+        if recipe.ablation == "optimal":  # the metric, and what it is made of
+            numbers += 4 * steps_in_memory(recipe) * recipe.images_per_step
+        held_for_image = steps_in_memory(recipe) * numbers * torch.finfo(network.dtype).bits / 8
         image = network.to_device(tuple(item[:1] for item in example))
 
         def run(n_images: int) -> None:
