@@ -12,13 +12,15 @@ from torch.nn import functional as F
 from nad_attr import (
     GateSite,
     InformationFlow,
+    RunOptions,
     SiteError,
     SubArchitecture,
     TaskGates,
     find_gate_sites,
     information_flow,
 )
-from nad_attr.flow.edge_sets import agreement, edge_drops, edge_fidelity, kept_edges
+from nad_attr.flow.edge_sets import agreement, edge_drops, edge_fidelity
+from nad_attr.flow.links import kept_edges
 from nad_attr.flow.picture import flow_picture
 from nad_attr.flow.shape import flow_shape, flow_sharing, parting_depth
 from tests.helpers import TinyCNN, TinyResNet, assert_model_untouched
@@ -120,7 +122,9 @@ def test_what_flows_out_is_the_effect(net: tuple[type[nn.Module]], receivers: in
     model, x = made(*net)
     for arch in (whole(model, x), half(model, x)):
         with assert_model_untouched(model):
-            found = information_flow(model, arch, x, tasks=1, receivers=receivers, batch_size=2)
+            found = information_flow(
+                model, arch, x, tasks=1, receivers=receivers, run=RunOptions(batch_size=2)
+            )
         assert max(found.conservation.values()) < 1e-12
         nodes = found.nodes.query("channel >= 0")
         assert (nodes.effect - nodes.outflow).abs().max() < 1e-12
@@ -221,7 +225,7 @@ def test_half_of_the_channels_take_the_shortcut_and_are_shuffled() -> None:
             return self.linear(self.join(x[:, [0, 2, 1, 3]]).mean((2, 3)))
 
     model, x = made(Shuffled)
-    found = information_flow(model, whole(model, x), x, tasks=1, batch_size=2)
+    found = information_flow(model, whole(model, x), x, tasks=1, run=RunOptions(batch_size=2))
     (link,) = (k for k in found.flows[0].links if k.target_site == "join")
     assert (link.straight != 0).nonzero().tolist() == [[0, 0], [1, 2]]
 
@@ -291,10 +295,10 @@ def test_own_images_of_two_tasks() -> None:
 def test_batches_and_low_precision_change_little() -> None:
     model, x = made(TinyResNet)
     arch = half(model, x)
-    one, five = (information_flow(model, arch, x, batch_size=n) for n in (1, 5))
+    one, five = (information_flow(model, arch, x, run=RunOptions(batch_size=n)) for n in (1, 5))
     for a, b in zip(one.flows[0].links, five.flows[0].links, strict=True):
         torch.testing.assert_close(a.flow, b.flow)
-    low = information_flow(model.float(), arch, x.float(), amp=True)
+    low = information_flow(model.float(), arch, x.float(), run=RunOptions(amp=True))
     a, b = one.flows[0].links[0].flow, low.flows[0].links[0].flow
     assert float((a - b).abs().max()) < 0.1 * float(a.abs().max())
 
@@ -385,7 +389,7 @@ def test_single_edges_cut_side_by_side_are_those_cut_alone(net: tuple[type[nn.Mo
     rows = found.edges.sample(frac=0.6, random_state=0)
     edges = list(rows.iloc[:, :4].itertuples(index=False, name=None))
     with assert_model_untouched(model):
-        drops = edge_drops(found, model, x, edges, batch_size=3)
+        drops = edge_drops(found, model, x, edges, run=RunOptions(batch_size=3))
     with torch.no_grad():
         with found.flows[0].architecture.applied(model):
             base = model(x)[:, 1].mean()

@@ -20,8 +20,9 @@ from nad_attr.cli.opening import (
     opened_gates,
     rebuilt,
 )
+from nad_attr.flow.links import REST
 from nad_attr.flow.measuring import information_flow
-from nad_attr.flow.result import REST, InformationFlow
+from nad_attr.flow.result import InformationFlow
 from nad_attr.gates.task_gates import TaskGates
 
 __all__ = ["flow"]
