@@ -12,7 +12,7 @@ from nad_attr.data.labels import other_images, own_images
 from nad_attr.data.sources import Data, Inputs, Source, as_source
 from nad_attr.evaluation.measures import balanced_weights, r_squared, spearman
 from nad_attr.flow.cutting import IMAGES, Machine, cut_edges
-from nad_attr.flow.links import OUTPUT, RANKINGS, Edge, TaskFlow, kept_edges
+from nad_attr.flow.links import OUTPUT, RANKINGS, REST, Edge, TaskFlow, kept_edges
 from nad_attr.flow.measuring import images_of_tasks
 from nad_attr.flow.result import InformationFlow
 from nad_attr.running.forward import Runner, chunks
@@ -89,6 +89,11 @@ def _drops(
     edges: Sequence[Edge],
 ) -> Tensor:
     found.pairs(edges, flow)  # refuses what is no edge
+    if any(target == REST for *_, target in edges):
+        raise ValueError(
+            "an edge to all receivers that were not told apart (-1) is not one edge; name a "
+            "receiving channel, or measure with receivers=None."
+        )
     hops: dict[tuple[str, str], list[int]] = {}
     for number, (site, _, after, _) in enumerate(edges):
         hops.setdefault((site, after), []).append(number)

@@ -76,9 +76,9 @@ def information_flow(
         model: The network, in eval mode; unchanged afterwards.
         architecture: A sub-architecture, two of them to compare, or task gates.
         images: A tensor (or tuple of input tensors): all of these images, for each task. Or
-            images with labels, as learning takes them: the own images of each task. Several labels or
-            targets beside a tensor are marked as :class:`nad_attr.Labels`, for a second tensor
-            (N, K) counts as an input.
+            images with labels, as learning takes them: the own images of each task. Beside a
+            tensor, several labels or targets are marked as :class:`nad_attr.Labels`: a second
+            tensor (N, K) counts as an input.
         tasks: The class or group of classes whose output is explained, one or two. None: what the
             sub-architectures were found for, or all tasks of task gates that hold one or two.
         receivers: At each site, the channels with the largest effect that are told apart as
