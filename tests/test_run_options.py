@@ -82,11 +82,11 @@ def _units(m: nn.Module, x: Tensor) -> Any:
     return dissect(m, [SITE], (x, MASKS), quantile=0.1, concepts=["a"])
 
 
-WHOLE = SubArchitecture.full([GateSite("0", 6, 1), SITE], task=1)
+WHOLE = SubArchitecture.full([GateSite("0", 6, 1), SITE])
 
 
 def _flow(m: nn.Module, x: Tensor) -> Any:
-    return information_flow(m, WHOLE, x)
+    return information_flow(m, WHOLE, x, tasks=1)
 
 
 #: Everything that runs a network, as function of network, images and options.
@@ -151,7 +151,9 @@ CALLS: dict[str, Callable[[nn.Module, Tensor, RunOptions | None], Any]] = {
     "maps of top images": lambda m, x, r: top_images(m, ARCHS[0], (x, LABELS), k=2).maps(
         m, (x, LABELS), "2", 0, run=r
     ),
-    "information_flow": lambda m, x, r: information_flow(m, WHOLE, (x, LABELS), run=r),
+    "information_flow": lambda m, x, r: information_flow(
+        m, WHOLE, (x, LABELS), tasks=1, run=r
+    ),
     "edge_drops": lambda m, x, r: edge_drops(_flow(m, x), m, x, [("0", 1, "2", 1)], run=r),
     "agreement": lambda m, x, r: agreement(_flow(m, x), m, (x, LABELS), n_edges=3, run=r),
     "edge_fidelity": lambda m, x, r: edge_fidelity(
