@@ -16,7 +16,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,12 +30,19 @@ from benchmarks.cifar import accuracy, add_shared_arguments, default_cache, load
 from benchmarks.image_data import ImageData, load_images, per_class
 from benchmarks.networks import NETWORKS, train
 from benchmarks.torchvision_sites import build, seeded, small_size
-from nad_attr import SubArchitecture, find_gate_sites, information_flow, paper_sites
+from nad_attr import (
+    RunOptions,
+    SubArchitecture,
+    find_gate_sites,
+    information_flow,
+    paper_sites,
+)
 from nad_attr.evaluation import SCORERS, top_k
 from nad_attr.flow.edge_sets import agreement, edge_fidelity
 from nad_attr.flow.shape import flow_shape, flow_sharing, parting_depth
 from nad_attr.gating.means import channel_means
 from nad_attr.stats.bootstrap import bootstrap_means, interval_of
+from nad_attr.system.files import replacing, write_text
 
 RESULTS = Path(__file__).parent / "results" / "flow.json"
 
@@ -111,9 +117,8 @@ def network(name: str, data: ImageData, shared: Path, cache: Path | None) -> nn.
     some = ImageData(data.name, data.classes, (x, y), data.held_out)
     train(model, some, epochs)
     model.to(memory_format=torch.contiguous_format)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(model.state_dict(), part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save(model.state_dict(), part)
     return model
 
 
@@ -187,7 +192,8 @@ def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model(x[:4])
         forward = (time.process_time() - start) / 4
     start, wall = time.process_time(), time.perf_counter()
-    found = information_flow(model, whole, x, tasks=0, receivers=64, batch_size=4)
+    run = RunOptions(batch_size=4)
+    found = information_flow(model, whole, x, tasks=0, receivers=64, run=run)
     seconds = time.process_time() - start
     yield {
         "network": "resnet50",
@@ -386,9 +392,7 @@ def main(argv: list[str] | None = None) -> None:
             others = known.get(part, {}).get("rows", [])
             rows = [r for r in others if r["network"] not in args.only] + rows
         known[part] = {"summary": summary(part, rows), "rows": rows}
-        whole = args.json.with_suffix(".part")
-        whole.write_text(json.dumps(_rounded(known), indent=1) + "\n")
-        os.replace(whole, args.json)
+        write_text(args.json, json.dumps(_rounded(known), indent=1) + "\n")
         print(json.dumps(known[part]["summary"], indent=1), flush=True)
 
 

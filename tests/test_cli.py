@@ -392,7 +392,7 @@ def test_compare_with_another_method(here: Path) -> None:
 
 def test_flow(here: Path) -> None:
     text = succeeds(
-        *("flow", "gates.h5", "--data", "val", "--task", "red", "--task", "blue", "--images", "3"),
+        *("flow", *MINE, "--data", "val", "--task", "red", "--task", "blue", "--images", "3"),
         *("--receivers", "1", "--csv", "edges.csv", "--plot", "flow.png"),
     )
     assert "red: 3 images; outflow equals effect" in text
@@ -405,13 +405,21 @@ def test_flow(here: Path) -> None:
     kept = TaskGates.load("gates.h5").sub_architecture("red").kept["relu"].tolist()
     own = {int(r["source"]) for r in rows if (r["task"], r["source_site"]) == ("red", "relu")}
     assert own == set(kept)
-    text = succeeds("flow", "gates.h5", "--data", "val", "--task", "red", "--whole", "-q")
+    text = succeeds("flow", *MINE, "--data", "val", "--task", "red", "--whole", "-q")
     assert "red: 5 images" in text
     fails(2, "holds 3 tasks; name one", "flow", "gates.h5", "--data", "val")
     fails(2, "--plot takes a", *("flow", "gates.h5", "--data", "val", "--plot", "flow.txt"))
+    fails(2, "gates.h5, which is read", *("flow", "gates.h5", "--data", "val", "--csv", "gates.h5"))
+    fails(2, "which is read", *("flow", "gates.h5", "--data", "val", "--plot", "val/red/0.png"))
     fails(
-        2, "is the file of the gates", *("flow", "gates.h5", "--data", "val", "--csv", "gates.h5")
+        2,
+        "asked for twice",
+        *("flow", "gates.h5", "--data", "val", "--csv", "a.svg", "--plot", "a.svg"),
     )
+    for _ in range(2):  # a picture replaces the one before
+        drawn = ("--task", "red", "--images", "1", "--batch-size", "1", "--amp", "--plot")
+        succeeds("flow", *MINE, "--data", "val", *drawn, "flow.pdf")
+    assert Path("flow.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_attribute(here: Path) -> None:

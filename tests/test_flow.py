@@ -12,13 +12,16 @@ from torch.nn import functional as F
 from nad_attr import (
     GateSite,
     InformationFlow,
+    Labels,
+    RunOptions,
     SiteError,
     SubArchitecture,
     TaskGates,
     find_gate_sites,
     information_flow,
 )
-from nad_attr.flow.edge_sets import agreement, edge_drops, edge_fidelity, kept_edges
+from nad_attr.flow.edge_sets import agreement, edge_drops, edge_fidelity
+from nad_attr.flow.links import kept_edges
 from nad_attr.flow.picture import flow_picture
 from nad_attr.flow.shape import flow_shape, flow_sharing, parting_depth
 from tests.helpers import TinyCNN, TinyResNet, assert_model_untouched
@@ -120,7 +123,9 @@ def test_what_flows_out_is_the_effect(net: tuple[type[nn.Module]], receivers: in
     model, x = made(*net)
     for arch in (whole(model, x), half(model, x)):
         with assert_model_untouched(model):
-            found = information_flow(model, arch, x, tasks=1, receivers=receivers, batch_size=2)
+            found = information_flow(
+                model, arch, x, tasks=1, receivers=receivers, run=RunOptions(batch_size=2)
+            )
         assert max(found.conservation.values()) < 1e-12
         nodes = found.nodes.query("channel >= 0")
         assert (nodes.effect - nodes.outflow).abs().max() < 1e-12
@@ -221,7 +226,7 @@ def test_half_of_the_channels_take_the_shortcut_and_are_shuffled() -> None:
             return self.linear(self.join(x[:, [0, 2, 1, 3]]).mean((2, 3)))
 
     model, x = made(Shuffled)
-    found = information_flow(model, whole(model, x), x, tasks=1, batch_size=2)
+    found = information_flow(model, whole(model, x), x, tasks=1, run=RunOptions(batch_size=2))
     (link,) = (k for k in found.flows[0].links if k.target_site == "join")
     assert (link.straight != 0).nonzero().tolist() == [[0, 0], [1, 2]]
 
@@ -291,10 +296,10 @@ def test_own_images_of_two_tasks() -> None:
 def test_batches_and_low_precision_change_little() -> None:
     model, x = made(TinyResNet)
     arch = half(model, x)
-    one, five = (information_flow(model, arch, x, batch_size=n) for n in (1, 5))
+    one, five = (information_flow(model, arch, x, run=RunOptions(batch_size=n)) for n in (1, 5))
     for a, b in zip(one.flows[0].links, five.flows[0].links, strict=True):
         torch.testing.assert_close(a.flow, b.flow)
-    low = information_flow(model.float(), arch, x.float(), amp=True)
+    low = information_flow(model.float(), arch, x.float(), run=RunOptions(amp=True))
     a, b = one.flows[0].links[0].flow, low.flows[0].links[0].flow
     assert float((a - b).abs().max()) < 0.1 * float(a.abs().max())
 
@@ -319,6 +324,58 @@ def test_bad_images_and_networks_are_refused() -> None:
         information_flow(model, arch, x[:0], tasks=0)
     with pytest.raises(ValueError, match="train mode"):
         information_flow(model.train(), arch, x, tasks=0)
+
+
+def test_labels_of_every_kind_and_networks_that_are_called_otherwise() -> None:
+    model, x = made(TinyCNN)
+    arch = half(model, x)
+    rows = torch.tensor([[0, 0, 1], [1, 1, 0], [-1, -1, 0], [0, 1, 1], [0, 0, 0]])
+    several = information_flow(model, arch, (x, Labels(rows)), tasks=1)
+    alone = information_flow(model, arch, x[[1, 3]], tasks=1)
+    torch.testing.assert_close(several.flows[0].links[0].flow, alone.flows[0].links[0].flow)
+    table = edge_fidelity(several, model, (x, Labels(rows)), sizes=(0.999,), by=["strength"])
+    assert table.fidelity.item() > 0.9
+
+    def doubled(factor: float, image: Tensor) -> Tensor:
+        return model(image * factor)
+
+    named = [({"image": image}, 1) for image in x[[1, 3]]]
+    run = RunOptions(forward_func=doubled, additional_forward_args=2.0)
+    one = information_flow(model, arch, named, tasks=1, run=run)
+    two = information_flow(model, arch, 2 * x[[1, 3]], tasks=1)
+    torch.testing.assert_close(one.flows[0].links[0].flow, two.flows[0].links[0].flow)
+    edge = ("relu1", int(arch.kept["relu1"][0]), "relu2", int(arch.kept["relu2"][0]))
+    torch.testing.assert_close(
+        edge_drops(one, model, named, [edge], run=run),
+        edge_drops(two, model, 2 * x[[1, 3]], [edge], run=RunOptions(batch_size=1)),
+    )
+    with pytest.raises(ValueError, match="there is a task 7, but the network has 3 outputs"):
+        information_flow(model, arch, x, tasks=7)
+
+
+def test_shortcuts_are_followed_in_full_precision() -> None:
+    """A channel's number above 256 is none of bfloat16."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.act = nn.Conv2d(3, 300, 1), nn.ReLU()
+            self.conv, self.join = nn.Conv2d(300, 300, 1), nn.ReLU()
+            self.linear = nn.Linear(300, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.stem(x))
+            return self.linear(self.join(self.conv(x) + x).mean((2, 3)))
+
+    model, x = made(Wide)
+    model, x = model.float(), x[:1, :, :2, :2].float()
+    for amp in (False, True):
+        run = RunOptions(amp=amp)
+        found = information_flow(model, whole(model, x), x, tasks=0, receivers=None, run=run)
+        (link,) = (k for k in found.flows[0].links if k.target_site == "join")
+        where = link.straight[:, :-1].nonzero()
+        assert len(where) > 100
+        assert bool((where[:, 0] == where[:, 1]).all())
 
 
 def test_cost_in_passes() -> None:
@@ -385,7 +442,7 @@ def test_single_edges_cut_side_by_side_are_those_cut_alone(net: tuple[type[nn.Mo
     rows = found.edges.sample(frac=0.6, random_state=0)
     edges = list(rows.iloc[:, :4].itertuples(index=False, name=None))
     with assert_model_untouched(model):
-        drops = edge_drops(found, model, x, edges, batch_size=3)
+        drops = edge_drops(found, model, x, edges, run=RunOptions(batch_size=3))
     with torch.no_grad():
         with found.flows[0].architecture.applied(model):
             base = model(x)[:, 1].mean()
@@ -464,6 +521,9 @@ def test_what_is_no_edge_is_refused() -> None:
             found.cut(model, edge)
     with pytest.raises(TypeError, match="an edge is"):
         found.cut(model, [("relu1", 0)])
+    few = information_flow(model, half(model, x), x, receivers=1)
+    with pytest.raises(ValueError, match="is not one edge"):
+        edge_drops(few, model, x, [("relu1", 0, "relu2", -1)])
 
 
 def test_sites_need_not_be_in_order() -> None:

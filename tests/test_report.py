@@ -607,7 +607,8 @@ def test_kept_results_come_back(tmp_path: Path, measured: Report) -> None:
     report.results = measured.results
     written = report.keep()
     assert written == [
-        "evaluation", "report/curves", "report/errors", "report/flow", "report/pictures", "report/export",
+        "evaluation", "report/curves", "report/errors", "report/flow", "report/pictures",
+        "report/export",
     ]  # fmt: skip
     again = Report(path)
     assert again.results.pictures == measured.results.pictures

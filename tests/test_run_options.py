@@ -18,6 +18,7 @@ from nad_attr import (
     RunOptions,
     SubArchitecture,
     fit_constants,
+    information_flow,
     learn_gates,
     learn_sizes,
     learn_to_store,
@@ -42,6 +43,7 @@ from nad_attr.evaluation import (
     sweep,
 )
 from nad_attr.evaluation.sweeps.grid import measure_grid
+from nad_attr.flow import agreement, edge_drops, edge_fidelity
 from nad_attr.pictures import class_mosaics, contrast_maps, heat_maps, top_images
 from nad_attr.report import Report
 from nad_attr.running import Runner, forward
@@ -78,6 +80,13 @@ def _wrong(model: nn.Module, x: Tensor) -> dict[str, Any]:
 
 def _units(m: nn.Module, x: Tensor) -> Any:
     return dissect(m, [SITE], (x, MASKS), quantile=0.1, concepts=["a"])
+
+
+WHOLE = SubArchitecture.full([GateSite("0", 6, 1), SITE])
+
+
+def _flow(m: nn.Module, x: Tensor) -> Any:
+    return information_flow(m, WHOLE, x, tasks=1)
 
 
 #: Everything that runs a network, as function of network, images and options.
@@ -141,6 +150,14 @@ CALLS: dict[str, Callable[[nn.Module, Tensor, RunOptions | None], Any]] = {
     "top_images": lambda m, x, r: top_images(m, ARCHS[0], (x, LABELS), k=2, run=r),
     "maps of top images": lambda m, x, r: top_images(m, ARCHS[0], (x, LABELS), k=2).maps(
         m, (x, LABELS), "2", 0, run=r
+    ),
+    "information_flow": lambda m, x, r: information_flow(
+        m, WHOLE, (x, LABELS), tasks=1, run=r
+    ),
+    "edge_drops": lambda m, x, r: edge_drops(_flow(m, x), m, x, [("0", 1, "2", 1)], run=r),
+    "agreement": lambda m, x, r: agreement(_flow(m, x), m, (x, LABELS), n_edges=3, run=r),
+    "edge_fidelity": lambda m, x, r: edge_fidelity(
+        _flow(m, x), m, (x, LABELS), sizes=[0.5], n_random=1, run=r
     ),
     "Report": lambda m, x, r: Report(
         learn_gates(m, (x, LABELS), None, QUICK, [SITE])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,22 +10,28 @@ import torch
 import typer
 
 from nad_attr.cli import options as opt
-from nad_attr.cli.messages import UsageError, guarded, print_table, say
+from nad_attr.cli.messages import UsageError, counted, guarded, print_table, say
 from nad_attr.cli.opening import (
     check_folder,
+    check_outputs,
     chosen_device,
     finished,
-    image_options,
-    known_folders,
     open_images,
     opened_gates,
     rebuilt,
 )
+from nad_attr.flow.links import REST
 from nad_attr.flow.measuring import information_flow
-from nad_attr.flow.result import REST, InformationFlow
+from nad_attr.flow.result import InformationFlow
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.running.options import RunOptions
+from nad_attr.system.files import replacing, written
+from nad_attr.system.safe_text import cell, shown
 
 __all__ = ["flow"]
+
+#: What a picture's ending says of the file.
+_PICTURES = {".png": "picture", ".pdf": "picture", ".svg": "text"}
 
 
 def flow(
@@ -52,22 +59,12 @@ def flow(
     whole: Annotated[
         bool, typer.Option("--whole", help="The whole network, with every channel open.")
     ] = False,
-    model: opt.OtherModel = None,
-    weights: opt.Weights = None,
-    model_arg: opt.ModelArg = None,
-    any_model: opt.AnyModel = False,
-    transform: opt.TransformOption = None,
-    resize: opt.Resize = None,
-    crop: opt.Crop = None,
-    mean: opt.Mean = None,
-    std: opt.Std = None,
-    interpolation: opt.Interpolation = None,
-    class_index: opt.ClassIndex = None,
-    device: opt.Device = None,
-    batch_size: opt.BatchSize = 8,
-    workers: opt.Workers = 0,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    labels: opt.LabelTable = None,
+    allow_empty: opt.AllowEmpty = False,
+    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
+    *,
+    network: opt.NetworkOptions,
+    work: opt.WorkOptions,
 ) -> None:
     """Measure what flows between the channels that a class keeps, from site to site.
 
@@ -79,40 +76,34 @@ def flow(
       nad-attr flow gates.h5 --data photos/val --task cat --csv edges.csv
       nad-attr flow gates.h5 --data photos/val --task cat --task dog --plot flow.png
     """
-    with guarded(debug):
-        for path in (csv_file, plot):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise UsageError(f"there is no folder {path.parent} to write {path.name} into.")
-            if path is not None and path.resolve() == gates.resolve():
-                raise UsageError(f"{path} is the file of the gates; write to another one.")
-        if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
-            raise UsageError(f"--plot takes a .png, .pdf or .svg file, not {plot.name}.")
-        place = chosen_device(device)
-        check_folder(data)
+    with guarded(work.debug, stopped=lambda: "Nothing was measured to the end."):
+        if plot is not None and plot.suffix not in _PICTURES:
+            raise UsageError(f"--plot takes a .png, .pdf or .svg file, not {plot.name!r}.")
+        check_outputs(
+            [(csv_file, "text"), (plot, _PICTURES[plot.suffix] if plot else "picture")],
+            [gates, network.weights, work.class_index, labels, data],
+        )
+        run = RunOptions(
+            chosen_device(work.device),
+            amp=amp,
+            batch_size=work.batch_size,
+            show_progress=not work.quiet and sys.stderr.isatty(),
+        )
+        if labels is None:
+            check_folder(data)
         learned, provenance = opened_gates(gates, tasks)
         if len(learned) > 2:
             raise UsageError(
                 f"{gates} holds {len(learned)} tasks; name one with --task, or two to compare them."
             )
-        opened = rebuilt(
-            provenance,
-            model=model,
-            weights=weights,
-            arguments=model_arg,
-            transform=transform,
-            options=image_options(resize, crop, mean, std, interpolation),
-            any_model=any_model,
-            quiet=quiet,
-        )
+        opened = rebuilt(provenance, network, quiet=work.quiet)
         images = open_images(
             data,
-            opened.loaded,
-            opened.transform,
-            class_index=class_index,
-            known=known_folders(provenance),
+            opened,
             held_out=True,
-            n_workers=workers,
-            quiet=quiet,
+            allow_empty=allow_empty,
+            **work.reading(),
+            labels=labels,
         )
         if whole:
             learned = TaskGates(
@@ -128,36 +119,39 @@ def flow(
             images.data,
             receivers=receivers,
             n_images=n_images,
-            batch_size=batch_size,
-            device=place,
-            show_progress=not quiet,
+            run=run,
         )
-        finished(images, quiet)
+        finished(images, work.quiet)
         _print(found, top)
         if csv_file is not None:
-            found.edges.to_csv(csv_file, index=False)
-            say(f"written: {csv_file}", quiet)
+            frame = found.edges
+            with written(csv_file) as file:
+                frame.apply(lambda column: column.map(cell)).to_csv(
+                    file, index=False, lineterminator="\n"
+                )
+            say(f"written: {csv_file}", work.quiet)
         if plot is not None:
-            found.plot().savefig(plot)
-            say(f"written: {plot}", quiet)
+            with replacing(plot) as scratch:
+                found.plot().savefig(scratch, format=plot.suffix[1:])
+            say(f"written: {plot}", work.quiet)
 
 
 def _print(found: InformationFlow, top: int) -> None:
     for flow in found.flows:
-        n = flow.n_images
-        typer.echo(f"{flow.name}: {n} image{'s' * (n != 1)}; {found.conserved}")
+        n_images = counted(flow.n_images, "image")
+        typer.echo(shown(f"{flow.name}: {n_images}; {found.conserved}"))
         rows = []
         for link in flow.links:
             numbers = link.numbers
             order = link.flow[:, : len(numbers)].abs().flatten()
-            shown = []
+            edges = []
             for index in order.argsort(descending=True, stable=True)[:top].tolist():
                 i, j = divmod(index, len(numbers))
                 target = "others" if numbers[j] == REST else numbers[j]
-                shown.append(f"{int(link.sources[i])} > {target} ({float(link.flow[i, j]):.3g})")
+                edges.append(f"{int(link.sources[i])} > {target} ({float(link.flow[i, j]):.3g})")
             size, straight = float(order.sum()), float(link.straight.abs().sum())
             share = "unknown" if straight != straight else f"{straight / size:.2f}" if size else "-"
-            rows.append([f"{link.source_site} > {link.target_site}", share, *shown])
+            rows.append([f"{link.source_site} > {link.target_site}", share, *edges])
         width = max(map(len, rows))
         header = ["from > to", "straight", *(f"edge {k + 1}" for k in range(width - 2))]
         print_table(header, [row + [""] * (width - len(row)) for row in rows])

@@ -81,7 +81,10 @@ Device: TypeAlias = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps; left out: cuda if there is one.")
 ]
 BatchSize: TypeAlias = Annotated[
-    int, typer.Option(min=1, help="Images in one pass of the network, at most.")
+    int | None,
+    typer.Option(
+        min=1, help="Images in one pass of the network, at most; left out: 64, or 8 for flow."
+    ),
 ]
 
 
@@ -221,7 +224,7 @@ class WorkOptions:
     class_index: ClassIndex = None
     seed: Seed = 0
     device: Device = None
-    batch_size: BatchSize = 64
+    batch_size: BatchSize = None
     workers: Workers = 0
     quiet: Quiet = False
     debug: Debug = False

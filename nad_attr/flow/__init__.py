@@ -5,10 +5,11 @@ single edges and compares, :func:`edge_fidelity` keeps the strongest edges alone
 and :func:`flow_sharing` say how the flow goes and what classes share.
 """
 
-from nad_attr.flow.edge_sets import agreement, edge_drops, edge_fidelity, kept_edges
+from nad_attr.flow.edge_sets import agreement, edge_drops, edge_fidelity
+from nad_attr.flow.links import Link, TaskFlow, kept_edges
 from nad_attr.flow.measuring import information_flow
 from nad_attr.flow.plot import plot_flow
-from nad_attr.flow.result import InformationFlow, Link, TaskFlow
+from nad_attr.flow.result import InformationFlow
 from nad_attr.flow.shape import flow_shape, flow_sharing, parting_depth
 
 __all__ = [

@@ -98,7 +98,6 @@ def cut_forward(
     gating: Gating,
     *,
     straight: bool = False,
-    amp: torch.dtype | None = None,
 ) -> Blocks:
     """Run a batch through the sub-architecture with a leaf at each site.
 
@@ -108,7 +107,6 @@ def cut_forward(
         sites: In forward order.
         gating: Of the sub-architecture.
         straight: Keep only those paths in the graphs that carry channels and mix none.
-        amp: Dtype of autocast.
     """
     blocks = Blocks()
 
@@ -121,13 +119,9 @@ def cut_forward(
         return leaf.clone()  # what follows may write into it
 
     mode = _StraightOnly() if straight else nullcontext()
-    with torch.enable_grad(), installed(runner.model, sites, function), mode, _amp(runner, amp):
+    with torch.enable_grad(), installed(runner.model, sites, function), mode:
         blocks.outputs = runner(inputs)
     return blocks
-
-
-def _amp(runner: Runner, amp: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(runner.device.type, dtype=amp, enabled=amp is not None)
 
 
 def whole_gradients(
@@ -136,8 +130,6 @@ def whole_gradients(
     sites: Sequence[GateSite],
     gating: Gating,
     task: Task,
-    *,
-    amp: torch.dtype | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Each site's tensor and the gradient of the task output there, by one plain backward pass.
 
@@ -151,7 +143,7 @@ def whole_gradients(
         held[site.name] = x if x.requires_grad else x.detach().requires_grad_()
         return held[site.name].clone()
 
-    with torch.enable_grad(), installed(runner.model, sites, function), _amp(runner, amp):
+    with torch.enable_grad(), installed(runner.model, sites, function):
         y = task_outputs(runner(inputs), [task]).sum()
     grads = torch.autograd.grad(y, list(held.values()))
     return {name: (x.detach(), g) for (name, x), g in zip(held.items(), grads, strict=True)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nad_attr._checks import GatingError
 from nad_attr.flow.blocks import Gating
-from nad_attr.flow.result import OUTPUT
+from nad_attr.flow.links import OUTPUT
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import expand, installed
 from nad_attr.running.forward import chunks
@@ -27,7 +27,7 @@ __all__ = ["Edges", "Machine", "cut_edges"]
 
 #: ``{target site: [(source site, source, target), ...]}``
 Edges = Mapping[str, Sequence[tuple[str, int, int]]]
-#: Images that go through a block at once.
+#: Images that go through a block at once, with their copies.
 IMAGES = 256
 
 
@@ -55,6 +55,7 @@ class Machine:
         architecture: The sub-architecture.
         sites: In forward order.
         links: See :func:`nad_attr.sites.finding.site_links`.
+        width: Images that go through a block at once, with their copies, at most.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Machine:
         architecture: SubArchitecture,
         sites: Sequence[GateSite],
         links: Mapping[str, Sequence[str]],
+        width: int = IMAGES,
     ) -> None:
+        self.width = width
         self.root = unwrap(model)
         self.model, self.architecture = model, architecture
         self.sites, self.links = sites, links
@@ -200,7 +203,7 @@ class Machine:
             Numbers of sets, and (len(numbers), B, ...) of the target site.
         """
         sources = [self.by_name[name] for name in self.links[target]]
-        for numbers in chunks(len(closed), max(1, IMAGES // self.n_images)):
+        for numbers in chunks(len(closed), max(1, self.width // self.n_images)):
             masks = {s.name: torch.zeros(len(numbers), s.n_channels).bool() for s in sources}
             for row, number in enumerate(numbers):
                 for name, channels in closed[number].items():
@@ -271,6 +274,7 @@ def cut_edges(
     sites: Sequence[GateSite],
     links: Mapping[str, Sequence[str]],
     edges: Edges,
+    width: int = IMAGES,
 ) -> Iterator[None]:
     """Run the network as a sub-architecture with edges cut, inside a ``with`` block.
 
@@ -280,8 +284,9 @@ def cut_edges(
         sites: In forward order.
         links: See :func:`nad_attr.sites.finding.site_links`.
         edges: Those that are cut, by the site that they lead to.
+        width: Images that go through a block at once, with their copies, at most.
     """
-    machine = Machine(model, architecture, sites, links)
+    machine = Machine(model, architecture, sites, links, width)
     output: list[Tensor] = []
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nad_attr.data.sources import Data, as_source
+from nad_attr.data.labels import other_images, own_images
+from nad_attr.data.sources import Data, Inputs, Source, as_source
 from nad_attr.evaluation.measures import balanced_weights, r_squared, spearman
-from nad_attr.flow.cutting import IMAGES, Machine
-from nad_attr.flow.result import OUTPUT, InformationFlow, TaskFlow
+from nad_attr.flow.cutting import IMAGES, Machine, cut_edges
+from nad_attr.flow.links import OUTPUT, RANKINGS, REST, Edge, TaskFlow, kept_edges
+from nad_attr.flow.measuring import images_of_tasks
+from nad_attr.flow.result import InformationFlow
 from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.running.outputs import task_outputs
 from nad_attr.stats.tables import pandas
 from nad_attr.system.rng import seed_of
@@ -22,135 +24,92 @@ from nad_attr.system.rng import seed_of
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RANKINGS", "EdgeSet", "agreement", "edge_drops", "edge_fidelity", "kept_edges"]
+__all__ = ["agreement", "edge_drops", "edge_fidelity"]
 
-#: What edges can be ranked by: mean of the flow's absolute value over images, absolute mean flow,
-#: derivative alone, chance.
-RANKINGS = ("strength", "flow", "gradient", "random")
-
-Edge = tuple[str, int, str, int]
-
-
-@dataclass(frozen=True)
-class EdgeSet:
-    """The edges between sites, cut in two.
-
-    Attributes:
-        kept: Those that stay.
-        cut: The others.
-    """
-
-    kept: list[Edge]
-    cut: list[Edge]
-
-
-def _scored(flow: TaskFlow, by: str, seed: int) -> list[tuple[Edge, float]]:
-    if by not in RANKINGS:
-        raise ValueError(f"by must be one of {', '.join(RANKINGS)}, got {by!r}.")
-    found: list[tuple[Edge, float]] = []
-    for link in flow.links:
-        if link.target_site == OUTPUT:
-            continue
-        if link.n_rest:
-            raise ValueError(
-                f"{link.n_rest} receiving channels of {link.target_site!r} were not told apart, so "
-                "their edges are not known one by one; measure with receivers=None."
-            )
-        if by == "random":
-            generator = torch.Generator().manual_seed(
-                seed_of(seed, "edges", link.source_site, link.target_site)
-            )
-            shape = (len(link.sources), len(link.targets))
-            scores = torch.rand(shape, generator=generator, dtype=torch.float64)
-        else:
-            scores = getattr(link, by)[:, :-1].abs()
-        for i, row in zip(link.sources.tolist(), scores.tolist(), strict=True):
-            for j, score in zip(link.targets.tolist(), row, strict=True):
-                found.append(((link.source_site, i, link.target_site, j), score))
-    return found
-
-
-def kept_edges(flow: TaskFlow, n: int | float, *, by: str = "strength", seed: int = 0) -> EdgeSet:
-    """The strongest edges between the sites of a task's sub-architecture, and the others.
-
-    Edges to the output are not counted; they all stay.
-
-    Args:
-        flow: Measured with ``receivers=None``.
-        n: How many edges stay, or their share in (0, 1).
-        by: "strength", "flow", "gradient" or "random".
-        seed: Of "random".
-
-    Raises:
-        ValueError: If there are not so many edges, or some are not known one by one.
-    """
-    scored = _scored(flow, by, seed)
-    share = isinstance(n, float) and 0 < n < 1
-    if not share and (isinstance(n, bool) or n != int(n) or not 0 <= n <= len(scored)):
-        raise ValueError(f"n must be a share in (0, 1) or from 0 to {len(scored):,}, got {n!r}.")
-    k = round(n * len(scored)) if share else int(n)
-    order = np.argsort([-score for _, score in scored], kind="stable")
-    return EdgeSet([scored[i][0] for i in order[:k]], [scored[i][0] for i in order[k:]])
+#: Images of a batch, whose copies go through the blocks side by side.
+_IMAGES = 32
 
 
 def _machine(
-    found: InformationFlow, flow: TaskFlow, runner: Runner, inputs: tuple[Tensor, ...]
+    found: InformationFlow, flow: TaskFlow, runner: Runner, inputs: Inputs, width: int
 ) -> tuple[Machine, Any]:
-    machine = Machine(runner.model, flow.architecture, found.sites, found.links)
+    machine = Machine(runner.model, flow.architecture, found.sites, found.links, width)
     machine.n_images = len(inputs[0])
 
     def call(copies: int) -> Tensor:
-        # Not by the runner: from a site on there may be more copies than images.
-        outputs: Tensor = runner.model(*(x.repeat(copies, *[1] * (x.ndim - 1)) for x in inputs))
-        return outputs
+        # From a site on there may be more copies than images, which the runner refuses.
+        outputs: Tensor = runner.run(tuple(x.repeat(copies, *[1] * (x.ndim - 1)) for x in inputs))
+        outputs = outputs[:, None] if outputs.ndim == 1 else outputs
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
     return machine, call
 
 
-@torch.no_grad()
 def edge_drops(
     found: InformationFlow,
     model: nn.Module,
-    images: Tensor | tuple[Tensor, ...],
+    images: Data | Tensor | tuple[Tensor, ...],
     edges: Sequence[Edge],
     task: object = None,
     *,
-    batch_size: int = 16,
-    device: torch.device | str | None = None,
+    run: RunOptions | None = None,
 ) -> Tensor:
     """How far the task output falls when each edge is cut by itself.
 
     Args:
         found: The flow whose edges they are.
         model: Its network; unchanged afterwards.
-        images: All of them.
+        images: All of a tensor's, or of a tuple of input tensors; of images with labels the task's
+            own.
         edges: ``(source site, source, target site, target)``.
         task: Whose; may be left out if there is one.
-        batch_size: Images in one pass.
-        device: Where to run. None: where the network is.
+        run: How to run the network; see :class:`nad_attr.RunOptions`. ``batch_size`` counts the
+            copies of the images in which different edges are cut; None: 256.
 
     Returns:
         float64 (edges,), means over images.
+
+    Raises:
+        KeyError: If there is no such task.
+        ValueError: If there is no such edge, or no image.
     """
     flow = found._one(task)
-    runner = Runner(model, device=device)
-    images = images if isinstance(images, tuple) else (images,)
+    runner = Runner(model, run, batch_size=IMAGES)
+    source, (numbers,) = images_of_tasks(runner, images, [flow.task])
+    return _drops(found, flow, runner, source, numbers, edges)
+
+
+@torch.no_grad()
+def _drops(
+    found: InformationFlow,
+    flow: TaskFlow,
+    runner: Runner,
+    source: Source,
+    images: Sequence[int],
+    edges: Sequence[Edge],
+) -> Tensor:
+    found.pairs(edges, flow)  # refuses what is no edge
+    if any(target == REST for *_, target in edges):
+        raise ValueError(
+            "an edge to all receivers that were not told apart (-1) is not one edge; name a "
+            "receiving channel, or measure with receivers=None."
+        )
     hops: dict[tuple[str, str], list[int]] = {}
     for number, (site, _, after, _) in enumerate(edges):
         hops.setdefault((site, after), []).append(number)
-    drops = torch.zeros(len(edges), dtype=torch.float64)
-    for part in chunks(len(images[0]), batch_size):
-        inputs = runner.to_device(tuple(x[part.start : part.stop] for x in images))
-        machine, call = _machine(found, flow, runner, inputs)
+    drops = torch.zeros(len(edges), dtype=torch.float64, device="cpu")
+    width = runner.images_per_pass(source, most=IMAGES)
+    batches = [[images[i] for i in part] for part in chunks(len(images), min(width, _IMAGES))]
+    for inputs in runner.draw(source, batches, "cutting edges"):
+        machine, call = _machine(found, flow, runner, inputs, width)
         with machine.hooked():
-            base = machine.run(call, OUTPUT)
-            whole = task_outputs(base, [flow.task])[:, 0]
+            base = machine.run(lambda _, x=inputs: runner(x), OUTPUT)  # type: ignore[misc]
+            whole = task_outputs(base, [flow.task])[:, 0].cpu().double()
             for (site, after), numbers in hops.items():
                 outputs = _cut_one_by_one(machine, call, site, after, [edges[i] for i in numbers])
-                fallen = whole.sum() - task_outputs(outputs, [flow.task])[:, 0].reshape(
-                    len(numbers), -1
-                ).sum(1)
-                drops[numbers] += fallen.double().cpu() / len(images[0])
+                alone = task_outputs(outputs, [flow.task])[:, 0].cpu().double()
+                fallen = whole.sum() - alone.reshape(len(numbers), -1).sum(1)
+                drops[numbers] += fallen / len(images)
     return drops
 
 
@@ -177,7 +136,7 @@ def _cut_one_by_one(
     for numbers, tensors in machine.without(call, after, closed, {}):
         for number, without in zip(numbers, tensors, strict=True):
             own = rows[sources[number]]
-            for part in chunks(len(own), max(1, IMAGES // len(base))):
+            for part in chunks(len(own), max(1, machine.width // len(base))):
                 x = base.repeat(len(part), *[1] * (base.ndim - 1)).unflatten(0, (len(part), -1))
                 for place, i in enumerate(part):
                     channel = edges[own[i]][3]
@@ -192,13 +151,12 @@ def _cut_one_by_one(
 def agreement(
     found: InformationFlow,
     model: nn.Module,
-    images: Tensor | tuple[Tensor, ...],
+    images: Data | Tensor | tuple[Tensor, ...],
     task: object = None,
     *,
     n_edges: int = 100,
     seed: int = 0,
-    batch_size: int = 16,
-    device: torch.device | str | None = None,
+    run: RunOptions | None = None,
 ) -> pd.DataFrame:
     """Does cutting an edge do what its flow says?
 
@@ -207,18 +165,19 @@ def agreement(
     Args:
         found: The flow.
         model: Its network; unchanged afterwards.
-        images: Those that the flow was measured on, or others.
+        images: Those that the flow was measured on, or others; see :func:`edge_drops`.
         task: Whose; may be left out if there is one.
         n_edges: Edges of each link, at most.
         seed: Of the draw.
-        batch_size: Images in one pass.
-        device: Where to run. None: where the network is.
+        run: How to run the network; see :func:`edge_drops`.
 
     Returns:
         A pandas frame: ``source_site, target_site, n_edges, spearman, pearson, slope`` (of the
         fall by the flow), a row for each link.
     """
     flow = found._one(task)
+    runner = Runner(model, run, batch_size=IMAGES)
+    source, (numbers,) = images_of_tasks(runner, images, [flow.task])
     rows = []
     for link in flow.links:
         told = [(i, j) for i in range(len(link.sources)) for j in range(len(link.targets))]
@@ -234,9 +193,7 @@ def agreement(
         if not edges:
             continue
         flows = torch.stack([link.flow[i, j] for i, j in chosen])
-        falls = edge_drops(
-            found, model, images, edges, flow.task, batch_size=batch_size, device=device
-        )
+        falls = _drops(found, flow, runner, source, numbers, edges)
         a, b = flows - flows.mean(), falls - falls.mean()
         rows.append(
             {
@@ -263,8 +220,7 @@ def edge_fidelity(
     n_random: int = 3,
     n_images: int = 64,
     seed: int = 0,
-    batch_size: int = 32,
-    device: torch.device | str | None = None,
+    run: RunOptions | None = None,
 ) -> pd.DataFrame:
     """How faithful sub-architectures of edges are, at equal numbers of edges.
 
@@ -281,8 +237,7 @@ def edge_fidelity(
         n_random: Draws of random edges.
         n_images: Images, half of them own, at most.
         seed: Of all random numbers.
-        batch_size: Images in one pass.
-        device: Where to run. None: where the network is.
+        run: How to run the network; see :func:`edge_drops`.
 
     Returns:
         A pandas frame: ``by, draw, size, n_edges, fidelity, rank_fidelity`` (R² and Spearman).
@@ -291,35 +246,42 @@ def edge_fidelity(
         ValueError: If there are no own or no other images, or edges are not known one by one.
     """
     flow = found._one(task)
-    runner = Runner(model, device=device)
-    source = as_source(images)
-    members = torch.tensor([flow.task] if isinstance(flow.task, int) else list(flow.task))
-    own = torch.isin(source.labels, members)
-    half = max(1, n_images // 2)
+    runner = Runner(model, run, batch_size=IMAGES)
+    source = as_source(images, any_labels=True)
+    runner.fit(source)
+    own, other = (which(source.labels, [flow.task])[0] for which in (own_images, other_images))
     chosen = []
-    for mask in (own, ~own):
+    for mask in (own, other):
         numbers = mask.nonzero().flatten()
         if not len(numbers):
             raise ValueError(f"fidelity needs images of task {flow.task} and others.")
         generator = torch.Generator().manual_seed(seed_of(seed, "edges", "images", len(numbers)))
-        chosen += numbers[torch.randperm(len(numbers), generator=generator)[:half]].tolist()
+        order = torch.randperm(len(numbers), generator=generator, device="cpu")
+        chosen += numbers[order[: max(1, n_images // 2)]].tolist()
     weights = balanced_weights(own[chosen])
-    batches = list(
-        runner.draw(source, [[chosen[i] for i in part] for part in chunks(len(chosen), batch_size)])
-    )
+    width = runner.images_per_pass(source, most=IMAGES)
+    parts = [[chosen[i] for i in part] for part in chunks(len(chosen), min(width, _IMAGES))]
 
     def answers() -> Tensor:
-        return torch.cat([task_outputs(runner(x), [flow.task])[:, 0].double() for x in batches])
+        return torch.cat(
+            [
+                task_outputs(runner(x), [flow.task])[:, 0].cpu().double()
+                for x in runner.draw(source, parts, "fidelity of edges")
+            ]
+        )
 
     with flow.architecture.applied(runner.model):
-        base = answers().cpu()
+        base = answers()
     rows = []
     for name in by:
         for draw in range(n_random if name == "random" else 1):
             for size in sizes:
                 edges = kept_edges(flow, float(size), by=name, seed=seed_of(seed, draw))
-                with found.cut(runner.model, edges.cut, flow.task):
-                    alone = answers().cpu()
+                cut = found.pairs(edges.cut, flow)
+                with cut_edges(
+                    runner.model, flow.architecture, found.sites, found.links, cut, width
+                ):
+                    alone = answers()
                 rows.append(
                     {
                         "by": name,

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from nad_attr.data.labels import Task, as_task
-from nad_attr.data.sources import Data, Inputs, TensorSource, as_source
+from nad_attr._checks import check_count
+from nad_attr.data.labels import ReadLabels, Task, as_task, own_images
+from nad_attr.data.sources import Data, Inputs, Source, TensorSource, as_source
 from nad_attr.flow.blocks import (
     Blocks,
     Gating,
@@ -21,17 +21,19 @@ from nad_attr.flow.blocks import (
     products,
     whole_gradients,
 )
-from nad_attr.flow.result import OUTPUT, InformationFlow, Link, TaskFlow
+from nad_attr.flow.links import OUTPUT, Link, TaskFlow
+from nad_attr.flow.result import InformationFlow
 from nad_attr.flow.straight import UNKNOWN, straight_flow
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
-from nad_attr.running.forward import Runner, amp_dtype, check_batch_size, chunks
+from nad_attr.running.forward import Runner, check_classes, chunks
+from nad_attr.running.options import RunOptions
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.finding import site_links
 from nad_attr.sites.site import GateSite
 
-__all__ = ["information_flow"]
+__all__ = ["images_of_tasks", "information_flow"]
 
 #: Largest share of the largest effect by which outflow may miss it before a warning.
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1
@@ -45,12 +47,7 @@ def information_flow(
     tasks: Any = None,
     receivers: int | None = 64,
     n_images: int | None = None,
-    batch_size: int = 8,
-    forward_func: Callable[..., Any] | None = None,
-    additional_forward_args: Any = None,
-    device: torch.device | str | None = None,
-    amp: bool | torch.dtype | None = None,
-    show_progress: bool = False,
+    run: RunOptions | None = None,
 ) -> InformationFlow:
     r"""Measure what flows from each channel of a site to each channel of the next.
 
@@ -79,18 +76,16 @@ def information_flow(
         model: The network, in eval mode; unchanged afterwards.
         architecture: A sub-architecture, two of them to compare, or task gates.
         images: A tensor (or tuple of input tensors): all of these images, for each task. Or
-            images with labels, as learning takes them: the own images of each task.
+            images with labels, as learning takes them: the own images of each task. Beside a
+            tensor, several labels or targets are marked as :class:`nad_attr.Labels`: a second
+            tensor (N, K) counts as an input.
         tasks: The class or group of classes whose output is explained, one or two. None: what the
             sub-architectures were found for, or all tasks of task gates that hold one or two.
         receivers: At each site, the channels with the largest effect that are told apart as
             receivers; the others receive as one. None: every kept channel.
         n_images: Of images with labels, at most so many for each task.
-        batch_size: Images in one pass. Memory does not depend on the number of images.
-        forward_func: Called with the inputs in place of the network; has to run the network.
-        additional_forward_args: Further arguments of every call.
-        device: Where to run. None: where the network is. Elsewhere, a copy of it is used.
-        amp: Mixed precision: a dtype for autocast, True for bfloat16. Sums are float32 at least.
-        show_progress: Show a bar of the blocks done (tqdm).
+        run: How to run the network; see :class:`nad_attr.RunOptions`. ``batch_size`` None: 8. With
+            ``amp``, sums are float32 at least, and shortcuts are followed without it.
 
     Returns:
         The flow; ``edges`` and ``nodes`` are its tables.
@@ -98,7 +93,8 @@ def information_flow(
     Raises:
         SiteError: If a site is no cut; the message says which site to take.
         TypeError: If an argument is of another kind.
-        ValueError: If it is not clear which task is meant, or there is no image of it.
+        ValueError: If it is not clear which task is meant, there is no image of it, the network has
+            no output for it, or the network is in train mode or cannot be run.
 
     Warns:
         RuntimeWarning: If what flows out of a site's channels is not their effect: the network
@@ -124,45 +120,45 @@ def information_flow(
                   1       1           3       1   3.0       0.0
                   1       0           3       0   1.0       0.0
     """
-    check_batch_size(batch_size)
     for what, value in (("receivers", receivers), ("n_images", n_images)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise ValueError(f"{what} must be a whole number from 1 on or None, got {value!r}.")
-    dtype = amp_dtype(amp)
+        if value is not None:
+            check_count(value, what)
+    runner = Runner(model, run, batch_size=8)
     chosen = _architectures(architecture, tasks)
-    source, rows = _rows(images, [task for task, _, _ in chosen], n_images)
-    runner = Runner(
-        model,
-        device=device,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-    )
+    meant = [task for task, _, _ in chosen]
+    source, rows = images_of_tasks(runner, images, meant, n_images)
     some = next(runner.draw(source, [rows[0][:1]]))
     links = site_links(
-        runner.model if forward_func is None else model,
+        runner.model,
         some,
         chosen[0][1].sites,
-        additional_forward_args=additional_forward_args,
+        additional_forward_args=runner.options.additional_forward_args,
+        forward_func=None if runner.is_plain else runner.call,
     )
+    with torch.no_grad():
+        check_classes(source.labels, meant, runner(some).shape[1])
     by_name = {site.name: site for site in chosen[0][1].sites}
     sites = tuple(by_name[name] for name in links if name != OUTPUT)
     flows, cost = [], {"forward": 0, "backward": 0, "straight": 0}
-    n_batches = sum(-(-len(own) // batch_size) for own in rows)
-    bar = tqdm(
-        total=n_batches * (len(sites) + 1), desc="flow", unit="block", disable=not show_progress
-    )
-    with frozen(runner.model), bar:
-        for (task, arch, name), own in zip(chosen, rows, strict=True):
-            one = _OneTask(runner, sites, links, arch, task, dtype, receivers, bar)
-            batches = [[own[i] for i in part] for part in chunks(len(own), batch_size)]
-            flows.append(one.measure(lambda b=batches: runner.draw(source, b), name, len(own)))  # type: ignore[misc]
-            for kind, n in one.cost.items():
-                cost[kind] = max(cost[kind], n)
+
+    def probe(inputs: Inputs) -> None:
+        task, arch, _ = chosen[0]
+        one = _OneTask(runner, sites, links, arch, task, receivers, lambda _: None)
+        one.measure(lambda: iter([inputs]), "", len(inputs[0]))
+
+    with frozen(runner.model):
+        width = runner.images_per_pass(some, probe)
+        n_batches = sum(-(-len(own) // width) for own in rows)
+        with runner.bar(n_batches * (len(sites) + 1), "information flow", "block") as bar:
+            for (task, arch, name), own in zip(chosen, rows, strict=True):
+                one = _OneTask(runner, sites, links, arch, task, receivers, bar.update)
+                batches = [[own[i] for i in part] for part in chunks(len(own), width)]
+                flows.append(one.measure(lambda b=batches: runner.draw(source, b), name, len(own)))  # type: ignore[misc]
+                for kind, n in one.cost.items():
+                    cost[kind] = max(cost[kind], n)
     conservation = {site.name: max(_missed(flow, site.name) for flow in flows) for site in sites}
     worst = max(conservation, key=lambda name: conservation[name])
-    if not conservation[worst] <= (_TOLERANCE if dtype is None else _HALF_TOLERANCE):
+    if not conservation[worst] <= (_TOLERANCE if runner.amp is None else _HALF_TOLERANCE):
         warnings.warn(
             f"what flows out of the channels of {worst!r} misses their effect by "
             f"{conservation[worst]:.2g} of the largest: the network gives other values each time "
@@ -222,8 +218,15 @@ def _several(tasks: Any, known: Sequence[Task]) -> list[Any]:
     return [tasks]
 
 
-def _rows(images: Any, tasks: Sequence[Task], n_images: int | None) -> tuple[Any, list[list[int]]]:
-    """Where the images come from, and the numbers of those of each task."""
+def images_of_tasks(
+    runner: Runner, images: Any, tasks: Sequence[Task], n_images: int | None = None
+) -> tuple[Source, list[list[int]]]:
+    """Where the images come from, and the numbers of those of each task, at most ``n_images``.
+
+    Raises:
+        TypeError: If ``images`` is nothing that images come from.
+        ValueError: If there is no image, or none of a task.
+    """
     inputs: Inputs | None = None
     if isinstance(images, Tensor):
         inputs = (images,)
@@ -234,17 +237,17 @@ def _rows(images: Any, tasks: Sequence[Task], n_images: int | None) -> tuple[Any
     if inputs is not None:
         if any(x.ndim == 0 or len(x) == 0 for x in inputs):
             raise ValueError("there is not a single image; images have shape (N, ...).")
-        source = TensorSource(inputs, torch.zeros(len(inputs[0]), dtype=torch.long))
-        return source, [list(range(len(inputs[0])))[:n_images]] * len(tasks)
-    labelled = as_source(images)
+        none = torch.zeros(len(inputs[0]), dtype=torch.long, device="cpu")
+        every = list(range(len(inputs[0])))[:n_images]
+        return TensorSource(inputs, ReadLabels(none)), [every] * len(tasks)
+    source = as_source(images, any_labels=True)
+    runner.fit(source)
     rows = []
-    for task in tasks:
-        members = torch.tensor([task] if isinstance(task, int) else list(task))
-        own = torch.isin(labelled.labels, members).nonzero().flatten().tolist()[:n_images]
-        if not own:
+    for task, own in zip(tasks, own_images(source.labels, tasks), strict=True):
+        rows.append(own.nonzero().flatten().tolist()[:n_images])
+        if not rows[-1]:
             raise ValueError(f"there is no image of task {task} (labels say so).")
-        rows.append(own)
-    return labelled, rows
+    return source, rows
 
 
 def _missed(flow: TaskFlow, site: str) -> float:
@@ -263,15 +266,14 @@ class _OneTask:
         links: dict[str, tuple[str, ...]],
         architecture: SubArchitecture,
         task: Task,
-        amp: torch.dtype | None,
         receivers: int | None,
-        bar: Any,
+        advance: Callable[[int], object],
     ) -> None:
         self.runner, self.sites, self.links = runner, sites, links
         self.by_name = {site.name: site for site in sites}
-        self.architecture, self.task, self.amp = architecture, task, amp
+        self.architecture, self.task = architecture, task
         self.gating = Gating(architecture, runner.device)
-        self.receivers, self.bar = receivers, bar
+        self.receivers, self.advance = receivers, advance
         self.kept = architecture.kept
         self.cost = {"forward": 2, "backward": 1, "straight": 0}
 
@@ -308,14 +310,12 @@ class _OneTask:
     def _effects(self, batches: Iterator[Inputs], n_images: int) -> dict[str, Tensor]:
         effects = {s.name: torch.zeros(s.n_channels, dtype=torch.float64) for s in self.sites}
         for inputs in batches:
-            found = whole_gradients(
-                self.runner, inputs, self.sites, self.gating, self.task, amp=self.amp
-            )
+            found = whole_gradients(self.runner, inputs, self.sites, self.gating, self.task)
             for site in self.sites:
                 x, g = found[site.name]
                 product = g * self.gating.above(site, x)
                 effects[site.name] += channel_sums(site, product).sum(0) / n_images
-            self.bar.update(1)
+            self.advance(1)
         return effects
 
     def _receivers(self, effect: Tensor, name: str) -> Tensor:
@@ -325,7 +325,7 @@ class _OneTask:
 
     def _batch(self, inputs: Inputs, targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add a batch's flow; returns the gradient at each site."""
-        blocks = cut_forward(self.runner, inputs, self.sites, self.gating, amp=self.amp)
+        blocks = cut_forward(self.runner, inputs, self.sites, self.gating)
         assert blocks.outputs is not None
         above = {
             site.name: self.gating.above(site, blocks.leaves[site.name].detach())
@@ -348,7 +348,7 @@ class _OneTask:
                     ),
                 )  # fmt: skip
             del blocks.returned[site.name], above[site.name]  # this block's graph may go
-            self.bar.update(1)
+            self.advance(1)
         self.cost["backward"] = max(self.cost["backward"], 1 + max(1, n_most))
         return gradients
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nad_attr.flow.result import OUTPUT, REST, TaskFlow
+from nad_attr.flow.links import OUTPUT, REST, TaskFlow
 
 __all__ = ["flow_picture"]
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from nad_attr._display import html_table
-from nad_attr.data.labels import Task
-from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.flow.cutting import cut_edges
+from nad_attr.flow.links import OUTPUT, REST, TaskFlow, kept_edges
 from nad_attr.sites.site import GateSite
 from nad_attr.stats.tables import pandas
 
@@ -22,82 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["OUTPUT", "REST", "InformationFlow", "Link", "TaskFlow"]
-
-#: The name of the task output as a site, and the number of "all other channels together".
-OUTPUT, REST = "output", -1
-
-
-@dataclass(frozen=True)
-class Link:
-    """The flow from the kept channels of one site to those of a site that reads it.
-
-    Attributes:
-        source_site: Where it comes from.
-        target_site: Where it goes, ``"output"`` for the task output.
-        sources: int64 (S,), kept channels of the first.
-        targets: int64 (R,), the receiving channels that are told apart; 0 for the output.
-        n_rest: How many more kept channels receive, all in the last column.
-        flow: float64 (S, R + 1), means over images.
-        strength: float64 (S, R + 1), means over images of the flow's absolute value.
-        straight: float64 (S, R + 1), the part that no operator mixed; NaN where that is unknown.
-        gradient: float64 (S, R + 1), means over images of the absolute derivative alone, summed
-            over positions: what the flow is without how much there is to flow.
-    """
-
-    source_site: str
-    target_site: str
-    sources: Tensor
-    targets: Tensor
-    n_rest: int
-    flow: Tensor
-    strength: Tensor
-    straight: Tensor
-    gradient: Tensor
-
-    @property
-    def numbers(self) -> list[int]:
-        """The receiving channels, column by column."""
-        return [*self.targets.tolist(), *([REST] if self.n_rest else [])]
-
-
-@dataclass(frozen=True)
-class TaskFlow:
-    """The flow of one task.
-
-    Attributes:
-        task: The class, or group of classes.
-        name: What it is called.
-        architecture: The sub-architecture that the images ran through.
-        links: In forward order.
-        effects: ``{site name: float64 (C,)}``, first-order effect of each channel on the task
-            output, found by a plain backward pass of the whole network.
-        n_images: How many images the means are over.
-    """
-
-    task: Task
-    name: str
-    architecture: SubArchitecture
-    links: tuple[Link, ...]
-    effects: dict[str, Tensor]
-    n_images: int
-
-    def outflow(self, site: str) -> Tensor:
-        """float64 (C,): all that leaves each channel of a site."""
-        total = torch.zeros_like(self.effects[site])
-        for link in self.links:
-            if link.source_site == site:
-                total[link.sources] += link.flow.sum(1)
-        return total
-
-    def inflow(self, site: str) -> tuple[Tensor, float]:
-        """float64 (C,): all that arrives at each channel, NaN where not told apart; the rest's."""
-        into = [link for link in self.links if link.target_site == site]
-        total = torch.full_like(self.effects[site], torch.nan)
-        if not into:
-            return torch.zeros_like(total), 0.0
-        total[into[0].targets] = sum(link.flow[:, :-1].sum(0) for link in into)
-        return total, float(sum(link.flow[:, -1].sum() for link in into))
+__all__ = ["InformationFlow", "stacked", "task_flows"]
 
 
 @dataclass(frozen=True)
@@ -224,8 +148,6 @@ class InformationFlow:
             KeyError: If there is no such task.
             ValueError: If there is no such edge.
         """
-        from nad_attr.flow.cutting import cut_edges
-
         flow = self._one(task)
         return cut_edges(model, flow.architecture, self.sites, self.links, self.pairs(edges, flow))
 
@@ -244,8 +166,6 @@ class InformationFlow:
             KeyError: If there is no such task.
             ValueError: If channels were not told apart as receivers, or there are not so many.
         """
-        from nad_attr.flow.edge_sets import kept_edges
-
         flow = self._one(task)
         return self.cut(model, kept_edges(flow, n, by=by).cut, flow.task)
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nad_attr.flow.result import OUTPUT, InformationFlow, TaskFlow, stacked, task_flows
+from nad_attr.flow.links import OUTPUT, TaskFlow
+from nad_attr.flow.result import InformationFlow, stacked, task_flows
 from nad_attr.stats.tables import pandas
 from nad_attr.system.rng import seed_of
 

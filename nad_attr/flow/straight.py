@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -33,7 +34,7 @@ def straight_flow(
     and weighted by their number; the quotient is the number, if there is one channel only.
 
     Args:
-        runner: The network.
+        runner: The network; no autocast is used, whose numbers are too coarse to count channels.
         inputs: A batch.
         sites: In forward order.
         gating: Of the sub-architecture.
@@ -45,7 +46,9 @@ def straight_flow(
         channel of the next site that each channel leads to, ``NONE`` or ``UNKNOWN``; float64 (C,).
     """
     by_name = {site.name: site for site in sites}
-    blocks = cut_forward(runner, inputs, sites, gating, straight=True)
+    exact = copy.copy(runner)
+    exact.amp = None
+    blocks = cut_forward(exact, inputs, sites, gating, straight=True)
     found: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     for name, sources in links.items():
         if name not in by_name or not sources or not blocks.returned[name].requires_grad:

@@ -22,8 +22,8 @@ from nad_attr.export.costs import latency
 from nad_attr.export.costs import summary as export_summary
 from nad_attr.export.exporting import cut
 from nad_attr.export.tracing import ExportError, traced
+from nad_attr.flow.links import TaskFlow
 from nad_attr.flow.measuring import information_flow
-from nad_attr.flow.result import TaskFlow
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import channel_shape, recorded

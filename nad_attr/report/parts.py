@@ -14,8 +14,9 @@ from nad_attr.evaluation.questions.error_study import ErrorStudy
 from nad_attr.evaluation.questions.mosaic_result import MosaicResult
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.evaluation.sweeps.curves import Curves
+from nad_attr.flow.links import TaskFlow
 from nad_attr.flow.picture import flow_picture
-from nad_attr.flow.result import InformationFlow, TaskFlow, task_flows
+from nad_attr.flow.result import InformationFlow, task_flows
 from nad_attr.gates.history import History
 from nad_attr.report.packing import plain
 from nad_attr.stats.tables import nan_mean

@@ -38,8 +38,8 @@ class RunOptions:
             float32.
         batch_size: Images in one pass of the network, at most; copies of an image and donors of an
             ablation count as images. "auto": as many as fit into memory, measured with the first
-            image (on a CPU or CUDA). None: 64; 32 for pictures and 16 for a dissection. It changes
-            memory and speed, not the results beyond the rounding of the arithmetic.
+            image (on a CPU or CUDA). None: 64; 32 for pictures, 16 for a dissection, 8 for a flow.
+            It changes memory and speed, not the results beyond the rounding of the arithmetic.
         memory_limit: Bytes, or a text such as "8GB": what "auto" may fill with a batch, and what
             the answers of sub-architectures may take that are kept at once (at least one's; the
             data are gone through several times if need be, with the same results). With both, the

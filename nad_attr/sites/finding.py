@@ -156,6 +156,7 @@ def site_links(
     sites: Sequence[GateSite],
     *,
     additional_forward_args: object = None,
+    forward_func: Callable[..., Any] | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """Which sites each site reads with no other site in between, for sites that are cuts.
 
@@ -164,6 +165,7 @@ def site_links(
         example_inputs: As for :func:`find_gate_sites`.
         sites: Sites that every path passes, or the cells of a network of cells.
         additional_forward_args: As for :func:`find_gate_sites`.
+        forward_func: As for :func:`find_gate_sites`.
 
     Returns:
         ``{site name: names of the sites that it reads}`` in forward order, and at the end
@@ -179,7 +181,7 @@ def site_links(
         {'1': (), '3': ('1',), 'output': ('3',)}
     """
     model = _checked_model(model)
-    flow, _ = _traced(model, _checked_inputs(example_inputs), additional_forward_args)
+    flow, _ = _traced(model, _checked_inputs(example_inputs), additional_forward_args, forward_func)
     cuts = flow.cut_points()
     cells = {call.output for call in _cells(flow, cuts, set())}
     nodes: dict[int, str] = {}

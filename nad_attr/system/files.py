@@ -37,6 +37,7 @@ _STARTS = {
     b"PK\x03\x04": "archive",
     b"PK\x05\x06": "archive",
     b"\x89PNG\r\n": "picture",
+    b"%PDF-": "picture",
 }
 
 
@@ -45,7 +46,7 @@ def what_is(path: str | PathLike[str]) -> str:
 
     Returns:
         "folder", "device" (also a pipe), "empty", "HDF5", "journal" (of a store), "archive" (zip:
-        NumPy's .npz, PyTorch's .pt), "picture" (PNG), "program" (Python), "text" or "data".
+        NumPy's .npz, PyTorch's .pt), "picture" (PNG, PDF), "program" (Python), "text" or "data".
 
     Raises:
         OSError: If there is nothing, or it cannot be read.
