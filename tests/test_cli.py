@@ -334,7 +334,7 @@ def test_export(here: Path) -> None:
 
 
 def test_export_a_smaller_network(here: Path) -> None:
-    text = succeeds("export", "gates.h5", "--task", "red", "--network", "red.pt2", "--pixels", 8)
+    text = succeeds("export", *MINE, "--task", "red", "--network", "red.pt2", "--pixels", 8)
     assert "parameters" in text
     assert "latency" in text
     assert "written: red.json, red.pt2" in text

@@ -480,7 +480,7 @@ def test_kinds_of_data(cnn: nn.Module, data: tuple[Tensor, Tensor]) -> None:
             iter([(data[0][:5], data[1][:5]), (data[0][5:], data[1][5:])]),
         ):
             assert_same(evaluate(cnn, gates, kind, batch_size=5), expected)
-    assert items.loaded == len(items), "each image is loaded once"
+    assert items.loaded == len(items) + 2, "each image is loaded once, and two for the checks"
 
 
 @pytest.mark.slow
@@ -494,15 +494,17 @@ def test_batch_size_does_not_matter(cnn: nn.Module, data, batch_size: int) -> No
     assert_same(found, evaluate(cnn, gates, data, n_random=2))
     assert max(batches) <= batch_size
     # One clean pass, one for each of three tasks and as many for each random draw; the
-    # multiply-adds are counted on one image.
-    assert sum(batches) == (1 + 3 * 3) * 11 + 1
+    # multiply-adds are counted on one image. The check runs two images twice and one alone.
+    n_checked = 2 if batch_size == 1 else 5
+    assert sum(batches) == n_checked + (1 + 3 * 3) * 11 + 1
 
 
 def test_packing_fills_batches(cnn: nn.Module, data) -> None:
     batches = []
     cnn.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     evaluate(cnn, task_gates(CNN_SITES), data, batch_size=16, n_random=0)
-    assert batches == [11, 16, 16, 1, 1]
+    # The check of the outputs first: two images twice, and one of them alone.
+    assert batches == [2, 2, 1, 11, 16, 16, 1, 1]
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def image_like(opened: Opened, pixels: int) -> Tensor:
     from PIL import Image
 
     made = opened.transform.function(Image.new("RGB", (pixels, pixels)))
-    return torch.as_tensor(made)[None]
+    return torch.as_tensor(made, device="cpu")[None]
 
 
 def write_network(
@@ -78,13 +78,7 @@ def write_network(
     merge_bn: bool,
     quiet: bool,
 ) -> Summary:
-    """Write the network of the one task there is, and say what it costs.
-
-    Raises:
-        UsageError: If there are several tasks.
-    """
-    if len(learned) != 1:
-        raise UsageError(f"--network writes one class's network, and {len(learned)} are chosen.")
+    """Write the network of the one task there is, and say what it costs."""
     if opened.loaded.weights is not None:
         check_apart(path, Path(opened.loaded.weights), "holds the network's weights")
     arch = learned.sub_architecture(learned.tasks[0], size)

@@ -232,6 +232,10 @@ def export(
         with GateStore.open(gates) as store:
             learned = store.read(chosen_tasks(store, tasks))
             provenance = dict(store.provenance)
+        if network is not None and len(learned) != 1:
+            raise UsageError(
+                f"--network writes one class's network, and {len(learned)} are chosen."
+            )
         if csv_file is not None:
             with _written(csv_file) as file:
                 count = _csv(learned, size, kept_only, file)

@@ -145,7 +145,8 @@ def evaluate(
         additional_forward_args: In place of that field of ``run``.
         show_progress: In place of that field of ``run``.
         checks: What to do if an image's outputs depend on chance or on the other images of its
-            batch, which two images show: "refuse", "warn", or "off" for no check.
+            batch, which two images show: "refuse", "warn", or "off" for no check. With a
+            ``batch_size`` of one there is no other image, and one shows it.
 
     Returns:
         The measures. A task without own images in the data gets NaN and a warning.
@@ -205,7 +206,8 @@ def evaluate(
             f"{tasks_in(source.labels)[:10]}."
         )
     if checks != "off":
-        numbers = [[0, len(source.labels) - 1]]
+        # No batch is larger than the user allows.
+        numbers = [[0, len(source.labels) - 1][: 1 if runner.options.batch_size == 1 else 2]]
         images = next(iter(runner.draw(source, numbers)))
         half = runner.amp is not None or any(
             p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()

@@ -455,7 +455,7 @@ def answers(
         clean_class, gated_class = clean_class.fill_(-1), gated_class.fill_(-1)
         clean_margin = clean - says_yes
         at = torch.zeros_like(column_of) if own_only else column_of
-        gated_margin = gated[torch.arange(n_rows), :, at.cpu()] - says_yes
+        gated_margin = gated[torch.arange(n_rows, device="cpu"), :, at.cpu()] - says_yes
     return Responses(
         labels=labels,
         tasks=tasks,

@@ -49,7 +49,10 @@ def united(archs: Mapping[Task, SubArchitecture]) -> SubArchitecture:
         return union
     means = {
         site.name: torch.stack(
-            [torch.zeros(site.n_channels) if h is None else h[site.name].float() for h in held]
+            [
+                torch.zeros(site.n_channels, device="cpu") if h is None else h[site.name].float()
+                for h in held
+            ]
         ).mean(0)
         for site in union.sites
     }
@@ -207,12 +210,12 @@ def _summary(parts: list[fx.GraphModule], columns: tuple[int, ...]) -> Summary:
 def _of_tasks(
     images: Tensor, labels: Tensor, groups: list[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor]:
-    labels = torch.as_tensor(labels)
+    labels = torch.as_tensor(labels, device="cpu")
     if len(images) != len(labels):
         raise ValueError(f"there are {len(images)} images and {len(labels)} labels.")
-    targets = torch.full((len(labels),), -1)
+    targets = torch.full((len(labels),), -1, device="cpu")
     for i, group in enumerate(groups):
-        of_group = torch.isin(labels.cpu(), torch.tensor(group))
+        of_group = torch.isin(labels, torch.tensor(group, device="cpu"))
         if not bool(of_group.any()):
             raise ValueError(f"there is no image of task {group} to calibrate its output on.")
         targets[of_group] = i
@@ -222,8 +225,8 @@ def _of_tasks(
 
 def _calibrated(logits: Tensor, targets: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """A positive scale and a shift for each output, by cross-entropy."""
-    log_scale = torch.zeros(n, dtype=torch.float64, requires_grad=True)
-    shift = torch.zeros(n, dtype=torch.float64, requires_grad=True)
+    log_scale = torch.zeros(n, dtype=torch.float64, device="cpu", requires_grad=True)
+    shift = torch.zeros(n, dtype=torch.float64, device="cpu", requires_grad=True)
     weight = 1.0 / torch.bincount(targets, minlength=n).double()
     optimiser = torch.optim.LBFGS([log_scale, shift], max_iter=200, line_search_fn="strong_wolfe")
 

@@ -90,7 +90,7 @@ def cut(
         merge_batchnorm(network)
     _, sites, means = arch._gating(None)
     constants = [
-        torch.zeros(site.n_channels, dtype=torch.float64)
+        torch.zeros(site.n_channels, dtype=torch.float64, device="cpu")
         if means is None
         else means[site.name].detach().cpu().double()
         for site in sites
@@ -117,7 +117,9 @@ def _compared(
     for x in inputs:
         images = x[:1].expand(n, *x.shape[1:]).detach().clone()
         if images.is_floating_point():
-            noise = torch.randn(images.shape, generator=generator, dtype=torch.float32)
+            noise = torch.randn(
+                images.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             images += noise.to(images.dtype).to(images.device)
         given.append(images)
     model = unwrap(model)

@@ -132,7 +132,7 @@ def forget(
         )
     if data is None:
         return Forgotten(gates.tasks[row], rest, n_closed)
-    images, labels = data[0], torch.as_tensor(data[1]).cpu()
+    images, labels = data[0], torch.as_tensor(data[1], device="cpu")
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"there are {len(images)} images and {len(labels)} labels.")
     right = _right(model, images, labels, batch_size)

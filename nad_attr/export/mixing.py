@@ -36,7 +36,7 @@ class Mixing:
         if value.axis != axis:  # nothing is constant, or not on this axis
             if value.partial or (value.axis is not None and op_name(node) == "linear"):
                 return None
-            return Value(axis, torch.ones(plan.shape(node)[axis], dtype=torch.bool))
+            return Value(axis, torch.ones(plan.shape(node)[axis], dtype=torch.bool, device="cpu"))
         assert value.varying is not None
         live = (weight[:, value.varying] != 0).flatten(1).any(1)
         if value.columns is not None:
@@ -99,7 +99,7 @@ def _of_columns(weight: Tensor, columns: Tensor) -> Tensor:
 
 
 def _mask(channels: list[int], n: int) -> Tensor:
-    mask = torch.zeros(n, dtype=torch.bool)
+    mask = torch.zeros(n, dtype=torch.bool, device="cpu")
     mask[channels] = True
     return mask
 
@@ -121,7 +121,7 @@ def _with_offset(
     if offset is None:
         bias = None if bias_node is None else out.sliced(bias_node, {0: channels})
     else:
-        rest = offset.index_select(axis, torch.tensor(channels, dtype=torch.long))
+        rest = offset.index_select(axis, torch.tensor(channels, dtype=torch.long, device="cpu"))
         if squeezed(rest, axis).numel() > len(channels):
             border = out.filled(node, rest, axis, exact=False, name="border")
         elif bias_node is not None or bool(rest.any()):
@@ -151,7 +151,7 @@ class Depthwise:
         if value.axis != 1 or value.varying is None:
             if value.partial:
                 return None
-            return Value(1, torch.ones(plan.shape(node)[1], dtype=torch.bool))
+            return Value(1, torch.ones(plan.shape(node)[1], dtype=torch.bool, device="cpu"))
         live = (self._reads(plan, node) & value.varying).any(1)
         known = None
         if value.partial or not bool(live.all()):
@@ -165,10 +165,10 @@ class Depthwise:
         weight = _weight(plan, node)
         groups = bound(node)["groups"]
         n_out, n_in = len(weight), weight.shape[1]
-        reads = torch.zeros(n_out, groups * n_in, dtype=torch.bool)
-        start = torch.arange(n_out) // (n_out // groups) * n_in
+        reads = torch.zeros(n_out, groups * n_in, dtype=torch.bool, device="cpu")
+        start = torch.arange(n_out, device="cpu") // (n_out // groups) * n_in
         used = (weight != 0).flatten(2).any(2)
-        return reads.scatter(1, start[:, None] + torch.arange(n_in), used)
+        return reads.scatter(1, start[:, None] + torch.arange(n_in, device="cpu"), used)
 
     def backward(
         self, plan: Plan, node: fx.Node, need: Tensor | None
@@ -183,7 +183,9 @@ class Depthwise:
         value, weight = plan.seen(x), _weight(plan, node)
         groups, n_in = bound(node)["groups"], weight.shape[1]
         per_group = len(weight) // groups
-        varying = torch.ones(groups * n_in) if value.varying is None else value.varying
+        varying = (
+            torch.ones(groups * n_in, device="cpu") if value.varying is None else value.varying
+        )
         reads = self._reads(plan, node)
         outs: dict[int, list[int]] = {}
         for channel in channels:
@@ -195,7 +197,9 @@ class Depthwise:
         wide_in, wide_out = max(map(len, ins.values())), max(map(len, outs.values()))
         # Groups of unequal numbers are filled up: any channel, at weight zero.
         inputs, rows = [], []
-        cut = torch.zeros(len(outs) * wide_out, wide_in, *weight.shape[2:], dtype=weight.dtype)
+        cut = torch.zeros(
+            len(outs) * wide_out, wide_in, *weight.shape[2:], dtype=weight.dtype, device="cpu"
+        )
         for i, group in enumerate(outs):
             inputs += ins[group] + ins[group][:1] * (wide_in - len(ins[group]))
             rows += [i * wide_out + j for j in range(len(outs[group]))]
@@ -225,7 +229,7 @@ class Depthwise:
         if rest is None and bound(node)["bias"] is not None:
             rest = plan.known(bound(node)["bias"]).view(1, -1, *[1] * (weight.dim() - 2))
         if rest is not None:
-            rest = rest.index_select(1, torch.tensor(channels, dtype=torch.long))
+            rest = rest.index_select(1, torch.tensor(channels, dtype=torch.long, device="cpu"))
             border = out.filled(node, rest, 1, exact=False, name="border")
             done = out.call(node, aten.add.Tensor, (done, border))
         return out.carried(done, channels)
@@ -256,12 +260,14 @@ class LayerNorm:
         scale, shift = (None if p is None else plan.known(p) for p in parameters)
         closed = ~value.varying
         centred = c - c.mean()
-        columns = torch.zeros(len(closed), 1 + bool(centred.any()), dtype=torch.float64)
+        columns = torch.zeros(
+            len(closed), 1 + bool(centred.any()), dtype=torch.float64, device="cpu"
+        )
         columns[closed, 0] = 1.0
         columns[closed, 1:] = centred[:, None]
         if scale is not None:
             columns *= scale[:, None]
-        known = torch.zeros(len(closed), dtype=torch.float64)
+        known = torch.zeros(len(closed), dtype=torch.float64, device="cpu")
         if shift is not None:
             known[closed] = shift[closed]
         plan.constants_of_norms[node] = c

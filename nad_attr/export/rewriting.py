@@ -136,7 +136,9 @@ class Writer:
             known = self.plan.known(node)
             for axis, index in cut.items():
                 if known.shape[axis] > 1:
-                    known = known.index_select(axis, torch.tensor(index, dtype=torch.long))
+                    known = known.index_select(
+                        axis, torch.tensor(index, dtype=torch.long, device="cpu")
+                    )
             return self.made(node, known, cut)
         tensor = self.plan.network.tensors[str(node.target)].detach()
         cut = {
@@ -168,7 +170,9 @@ class Writer:
             if dim != axis and known.shape[dim] > 3:
                 first, index = _distinct(known.movedim(dim, 0))
                 if 2 * len(first) <= known.shape[dim]:
-                    known = known.index_select(dim, torch.tensor(first, dtype=torch.long))
+                    known = known.index_select(
+                        dim, torch.tensor(first, dtype=torch.long, device="cpu")
+                    )
                     repeats[dim] = index
         like = node.meta["val"]
         name = f"{node.meta['module'] or node.name}.{name}"
@@ -233,7 +237,7 @@ class Writer:
             return self.sliced(node, {axis: channels})  # type: ignore[no-any-return]
         known = self.plan.known(node)
         if channels is not None and axis is not None:
-            known = known.index_select(axis, torch.tensor(channels, dtype=torch.long))
+            known = known.index_select(axis, torch.tensor(channels, dtype=torch.long, device="cpu"))
         return self.filled(node, known, axis, exact)
 
     def filled(
@@ -314,7 +318,9 @@ class Writer:
         value = self.plan.values[node]
         assert value.axis is not None
         assert value.known is not None
-        known = value.known.index_select(value.axis, torch.tensor(channels, dtype=torch.long))
+        known = value.known.index_select(
+            value.axis, torch.tensor(channels, dtype=torch.long, device="cpu")
+        )
         if value.columns is None:
             return self.filled(node, known, value.axis, exact=True)
         of_columns = value.columns[channels]

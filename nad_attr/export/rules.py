@@ -118,7 +118,7 @@ class Channelwise:
         _, order = _axis_after(plan, node, axis)  # type: ignore[misc]
         if order is None:
             return {x: need}
-        of_input = torch.zeros(plan.shape(x)[axis], dtype=torch.bool)
+        of_input = torch.zeros(plan.shape(x)[axis], dtype=torch.bool, device="cpu")
         of_input[order[need]] = True
         return {x: of_input}
 
@@ -134,7 +134,7 @@ class Channelwise:
         if order is not None:
             wanted = sorted(set(order[channels].tolist()))
             made = (
-                torch.isin(order, torch.tensor(wanted, dtype=torch.long))
+                torch.isin(order, torch.tensor(wanted, dtype=torch.long, device="cpu"))
                 .nonzero()
                 .flatten()
                 .tolist()
@@ -274,7 +274,7 @@ def _reshaped(plan: Plan, x: fx.Node, node: fx.Node, axis: int) -> tuple[int, Te
         return None
     # Channels and positions become one axis.
     shape = [old[d] if d == axis else 1 for d in wide_old]
-    index = torch.arange(old[axis]).view(shape).expand([old[d] for d in wide_old])
+    index = torch.arange(old[axis], device="cpu").view(shape).expand([old[d] for d in wide_old])
     return wide_new[0], index.flatten()
 
 
@@ -291,7 +291,7 @@ class Elementwise:
         joined = op_name(node) in ("cat", "stack")
         if joined and (op_name(node) == "stack" or bound(node)["dim"] % len(after) == axis):
             return None
-        varying = torch.zeros(after[axis], dtype=torch.bool)
+        varying = torch.zeros(after[axis], dtype=torch.bool, device="cpu")
         zero = varying.clone()
         for n in inputs:
             value, own = values[n], _own_axis(plan, n, axis, len(after))
@@ -385,7 +385,7 @@ class Side:
             if value.partial and value.axis != axis:
                 return None
             own = value.varying if value.axis == axis else None
-            all_of_it = torch.full((count,), not value.constant)
+            all_of_it = torch.full((count,), not value.constant, device="cpu")
             varying.append(all_of_it if own is None or value.constant else own)
             known.append(plan.known(x))  # type: ignore[arg-type]
         joined = torch.cat(varying)
@@ -415,7 +415,7 @@ class Side:
 
     def emit(self, out: Any, node: fx.Node, channels: list[int] | None) -> Any:
         axis = out.plan.values[node].axis
-        need = torch.zeros(out.plan.shape(node)[axis], dtype=torch.bool)
+        need = torch.zeros(out.plan.shape(node)[axis], dtype=torch.bool, device="cpu")
         need[channels] = True
         parts = [
             out.get(x, part.nonzero().flatten().tolist(), axis=axis, exact=True)
@@ -444,7 +444,7 @@ class Chosen:
         self, plan: Plan, node: fx.Node, need: Tensor | None
     ) -> Mapping[fx.Node, Tensor | None]:
         x: Any = node.args[0]
-        of_input = torch.zeros(plan.shape(x)[plan.values[x].axis], dtype=torch.bool)  # type: ignore[index]
+        of_input = torch.zeros(plan.shape(x)[plan.values[x].axis], dtype=torch.bool, device="cpu")  # type: ignore[index]
         of_input[self._order(plan, node)[need]] = True  # type: ignore[index]
         return {x: of_input}
 
@@ -461,7 +461,7 @@ class Chosen:
         shape = plan.shape(x)
         if axis is None or given["dim"] % len(shape) != axis:
             return None
-        every = torch.arange(shape[axis])
+        every = torch.arange(shape[axis], device="cpu")
         if op_name(node) == "index_select":
             index = given["index"]
             return plan.known(index) if plan.values[index].static else None

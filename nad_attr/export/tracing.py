@@ -353,7 +353,7 @@ def _shuffle(network: Graph, node: fx.Node) -> None:
         *range(3, n + 1),
     ]:
         return
-    order = torch.arange(before[1]).view(wide[1], wide[2]).t().flatten()
+    order = torch.arange(before[1], device="cpu").view(wide[1], wide[2]).t().flatten()
     name = f"{node.name}_order"
     network.tensors[name] = order
     with node.graph.inserting_before(node):

@@ -191,7 +191,7 @@ class Plan:
         if value.known is not None:
             return value.known
         if not value.constant:
-            return torch.zeros(self.shape(node), dtype=_fine(node.meta["val"].dtype))
+            return torch.zeros(self.shape(node), dtype=_fine(node.meta["val"].dtype), device="cpu")
         if node.op == "get_attr":  # not kept: these are all of the weights
             tensor = self.network.tensors[str(node.target)].detach().cpu()
             return tensor.to(_fine(tensor.dtype))

@@ -470,7 +470,8 @@ class QuadraticModel:
         gradients = self.gradients.gather(2, over_images)
         products = gradients.mT @ (gradients * self._share[:, :, None])
         alone = self.cost(opening=False).gather(1, chosen)
-        charge = 1 + self.trust + torch.as_tensor(self.shrink).to(products)[..., None]
+        shrink = torch.as_tensor(self.shrink, device=products.device).to(products)[..., None]
+        charge = 1 + self.trust + shrink
         joint = alone[:, :, None] + alone[:, None, :] + 2 * charge * products
         joint.diagonal(dim1=1, dim2=2).fill_(math.inf)
         cost, at = joint.flatten(1).min(dim=1)
