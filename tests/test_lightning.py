@@ -149,30 +149,60 @@ def test_missing_lightning_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         LearnSubArchitectures()
 
 
-UNSUITABLE: dict[str, tuple[int, Any, str]] = {
-    "multi-label": (3, F.one_hot(torch.arange(12) % 3, 3).float(), "class indices"),
-    "regression": (1, torch.rand(12, 1), "class indices"),
-    "one logit": (1, torch.arange(12) % 2, "label 1, but the network has 1 outputs"),
+SEVERAL = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 1]]).repeat(4, 1)
+PAPER = Recipe.paper("vgg16")
+UNSUITABLE: dict[str, tuple[int, Any, Recipe, str]] = {
+    "too many classes": (2, torch.arange(12) % 3, RECIPE, "a label 2, but the network has 2 outp"),
+    "one logit": (1, torch.arange(12) % 3, RECIPE, "a label 2, but the network has one output"),
+    "multi-label": (2, SEVERAL.float(), RECIPE, "each image has 3 labels"),
+    "counts": (3, 2 * SEVERAL, RECIPE, "0, 1 or -1"),
+    "infinite targets": (1, torch.full((12, 1), torch.inf), RECIPE, "finite"),
+    "several, the paper's way": (3, SEVERAL.float(), PAPER, "cross-entropy.*Recipe\\(\\)"),
 }
 
 
-@pytest.mark.parametrize("kind", UNSUITABLE)
-def test_unsuitable_labels_come_to_light_before_the_first_step(kind: str, tmp_path: Path) -> None:
-    k, labels, message = UNSUITABLE[kind]
-    model, steps = module(), []
-    model.net[0].linear = nn.Linear(8, k)
-    model.training_step = lambda *_: steps.append(1)
+def fit_with(labels: Tensor, n_outputs: int, recipe: Recipe, folder: Path, step: Any) -> Any:
+    """Train on these labels; the callback. The same images are held out."""
+    model = module()
+    model.net[0].linear = nn.Linear(8, n_outputs)
+    model.training_step = step
+    model.validation_step = lambda *_: None
+    callback = LearnSubArchitectures(recipe=recipe, network="net", path=False)
     trainer = lightning.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
-        callbacks=[LearnSubArchitectures(recipe=RECIPE, network="net", path=False)],
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
+        callbacks=[callback], num_sanity_val_steps=0,
     )  # fmt: skip
     data = DataLoader(TensorDataset(helpers.images(12).float(), labels), batch_size=4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match=f"own training images at the end.*{message}"):
-            trainer.fit(model, data)
+        trainer.fit(model, data, data)
+    return model, data, callback
+
+
+@pytest.mark.parametrize("kind", UNSUITABLE)
+def test_unsuitable_labels_come_to_light_before_the_first_step(kind: str, tmp_path: Path) -> None:
+    k, labels, recipe, message = UNSUITABLE[kind]
+    steps: list[int] = []
+    with pytest.raises(ValueError, match=f"own training images at the end.*{message}"):
+        fit_with(labels, k, recipe, tmp_path, lambda *_: steps.append(1))
     assert not steps
+
+
+@pytest.mark.parametrize(
+    ("n_outputs", "labels"),
+    [(3, SEVERAL.float()), (1, torch.arange(12) % 2), (1, torch.linspace(-1, 1, 12)[:, None])],
+    ids=["several labels", "one logit", "regression"],
+)
+def test_labels_of_every_kind(n_outputs: int, labels: Tensor, tmp_path: Path) -> None:
+    model, data, callback = fit_with(labels, n_outputs, RECIPE, tmp_path, lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert callback.gates == learn_gates(model.net.eval(), data, recipe=RECIPE)
+    assert callback.gates.tasks == tuple(range(n_outputs))
+    metrics = callback.metrics()
+    assert metrics["nad/own_auc"] == callback.evaluation.mean("own_auc")
+    assert all(value == value for value in metrics.values())
 
 
 def _one_of_two(rank: int, folder: str, fails: bool) -> None:

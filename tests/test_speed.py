@@ -140,10 +140,16 @@ def _wide() -> nn.Sequential:
 @contextlib.contextmanager
 def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Learn without what was written for speed."""
-    from nad_attr.gating.hooks import multiply
+    from nad_attr.gating.hooks import expand, multiply
+
+    def plain(
+        site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None, shift: Tensor | None = None
+    ) -> Tensor:
+        gated = multiply(site, tensor, gate, mean)
+        return gated if shift is None else gated + expand(shift, site, tensor).to(tensor.dtype)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "multiply_learned", multiply)
+        patch.setattr(engine, "multiply_learned", plain)
         patch.setattr(Network, "lean", lambda self: contextlib.nullcontext())
         patch.setattr(Network, "lighten", lambda self, inputs: None)
         patch.setattr(selection, "lowest", lambda cost, n: cost.argsort(dim=1, stable=True)[:, :n])
@@ -178,9 +184,9 @@ def test_bfloat16_gates_are_those_of_the_plain_step(
         model, x = _wide().eval(), torch.randn(24, 3, 8, 8)
     data = x, torch.arange(24) % 3
     recipe = Recipe(size=0.6, ablation=ablation, steps=10, images_per_step=6)
-    found = learn_gates(model, data, [1], recipe, amp=True)
+    found = learn_gates(model, data, [1], recipe, run=RunOptions(amp=True))
     with _plainly(monkeypatch):
-        expected = learn_gates(model, data, [1], recipe, amp=True)
+        expected = learn_gates(model, data, [1], recipe, run=RunOptions(amp=True))
     assert all(torch.equal(found[s.name], expected[s.name]) for s in found.sites)
 
 

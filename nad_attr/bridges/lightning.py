@@ -19,6 +19,7 @@ from nad_attr.evaluation import Evaluation, evaluate
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.api import learn_gates
+from nad_attr.learning.session import check_recipe
 from nad_attr.running.forward import Runner, check_classes
 from nad_attr.running.options import RunOptions, as_options
 
@@ -59,7 +60,8 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
 
     A Lightning callback (``lightning`` or ``pytorch_lightning``). On the first process alone, while
     the others wait, and fail with it if it fails. A few images and labels are tried before the
-    first training step, unless they come from a stream. The module's weights, flags and hooks are
+    first training step, unless they come from a stream. Labels are class indices, several labels
+    an image, or targets; see :class:`nad_attr.Labels`. The module's weights, flags and hooks are
     as before afterwards. The logged numbers are means over tasks on held-out images:
     ``nad/own_auc``, ``nad/fidelity``, ``nad/recall``, ``nad/fpr`` and so on, the random channels'
     own AUC and fidelity beside them (``nad/random/own_auc``), and each task's own AUC
@@ -154,19 +156,21 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
                 if some is None:
                     continue
                 try:
-                    source = as_source(some)
-                    draws = [(number, 0) for number in range(len(source.labels))]
-                    inputs = next(iter(source.batches([draws])))
+                    source = as_source(some, any_labels=True)
                     runner = Runner(model, replace(self.run, forward_func=forward_func))
-                    outputs = runner(runner.to_device(inputs))
-                    check_classes(source.labels, [0], outputs.shape[1])
+                    runner.fit(source)
+                    if self.recipe is not None:
+                        check_recipe(self.recipe, source.labels)
+                    (inputs,) = runner.draw(source, [list(range(len(source.labels)))])
+                    check_classes(source.labels, [0], runner(inputs).shape[1])
                 except (TypeError, ValueError) as error:
                     where = "the trainer's own" if getattr(self, what) is None else f"{what}="
                     raise ValueError(
                         f"LearnSubArchitectures cannot use {where} "
                         f"{'training' if what == 'data' else 'validation'} images at the end of "
-                        f"this training: {error} Give it {what}= with class indices as labels, "
-                        "network= the classifier, or forward_func=; nothing has been trained yet."
+                        f"this training: {error} Give it {what}= with other images or "
+                        "labels, network= the classifier, or forward_func=; nothing has been "
+                        "trained yet."
                     ) from error
 
     def _given(self, trainer: Any, pl_module: Any) -> tuple[nn.Module, Any, Data, Data | None]:

@@ -28,7 +28,7 @@ def all_rules() -> dict[str, list[Any]]:
     return table
 
 
-@dataclass
+@dataclass(eq=False)
 class Carried:
     """A tensor in the smaller network: these channels, then the columns."""
 
@@ -36,7 +36,7 @@ class Carried:
     channels: list[int] | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Writer:
     """Writes the operators of a smaller network.
 

@@ -48,7 +48,7 @@ class ExportError(RuntimeError):
     """A network could not be written as a smaller one; the message says why and what to do."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Graph:
     """A network as a graph of operators.
 

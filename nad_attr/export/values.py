@@ -23,7 +23,7 @@ __all__ = ["Plan", "Rule", "Value", "same"]
 _ROUNDING = 1e-13
 
 
-@dataclass
+@dataclass(eq=False)
 class Value:
     """One tensor.
 
@@ -81,7 +81,7 @@ def squeezed(known: Tensor, axis: int | None = None) -> Tensor:
     return known
 
 
-@dataclass
+@dataclass(eq=False)
 class Plan:
     """Which channels of which tensor are computed, and what the others hold.
 

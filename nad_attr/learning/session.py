@@ -209,11 +209,7 @@ class Session:
             with suppress(TypeError, ValueError, RuntimeError):  # said below, when sites are known
                 self.network.fit(self.source)
             labels = self.source.labels
-            if isinstance(self.recipe, PaperRecipe) and labels.ndim == 2:
-                raise ValueError(
-                    "the paper's recipe learns from the cross-entropy of classes; for one output, "
-                    "several labels an image or targets use the default, Recipe()."
-                )
+            check_recipe(self.recipe, labels)
             self.tasks, self.names = _tasks(tasks, labels)
             _check_images(self.tasks, labels, self.recipe)
             example = next(iter(self.source.batches([[(0, 0), (len(labels) - 1, 0)]])))
@@ -511,6 +507,19 @@ def _check_batch(run: RunOptions, recipe: Recipe) -> None:
         raise ValueError(
             "batch_size='auto' is for the default recipe; give a number for the paper's, whose "
             f"steps take {recipe.images_per_step} images of each task."
+        )
+
+
+def check_recipe(recipe: Recipe, labels: Tensor) -> None:
+    """Refuse labels that the recipe does not learn from.
+
+    Raises:
+        ValueError: Says which recipe does.
+    """
+    if isinstance(recipe, PaperRecipe) and labels.ndim == 2:
+        raise ValueError(
+            "the paper's recipe learns from the cross-entropy of classes; for one output, several "
+            "labels an image or targets use the default, Recipe()."
         )
 
 
