@@ -503,8 +503,8 @@ cases(
             ValueError,
             "means of 'relu1'",
         ),
-        "means per image": (
-            lambda c: run_mapping(c, means={**c.one, "relu1": torch.ones(6, 6)}),
+        "means of other images": (
+            lambda c: run_mapping(c, means={**c.one, "relu1": torch.ones(5, 5, 6)}),
             ValueError,
             "means of 'relu1'",
         ),
@@ -968,7 +968,7 @@ cases(
         "size is text": (lambda c: Recipe(size="0.5"), ValueError, "size.*'0.5'"),
         "size is a flag": (lambda c: Recipe(size=True), ValueError, "size.*True"),
         "size is None": (lambda c: Recipe(size=None), ValueError, "size.*None"),
-        "unknown ablation": (lambda c: Recipe(ablation="noise"), ValueError, "'mean' or 'zero'"),
+        "unknown ablation": (lambda c: Recipe(ablation="noise"), ValueError, "'mean', 'zero'"),
         "ablation is a list": (lambda c: Recipe(ablation=["mean"]), ValueError, "ablation"),
         "no steps": (lambda c: Recipe(steps=0), ValueError, "steps.*0"),
         "half a step": (lambda c: Recipe(steps=1.5), ValueError, "steps.*1.5"),

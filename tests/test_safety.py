@@ -545,7 +545,7 @@ def test_virelay_keeps_the_earlier_project_if_a_move_fails(
     def export(**options: Any) -> None:
         data = torch.rand(8, 3, 8, 8), torch.arange(8) % 2
         virelay.export_virelay(
-            archs, data, tmp_path / "p", model=net, embeddings=["pca"], n_clusters=[], **options
+            net, archs, data, tmp_path / "p", embeddings=["pca"], n_clusters=[], **options
         )
 
     export()
@@ -576,10 +576,10 @@ def test_virelay_keeps_the_earlier_project_if_a_move_fails(
     os.link(tmp_path / "g.h5", tmp_path / "p" / "dataset.h5")
     with pytest.raises(FileExistsError, match="file of the gates"):
         virelay.export_virelay(
+            net,
             tmp_path / "g.h5",
             (torch.rand(8, 3, 8, 8), torch.arange(8) % 2),
             tmp_path / "p",
-            model=net,
             overwrite=True,
         )
 

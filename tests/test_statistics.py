@@ -552,7 +552,7 @@ def test_missing_extras_are_named(monkeypatch):
     table = Comparison.of([mann_whitney(kept, values, n_permutations=9)])
     for module in ("pandas", "nltk.corpus"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"pandas: pip install 'nad-attr\[stats\]'"):
+    with pytest.raises(ImportError, match=r"pandas: pip install 'nad-attr\[plot\]'"):
         table.frame()
     with pytest.raises(ImportError, match="pip install nltk"):
         wordnet_similarity(["dog"])

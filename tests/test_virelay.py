@@ -68,10 +68,10 @@ def test_files_hold_what_they_should(
     images, labels = data
     with helpers.assert_model_untouched(tiny_cnn, images, labels):
         path = export_virelay(
+            tiny_cnn,
             gates,
             data,
             tmp_path / "project",
-            model=tiny_cnn,
             to_pixels=lambda x: (x + 4) / 8,
             run=RunOptions(batch_size=4),
             n_clusters=(2, 3),
@@ -126,10 +126,10 @@ def test_opened_by_virelay(
     virelay = pytest.importorskip("virelay.model")
     images, labels = data
     path = export_virelay(
+        tiny_cnn,
         gates,
         data,
         tmp_path,
-        model=tiny_cnn,
         project_name='a: name # with \\ "signs"',
         to_pixels=lambda x: (x + 4) / 8,
     )
@@ -179,7 +179,7 @@ def test_served_by_virelay(
     """What the browser asks for, answered by ViRelAy's own server."""
     model = pytest.importorskip("virelay.model")
     server = pytest.importorskip("virelay.server")
-    path = export_virelay(gates, data, tmp_path, model=tiny_cnn)
+    path = export_virelay(tiny_cnn, gates, data, tmp_path)
     workspace = model.Workspace()
     workspace.add_project(str(path))
     try:
@@ -225,11 +225,11 @@ def test_store_path_and_sub_architectures_give_the_same(
     }
     found = {}
     for name, kind in kinds.items():
-        export_virelay(kind, data, tmp_path / name, model=tiny_cnn, embeddings=["pca"])
+        export_virelay(tiny_cnn, kind, data, tmp_path / name, embeddings=["pca"])
         with h5py.File(tmp_path / name / "attribution.h5") as file:
             found[name] = file["attribution"][:]
     with GateStore.open(tmp_path / "gates.h5") as store:
-        export_virelay(store, data, tmp_path / "store", model=tiny_cnn, embeddings=["pca"])
+        export_virelay(tiny_cnn, store, data, tmp_path / "store", embeddings=["pca"])
     with h5py.File(tmp_path / "store" / "attribution.h5") as file:
         found["store"] = file["attribution"][:]
     for array in found.values():
@@ -242,7 +242,7 @@ def test_batch_size_changes_nothing_that_counts(
     contents = []
     for batch_size in (2, 32):
         folder = tmp_path / str(batch_size)
-        export_virelay(gates, data, folder, model=tiny_cnn, run=RunOptions(batch_size=batch_size))
+        export_virelay(tiny_cnn, gates, data, folder, run=RunOptions(batch_size=batch_size))
         found = {}
         for path in sorted(folder.glob("*.h5")):
             with h5py.File(path) as file:
@@ -281,10 +281,10 @@ def test_nothing_is_left_behind_by_a_method_that_fails(
         pytest.raises(RuntimeError, match="stop"),
     ):
         export_virelay(
+            tiny_cnn,
             gates,
             data,
             tmp_path / "new",
-            model=tiny_cnn,
             method=leaves_traces,
             run=RunOptions(batch_size=5),
         )
@@ -304,10 +304,10 @@ def test_other_heat_maps_and_many_channels(tmp_path: Path) -> None:
     ]
     images, labels = torch.randn(6, 5, 8, 8, generator=torch_rng), torch.arange(6) % 2
     with pytest.raises(ValueError, match="to_pixels"):
-        export_virelay(archs, (images, labels), tmp_path / "a", model=net)
+        export_virelay(net, archs, (images, labels), tmp_path / "a")
     assert not (tmp_path / "a").exists()
     path = export_virelay(
-        archs, (images, labels), tmp_path / "a", model=net, to_pixels=lambda x: x[:, :3]
+        net, archs, (images, labels), tmp_path / "a", to_pixels=lambda x: x[:, :3]
     )
     with h5py.File(path.parent / "attribution.h5") as file:
         assert file["attribution"].shape == (6, 1, 8, 8)
@@ -315,14 +315,12 @@ def test_other_heat_maps_and_many_channels(tmp_path: Path) -> None:
     with h5py.File(path.parent / "analysis_activations.h5") as file:
         assert list(file) == ["all classes"]
     with pytest.raises(FileExistsError, match="overwrite"):
-        export_virelay(
-            archs, (images, labels), tmp_path / "a", model=net, to_pixels=lambda x: x[:, :3]
-        )
+        export_virelay(net, archs, (images, labels), tmp_path / "a", to_pixels=lambda x: x[:, :3])
     export_virelay(
+        net,
         archs,
         (images[:2], labels[:2]),
         tmp_path / "a",
-        model=net,
         method=lambda model, x, target: x.sum(1) + 0 * model(x).sum(),
         method_name="sum",
         to_pixels=lambda x: x[:, :1],
@@ -351,7 +349,7 @@ def test_other_heat_maps_and_many_channels(tmp_path: Path) -> None:
         ({"method": lambda m, x, target: x * m(x).sum() / 0}, ValueError, "NaN"),
         ({"method": lambda model, x, target: model(x).tolist()}, TypeError, "no tensor"),
         ({"method": lambda model, x, target: x}, GatingError, "did not fire"),
-        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"run": 4}, TypeError, "run"),
     ],
 )
 def test_bad_input_is_named_and_nothing_written(
@@ -364,7 +362,7 @@ def test_bad_input_is_named_and_nothing_written(
     message: str,
 ) -> None:
     with pytest.raises(error, match=message):
-        export_virelay(gates, data, tmp_path / "new", model=tiny_cnn, **change)
+        export_virelay(tiny_cnn, gates, data, tmp_path / "new", **change)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -373,12 +371,10 @@ def test_images_without_gates_are_refused(
 ) -> None:
     images, labels = helpers.labelled_images(6)
     with pytest.raises(ValueError, match="no image is of a class with gates"):
-        export_virelay(gates, (images, labels * 0 + 1), tmp_path / "a", model=tiny_cnn)
+        export_virelay(tiny_cnn, gates, (images, labels * 0 + 1), tmp_path / "a")
     gates.save(tmp_path / "gates.h5")
     with pytest.raises(ValueError, match="no gates of any class"):
-        export_virelay(
-            tmp_path / "gates.h5", (images, labels * 0 + 1), tmp_path / "a", model=tiny_cnn
-        )
+        export_virelay(tiny_cnn, tmp_path / "gates.h5", (images, labels * 0 + 1), tmp_path / "a")
 
 
 def test_pca_against_the_covariance_matrix() -> None:
