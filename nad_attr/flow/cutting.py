@@ -204,7 +204,10 @@ class Machine:
         """
         sources = [self.by_name[name] for name in self.links[target]]
         for numbers in chunks(len(closed), max(1, self.width // self.n_images)):
-            masks = {s.name: torch.zeros(len(numbers), s.n_channels).bool() for s in sources}
+            masks = {
+                s.name: torch.zeros(len(numbers), s.n_channels, dtype=torch.bool, device="cpu")
+                for s in sources
+            }
             for row, number in enumerate(numbers):
                 for name, channels in closed[number].items():
                     masks[name][row, list(channels)] = True

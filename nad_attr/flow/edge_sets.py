@@ -184,7 +184,7 @@ def agreement(
         generator = torch.Generator().manual_seed(
             seed_of(seed, "agreement", link.source_site, link.target_site)
         )
-        order = torch.randperm(len(told), generator=generator)[:n_edges].tolist()
+        order = torch.randperm(len(told), generator=generator, device="cpu")[:n_edges].tolist()
         chosen = [told[k] for k in order]
         edges = [
             (link.source_site, int(link.sources[i]), link.target_site, int(link.targets[j]))

@@ -125,7 +125,7 @@ def _scored(flow: TaskFlow, by: str, seed: int) -> list[tuple[Edge, float]]:
                 seed_of(seed, "edges", link.source_site, link.target_site)
             )
             shape = (len(link.sources), len(link.targets))
-            scores = torch.rand(shape, generator=generator, dtype=torch.float64)
+            scores = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
         else:
             scores = getattr(link, by)[:, :-1].abs()
         for i, row in zip(link.sources.tolist(), scores.tolist(), strict=True):

@@ -282,11 +282,11 @@ class _OneTask:
     ) -> TaskFlow:
         effects = self._effects(batches(), n_images)
         targets = {s.name: self._receivers(effects[s.name], s.name) for s in self.sites}
-        targets[OUTPUT] = torch.zeros(1, dtype=torch.long)
+        targets[OUTPUT] = torch.zeros(1, dtype=torch.long, device="cpu")
         self.sums = {
             (source, target): {
                 what: torch.zeros(self.by_name[source].n_channels, len(targets[target]) + 1,
-                                  dtype=torch.float64)
+                                  dtype=torch.float64, device="cpu")
                 for what in ("flow", "strength", "gradient")
             }
             for target, sources in self.links.items()
@@ -308,7 +308,9 @@ class _OneTask:
         return TaskFlow(self.task, name, self.architecture, links, effects, n_images)
 
     def _effects(self, batches: Iterator[Inputs], n_images: int) -> dict[str, Tensor]:
-        effects = {s.name: torch.zeros(s.n_channels, dtype=torch.float64) for s in self.sites}
+        effects = {
+            s.name: torch.zeros(s.n_channels, dtype=torch.float64, device="cpu") for s in self.sites
+        }
         for inputs in batches:
             found = whole_gradients(self.runner, inputs, self.sites, self.gating, self.task)
             for site in self.sites:
@@ -413,9 +415,9 @@ class _OneTask:
         for (source, target), (where, flow) in found.items():
             own = targets[target]
             # Channels that are not told apart are in the last column; closed ones get nothing.
-            column = torch.full((self.by_name[target].n_channels + 1,), -1)
+            column = torch.full((self.by_name[target].n_channels + 1,), -1, device="cpu")
             column[self.kept[target]] = len(own)
-            column[own] = torch.arange(len(own))
+            column[own] = torch.arange(len(own), device="cpu")
             at = column[where.clamp_min(-1)]
             rows = ((where >= 0) & (at >= 0)).nonzero().flatten()
             self.straight[source, target][rows, at[rows]] += flow[rows]

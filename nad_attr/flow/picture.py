@@ -69,7 +69,7 @@ def flow_picture(
         largest = (effects.abs() * kept).amax(0).masked_fill(~(told & kept.any(0)), -1)
         order = [c for c in largest.argsort(descending=True, stable=True)[:n].tolist()
                  if largest[c] >= 0]  # fmt: skip
-        where = torch.full((effects.shape[1],), -1)
+        where = torch.full((effects.shape[1],), -1, device="cpu")
         for c in order:
             where[c] = len(nodes)
             nodes.append({"site": s, "channel": c, "effect": effects[:, c].tolist(), "n": 1})
@@ -90,7 +90,7 @@ def flow_picture(
                        for f in flows],
         }
     )  # fmt: skip
-    place[OUTPUT] = torch.tensor([len(nodes) - 1])
+    place[OUTPUT] = torch.tensor([len(nodes) - 1], device="cpu")
     drawn: list[dict[str, Any]] = []
     shares = []
     for t, flow in enumerate(flows):
@@ -101,7 +101,7 @@ def flow_picture(
             if link.n_rest:
                 ends = torch.cat([ends, columns.max()[None]])
             both = [
-                torch.zeros(len(nodes), len(nodes), dtype=torch.float64).index_put_(
+                torch.zeros(len(nodes), len(nodes), dtype=torch.float64, device="cpu").index_put_(
                     (rows[:, None].expand(-1, len(ends)), ends[None].expand(len(rows), -1)),
                     values[:, : len(ends)],
                     accumulate=True,
