@@ -493,7 +493,8 @@ def test_errors_are_explained_as_by_hand(measured: Report) -> None:
     model, gates = build(TinyCNN), make_gates()
     examples = measured.results.errors["examples"]
     assert examples
-    inputs, labels = sampled(labelled_images(24), 20).data
+    sample = sampled(labelled_images(24), 20)
+    (inputs,), labels = sample.inputs, sample.labels
     with torch.no_grad():
         calls = model(inputs).argmax(1)
     rows = example_rows(labels.numpy(), calls.numpy(), gates, 12)
@@ -509,8 +510,8 @@ def test_errors_are_explained_as_by_hand(measured: Report) -> None:
 def test_top_images_are_the_highest_responses() -> None:
     model, gates = build(TinyCNN), make_gates()
     sample = sampled(labelled_images(12), 12)
-    calls, highest = responses(model, gates, sample, 5, None)
-    x = sample.data[0]
+    calls, highest = responses(model, gates, sample, RunOptions(batch_size=5))
+    (x,) = sample.inputs
     with torch.no_grad():
         first = model.relu1(model.bn1(model.conv1(x)))
         assert calls.tolist() == model(x).argmax(1).tolist()
