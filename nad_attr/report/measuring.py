@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nad_attr._checks import GatingError
-from nad_attr.data.labels import ReadLabels, patterns
+from nad_attr.data.labels import ReadLabels, own_images, patterns
 from nad_attr.data.sources import Source, TensorSource, as_source
 from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.evaluation.questions.errors import errors
@@ -278,24 +278,18 @@ def _curves(
 
 
 def _flows(
-    model: nn.Module,
-    gates: TaskGates,
-    sample: Sample,
-    run: RunOptions | None,
+    model: nn.Module, gates: TaskGates, sample: Sample, run: RunOptions | None
 ) -> list[TaskFlow]:
     """The flow of the first tasks of which there are images."""
-    found: list[TaskFlow] = []
-    present = set(sample.labels.tolist())
-    for task in gates.tasks:
-        members = {task} if isinstance(task, int) else set(task)
-        if members & present and len(found) < _FLOW_TASKS:
-            found += information_flow(
-                model, gates, sample.data, tasks=[task], receivers=_FLOW_RECEIVERS,
-                n_images=_FLOW_IMAGES, run=run,
-            ).flows  # fmt: skip
-    if not found:
+    there = own_images(sample.labels, gates.tasks).any(1).tolist()
+    chosen = [task for task, has in zip(gates.tasks, there, strict=True) if has][:_FLOW_TASKS]
+    if not chosen:
         raise ValueError("there is no image of any task.")
-    return found
+    limits: dict[str, Any] = {"receivers": _FLOW_RECEIVERS, "n_images": _FLOW_IMAGES}
+    return [
+        information_flow(model, gates, sample.data, tasks=[task], run=run, **limits).flows[0]
+        for task in chosen
+    ]
 
 
 def _mosaic_pictures(
