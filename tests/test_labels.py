@@ -208,9 +208,9 @@ def test_measures_of_targets_are_kept_in_files(tmp_path: Path) -> None:
     net, x, values = made(1)
     gates = learn_gates(net, (x, values), recipe=QUICK)
     result = evaluate(net, gates, (x, values), n_random=1)
-    result.save_json(tmp_path / "a.json")
-    result.save(tmp_path / "a.h5")
-    for again in (Evaluation.load_json(tmp_path / "a.json"), Evaluation.load(tmp_path / "a.h5")):
+    for name in ("a.json", "a.h5"):
+        result.save(tmp_path / name)
+        again = Evaluation.load(tmp_path / name)
         assert np.array_equal(again.target_r2, result.target_r2)
 
 
@@ -220,7 +220,7 @@ def test_scorers_ablations_stores_and_reports_take_them(kind: str, tmp_path: Pat
     labels = values if kind == "targets" else (values > 0).long()
     if kind == "one":
         labels = labels[:, 0]
-    path = learn_to_store(tmp_path / "g.h5", net, (x, labels), recipe=QUICK)
+    path = learn_to_store(net, (x, labels), tmp_path / "g.h5", recipe=QUICK)
     gates = learn_gates(net, (x, labels), recipe=QUICK)
     assert path.exists()
     for scorer in (NeuronMCTScorer, TaylorScorer):
@@ -228,7 +228,7 @@ def test_scorers_ablations_stores_and_reports_take_them(kind: str, tmp_path: Pat
         assert scores["relu"].shape == (len(gates.tasks), gates.sites[0].n_channels)
         assert bool(torch.isfinite(scores["relu"]).all())
     for ablation in ("mean", "other_mean", "resample", "noise"):
-        fitted = fit_ablation(net, gates.sites, (x, labels), ablation, tasks=gates.tasks)
+        fitted = fit_ablation(net, gates.sites, (x, labels), kind=ablation, tasks=gates.tasks)
         result = evaluate(net, gates, (x, labels), ablation=fitted, n_random=0)
         assert not np.isnan(result.fidelity).any()
     report = Report(gates).measure(net, (x, labels), parts=["evaluation"], n_images=20, n_random=1)
@@ -241,7 +241,7 @@ def test_mean_of_other_images_is_that_of_known_others() -> None:
     net, x, values = made(2)
     labels = (values > 0).long()
     labels[::3, 0] = -1
-    fitted = fit_ablation(net, [GateSite("relu", 4)], (x, labels), "other_mean")
+    fitted = fit_ablation(net, [GateSite("relu", 4)], (x, labels), kind="other_mean")
     with torch.no_grad():
         held = net.relu(net.conv(x)).mean((2, 3))  # type: ignore[operator]
     assert torch.allclose(fitted.means(0)["relu"].double(), held[labels[:, 0] == 0].mean(0))
