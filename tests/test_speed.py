@@ -143,7 +143,11 @@ def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from nad_attr.gating.hooks import expand, multiply
 
     def plain(
-        site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None, shift: Tensor | None = None
+        site: GateSite,
+        tensor: Tensor,
+        gate: Tensor,
+        mean: Tensor | None,
+        shift: Tensor | None = None,
     ) -> Tensor:
         gated = multiply(site, tensor, gate, mean)
         return gated if shift is None else gated + expand(shift, site, tensor).to(tensor.dtype)
