@@ -237,7 +237,7 @@ def test_data_of_every_form_are_tried_before_the_first_step(form: str) -> None:
         data = _given_data(form, Labels(values, kind="classes"))
         forward_func = (lambda net, x: net(x)) if form == "dictionary" else None
         callback = LearnSubArchitectures(data, network="net", forward_func=forward_func)
-        refused = pytest.raises(ValueError, match="data= training images.*a label 3, but")
+        refused = pytest.raises(ValueError, match=r"data= training images.*a label 3, but")
         with refused if n_classes == 4 else contextlib.nullcontext():
             callback._check(trainer, model)
 
