@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import multiprocessing
 import warnings
@@ -13,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from nad_attr import Recipe, TaskGates, learn_gates
 from nad_attr.bridges.lightning import LearnSubArchitectures, _first_alone
+from nad_attr.data.labels import Labels
 from nad_attr.evaluation import evaluate
 from tests import helpers
 
@@ -190,19 +192,54 @@ def test_unsuitable_labels_come_to_light_before_the_first_step(kind: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("n_outputs", "labels"),
-    [(3, SEVERAL.float()), (1, torch.arange(12) % 2), (1, torch.linspace(-1, 1, 12)[:, None])],
+    ("n_outputs", "labels", "is_target"),
+    [
+        (3, SEVERAL.float(), False),
+        (1, torch.arange(12) % 2, False),
+        (1, torch.linspace(-1, 1, 12)[:, None], True),
+    ],
     ids=["several labels", "one logit", "regression"],
 )
-def test_labels_of_every_kind(n_outputs: int, labels: Tensor, tmp_path: Path) -> None:
+def test_labels_of_every_kind(
+    n_outputs: int, labels: Tensor, is_target: bool, tmp_path: Path
+) -> None:
     model, data, callback = fit_with(labels, n_outputs, RECIPE, tmp_path, lambda *_: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert callback.gates == learn_gates(model.net.eval(), data, recipe=RECIPE)
     assert callback.gates.tasks == tuple(range(n_outputs))
-    metrics = callback.metrics()
-    assert metrics["nad/own_auc"] == callback.evaluation.mean("own_auc")
+    metrics, name = callback.metrics(), "target_r2" if is_target else "own_auc"
+    assert metrics[f"nad/{name}"] == callback.evaluation.mean(name)
+    assert f"nad/{name}/0" in metrics
+    assert f"nad/random/{name}" in metrics
     assert all(value == value for value in metrics.values())
+
+
+def _given_data(form: str, labels: Labels) -> Any:
+    images = helpers.images(40).float()
+    dataset = TensorDataset(images, torch.zeros(40))
+    return {
+        "tensor": (images, labels),
+        "list": (list(images), labels.values),
+        "dictionary": ({"x": images}, labels),
+        "dataset": (Subset(dataset, range(40)), labels),
+        "loader": (DataLoader(Subset(dataset, range(40)), batch_size=7), labels),
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["tensor", "list", "dictionary", "dataset", "loader"])
+def test_data_of_every_form_are_tried_before_the_first_step(form: str) -> None:
+    """More of them than are tried, with labels that say what they mean."""
+    model = module()
+    trainer = SimpleNamespace(train_dataloader=None, val_dataloaders=None)
+    for n_classes in (3, 4):
+        values = (torch.arange(40) % n_classes).tolist()
+        data = _given_data(form, Labels(values, kind="classes"))
+        forward_func = (lambda net, x: net(x)) if form == "dictionary" else None
+        callback = LearnSubArchitectures(data, network="net", forward_func=forward_func)
+        refused = pytest.raises(ValueError, match=r"data= training images.*a label 3, but")
+        with refused if n_classes == 4 else contextlib.nullcontext():
+            callback._check(trainer, model)
 
 
 def _one_of_two(rank: int, folder: str, fails: bool) -> None:

@@ -10,10 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+from nad_attr.data.labels import Labels
 from nad_attr.data.sources import Data, as_source, loading, numbers_of
 from nad_attr.evaluation import Evaluation, evaluate
 from nad_attr.gates.recipe import Recipe
@@ -40,7 +42,7 @@ __all__ = ["LearnSubArchitectures"]
 #: Images that are tried before training.
 SOME = 32
 #: Measures that are logged, as means over tasks.
-MEASURES = ("size", "own_auc", "other_auc", "fidelity", "recall", "fpr", "ba")
+MEASURES = ("size", "own_auc", "other_auc", "fidelity", "recall", "fpr", "ba", "target_r2")
 
 
 @contextmanager
@@ -65,7 +67,8 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
     as before afterwards. The logged numbers are means over tasks on held-out images:
     ``nad/own_auc``, ``nad/fidelity``, ``nad/recall``, ``nad/fpr`` and so on, the random channels'
     own AUC and fidelity beside them (``nad/random/own_auc``), and each task's own AUC
-    (``nad/own_auc/<task>``).
+    (``nad/own_auc/<task>``). Where images have targets in place of classes, ``target_r2`` stands in
+    place of ``own_auc``.
 
     Args:
         data: What gates are learned from, as for :func:`nad_attr.learn_gates`. None: the trainer's
@@ -161,7 +164,7 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
                     runner.fit(source)
                     if self.recipe is not None:
                         check_recipe(self.recipe, source.labels)
-                    (inputs,) = runner.draw(source, [list(range(len(source.labels)))])
+                    (inputs,) = runner.draw(source, [list(range(len(source.labels)))[:SOME]])
                     check_classes(source.labels, [0], runner(inputs).shape[1])
                 except (TypeError, ValueError) as error:
                     where = "the trainer's own" if getattr(self, what) is None else f"{what}="
@@ -244,24 +247,28 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
         if evaluation is None:
             return found
         found |= {f"nad/{name}": evaluation.mean(name) for name in MEASURES}
-        for name in ("own_auc", "fidelity"):
+        for name in ("own_auc", "fidelity", "target_r2"):
             draws = [draw.mean(name) for draw in evaluation.random]
             found[f"nad/random/{name}"] = sum(draws) / len(draws)
             found[f"nad/whole/{name}"] = evaluation.whole.mean(name)
-        for task, value in zip(evaluation.task_names, evaluation.own_auc, strict=True):
-            found[f"nad/own_auc/{task}"] = float(value)
+        for name in ("own_auc", "target_r2"):
+            for task, value in zip(evaluation.task_names, evaluation.values(name), strict=True):
+                found[f"nad/{name}/{task}"] = float(value)
         # Loggers take no NaN: what could not be measured is left out.
         return {name: value for name, value in found.items() if value == value}
 
 
 def _some(data: Any) -> Any:
     """A few images of the data, without reading the rest; None: that cannot be done."""
+    labels = None
+    if isinstance(data, (tuple, list)):
+        if len(data) != 2 or not isinstance(data[1], (Labels, Tensor, list, np.ndarray)):
+            return None
+        if not isinstance(data[0], (Dataset, DataLoader)) or isinstance(data[0], TensorDataset):
+            return data  # at hand
+        data, labels = data
     loader = data if isinstance(data, DataLoader) else None
     dataset = data if loader is None else loader.dataset
-    if isinstance(dataset, (tuple, list)) and len(dataset) == 2:
-        inputs, labels = dataset
-        several = isinstance(inputs, (tuple, list))
-        return (tuple(x[:SOME] for x in inputs) if several else inputs[:SOME]), labels[:SOME]
     if isinstance(dataset, IterableDataset) or (
         loader is not None and loader.batch_sampler is None
     ):
@@ -269,10 +276,15 @@ def _some(data: Any) -> Any:
     if not isinstance(dataset, Dataset) or not hasattr(dataset, "__len__"):
         return None
     numbers = None if loader is None else numbers_of(loader)
-    few = Subset(dataset, (range(len(dataset)) if numbers is None else numbers)[:SOME])
-    if loader is None:
+    first = list((range(len(dataset)) if numbers is None else numbers)[:SOME])
+    few: Any = Subset(dataset, first)
+    if loader is not None:
+        few = DataLoader(few, batch_size=SOME, **loading(loader))
+    if not isinstance(labels, Labels):
         return few
-    return DataLoader(few, batch_size=SOME, **loading(loader))
+    known = labels.values
+    here = known[first] if isinstance(known, (Tensor, np.ndarray)) else [known[i] for i in first]
+    return few, replace(labels, values=here)
 
 
 def _first_alone(trainer: Any, work: Callable[[], None]) -> None:
