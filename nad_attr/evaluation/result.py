@@ -99,6 +99,7 @@ class Evaluation(Result):
     _AXES: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("tasks", "task_names", "n_own", "sizes", "size", "fidelity"), "T"),
         **dict.fromkeys(("flop_size", "parameter_size", "dead_fraction", "rank_fidelity"), "T"),
+        "target_r2": "T",
         **dict.fromkeys(("detector_ba", "margin_auc", "recall", "fpr", "other_accuracy"), "T"),
         **dict.fromkeys(("table", "overlap", "kappa"), "T T"),
     }
@@ -375,7 +376,9 @@ class Evaluation(Result):
                 return values if row is None else values[row]
 
             sizes = dict(zip(attributes["sites"], field("sizes"), strict=True))
-            found = {name: field(name) for name in _STORED}
+            # Files of earlier versions have no target_r2.
+            there = [name for name in _STORED if name != "target_r2" or prefix + name in arrays]
+            found = {name: field(name) for name in there}
             return {**common, **found, "sizes": sizes, "n_own": arrays["n_own"]}
 
         content = part("")
@@ -429,7 +432,8 @@ class Evaluation(Result):
 #: Fields that are arrays of the HDF5 file: numbers of each task, and of each pair of tasks.
 _STORED = (
     *("size", "flop_size", "parameter_size", "dead_fraction", "fidelity", "rank_fidelity"),
-    *("detector_ba", "margin_auc", "recall", "fpr", "other_accuracy", "table", "overlap", "kappa"),
+    *("target_r2", "detector_ba", "margin_auc", "recall", "fpr", "other_accuracy"),
+    *("table", "overlap", "kappa"),
 )
 
 
