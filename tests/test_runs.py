@@ -497,10 +497,10 @@ def test_provenance_says_what_was_run(tmp_path: Path) -> None:
 def test_a_resumed_run_gives_the_same_constants(tmp_path: Path) -> None:
     recipe = Recipe(size=0.5, ablation="optimal", steps=8, images_per_step=4)
     settings = {**SETTINGS, "recipe": recipe}
-    whole = learn_to_store(tmp_path / "a.h5", killable.network(), killable.data(), **settings)
+    whole = learn_to_store(killable.network(), killable.data(), tmp_path / "a.h5", **settings)
     part = tmp_path / "b.h5"
     tasks = list(range(N_TASKS))
-    learn_to_store(part, killable.network(), killable.data(), tasks[:6], **settings)
+    learn_to_store(killable.network(), killable.data(), part, tasks[:6], **settings)
     assert TaskGates.load(part) != TaskGates.load(whole)
     resume(part, recipe=recipe)
     assert_same(part, whole)
