@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from nad_attr import NADAttribution, Recipe, find_gate_sites, learn_gates
+from nad_attr import NADAttribution, Recipe, RunOptions, find_gate_sites, learn_gates
 from nad_attr.concepts import dissect
 from nad_attr.evaluation import evaluate
+from nad_attr.flow.measuring import information_flow
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.pictures import heat_maps
 from nad_attr.scoring.baselines import TaylorScorer
@@ -88,6 +89,10 @@ USES: dict[str, Callable[[], Any]] = {
     "attribute an example": lambda: NADAttribution(MODEL, recipe=RECIPE, scope="example").attribute(
         DATA[0][:1], target=1
     ),
+    "information flow": lambda: information_flow(
+        MODEL, GATES, DATA, tasks=[0], run=RunOptions(show_progress=False)
+    ).edges().to_dict(),
+    "a smaller network": lambda: GATES.sub_architectures()[0].export(MODEL, DATA[0][:1])(DATA[0]),
     "heat_maps": lambda: heat_maps(MODEL, GATES, DATA[0][:2], DATA[1][:2]),
     "dissect": lambda: dissect(
         MODEL, GATES.sites, (DATA[0], (DATA[0][:, 0] > 0).long()),
