@@ -40,7 +40,8 @@ class InformationFlow:
             ``backward``, and ``straight``, backward passes of the shortcuts alone.
 
     Example:
-        >>> from nad_attr import find_gate_sites, information_flow
+        >>> import torch
+        >>> from nad_attr import SubArchitecture, find_gate_sites, information_flow
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(),
         ...                     nn.Linear(6, 3)).eval()
