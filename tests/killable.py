@@ -140,7 +140,8 @@ class Runs:
             if isinstance(after, float):
                 time.sleep(after)
             else:
-                while not after():
+                latest = time.monotonic() + 60  # a run that has failed never gets there
+                while not after() and time.monotonic() < latest:
                     time.sleep(0.01)
             os.kill(pid, how)
         self.server.stdin.write("\n")
