@@ -91,7 +91,7 @@ USES: dict[str, Callable[[], Any]] = {
     ),
     "information flow": lambda: information_flow(
         MODEL, GATES, DATA, tasks=[0], run=RunOptions(show_progress=False)
-    ).edges().to_dict(),
+    ).edges.to_dict(),
     "a smaller network": lambda: GATES.sub_architectures()[0].export(MODEL, DATA[0][:1])(DATA[0]),
     "heat_maps": lambda: heat_maps(MODEL, GATES, DATA[0][:2], DATA[1][:2]),
     "dissect": lambda: dissect(
