@@ -208,7 +208,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     used=st.sampled_from([0.3, 1.0]),
     closed=st.sampled_from(["zero", "constants"]),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 def test_any_masks_of_any_network(
     kind: str, seed: int, mask_seed: int, share: float | str, used: float, closed: str
 ) -> None:

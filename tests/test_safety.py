@@ -460,6 +460,7 @@ def test_nothing_is_written_past_the_one_way_to_write() -> None:
         ("cli/evaluate.py", r"to_csv\(file, "),
         ("cli/stores.py", r"with replacing\(npz_file\) as scratch, scratch.open\("),
         ("cli/stores.py", r"np.savez_compressed\(file, "),
+        ("cli/flow.py", r"savefig\(scratch, "),
         ("examples/demo.py", r"figure.savefig\(scratch, "),
         ("bridges/virelay.py", r"\(made / (LABEL_MAP|PROJECT)\).write_text\("),
         ("bridges/virelay.py", r"with h5py.File\(path, .w"),
