@@ -350,7 +350,15 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         else:
             sites = self._find(root, layers, images, extra, attribute_to_layer_input)
         with torch.no_grad(), unchanged(root), recorded(root, sites) as activations:
-            outputs = root(*images, *extra)
+            try:
+                outputs = root(*images, *extra)
+            except ValueError as error:  # BatchNorm's own words say nothing of images
+                if images[0].ndim != 3:
+                    raise
+                raise ValueError(
+                    f"the network takes no inputs of shape {tuple(images[0].shape)} ({error}); "
+                    "a single image needs a batch dimension: image[None]."
+                ) from error
         if isinstance(outputs, Tensor) and tuple(outputs.shape) == (n,):
             outputs = outputs[:, None]
         if target is None and isinstance(outputs, Tensor) and outputs.shape[1:] != (1,):

@@ -1048,3 +1048,12 @@ def test_captum_list_of_layers() -> None:
     for i, target in enumerate(args["target"]):
         alone = nad.attribute(args["inputs"][i : i + 1], target=target)
         torch.testing.assert_close(alone, [item[i : i + 1] for item in together])
+
+
+def test_single_image_without_a_batch_dimension() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(1))
+    network = network.append(nn.Linear(4 * 36, 2)).eval()
+    images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    gates = learn_gates(network, (images, torch.arange(8) % 2), [0], RECIPE, ["2"])
+    with pytest.raises(ValueError, match=r"expected 4D.*image\[None\]"):
+        NADAttribution(network, gates=gates).attribute(images[0], target=0)

@@ -409,7 +409,11 @@ def test_flow(here: Path) -> None:
     assert "red: 5 images" in text
     fails(2, "holds 3 tasks; name one", "flow", "gates.h5", "--data", "val")
     fails(2, "--plot takes a", *("flow", "gates.h5", "--data", "val", "--plot", "flow.txt"))
-    fails(2, "gates.h5, which is read", *("flow", "gates.h5", "--data", "val", "--csv", "gates.h5"))
+    fails(
+        2,
+        "would replace gates.h5, which is read",
+        *("flow", "gates.h5", "--data", "val", "--csv", "gates.h5"),
+    )
     fails(2, "which is read", *("flow", "gates.h5", "--data", "val", "--plot", "val/red/0.png"))
     fails(
         2,

@@ -252,7 +252,7 @@ def learn_to_store(
     )
     if not isinstance(path, (str, PathLike)):
         raise TypeError(
-            f"path must name a file, not be a {type(path).__name__}; the order is "
+            f"path must name a file, got {type(path).__name__}; the order is "
             "learn_to_store(model, data, path)."
         )
     target, auto = Path(path), options.batch_size == "auto"

@@ -377,7 +377,7 @@ def _measured(part: dict[str, Any]) -> str:
     p = part["p"].get("own_auc")
     if p is not None:
         note += (
-            f" Against {part['n_random']} draws of random channels: own AUC p = {p:.3g}"
+            f" Against random channels (draws: {part['n_random']}): own AUC p = {p:.3g}"
             f" (the least possible is {1 / (part['n_random'] + 1):.3g})."
         )
     header = ["mean over classes", *(heading for _, heading in columns)]

@@ -122,7 +122,9 @@ def check_output(
     for given in inputs:
         if given is not None and os.path.exists(given):
             if os.path.samefile(target, given):
-                raise FileExistsError(f"{target} is {given}, which is read: write to another file.")
+                raise FileExistsError(
+                    f"this would replace {given}, which is read: write to another file."
+                )
             if os.path.isdir(given) and contains(given, target.parent):
                 raise FileExistsError(
                     f"{target} is in a folder of {given}, which is read: write to another file."
