@@ -764,3 +764,11 @@ def test_many_channels_keep_their_numbers(here: Path) -> None:
     text = succeeds("attribute", *MINE, photo, "--top", 20)
     assert "channel 6" in text
     assert "…" not in text
+
+
+def test_main_leaves_the_handler_of_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["nad-attr", "--version"])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert signal.getsignal(signal.SIGINT) is before

@@ -36,8 +36,16 @@ def app() -> typer.Typer:
 def main() -> None:
     """Run the command line; the entry point of ``nad-attr``."""
     # Importing torch takes seconds, in which Ctrl-C would end in a traceback from deep inside.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop_at_once)
+    try:
+        _run()
+    finally:  # for who calls this from a program of their own
+        signal.signal(signal.SIGINT, before)
+
+
+def _run() -> None:
     if importlib.util.find_spec("typer") is None:
         print(
             "nad-attr: the command line needs typer and rich: pip install 'nad-attr[demo]' "
