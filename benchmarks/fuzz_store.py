@@ -41,7 +41,7 @@ from nad_attr import GateSite, GateStoreError, Recipe, SubArchitecture, TaskGate
 from nad_attr.gates.history import History
 from nad_attr.store import GateStore, read_result, result_names, write_result
 
-#: Most seconds of the processor, and most bytes beyond what the process had before, that a file may take.
+#: Most seconds of the processor, and most bytes beyond what the process had before, for a file.
 SECONDS, BYTES = 1.0, 200 * 2**20
 #: After so many seconds of the clock a file counts as one that hangs.
 HANGS = 20
