@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -180,8 +181,9 @@ def test_printed_code_works(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images, labels = center_crops(colour_photos, size=PIXELS)
-    monkeypatch.setattr(demo_module, "load_lite0", lambda: colours)
-    monkeypatch.setattr(demo_module, "center_crops", lambda: (images, labels))
+    for module in (demo_module, importlib.import_module("nad_attr.demo")):
+        monkeypatch.setattr(module, "load_lite0", lambda: colours)
+        monkeypatch.setattr(module, "center_crops", lambda: (images, labels))
     names: dict[str, Tensor] = {}
     exec(result.code(), names)
     with result.gates.sub_architecture("red").applied(colours):

@@ -54,7 +54,7 @@ class Gating:
         return x - expand(self.means[site.name].to(x.dtype), site, x)
 
 
-@dataclass
+@dataclass(eq=False)
 class Blocks:
     """A forward pass in pieces.
 

@@ -23,7 +23,7 @@ RANKINGS = ("strength", "flow", "gradient", "random")
 Edge = tuple[str, int, str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Link:
     """The flow from the kept channels of one site to those of a site that reads it.
 
@@ -56,7 +56,7 @@ class Link:
         return [*self.targets.tolist(), *([REST] if self.n_rest else [])]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TaskFlow:
     """The flow of one task.
 
@@ -95,7 +95,7 @@ class TaskFlow:
         return total, float(sum(link.flow[:, -1].sum() for link in into))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EdgeSet:
     """The edges between sites, cut in two.
 

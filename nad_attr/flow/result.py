@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["InformationFlow", "stacked", "task_flows"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InformationFlow:
     """What flows between the channels of neighbouring gate sites, for one task or two compared.
 

@@ -122,8 +122,9 @@ def check_output(
     for given in inputs:
         if given is not None and os.path.exists(given):
             if os.path.samefile(target, given):
+                other = "" if Path(given) == target else f" by its other name {target}"
                 raise FileExistsError(
-                    f"this would replace {given}, which is read: write to another file."
+                    f"this would replace {given}{other}, which is read: write to another file."
                 )
             if os.path.isdir(given) and contains(given, target.parent):
                 raise FileExistsError(
