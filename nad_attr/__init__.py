@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from nad_attr.certainty.verdict import verdict
     from nad_attr.certainty.verdict_result import Verdict
     from nad_attr.data.labels import Labels, Task
+    from nad_attr.explaining.explaining import explain
+    from nad_attr.explaining.result import Explanation
     from nad_attr.flow.measuring import information_flow
     from nad_attr.flow.result import InformationFlow
     from nad_attr.gates.history import History
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from nad_attr.store import GateStore, GateStoreError
 
 __all__ = [
+    "Explanation",
     "GateSite",
     "GateStore",
     "GateStoreError",
@@ -47,6 +50,7 @@ __all__ = [
     "TaskGates",
     "Verdict",
     "__version__",
+    "explain",
     "find_gate_sites",
     "fit_constants",
     "gated",
@@ -65,6 +69,7 @@ _HOMES = {
     "gates.sub_architecture": ("SubArchitecture",),
     "attribution": ("NADAttribution",),
     "certainty.verdict": ("Verdict", "verdict"),
+    "explaining": ("Explanation", "explain"),
     "flow": ("InformationFlow", "information_flow"),
     "gates": ("Task", "TaskGates"),
     "gating": ("GatingError", "gated", "recorded"),

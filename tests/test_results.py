@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import nad_attr
-from nad_attr import Verdict
+from nad_attr import Explanation, Verdict
 from nad_attr.concepts import Comparison, Concept, UnitConcepts, association
 from nad_attr.concepts.comparing.depth import DepthSemantics
 from nad_attr.evaluation import Curves, DepthProfile, Evaluation, MosaicResult, SizeSweep
@@ -144,6 +144,13 @@ def verdict() -> Verdict:
     )  # fmt: skip
 
 
+def explanation() -> Explanation:
+    seconds = {"learning": 2.5, "page": NAN}
+    return Explanation(
+        TASKS, NAMES, 3, 20, 9, evaluation(), verdict(), seconds, seconds, "gates.h5", "page.html"
+    )
+
+
 def statistic() -> Statistic:
     return Statistic("mantel", 45, 0.4, (0.2, INF), 0.01, 0.0, names={"other": "wordnet"})
 
@@ -177,6 +184,7 @@ MADE: dict[type[Result], Callable[[], Any]] = {
     ),
     UnitConcepts: units,
     Verdict: verdict,
+    Explanation: explanation,
     History: lambda: History({"loss": numbers(4, 2), "size": numbers(4, 2, seed=1)}),
 }  # fmt: skip
 

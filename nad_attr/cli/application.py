@@ -13,6 +13,7 @@ from nad_attr.cli.attribute import attribute
 from nad_attr.cli.compare import compare
 from nad_attr.cli.demo import demo
 from nad_attr.cli.evaluate import evaluate
+from nad_attr.cli.explain import explain
 from nad_attr.cli.flow import flow
 from nad_attr.cli.learn import learn
 from nad_attr.cli.options import flat
@@ -24,6 +25,7 @@ from nad_attr.cli.stores import inspect as inspect_command
 __all__ = ["COMMANDS", "make_app"]
 
 COMMANDS = (
+    explain,
     sites,
     learn,
     evaluate,

@@ -34,7 +34,7 @@ from nad_attr.running.options import RunOptions
 from nad_attr.specs import LoadedData, is_plain_model
 from nad_attr.store import GateStore
 
-__all__ = ["learn"]
+__all__ = ["learn", "shown_progress"]
 
 #: Seconds between two lines of progress where there is no terminal.
 _EVERY = 30.0
@@ -199,7 +199,7 @@ def learn(
             labels=labels,
         )
         wanted, names = _tasks(images, tasks)
-        with _shown(quiet, done.append) as on_progress:
+        with shown_progress(quiet, done.append) as on_progress:
             learn_to_store(
                 opened.loaded.model,
                 images.data,
@@ -320,7 +320,7 @@ def _tasks(images: LoadedData, text: list[str] | None) -> tuple[list[int], dict[
 
 
 @contextmanager
-def _shown(
+def shown_progress(
     quiet: bool, also: Callable[[Progress], object]
 ) -> Iterator[Callable[[Progress], object]]:
     """Progress with the time left: a bar on a terminal, a line now and then elsewhere."""
