@@ -687,10 +687,7 @@ def test_labels_from_a_table(here: Path, kind: str) -> None:
         "target": [["file", "redness"], *([f, k / 3] for f, k in files)],
     }[kind]  # fmt: skip
     model = "colour_nets:reds" if kind in ("one", "target") else "colour_nets:colours"
-    named = here / "classes.json"
-    named.write_text(json.dumps({name: k for k, name in enumerate(CLASSES)}))
-    with_names = ("--class-index", named) if kind == "names" else ()
-    given = ("--data", "val", "--labels", table(here / f"{kind}.csv", rows), *with_names)
+    given = ("--data", "val", "--labels", table(here / f"{kind}.csv", rows))
     plain = ("--mean", "0", "--std", "1", "--resize", "0", "--crop", "0")
     out = f"{kind}.h5"
     succeeds("learn", "--model", model, *given, *plain, "--out", out, "--steps", 3, "--overwrite")
@@ -701,6 +698,16 @@ def test_labels_from_a_table(here: Path, kind: str) -> None:
     assert kind == "classes" or tuple(names or ()) == expected[kind]
     text = succeeds("evaluate", out, *given, "--trust-file", "--random", 0)
     assert ("R²" in text) == (kind == "target"), text
+    path = Path("val", files[0][0])
+    own = succeeds("attribute", out, path, "--labels", here / f"{kind}.csv", "--trust-file")
+    assert own.count("output") == (2 if kind == "several" else 1)  # the image is there twice
+    training = ("--train-data", "val", "--train-labels", here / f"{kind}.csv", "--trust-file")
+    text = succeeds("compare", out, "--with", "taylor", *given, *training)
+    assert "taylor" in text
+    succeeds("report", out, "--out", "labels.html", "--with", "taylor", *given, *training)
+    assert "taylor" in Path("labels.html").read_text().lower()
+    bare = (*given, "--trust-file")
+    fails(1, "--train-labels TABLE.csv", "compare", out, "--with", "taylor", *bare)
 
 
 def test_tables_that_do_not_fit_are_named(here: Path) -> None:

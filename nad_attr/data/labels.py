@@ -362,8 +362,8 @@ def only_classes(labels: Tensor) -> Tensor:
     if labels.ndim != 1:
         raise ValueError(
             "this asks which one class each image has, and the labels are several an image, or "
-            "targets. Learning, evaluation, scorers and ablations take those; here, give class "
-            "indices of shape (N,)."
+            "targets. Learning, evaluation, curves, scorers, ablations, stability and top images "
+            "take those; here, give class indices of shape (N,)."
         )
     return labels
 

@@ -206,9 +206,11 @@ class Session:
         # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
         with torch.inference_mode(False):
             self.source = as_source(data, augmented=augmented, any_labels=True)
-            first = next(iter(self.source.batches([[(0, 0)]])))
+            both = [(0, 0), (len(self.source.labels) - 1, 0)]
+            example = next(iter(self.source.batches([both])))
             self.network.fields = self.source.fields
-            self.network.find_batch_size(first)
+            self.network.find_batch_size(example)
+            example = tuple(item[: self.network.fixed_batch] for item in example)
             _check_fixed(self.network.fixed_batch, self.recipe)
             with suppress(TypeError, ValueError, RuntimeError):  # said below, when sites are known
                 self.network.fit(self.source)
@@ -216,8 +218,6 @@ class Session:
             check_recipe(self.recipe, labels)
             self.tasks, self.names = _tasks(tasks, labels)
             _check_images(self.tasks, labels, self.recipe)
-            two = [(0, 0), (len(labels) - 1, 0)][: self.network.fixed_batch]
-            example = next(iter(self.source.batches([two])))
             self.network.sites = tuple(_sites(self.network, sites, example))
             outputs = _check_outputs(self.network, example, self.tasks, labels)
             images = self.network.to_device(example)
