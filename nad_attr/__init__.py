@@ -11,6 +11,8 @@ from nad_attr._version import __version__
 if TYPE_CHECKING:
     from nad_attr._checks import GatingError
     from nad_attr.attribution import NADAttribution
+    from nad_attr.certainty.measuring import certainty
+    from nad_attr.certainty.result import ChannelCertainty
     from nad_attr.data.labels import Labels, Task
     from nad_attr.flow.measuring import information_flow
     from nad_attr.flow.result import InformationFlow
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from nad_attr.store import GateStore, GateStoreError
 
 __all__ = [
+    "ChannelCertainty",
     "GateSite",
     "GateStore",
     "GateStoreError",
@@ -44,6 +47,7 @@ __all__ = [
     "Task",
     "TaskGates",
     "__version__",
+    "certainty",
     "find_gate_sites",
     "fit_constants",
     "gated",
@@ -60,6 +64,7 @@ __all__ = [
 _HOMES = {
     "gates.sub_architecture": ("SubArchitecture",),
     "attribution": ("NADAttribution",),
+    "certainty": ("ChannelCertainty", "certainty"),
     "flow": ("InformationFlow", "information_flow"),
     "gates": ("Task", "TaskGates"),
     "gating": ("GatingError", "gated", "recorded"),
