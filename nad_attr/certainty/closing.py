@@ -1,4 +1,4 @@
-"""Close channels of a sub-architecture and measure, image by image, what that does to its output."""
+"""Close channels of a sub-architecture, and measure image by image what its output loses."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def compared(differences: FloatArray, own: NDArray[np.bool_], level: float = 0.9
         level: Of the one-sided upper end.
 
     Example:
-        >>> found = compared(np.array([[1.0, 2.0, 3.0, 2.0], [0.0] * 4]), np.array([1, 1, 0, 0]) > 0)
+        >>> own = np.array([True, True, False, False])
+        >>> found = compared(np.array([[1.0, 2.0, 3.0, 2.0], [0.0] * 4]), own)
         >>> found.mean.tolist(), found.p.round(3).tolist()
         ([2.0, 0.0], [0.042, 1.0])
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from nad_attr._checks import check_count
 from nad_attr.certainty.closing import State, TaskTrial
 from nad_attr.certainty.result import ChannelCertainty
-from nad_attr.certainty.testing import examined
+from nad_attr.certainty.testing import NEEDED, Found, compare, examined
 from nad_attr.data.labels import Task, other_images, own_images, tasks_in
-from nad_attr.data.sources import Data, as_source
+from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
@@ -29,9 +30,10 @@ __all__ = ["certainty"]
 
 #: A random price of this share of the task output's variance decides between equal channels.
 TIE = 1e-6
-#: What keeping a channel of the task's own sub-architecture costs an alternative: the first, and
-#: by how much less each further one.
-PRICE, CHEAPER = 1.0, 0.1
+#: What an alternative pays for each channel that seems needed, in units of the task output's
+#: variance: the first as much as the whole output is worth, the second what closing the channel
+#: costs, each further one by this factor less.
+PRICE, CHEAPER = 1.0, 0.3
 
 
 def certainty(
@@ -83,8 +85,9 @@ def certainty(
         recipe: How to learn from halves; None: as the gates were learned.
         pairs: Complementary pairs of halves. Each costs two runs of the recipe per task.
         images: Own images, and other ones, to test on, at most.
-        alternatives: Sub-architectures to learn for each task that avoid its kept channels: the
-            first as far as it can, each further one for a tenth of the price.
+        alternatives: Sub-architectures to learn for each task that avoid the channels that seem
+            needed: the first as far as it can, the second as far as it costs less than closing
+            them, each further one for less.
         alpha: Level of tests and false discovery rate.
         tolerance: Loss of fidelity that counts as none.
         seed: Draws halves and images, with the task; the same for whatever tasks are beside.
@@ -161,47 +164,54 @@ def certainty(
                 f"held_out has no image of task {task}; it has some of "
                 f"{tasks_in(judged.labels)[:20]}."
             )
+
+    @contextmanager
+    def closing(desc: str) -> Iterator[Callable[[int], object]]:
+        with (
+            torch.inference_mode(False),
+            frozen(network.model),
+            network.bar(len(tasks), desc, "task") as bar,
+        ):
+            yield bar.update
+
     own = torch.cat([gates[s.name] for s in session.sites], dim=1).double()
     masks = (own > 0.5).double()
+    base, spread = _base(gates, session)
+    states = [State(*pair) for pair in zip(masks, base, strict=True)]
+    levels = {"alpha": alpha, "tolerance": tolerance}
+    found, testing = [], 0
+
+    def trial(task: Task, of: Source, what: str) -> TaskTrial:
+        return TaskTrial(network, of, task, images, (seed, what))
+
+    with closing("closing channels") as advance:
+        for t, task in enumerate(tasks):
+            learn, test = trial(task, session.source, "learning"), trial(task, judged, "held out")
+            found.append(examined(learn, test, states[t], spread[t], **levels))
+            testing += learn.passes + test.passes
+            advance(1)
+
     replicas = [
         replica
-        for task, mask in zip(tasks, masks, strict=True)
-        for replica in _replicas(session, task, mask, pairs, alternatives)
+        for task, one in zip(tasks, found, strict=True)
+        for replica in _replicas(session, task, one, pairs, alternatives)
     ]
     per_task = 2 * pairs + alternatives
     steps = sum(session.n_steps(replica.task) for replica in replicas)
     with network.bar(steps, "learning from halves", "step") as bar:
         learned, constants = session.learn_replicas(replicas, bar.update)
     others = (learned > 0.5).double().view(len(tasks), per_task, -1)
-
-    base, spread = _base(gates, session)
     instead = base[:, None].expand(-1, per_task, -1)
     if constants is not None:
         instead = constants.double().view(len(tasks), per_task, -1)
-    found, testing = [], 0
-    with (
-        torch.inference_mode(False),
-        frozen(network.model),
-        network.bar(len(tasks), "closing channels", "task") as bar,
-    ):
+
+    with closing("trying others") as advance:
         for t, task in enumerate(tasks):
-            learn, test = (
-                TaskTrial(network, source, task, images, (seed, what))
-                for source, what in ((session.source, "learning"), (judged, "held out"))
-            )
-            found.append(
-                examined(
-                    learn,
-                    test,
-                    State(masks[t], base[t]),
-                    spread[t],
-                    [State(*pair) for pair in zip(others[t], instead[t], strict=True)],
-                    alpha=alpha,
-                    tolerance=tolerance,
-                    advance=bar.update,
-                )
-            )
-            testing += learn.passes + test.passes
+            test = trial(task, judged, "held out")
+            pairs_of = zip(others[t], instead[t], strict=True)
+            compare(found[t], test, states[t], [State(*pair) for pair in pairs_of], **levels)
+            testing += test.passes
+            advance(1)
     halves = others[:, : 2 * pairs]
     of_task = gates._means_of(list(range(len(tasks))))
     return ChannelCertainty(
@@ -252,15 +262,17 @@ def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
 
 
 def _replicas(
-    session: Session, task: Task, mask: Tensor, pairs: int, alternatives: int
+    session: Session, task: Task, found: Found, pairs: int, alternatives: int
 ) -> list[Replica]:
-    """A task once for each half of its images, and with prices on the channels of a mask."""
+    """A task once for each half of its images, and with prices on the channels that seem needed."""
+    seems = torch.from_numpy((found.label == NEEDED).astype(np.float64))
+    costs = seems * torch.from_numpy(np.nan_to_num(found.effect))
     result = []
     labels, seed = session.source.labels, session.seed
 
     def ties(key: int) -> Tensor:
         generator = torch.Generator().manual_seed(key)
-        return TIE * torch.rand(len(mask), generator=generator, dtype=torch.float64, device="cpu")
+        return TIE * torch.rand(len(seems), generator=generator, dtype=torch.float64, device="cpu")
 
     for pair in range(pairs):
         for half, among in enumerate(halved(labels, task, seed_of(seed, task, "halves", pair))):
@@ -268,7 +280,8 @@ def _replicas(
             result.append(Replica(task, key, among, ties(key)))
     for i in range(alternatives):
         key = seed_of(seed, task, "alternative", i)
-        result.append(Replica(task, key, None, ties(key) + PRICE * CHEAPER**i * mask))
+        price = CHEAPER ** (i - 1) * costs if i else PRICE * seems
+        result.append(Replica(task, key, None, ties(key) + price))
     return result
 
 

@@ -32,7 +32,9 @@ FloatArray: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Alternatives:
-    """Other sub-architectures of a task that are as faithful; :meth:`ChannelCertainty.alternatives`.
+    """Other sub-architectures of a task that are as faithful as its own.
+
+    See :meth:`ChannelCertainty.alternatives`.
 
     Attributes:
         architectures: Those that share least first.
@@ -145,8 +147,9 @@ class ChannelCertainty(Result):
             raise ValueError(f"gate has shape {self.gate.shape}, not {(len(self.tasks), n)}")
         if self.label.size and not 0 <= self.label.min() <= self.label.max() < len(LABELS):
             raise ValueError("there is no such label")
-        if self.n_pairs < 1 or self.chosen.size and not (
-            0 <= self.chosen.min() <= self.chosen.max() <= 2 * self.n_pairs
+        if self.n_pairs < 1 or (
+            self.chosen.size
+            and not (0 <= self.chosen.min() <= self.chosen.max() <= 2 * self.n_pairs)
         ):
             raise ValueError("channels cannot be chosen so many times")
 
@@ -160,17 +163,17 @@ class ChannelCertainty(Result):
         """
         for known in (self.task_names, self.tasks):
             if task in known:
-                return known.index(task)  # type: ignore[arg-type]
+                return known.index(task)
         raise KeyError(f"no task {task!r}; there are {', '.join(self.task_names[:20])}.")
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """bool (T, n), whether the task's sub-architecture keeps the channel."""
+        """Whether the task's sub-architecture keeps a channel: bool (T, n)."""
         return np.asarray(self.label != CLOSED)
 
     @property
     def selection(self) -> FloatArray:
-        """float64 (T, n), share of the halves that choose the channel: its selection probability."""
+        """Share of the halves that choose a channel: float64 (T, n)."""
         return np.asarray(self.chosen / (2 * self.n_pairs))
 
     def selection_interval(self, level: float = 0.95) -> tuple[FloatArray, FloatArray]:

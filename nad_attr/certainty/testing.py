@@ -8,13 +8,13 @@ For one task, with A its sub-architecture:
    (:func:`cancelling`).
 3. Channels whose closing does not hurt may stand in for each other: they are closed one after the
    other for as long as that does no harm (:func:`standing_in`).
-4. Other sub-architectures of the size show which channels A could do without
-   (:mod:`nad_attr.certainty.measuring` learns them).
+4. Other sub-architectures of the size, learned from halves or to avoid what seems needed, show what
+   A could do without (:func:`compare`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor
 from nad_attr.certainty.closing import FloatArray, State, TaskTrial, compared
 from nad_attr.stats.tests import benjamini_hochberg
 
-__all__ = ["LABELS", "Found", "examined"]
+__all__ = ["LABELS", "Found", "compare", "examined"]
 
 #: What a channel may be, as numbers in files; "" is a channel that is closed.
 LABELS = ("", "needed", "replaceable", "no effect seen", "undecided")
@@ -107,7 +107,7 @@ class _Closer:
         if new:
             tried = [self.closed(group, share) for group in new for share in (0.0, 1.0)]
             some = self.learn.outputs(tried, TRIED)
-            numbers = self.learn.some(TRIED) if TRIED < len(self.learn.own) else slice(None)
+            numbers = self.learn.some(TRIED) if len(self.learn.own) > TRIED else slice(None)
             errors = (some - self.learn.whole[numbers]) ** 2 @ self.learn.weights[numbers]
             best = np.argmin(errors.reshape(-1, 2), axis=1)
             states = [self.closed(g, float(s)) for g, s in zip(new, best, strict=True)]
@@ -137,39 +137,39 @@ def single(closer: _Closer, found: Found) -> None:
     found.q[kept] = benjamini_hochberg(found.p[kept])
 
 
-def cancelling(closer: _Closer, found: Found, harmful: Sequence[int], tolerance: float) -> set[int]:
+def cancelling(
+    closer: _Closer, found: Found, harmful: Sequence[int], tolerance: float, alpha: float
+) -> set[int]:
     """Channels that cost much one by one and nothing together; see the module's description."""
     place = {int(c): i for i, c in enumerate(closer.kept)}
     weights = closer.learn.weights
     squares = weights @ closer.change**2
-    candidates: dict[tuple[int, ...], float] = {}
+    candidates: set[tuple[int, ...]] = set()
     for channel in harmful:
-        group = [place[channel]]
-        alone = float(weights @ closer.predicted(group))
-        while len(group) < min(LARGEST_GROUP, len(place)):
-            left = closer.residual - closer.change[:, group].sum(1)
+        places = [place[channel]]
+        alone = float(weights @ closer.predicted(places))
+        while len(places) < min(LARGEST_GROUP, len(place)):
+            left = closer.residual - closer.change[:, places].sum(1)
             cost = squares - 2 * (weights * left) @ closer.change
-            cost[group] = np.inf
-            group.append(int(cost.argmin()))
-            together = float(weights @ closer.predicted(group))
-            if together <= CANCELLED * alone:
-                key = tuple(sorted(int(closer.kept[i]) for i in group))
-                candidates.setdefault(key, 0.0)
+            cost[places] = np.inf
+            places.append(int(cost.argmin()))
+            if float(weights @ closer.predicted(places)) <= CANCELLED * alone:
+                candidates.add(tuple(sorted(int(closer.kept[i]) for i in places)))
                 break
     result: set[int] = set()
     if not candidates:
         return result
     # Small groups first: what they explain needs no larger one.
-    groups = sorted(candidates, key=lambda g: (len(g), g))
-    added = closer.added(groups)
-    for group, grown in zip(groups, added, strict=True):
-        members = [c for c in group if c in set(harmful)]
-        if not members or set(members) <= result:
+    groups = sorted(candidates, key=lambda group: (len(group), group))
+    for group, grown in zip(groups, closer.added(groups), strict=True):
+        members = set(group) & set(harmful)
+        if members <= result:
             continue
         costliest = max(float(found.effect[c]) for c in members)
-        if compared(grown, closer.held_out.own).high < min(tolerance, CANCELLED * costliest):
+        high = compared(grown, closer.held_out.own, 1 - alpha).high
+        if high < min(tolerance, CANCELLED * costliest):
             found.groups.append(group)
-            result |= set(members)
+            result |= members
     return result
 
 
@@ -235,23 +235,19 @@ def examined(
     held_out: TaskTrial,
     base: State,
     spread: Tensor,
-    others: Sequence[State],
     *,
     alpha: float,
     tolerance: float,
-    advance: Callable[[int], object] = lambda n: None,
 ) -> Found:
-    """All tests of one task.
+    """Closings of one task: alone, and in groups. :func:`label` adds what others show.
 
     Args:
         learn: Learning images.
         held_out: Held-out images.
         base: The sub-architecture.
-        spread: (all channels,), deviation of each.
-        others: Other sub-architectures of about the size.
+        spread: (all channels,), how far each one's best constant may be expected.
         alpha: Level of the tests, and of false discoveries.
         tolerance: Loss of fidelity that counts as none.
-        advance: Called once the task is done.
     """
     n = len(base.gates)
     nan = np.full(n, np.nan)
@@ -261,37 +257,50 @@ def examined(
     found.fidelity = float(1 - error / held_out.variance)
     kept = closer.kept
     if not len(kept):
-        advance(1)
         return found
     single(closer, found)
     harmful = [int(c) for c in kept if found.q[c] <= alpha]
-    cancelled = cancelling(closer, found, harmful, tolerance) if harmful else set()
-    place = {int(c): i for i, c in enumerate(kept)}
-    size = learn.weights @ closer.change**2
-    harmless = sorted(
-        (int(c) for c in kept if found.q[c] > alpha), key=lambda c: (size[place[c]], c)
-    )
-    standing, free = standing_in(closer, harmless, tolerance, alpha) if harmless else (set(), set())
-
-    worse = np.zeros(len(others), dtype=bool)
-    found.lost = np.zeros(len(others))
-    found.as_faithful = np.zeros(len(others), dtype=bool)
-    if others:
-        grown = held_out.added(held_out.outputs(others), closer.before)
-        result = compared(grown, held_out.own, 1 - alpha)
-        found.lost, worse = result.mean, result.p <= alpha
-        found.as_faithful = result.high < tolerance
-    without = [set((other.gates == 0).nonzero().flatten().tolist()) for other in others]
-    label = found.label
-    for c in map(int, kept):
-        lacking = np.array([c in closed for closed in without], dtype=bool)
-        if c in cancelled or c in free:
-            label[c] = NO_EFFECT
-        elif c in standing or (found.as_faithful & lacking).any():
-            label[c] = REPLACEABLE
-        elif found.q[c] <= alpha and worse[lacking].all():
-            label[c] = NEEDED
-        else:
-            label[c] = UNDECIDED
-    advance(1)
+    cancelled = cancelling(closer, found, harmful, tolerance, alpha)
+    size = np.full(n, np.nan)
+    size[kept] = learn.weights @ closer.change**2
+    harmless = sorted((int(c) for c in kept if found.q[c] > alpha), key=lambda c: (size[c], c))
+    standing, free = standing_in(closer, harmless, tolerance, alpha)
+    found.label[kept] = UNDECIDED
+    found.label[[c for c in harmful if c not in cancelled]] = NEEDED  # until another does as well
+    found.label[list(cancelled | free)] = NO_EFFECT
+    found.label[list(standing)] = REPLACEABLE
     return found
+
+
+def compare(
+    found: Found,
+    held_out: TaskTrial,
+    base: State,
+    others: Sequence[State],
+    *,
+    alpha: float,
+    tolerance: float,
+) -> None:
+    """Hold a task's sub-architecture against others: what they do without may be replaceable.
+
+    Args:
+        found: What :func:`examined` found; its labels are brought to their end.
+        held_out: See there.
+        base: See there.
+        others: Other sub-architectures of about the size.
+        alpha: See there.
+        tolerance: See there.
+    """
+    found.lost, found.as_faithful = np.zeros(len(others)), np.zeros(len(others), dtype=bool)
+    if not others:
+        return
+    before, *outputs = held_out.outputs([base, *others])
+    grown = held_out.added(np.stack(outputs), before)
+    result = compared(grown, held_out.own, 1 - alpha)
+    found.lost, found.as_faithful = result.mean, result.high < tolerance
+    lacking = ~np.stack([other.gates.numpy() > 0.5 for other in others])
+    replaced = lacking[found.as_faithful].any(0)
+    doubted = lacking[result.p > alpha].any(0)
+    label = found.label
+    label[np.isin(label, (NEEDED, UNDECIDED)) & replaced] = REPLACEABLE
+    label[(label == NEEDED) & doubted] = UNDECIDED

@@ -359,9 +359,7 @@ class TaskImages:
         among: int64, the numbers of the images that may be drawn; None: all.
     """
 
-    def __init__(
-        self, labels: Tensor, task: Task, seed: int, among: Tensor | None = None
-    ) -> None:
+    def __init__(self, labels: Tensor, task: Task, seed: int, among: Tensor | None = None) -> None:
         (own,), (other,) = own_images(labels, [task]), other_images(labels, [task])
         if among is not None:
             allowed = torch.zeros_like(own)
