@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nad_attr.attribution import NADAttribution
     from nad_attr.certainty.measuring import certainty
     from nad_attr.certainty.result import ChannelCertainty
+    from nad_attr.certainty.verdict import verdict
+    from nad_attr.certainty.verdict_result import Verdict
     from nad_attr.data.labels import Labels, Task
     from nad_attr.flow.measuring import information_flow
     from nad_attr.flow.result import InformationFlow
@@ -46,6 +48,7 @@ __all__ = [
     "SubArchitecture",
     "Task",
     "TaskGates",
+    "Verdict",
     "__version__",
     "certainty",
     "find_gate_sites",
@@ -57,6 +60,7 @@ __all__ = [
     "learn_to_store",
     "paper_sites",
     "recorded",
+    "verdict",
 ]
 
 #: Where the names are from. They are imported when they are asked for: torch takes seconds, in
@@ -65,6 +69,7 @@ _HOMES = {
     "gates.sub_architecture": ("SubArchitecture",),
     "attribution": ("NADAttribution",),
     "certainty": ("ChannelCertainty", "certainty"),
+    "certainty.verdict": ("Verdict", "verdict"),
     "flow": ("InformationFlow", "information_flow"),
     "gates": ("Task", "TaskGates"),
     "gating": ("GatingError", "gated", "recorded"),

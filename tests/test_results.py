@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import nad_attr
-from nad_attr import ChannelCertainty, GateSite
+from nad_attr import ChannelCertainty, GateSite, Verdict
 from nad_attr.concepts import Comparison, Concept, UnitConcepts, association
 from nad_attr.concepts.comparing.depth import DepthSemantics
 from nad_attr.evaluation import Curves, DepthProfile, Evaluation, MosaicResult, SizeSweep
@@ -147,6 +147,18 @@ def depth_semantics() -> DepthSemantics:
     )  # fmt: skip
 
 
+def verdict() -> Verdict:
+    answers = (("holds", "does not", "holds", "not asked", "not asked"), ("not asked",) * 5)
+    each = [numbers(2, 5, seed=i) for i in range(5)]
+    names = ("own_auc", "whole_auc", "learned_own_auc", "learned_fidelity", "learned_whole_auc")
+    gaps = ("own_auc_gap_low", "own_auc_gap_high", "fidelity_gap_low", "fidelity_gap_high")
+    measures = {name: np.array([0.5, 0.25]) for name in (*names, *gaps, "learned_n_own")}
+    return Verdict(
+        TASKS, NAMES, np.array([3, 4]), 20, np.array([8, 9]), 0.05, 19, answers, *each, measures,
+        {"dog/wolf": ("a note",)},
+    )  # fmt: skip
+
+
 def statistic() -> Statistic:
     return Statistic("mantel", 45, 0.4, (0.2, INF), 0.01, 0.0, names={"other": "wordnet"})
 
@@ -180,6 +192,7 @@ MADE: dict[type[Result], Callable[[], Any]] = {
         [statistic(), association([True, False] * 4, [True, True] * 4)], notes=["a note"]
     ),
     UnitConcepts: units,
+    Verdict: verdict,
     History: lambda: History({"loss": numbers(4, 2), "size": numbers(4, 2, seed=1)}),
 }  # fmt: skip
 

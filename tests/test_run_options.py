@@ -23,6 +23,7 @@ from nad_attr import (
     learn_gates,
     learn_sizes,
     learn_to_store,
+    verdict,
 )
 from nad_attr.concepts import dissect, unit_masks
 from nad_attr.evaluation import (
@@ -105,6 +106,9 @@ CALLS: dict[str, Callable[[nn.Module, Tensor, RunOptions | None], Any]] = {
     ),
     "NADAttribution": lambda m, x, r: NADAttribution(m, recipe=QUICK, run=r).learn((x, LABELS)),
     "evaluate": lambda m, x, r: evaluate(m, ARCHS, (x, LABELS), n_random=1, run=r),
+    "verdict": lambda m, x, r: verdict(
+        m, ARCHS, (x, LABELS), (x, LABELS), n_images=8, n_random=1, level=0.5, run=r
+    ),
     "sweep": lambda m, x, r: sweep(m, ARCHS, (x, LABELS), run=r),
     "sweep with donors": lambda m, x, r: sweep(
         m,

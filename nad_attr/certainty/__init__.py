@@ -1,6 +1,7 @@
-"""How sure is a channel, and is it needed? Selection probability, necessity, alternatives.
+"""How sure is it? Tests of sub-architectures, and of each of their channels.
 
-:func:`nad_attr.certainty` measures it, :class:`ChannelCertainty` holds it. The module itself can be
+:func:`nad_attr.certainty` measures channels, :class:`ChannelCertainty` holds what it found;
+:func:`nad_attr.verdict` judges each task's channels as a whole. The module itself can be
 called, as ``nad_attr.certainty(model, gates, data, held_out)``: it bears the name of its function.
 """
 
@@ -14,8 +15,17 @@ from typing import Any
 from nad_attr.certainty.bounds import exact_interval, false_selections
 from nad_attr.certainty.measuring import certainty
 from nad_attr.certainty.result import Alternatives, ChannelCertainty
+from nad_attr.certainty.verdict import Verdict, verdict
 
-__all__ = ["Alternatives", "ChannelCertainty", "certainty", "exact_interval", "false_selections"]
+__all__ = [
+    "Alternatives",
+    "ChannelCertainty",
+    "Verdict",
+    "certainty",
+    "exact_interval",
+    "false_selections",
+    "verdict",
+]
 
 
 class _Callable(ModuleType):
