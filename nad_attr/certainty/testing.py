@@ -44,7 +44,7 @@ LARGEST_GROUP = 4
 CANCELLED = 0.5
 
 
-@dataclass
+@dataclass(eq=False)
 class Found:
     """What the tests of one task say, each (all channels,); NaN where nothing was tested."""
 
