@@ -246,7 +246,7 @@ def _fitted(
         )
     given = getattr(gates, "recipe", None)
     recipe = Recipe() if given is None or isinstance(given, PaperRecipe) else given
-    recipe = replace(recipe, ablation="optimal", steps=FIT_STEPS)
+    recipe = replace(recipe, ablation="optimal", steps=FIT_STEPS, fidelity=None, size=0.5)
     tasks = tasks_of_rows(archs)
     session = Session(model, learned, tasks, recipe, archs[0].sites, seed=seed, run=run)
     bar = session.network.bar(len(groups) * len(tasks) * FIT_STEPS, "fitting constants", "step")
