@@ -607,6 +607,8 @@ def _found_sites(
         assert call.shape is not None
         if vectors or len(call.shape) > 2:
             axes = flow.nodes[index].axes
+            if len(axes) != 1:  # of a product of matrices, as attention by convolutions makes
+                axes = _axes_from_readers(flow, index) or axes
             sites.append(_site(call.name, call.shape, axes, channel_dim, at_input=False))
     if not sites and flow.int8:
         raise SiteError(f"no gate site found: {flow.int8}")
