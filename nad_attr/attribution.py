@@ -454,6 +454,13 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         """False: gated activations need not sum to the output."""
         return False
 
+    def __repr__(self) -> str:
+        network = type(self.forward_func).__name__
+        if not isinstance(self.forward_func, nn.Module):
+            network = getattr(self.forward_func, "__name__", network)
+        learned = "no gates yet" if self.task_gates is None else repr(self.task_gates)
+        return f"NADAttribution({network}, {learned}, scope={self.scope!r})"
+
     @classmethod
     def get_name(cls) -> str:
         """The method's name in plots and tables."""

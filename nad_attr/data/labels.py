@@ -45,7 +45,12 @@ def as_task(value: object) -> Task:
     """
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         value = value.tolist()
-    if isinstance(value, (bool, str, bytes, float)):
+    if isinstance(value, str):
+        raise TypeError(
+            f"a task is a class index or a group of class indices, not {value!r}: for a class by "
+            "name take the index that the dataset gives it, {name: dataset.class_to_idx[name]}."
+        )
+    if isinstance(value, (bool, bytes, float)):
         raise TypeError(f"a task is a class index or a group of class indices, not {value!r}.")
     if hasattr(value, "__index__"):
         index = int(value.__index__())
