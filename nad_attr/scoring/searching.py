@@ -40,8 +40,8 @@ __all__ = [
 
 #: Hard-concrete gates: temperature, and the ends of the stretched interval (Louizos et al. 2018).
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
-#: How fast the price of a channel follows the distance to the wanted size.
-PRICE_RATE = 1.0
+#: Expected size, at most: all open for certain would have no gradient.
+MOST = 0.99
 #: Share of the steps in which the wanted size falls from 1 to what was asked for.
 FALL = 0.5
 
@@ -336,10 +336,11 @@ def pools_of(weights: Tensor) -> list[Tensor]:
 
 
 class _Sparse(SearchScorer):
-    """Learns a number for each channel by Adam, towards a wanted expected size.
+    """Learns a number for each channel by Adam, at a wanted expected size.
 
-    The price of a channel rises while there are too many and falls while there are too few
-    (augmented Lagrangian), so that the expected size ends at the one asked for.
+    The price of a channel is the one that keeps the expected size as it is: a Lagrange multiplier,
+    solved for in each step. What Adam's steps change of the size nevertheless is put right by
+    adding the same to all numbers. The wanted size falls from 1 in the first half of the steps.
     """
 
     #: Where the channels' numbers start: open with a high probability.
@@ -379,18 +380,27 @@ class _Sparse(SearchScorer):
             (n_channels(self.sites),), self.start, dtype=torch.float64, device="cpu"
         ).requires_grad_()
         optimiser = torch.optim.Adam([numbers], self.learning_rate)
-        price = 0.0
         for step in range(self.n_steps):
             wanted = 1 - (1 - self.size) * min(1.0, (step + 1) / (FALL * self.n_steps))
-            images = task.draw(self.images_per_step)
-            gradient = self.error_gradient(task, numbers.detach(), images)
-            size = self.expected(numbers).mean()
-            distance = size.item() - wanted
-            (by_size,) = torch.autograd.grad(size, numbers)
-            price += PRICE_RATE * distance
-            numbers.grad = gradient + (price + PRICE_RATE * distance) * by_size
+            gradient = self.error_gradient(task, numbers.detach(), task.draw(self.images_per_step))
+            (by_size,) = torch.autograd.grad(self.expected(numbers).mean(), numbers)
+            price = (gradient @ by_size) / (by_size @ by_size).clamp(min=1e-300)
+            numbers.grad = gradient - price * by_size
             optimiser.step()
+            with torch.no_grad():
+                numbers += self._shift(numbers, min(wanted, MOST))
         return numbers.detach()
+
+    def _shift(self, numbers: Tensor, wanted: float) -> float:
+        """What to add to all numbers for an expected size: by bisection."""
+        low, high = -60.0, 60.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            if float(self.expected(numbers + middle).mean()) < wanted:
+                low = middle
+            else:
+                high = middle
+        return (low + high) / 2
 
 
 class HardConcreteScorer(_Sparse):
@@ -398,8 +408,7 @@ class HardConcreteScorer(_Sparse):
 
     Each image gets gates drawn from the hard-concrete distribution (:func:`hard_concrete`); Adam
     moves their ``log_alpha`` down the squared error of the task output, in units of its variance,
-    and the price of the expected L0 (:func:`open_probability`) is moved until that is the size
-    asked for. The scores are ``log_alpha``; cut them at ``size``.
+    at the price of L0 (:func:`open_probability`) with which the expected size is the one asked for. The scores are ``log_alpha``; cut them at ``size``.
 
     Args:
         model: The network.
@@ -449,8 +458,8 @@ class UGSScorer(_Sparse):
     Each image gets gates that are 0, 1 or uniform between (:func:`uniform_gates`). The derivative
     of the expected loss by a channel's probability is the mean of the loss's derivative by its
     gate where that is uniform (:func:`window_gradient`). The loss is the squared error of the task
-    output in units of its variance, plus a price for each channel that is moved until the expected
-    size is the one asked for (the paper learns one mask for each of several prices). The scores
+    output in units of its variance, plus the price for each channel with which the expected size is
+    the one asked for (the paper learns one mask for each of several prices). The scores
     are the probabilities' logits; cut them at ``size``.
 
     Args:

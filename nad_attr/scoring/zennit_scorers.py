@@ -164,7 +164,7 @@ class LRPScorer(ChannelScorer):
         return context
 
 
-class RelPScorer(MeansScorer, LRPScorer):
+class RelPScorer(LRPScorer, MeansScorer):
     """E over images of ``(a - mean)`` times the LRP coefficient: relevance patching (RelP).
 
     Attribution patching (:class:`~nad_attr.evaluation.CentredEffectScorer`) with the gradient of
