@@ -291,7 +291,7 @@ def test_ugs_estimates_the_derivative_of_the_expected_loss() -> None:
 
 
 class Twice(nn.Module):
-    """z_0 = 2 min(1, x_0 + x_1) + x_2 / 2: channels 0 and 1 are two copies of one, x_3 nothing."""
+    """z_0 = 2 min(1, x_0 + x_1) + x_2: channels 0 and 1 are two copies of one, x_3 nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.site(x)
-        z = 2 * (x[:, 0] + x[:, 1]).clamp(max=1) + x[:, 2] / 2
+        z = 2 * (x[:, 0] + x[:, 1]).clamp(max=1) + x[:, 2]
         return torch.stack([z, -z], 1)
 
 

@@ -408,7 +408,8 @@ class HardConcreteScorer(_Sparse):
 
     Each image gets gates drawn from the hard-concrete distribution (:func:`hard_concrete`); Adam
     moves their ``log_alpha`` down the squared error of the task output, in units of its variance,
-    at the price of L0 (:func:`open_probability`) with which the expected size is the one asked for. The scores are ``log_alpha``; cut them at ``size``.
+    at the price of L0 (:func:`open_probability`) with which the expected size is the one asked for.
+    The scores are ``log_alpha``; cut them at ``size``.
 
     Args:
         model: The network.

@@ -263,6 +263,7 @@ def _coefficients(gamma: float, canonizers: Sequence[Any] | None) -> Any:
         def __init__(self) -> None:
             # For outputs above zero, for those below, and the network's own.
             super().__init__(
+                input_modifiers=[torch.clone] * 3,  # each with a gradient of its own
                 param_modifiers=[
                     lambda parameter, _: parameter + gamma * parameter.clamp(min=0),
                     lambda parameter, _: parameter + gamma * parameter.clamp(max=0),
