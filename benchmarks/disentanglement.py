@@ -229,7 +229,8 @@ class Cell:
         options: dict[str, Any] = dict(PATH.get(method, {}))
         images = self.data.train
         if method in SEARCHED:
-            options |= {"passes": passes, "seed": self.seed}
+            options |= {"passes": passes, "seed": self.seed, "means": self.means("mean")}
+            images = per_class(images, min(200, passes // 2), self.seed)
             if method in FOR_EACH_SIZE:
                 options["size"] = size
             elif method == "iterative":

@@ -56,6 +56,7 @@ from nad_attr.evaluation.sizes import SiteCosts, flop_size, parameter_size, site
 from nad_attr.evaluation.sweeps.curves import (
     MIB_SIZES,
     Curves,
+    area_under,
     circuit_areas,
     completeness,
     curves,
