@@ -34,7 +34,7 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
 from nad_attr.gating.means import channel_moments
 from nad_attr.learning.constants import learn_with_constants
-from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network
+from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network, Replica
 from nad_attr.learning.network_checks import Checks, check_gradients, check_option, check_outputs
 from nad_attr.learning.paper import learn_paper, paper_steps
 from nad_attr.learning.selection import learn_selection, steps_in_memory
@@ -411,27 +411,7 @@ class Session:
         started = datetime.now(timezone.utc)
         network, source, recipe = self.network, self.learned_from, self.recipe
         wanted = self.tasks if tasks is None else list(tasks)
-        parts: list[list[Learned]] = []
-        with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
-            means = self.means() if means is None else means
-            if means is not None:
-                network.set_means(means)
-            clean = CleanOutputs(network, source)
-            for part in chunks(len(wanted), self.width):
-                chunk = Chunk(
-                    network,
-                    source,
-                    [wanted[i] for i in part],
-                    self.seed,
-                    clean=clean,
-                    advance=advance,
-                )
-                if isinstance(recipe, PaperRecipe):
-                    first = None if start is None else start[list(part)]
-                    parts.append([learn_paper(chunk, recipe, first)])
-                else:
-                    asked = [recipe.size if size is None else size for size in sizes]
-                    parts.append(self._chosen(chunk, asked))
+        parts = self._parts(wanted, sizes, means, start, advance)
         info = {
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
             "model": type(unwrap(network.model)).__name__,
@@ -448,6 +428,50 @@ class Session:
             self._gates([part[i] for part in parts], wanted, size, info)
             for i, size in enumerate(sizes)
         ]
+
+    def learn_replicas(
+        self, replicas: Sequence[Replica], advance: Callable[[int], object] = lambda n: None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Learn tasks again: from some of the images, or with a price on channels.
+
+        Args:
+            replicas: R of them, side by side in shared passes as tasks are.
+            advance: Called with a number of steps that are done.
+
+        Returns:
+            Gates (R, all channels), and the constants of closed channels if the recipe has them.
+        """
+        found = [part[0] for part in self._parts(replicas, [None], None, None, advance)]
+        constants = [part.constants for part in found if part.constants is not None]
+        gates = torch.cat([part.gates for part in found]).cpu()
+        return gates, torch.cat(constants).cpu() if constants else None
+
+    def _parts(
+        self,
+        tasks: Sequence[Task | Replica],
+        sizes: Sequence[float | None],
+        means: Mapping[str, Tensor] | None,
+        start: Tensor | None,
+        advance: Callable[[int], object],
+    ) -> list[list[Learned]]:
+        """What is learned of each chunk at each size."""
+        network, source, recipe = self.network, self.source, self.recipe
+        parts: list[list[Learned]] = []
+        with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
+            means = self.means() if means is None else means
+            if means is not None:
+                network.set_means(means)
+            clean = CleanOutputs(network, source)
+            for part in chunks(len(tasks), self.width):
+                chosen = tasks[part.start : part.stop]
+                chunk = Chunk(network, source, chosen, self.seed, clean=clean, advance=advance)
+                if isinstance(recipe, PaperRecipe):
+                    first = None if start is None else start[list(part)]
+                    parts.append([learn_paper(chunk, recipe, first)])
+                else:
+                    asked = [recipe.size if size is None else size for size in sizes]
+                    parts.append(self._chosen(chunk, asked))
+        return parts
 
     def fit(
         self,
