@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import nad_attr
 from nad_attr import Recipe, TaskGates, Verdict, cli
 from nad_attr.evaluation import Evaluation
 from nad_attr.learning import runs
@@ -295,6 +296,16 @@ def test_a_verdict_and_its_place_in_the_report(here: Path) -> None:
     succeeds("report", "judged.h5", "--out", "judged.html", "-q")
     page = (here / "judged.html").read_text()
     assert found.sentence("red") in page
+    made = sys.modules["colour_nets"].colours().eval()
+    data = torch.rand(30, 3, 8, 8), torch.arange(30) % 3
+    gates = TaskGates.load("judged.h5")
+    sure = nad_attr.certainty(made, gates, data, data, pairs=1, alternatives=0)
+    sure.save("judged.h5")
+    succeeds("verdict", *mine, "--images", "10", "--out", "verdict.json", "-q")
+    needed = (sure.table("red")["label"] == "needed").mean()
+    judged = Verdict.load("verdict.json")
+    assert judged.value[judged.index("red"), 3] == pytest.approx(needed)
+    assert judged.answer("red", "stable") != "not asked"
     fails(2, "--out writes .json or .h5", "verdict", *mine, "--out", "verdict.txt")
     fails(1, "--trust-file", "verdict", "judged.h5", "--held-out", "val")
 

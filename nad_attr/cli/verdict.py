@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict import verdict as judge
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, check_size, guarded, say
@@ -22,6 +23,7 @@ from nad_attr.cli.opening import (
     training_name,
 )
 from nad_attr.running.options import RunOptions
+from nad_attr.store import result_names
 
 __all__ = ["verdict"]
 
@@ -68,8 +70,9 @@ def verdict(
 ) -> None:
     """Test each class's channels: do they suffice, are they needed, specific, minimal, stable?
 
-    Each question is answered with "holds", "does not" or "not asked", beside random channels. The
-    network is made again as the file says, and has to be the same one.
+    Each question is answered with "holds", "does not" or "not asked", beside random channels. A
+    certainty of channels that the file holds is used. The network is made again as the file says,
+    and has to be the same one.
 
     Examples:
       nad-attr verdict gates.h5 --data photos/train --held-out photos/val
@@ -96,11 +99,16 @@ def verdict(
         why = "name the images that the gates were learned from"
         name = training_name(data, provenance, network.trust_file, why, "--data")
         training = open_images(name, opened, **work.reading())
+        sure = None
+        if size is None and ChannelCertainty._kind() in result_names(gates):
+            found = ChannelCertainty.load(gates)
+            sure = found if set(learned.tasks) <= set(found.tasks) else None
         result = judge(
             opened.loaded.model,
             learned,
             training.data,
             images.data,
+            certainty=sure,
             replicas=replicas,
             size=size,
             n_random=random,
