@@ -60,7 +60,8 @@ def save(
     """Write a smaller network to a file that needs nothing of this library.
 
     Beside it, ``NAME.json`` (``cat.onnx.json`` beside ``cat.onnx``) says which channels of the
-    network each of its own are (:class:`nad_attr.export.Summary`). Each file is written whole or not at all.
+    network each of its own are (:class:`nad_attr.export.Summary`). Each file is written whole or
+    not at all.
 
     Args:
         module: As :meth:`nad_attr.SubArchitecture.export` returned it.
