@@ -25,9 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.cifar import add_shared_arguments, load_cifar10, load_resnet
+from benchmarks.recipes import per_class
 from nad_attr import ChannelCertainty, Recipe, RunOptions, certainty, fit_constants, learn_gates
 from nad_attr.certainty.testing import LABELS
 from nad_attr.evaluation import PLANTED_KINDS, evaluate, planted
+from nad_attr.gates.channels import kappa
 
 FACTOR = 1.5
 RUN = RunOptions(batch_size=800)
@@ -37,7 +40,7 @@ TAUS = (0.75, 0.9, 1.0)
 
 def planted_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each network."""
-    for seed in range(args.seeds):
+    for seed in range(args.first, args.first + args.seeds):
         for kind in args.kinds:
             known = planted(kind, n_classes=2, width=24, seed=seed)
             ablation = "mean" if "mean" in known.ablations else known.ablations[0]
@@ -78,7 +81,9 @@ def planted_table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'':<12} networks  needed, false  found of needed  copies replaceable  passes"]
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of = [row for row in rows if row["kind"] == kind]
-        sums = {name: sum(row[name] for row in of) for name in ("needed", "false", "found", "truth")}
+        sums = {
+            name: sum(row[name] for row in of) for name in ("needed", "false", "found", "truth")
+        }
         share = sums["false"] / sums["needed"] if sums["needed"] else 0.0
         found = f"{sums['found'] / sums['truth']:.3f}" if sums["truth"] else "-"
         said = [row["replaceable"] for row in of if row["replaceable"] is not None]
@@ -93,23 +98,20 @@ def planted_table(rows: list[dict[str, Any]]) -> str:
 
 def kappas(first: np.ndarray, second: np.ndarray) -> float:
     """Overlap over all sites together, corrected for chance, mean over tasks."""
-    from nad_attr.gates.channels import kappa
-
     pairs = zip(torch.from_numpy(first), torch.from_numpy(second), strict=True)
     return float(np.mean([kappa(a, b) for a, b in pairs]))
 
 
 def pair_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each threshold, and one for the labels."""
-    from benchmarks.cifar import network, photos
-
-    model = network(args.shared)
-    data, held_out = (photos(args.shared, part, n) for part, n in (("train", 100), ("val", 150)))
+    model = load_resnet(20, args.shared)
+    train_x, train_y, val_x, val_y = load_cifar10(args.shared, cache=args.cache)
+    data, held_out = per_class(train_x, train_y, 160, 0), per_class(val_x, val_y, 100, 0)
     tasks = list(range(args.tasks))
     found: list[ChannelCertainty] = []
     start = time.perf_counter()
     for seed in (0, 1):
-        gates = learn_gates(model, data, tasks, Recipe(size=0.4), seed=seed)
+        gates = learn_gates(model, data, tasks, Recipe(size=args.size), seed=seed)
         found.append(certainty(model, gates, data, held_out, pairs=args.pairs, seed=seed))
     yield {
         "seconds": round((time.perf_counter() - start) / 2, 1), "passes": dict(found[0].passes),
@@ -145,10 +147,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("planted", "pair"))
     parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--kinds", nargs="+", default=list(PLANTED_KINDS), choices=PLANTED_KINDS)
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--tasks", type=int, default=4)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--size", type=float, default=0.4)
+    add_shared_arguments(parser)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = []
