@@ -1,16 +1,16 @@
 """Is what certainty says of channels true, and what does it cost?
 
-    python -m benchmarks.certainty planted --seeds 100 --json benchmarks/results/certainty_planted.json
-    python -m benchmarks.certainty pair --json benchmarks/results/certainty_pair.json
+    python -m benchmarks.certainty planted --seeds 100 --json planted.json
+    python -m benchmarks.certainty pair --json pair.json
 
-"planted": networks whose channels are known, ``--seeds`` of each kind, two classes, gates of one and a
-half times the circuit's size. Of the channels called *needed*, how many are not? Of those that are
-needed, how many are found? With redundant copies none is needed: which share of a whole copy that is
-kept is called *replaceable*? A run takes one to three seconds.
+"planted": networks whose channels are known, ``--seeds`` of each kind, two classes, gates of one
+and a half times the circuit's size. Of the channels called *needed*, how many are not? Of those
+that are needed, how many are found? With redundant copies none is needed: which share of a whole copy
+that is kept is called *replaceable*? A run takes one to three seconds.
 
-"pair": a ResNet-20 on CIFAR-10 photos (beside the repository, see ``--shared``): the default recipe at
-40 %, two seeds. Labels; kappa between the two seeds' gates, and between their cores; own AUC and
-fidelity of a core against the gates cut at the core's size, both with constants fitted alike; passes.
+"pair": a ResNet-20 on CIFAR-10 photos (beside the repository, see ``--shared``): the default
+recipe, two seeds. Labels; kappa between the two seeds' gates, and between their cores; own AUC and
+fidelity of a core against the gates cut at its size, both with constants fitted alike; passes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from nad_attr import ChannelCertainty, Recipe, RunOptions, certainty, fit_consta
 from nad_attr.certainty.testing import LABELS
 from nad_attr.evaluation import PLANTED_KINDS, evaluate, planted
 from nad_attr.gates.channels import kappa
+from nad_attr.system.files import write_text
 
 FACTOR = 1.5
 RUN = RunOptions(batch_size=800)
@@ -161,7 +162,7 @@ def main() -> None:
         if args.what == "pair":
             print(row, flush=True)
         if args.json is not None:
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            write_text(args.json, json.dumps(rows, indent=1) + "\n")
     if args.what == "planted":
         print(planted_table(rows))
 

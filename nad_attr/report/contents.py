@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from nad_attr._version import __version__
+from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.report.overlaps import overlaps_part
 from nad_attr.report.packing import MAX_GATES_OF_EIGHT_BITS, gate_levels, text64
-from nad_attr.report.parts import SHOWN, evaluation_part, history_part
+from nad_attr.report.parts import SHOWN, certainty_part, evaluation_part, history_part
 
 __all__ = ["BROKEN", "Contents", "Results", "check_parts", "contents", "not_there", "summary"]
 
@@ -33,6 +34,7 @@ class Results:
     Attributes:
         evaluation: See :class:`nad_attr.evaluation.Evaluation`.
         evaluation_from: What it is called.
+        certainty: See :class:`nad_attr.ChannelCertainty`.
         curves: See :func:`nad_attr.report.parts.curves_part`.
         mosaics: See :func:`nad_attr.report.parts.mosaics_part`.
         errors: See :func:`nad_attr.report.parts.errors_part`.
@@ -46,6 +48,7 @@ class Results:
 
     evaluation: Evaluation | None = None
     evaluation_from: str = ""
+    certainty: ChannelCertainty | None = None
     curves: list[dict[str, Any]] | None = None
     mosaics: dict[str, Any] | None = None
     errors: dict[str, Any] | None = None
@@ -118,6 +121,13 @@ def contents(
             part = results.evaluation = evaluation = None
     if part is None:
         sentences = summary(gates, None, file)
+    sure = None
+    if results.certainty is not None:
+        try:
+            sure = certainty_part(results.certainty, gates)
+        except BROKEN as error:
+            results.notes.append(f"No certainty: {error}.")
+            results.certainty = None
     made = title or _network(origin) or file or "sub-architectures"
     data = {
         "title": made,
@@ -128,6 +138,7 @@ def contents(
         "counts": text64(counts.numpy().astype(np.uint32)),
         "measures": SHOWN,
         "evaluation": part,
+        "certainty": sure,
         "overlaps": overlaps_part(masks),
         "history": history_part(gates.history, len(gates)),
         "curves": results.curves,
@@ -295,6 +306,9 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
         )
     elif not results.evaluation.rivals:
         found.append(("other methods at equal size", f"{measured} --with taylor --with neuron-mct"))
+    if results.certainty is None:
+        asked = f"nad-attr certainty {file} --held-out HELD_OUT --out {file}"
+        found.append(("how sure each channel is, and whether it is needed", asked))
     if results.curves is None:
         found.append(("keep and ablate curves", measured))
     if results.mosaics is None and len(gates) >= 4:
