@@ -5,8 +5,8 @@
 
 "planted": networks whose channels are known, ``--seeds`` of each kind, two classes, gates of one
 and a half times the circuit's size. Of the channels called *needed*, how many are not? Of those
-that are needed, how many are found? With redundant copies none is needed: which share of a whole copy
-that is kept is called *replaceable*? A run takes one to three seconds.
+that are needed, how many are found? With redundant copies none is needed: which share of a whole
+copy that is kept is called *replaceable*? A run takes one to three seconds.
 
 "pair": a ResNet-20 on CIFAR-10 photos (beside the repository, see ``--shared``): the default
 recipe, two seeds. Labels; kappa between the two seeds' gates, and between their cores; own AUC and
