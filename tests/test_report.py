@@ -624,6 +624,7 @@ def test_kept_results_come_back(tmp_path: Path, measured: Report) -> None:
     assert again.results.errors["examples"][0]["picture"] >= 0
     assert again.results.flow["sites"] == [*(site.name for site in SITES), "output"]
     assert again.missing() == [
+        "a verdict on each class",
         "other methods at equal size",
         "how sure each channel is, and whether it is needed",
         "concepts of channels",

@@ -21,6 +21,7 @@ from nad_attr.cli.report import report
 from nad_attr.cli.sites import sites
 from nad_attr.cli.stores import export, merge
 from nad_attr.cli.stores import inspect as inspect_command
+from nad_attr.cli.verdict import verdict
 
 __all__ = ["COMMANDS", "make_app"]
 
@@ -29,6 +30,7 @@ COMMANDS = (
     learn,
     evaluate,
     certainty,
+    verdict,
     attribute,
     compare,
     flow,
