@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from nad_attr._version import __version__
 from nad_attr.cli.attribute import attribute
+from nad_attr.cli.certainty import certainty
 from nad_attr.cli.compare import compare
 from nad_attr.cli.demo import demo
 from nad_attr.cli.evaluate import evaluate
@@ -30,6 +31,7 @@ COMMANDS = (
     sites,
     learn,
     evaluate,
+    certainty,
     verdict,
     attribute,
     compare,
