@@ -310,7 +310,8 @@ def test_curves_depth_stability_and_top_images_take_them(kind: str) -> None:
 
     result = stability(net, learn, data, seeds=(0, 1))
     assert result.halves.shape == (2, len(gates.tasks))
-    assert along_depth(gates, fidelity=site_fidelity(net, gates, data)).summary()
+    if len(gates.tasks) > 1:
+        assert along_depth(gates, fidelity=site_fidelity(net, gates, data)).summary()
     dealt = as_source(shuffled_labels(data), any_labels=True).labels
     assert dealt.shape == read.labels.shape
     assert (dealt == 1).sum() == (read.labels == 1).sum()

@@ -172,8 +172,8 @@ def export(
         Path | None,
         typer.Option(
             help="Sub-architectures of one class, or of several, as a smaller network, and a .json "
-            "beside it: .pt2 (torch.export), .onnx, or .safetensors (a state dict, and the .py file "
-            "it is for)."
+            "beside it: .pt2 (torch.export), .onnx, or .safetensors (a state dict, and the .py "
+            "file it is for)."
         ),
     ] = None,
     tasks: Annotated[
