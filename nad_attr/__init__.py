@@ -11,6 +11,8 @@ from nad_attr._version import __version__
 if TYPE_CHECKING:
     from nad_attr._checks import GatingError
     from nad_attr.attribution import NADAttribution
+    from nad_attr.certainty.measuring import certainty
+    from nad_attr.certainty.result import ChannelCertainty
     from nad_attr.certainty.verdict import verdict
     from nad_attr.certainty.verdict_result import Verdict
     from nad_attr.data.labels import Labels, Task
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from nad_attr.store import GateStore, GateStoreError
 
 __all__ = [
+    "ChannelCertainty",
     "Explanation",
     "GateSite",
     "GateStore",
@@ -50,6 +53,7 @@ __all__ = [
     "TaskGates",
     "Verdict",
     "__version__",
+    "certainty",
     "explain",
     "find_gate_sites",
     "fit_constants",
@@ -68,6 +72,7 @@ __all__ = [
 _HOMES = {
     "gates.sub_architecture": ("SubArchitecture",),
     "attribution": ("NADAttribution",),
+    "certainty": ("ChannelCertainty", "certainty"),
     "certainty.verdict": ("Verdict", "verdict"),
     "explaining": ("Explanation", "explain"),
     "flow": ("InformationFlow", "information_flow"),

@@ -17,6 +17,7 @@ from nad_attr import (
     Recipe,
     RunOptions,
     SubArchitecture,
+    certainty,
     explain,
     fit_constants,
     information_flow,
@@ -99,6 +100,10 @@ CALLS: dict[str, Callable[[nn.Module, Tensor, RunOptions | None], Any]] = {
     ),
     "fit_constants": lambda m, x, r: fit_constants(
         m, ARCHS, (x, LABELS), recipe=replace(QUICK, ablation="optimal"), run=r
+    ),
+    "certainty": lambda m, x, r: certainty(
+        m, learn_gates(m, (x, LABELS), None, QUICK, [SITE]), (x, LABELS), (x, LABELS), pairs=1,
+        run=r,
     ),
     "NADAttribution": lambda m, x, r: NADAttribution(m, recipe=QUICK, run=r).learn((x, LABELS)),
     "evaluate": lambda m, x, r: evaluate(m, ARCHS, (x, LABELS), n_random=1, run=r),

@@ -157,7 +157,7 @@ def explain(
         work.measure("pictures")
         if out is not None:
             with work.step("page"):
-                Report(file, comparison={"Verdict": tested}).save(out)
+                Report(file).save(out)
         gates = TaskGates.load(file)
         result = Explanation(
             tested.tasks,

@@ -138,7 +138,8 @@ def passes(
         gated, beside = of_steps(recipe.steps, missing, optimal)
     found["learning"] = {"learn": gated, "run": means + beside, "read": means + gated}
     found["evaluation"] = {"run": n * (1 + n_tasks * (1 + N_RANDOM)), "read": n}
-    rows = 2 + 2 * (1 + N_VERDICT) + min(N_CLOSED, n_kept)
+    # Closed at zero, the gates as given and as compared are one network, which runs once.
+    rows = 2 + 2 * (1 + N_VERDICT) + min(N_CLOSED, n_kept) - (recipe.ablation == "zero")
     each_judged = [
         min(VERDICT_IMAGES, own_n + other_n)
         for own_n, other_n in zip(
