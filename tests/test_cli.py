@@ -97,6 +97,10 @@ def reds():
     return Reds()
 
 
+def maps():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.ReLU())
+
+
 def as_it_is():
     import numpy as np
     return lambda image: torch.as_tensor(np.array(image)).permute(2, 0, 1) / 255
@@ -873,3 +877,55 @@ def test_main_leaves_the_handler_of_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SystemExit):
         cli.main()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# ---------------------------------------------------------------------------------------------
+# explain
+# ---------------------------------------------------------------------------------------------
+
+EXPLAIN = ("explain", *MODEL, "--data", "train", "--device", "cpu")
+
+
+@pytest.mark.slow
+def test_explain_goes_from_photos_to_a_verdict(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    page = tmp_path / "report.html"
+    text = succeeds(*EXPLAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
+    for said in ("this will take about", "learning from", "Asked: which of 12 channels", "See: "):
+        assert said in text, text
+    assert len([line for line in text.splitlines() if line.startswith("Answer: ")]) == 1
+    assert GateStore.open(tmp_path / "gates.h5").task_names == ("blue", "red")
+    assert "verdict" in page.read_text()
+    again = succeeds(*EXPLAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
+    assert "verdict ..." not in again
+    fails(1, "begun with minutes 60.0, not None", *EXPLAIN, "--out", page, "--tasks", "red,blue")
+    fails(1, "was not begun by explain", *EXPLAIN, "--store", "gates.h5", "--out", page)
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "more"),
+    [
+        (1, "nowhere", ("--data", "nowhere")),
+        (2, "--tasks: there is no class 'purple'", ("--tasks", "purple")),
+        (2, "is there already and is", ("--out", "other.pt")),
+        (2, "there is no folder", ("--out", "no/where/report.html")),
+        (2, "--quick and --minutes", ("--quick", "--minutes", "3")),
+        (2, "--size takes a share", ("--size", "40")),
+        (1, "--class-index", ("--data", "one")),
+        (1, "not a tensor (images, classes)", ("--model", "colour_nets:maps")),
+        (1, "4 are the least", ("--data", "few", "--tasks", "red")),
+    ],
+)
+def test_explain_says_in_a_line_what_is_wrong(
+    code: int, message: str, more: tuple[str, ...], place: Path, tmp_path: Path
+) -> None:
+    if more[-1] == "one" or "few" in more:
+        for name, n in {"one": (("red", 5),), "few": (("blue", 5), ("green", 5), ("red", 2))}[
+            more[1]
+        ]:
+            for i in range(n):
+                target = place / more[1] / name / f"{i}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes((place / "train" / name / f"{i}.png").read_bytes())
+    page = () if "--out" in more else ("--out", tmp_path / "report.html")
+    fails(code, message, *EXPLAIN, *page, *more)
