@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nad_attr import TaskGates, cli
+from nad_attr import Recipe, TaskGates, cli
 from nad_attr.evaluation import Evaluation
 from nad_attr.learning import runs
 from nad_attr.store import GateStore, read_result
@@ -252,6 +252,19 @@ def test_constants_of_each_task_and_of_each_rival(here: Path) -> None:
         *("--images", "4"),
     )
     assert "fitting constants: taylor" in text
+
+
+def test_size_from_a_target(here: Path) -> None:
+    wanted = ("learn", *MODEL, "--device", "cpu", "--steps", "20", "--fidelity", "0.5")
+    fails(1, "5 images kept apart for task 0", *wanted, "--data", "train", "--out", "new.h5")
+    for path in (here / "train").glob("*/*.png"):  # twice as many
+        for name in ("a", "b"):
+            copy = here / "more" / path.parent.name / f"{name}{path.name}"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    succeeds(*wanted, "--data", "more", "--out", "target.h5", "-q")
+    assert TaskGates.load("target.h5").recipe == Recipe(fidelity=0.5, steps=20)
+    assert "fidelity=0.5" in succeeds("inspect", "target.h5")
 
 
 def test_the_published_recipe(here: Path) -> None:
@@ -502,6 +515,7 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
         (2, "goes backwards", (*NEW, "--tasks", "2-0")),
         (2, "above 0, up to 1, not 0", (*NEW, "--size", "0")),
         (2, "device 'nowhere' cannot be used", (*NEW, "--device", "nowhere")),
+        (2, "give one of them", (*NEW, "--fidelity", "0.9")),
         (2, "--size belongs to the default recipe", (*NEW, "--recipe", "paper")),
         (2, "--beta belongs to the published recipe", (*NEW, "--beta", "1")),
         (
