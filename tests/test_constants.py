@@ -27,7 +27,7 @@ from nad_attr.evaluation import curves, evaluate, planted, size_sweep, top_k
 from nad_attr.evaluation.evaluating import random_architectures
 from nad_attr.gating.hooks import frozen
 from nad_attr.learning import constants as module
-from nad_attr.learning.constants import ConstantModel, noise_share
+from nad_attr.learning.constants import ConstantModel, noise_share, rooted
 from nad_attr.learning.engine import Network, TaskImages
 from nad_attr.learning.selection import QuadraticModel
 from nad_attr.scoring.given_scorers import shuffled
@@ -112,6 +112,17 @@ def test_the_metric_leaves_what_no_constant_explains() -> None:
         left = -effect + own[2] * model.slopes[row, :, 1]
         _, alone = least(model, row, shares[row], left, [0, 3], d)
         assert float(part._square[row, 1]) == pytest.approx(alone, rel=1e-10)
+
+
+def test_roots_are_found_though_rounding_says_that_there_are_none() -> None:
+    good = torch.tensor([[4.0, 2.0], [2.0, 5.0]])
+    spoiled = torch.tensor([[1e6, 1e6 + 0.5], [1e6 + 0.5, 1e6]])  # smaller eigenvalue: -0.5
+    both = torch.stack([good, spoiled])
+    root = rooted(both)
+    torch.testing.assert_close(root[0], torch.tensor([[2.0, 0.0], [1.0, 2.0]]))
+    torch.testing.assert_close(root @ root.mT, both, rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match="not finite"):
+        rooted(both / 0)
 
 
 def test_share_of_noise_by_hand() -> None:

@@ -46,6 +46,7 @@ from nad_attr.learning.selection import (
     MIN_VARIANCE,
     SWAPS_PER_STEP,
     QuadraticModel,
+    any_of,
     budgets,
     drawn,
     exchanged,
@@ -103,6 +104,32 @@ def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
     fourth = squares.sum(2).square().sum(1) - squares.square().sum((1, 2))
     noise = fourth - total / n_images
     return (noise / total.clamp(min=MIN_VARIANCE)).clamp(0, 1)
+
+
+def rooted(matrices: Tensor) -> Tensor:
+    """Cholesky factors of positive definite matrices, (R, M, M), though rounding says otherwise.
+
+    Sums to which products were added and from which they were taken again keep the rounding of the
+    largest that they ever were. As much of the diagonal is added as it takes, to those rows alone.
+
+    Raises:
+        RuntimeError: If a matrix is not finite.
+    """
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(matrices)
+    share = torch.finfo(matrices.dtype).eps
+    while any_of(failed) and share < 1:
+        largest = matrices.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+        added = share * largest * (failed > 0)[:, None]
+        root, failed = torch.linalg.cholesky_ex(
+            matrices
+            + added[:, :, None]
+            * torch.eye(matrices.shape[1], device=matrices.device, dtype=matrices.dtype)
+        )
+        share *= 10
+    if bool((failed > 0).any()):
+        raise RuntimeError("the effects of channels on the task output are not finite.")
+    return root
 
 
 class Metric(NamedTuple):
@@ -206,8 +233,7 @@ class ConstantModel:
         weight = shares.sqrt()[:, :, None]
         inner = self._gram * weight * weight.mT * freedom[:, None, None]
         inner.diagonal(dim1=1, dim2=2).add_(1.0)
-        root: Tensor = torch.linalg.cholesky(inner)
-        return Metric(root, weight, freedom)
+        return Metric(rooted(inner), weight, freedom)
 
     def shrink(self, metric: Metric) -> Tensor:
         """What closed channels are charged of their own squared effect: (R, 1)."""
