@@ -54,7 +54,8 @@ def evaluation() -> Evaluation:
 
     whole = part(1)
     others = {"random": tuple(part(i, _whole=whole) for i in (2, 3))}
-    return part(0, _whole=whole, rivals={"b.c": part(4, _whole=whole)}, **others)
+    learned = part(5, _whole=part(6))
+    return part(0, _whole=whole, rivals={"b.c": part(4, _whole=whole)}, learned=learned, **others)
 
 
 def curves() -> Curves:

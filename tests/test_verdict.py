@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nad_attr
 from nad_attr import GateSite, Recipe, SubArchitecture, Verdict, learn_gates, verdict
 from nad_attr.certainty.verdict import _dealt, _minimality_p, _Resampled
 from nad_attr.certainty.verdict_result import QUESTIONS
@@ -121,7 +122,7 @@ class _Certain:
     def __init__(self, arch: SubArchitecture, labels: list[str]) -> None:
         self.arch, self.labels = arch, labels
 
-    def table(self, task: object) -> dict[str, np.ndarray]:
+    def table(self, task: object, *, closed: bool) -> dict[str, np.ndarray]:
         sites = [(s.name, c) for s in self.arch.sites for c in range(s.n_channels)]
         kept = np.array([bool(self.arch[name][c]) for name, c in sites])
         label = np.full(len(sites), "", dtype=object)
@@ -147,6 +148,17 @@ def test_certainty_answers_minimality_and_stability(known: PlantedCircuit) -> No
     with pytest.raises(ValueError, match="other channels"):
         other = _dealt(arch, 0, 5)
         verdict(known.model, arch, *data, certainty=_Certain(other, ["needed"] * n))
+
+
+def test_what_certainty_gives_is_taken(known: PlantedCircuit) -> None:
+    recipe = Recipe(size=known.size, steps=20)
+    gates = learn_gates(known.model, known.data, [0], recipe=recipe)
+    data = known.data, known.held_out
+    sure = nad_attr.certainty(known.model, gates, *data, pairs=2, alternatives=0)
+    result = verdict(known.model, gates, *data, n_images=20, certainty=sure)
+    assert "not asked" not in result.answers[0]
+    table = sure.table(0)
+    assert result.value[0, 3] == pytest.approx((table["label"] == "needed").mean())
 
 
 def test_measures_are_those_of_evaluation() -> None:

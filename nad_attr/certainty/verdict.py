@@ -20,6 +20,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from nad_attr._checks import check_count
+from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict_result import QUESTIONS, Verdict
 from nad_attr.data.labels import Task, other_images, own_images, tasks_in
 from nad_attr.data.sources import ChosenSource, Data, Source, as_source
@@ -70,7 +71,7 @@ def verdict(
     data: Data | None,
     held_out: Data,
     *,
-    certainty: Any = None,
+    certainty: ChannelCertainty | None = None,
     replicas: Sequence[TaskGates | Sequence[SubArchitecture]] | None = None,
     size: float | None = None,
     n_random: int = 19,
@@ -549,9 +550,9 @@ def _minimality_p(n_unseen: int, n_tested: int, n_kept: int, each: float) -> flo
 # -- From certainty and other runs -----------------------------------------------------------------
 
 
-def _table_of(certainty: Any, arch: SubArchitecture) -> dict[str, NDArray[Any]]:
-    """The columns of a task's table that are needed, of all channels or the kept ones."""
-    table = certainty.table(arch.task)
+def _table_of(certainty: ChannelCertainty, arch: SubArchitecture) -> dict[str, NDArray[Any]]:
+    """The columns of a task's table that are needed, of all channels."""
+    table = certainty.table(arch.task, closed=True)
     try:
         found = {n: np.asarray(table[n]) for n in ("site", "channel", "kept", "selection", "label")}
     except (KeyError, ValueError, IndexError) as error:
@@ -597,7 +598,7 @@ def _stable(
     seed: int,
 ) -> _Claim:
     """Whether other runs chose the same channels: (observed - chance) / (1 - chance)."""
-    if table is not None and len(table["site"]) == arch.n_channels:
+    if table is not None:
         # How often each channel was chosen; the same of random channels, as many at each site.
         chosen = {
             name: table["selection"][table["site"] == name].astype(np.float64) for name in arch

@@ -33,7 +33,8 @@ def apart(
     Args:
         learned: ``{measure: value}``, on images that the gates were learned from.
         held_out: The same on held-out images.
-        gaps: ``{measure: (low, high)}``, the interval of learned less held out.
+        gaps: ``{measure: (low, high)}``, the interval of learned less held out; NaN: unknown, and
+            the measures have to be twice as far apart.
         whole: The whole network's own AUC on both: where that parts, the images differ.
         n_own: Own images that were learned from; None: unknown.
         size: Kept channels / all channels.
@@ -51,12 +52,13 @@ def apart(
     lines = []
     for measure, (low, high) in gaps.items():
         gap = learned[measure] - held_out[measure]
-        if not gap > PARTS or not low > 0:
+        unknown = math.isnan(low)
+        if not gap > (2 * PARTS if unknown else PARTS) or not (unknown or low > 0):
             continue
+        span = "" if unknown else f" (difference {number(low)} to {number(high)})"
         lines.append(
             f"{_NAMES.get(measure, measure)} is {number(learned[measure])} on images learned from "
-            f"and {number(held_out[measure])} on held-out ones (difference {number(low)} to "
-            f"{number(high)})."
+            f"and {number(held_out[measure])} on held-out ones{span}."
         )
     if not lines:
         return []
