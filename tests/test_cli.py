@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import nad_attr
-from nad_attr import Recipe, TaskGates, Verdict, cli
+from nad_attr import ChannelCertainty, Recipe, TaskGates, Verdict, cli
 from nad_attr.evaluation import Evaluation
 from nad_attr.learning import runs
 from nad_attr.store import GateStore, read_result
@@ -434,6 +435,24 @@ def test_compare_with_another_method(here: Path) -> None:
     content = json.loads(Path("rivals.json").read_text())
     assert set(content["sites"]) == {"taylor", "energy"}
     assert set(content["evaluation"]["rivals"]) == {"taylor", "energy"}
+
+
+def test_certainty(here: Path) -> None:
+    asked = ("certainty", *MINE, "--held-out", "val", "--data", "train", "--tasks", "red")
+    quick = ("--pairs", "1", "--alternatives", "1", "-q")
+    text = succeeds(*asked, *quick, "--out", "channels.csv")
+    assert "needed  replaceable  no effect seen  undecided" in text
+    with open("channels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = TaskGates.load("gates.h5").sub_architecture("red").n_kept
+    assert sum(row["kept"] == "True" for row in rows) == kept
+    assert {row["task"] for row in rows} == {"red"}
+    shutil.copy("gates.h5", "mine.h5")
+    succeeds("certainty", "mine.h5", *asked[2:], *quick, "--out", "mine.h5")
+    found = ChannelCertainty.load("mine.h5", "certainty")
+    assert found.kept.sum() == kept
+    assert TaskGates.load("mine.h5") == TaskGates.load("gates.h5")
+    fails(2, "--out writes .json", *asked, "--out", "x.txt")
 
 
 def test_flow(here: Path) -> None:

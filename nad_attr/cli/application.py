@@ -10,6 +10,7 @@ import typer
 
 from nad_attr._version import __version__
 from nad_attr.cli.attribute import attribute
+from nad_attr.cli.certainty import certainty
 from nad_attr.cli.compare import compare
 from nad_attr.cli.demo import demo
 from nad_attr.cli.evaluate import evaluate
@@ -28,6 +29,7 @@ COMMANDS = (
     sites,
     learn,
     evaluate,
+    certainty,
     verdict,
     attribute,
     compare,
