@@ -216,6 +216,9 @@ class Recipe:
     def to_json(self) -> str:
         """All fields as JSON, with the kind of recipe."""
         values = {name: getattr(self, name) for name in _settable(type(self))}
+        for name, default in (("fidelity", None), ("confidence", 0.95)):
+            if values.get(name) == default:  # as the versions wrote that knew no such field
+                values.pop(name, None)
         return json.dumps({"kind": type(self).__name__, **values})
 
     @staticmethod
