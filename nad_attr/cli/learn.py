@@ -100,7 +100,7 @@ def learn(
         int | None, typer.Option(min=1, help="Images for each class and step. [20]")
     ] = None,
     ablation: Annotated[
-        Ablation | None, typer.Option(help="What a closed channel becomes. [mean]")
+        Ablation | None, typer.Option(help="What a closed channel becomes. [optimal]")
     ] = None,
     recipe: Annotated[
         RecipeName, typer.Option(help="The default recipe, or the published one.")
@@ -186,8 +186,7 @@ def learn(
             )
         check_outputs([(out, "HDF5")], [weights, class_index, labels, None if resume else data])
         place = None if executor is not None and device is None else chosen_device(device)
-        if labels is None:
-            check_folder(data)
+        check_folder(data, labels)
         opened = open_model(
             model,
             weights,
