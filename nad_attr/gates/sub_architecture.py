@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from nad_attr._checks import as_tensor, check_mapping
 from nad_attr._display import MOST_ROWS, html_table
 from nad_attr.data.labels import Task, as_task
-from nad_attr.gates.channels import check_means, distinct_sites, jaccard, kappa, n_channels
+from nad_attr.gates.channels import (
+    check_means,
+    distinct_sites,
+    jaccard,
+    kappa,
+    n_channels,
+    n_gates,
+    open_gates,
+)
 from nad_attr.gating.hooks import gated
 from nad_attr.sites.site import GateSite
 
@@ -87,6 +95,7 @@ class SubArchitecture:
                     f"expected ({site.n_channels},)."
                 )
             self._masks[site.name] = mask.detach().cpu().clone()
+            open_gates(site, self._masks[site.name])
         self.task: Task | None = None if task is None else as_task(task)
         self.means = check_means(means, self.sites)
         self.own_constants = own_constants and self.means is not None
@@ -175,8 +184,8 @@ class SubArchitecture:
 
     @property
     def n_kept(self) -> int:
-        """Kept channels over all sites."""
-        return sum(int(mask.sum()) for mask in self._masks.values())
+        """Kept channels over all sites; a group of channels counts once."""
+        return sum(int(open_gates(s, self._masks[s.name]).sum()) for s in self.sites)
 
     @property
     def n_channels(self) -> int:
@@ -185,8 +194,8 @@ class SubArchitecture:
 
     @property
     def size(self) -> float:
-        """Kept channels / all channels, over all sites."""
-        return self.n_kept / self.n_channels
+        """Kept channels / all channels, over all sites; a group of channels counts once."""
+        return self.n_kept / n_gates(self.sites)
 
     @property
     def sizes(self) -> dict[str, float]:
