@@ -48,15 +48,21 @@ def unit_sites(model: nn.Module, flow: Flow, units: str) -> list[tuple[int, Gate
     found = []
     for call in _linear_calls(model, flow):
         at, shape = call.argument, call.argument_shape
-        if at is None or shape is None or len(shape) < 2 or shape[0] % flow.batch_size:
+        if at is None or shape is None or len(shape) < 2:
             continue
         n = shape[-1]
-        if units == "heads":
+        if units == "heads" and shape[0] % flow.batch_size == 0:
             n_heads = _n_heads(flow, at, n, uncalled.get(call.name))
             if n_heads is not None:
                 site = GateSite(call.name, n, -1, at_input=True, groups=n_heads, units="heads")
                 found.append((at, site))
-        elif shape[0] == flow.batch_size and _is_hidden(flow, call, at, made, readers):
+        elif units == "neurons" and _is_hidden(flow, call, at, made, readers):
+            if shape[0] != flow.batch_size:
+                raise SiteError(
+                    f"the hidden neurons that {call.name!r} reads are held in a tensor of shape "
+                    f"{shape}, of which the first axis is not the batch of {flow.batch_size}; "
+                    "build the network with batch_first=True"
+                )
             dim = 1 if len(shape) == 2 else -1
             found.append((at, GateSite(call.name, n, dim, at_input=True, units="neurons")))
     if not found:
