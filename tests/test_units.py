@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from nad_attr import (
     GateSite,
+    NADAttribution,
     Recipe,
     SiteError,
     SubArchitecture,
     TaskGates,
     find_gate_sites,
     gated,
+    information_flow,
     learn_gates,
     recorded,
 )
@@ -377,3 +379,20 @@ def test_files_with_wrong_groups_are_refused(tmp_path: Path) -> None:
             file["site"].attrs["index"] = wrong
         with pytest.raises(GateStoreError):
             TaskGates.load(path)
+
+
+def test_attribution_and_flow_on_heads() -> None:
+    net, x = built("torchvision ViT")
+    sites = find_gate_sites(net, x, units=["channels", "heads"])
+    gates = TaskGates(
+        {s.name: to_channels(torch.arange(s.n_gates) % 2.0, [s])[None] for s in sites}, sites, [1]
+    )
+    only = NADAttribution(net, gates=gates)
+    # Heads stand at an input, channels at an output: each as its site says.
+    shapes = [tuple(found.shape) for found in only.attribute(x, target=1)]
+    assert shapes[[s.units for s in sites].index("heads")] == (3, 5, 12)
+    with pytest.raises(SiteError, match=r"holds heads, around which .*units='channels'"):
+        information_flow(net, gates.sub_architecture(1), x, tasks=1)
+    with pytest.raises(ValueError, match="at the input"):
+        gates.sub_architecture(1).to_crp_condition()
+    assert "gates" in repr(gates.sub_architecture(1))

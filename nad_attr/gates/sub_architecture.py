@@ -199,8 +199,10 @@ class SubArchitecture:
 
     @property
     def sizes(self) -> dict[str, float]:
-        """``{site name: kept / all channels}``."""
-        return {name: int(mask.sum()) / mask.numel() for name, mask in self._masks.items()}
+        """``{site name: kept / all channels}``; a group of channels counts once."""
+        return {
+            s.name: int(open_gates(s, self._masks[s.name]).sum()) / s.n_gates for s in self.sites
+        }
 
     def gates(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The masks as numbers 0 and 1, ``{site name: (C,)}``."""
@@ -457,14 +459,22 @@ class SubArchitecture:
         sites = f"{len(self.sites)} site" + ("s" if len(self.sites) > 1 else "")
         task = "" if self.task is None else f"task {self.task}: "
         return (
-            f"SubArchitecture({task}{self.n_kept:,} of {self.n_channels:,} channels "
+            f"SubArchitecture({task}{self.n_kept:,} of {n_gates(self.sites):,} {self._counted} "
             f"({100 * self.size:.1f} %) at {sites}, closed channels {self.closed_at})"
         )
+
+    @property
+    def _counted(self) -> str:
+        """What sizes count, in words."""
+        return "channels" if all(site.groups is None for site in self.sites) else "gates"
 
     def _repr_html_(self) -> str:
         """How notebooks show it: kept channels at each site."""
         rows = [
-            [site.name, f"{int(self._masks[site.name].sum()):,} of {site.n_channels:,}"]
+            [
+                site.name,
+                f"{int(open_gates(site, self._masks[site.name]).sum()):,} of {site.n_gates:,}",
+            ]
             for site in self.sites[:MOST_ROWS]
         ]
         note = f"closed channels {self.closed_at}"
@@ -472,9 +482,9 @@ class SubArchitecture:
             note = f"and {len(self.sites) - MOST_ROWS} more sites; {note}"
         task = "" if self.task is None else f" of task {self.task}"
         return html_table(
-            f"Sub-architecture{task}: {self.n_kept:,} of {self.n_channels:,} channels "
+            f"Sub-architecture{task}: {self.n_kept:,} of {n_gates(self.sites):,} {self._counted} "
             f"({100 * self.size:.1f} %)",
-            ["site", "kept channels"],
+            ["site", f"kept {self._counted}"],
             rows,
             bars=list(self.sizes.values())[:MOST_ROWS],
             note=note,
