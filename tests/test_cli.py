@@ -210,7 +210,8 @@ def test_sites() -> None:
 def test_heads_and_neurons(here: Path) -> None:
     model = ("--model", "colour_nets:tokens")
     text = succeeds("sites", *model, "--input", "3x8x8", "--units", "heads,neurons")
-    assert "layer.self_attn.out_proj" in text and "2 heads" in text and "8 neurons" in text
+    for part in ("layer.self_attn.out_proj", "2 heads", "8 neurons"):
+        assert part in text
     learn = ["learn", *model, *LEARN[3:], "--units", "heads, neurons", "--out", "heads.h5"]
     succeeds(*learn)
     gates = TaskGates.load("heads.h5")

@@ -393,6 +393,6 @@ def test_attribution_and_flow_on_heads() -> None:
     assert shapes[[s.units for s in sites].index("heads")] == (3, 5, 12)
     with pytest.raises(SiteError, match=r"holds heads, around which .*units='channels'"):
         information_flow(net, gates.sub_architecture(1), x, tasks=1)
-    with pytest.raises(ValueError, match="at the input"):
+    with pytest.raises(ValueError, match="a CRP condition masks axis 1"):
         gates.sub_architecture(1).to_crp_condition()
     assert "gates" in repr(gates.sub_architecture(1))
