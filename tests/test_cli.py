@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from nad_attr import TaskGates, cli
+import nad_attr
+from nad_attr import Recipe, TaskGates, Verdict, cli
 from nad_attr.evaluation import Evaluation
 from nad_attr.learning import runs
 from nad_attr.store import GateStore, read_result
@@ -289,6 +290,19 @@ def test_constants_of_each_task_and_of_each_rival(here: Path) -> None:
     assert "fitting constants: taylor" in text
 
 
+def test_size_from_a_target(here: Path) -> None:
+    wanted = ("learn", *MODEL, "--device", "cpu", "--steps", "20", "--fidelity", "0.5")
+    fails(1, "5 images kept apart for task 0", *wanted, "--data", "train", "--out", "new.h5")
+    for path in (here / "train").glob("*/*.png"):  # twice as many
+        for name in ("a", "b"):
+            copy = here / "more" / path.parent.name / f"{name}{path.name}"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    succeeds(*wanted, "--data", "more", "--out", "target.h5", "-q")
+    assert TaskGates.load("target.h5").recipe == Recipe(fidelity=0.5, steps=20)
+    assert "fidelity=0.5" in succeeds("inspect", "target.h5")
+
+
 def test_the_published_recipe(here: Path) -> None:
     succeeds(
         *("learn", *MODEL, "--data", "train", "--out", "paper.h5", "--device", "cpu"),
@@ -297,6 +311,38 @@ def test_the_published_recipe(here: Path) -> None:
     recipe = TaskGates.load("paper.h5").recipe
     assert type(recipe).__name__ == "PaperRecipe"
     assert (recipe.beta, recipe.epochs) == (0.5, 2)
+
+
+def test_a_verdict_and_its_place_in_the_report(here: Path) -> None:
+    pytest.importorskip("plotly")
+    (here / "judged.h5").write_bytes((here / "gates.h5").read_bytes())
+    (here / "other.h5").write_bytes((here / "gates.h5").read_bytes())
+    mine = ("judged.h5", "--trust-file", "--held-out", "val", "--tasks", "red,blue")
+    text = succeeds(
+        *("verdict", *mine, "--images", "10", "--replica", "other.h5", "--out", "judged.h5")
+    )
+    for part in ("The verdict on 2 tasks", "sufficient: ", "stable: holds; agreement", "red ("):
+        assert part in text, text
+    found = Verdict.load("judged.h5")
+    assert set(found.task_names) == {"red", "blue"}
+    assert found.value[:, 4].tolist() == [1, 1]
+    succeeds("verdict", *mine, "--images", "10", "--out", "verdict.json", "-q")
+    assert Verdict.load("verdict.json").answer("red", "stable") == "not asked"
+    succeeds("report", "judged.h5", "--out", "judged.html", "-q")
+    page = (here / "judged.html").read_text()
+    assert found.sentence("red") in page
+    made = sys.modules["colour_nets"].colours().eval()
+    data = torch.rand(30, 3, 8, 8), torch.arange(30) % 3
+    gates = TaskGates.load("judged.h5")
+    sure = nad_attr.certainty(made, gates, data, data, pairs=1, alternatives=0)
+    sure.save("judged.h5")
+    succeeds("verdict", *mine, "--images", "10", "--out", "verdict.json", "-q")
+    needed = (sure.table("red")["label"] == "needed").mean()
+    judged = Verdict.load("verdict.json")
+    assert judged.value[judged.index("red"), 3] == pytest.approx(needed)
+    assert judged.answer("red", "stable") != "not asked"
+    fails(2, "--out writes .json or .h5", "verdict", *mine, "--out", "verdict.txt")
+    fails(1, "--trust-file", "verdict", "judged.h5", "--held-out", "val")
 
 
 @pytest.mark.slow
@@ -537,6 +583,7 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
         (2, "goes backwards", (*NEW, "--tasks", "2-0")),
         (2, "above 0, up to 1, not 0", (*NEW, "--size", "0")),
         (2, "device 'nowhere' cannot be used", (*NEW, "--device", "nowhere")),
+        (2, "give one of them", (*NEW, "--fidelity", "0.9")),
         (2, "--size belongs to the default recipe", (*NEW, "--recipe", "paper")),
         (2, "--beta belongs to the published recipe", (*NEW, "--beta", "1")),
         (

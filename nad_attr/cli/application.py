@@ -20,6 +20,7 @@ from nad_attr.cli.report import report
 from nad_attr.cli.sites import sites
 from nad_attr.cli.stores import export, merge
 from nad_attr.cli.stores import inspect as inspect_command
+from nad_attr.cli.verdict import verdict
 
 __all__ = ["COMMANDS", "make_app"]
 
@@ -27,6 +28,7 @@ COMMANDS = (
     sites,
     learn,
     evaluate,
+    verdict,
     attribute,
     compare,
     flow,

@@ -73,6 +73,13 @@ def evaluate(
             "were learned on, where --ablation needs them."
         ),
     ] = None,
+    learned_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Images that the gates were learned from: says where measures on them and on "
+            "held-out ones part, and what would help."
+        ),
+    ] = None,
     random: Annotated[
         int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
     ] = 3,
@@ -114,6 +121,7 @@ def evaluate(
             labels,
             data,
             train_data,
+            learned_from,
             *([gates] if text else []),
         ]
         check_outputs([(out, "text" if text else "HDF5")], read)
@@ -164,6 +172,7 @@ def evaluate(
             size=size,
             ablation=closed,
             threshold_data=None if training is None else training.data,
+            learned_from=None if learned_from is None else images_of(learned_from, False).data,
             n_random=random,
             seed=work.seed,
             run=run,
@@ -197,7 +206,12 @@ def print_evaluation(result: Evaluation) -> None:
     for name, evaluations in others.items():
         means = [sum(e.mean(m) for e in evaluations) / len(evaluations) for m in columns]
         rows.append([name, *map(number, means)])
+    if result.learned is not None:
+        known = [number(result.learned.mean(m)) for m in columns]
+        rows.append(["on images learned from", *known])
     print_table([f"{result.n_images:,} images", *columns.values()], rows, bold=("mean",))
+    for line in result.held_out_sentences():
+        typer.echo(line)
 
 
 def _write(result: Evaluation, out: Path) -> None:

@@ -396,6 +396,7 @@ def training_name(
     provenance: Mapping[str, Any],
     trust: bool,
     why: str = "name the images to score channels on",
+    option: str = "--train-data",
 ) -> str:
     """Where training images are: as the user says, or as a trusted file does.
 
@@ -406,8 +407,8 @@ def training_name(
     if train_data is not None:
         return train_data
     if not isinstance(said, str):
-        raise SpecError(f"{why} with --train-data.")
-    check_trust([("--train-data", said)], trust)
+        raise SpecError(f"{why} with {option}.")
+    check_trust([(option, said)], trust)
     return said
 
 

@@ -35,7 +35,13 @@ METHODS = {
     "internal-influence": "InternalInfluenceScorer",
     "deep-lift": "LayerDeepLiftScorer",
     "lrp": "LRPScorer",
+    "relp": "RelPScorer",
     "cdrp": "CDRPScorer",
+    "eap-ig": "EAPIGScorer",
+    "coar": "COARScorer",
+    "hard-concrete": "HardConcreteScorer",
+    "ugs": "UGSScorer",
+    "iterative": "IterativeScorer",
 }
 
 
@@ -86,7 +92,10 @@ def rivals_of(
     found = {}
     for name in names:
         say(f"scoring: {name}, {len(labels)} images", quiet)
-        scores = getattr(evaluation, METHODS[name])(model, sites)(
+        # Learned for the size that is wanted.
+        size = sum(arch.size for arch in archs) / len(archs)
+        options = {"size": size} if name in ("hard-concrete", "ugs", "iterative") else {}
+        scores = getattr(evaluation, METHODS[name])(model, sites, **options)(
             inputs,
             labels,
             tasks=tasks,

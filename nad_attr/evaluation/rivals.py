@@ -34,9 +34,16 @@ from nad_attr.scoring.captum_scorers import (
 )
 from nad_attr.scoring.learned_scorers import CDRPScorer
 from nad_attr.scoring.magnitude import MagnitudeScorer
+from nad_attr.scoring.path_scorers import EAPIGScorer
 from nad_attr.scoring.scorer import ChannelScorer, Variants, tasks_of
+from nad_attr.scoring.searching import (
+    COARScorer,
+    HardConcreteScorer,
+    IterativeScorer,
+    UGSScorer,
+)
 from nad_attr.scoring.variants import Variant
-from nad_attr.scoring.zennit_scorers import LRPScorer
+from nad_attr.scoring.zennit_scorers import LRPScorer, RelPScorer
 
 __all__ = ["SCORERS", "best_variant", "best_variants"]
 
@@ -60,7 +67,13 @@ SCORERS: MappingProxyType[str, Callable[..., ChannelScorer]] = MappingProxyType(
         "internal_influence": InternalInfluenceScorer,
         "layer_deep_lift": LayerDeepLiftScorer,
         "lrp": LRPScorer,
+        "relp": RelPScorer,
         "cdrp": CDRPScorer,
+        "eap_ig": EAPIGScorer,
+        "coar": COARScorer,
+        "hard_concrete": HardConcreteScorer,
+        "ugs": UGSScorer,
+        "iterative": IterativeScorer,
     }
 )
 

@@ -245,6 +245,7 @@ class ConstantModel:
         trust: float,
         shrink: Tensor,
         flips: tuple[int, int, int],
+        prices: Tensor | None = None,
     ) -> tuple[Tensor, int] | None:
         """As :meth:`QuadraticModel.candidates`, without seeing all channels in the metric.
 
@@ -257,6 +258,7 @@ class ConstantModel:
             trust: See there.
             shrink: See there.
             flips: How many gates are open, will be closed, and will be exchanged.
+            prices: (R, n), what each open channel costs beside the squared error.
         """
         if self.gates.shape[1] < MIN_CHANNELS_TO_NARROW:
             return None
@@ -272,6 +274,7 @@ class ConstantModel:
             slope_square += torch.bmm(part, slopes.square())[:, 0]
         own = both.square() / (1 / metric.freedom[:, None] + slope_square) * self.gates
         scout = QuadraticModel(self.gates, 1, trust, shrink=shrink)
+        scout.prices = prices
         scout._square = square - own
         scout._slope = self._over("effects", metric.twice(residuals))
         scout._origin = self.gates
@@ -492,9 +495,12 @@ def learn_with_constants(
                 before, residuals = model.gates, model.residuals - forgiven
                 n_exchanged = exchanged(recipe, t, n, steps[t])
                 flips = n_open, n_open - steps[t], n_exchanged
-                found = model.candidates(metric, residuals, recipe.trust, shrink, flips)
+                prices = None if chunk.prices is None else chunk.prices * variance[:, None]
+                found = model.candidates(metric, residuals, recipe.trust, shrink, flips, prices)
                 channels, n_there = found or (None, n_open)
                 part = model.quadratic(metric, residuals, recipe.trust, shrink, channels)
+                if prices is not None:
+                    part.prices = prices if channels is None else prices.gather(1, channels)
                 flip_some(part, recipe, t, n_there, *flips[1:], variance)
                 gates = part.gates
                 if channels is not None:
@@ -506,6 +512,7 @@ def learn_with_constants(
                     if channels is not None:
                         residuals = model.residuals - forgiven
                         part = model.quadratic(metric, residuals, recipe.trust, shrink)
+                        part.prices = prices
                     ranks = ranked(part, closed_at)
             residuals = model.residuals - forgiven
             constants = model.best(shares, freedom(shares), residuals, constants, MOVE)
