@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nad_attr._checks import GatingError
 from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Draw, Inputs, Source
-from nad_attr.gates.channels import n_channels, n_gates, split_sites, to_channels
+from nad_attr.gates.channels import n_channels, n_gates, split_sites, to_channels, to_gates
 from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply_learned
 from nad_attr.learning.fast.batchnorm import lean_batchnorm
 from nad_attr.learning.fast.convolution import lean_convolutions
@@ -529,7 +529,8 @@ class Chunk:
         if any(replica.prices is not None for replica in replicas):
             none = torch.zeros(n_channels(network.sites), device="cpu")
             self.prices = torch.stack([none if r.prices is None else r.prices for r in replicas])
-            self.prices = self.prices.to(network.device, network.dtype)
+            prices = to_gates(self.prices, network.sites, mean=True)
+            self.prices = prices.to(network.device, network.dtype)
         self.clean = CleanOutputs(network, source) if clean is None else clean
         self.advance = advance
         self.images = [TaskImages(source.labels, r.task, r.seed, r.among) for r in replicas]
