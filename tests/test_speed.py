@@ -395,6 +395,7 @@ def test_equal_networks_are_run_once(ablation: str | None) -> None:
         for i, k in ((0, 0), (1, 1), (0, 1), (0, 2), (1, 0))
     ]
     fitted = None if ablation is None else fit_ablation(model, sites, data, kind=ablation)
+    sweep(model, archs[:1], data)  # once for each network it is asked what batches it takes
     n_run = 0
 
     def note(module: nn.Module, args: Any) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["COLOURS", "plot_labels"]
 
 #: Of closed, needed, replaceable, no effect seen, undecided: told apart without colour vision.
-COLOURS = ("#DFE4E8", "#0072B2", "#E69F00", "#9AA5AE", "#56B4E9")
+COLOURS = ("#DFE4E8", "#0072B2", "#E69F00", "#9AA5AE", "#CC79A7")
 
 
 def plot_labels(labels: NDArray[np.int64], sites: Sequence[GateSite], axes: Any = None) -> Figure:

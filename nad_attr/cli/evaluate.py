@@ -84,6 +84,7 @@ def evaluate(
         int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
     ] = 3,
     labels: opt.LabelTable = None,
+    train_labels: opt.TrainLabelTable = None,
     allow_empty: opt.AllowEmpty = False,
     check: Annotated[
         bool,
@@ -119,6 +120,7 @@ def evaluate(
             network.weights,
             work.class_index,
             labels,
+            train_labels,
             data,
             train_data,
             learned_from,
@@ -131,8 +133,7 @@ def evaluate(
             batch_size=work.batch_size,
             show_progress=not work.quiet and sys.stderr.isatty(),
         )
-        if labels is None:
-            check_folder(data)
+        check_folder(data, labels)
         learned, provenance = opened_gates(gates, tasks)
         opened = rebuilt(provenance, network, quiet=work.quiet)
 
@@ -144,7 +145,7 @@ def evaluate(
                 allow_empty=allow_empty,
                 check=check and held_out,
                 **work.reading(),
-                labels=labels if held_out else None,
+                labels=labels if held_out else train_labels,
             )
 
         images = images_of(data, True)
@@ -152,7 +153,15 @@ def evaluate(
         if train_data is not None or ablation not in (None, "zero"):
             why = f"name the training images that --ablation {ablation} needs"
             training = images_of(
-                training_name(train_data, provenance, network.trust_file, why), False
+                training_name(
+                    train_data,
+                    provenance,
+                    network.trust_file,
+                    why,
+                    labels=labels,
+                    train_labels=train_labels,
+                ),
+                False,
             )
         closed = None
         if ablation is not None:

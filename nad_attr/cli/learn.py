@@ -192,8 +192,7 @@ def learn(
             )
         check_outputs([(out, "HDF5")], [weights, class_index, labels, None if resume else data])
         place = None if executor is not None and device is None else chosen_device(device)
-        if labels is None:
-            check_folder(data)
+        check_folder(data, labels)
         opened = open_model(
             model,
             weights,

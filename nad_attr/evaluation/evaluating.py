@@ -210,9 +210,11 @@ def evaluate(
             f"{tasks_in(source.labels)[:10]}."
         )
     if checks != "off":
-        # No batch is larger than the user allows.
-        numbers = [[0, len(source.labels) - 1][: 1 if runner.options.batch_size == 1 else 2]]
-        images = next(iter(runner.draw(source, numbers)))
+        # In company also where passes hold one image: a pass of two fits beside what that took.
+        (first,) = runner.draw(source, [[0]])
+        (last,) = runner.draw(source, [[len(source.labels) - 1]])
+        together = [] if runner.fixed_batch == 1 else [last]
+        images = tuple(torch.cat(pair) for pair in zip(first, *together, strict=True))
         half = runner.amp is not None or any(
             p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()
         )

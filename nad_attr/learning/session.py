@@ -211,6 +211,12 @@ class Session:
         # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
         with torch.inference_mode(False):
             self.source = as_source(data, augmented=augmented, any_labels=True)
+            both = [(0, 0), (len(self.source.labels) - 1, 0)]
+            example = next(iter(self.source.batches([both])))
+            self.network.fields = self.source.fields
+            self.network.find_batch_size(example)
+            example = tuple(item[: self.network.fixed_batch] for item in example)
+            _check_fixed(self.network.fixed_batch, self.recipe)
             with suppress(TypeError, ValueError, RuntimeError):  # said below, when sites are known
                 self.network.fit(self.source)
             labels = self.source.labels
@@ -223,8 +229,6 @@ class Session:
             if self.recipe.fidelity is not None:
                 rows, self.apart = split(labels, self.tasks, seed)
                 self.learned_from = ChosenSource(self.source, rows)
-            example = next(iter(self.source.batches([[(0, 0), (len(labels) - 1, 0)]])))
-            self.network.fields = self.source.fields
             self.network.sites = tuple(_sites(self.network, sites, example))
             outputs = _check_outputs(self.network, example, self.tasks, labels)
             images = self.network.to_device(example)
@@ -255,6 +259,7 @@ class Session:
 
     def _some(self, n: int) -> Inputs:
         """Images from all over the data, where the network is."""
+        n = min(n, self.network.fixed_batch or n)
         numbers = sorted({i * len(self.source.labels) // n for i in range(n)})
         inputs = next(iter(self.source.batches([[(number, 0) for number in numbers]])))
         return self.network.to_device(inputs)
@@ -263,7 +268,8 @@ class Session:
         """An image of each task: some alone, and all of them."""
         images = [(first, 0) for first in _first_own(self.source.labels, self.tasks)]
         alone = images[:: max(1, len(images) // ALONE)][:ALONE]
-        together = [images[part.start : part.stop] for part in chunks(len(images), ALONE)]
+        most = min(ALONE, self.network.fixed_batch or ALONE)
+        together = [images[part.start : part.stop] for part in chunks(len(images), most)]
         yield from self.source.batches([[image] for image in alone] + together)
 
     def _largest_batch(self, example: Inputs) -> int:
@@ -557,6 +563,16 @@ def _check_batch(run: RunOptions, recipe: Recipe) -> None:
         )
 
 
+def _check_fixed(fixed_batch: int | None, recipe: Recipe) -> None:
+    """Refuse the paper's recipe where its steps do not fit into one pass."""
+    if fixed_batch and isinstance(recipe, PaperRecipe) and recipe.images_per_step > fixed_batch:
+        raise ValueError(
+            f"the network takes batches of {fixed_batch} images only, and the paper's loss is one "
+            f"of {recipe.images_per_step} images together: images_per_step={fixed_batch} in the "
+            "recipe, or the default, Recipe()."
+        )
+
+
 def check_recipe(recipe: Recipe, labels: Tensor) -> None:
     """Refuse labels that the recipe does not learn from.
 
@@ -722,14 +738,14 @@ def _moments(
     network: Network, source: Source, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Mean and deviation of each channel over images of all classes, whatever the tasks."""
-    n = len(source.labels)
+    n, width = len(source.labels), min(32, network.fixed_batch or 32)
     order = torch.randperm(
         n, generator=torch.Generator().manual_seed(seed_of(seed, "means")), device="cpu"
     )
     chosen = order[:MEAN_IMAGES].tolist()
     draws = [
-        [(i, seed_of(seed, "means", i)) for i in chosen[a : a + 32]]
-        for a in range(0, len(chosen), 32)
+        [(i, seed_of(seed, "means", i)) for i in chosen[a : a + width]]
+        for a in range(0, len(chosen), width)
     ]
     batches = (network.to_device(inputs) for inputs in source.batches(draws))
     return channel_moments(

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from nad_attr._version import __version__
+from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict_result import Verdict
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.report.overlaps import overlaps_part
 from nad_attr.report.packing import MAX_GATES_OF_EIGHT_BITS, gate_levels, text64
-from nad_attr.report.parts import SHOWN, evaluation_part, history_part
+from nad_attr.report.parts import SHOWN, certainty_part, evaluation_part, history_part
 
 __all__ = ["BROKEN", "Contents", "Results", "check_parts", "contents", "not_there", "summary"]
 
@@ -34,6 +35,7 @@ class Results:
     Attributes:
         evaluation: See :class:`nad_attr.evaluation.Evaluation`.
         evaluation_from: What it is called.
+        certainty: See :class:`nad_attr.ChannelCertainty`.
         verdict: See :func:`nad_attr.verdict`.
         curves: See :func:`nad_attr.report.parts.curves_part`.
         mosaics: See :func:`nad_attr.report.parts.mosaics_part`.
@@ -48,6 +50,7 @@ class Results:
 
     evaluation: Evaluation | None = None
     evaluation_from: str = ""
+    certainty: ChannelCertainty | None = None
     verdict: Verdict | None = None
     curves: list[dict[str, Any]] | None = None
     mosaics: dict[str, Any] | None = None
@@ -121,6 +124,13 @@ def contents(
             part = results.evaluation = evaluation = None
     if part is None:
         sentences = summary(gates, None, file)
+    sure = None
+    if results.certainty is not None:
+        try:
+            sure = certainty_part(results.certainty, gates)
+        except BROKEN as error:
+            results.notes.append(f"No certainty: {error}.")
+            results.certainty = None
     if results.verdict is not None:
         try:
             sentences = [*sentences, *_of_verdict(results.verdict)]
@@ -136,6 +146,7 @@ def contents(
         "counts": text64(counts.numpy().astype(np.uint32)),
         "measures": SHOWN,
         "evaluation": part,
+        "certainty": sure,
         "overlaps": overlaps_part(masks),
         "history": history_part(gates.history, len(gates)),
         "curves": results.curves,
@@ -327,6 +338,9 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
         )
     if results.evaluation is not None and not results.evaluation.rivals:
         found.append(("other methods at equal size", f"{measured} --with taylor --with neuron-mct"))
+    if results.certainty is None:
+        asked = f"nad-attr certainty {file} --held-out HELD_OUT --out {file}"
+        found.append(("how sure each channel is, and whether it is needed", asked))
     if results.curves is None:
         found.append(("keep and ablate curves", measured))
     if results.mosaics is None and len(gates) >= 4:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict_result import Verdict
 from nad_attr.concepts import Comparison, UnitConcepts
 from nad_attr.evaluation.result import Evaluation
@@ -106,6 +107,11 @@ def found_results(
             if evaluation is not None:
                 raise
             results.notes.append(f"No evaluation: {error}")
+    if "certainty" in names:
+        try:
+            results.certainty = ChannelCertainty.load(path, "certainty")
+        except BROKEN as error:
+            results.notes.append(f"No certainty: {error}")
     if "verdict" in names:
         try:
             results.verdict = Verdict.load(path)
