@@ -103,7 +103,7 @@ def learn(
         int | None, typer.Option(min=1, help="Images for each class and step. [20]")
     ] = None,
     ablation: Annotated[
-        Ablation | None, typer.Option(help="What a closed channel becomes. [mean]")
+        Ablation | None, typer.Option(help="What a closed channel becomes. [optimal]")
     ] = None,
     recipe: Annotated[
         RecipeName, typer.Option(help="The default recipe, or the published one.")

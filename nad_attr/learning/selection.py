@@ -578,7 +578,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     closed_at = torch.full_like(gates, -1.0)
     # Own images alone have no boundary among them.
     beside = [bool(len(images.pools["other"])) for images in chunk.images]
-    boundary = recipe.boundary * gates.new_tensor(beside)
+    boundary = recipe.fitting("boundary") * gates.new_tensor(beside)
     model = QuadraticModel(gates, capacity, recipe.trust, boundary)
     curves: dict[str, list[Tensor]] = {"loss": [], "size": []}
 
@@ -601,7 +601,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
         if steps[t] < n or t + 1 in ends:  # the last step also ranks what is open
             before = model.gates.clone()
             shares = model.shares()
-            forgiven = model.forgiven(recipe.free_scale, shares)
+            forgiven = model.forgiven(recipe.fitting("free_scale"), shares)
             model.residuals -= forgiven
             if chunk.prices is not None:
                 model.prices = chunk.prices * variance[:, None]

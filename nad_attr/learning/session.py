@@ -83,7 +83,7 @@ def fit_constants(
             scores with :func:`nad_attr.evaluation.top_k` first.
         data: See :func:`learn_gates`; images to fit on, not those to judge by.
         recipe: Steps, images of a step and what is kept of the task output; its size plays no
-            part. None: ``Recipe(ablation="optimal")``.
+            part. None: ``Recipe()``.
         seed: See :func:`learn_gates`.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
         augmented: See :func:`learn_gates`.
@@ -118,7 +118,7 @@ def fit_constants(
     if len(tasks) < len(archs):
         raise ValueError("a sub-architecture has no task: its constants are to keep that output.")
     if recipe is None:
-        recipe = Recipe(ablation="optimal")
+        recipe = Recipe()
     recipe = dataclasses.replace(recipe, ablation="optimal", **_ANY_SIZE)
     session = Session(
         model,
