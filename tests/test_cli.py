@@ -58,6 +58,24 @@ def colours(gain=1.0):
     return Colours(gain)
 
 
+class Tokens(nn.Module):
+    """Attention among the pixels of a photo, and an MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 4, stride=4)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.layer(self.first(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def tokens():
+    torch.manual_seed(0)
+    return Tokens()
+
+
 def fails():
     raise RuntimeError("out of luck")
 
@@ -193,6 +211,23 @@ def test_sites() -> None:
     entries = json.loads(Path("sites.json").read_text())
     assert [entry["name"] for entry in entries] == ["relu", "relu2"]
     assert "mix" in succeeds("sites", *MODEL, "--layer", "mix", "-q")
+
+
+def test_heads_and_neurons(here: Path) -> None:
+    model = ("--model", "colour_nets:tokens")
+    text = succeeds("sites", *model, "--input", "3x8x8", "--units", "heads,neurons")
+    for part in ("layer.self_attn.out_proj", "2 heads", "8 neurons"):
+        assert part in text
+    learn = ["learn", *model, *LEARN[3:], "--units", "heads, neurons", "--out", "heads.h5"]
+    succeeds(*learn)
+    gates = TaskGates.load("heads.h5")
+    assert [site.units for site in gates.sites] == ["heads", "neurons"]
+    assert all(arch.n_kept == 5 for arch in gates.sub_architectures())
+    text = succeeds("evaluate", "heads.h5", "--data", "val", "--trust-file")
+    assert "0.500" in text
+    message = "--units takes channels, heads, neurons, not 'head'."
+    fails(2, message, "sites", *model, "--units", "head")
+    fails(2, "give one of the two", *learn, "--layer", "layer", "--overwrite")
 
 
 @pytest.mark.slow

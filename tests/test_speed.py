@@ -354,13 +354,13 @@ def test_a_thousand_steps_leave_nothing_behind() -> None:
     def look(n: int) -> None:
         nonlocal done
         done += n
-        if done in (100, 1000):
+        if done in (100, 900):  # the last step also ranks the channels
             gc.collect()
             counts[done] = sum(isinstance(item, Tensor) for item in gc.get_objects())
 
     session.learn(advance=look)
     # Two numbers a step are handed out at the end: the curves.
-    assert counts[1000] - counts[100] == 2 * 900
+    assert counts[900] - counts[100] == 2 * 800
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 3])

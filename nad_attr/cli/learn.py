@@ -31,6 +31,8 @@ from nad_attr.data.sources import as_source
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.runs import MAY_DIFFER, Executor, Progress, learn_to_store
 from nad_attr.running.options import RunOptions
+from nad_attr.sites.finding import find_gate_sites
+from nad_attr.sites.site import GateSite
 from nad_attr.specs import LoadedData, is_plain_model
 from nad_attr.store import GateStore
 
@@ -81,6 +83,7 @@ def learn(
         list[str] | None,
         typer.Option(help="Put gates at this module instead of finding sites; repeatable."),
     ] = None,
+    units: opt.Units = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the file if it is there.")
     ] = False,
@@ -100,7 +103,7 @@ def learn(
         int | None, typer.Option(min=1, help="Images for each class and step. [20]")
     ] = None,
     ablation: Annotated[
-        Ablation | None, typer.Option(help="What a closed channel becomes. [mean]")
+        Ablation | None, typer.Option(help="What a closed channel becomes. [optimal]")
     ] = None,
     recipe: Annotated[
         RecipeName, typer.Option(help="The default recipe, or the published one.")
@@ -178,6 +181,9 @@ def learn(
         unknown = [name for name in may_differ or () if name not in MAY_DIFFER]
         if unknown:
             raise UsageError(f"--may-differ takes {', '.join(MAY_DIFFER)}, not {unknown[0]!r}.")
+        kinds = opt.units_of(units)
+        if units is not None and layer:
+            raise UsageError("--units finds sites, and --layer names them: give one of the two.")
         if resume and overwrite:
             raise UsageError("--resume keeps what is in the file, --overwrite replaces it.")
         if out.exists() and not (resume or overwrite):
@@ -207,6 +213,11 @@ def learn(
             labels=labels,
         )
         wanted, names = _tasks(images, tasks)
+        sites: list[str] | list[GateSite] | None = layer or None
+        if units is not None:
+            source = as_source(images.data, any_labels=True)
+            example = next(iter(source.batches([[(0, 0)]])))
+            sites = find_gate_sites(opened.loaded.model, example, units=kinds)
         with shown_progress(quiet, done.append) as on_progress:
             learn_to_store(
                 opened.loaded.model,
@@ -214,7 +225,7 @@ def learn(
                 out,
                 wanted,
                 made,
-                layer or None,
+                sites,
                 seed=seed,
                 device=place,
                 amp=amp or None,

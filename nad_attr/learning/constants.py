@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from nad_attr.data.sources import Draw
-from nad_attr.gates.channels import budget, n_channels
+from nad_attr.gates.channels import budget, n_gates, to_channels, to_gates
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.engine import Chunk, Learned
 from nad_attr.learning.selection import (
@@ -46,6 +46,7 @@ from nad_attr.learning.selection import (
     MIN_VARIANCE,
     SWAPS_PER_STEP,
     QuadraticModel,
+    any_of,
     budgets,
     drawn,
     exchanged,
@@ -65,6 +66,8 @@ MOVE = 0.2
 #: shrunk towards what each does alone. More than that share itself, because gradients of earlier
 #: steps, at one point, err as well.
 SHRINK = 8.0
+#: Steps for which that share of noise is taken to stay the same.
+SHRINK_STEPS = 4
 #: Mean squared residual that is reckoned with, at least, in units of the task output's variance.
 FLOOR = 0.01
 #: Channels, at most, whose correlations say how much of all is noise.
@@ -74,8 +77,9 @@ MAX_CORRELATED = 512
 KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP = 0.2, 32, 50
 #: Shares of the way from mean to constant that are tried, and the images that it takes.
 SHARES_TRIED, MIN_TRIED = (1 / 3, 2 / 3, 1.0), 4
-#: Standard errors that are taken off what a share gains.
-DOUBT = 0.5
+#: Standard errors that are taken off what a share gains, by images kept apart and by images that
+#: were learned from: those are few, and so few are often right by chance.
+DOUBT, DOUBT_WHERE_FEW = 0.5, 1.5
 
 
 def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
@@ -100,6 +104,32 @@ def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
     fourth = squares.sum(2).square().sum(1) - squares.square().sum((1, 2))
     noise = fourth - total / n_images
     return (noise / total.clamp(min=MIN_VARIANCE)).clamp(0, 1)
+
+
+def rooted(matrices: Tensor) -> Tensor:
+    """Cholesky factors of positive definite matrices, (R, M, M), though rounding says otherwise.
+
+    Sums to which products were added and from which they were taken again keep the rounding of the
+    largest that they ever were. As much of the diagonal is added as it takes, to those rows alone.
+
+    Raises:
+        RuntimeError: If a matrix is not finite.
+    """
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(matrices)
+    share = torch.finfo(matrices.dtype).eps
+    while any_of(failed) and share < 1:
+        largest = matrices.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+        added = share * largest * (failed > 0)[:, None]
+        root, failed = torch.linalg.cholesky_ex(
+            matrices
+            + added[:, :, None]
+            * torch.eye(matrices.shape[1], device=matrices.device, dtype=matrices.dtype)
+        )
+        share *= 10
+    if bool((failed > 0).any()):
+        raise RuntimeError("the effects of channels on the task output are not finite.")
+    return root
 
 
 class Metric(NamedTuple):
@@ -203,8 +233,7 @@ class ConstantModel:
         weight = shares.sqrt()[:, :, None]
         inner = self._gram * weight * weight.mT * freedom[:, None, None]
         inner.diagonal(dim1=1, dim2=2).add_(1.0)
-        root: Tensor = torch.linalg.cholesky(inner)
-        return Metric(root, weight, freedom)
+        return Metric(rooted(inner), weight, freedom)
 
     def shrink(self, metric: Metric) -> Tensor:
         """What closed channels are charged of their own squared effect: (R, 1)."""
@@ -341,6 +370,7 @@ def held_back(
     constants: Sequence[Tensor],
     means: Tensor,
     deviations: Tensor,
+    apart: Sequence[bool],
 ) -> Tensor:
     """How far from the means constants should be, as images say that they were not fitted to.
 
@@ -353,8 +383,9 @@ def held_back(
         draws: For each row the images, in two halves.
         gates: (R, n) of zeros and ones.
         constants: Twice (R, n), in deviations from the mean, for each half of the images.
-        means: (n,).
-        deviations: (n,).
+        means: (channels,).
+        deviations: (channels,).
+        apart: For each row whether its images were kept apart from those that were learned from.
 
     Returns:
         (R,), in [0, 1].
@@ -364,7 +395,8 @@ def held_back(
     halves = [half for row in draws for half, images in enumerate(row) for _ in images]
     second = torch.tensor(halves, device=network.device)[:, None] == 1
     first_half, second_half = (of_half[batch.rows] for of_half in constants)
-    offsets = deviations * torch.where(second, second_half, first_half)
+    offsets = torch.where(second, second_half, first_half)
+    offsets = deviations * to_channels(offsets, network.sites)
     clean = chunk.own_output(chunk.clean(batch), batch.rows)
     changes = []
     with torch.no_grad():
@@ -387,7 +419,7 @@ def held_back(
             continue
         judge = QuadraticModel(gates[:1, :1], n, 0.0)
         if len(chunk.images[row].pools["other"]):
-            judge.boundary += recipe.boundary
+            judge.boundary += recipe.fitting("boundary")
         judge.weights += 1
         judge.whole = clean[None, start:end]
         losses: list[Tensor] = []
@@ -395,11 +427,13 @@ def held_back(
             judge.residuals = change[None, start:end]
             if not losses:
                 shares = judge.shares()
-            losses.append((judge.residuals - judge.forgiven(recipe.free_scale, shares)).square())
+            forgiven = judge.forgiven(recipe.fitting("free_scale"), shares)
+            losses.append((judge.residuals - forgiven).square())
         gains = torch.cat(losses[1:]) - losses[0]
         mean = (shares * gains).sum(1)
         error = (shares * (gains - mean[:, None])).square().sum(1) * (n / (n - 1))
-        least, at = (mean + DOUBT * error.sqrt()).min(0)
+        doubt = DOUBT if apart[row] else DOUBT_WHERE_FEW
+        least, at = (mean + doubt * error.sqrt()).min(0)
         tried = gates.new_tensor(SHARES_TRIED)
         result[row] = torch.where(least < 0, tried[at], torch.zeros_like(least))
     return result
@@ -419,8 +453,8 @@ def learn_with_constants(
         chunk: The tasks.
         recipe: The recipe; its own size plays no part.
         sizes: See :func:`nad_attr.learning.selection.learn_selection`.
-        means: (n,), of the channels.
-        deviations: (n,), of the channels.
+        means: (channels,).
+        deviations: (channels,). The constants of a group go from the means along these together.
         masks: (R, n) of zeros and ones: keep these channels and fit constants alone; None: learn
             the gates as well.
 
@@ -428,7 +462,7 @@ def learn_with_constants(
         As :func:`nad_attr.learning.selection.learn_selection`, with the constants.
     """
     network = chunk.network
-    rows, n = len(chunk), n_channels(network.sites)
+    rows, n = len(chunk), n_gates(network.sites)
     like = torch.ones(rows, n, device=network.device, dtype=network.dtype)
     path = (
         [[n] * recipe.steps]
@@ -446,23 +480,24 @@ def learn_with_constants(
     apart = torch.tensor([is_apart for _, is_apart in kept], device=network.device)[:, None]
     beside = [bool(len(images.pools["other"])) for images in chunk.images]
     # Outputs, present residuals and ages of images alone.
-    outputs = QuadraticModel(like[:, :1], capacity, 0.0, recipe.boundary * like.new_tensor(beside))
+    boundary = recipe.fitting("boundary") * like.new_tensor(beside)
+    outputs = QuadraticModel(like[:, :1], capacity, 0.0, boundary)
     model = ConstantModel(like, capacity)
     if masks is not None:
         model.gates = masks.to(like)
     curves: dict[str, list[Tensor]] = {"loss": [], "size": []}
     learned: list[Learned] = []
-    n_open = n
+    n_open, shrink = n, like.new_zeros(rows, 1)
     for t, batch in enumerate(chunk.batches(drawn(chunk, recipe))):
         clean = chunk.own_output(chunk.clean(batch), batch.rows)
         output, effects, slopes = network.output_and_gradients(
             batch.inputs,
             model.gates[batch.rows],
-            (means + deviations * constants)[batch.rows],
+            (means + deviations * to_channels(constants, network.sites))[batch.rows],
             chunk.classes[batch.rows],
             chunk.valid[batch.rows],
         )
-        slopes *= deviations
+        slopes = to_gates(slopes.mul_(deviations), network.sites)
         moved = constants[batch.rows] * slopes
         residual = output - clean
         at_mean = residual - ((1 - model.gates[batch.rows]) * moved).sum(1)
@@ -480,7 +515,7 @@ def learn_with_constants(
         if steps[t] < n or last or masks is not None:
             outputs.residuals = model.present(constants)
             shares = outputs.shares()
-            forgiven = outputs.forgiven(recipe.free_scale, shares)
+            forgiven = outputs.forgiven(recipe.fitting("free_scale"), shares)
             loss = (shares * (outputs.residuals - forgiven).square()).sum(1)
             spread = PRIOR**2 / torch.maximum(loss, FLOOR * variance)
 
@@ -490,7 +525,8 @@ def learn_with_constants(
 
             if masks is None:
                 metric = model.metric(shares, freedom(shares))
-                shrink = model.shrink(metric)
+                if t % SHRINK_STEPS == 0 or n_open == n:
+                    shrink = model.shrink(metric)
                 before, residuals = model.gates, model.residuals - forgiven
                 n_exchanged = exchanged(recipe, t, n, steps[t])
                 flips = n_open, n_open - steps[t], n_exchanged
@@ -531,9 +567,12 @@ def learn_with_constants(
                 spread_there = freedom(without.clamp(min=0))
                 fitted.append(model.best(without, spread_there, residuals, constants, math.inf))
             tried = [torch.where(apart, constants, c) for c in fitted] or [constants] * 2
-            share = held_back(chunk, recipe, halves, model.gates, tried, means, deviations)
+            share = held_back(
+                chunk, recipe, halves, model.gates, tried, means, deviations, apart[:, 0].tolist()
+            )
             ranks = model.gates if masks is not None else ranks
             so_far = {name: torch.stack(curve) for name, curve in curves.items()}
-            result = means + deviations * share[:, None] * constants
+            of_channels = to_channels(share[:, None] * constants, network.sites)
+            result = means + deviations * of_channels
             learned.append(Learned(ranks, ranks.logit(), so_far, result))
     return learned

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nad_attr.data.sources import Draw
-from nad_attr.gates.channels import budget, n_channels
+from nad_attr.gates.channels import budget, n_gates
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.engine import Chunk, Learned, TaskImages
 from nad_attr.running.forward import cumulative
@@ -568,7 +568,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
         "size".
     """
     network = chunk.network
-    rows, n = len(chunk), n_channels(network.sites)
+    rows, n = len(chunk), n_gates(network.sites)
     path = budgets(recipe, n, [budget(size, network.sites) for size in sizes])
     steps = [open_after for part in path for open_after in part]
     ends = set(itertools.accumulate(map(len, path)))
@@ -578,7 +578,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     closed_at = torch.full_like(gates, -1.0)
     # Own images alone have no boundary among them.
     beside = [bool(len(images.pools["other"])) for images in chunk.images]
-    boundary = recipe.boundary * gates.new_tensor(beside)
+    boundary = recipe.fitting("boundary") * gates.new_tensor(beside)
     model = QuadraticModel(gates, capacity, recipe.trust, boundary)
     curves: dict[str, list[Tensor]] = {"loss": [], "size": []}
 
@@ -601,7 +601,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
         if steps[t] < n or t + 1 in ends:  # the last step also ranks what is open
             before = model.gates.clone()
             shares = model.shares()
-            forgiven = model.forgiven(recipe.free_scale, shares)
+            forgiven = model.forgiven(recipe.fitting("free_scale"), shares)
             model.residuals -= forgiven
             if chunk.prices is not None:
                 model.prices = chunk.prices * variance[:, None]

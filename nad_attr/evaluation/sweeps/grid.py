@@ -74,7 +74,7 @@ def recipe_of(ranks: Any) -> Recipe | None:
     if recipe is None or isinstance(recipe, PaperRecipe) or recipe.ablation == OPTIMAL:
         return None if isinstance(recipe, PaperRecipe) else recipe
     steps, images = recipe.steps, recipe.images_per_step
-    return Recipe(ablation="optimal", steps=steps, images_per_step=images)
+    return Recipe(steps=steps, images_per_step=images)
 
 
 def own_constants(
