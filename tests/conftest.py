@@ -32,7 +32,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 #: Test functions that took more of the processor than `make quick` has for them, as measured by
 #: ``make slow-list``: one of their cases, or all of them together, in seconds.
 SLOW = Path(__file__).with_name("slow.txt")
-MOST_OF_ONE, MOST_OF_ALL = 0.1, 0.3
+MOST_OF_ONE, MOST_OF_ALL = 0.06, 0.3
 _spent: dict[str, list[float]] = {}
 
 
