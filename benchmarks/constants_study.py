@@ -134,8 +134,9 @@ class Setting:
                         [round(float(v), 3) for v in values] for values in (auc, fid)
                     ]
             row = {
-                "pair": self.pair, "variant": name, "seed": seed, "cpu": round(spent, 1),
-                "images": recipe.steps * recipe.images_per_step, "sizes": cells,
+                "pair": self.pair, "tasks": self.tasks, "variant": name, "seed": seed,
+                "cpu": round(spent, 1), "images": recipe.steps * recipe.images_per_step,
+                "sizes": cells,
             }  # fmt: skip
             if len(seeds) > 1 and seed != seeds[0]:
                 row["kappa"] = {

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SharedMissingError as missing:
         raise SystemExit(f"skipped: {missing}") from missing
     tasks = [CLASSES.index(name) for name in SHOWN]
-    recipe = Recipe(size=args.size, steps=args.steps)
+    recipe = Recipe(size=args.size, ablation="mean", steps=args.steps)
     gates = learn_gates(model, (train_x, train_y), tasks, recipe, site_names(), seed=args.seed)
     images = torch.stack([val_x[val_y == task][0] for task in tasks])
     found: list[CRPComparison] = []

@@ -10,6 +10,14 @@ scores come from training images; each rival is at its best (own, or own and oth
 or absolute; per site or over all: chosen on images kept apart, from seed 0); all are cut to exactly
 the same number of channels and measured on held-out images that neither saw.
 
+    python -m benchmarks.disentanglement --constants best --sizes 0.4 0.2 0.1
+
+With ``--constants best`` every method's channels get constants of their own (``fit_constants``, as
+many images as ``--passes``), and rivals of today take part. The default recipe learns constants
+along with gates from ``--passes`` gated images for each task and size; a rival is given as many to
+score or search with, and as many again for its constants. Searched rivals and paths use own and
+other images. Rows have ablation "best", and the paired differences to the default recipe.
+
 Finished cells are appended to ``benchmarks/results/disentanglement/NETWORK_SET.jsonl`` and skipped
 the next time, so a run may be stopped at any moment. ``python -m benchmarks.findings`` makes the
 tables, figures and the documentation's page of them.
@@ -45,11 +53,13 @@ from nad_attr import (
     SubArchitecture,
     TaskGates,
     find_gate_sites,
+    fit_constants,
     learn_gates,
     learn_sizes,
 )
 from nad_attr.evaluation import SCORERS, ChannelScorer, RandomScorer, best_variants, top_k
 from nad_attr.evaluation.sweeps.grid import measure_grid
+from nad_attr.stats.bootstrap import bootstrap_interval
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "disentanglement"
 SIZES = (0.8, 0.4, 0.2, 0.1, 0.05)
@@ -65,6 +75,12 @@ COSTLY: dict[str, dict[str, Any]] = {
     "lrp": {},
     "layer_deep_lift": {},
 }
+#: Options of the rivals that are given ``--passes``: those that learn a mask for each size, one
+#: whose order of closing serves all, and those whose score does.
+SEARCHED = ("hard_concrete", "ugs", "iterative", "coar")
+FOR_EACH_SIZE = ("hard_concrete", "ugs")
+PATH: dict[str, dict[str, Any]] = {"eap_ig": {"path": "gates", "steps": 5}, "relp": {}}
+TODAY = ("nad", "random", "neuron_mct", "centred_effect", *SEARCHED, *PATH)
 #: Of these, scores over own images alone: several passes for each site, image and task.
 OWN_ONLY = (
     "layer_integrated_gradients",
@@ -91,7 +107,7 @@ class Cell:
         self.data = data
         self.model = model.to(memory_format=torch.channels_last)
         self.sites: list[GateSite] = find_gate_sites(model, data.train[0][:1])
-        self.tasks = list(range(len(data.classes)))
+        self.tasks = args.tasks or list(range(len(data.classes)))
         self.held_out = per_class(data.held_out, args.val_per_class, seed)
         self.choice = per_class(data.held_out, args.choice_per_class, 999)
         self.options = RunOptions(batch_size=args.batch)
@@ -150,6 +166,9 @@ class Cell:
         self, method: str, ablation: str, variants: dict[str, str]
     ) -> Iterator[tuple[float, list[SubArchitecture], str]]:
         """(size, sub-architectures of all tasks, which variant) of a method."""
+        if ablation == "best":
+            yield from self._with_constants(method)
+            return
         means, sizes = self.means(ablation), self.args.sizes
         if method in ("nad", "other_task"):
             for size, gates in self.nad(ablation).items():
@@ -178,6 +197,55 @@ class Cell:
                 yield size, [arch.with_means(means) for arch in archs], "beta 0.02"
         else:
             yield from self._rival(method, ablation, variants)
+
+    def _with_constants(self, method: str) -> Iterator[tuple[float, list[SubArchitecture], str]]:
+        """A method's channels with constants of their own, at each size."""
+        sizes, passes = self.args.sizes, self.args.passes
+        recipe = Recipe(ablation="optimal")
+        recipe = replace(recipe, steps=max(1, passes // recipe.images_per_step))
+        if method == "nad":
+            found = learn_sizes(
+                self.model, sizes, self.data.train, self.tasks,
+                replace(recipe, steps=recipe.steps * len(sizes)), self.sites, seed=self.seed,
+                amp=True, run=self.options,
+            )  # fmt: skip
+            for size, gates in found.items():
+                yield size, gates.sub_architectures(), ""
+            return
+        scores: dict[str, Tensor] = {}
+        for size in sizes:
+            if not scores or method in FOR_EACH_SIZE:
+                scores = self._scores_today(method, size)
+            archs = top_k(scores, self.sites, self.tasks, size)
+            fitted = fit_constants(
+                self.model, archs, self.data.train, recipe=recipe, seed=self.seed,
+                run=replace(self.options, amp=True),
+            )  # fmt: skip
+            yield size, fitted, ""
+
+    def _scores_today(self, method: str, size: float) -> dict[str, Tensor]:
+        """Scores from as many gated images for each task as the default recipe has."""
+        passes = self.args.passes * (1 if method in FOR_EACH_SIZE else len(self.args.sizes))
+        options: dict[str, Any] = dict(PATH.get(method, {}))
+        images = self.data.train
+        if method in SEARCHED:
+            options |= {"passes": passes, "seed": self.seed, "means": self.means("mean")}
+            images = per_class(images, min(200, passes // 2), self.seed)
+            if method in FOR_EACH_SIZE:
+                options["size"] = size
+            elif method == "iterative":
+                options["size"] = min(self.args.sizes)
+        elif method == "random":
+            return RandomScorer(self.model, self.sites, seed=self.seed)(
+                *self.choice, tasks=self.tasks
+            )
+        else:
+            each = passes // len(self.data.classes) // options.get("steps", 1)
+            images = per_class(images, max(1, each), self.seed)
+        # Its rules merge BatchNorms, which bfloat16 is too coarse for.
+        run = self.options if method == "relp" else replace(self.options, amp=True)
+        scorer = SCORERS[method](self.model, self.sites, **options)
+        return scorer(*images, tasks=self.tasks, include_others=True, run=run)
 
     def _paper(self) -> TaskGates:
         recipe = Recipe.paper(beta=0.02, epochs=self.args.paper_epochs)
@@ -264,8 +332,9 @@ class Cell:
         self, done: set[tuple[Any, ...]], variants: dict[str, str]
     ) -> Iterator[dict[str, Any]]:
         """The rows of all methods and ablation values that are not done."""
-        for ablation in self.args.ablations:
-            for method in self.args.methods:
+        best = self.args.constants == "best"
+        for ablation in ("best",) if best else self.args.ablations:
+            for method in self.args.methods or (TODAY if best else METHODS):
                 if (self.seed, ablation, method) in done:
                     continue
                 start = time.process_time()
@@ -339,6 +408,34 @@ def run_pair(
             file=sys.stderr,
             flush=True,
         )
+
+
+def print_paired(pair: str, rows: list[dict[str, Any]]) -> None:
+    """Own AUC and fidelity with best constants, and the default recipe's lead over each rival.
+
+    The interval is a bootstrap over tasks of the paired difference, each the mean over seeds.
+    """
+    rows = [row for row in rows if row["ablation"] == "best" and "sizes" in row]
+    for size in dict.fromkeys(size for row in rows for size in row["sizes"]):
+        print(f"\n{pair}, {size}: own AUC, fidelity; lead of nad (95 %)")
+        found = {
+            method: {row["seed"]: row["sizes"][size] for row in rows if row["method"] == method}
+            for method in dict.fromkeys(row["method"] for row in rows)
+        }
+        nad = found.get("nad", {})
+        for method, cells in found.items():
+            text = f"{method:15}"
+            for m in ("own_auc", "fidelity"):
+                values = np.array([cell[m] for cell in cells.values()], dtype=float)
+                text += f"  {np.nanmean(values):6.3f}"
+                both = [seed for seed in cells if seed in nad]
+                if method != "nad" and both:
+                    lead = np.array([nad[s][m] for s in both], dtype=float) - np.array(
+                        [cells[s][m] for s in both], dtype=float
+                    )
+                    low, high = bootstrap_interval(lead)
+                    text += f" {np.nanmean(lead):+.3f} ({low:+.3f} to {high:+.3f})"
+            print(text)
 
 
 def imagefolder_data(
@@ -416,7 +513,15 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--ablations", nargs="+", choices=("mean", "zero"), default=["mean", "zero"]
     )
-    result.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    result.add_argument("--methods", nargs="+", choices=METHODS, help="all by itself")
+    result.add_argument(
+        "--constants", choices=("ablation", "best"), default="ablation",
+        help="best: constants of each method's own, fitted alike",
+    )  # fmt: skip
+    result.add_argument(
+        "--passes", type=int, default=2000, help="with best constants: gated images a task and size"
+    )
+    result.add_argument("--tasks", type=int, nargs="+", help="classes; all by itself")
     result.add_argument("--steps", type=int, default=25, help="of the default recipe, per size")
     result.add_argument("--val-per-class", type=int, default=12)
     result.add_argument("--choice-per-class", type=int, default=4)
@@ -483,6 +588,9 @@ def main(argv: list[str] | None = None) -> None:
                 skipped.add(pair)
                 continue
             run_pair(args, pair, known[name], models[pair], seed)
+    if args.constants == "best":
+        for pair in args.pairs:
+            print_paired(pair, read_rows(results_file(args.results, pair)))
     print(f"results in {args.results}")
 
 

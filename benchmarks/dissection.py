@@ -230,7 +230,7 @@ def street_gates(
             pixels = np.array(file.convert("RGB"))
         photos.append(Photo(name, label, torch.from_numpy(pixels).permute(2, 0, 1)))
     data = random_crops(photos, n_crops, seed=f"learn {seed}", size=160)
-    recipe = Recipe(size=size, steps=steps)
+    recipe = Recipe(size=size, ablation="mean", steps=steps)
     return learn_gates(
         model,
         data,
@@ -392,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
             resnet,
             (train_x[::step], train_y[::step]),
             [0, 1] if quick else range(10),
-            Recipe(size=args.size, steps=args.steps or (4 if quick else 100)),
+            Recipe(size=args.size, ablation="mean", steps=args.steps or (4 if quick else 100)),
             sites=list(sites),
             seed=args.seed,
         )

@@ -279,7 +279,7 @@ def main() -> None:
         model,
         train,
         list(range(10)),
-        Recipe(size=args.size, steps=args.steps),
+        Recipe(size=args.size, ablation="mean", steps=args.steps),
         seed=args.seed,
         show_progress=True,
     )

@@ -321,7 +321,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         learn, learned_from = photos, "crops of the measured photos: imagenet-sample is missing"
     data = random_crops(learn, args.crops, seed=args.seed, size=args.size)
     start = time.perf_counter()
-    recipe = Recipe(steps=args.steps, images_per_step=args.images_per_step)
+    recipe = Recipe(ablation="mean", steps=args.steps, images_per_step=args.images_per_step)
     gates = learn_sizes(
         model, args.sizes, data, tasks, recipe, seed=args.seed, batch_size=16, show_progress=True
     )

@@ -379,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def say(line: str) -> None:
         print(f"{time.perf_counter() - start:4.0f} s  {line}", flush=True)
 
-    recipe = Recipe(size=args.size, steps=args.steps)
+    recipe = Recipe(size=args.size, ablation="mean", steps=args.steps)
     gates = learn_gates(model, (train_x, train_y), None, recipe, site_names(), seed=args.seed)
     say("gates learned")
     with torch.no_grad():

@@ -11,6 +11,10 @@ from nad_attr._version import __version__
 if TYPE_CHECKING:
     from nad_attr._checks import GatingError
     from nad_attr.attribution import NADAttribution
+    from nad_attr.certainty.measuring import certainty
+    from nad_attr.certainty.result import ChannelCertainty
+    from nad_attr.certainty.verdict import verdict
+    from nad_attr.certainty.verdict_result import Verdict
     from nad_attr.data.labels import Labels, Task
     from nad_attr.flow.measuring import information_flow
     from nad_attr.flow.result import InformationFlow
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from nad_attr.store import GateStore, GateStoreError
 
 __all__ = [
+    "ChannelCertainty",
     "GateSite",
     "GateStore",
     "GateStoreError",
@@ -43,7 +48,9 @@ __all__ = [
     "SubArchitecture",
     "Task",
     "TaskGates",
+    "Verdict",
     "__version__",
+    "certainty",
     "find_gate_sites",
     "fit_constants",
     "gated",
@@ -53,6 +60,7 @@ __all__ = [
     "learn_to_store",
     "paper_sites",
     "recorded",
+    "verdict",
 ]
 
 #: Where the names are from. They are imported when they are asked for: torch takes seconds, in
@@ -60,6 +68,8 @@ __all__ = [
 _HOMES = {
     "gates.sub_architecture": ("SubArchitecture",),
     "attribution": ("NADAttribution",),
+    "certainty": ("ChannelCertainty", "certainty"),
+    "certainty.verdict": ("Verdict", "verdict"),
     "flow": ("InformationFlow", "information_flow"),
     "gates": ("Task", "TaskGates"),
     "gating": ("GatingError", "gated", "recorded"),

@@ -23,7 +23,7 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import check_eval, expand, multiply, recorded
 from nad_attr.learning.api import learn_gates
 from nad_attr.running.options import FROM_RUN, RunOptions, as_options
-from nad_attr.sites.finding import asked_layers, find_gate_sites
+from nad_attr.sites.finding import asked_layers, find_gate_sites, fixed_batch_size
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, SiteError, unwrap
 
@@ -349,16 +349,9 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             sites = self.task_gates.sites
         else:
             sites = self._find(root, layers, images, extra, attribute_to_layer_input)
-        with torch.no_grad(), unchanged(root), recorded(root, sites) as activations:
-            try:
-                outputs = root(*images, *extra)
-            except ValueError as error:  # BatchNorm's own words say nothing of images
-                if images[0].ndim != 3:
-                    raise
-                raise ValueError(
-                    f"the network takes no inputs of shape {tuple(images[0].shape)} ({error}); "
-                    "a single image needs a batch dimension: image[None]."
-                ) from error
+        own = [i for i, arg in enumerate(extra) if _is_per_image(arg, len(images[0]))]
+        with torch.no_grad(), unchanged(root):
+            outputs, activations = _run(root, sites, *_bind(root, images, extra, own))
         if isinstance(outputs, Tensor) and tuple(outputs.shape) == (n,):
             outputs = outputs[:, None]
         if target is None and isinstance(outputs, Tensor) and outputs.shape[1:] != (1,):
@@ -372,7 +365,6 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             at_input = attribute_to_layer_input if self.layer is None else None
             _check_learned(self.task_gates, sites, targets, at_input)
 
-        own = [i for i, arg in enumerate(extra) if _is_per_image(arg, len(images[0]))]
         if self.task_gates is not None:
             gates = _rows(self.task_gates, sites, targets)
         elif self.scope == "task":
@@ -461,6 +453,13 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
     def has_convergence_delta(self) -> bool:
         """False: gated activations need not sum to the output."""
         return False
+
+    def __repr__(self) -> str:
+        network = type(self.forward_func).__name__
+        if not isinstance(self.forward_func, nn.Module):
+            network = getattr(self.forward_func, "__name__", network)
+        learned = "no gates yet" if self.task_gates is None else repr(self.task_gates)
+        return f"NADAttribution({network}, {learned}, scope={self.scope!r})"
 
     @classmethod
     def get_name(cls) -> str:
@@ -749,6 +748,40 @@ def _rows(gates: TaskGates, sites: Sequence[GateSite], targets: Sequence[int]) -
 
 def _is_per_image(value: object, n: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
+
+
+def _run(
+    root: nn.Module,
+    sites: Sequence[GateSite],
+    inputs: tuple[Tensor, ...],
+    forward: Callable[..., Any] | None,
+) -> tuple[Any, dict[str, Tensor]]:
+    """The outputs for images, and what the sites hold."""
+    function = root if forward is None else forward
+    with recorded(root, sites) as activations:
+        try:
+            return function(*inputs), activations
+        except (RuntimeError, ValueError) as error:
+            size = fixed_batch_size(root, inputs, forward_func=forward, error=str(error))
+            # BatchNorm's own words say nothing of images.
+            if size is None and isinstance(error, ValueError) and inputs[0].ndim == 3:
+                raise ValueError(
+                    f"the network takes no inputs of shape {tuple(inputs[0].shape)} ({error}); "
+                    "a single image needs a batch dimension: image[None]."
+                ) from error
+            if size is None:
+                raise
+        found: list[dict[str, Tensor]] = []
+        outputs = []
+        for start in range(0, len(inputs[0]), size):
+            part = tuple(x[start : start + size] for x in inputs)
+            n = len(part[0])
+            out = function(*(torch.cat([x, x[-1:].expand(size - n, *x.shape[1:])]) for x in part))
+            if not isinstance(out, Tensor):
+                return out, activations  # refused below for what it is
+            outputs.append(out[:n])
+            found.append({name: tensor[:n] for name, tensor in activations.items()})
+        return torch.cat(outputs), {k: torch.cat([one[k] for one in found]) for k in activations}
 
 
 def _bind(

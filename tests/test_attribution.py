@@ -1057,3 +1057,7 @@ def test_single_image_without_a_batch_dimension() -> None:
     gates = learn_gates(network, (images, torch.arange(8) % 2), [0], RECIPE, ["2"])
     with pytest.raises(ValueError, match=r"expected 4D.*image\[None\]"):
         NADAttribution(network, gates=gates).attribute(images[0], target=0)
+
+
+def test_what_an_attribution_is_shows(tiny_cnn: nn.Module) -> None:
+    assert repr(NADAttribution(tiny_cnn)) == "NADAttribution(TinyCNN, no gates yet, scope='task')"

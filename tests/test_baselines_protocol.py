@@ -14,9 +14,13 @@ from nad_attr.evaluation import (
     CDRPScorer,
     CentredEffectScorer,
     ChannelScorer,
+    COARScorer,
+    EAPIGScorer,
     GatesScorer,
     GivenScorer,
+    HardConcreteScorer,
     InternalInfluenceScorer,
+    IterativeScorer,
     LayerActivationScorer,
     LayerConductanceScorer,
     LayerDeepLiftScorer,
@@ -25,7 +29,9 @@ from nad_attr.evaluation import (
     LRPScorer,
     MagnitudeScorer,
     OtherTaskScorer,
+    RelPScorer,
     TaylorOutputScorer,
+    UGSScorer,
 )
 from tests import helpers
 from tests.scorer_contract import ScorerContract
@@ -87,6 +93,58 @@ class TestCDRP(ScorerContract):
 
     def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
         return CDRPScorer(model, sites, steps=5, penalty=0.5)
+
+
+def means_of(sites: list[GateSite]) -> dict[str, torch.Tensor]:
+    """Fixed ones: those over all images would let the other images in."""
+    return {site.name: torch.full((site.n_channels,), 0.1) for site in sites}
+
+
+class TestRelP(ScorerContract):
+    scorer = RelPScorer
+    networks = ("cnn", "cnn, inputs", "resnet")  # no rules for attention
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        return RelPScorer(model, sites, means=means_of(sites))
+
+
+class TestEAPIG(ScorerContract):
+    scorer = EAPIGScorer
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        return EAPIGScorer(model, sites, steps=2, means=means_of(sites))
+
+
+class TestEAPIGOfGates(ScorerContract):
+    scorer = EAPIGScorer
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        return EAPIGScorer(model, sites, path="gates", steps=2, means=means_of(sites))
+
+
+class _Search(ScorerContract):
+    draws_images = True
+
+    def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
+        options = {"passes": 24, "images_per_step": 8, "means": means_of(sites)}
+        return self.scorer(model, sites, **options)
+
+
+class TestCOAR(_Search):
+    scorer = COARScorer
+    needs_gradients = False
+
+
+class TestHardConcrete(_Search):
+    scorer = HardConcreteScorer
+
+
+class TestUGS(_Search):
+    scorer = UGSScorer
+
+
+class TestIterative(_Search):
+    scorer = IterativeScorer
 
 
 class TestMagnitude(ScorerContract):

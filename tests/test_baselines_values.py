@@ -736,7 +736,7 @@ def test_scorers_by_name() -> None:
     for name, make_scorer in SCORERS.items():
         assert name == name.lower()
         assert make_scorer(model, sites).sites == tuple(sites)
-    assert len(SCORERS) == 16
+    assert len(SCORERS) == 22
     with pytest.raises(TypeError):
         SCORERS["mine"] = RandomScorer
 

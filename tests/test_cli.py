@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from nad_attr import TaskGates, cli
+import nad_attr
+from nad_attr import ChannelCertainty, Recipe, TaskGates, Verdict, cli
 from nad_attr.evaluation import Evaluation
 from nad_attr.learning import runs
 from nad_attr.store import GateStore, read_result
@@ -254,6 +256,19 @@ def test_constants_of_each_task_and_of_each_rival(here: Path) -> None:
     assert "fitting constants: taylor" in text
 
 
+def test_size_from_a_target(here: Path) -> None:
+    wanted = ("learn", *MODEL, "--device", "cpu", "--steps", "20", "--fidelity", "0.5")
+    fails(1, "5 images kept apart for task 0", *wanted, "--data", "train", "--out", "new.h5")
+    for path in (here / "train").glob("*/*.png"):  # twice as many
+        for name in ("a", "b"):
+            copy = here / "more" / path.parent.name / f"{name}{path.name}"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    succeeds(*wanted, "--data", "more", "--out", "target.h5", "-q")
+    assert TaskGates.load("target.h5").recipe == Recipe(fidelity=0.5, steps=20)
+    assert "fidelity=0.5" in succeeds("inspect", "target.h5")
+
+
 def test_the_published_recipe(here: Path) -> None:
     succeeds(
         *("learn", *MODEL, "--data", "train", "--out", "paper.h5", "--device", "cpu"),
@@ -262,6 +277,38 @@ def test_the_published_recipe(here: Path) -> None:
     recipe = TaskGates.load("paper.h5").recipe
     assert type(recipe).__name__ == "PaperRecipe"
     assert (recipe.beta, recipe.epochs) == (0.5, 2)
+
+
+def test_a_verdict_and_its_place_in_the_report(here: Path) -> None:
+    pytest.importorskip("plotly")
+    (here / "judged.h5").write_bytes((here / "gates.h5").read_bytes())
+    (here / "other.h5").write_bytes((here / "gates.h5").read_bytes())
+    mine = ("judged.h5", "--trust-file", "--held-out", "val", "--tasks", "red,blue")
+    text = succeeds(
+        *("verdict", *mine, "--images", "10", "--replica", "other.h5", "--out", "judged.h5")
+    )
+    for part in ("The verdict on 2 tasks", "sufficient: ", "stable: holds; agreement", "red ("):
+        assert part in text, text
+    found = Verdict.load("judged.h5")
+    assert set(found.task_names) == {"red", "blue"}
+    assert found.value[:, 4].tolist() == [1, 1]
+    succeeds("verdict", *mine, "--images", "10", "--out", "verdict.json", "-q")
+    assert Verdict.load("verdict.json").answer("red", "stable") == "not asked"
+    succeeds("report", "judged.h5", "--out", "judged.html", "-q")
+    page = (here / "judged.html").read_text()
+    assert found.sentence("red") in page
+    made = sys.modules["colour_nets"].colours().eval()
+    data = torch.rand(30, 3, 8, 8), torch.arange(30) % 3
+    gates = TaskGates.load("judged.h5")
+    sure = nad_attr.certainty(made, gates, data, data, pairs=1, alternatives=0)
+    sure.save("judged.h5")
+    succeeds("verdict", *mine, "--images", "10", "--out", "verdict.json", "-q")
+    needed = (sure.table("red")["label"] == "needed").mean()
+    judged = Verdict.load("verdict.json")
+    assert judged.value[judged.index("red"), 3] == pytest.approx(needed)
+    assert judged.answer("red", "stable") != "not asked"
+    fails(2, "--out writes .json or .h5", "verdict", *mine, "--out", "verdict.txt")
+    fails(1, "--trust-file", "verdict", "judged.h5", "--held-out", "val")
 
 
 @pytest.mark.slow
@@ -333,13 +380,37 @@ def test_export(here: Path) -> None:
     assert len(smaller) == 1 + 3 * 3
 
 
+def test_export_several_classes_as_one_network(here: Path) -> None:
+    given = ("export", *MINE, "--task", "red", "--task", "blue", "--pixels", 8)
+    text = succeeds(*given, "--network", "two.pt2")
+    assert "written: two.pt2, two.pt2.json" in text
+    both = torch.export.load("two.pt2").module()
+    gates = TaskGates.load("gates.h5")
+    tasks = [gates.sub_architecture(name).task for name in ("red", "blue")]
+    outputs = json.loads(Path("two.pt2.json").read_text())["outputs"]
+    assert sorted(outputs) == sorted(tasks)
+    assert both(torch.rand(3, 3, 8, 8)).shape == (3, 2)
+    apart = succeeds(*given, "--network", "apart.pt2", "--side-by-side")
+    x = torch.rand(3, 3, 8, 8)
+    found = torch.export.load("apart.pt2").module()(x)
+    for column, task in enumerate(outputs):
+        succeeds("export", *MINE, "--task", task, "--pixels", 8, "--network", "one.pt2")
+        alone = torch.export.load("one.pt2").module()(x)
+        torch.testing.assert_close(found[:, column], alone[:, 0], rtol=1e-4, atol=1e-5)
+    assert "the networks cut" in apart
+
+
+def test_a_size_that_is_no_number_is_said_plainly(here: Path) -> None:
+    fails(2, "'--size': must be a number.", *NEW, "--size", "abc")
+
+
 def test_export_a_smaller_network(here: Path) -> None:
     text = succeeds("export", *MINE, "--task", "red", "--network", "red.pt2", "--pixels", 8)
     assert "parameters" in text
     assert "latency" in text
-    assert "written: red.json, red.pt2" in text
+    assert "written: red.pt2, red.pt2.json" in text
     arch = TaskGates.load("gates.h5").sub_architecture("red")
-    content = json.loads(Path("red.json").read_text())
+    content = json.loads(Path("red.pt2.json").read_text())
     assert content["sites"]["relu"] == arch.kept["relu"].tolist()
     assert content["outputs"] == [arch.task]
     sys.path.insert(0, str(here))
@@ -388,6 +459,24 @@ def test_compare_with_another_method(here: Path) -> None:
     content = json.loads(Path("rivals.json").read_text())
     assert set(content["sites"]) == {"taylor", "energy"}
     assert set(content["evaluation"]["rivals"]) == {"taylor", "energy"}
+
+
+def test_certainty(here: Path) -> None:
+    asked = ("certainty", *MINE, "--held-out", "val", "--data", "train", "--tasks", "red")
+    quick = ("--pairs", "1", "--alternatives", "1", "-q")
+    text = succeeds(*asked, *quick, "--out", "channels.csv")
+    assert "needed  replaceable  no effect seen  undecided" in text
+    with open("channels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = TaskGates.load("gates.h5").sub_architecture("red").n_kept
+    assert sum(row["kept"] == "True" for row in rows) == kept
+    assert {row["task"] for row in rows} == {"red"}
+    shutil.copy("gates.h5", "mine.h5")
+    succeeds("certainty", "mine.h5", *asked[2:], *quick, "--out", "mine.h5")
+    found = ChannelCertainty.load("mine.h5", "certainty")
+    assert found.kept.sum() == kept
+    assert TaskGates.load("mine.h5") == TaskGates.load("gates.h5")
+    fails(2, "--out writes .json", *asked, "--out", "x.txt")
 
 
 def test_flow(here: Path) -> None:
@@ -502,6 +591,7 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
         (2, "goes backwards", (*NEW, "--tasks", "2-0")),
         (2, "above 0, up to 1, not 0", (*NEW, "--size", "0")),
         (2, "device 'nowhere' cannot be used", (*NEW, "--device", "nowhere")),
+        (2, "give one of them", (*NEW, "--fidelity", "0.9")),
         (2, "--size belongs to the default recipe", (*NEW, "--recipe", "paper")),
         (2, "--beta belongs to the published recipe", (*NEW, "--beta", "1")),
         (
@@ -533,13 +623,17 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
         (2, "say what to write", ("export", "gates.h5")),
         (2, "--size takes a share", ("export", "gates.h5", "--csv", "-", "--size", "0")),
         (2, "ends in .pt2, .onnx", ("export", "gates.h5", "--network", "a.pth", "--task", "red")),
-        (2, "name the class with --task", ("export", "gates.h5", "--network", "a.pt2")),
+        (2, "name them with --task", ("export", "gates.h5", "--network", "a.pt2")),
         (
             2,
-            "a.json is written as well",
-            ("export", "gates.h5", "--network", "a.pt2", "--task", "red", "--json", "a.json"),
+            "a.pt2.json is written as well",
+            ("export", "gates.h5", "--network", "a.pt2", "--task", "red", "--json", "a.pt2.json"),
         ),
-        (2, "2 are chosen", ("export", "gates.h5", "--network", "a.pt2", "--task", "red,blue")),
+        (
+            2,
+            "2 are chosen",
+            ("export", *MINE, "--network", "a.pt2", "--task", "red,blue", "--head", "whole"),
+        ),
         (2, "merge takes two files", ("merge", "gates.h5", "--out", "m.h5")),
         (2, "red.h5 is there already", ("merge", "red.h5", "rest.h5", "--out", "red.h5")),
         (1, "text.h5", ("merge", "red.h5", "text.h5", "--out", "m.h5")),
@@ -687,10 +781,7 @@ def test_labels_from_a_table(here: Path, kind: str) -> None:
         "target": [["file", "redness"], *([f, k / 3] for f, k in files)],
     }[kind]  # fmt: skip
     model = "colour_nets:reds" if kind in ("one", "target") else "colour_nets:colours"
-    named = here / "classes.json"
-    named.write_text(json.dumps({name: k for k, name in enumerate(CLASSES)}))
-    with_names = ("--class-index", named) if kind == "names" else ()
-    given = ("--data", "val", "--labels", table(here / f"{kind}.csv", rows), *with_names)
+    given = ("--data", "val", "--labels", table(here / f"{kind}.csv", rows))
     plain = ("--mean", "0", "--std", "1", "--resize", "0", "--crop", "0")
     out = f"{kind}.h5"
     succeeds("learn", "--model", model, *given, *plain, "--out", out, "--steps", 3, "--overwrite")
@@ -701,6 +792,16 @@ def test_labels_from_a_table(here: Path, kind: str) -> None:
     assert kind == "classes" or tuple(names or ()) == expected[kind]
     text = succeeds("evaluate", out, *given, "--trust-file", "--random", 0)
     assert ("R²" in text) == (kind == "target"), text
+    path = Path("val", files[0][0])
+    own = succeeds("attribute", out, path, "--labels", here / f"{kind}.csv", "--trust-file")
+    assert own.count("output") == (2 if kind == "several" else 1)  # the image is there twice
+    training = ("--train-data", "val", "--train-labels", here / f"{kind}.csv", "--trust-file")
+    text = succeeds("compare", out, "--with", "taylor", *given, *training)
+    assert "taylor" in text
+    succeeds("report", out, "--out", "labels.html", "--with", "taylor", *given, *training)
+    assert "taylor" in Path("labels.html").read_text().lower()
+    bare = (*given, "--trust-file")
+    fails(1, "--train-labels TABLE.csv", "compare", out, "--with", "taylor", *bare)
 
 
 def test_tables_that_do_not_fit_are_named(here: Path) -> None:

@@ -541,3 +541,31 @@ def test_bad_pairs() -> None:
         paired_interval(a, a, "fidelity", n_draws=0)
     with pytest.raises(ValueError, match=r"\(seeds, tasks\)"):
         bootstrap_interval(np.zeros((1, 2, 3)))
+
+
+def test_images_learned_from_stand_beside_held_out_ones() -> None:
+    # Output 0 is what channel 0 holds; its noise is larger in the held-out images.
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 2
+    noise = torch.randn(200, 2, generator=generator)
+    clean = torch.stack([1.0 - labels, labels], dim=1) * 2 - 1
+    net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2, bias=False)).eval()
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([[1.0, -0.3], [-0.3, 1.0]]))
+    sites = [GateSite("0", 2, 1)]
+    archs = [SubArchitecture.from_kept({"0": [k]}, sites, task=k) for k in (0, 1)]
+    here = clean * torch.tensor([1.0, 1.0]) + 2 * noise, labels
+    there = clean + 0.1 * noise, labels
+    result = evaluate(net, archs, here, learned_from=there, n_random=0)
+    alone = evaluate(net, archs, there, n_random=0)
+    assert result.learned is not None
+    assert np.array_equal(result.learned.own_auc, alone.own_auc)
+    (first, *_, last) = result.held_out_sentences()
+    assert first.startswith("own AUC is 1.000 on images learned from and 0.")
+    assert "other pictures" in last  # the whole network is worse as well
+    assert last in result.summary()
+    assert "on images learned from" in result.summary()
+    assert evaluate(net, archs, there, learned_from=there, n_random=0).held_out_sentences() == []
+    few = evaluate(net, archs, (there[0][:50], labels[:50]), learned_from=there, n_random=0)
+    assert few.learned is not None
+    assert few.learned.n_images == 50

@@ -421,10 +421,10 @@ def test_files_run_without_this_library(tmp_path: Path) -> None:
     small = arch.export(model, x)
     with arch.applied(model), torch.no_grad():
         expected = model(x)
-    assert [p.name for p in save(small, tmp_path / "a.pt2", x)] == ["a.json", "a.pt2"]
+    assert [p.name for p in save(small, tmp_path / "a.pt2", x)] == ["a.pt2", "a.pt2.json"]
     assert torch.allclose(torch.export.load(tmp_path / "a.pt2").module()(x), expected)
     names = [p.name for p in save(small, tmp_path / "b.safetensors", x)]
-    assert names == ["b.json", "b.py", "b.safetensors"]
+    assert names == ["b.py", "b.safetensors", "b.safetensors.json"]
     (tmp_path / "c.pkl").write_bytes(pickle.dumps(small))
     torch.save((x, expected), tmp_path / "x.pt")
     script = """
@@ -440,7 +440,7 @@ assert torch.allclose(pickle.load(open("c.pkl", "rb"))(x), expected)
 assert "nad_attr" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    content = json.loads((tmp_path / "b.json").read_text())
+    content = json.loads((tmp_path / "b.safetensors.json").read_text())
     assert content["sites"]["layer1.0"] == [0, 2]
     assert content["format"] == "safetensors"
     with pytest.raises(ValueError, match="none of the endings"):

@@ -23,7 +23,21 @@ from nad_attr import (
 )
 from nad_attr.data.labels import other_images, own_images, read_labels
 from nad_attr.data.sources import as_source
-from nad_attr.evaluation import Evaluation, NeuronMCTScorer, TaylorScorer, evaluate, fit_ablation
+from nad_attr.evaluation import (
+    Evaluation,
+    NeuronMCTScorer,
+    TaylorScorer,
+    along_depth,
+    auc,
+    curves,
+    evaluate,
+    fit_ablation,
+    shuffled_labels,
+    site_fidelity,
+    stability,
+)
+from nad_attr.evaluation.sweeps.grid import measure_grid
+from nad_attr.pictures import top_images
 from nad_attr.report import Report
 from nad_attr.sites.site import GateSite, SiteError
 
@@ -245,6 +259,68 @@ def test_mean_of_other_images_is_that_of_known_others() -> None:
     with torch.no_grad():
         held = net.relu(net.conv(x)).mean((2, 3))  # type: ignore[operator]
     assert torch.allclose(fitted.means(0)["relu"].double(), held[labels[:, 0] == 0].mean(0))
+
+
+LABELLED = {
+    "one": lambda values: Labels((values[:, :1] > 0).long(), kind="several"),
+    "several": lambda values: torch.where(values.abs() < 0.1, -1, (values > 0).long()),
+    "targets": lambda values: values * 3.0,
+}
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_curves_depth_stability_and_top_images_take_them(kind: str) -> None:
+    net, x, values = made(1 if kind == "one" else 2)
+    labels = LABELLED[kind](values)
+    data, sites = (x, labels), [GateSite("relu", 2 if kind == "one" else 4)]
+    gates = learn_gates(net, data, recipe=QUICK)
+    read = read_labels(labels)
+    own, other = own_images(read.labels, gates.tasks), other_images(read.labels, gates.tasks)
+
+    # At half size the network of the first output's channels says all about that output.
+    scores = torch.zeros(len(gates.tasks), sites[0].n_channels)
+    scores[:, :2] = 1.0
+    archs = [SubArchitecture.from_kept({"relu": [0, 1]}, sites, task=task) for task in gates.tasks]
+    row = {name: values[0, 0] for name, values in measure_grid(net, [archs], data).values.items()}
+    assert row["fidelity"] == pytest.approx(1)
+    with torch.no_grad():
+        outputs = net(x)[own[0] | other[0], 0]
+    if kind == "targets":
+        assert math.isnan(row["own_auc"])
+        assert math.isnan(row["recall"])
+    else:
+        counted = own[0][own[0] | other[0]]
+        assert row["own_auc"] == pytest.approx(float(auc(outputs, counted)))
+        assert row["recall"] == pytest.approx(float((outputs[counted] > 0).double().mean()))
+    drawn = curves(net, {"relu": scores}, data, sites=sites, tasks=gates.tasks)
+    assert drawn.summary()
+
+    best = top_images(net, opened(gates, 0), data, k=2)
+    with torch.no_grad():
+        held = net.relu(net.conv(x))[:, 0].flatten(1).amax(1)  # type: ignore[operator]
+    assert best.images["relu"][0].tolist() == held.argsort(descending=True)[:2].tolist()
+    both = torch.cat([held[own[0]], held[other[0]]])
+    expected = (held[own[0]].mean() - held[other[0]].mean()) / both.std(correction=0)
+    assert float(best.selectivity["relu"][0]) == pytest.approx(float(expected), rel=1e-4)
+
+    def learn(model: nn.Module, given: Any, seed: int) -> Any:
+        some = as_source(given, any_labels=True).labels
+        assert some.shape[1:] == read.labels.shape[1:]
+        return learn_gates(model, given, recipe=QUICK, seed=seed)
+
+    result = stability(net, learn, data, seeds=(0, 1))
+    assert result.halves.shape == (2, len(gates.tasks))
+    if len(gates.tasks) > 1:
+        assert along_depth(gates, fidelity=site_fidelity(net, gates, data)).summary()
+    dealt = as_source(shuffled_labels(data), any_labels=True).labels
+    assert dealt.shape == read.labels.shape
+    assert (dealt == 1).sum() == (read.labels == 1).sum()
+
+
+def test_numbers_of_images_of_a_class_are_for_classes() -> None:
+    net, x, values = made(2)
+    with pytest.raises(ValueError, match="images_per_class is for images of one class"):
+        stability(net, learn_gates, (x, (values > 0).long()), images_per_class=(2,))
 
 
 def test_what_asks_for_classes_says_so() -> None:

@@ -424,3 +424,19 @@ def test_checkpointed_networks_learn_the_same_gates(
     found = learn_gates(net, data, recipe=recipe, sites=find_gate_sites(net, data[0][:1]))
     assert found == plain
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+def test_judging_one_image_at_a_time_is_checked_in_company_too(
+    data: tuple[Tensor, Tensor],
+) -> None:
+    class Mixing(Net):
+        mixes = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0) if self.mixes else x)
+
+    net = Mixing().eval()
+    gates = learn_gates(net, data, recipe=QUICK)
+    net.mixes = True
+    with pytest.raises(NetworkCheckError, match="depends on the other images of its batch"):
+        evaluate(net, gates, data, batch_size=1, n_random=0)

@@ -24,7 +24,7 @@ from nad_attr.evaluation import (
 )
 from nad_attr.gating.hooks import gated, recorded
 from nad_attr.gating.means import channel_means
-from nad_attr.learning import selection
+from nad_attr.learning import constants, selection
 from nad_attr.learning.selection import QuadraticModel
 from tests.helpers import assert_model_untouched
 
@@ -463,5 +463,6 @@ def test_candidates_alone_are_enough(kind: str, monkeypatch: pytest.MonkeyPatch)
         "SPARE_CANDIDATES": 8,
     }.items():
         monkeypatch.setattr(selection, name, value)
+    monkeypatch.setattr(constants, "MIN_CHANNELS_TO_NARROW", 1)
     assert recall_of(known) >= 0.95
     assert sum(narrowed) > len(narrowed) / 2

@@ -15,18 +15,26 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nad_attr import GateSite, GateStore, GateStoreError, Recipe, RunOptions, TaskGates
+from nad_attr import (
+    ChannelCertainty,
+    GateSite,
+    GateStore,
+    GateStoreError,
+    Recipe,
+    RunOptions,
+    TaskGates,
+)
 from nad_attr.concepts import Comparison, Concept, UnitConcepts, mann_whitney
 from nad_attr.evaluation import Evaluation, curves, errors, evaluate, mosaics
 from nad_attr.gates.history import History
 from nad_attr.pictures import class_mosaics
 from nad_attr.report import Report
-from nad_attr.report.contents import Results, contents, summary
+from nad_attr.report.contents import Results, contents, not_there, summary
 from nad_attr.report.measuring import evenly, example_rows, responses, sampled
 from nad_attr.report.overlaps import block_means, overlaps_part
 from nad_attr.report.packing import gate_levels, plain, script_json
 from nad_attr.report.pictures import is_picture, tensor_picture
-from nad_attr.report.saving import keep_results
+from nad_attr.report.saving import found_results, keep_results
 from nad_attr.store import write_result
 
 from .helpers import TinyCNN, assert_model_untouched, build, labelled_images
@@ -616,7 +624,9 @@ def test_kept_results_come_back(tmp_path: Path, measured: Report) -> None:
     assert again.results.errors["examples"][0]["picture"] >= 0
     assert again.results.flow["sites"] == [*(site.name for site in SITES), "output"]
     assert again.missing() == [
+        "a verdict on each class",
         "other methods at equal size",
+        "how sure each channel is, and whether it is needed",
         "concepts of channels",
         "statistics of gates against concepts",
     ]
@@ -776,3 +786,41 @@ def test_command_measures_on_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_title_names_the_weights(origin: dict[str, str], title: str) -> None:
     found = contents(make_gates(), Results(), provenance=origin)
     assert found.data["title"] == title
+
+
+def sure_of(gates: TaskGates) -> ChannelCertainty:
+    kept = torch.cat([gates[s.name] for s in gates.sites], dim=1).numpy() > 0.5
+    n_tasks, n = kept.shape
+    label = np.where(kept, 1 + np.arange(n) % 4, 0)
+    nan = np.full(kept.shape, np.nan)
+    return ChannelCertainty(
+        gates.tasks, tuple(map(str, gates.tasks)), gates.sites, kept / 1.0, 4 * kept.astype(int), 2,
+        kept.sum(1) / 1.0, nan, nan, nan, label, np.zeros(n_tasks, int), ((),) * n_tasks,
+        np.ones(n_tasks), np.ones((n_tasks, 0, n), bool), np.ones((n_tasks, 0)),
+        np.ones((n_tasks, 0), bool), None, None, 0.05, 0.02, {}, 0,
+    )  # fmt: skip
+
+
+def test_certain_and_doubtful_channels_are_told_apart(tmp_path: Path) -> None:
+    """The page holds each channel's label, if certainty was measured on these very gates."""
+    gates = make_gates()
+    sure = sure_of(gates)
+    path = tmp_path / "gates.h5"
+    gates.save(path)
+    sure.save(path, "certainty")
+    results = found_results(path, gates.sites)
+    data = contents(gates, results).data["certainty"]
+    labels = np.frombuffer(base64.b64decode(data["labels"]), np.uint8).reshape(sure.label.shape)
+    assert (labels == sure.label).all()
+    chosen = np.frombuffer(base64.b64decode(data["chosen"]), np.uint8).reshape(sure.label.shape)
+    assert set(chosen[labels > 0]) == {255}
+    assert data["names"][1:] == ["needed", "replaceable", "no effect seen", "undecided"]
+    one = gates.select(gates.tasks[1:2])
+    labels = base64.b64decode(contents(one, results).data["certainty"]["labels"])
+    assert np.array_equal(np.frombuffer(labels, np.uint8), sure.label[1])
+    asked = [command for _, command in not_there(gates, Results(), "gates.h5")]
+    assert "nad-attr certainty gates.h5 --held-out HELD_OUT --out gates.h5" in asked
+    other = TaskGates({s.name: 1 - gates[s.name] for s in gates.sites}, gates.sites, gates.tasks)
+    found = contents(other, results)
+    assert found.data["certainty"] is None
+    assert any("No certainty: it is of other gates" in note for note in found.notes)

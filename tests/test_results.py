@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import nad_attr
+from nad_attr import ChannelCertainty, GateSite, Verdict
 from nad_attr.concepts import Comparison, Concept, UnitConcepts, association
 from nad_attr.concepts.comparing.depth import DepthSemantics
 from nad_attr.evaluation import Curves, DepthProfile, Evaluation, MosaicResult, SizeSweep
@@ -53,7 +54,8 @@ def evaluation() -> Evaluation:
 
     whole = part(1)
     others = {"random": tuple(part(i, _whole=whole) for i in (2, 3))}
-    return part(0, _whole=whole, rivals={"b.c": part(4, _whole=whole)}, **others)
+    learned = part(5, _whole=part(6))
+    return part(0, _whole=whole, rivals={"b.c": part(4, _whole=whole)}, learned=learned, **others)
 
 
 def curves() -> Curves:
@@ -116,6 +118,21 @@ def stability() -> Stability:
     return Stability(TASKS, np.array([[0.5, 1.0]]), np.empty((0, 2)), {5: np.array([0.2, 0.4])})
 
 
+def certainty() -> ChannelCertainty:
+    label = np.array([[1, 0, 2, 3], [0, 4, 4, 1]])
+    each = (numbers(2, 4, seed=i) for i in range(4))
+    gate, effect, p, q = (
+        np.where(label == 0, NAN, v) if i else np.ones((2, 4)) / 3 for i, v in enumerate(each)
+    )
+    return ChannelCertainty(
+        TASKS, NAMES, (GateSite("a", 3), GateSite("b/c", 1, -1)), gate,
+        np.array([[4, 0, 2, 3], [1, 4, 0, 2]]), 2, np.array([2.0, 1.5]), effect, p, q, label,
+        np.array([1, 0]), (((0, 2), (1, 3)), ()), numbers(2), np.ones((2, 3, 4), bool),
+        numbers(2, 3), np.array([[True, False, True], [False] * 3]), None, np.ones((2, 4)), 0.05,
+        0.02, {"learning": 10, "testing": 20}, 0,
+    )  # fmt: skip
+
+
 def planted() -> PlantedScore:
     half, whole = np.array([0.5, 1.0]), np.array([True, False])
     return PlantedScore(TASKS, half, half, half, whole, np.array([0, 1]), half)
@@ -128,6 +145,18 @@ def depth_semantics() -> DepthSemantics:
     return DepthSemantics(
         ("a", "b", "c"), np.linspace(0, 1, 3), np.array([4, 8, 16]), NAMES, each, one, random,
         {"object": numbers(2, 3)}, {"object": numbers(3)}, ("object",), ("a note",), 3,
+    )  # fmt: skip
+
+
+def verdict() -> Verdict:
+    answers = (("holds", "does not", "holds", "not asked", "not asked"), ("not asked",) * 5)
+    each = [numbers(2, 5, seed=i) for i in range(5)]
+    names = ("own_auc", "whole_auc", "learned_own_auc", "learned_fidelity", "learned_whole_auc")
+    gaps = ("own_auc_gap_low", "own_auc_gap_high", "fidelity_gap_low", "fidelity_gap_high")
+    measures = {name: np.array([0.5, 0.25]) for name in (*names, *gaps, "learned_n_own")}
+    return Verdict(
+        TASKS, NAMES, np.array([3, 4]), 20, np.array([8, 9]), 0.05, 19, answers, *each, measures,
+        {"dog/wolf": ("a note",)},
     )  # fmt: skip
 
 
@@ -145,6 +174,7 @@ def units() -> UnitConcepts:
 
 MADE: dict[type[Result], Callable[[], Any]] = {
     Evaluation: evaluation,
+    ChannelCertainty: certainty,
     Curves: curves,
     SizeSweep: size_sweep,
     MosaicResult: mosaics,
@@ -163,6 +193,7 @@ MADE: dict[type[Result], Callable[[], Any]] = {
         [statistic(), association([True, False] * 4, [True, True] * 4)], notes=["a note"]
     ),
     UnitConcepts: units,
+    Verdict: verdict,
     History: lambda: History({"loss": numbers(4, 2), "size": numbers(4, 2, seed=1)}),
 }  # fmt: skip
 
@@ -252,6 +283,10 @@ def test_another_kind_of_file_is_refused(result: Any, tmp_path: Path) -> None:
         (PlantedScore, {"whole": [0, 1]}, r"in place of bool"),
         (History, {"curves": {"loss": [[1, 2]], "size": [[1]]}}, r"shape"),
         (UnitConcepts, {"concepts": [{"name": ""}]}, r"needs a name"),
+        (ChannelCertainty, {"label": [[1, 0, 2, 5]] * 2}, r"no such label"),
+        (ChannelCertainty, {"gate": [[0.5] * 3] * 2}, r"gate has shape"),
+        (ChannelCertainty, {"n_pairs": 1}, r"chosen so many times"),
+        (ChannelCertainty, {"sites": [{"name": "a", "n_channels": -4}]}, r"at least one"),
         (SanityReport, {"controls": [{"name": "x"}]}, r"whole_auc"),
     ],
 )  # fmt: skip

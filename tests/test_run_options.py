@@ -17,11 +17,13 @@ from nad_attr import (
     Recipe,
     RunOptions,
     SubArchitecture,
+    certainty,
     fit_constants,
     information_flow,
     learn_gates,
     learn_sizes,
     learn_to_store,
+    verdict,
 )
 from nad_attr.concepts import dissect, unit_masks
 from nad_attr.evaluation import (
@@ -98,8 +100,15 @@ CALLS: dict[str, Callable[[nn.Module, Tensor, RunOptions | None], Any]] = {
     "fit_constants": lambda m, x, r: fit_constants(
         m, ARCHS, (x, LABELS), recipe=replace(QUICK, ablation="optimal"), run=r
     ),
+    "certainty": lambda m, x, r: certainty(
+        m, learn_gates(m, (x, LABELS), None, QUICK, [SITE]), (x, LABELS), (x, LABELS), pairs=1,
+        run=r,
+    ),
     "NADAttribution": lambda m, x, r: NADAttribution(m, recipe=QUICK, run=r).learn((x, LABELS)),
     "evaluate": lambda m, x, r: evaluate(m, ARCHS, (x, LABELS), n_random=1, run=r),
+    "verdict": lambda m, x, r: verdict(
+        m, ARCHS, (x, LABELS), (x, LABELS), n_images=8, n_random=1, level=0.5, run=r
+    ),
     "sweep": lambda m, x, r: sweep(m, ARCHS, (x, LABELS), run=r),
     "sweep with donors": lambda m, x, r: sweep(
         m,

@@ -188,7 +188,7 @@ def test_failing_data_keeps_what_is_finished(whole: Path, tmp_path: Path) -> Non
     path = tmp_path / "gates.h5"
 
     class Failing(torch.utils.data.Dataset[Any]):
-        left = 180
+        left = 250  # 60 for the means, 60 for the outputs, then about 60 for each chunk
 
         def __init__(self) -> None:
             self.x, self.y = killable.data()
@@ -277,8 +277,15 @@ def test_same_gates_as_learn_gates(whole: Path) -> None:
     options = {k: v for k, v in SETTINGS.items() if k not in ("chunk_size", "recipe")}
     direct = learn_gates(killable.network(), killable.data(), None, SETTINGS["recipe"], **options)
     stored = TaskGates.load(whole)
-    assert stored == direct
     assert stored.recipe == direct.recipe
+    for site in direct:
+        assert torch.equal(stored[site], direct[site])
+        assert torch.equal(stored.means[site], direct.means[site])
+        # One run keeps the whole network's outputs from chunk to chunk, a store's chunks run them
+        # in batches of their own, which round differently; constants show it, yes or no does not.
+        torch.testing.assert_close(
+            stored.constants[site], direct.constants[site], rtol=1e-6, atol=1e-6
+        )
 
 
 def test_default_chunk_is_what_shares_a_pass_and_is_kept(tmp_path: Path) -> None:

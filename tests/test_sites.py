@@ -907,3 +907,22 @@ def test_torchvision_models(
     sites = find_gate_sites(on_meta(architecture), LARGE)
     assert (len(sites), sum(site.n_channels for site in sites)) == (n_sites, n_channels)
     assert set(some) <= set(described(sites))
+
+
+class _Attention(nn.Module):
+    """Attention by convolutions: its values, a product of matrices, are read by a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.act, self.proj = nn.Conv2d(3, 12, 1), nn.Hardswish(), nn.Conv2d(4, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).flatten(2).chunk(3, 1)
+        mixed = (v @ (q.transpose(1, 2) @ k).softmax(-1).transpose(1, 2)).view(-1, 4, *x.shape[2:])
+        return self.head(self.proj(self.act(mixed)).mean((2, 3)))
+
+
+def test_the_axis_that_a_product_leaves_open_is_that_of_the_convolution_behind_it() -> None:
+    sites = find_gate_sites(_Attention().eval(), torch.rand(2, 3, 6, 6))
+    assert ("act", 4, 1) in [(site.name, site.n_channels, site.channel_dim) for site in sites]

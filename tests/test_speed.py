@@ -354,13 +354,13 @@ def test_hundreds_of_steps_leave_nothing_behind() -> None:
     def look(n: int) -> None:
         nonlocal done
         done += n
-        if done in (100, 300):
+        if done in (100, 200):  # the last step also ranks the channels
             gc.collect()
             counts[done] = sum(isinstance(item, Tensor) for item in gc.get_objects())
 
     session.learn(advance=look)
     # Two numbers a step are handed out at the end: the curves.
-    assert counts[300] - counts[100] == 2 * 200
+    assert counts[200] - counts[100] == 2 * 100
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 3])
@@ -395,6 +395,7 @@ def test_equal_networks_are_run_once(ablation: str | None) -> None:
         for i, k in ((0, 0), (1, 1), (0, 1), (0, 2), (1, 0))
     ]
     fitted = None if ablation is None else fit_ablation(model, sites, data, kind=ablation)
+    sweep(model, archs[:1], data)  # once for each network it is asked what batches it takes
     n_run = 0
 
     def note(module: nn.Module, args: Any) -> None:

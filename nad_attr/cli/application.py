@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from nad_attr._version import __version__
 from nad_attr.cli.attribute import attribute
+from nad_attr.cli.certainty import certainty
 from nad_attr.cli.compare import compare
 from nad_attr.cli.demo import demo
 from nad_attr.cli.evaluate import evaluate
@@ -20,6 +23,7 @@ from nad_attr.cli.report import report
 from nad_attr.cli.sites import sites
 from nad_attr.cli.stores import export, merge
 from nad_attr.cli.stores import inspect as inspect_command
+from nad_attr.cli.verdict import verdict
 
 __all__ = ["COMMANDS", "make_app"]
 
@@ -27,6 +31,8 @@ COMMANDS = (
     sites,
     learn,
     evaluate,
+    certainty,
+    verdict,
     attribute,
     compare,
     flow,
@@ -55,9 +61,25 @@ def _common(
     """Which channels does an image classifier need for each of its classes?"""
 
 
+class _Plain(TyperGroup):
+    """Says what a value should be in plain words: typer's own are those of a library inside it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            message = getattr(error, "message", None)
+            if isinstance(message, str):
+                found = re.match(r"Input should be a valid (number|integer)", message)
+                kind = {"number": "a number", "integer": "a whole number"}
+                error.message = f"must be {kind[found[1]]}." if found else message  # type: ignore[attr-defined]
+            raise
+
+
 def make_app() -> typer.Typer:
     """The whole command line."""
     result = typer.Typer(
+        cls=_Plain,
         no_args_is_help=True,
         add_completion=True,
         rich_markup_mode=None,

@@ -16,17 +16,22 @@ from nad_attr.attribution import NADAttribution
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, guarded, print_table, say
 from nad_attr.cli.opening import (
+    Opened,
     check_outputs,
     chosen_device,
+    open_images,
     opened_gates,
     pick_tasks,
     rebuilt,
 )
 from nad_attr.data.images import EXTENSIONS, read_image
+from nad_attr.data.labels import own_images
+from nad_attr.data.sources import as_source
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import channel_shape
 from nad_attr.sites.site import GateSite
 from nad_attr.specs import SpecError
+from nad_attr.specs.label_table import first_file
 from nad_attr.store import write_result
 from nad_attr.system.files import written
 from nad_attr.system.safe_text import cell, shown
@@ -63,6 +68,7 @@ def attribute(
         Path | None,
         typer.Option("--hdf5", dir_okay=False, help="Write all channels of all images here."),
     ] = None,
+    labels: opt.LabelTable = None,
     device: opt.Device = None,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -71,7 +77,8 @@ def attribute(
 ) -> None:
     """Attribute images to the channels that their class needs: gate times activation.
 
-    A channel's number is the mean over positions, from NADAttribution with the learned gates.
+    A channel's number is the mean over positions, from NADAttribution with the learned gates. With
+    --labels, each image is explained for what the table says it is.
 
     Examples:
       nad-attr attribute gates.h5 cat.jpg
@@ -84,7 +91,10 @@ def attribute(
                 raise UsageError(f"{path} is a folder; name image files, as in {path}/*.jpg.")
             if not path.exists():
                 raise UsageError(f"there is no file {path}.")
-        check_outputs([(csv_file, "text"), (hdf5_file, "HDF5")], [*images, network.weights])
+        if labels is not None and task is not None:
+            raise UsageError("--labels says what each image is explained for; leave out --task.")
+        read = [*images, network.weights, labels]
+        check_outputs([(csv_file, "text"), (hdf5_file, "HDF5")], read)
         if csv_file is not None:
             check_outputs([(csv_file, "text")], [gates])
         place = chosen_device(device)
@@ -99,26 +109,29 @@ def attribute(
             (wanted, *more) = pick_tasks([task], names, tasks)
             if more:
                 raise UsageError("--task takes one class.")
+        own = {} if labels is None else _own_tasks(labels, images, opened, tasks)
         net = opened.loaded.model.to(place)
         nad = NADAttribution(net, gates=learned)
         parameter = next(net.parameters(), torch.zeros(0, device="cpu"))
         rows: list[_Row] = []
         everything: list[dict[str, Tensor]] = []
+        explained: list[tuple[str, int, float]] = []
         for path in images:
             say(f"{path}", quiet or len(images) == 1)
             image = opened.transform.function(_read(path))[None].to(place, parameter.dtype)
             with torch.no_grad():
-                outputs = net(image)[0]
-            target = wanted if wanted is not None else max(tasks, key=lambda k: float(outputs[k]))
-            values = nad.attribute(image, target=target)
-            channels = {
-                site.name: _per_channel(site, value)
-                for site, value in zip(learned.sites, values, strict=True)
-            }
-            everything.append(channels)
-            rows += _top(
-                path, target, names[target], float(outputs[target]), learned, channels, top
-            )
+                outputs = net(image).reshape(-1)
+            likeliest = max(tasks, key=lambda k: float(outputs[k]))
+            for target in own.get(path) or [likeliest if wanted is None else wanted]:
+                values = nad.attribute(image, target=target)
+                channels = {
+                    site.name: _per_channel(site, value)
+                    for site, value in zip(learned.sites, values, strict=True)
+                }
+                everything.append(channels)
+                output = float(outputs[target])
+                explained.append((str(path), target, output))
+                rows += _top(path, target, names[target], output, learned, channels, top)
         _print(rows)
         if csv_file is not None:
             with written(csv_file) as file:
@@ -127,8 +140,31 @@ def attribute(
                 writer.writerows(map(cell, row) for row in rows)
             say(f"written: {csv_file}", quiet)
         if hdf5_file is not None:
-            _write(hdf5_file, images, rows, learned, everything)
+            _write(hdf5_file, explained, learned, everything)
             say(f"written: {hdf5_file}", quiet)
+
+
+def _own_tasks(
+    table: Path, images: list[Path], opened: Opened, tasks: list[int]
+) -> dict[Path, list[int]]:
+    """The learned tasks that each image is an own image of, by a table in a folder above it."""
+    first = first_file(table)
+    above = dict.fromkeys(parent for path in images for parent in path.resolve().parents)
+    folder = next((str(parent) for parent in above if (parent / first).is_file()), None)
+    if folder is None:
+        raise SpecError(f"{table} names {first!r}, which is in no folder above {images[0]}.")
+    opened_images: Any = open_images(folder, opened, labels=table, quiet=True).data
+    photos, _ = opened_images
+    read = as_source(opened_images, any_labels=True).labels
+    at = {photos.path(i).resolve(): i for i in range(len(photos))}
+    missing = [path for path in images if path.resolve() not in at]
+    if missing:
+        raise SpecError(f"{table} says nothing of {missing[0]}.")
+    own = own_images(read, tasks)
+    return {
+        path: [task for task, has in zip(tasks, own[:, at[path.resolve()]], strict=True) if has]
+        for path in images
+    }
 
 
 def _names(gates: TaskGates) -> dict[int, str]:
@@ -176,8 +212,8 @@ def _top(
 
 
 def _print(rows: list[_Row]) -> None:
-    for image in dict.fromkeys(row.image for row in rows):
-        own = [row for row in rows if row.image == image]
+    for image, task in dict.fromkeys((row.image, row.task) for row in rows):
+        own = [row for row in rows if (row.image, row.task) == (image, task)]
         say("")
         typer.echo(shown(f"{image}: {own[0].name} ({own[0].task}), output {own[0].output:.2f}"))
         table = []
@@ -194,17 +230,12 @@ def _print(rows: list[_Row]) -> None:
 
 def _write(
     path: Path,
-    images: list[Path],
-    rows: list[_Row],
+    explained: list[tuple[str, int, float]],
     gates: TaskGates,
     everything: list[dict[str, Tensor]],
 ) -> None:
-    first = {row.image: row for row in reversed(rows)}
-    arrays: dict[str, Any] = {
-        "image": [str(image) for image in images],
-        "task": np.array([first[str(image)].task for image in images]),
-        "output": np.array([first[str(image)].output for image in images]),
-    }
+    image, task, output = map(list, zip(*explained, strict=True))
+    arrays: dict[str, Any] = {"image": image, "task": np.array(task), "output": np.array(output)}
     for i, site in enumerate(gates.sites):
         arrays[f"site_{i}"] = torch.stack([part[site.name] for part in everything]).numpy()
     write_result(

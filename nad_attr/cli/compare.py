@@ -64,6 +64,8 @@ def compare(
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write the numbers here as well.")
     ] = None,
+    labels: opt.LabelTable = None,
+    train_labels: opt.TrainLabelTable = None,
     *,
     network: opt.NetworkOptions,
     work: opt.WorkOptions,
@@ -84,7 +86,8 @@ def compare(
             raise UsageError(f"compare takes one file or two, not {len(files)}.")
         check_size(size)
         check_outputs(
-            [(json_file, "text")], [*files, network.weights, work.class_index, data, train_data]
+            [(json_file, "text")],
+            [*files, network.weights, work.class_index, labels, train_labels, data, train_data],
         )
         methods = check_methods(rival)
         if bool(methods) != (data is not None):
@@ -101,14 +104,18 @@ def compare(
             run = RunOptions(
                 chosen_device(work.device), batch_size=work.batch_size, show_progress=shown
             )
-            check_folder(data)
+            check_folder(data, labels)
             gates, provenance = opened_gates(files[0], tasks)
             opened = rebuilt(provenance, network, quiet=work.quiet)
             name = training_name(
-                train_data, provenance, network.trust_file, "name the images to score channels on"
+                train_data,
+                provenance,
+                network.trust_file,
+                labels=labels,
+                train_labels=train_labels,
             )
-            training = open_images(name, opened, **work.reading())
-            held_out = open_images(data, opened, held_out=True, **work.reading())
+            training = open_images(name, opened, labels=train_labels, **work.reading())
+            held_out = open_images(data, opened, held_out=True, labels=labels, **work.reading())
             net = opened.loaded.model
             archs = gates.sub_architectures(size)
             rivals = rivals_of(

@@ -73,10 +73,18 @@ def evaluate(
             "were learned on, where --ablation needs them."
         ),
     ] = None,
+    learned_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Images that the gates were learned from: says where measures on them and on "
+            "held-out ones part, and what would help."
+        ),
+    ] = None,
     random: Annotated[
         int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
     ] = 3,
     labels: opt.LabelTable = None,
+    train_labels: opt.TrainLabelTable = None,
     allow_empty: opt.AllowEmpty = False,
     check: Annotated[
         bool,
@@ -112,8 +120,10 @@ def evaluate(
             network.weights,
             work.class_index,
             labels,
+            train_labels,
             data,
             train_data,
+            learned_from,
             *([gates] if text else []),
         ]
         check_outputs([(out, "text" if text else "HDF5")], read)
@@ -123,8 +133,7 @@ def evaluate(
             batch_size=work.batch_size,
             show_progress=not work.quiet and sys.stderr.isatty(),
         )
-        if labels is None:
-            check_folder(data)
+        check_folder(data, labels)
         learned, provenance = opened_gates(gates, tasks)
         opened = rebuilt(provenance, network, quiet=work.quiet)
 
@@ -136,7 +145,7 @@ def evaluate(
                 allow_empty=allow_empty,
                 check=check and held_out,
                 **work.reading(),
-                labels=labels if held_out else None,
+                labels=labels if held_out else train_labels,
             )
 
         images = images_of(data, True)
@@ -144,7 +153,15 @@ def evaluate(
         if train_data is not None or ablation not in (None, "zero"):
             why = f"name the training images that --ablation {ablation} needs"
             training = images_of(
-                training_name(train_data, provenance, network.trust_file, why), False
+                training_name(
+                    train_data,
+                    provenance,
+                    network.trust_file,
+                    why,
+                    labels=labels,
+                    train_labels=train_labels,
+                ),
+                False,
             )
         closed = None
         if ablation is not None:
@@ -164,6 +181,7 @@ def evaluate(
             size=size,
             ablation=closed,
             threshold_data=None if training is None else training.data,
+            learned_from=None if learned_from is None else images_of(learned_from, False).data,
             n_random=random,
             seed=work.seed,
             run=run,
@@ -197,7 +215,12 @@ def print_evaluation(result: Evaluation) -> None:
     for name, evaluations in others.items():
         means = [sum(e.mean(m) for e in evaluations) / len(evaluations) for m in columns]
         rows.append([name, *map(number, means)])
+    if result.learned is not None:
+        known = [number(result.learned.mean(m)) for m in columns]
+        rows.append(["on images learned from", *known])
     print_table([f"{result.n_images:,} images", *columns.values()], rows, bold=("mean",))
+    for line in result.held_out_sentences():
+        typer.echo(line)
 
 
 def _write(result: Evaluation, out: Path) -> None:

@@ -68,6 +68,13 @@ def learn(
         float | None,
         typer.Option(help="Share of the channels that each class keeps, above 0, up to 1. [0.5]"),
     ] = None,
+    fidelity: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of --size: each class keeps the smallest size that keeps this fidelity, "
+            "between 0 and 1, on a third of the images that is not learned from."
+        ),
+    ] = None,
     weights: opt.Weights = None,
     model_arg: opt.ModelArg = None,
     layer: Annotated[
@@ -86,13 +93,14 @@ def learn(
     ] = None,
     seed: opt.Seed = 0,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Learning steps for each class. [100]")
+        int | None,
+        typer.Option(min=1, help="Learning steps for each class. [100; with --fidelity 350]"),
     ] = None,
     images_per_step: Annotated[
         int | None, typer.Option(min=1, help="Images for each class and step. [20]")
     ] = None,
     ablation: Annotated[
-        Ablation | None, typer.Option(help="What a closed channel becomes. [mean]")
+        Ablation | None, typer.Option(help="What a closed channel becomes. [optimal]")
     ] = None,
     recipe: Annotated[
         RecipeName, typer.Option(help="The default recipe, or the published one.")
@@ -164,7 +172,8 @@ def learn(
         return f"{saved} To go on:\n  {_again()}"
 
     with guarded(debug, stopped=stopped):
-        made = _recipe(model, recipe, size, steps, images_per_step, ablation, beta, epochs)
+        budget = {"size": size, "fidelity": fidelity, "steps": steps}
+        made = _recipe(model, recipe, budget, images_per_step, ablation, beta, epochs)
         executor = _executor(ray, gpus_per_worker, ray_workers)
         unknown = [name for name in may_differ or () if name not in MAY_DIFFER]
         if unknown:
@@ -177,8 +186,7 @@ def learn(
             )
         check_outputs([(out, "HDF5")], [weights, class_index, labels, None if resume else data])
         place = None if executor is not None and device is None else chosen_device(device)
-        if labels is None:
-            check_folder(data)
+        check_folder(data, labels)
         opened = open_model(
             model,
             weights,
@@ -252,22 +260,24 @@ def _again() -> str:
 def _recipe(
     model: str,
     kind: RecipeName,
-    size: float | None,
-    steps: int | None,
+    budget: dict[str, Any],
     images_per_step: int | None,
     ablation: Ablation | None,
     beta: float | None,
     epochs: int | None,
 ) -> Recipe:
-    check_size(size)
+    check_size(budget["size"])
     fields: dict[str, Any] = {
-        "size": size,
-        "steps": steps,
+        **budget,
         "ablation": None if ablation is None else ablation.value,
         "beta": beta,
         "epochs": epochs,
     }
-    other = ("size", "steps", "ablation") if kind is RecipeName.paper else ("beta", "epochs")
+    other = (
+        ("size", "fidelity", "steps", "ablation")
+        if kind is RecipeName.paper
+        else ("beta", "epochs")
+    )
     for name in other:
         if fields.pop(name) is not None:
             belongs = "default" if kind is RecipeName.paper else "published"

@@ -1,4 +1,4 @@
-"""``nad-attr export --network``: one task's sub-architecture as a smaller network in a file."""
+"""``nad-attr export --network``: sub-architectures as a smaller network in a file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nad_attr.cli.messages import UsageError, say
 from nad_attr.cli.opening import Opened
+from nad_attr.export.combining import combine
 from nad_attr.export.costs import Summary, latency, summary
 from nad_attr.export.files import FORMATS, save
 from nad_attr.gates.task_gates import TaskGates
@@ -40,7 +41,10 @@ def check_network(
     if path.suffix not in FORMATS:
         raise UsageError(f"--network takes a file that ends in {', '.join(FORMATS)}, got {path}.")
     if not tasks:
-        raise UsageError("--network writes one class's network: name the class with --task.")
+        raise UsageError(
+            "--network writes the network of one class, or of several together: name them with "
+            "--task."
+        )
     if head not in ("task", "whole"):
         raise UsageError(f"--head is task or whole, got {head!r}.")
     check_apart(path, gates, "is the file of the gates")
@@ -54,7 +58,8 @@ def check_apart(path: Path, other: Path | None, what: str) -> None:
     Raises:
         UsageError: Names the file.
     """
-    written = [path.with_suffix(suffix).resolve() for suffix in (path.suffix, ".json", ".py")]
+    beside = path.with_name(f"{path.name}.json")
+    written = [some.resolve() for some in (path, beside, path.with_suffix(".py"))]
     if other is not None and other.resolve() in written:
         raise UsageError(f"{other} {what}; give --network another name.")
 
@@ -76,23 +81,27 @@ def write_network(
     head: Any,
     pixels: int,
     merge_bn: bool,
+    how: Any,
     quiet: bool,
 ) -> Summary:
-    """Write the network of the one task there is, and say what it costs."""
+    """Write the network of the tasks there are, and say what it costs."""
     if opened.loaded.weights is not None:
         check_apart(path, Path(opened.loaded.weights), "holds the network's weights")
-    arch = learned.sub_architecture(learned.tasks[0], size)
-    image = image_like(opened, pixels)
-    small = arch.export(opened.loaded.model, image, head=head, merge_bn=merge_bn)
+    image, model = image_like(opened, pixels), opened.loaded.model
+    archs = {task: learned.sub_architecture(task, size) for task in learned.tasks}
+    if len(archs) == 1:
+        (arch,) = archs.values()
+        small = arch.export(model, image, head=head, merge_bn=merge_bn)
+    else:
+        small = combine(archs, model, image, how=how, merge_bn=merge_bn)
     files = save(small, path, image)
     made = summary(small)
     for line in str(made).splitlines():
         say(line, quiet)
     times = latency({"whole": opened.loaded.model, "smaller": small}, image)
     say(_times(times), quiet)
-    say(
-        f"difference      {made.difference:.1e} of the largest output, beside gates on hooks", quiet
-    )
+    beside = "gates on hooks" if len(archs) == 1 else "the networks cut, on hooks"
+    say(f"difference      {made.difference:.1e} of the largest output, beside {beside}", quiet)
     say(f"written: {', '.join(map(str, files))}", quiet)
     return made
 

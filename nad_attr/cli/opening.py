@@ -16,7 +16,14 @@ import torch
 from nad_attr.cli.messages import UsageError, progress_bar, say
 from nad_attr.cli.options import NetworkOptions
 from nad_attr.data.fingerprints import model_hash
-from nad_attr.data.images import ImageFolderData, class_folders, read_class_index, read_image
+from nad_attr.data.images import (
+    ClassMapping,
+    ImageFolderData,
+    class_folders,
+    match_classes,
+    read_class_index,
+    read_image,
+)
 from nad_attr.data.labels import Labels, Task
 from nad_attr.data.sources import as_source
 from nad_attr.gates.task_gates import TaskGates
@@ -90,7 +97,7 @@ def open_images(
     n_classes = None
     given = None if class_index is None else read_class_index(class_index)
     if labels is not None:
-        return _open_table(labels, data, loaded, transform, given, quiet)
+        return _open_table(labels, data, opened, given, quiet)
     one_output = False
     if Path(data).exists():
         n_classes = n_outputs(loaded.model, _first_image(data, transform))
@@ -124,23 +131,35 @@ def open_images(
 def _open_table(
     labels: Path,
     folder: str,
-    loaded: LoadedModel,
-    transform: Transform,
+    opened: Opened,
     given: Mapping[str, int] | None,
     quiet: bool,
 ) -> LoadedData:
     """Images of a folder with the labels of a table."""
-    if given is None and loaded.class_names:
-        given = {name: k for k, name in enumerate(loaded.class_names)}
-    files, _, _ = read_table(labels, folder, given)
+    loaded, transform = opened.loaded, opened.transform
+    files, _, _ = read_table(labels, folder)
     photos = PhotoTable(folder, files, transform.function, transform.random)
-    one_output = n_outputs(loaded.model, photos[0][None]) == 1
-    _, read, names = read_table(labels, folder, given, one_output=one_output)
-    say(f"data: {len(files):,} images in {folder}, labels in {labels}", quiet)
+    n_classes = n_outputs(loaded.model, photos[0][None])
+    mapping: ClassMapping | None = None
+
+    def numbered(found: Sequence[str]) -> Mapping[str, int]:
+        nonlocal mapping
+        mapping = match_classes(
+            found,
+            n_classes,
+            class_index=given,
+            known=opened.known,
+            class_names=loaded.class_names,
+        )
+        return mapping.index
+
+    _, read, names = read_table(labels, folder, numbered, one_output=n_classes == 1)
+    text = "" if mapping is None else f", {str(mapping).replace(' folder', '', 1)}"
+    say(f"data: {len(files):,} images in {folder}, labels in {labels}{text}", quiet)
     _check_shapes(photos, transform)
     if len(as_source((photos, read), any_labels=True).labels.shape) == 1:
         names = {k: str(n) for k, n in enumerate(loaded.class_names or ())} | names
-    return LoadedData((photos, read), folder, names)
+    return LoadedData((photos, read), folder, names, mapping)
 
 
 #: Files whose sizes are looked at, and images of different sizes that are compared as the network
@@ -213,13 +232,18 @@ def _places(name: str) -> tuple[str, ...]:
     return tuple(place for place in (name, root, root.rpartition(":")[0]) if place)
 
 
-def check_folder(data: str) -> None:
+def check_folder(data: str, labels: Path | None = None) -> None:
     """Say early that a folder is not there, before a network is made.
+
+    With a table of labels, any folder will do.
 
     Raises:
         FileNotFoundError: If the name can only be that of a folder, and there is none.
     """
-    if ":" not in data:
+    if labels is not None:
+        if not Path(data).is_dir():
+            raise FileNotFoundError(f"there is no folder {data}.")
+    elif ":" not in data:
         class_folders(data)
 
 
@@ -396,6 +420,10 @@ def training_name(
     provenance: Mapping[str, Any],
     trust: bool,
     why: str = "name the images to score channels on",
+    option: str = "--train-data",
+    *,
+    labels: Path | None = None,
+    train_labels: Path | None = None,
 ) -> str:
     """Where training images are: as the user says, or as a trusted file does.
 
@@ -403,11 +431,13 @@ def training_name(
         SpecError: If neither is known, or the file is not trusted.
     """
     said = provenance.get("data")
+    if train_data is None and labels and not train_labels:
+        raise SpecError(f"{why} with --train-data FOLDER --train-labels TABLE.csv.")
     if train_data is not None:
         return train_data
     if not isinstance(said, str):
-        raise SpecError(f"{why} with --train-data.")
-    check_trust([("--train-data", said)], trust)
+        raise SpecError(f"{why} with {option}.")
+    check_trust([(option, said)], trust)
     return said
 
 

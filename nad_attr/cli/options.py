@@ -53,6 +53,10 @@ LabelTable: TypeAlias = Annotated[
         "1, empty: unknown) or target for each output.",
     ),
 ]
+TrainLabelTable: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--train-labels", help="The same for --train-data."),
+]
 AllowEmpty: TypeAlias = Annotated[
     bool, typer.Option("--allow-empty", help="Accept class folders without images.")
 ]

@@ -68,6 +68,8 @@ def report(
         str | None,
         typer.Option(help="Images that --with scores on; left out: those gates were learned on."),
     ] = None,
+    labels: opt.LabelTable = None,
+    train_labels: opt.TrainLabelTable = None,
     *,
     network: opt.NetworkOptions,
     work: opt.WorkOptions,
@@ -88,23 +90,26 @@ def report(
             raise UsageError("--with needs --data: methods are measured on images.")
         if keep and data is None:
             raise UsageError("--keep needs --data: nothing is measured without images.")
-        read = [gates, network.weights, work.class_index, data, train_data, measured]
+        if labels is not None and data is None:
+            raise UsageError("--labels needs --data, the folder of the images it names.")
+        read = [gates, network.weights, work.class_index, labels, data, train_data, measured]
         check_outputs([(out, "text")], read)
         result = Report(gates, evaluation=_evaluation(measured), title=title)
         if data is not None:
             run = RunOptions(device=chosen_device(work.device), batch_size=work.batch_size)
-            check_folder(data)
+            check_folder(data, labels)
             opened = rebuilt(result.provenance, network, quiet=work.quiet)
-            images = open_images(data, opened, held_out=True, **work.reading())
+            images = open_images(data, opened, held_out=True, labels=labels, **work.reading())
             rivals = None
             if methods:
                 name = training_name(
                     train_data,
                     result.provenance,
                     network.trust_file,
-                    "name the images to score channels on",
+                    labels=labels,
+                    train_labels=train_labels,
                 )
-                training = open_images(name, opened, **work.reading())
+                training = open_images(name, opened, labels=train_labels, **work.reading())
                 rivals = rivals_of(
                     methods,
                     opened.loaded.model,

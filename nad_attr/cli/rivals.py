@@ -10,12 +10,13 @@ from torch import nn
 
 from nad_attr import evaluation
 from nad_attr.cli.messages import UsageError, say
-from nad_attr.data.labels import Task
+from nad_attr.data.labels import Labels, Task, patterns
 from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation import own_images, top_k
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.learning.session import fit_constants
+from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
 from nad_attr.specs import SpecError
@@ -35,7 +36,13 @@ METHODS = {
     "internal-influence": "InternalInfluenceScorer",
     "deep-lift": "LayerDeepLiftScorer",
     "lrp": "LRPScorer",
+    "relp": "RelPScorer",
     "cdrp": "CDRPScorer",
+    "eap-ig": "EAPIGScorer",
+    "coar": "COARScorer",
+    "hard-concrete": "HardConcreteScorer",
+    "ugs": "UGSScorer",
+    "iterative": "IterativeScorer",
 }
 
 
@@ -82,11 +89,16 @@ def rivals_of(
         SpecError: If there is no image of a task.
     """
     tasks = [arch.task for arch in archs if arch.task is not None]
-    inputs, labels = _some(as_source(data), tasks, n_images, seed)
+    source = as_source(data, any_labels=True)
+    Runner(model, run).fit(source)
+    inputs, labels = _some(source, tasks, n_images, seed)
     found = {}
     for name in names:
         say(f"scoring: {name}, {len(labels)} images", quiet)
-        scores = getattr(evaluation, METHODS[name])(model, sites)(
+        # Learned for the size that is wanted.
+        size = sum(arch.size for arch in archs) / len(archs)
+        options = {"size": size} if name in ("hard-concrete", "ugs", "iterative") else {}
+        scores = getattr(evaluation, METHODS[name])(model, sites, **options)(
             inputs,
             labels,
             tasks=tasks,
@@ -100,11 +112,13 @@ def rivals_of(
     return found
 
 
-def _some(source: Source, tasks: Sequence[Task], n: int, seed: int) -> tuple[Any, torch.Tensor]:
-    """At most n images of each class of the data, as scorers take them: in memory."""
+def _some(source: Source, tasks: Sequence[Task], n: int, seed: int) -> tuple[Any, Any]:
+    """At most n images of each class (or kind of labels), as scorers take them: in memory."""
     chosen: list[int] = []
-    for label in source.labels.unique().tolist():
-        numbers = (source.labels == label).nonzero().flatten()
+    known, place = patterns(source.labels)
+    for kind in range(len(known)):
+        label = int(known[kind]) if known.ndim == 1 else tuple(known[kind].tolist())
+        numbers = (place == kind).nonzero().flatten()
         generator = torch.Generator().manual_seed(seed_of(seed, "compare", label))
         chosen += numbers[
             torch.randperm(len(numbers), generator=generator, device="cpu")[:n]
@@ -119,7 +133,9 @@ def _some(source: Source, tasks: Sequence[Task], n: int, seed: int) -> tuple[Any
     ]
     parts = list(source.batches(draws))
     inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
-    return (inputs[0] if len(inputs) == 1 else inputs), labels
+    # Rows of a single 1 each would be read as classes.
+    given = Labels(labels, kind="several") if labels.ndim == 2 else labels
+    return (inputs[0] if len(inputs) == 1 else inputs), given
 
 
 def _same_sizes(

@@ -171,8 +171,9 @@ def export(
     network: Annotated[
         Path | None,
         typer.Option(
-            help="One class's sub-architecture as a smaller network, and a .json beside it: .pt2 "
-            "(torch.export), .onnx, or .safetensors (a state dict, and the .py file it is for)."
+            help="Sub-architectures of one class, or of several, as a smaller network, and a .json "
+            "beside it: .pt2 (torch.export), .onnx, or .safetensors (a state dict, and the .py "
+            "file it is for)."
         ),
     ] = None,
     tasks: Annotated[
@@ -196,6 +197,14 @@ def export(
     merge_bn: Annotated[
         bool, typer.Option("--merge-bn", help="Merge BatchNorm layers into convolutions.")
     ] = False,
+    side_by_side: Annotated[
+        bool,
+        typer.Option(
+            "--side-by-side",
+            help="Of several classes: each with a network of its own in --network; left out: one "
+            "of all channels that any of them needs.",
+        ),
+    ] = False,
     pixels: Annotated[
         int,
         typer.Option(min=1, help="Side of --network's images, where no transform sets it."),
@@ -212,6 +221,7 @@ def export(
       nad-attr export gates.h5 --csv - --tasks cat --kept-only | head
       nad-attr export gates.h5 --json kept.json --size 0.2
       nad-attr export gates.h5 --task cat --network cat.onnx
+      nad-attr export gates.h5 --task cat --task dog --network two.pt2
     """
     with guarded(debug):
         if csv_file is None and json_file is None and npz_file is None and network is None:
@@ -232,9 +242,10 @@ def export(
         with GateStore.open(gates) as store:
             learned = store.read(chosen_tasks(store, tasks))
             provenance = dict(store.provenance)
-        if network is not None and len(learned) != 1:
+        if network is not None and len(learned) > 1 and head == "whole":
             raise UsageError(
-                f"--network writes one class's network, and {len(learned)} are chosen."
+                f"--head whole is for one class's network, and {len(learned)} are chosen: several "
+                "together have an output each."
             )
         if csv_file is not None:
             with _written(csv_file) as file:
@@ -259,6 +270,7 @@ def export(
                 head=head,
                 pixels=pixels,
                 merge_bn=merge_bn,
+                how="side by side" if side_by_side else "union",
                 quiet=quiet,
             )
 

@@ -45,7 +45,12 @@ def as_task(value: object) -> Task:
     """
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         value = value.tolist()
-    if isinstance(value, (bool, str, bytes, float)):
+    if isinstance(value, str):
+        raise TypeError(
+            f"a task is a class index or a group of class indices, not {value!r}: for a class by "
+            "name take the index that the dataset gives it, {name: dataset.class_to_idx[name]}."
+        )
+    if isinstance(value, (bool, bytes, float)):
         raise TypeError(f"a task is a class index or a group of class indices, not {value!r}.")
     if hasattr(value, "__index__"):
         index = int(value.__index__())
@@ -362,8 +367,8 @@ def only_classes(labels: Tensor) -> Tensor:
     if labels.ndim != 1:
         raise ValueError(
             "this asks which one class each image has, and the labels are several an image, or "
-            "targets. Learning, evaluation, scorers and ablations take those; here, give class "
-            "indices of shape (N,)."
+            "targets. Learning, evaluation, curves, scorers, ablations, stability and top images "
+            "take those; here, give class indices of shape (N,)."
         )
     return labels
 

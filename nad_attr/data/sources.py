@@ -207,6 +207,40 @@ class TensorSource:
             yield tuple(item.detach()[index.to(item.device)] for item in self.inputs)
 
 
+class ChosenSource:
+    """Some images of another source.
+
+    Args:
+        source: The other source.
+        rows: int64 (N,), the numbers of the images in it.
+
+    Example:
+        >>> whole = as_source((torch.eye(3), torch.tensor([0, 1, 2])))
+        >>> some = ChosenSource(whole, torch.tensor([2, 0]))
+        >>> some.labels.tolist(), next(some.batches([[(0, 0)]]))[0].tolist()
+        ([2, 0], [[0.0, 0.0, 1.0]])
+    """
+
+    def __init__(self, source: Source, rows: Tensor) -> None:
+        self.source, self.rows = source, rows.tolist()
+        self.labels = source.labels[rows]
+        self.targets = None if source.targets is None else source.targets[rows]
+        self.augmented = source.augmented
+
+    @property
+    def fields(self) -> Fields | None:
+        """The names of the inputs."""
+        return self.source.fields
+
+    @fields.setter
+    def fields(self, fields: Fields | None) -> None:
+        self.source.fields = fields
+
+    def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
+        """The inputs of each list of draws, in order."""
+        return self.source.batches([(self.rows[n], key) for n, key in some] for some in draws)
+
+
 class _SeededItems(Dataset[Any]):
     """Items addressed by (number, seed), so that augmentation depends on nothing else."""
 
@@ -513,7 +547,7 @@ def as_source(data: Any, *, augmented: bool | None = None, any_labels: bool = Fa
 
 
 def _as_source(data: Any, augmented: bool | None) -> Source:
-    if isinstance(data, (TensorSource, DatasetSource)):
+    if isinstance(data, (TensorSource, DatasetSource, ChosenSource)):
         return data
     labels = None
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Labels):

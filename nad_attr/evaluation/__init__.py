@@ -53,7 +53,15 @@ from nad_attr.evaluation.responses import Responses, site_fidelity, sweep
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.evaluation.rivals import SCORERS, best_variant, best_variants
 from nad_attr.evaluation.sizes import SiteCosts, flop_size, parameter_size, site_costs
-from nad_attr.evaluation.sweeps.curves import Curves, area_under, completeness, curves, faithfulness
+from nad_attr.evaluation.sweeps.curves import (
+    MIB_SIZES,
+    Curves,
+    area_under,
+    circuit_areas,
+    completeness,
+    curves,
+    faithfulness,
+)
 from nad_attr.evaluation.sweeps.size_sweep import SizeSweep, size_sweep
 from nad_attr.scoring.baselines import (
     CentredEffectScorer,
@@ -77,9 +85,16 @@ from nad_attr.scoring.captum_scorers import (
 from nad_attr.scoring.given_scorers import GatesScorer, GivenScorer, OtherTaskScorer, shuffled
 from nad_attr.scoring.learned_scorers import CDRPScorer
 from nad_attr.scoring.magnitude import MagnitudeScorer
+from nad_attr.scoring.path_scorers import EAPIGScorer
 from nad_attr.scoring.scorer import Batch, ChannelScorer, TaskScorer, tasks_of
+from nad_attr.scoring.searching import (
+    COARScorer,
+    HardConcreteScorer,
+    IterativeScorer,
+    UGSScorer,
+)
 from nad_attr.scoring.variants import Variant
-from nad_attr.scoring.zennit_scorers import LRPScorer
+from nad_attr.scoring.zennit_scorers import LRPScorer, RelPScorer
 from nad_attr.stats.bootstrap import bootstrap_interval
 from nad_attr.stats.measure_table import MEASURES
 from nad_attr.stats.pairs import overlap_matrix
@@ -87,18 +102,21 @@ from nad_attr.stats.pairs import overlap_matrix
 __all__ = [
     "ABLATIONS",
     "MEASURES",
+    "MIB_SIZES",
     "PLANTED_KINDS",
     "SCORERS",
     "SIMILARITIES",
     "Ablation",
     "Batch",
     "CDRPScorer",
+    "COARScorer",
     "CaptumLayerScorer",
     "CentredEffectScorer",
     "ChannelScorer",
     "Control",
     "Curves",
     "DepthProfile",
+    "EAPIGScorer",
     "EnergyScorer",
     "ErrorExplanation",
     "ErrorStudy",
@@ -106,7 +124,9 @@ __all__ = [
     "GatesScorer",
     "GivenScorer",
     "GradientXActivationScorer",
+    "HardConcreteScorer",
     "InternalInfluenceScorer",
+    "IterativeScorer",
     "LRPScorer",
     "LayerActivationScorer",
     "LayerConductanceScorer",
@@ -126,6 +146,7 @@ __all__ = [
     "PlantedScore",
     "RandomScorer",
     "RankStatistics",
+    "RelPScorer",
     "ResampleAblation",
     "Responses",
     "SanityReport",
@@ -136,6 +157,7 @@ __all__ = [
     "TaskScorer",
     "TaylorOutputScorer",
     "TaylorScorer",
+    "UGSScorer",
     "Variant",
     "Voting",
     "ZeroAblation",
@@ -148,6 +170,7 @@ __all__ = [
     "best_variants",
     "bootstrap_interval",
     "cascading_randomisation",
+    "circuit_areas",
     "completeness",
     "curves",
     "error_ranks",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nad_attr._checks import check_count
 from nad_attr.data.labels import Task, other_images, own_images, tasks_in
-from nad_attr.data.sources import Data, Source, as_source
+from nad_attr.data.sources import ChosenSource, Data, Source, as_source
 from nad_attr.evaluation.ablation import Ablation, as_ablation
 from nad_attr.evaluation.measures import (
     among,
@@ -101,6 +101,7 @@ def evaluate(
     size: float | None = None,
     ablation: Ablation | str | None = None,
     threshold_data: Data | None = None,
+    learned_from: Data | None = None,
     n_random: int = 3,
     rivals: Mapping[str, TaskGates | Sequence[SubArchitecture]] | None = None,
     seed: int = 0,
@@ -129,6 +130,9 @@ def evaluate(
             "zero". None: what each sub-architecture says (zero, or its means).
         threshold_data: Training images, to fit the threshold of the detector's balanced accuracy
             on; None: leave that measure out.
+        learned_from: Images that the gates were learned from. The same is measured on as many of
+            them, at most, as ``data`` holds (``learned`` of the result), and the summary says
+            where the two part, and what would help. None: not looked at.
         n_random: Draws of random channels, as many over all sites together as each
             sub-architecture keeps. Those beside task gates are closed at the gates' means.
         rivals: ``{name: sub-architectures}`` of other methods, of the same sites and tasks. Task
@@ -206,9 +210,11 @@ def evaluate(
             f"{tasks_in(source.labels)[:10]}."
         )
     if checks != "off":
-        # No batch is larger than the user allows.
-        numbers = [[0, len(source.labels) - 1][: 1 if runner.options.batch_size == 1 else 2]]
-        images = next(iter(runner.draw(source, numbers)))
+        # In company also where passes hold one image: a pass of two fits beside what that took.
+        (first,) = runner.draw(source, [[0]])
+        (last,) = runner.draw(source, [[len(source.labels) - 1]])
+        together = [] if runner.fixed_batch == 1 else [last]
+        images = tuple(torch.cat(pair) for pair in zip(first, *together, strict=True))
         half = runner.amp is not None or any(
             p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()
         )
@@ -242,11 +248,33 @@ def evaluate(
         part = {key: values[i * n : (i + 1) * n] for key, values in measured.items()}
         fields = common | part | _sizes(group, costs, firing, has_own)
         results[name] = Evaluation(**fields, _whole=whole)
+    learned = None
+    if learned_from is not None:
+        learned = evaluate(
+            model,
+            archs,
+            _some(learned_from, len(source.labels), seed),
+            ablation=chosen,
+            n_random=0,
+            run=options,
+            checks="off",
+        )
     return replace(
         results[None],
+        learned=learned,
         random=tuple(results[draw] for draw in range(n_random)),
         rivals={name: result for name, result in results.items() if isinstance(name, str)},
     )
+
+
+def _some(data: Data, n: int, seed: int) -> Source:
+    """At most so many of the images, drawn by the seed."""
+    source = as_source(data, any_labels=True)
+    if len(source.labels) <= n:
+        return source
+    generator = torch.Generator().manual_seed(seed_of(seed, "learned from"))
+    rows = torch.randperm(len(source.labels), generator=generator, device="cpu")[:n]
+    return ChosenSource(source, rows.sort().values)
 
 
 def _rivals(

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nad_attr.data.labels import Task, own_images
+from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Data, as_source
-from nad_attr.evaluation.measures import auc
+from nad_attr.evaluation.measures import among, auc
 from nad_attr.evaluation.responses import sweep
+from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
 from nad_attr.scoring.baselines import (
     CentredEffectScorer,
@@ -34,9 +35,16 @@ from nad_attr.scoring.captum_scorers import (
 )
 from nad_attr.scoring.learned_scorers import CDRPScorer
 from nad_attr.scoring.magnitude import MagnitudeScorer
+from nad_attr.scoring.path_scorers import EAPIGScorer
 from nad_attr.scoring.scorer import ChannelScorer, Variants, tasks_of
+from nad_attr.scoring.searching import (
+    COARScorer,
+    HardConcreteScorer,
+    IterativeScorer,
+    UGSScorer,
+)
 from nad_attr.scoring.variants import Variant
-from nad_attr.scoring.zennit_scorers import LRPScorer
+from nad_attr.scoring.zennit_scorers import LRPScorer, RelPScorer
 
 __all__ = ["SCORERS", "best_variant", "best_variants"]
 
@@ -60,7 +68,13 @@ SCORERS: MappingProxyType[str, Callable[..., ChannelScorer]] = MappingProxyType(
         "internal_influence": InternalInfluenceScorer,
         "layer_deep_lift": LayerDeepLiftScorer,
         "lrp": LRPScorer,
+        "relp": RelPScorer,
         "cdrp": CDRPScorer,
+        "eap_ig": EAPIGScorer,
+        "coar": COARScorer,
+        "hard_concrete": HardConcreteScorer,
+        "ugs": UGSScorer,
+        "iterative": IterativeScorer,
     }
 )
 
@@ -140,9 +154,10 @@ def best_variants(
     variants: Variants = scorer.variants(
         inputs, targets, tasks=rows, signed=signed, run=run, **choice
     )
-    source = as_source(choosing)
-    own = own_images(source.labels, rows)
-    if not bool((own.any(1) & (~own).any(1)).any()):
+    source = as_source(choosing, any_labels=True)
+    Runner(scorer.model, run).fit(source)
+    own, others = own_images(source.labels, rows), other_images(source.labels, rows)
+    if not bool((own.any(1) & others.any(1)).any()):
         raise ValueError("no task has both own and other images among those to choose on.")
     keys = [(*key, apart) for key in variants for apart in per_site]
     best: dict[float, Variant] = {}
@@ -157,7 +172,8 @@ def best_variants(
         responses = sweep(scorer.model, archs, choosing, run=run, **sweep_options)
         column = [responses.columns.index(arch.task) for arch in archs if arch.task is not None]
         gated = responses.gated[torch.arange(len(archs), device="cpu"), :, column]
-        values = auc(gated, own_images(responses.labels, rows).repeat(len(keys), 1))
+        known = (own | others).repeat(len(keys), 1)
+        values = among(known, auc, gated, own.repeat(len(keys), 1))
         means_of = values.reshape(len(keys), len(rows)).nanmean(1).tolist()
         tried = dict(zip(keys, means_of, strict=True))
         key = max(keys, key=lambda k: tried[k])

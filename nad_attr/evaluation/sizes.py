@@ -88,6 +88,7 @@ def site_costs(
 def count_costs(runner: Runner, sites: Sequence[GateSite], inputs: Inputs) -> SiteCosts:
     """:func:`site_costs` with a runner, on inputs where the network is."""
     sites = check_sites(sites)
+    runner.find_batch_size(inputs)
     root = unwrap(runner.model)
     modules = dict(root.named_modules())
     flops: dict[str, int] = {}
@@ -96,7 +97,8 @@ def count_costs(runner: Runner, sites: Sequence[GateSite], inputs: Inputs) -> Si
 
     def at_site(site: GateSite, tensor: Tensor) -> None:
         total = int(counter.get_total_flops())
-        flops[site.name] = (total - seen[-1]) // (2 * len(inputs[0]))  # a multiply-add is two
+        n = runner.fixed_batch or len(inputs[0])
+        flops[site.name] = (total - seen[-1]) // (2 * n)  # a multiply-add is two
         seen.append(total)
 
     def called(name: str) -> Callable[..., None]:

@@ -59,8 +59,9 @@ def save(
 ) -> list[Path]:
     """Write a smaller network to a file that needs nothing of this library.
 
-    Beside it, ``NAME.json`` says which channels of the network each of its own are
-    (:class:`nad_attr.export.Summary`). Each file is written whole or not at all.
+    Beside it, ``NAME.json`` (``cat.onnx.json`` beside ``cat.onnx``) says which channels of the
+    network each of its own are (:class:`nad_attr.export.Summary`). Each file is written whole or
+    not at all.
 
     Args:
         module: As :meth:`nad_attr.SubArchitecture.export` returned it.
@@ -95,7 +96,7 @@ def save(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         scratch = Path(folder)
         write(module, scratch / path.name, inputs, None if made.one_image else {0: "batch"})
-        about = (scratch / path.name).with_suffix(".json")
+        about = scratch / f"{path.name}.json"
         write_text(about, json.dumps(content, indent=1) + "\n")
         names = sorted(file.name for file in scratch.iterdir())
         for name in names:

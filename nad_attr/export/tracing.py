@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from nad_attr._checks import GatingError
 from nad_attr.gating.hooks import installed
+from nad_attr.sites.finding import fixed_batch_size
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.sites.tracing import main_output, no_attention_fast_path
@@ -159,6 +160,13 @@ def traced(model: nn.Module, inputs: Sequence[Tensor], sites: Sequence[GateSite]
             raise
         except Exception as error:
             problem = error
+    size = fixed_batch_size(model, tuple(given), error=str(problem))
+    if size is not None:
+        raise ExportError(
+            f"the network takes batches of {size} images only, a size that is fixed in its forward "
+            "pass, and a smaller network has to take any: write x.shape[0] or -1 in place of the "
+            "number in forward."
+        ) from problem
     raise ExportError(
         "torch.export cannot write this network as a graph of operators, because its forward pass "
         "does what depends on the images' values or is not PyTorch "

@@ -22,6 +22,9 @@ _PAPER_BETA = {
     ("darts", "places365"): 0.20,
 }
 
+#: Settings that follow the ablation, and what they are unless it is "optimal".
+FOLLOWING: dict[Literal["free_scale", "boundary"], float] = {"free_scale": 0.3, "boundary": 0.9}
+
 
 def _check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
@@ -57,10 +60,11 @@ class Recipe:
     :mod:`nad_attr.learning.selection`).
 
     Attributes:
-        size: Kept channels / all channels over all sites, in (0, 1]; reached exactly.
+        size: Kept channels / all channels over all sites, in (0, 1]; reached exactly. None: 0.5,
+            or as small as ``fidelity`` allows.
         ablation: What a closed channel is replaced by: its "mean" over data, "zero", or the
             "optimal" constant of each task, which is learned together with the gates.
-        steps: Steps per task.
+        steps: Steps per task. None: 100, with ``fidelity`` 350.
         images_per_step: Images per task and step, half of them own images. ``steps *
             images_per_step`` images pass the gated network for each task.
         removal: Share of the steps in which channels are closed; the rest exchanges some.
@@ -72,49 +76,98 @@ class Recipe:
         free_scale: How much is forgiven of a difference that is one of scale and offset alone, in
             [0, 1], where that is all; the more of the task output's variance no scale can mend,
             the more is forgiven (0.3 becomes 0.9). 0 asks for the task output's values, always
-            (highest fidelity), 1 for what rises and falls with it. None: 0.3, with the optimal
-            constants 0.
+            (highest fidelity), 1 for what rises and falls with it. None: what fits the ablation,
+            see :meth:`fitting`.
         boundary: How much less images count that lie far from the class's boundary, in [0, 1]:
             there own and other images are told apart. 0: all count the same (highest fidelity).
-            None: 0.9, with the optimal constants 0.
+            None: what fits the ablation.
+
+        fidelity: In place of ``size``: the fidelity to keep, in (0, 1). Each task gets the smallest
+            size that is shown to keep it on a third of the images, which are not learned from: on
+            as many fresh images it is measured again with the probability ``confidence``. One run
+            tries 14 sizes from 1 to 0.05 (:mod:`nad_attr.learning.targets`). A task of which no
+            size below 1 is shown to keep it keeps all channels.
+        confidence: Of ``fidelity``.
 
     Raises:
         ValueError: If a field has no sensible value.
 
     Example:
         >>> Recipe(size=0.3)
-        Recipe(size=0.3, ablation='mean', steps=100, images_per_step=20)
+        Recipe(size=0.3, ablation='optimal', steps=100, images_per_step=20)
     """
 
-    size: float = 0.5
-    ablation: Literal["mean", "zero", "optimal"] = "mean"
-    steps: int = 100
+    size: float = None  # type: ignore[assignment]
+    ablation: Literal["mean", "zero", "optimal"] = "optimal"
+    steps: int = None  # type: ignore[assignment]
     images_per_step: int = 20
     removal: float = field(default=0.6, repr=False)
     memory: float = field(default=0.9, repr=False)
     trust: float = field(default=0.3, repr=False)
-    free_scale: float = field(default=None, repr=False)  # type: ignore[assignment]
-    boundary: float = field(default=None, repr=False)  # type: ignore[assignment]
+    free_scale: float | None = field(default=None, repr=False)
+    boundary: float | None = field(default=None, repr=False)
+
+    fidelity: float | None = field(default=None, repr=False)
+    confidence: float = field(default=0.95, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
 
+    def __repr__(self) -> str:
+        named = [f.name for f in dataclasses.fields(self) if f.repr]
+        if self.fidelity is not None:
+            named = ["fidelity", "confidence", *named[1:]]
+        return f"Recipe({', '.join(f'{name}={getattr(self, name)!r}' for name in named)})"
+
     def _check(self) -> None:
-        # Constants of its own let a sub-architecture keep the values of all images.
-        for name, value in (("free_scale", 0.3), ("boundary", 0.9)):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, 0.0 if self.ablation == "optimal" else value)
-        _check_number("size", self.size, 0, 1)
+        _check_number("confidence", self.confidence, 0, 1)
+        if self.confidence in (0, 1):
+            raise ValueError("recipe: confidence must lie between 0 and 1.")
+        if self.fidelity is None:
+            self._default("size", 0.5)
+            _check_number("size", self.size, 0, 1)
+        else:
+            _check_number("fidelity", self.fidelity, 0, 1)
+            if self.fidelity in (0, 1):
+                raise ValueError("recipe: fidelity must lie between 0 and 1.")
+            if self.size is not None:
+                raise ValueError(
+                    f"recipe: fidelity={self.fidelity:g} asks for the smallest size that keeps it, "
+                    f"size={self.size:g} for that one; give one of them (size=None leaves it out)."
+                )
         if self.size == 0:
             raise ValueError("recipe: size must be above 0: something has to be kept.")
+        self._default("steps", 100 if self.fidelity is None else 350)
         _check_ablation(self.ablation)
         _check_count("steps", self.steps)
         _check_count("images_per_step", self.images_per_step, 2)
         _check_number("removal", self.removal, 0, 1)
         _check_number("memory", self.memory, 0, 1)
         _check_number("trust", self.trust, 0)
-        _check_number("free_scale", self.free_scale, 0, 1)
-        _check_number("boundary", self.boundary, 0, 1)
+        for name in FOLLOWING:
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), 0, 1)
+
+    def fitting(self, name: Literal["free_scale", "boundary"]) -> float:
+        """A setting as the number it comes to: None is what fits the ablation.
+
+        ``free_scale`` and ``boundary`` are 0.3 and 0.9 for closed channels at their mean or zero.
+        With the optimal constants both are 0: constants of its own let a sub-architecture keep the
+        values of all images. The field itself stays None, so that it follows where
+        ``dataclasses.replace`` changes the ablation.
+
+        Example:
+            >>> Recipe().fitting("boundary"), Recipe(ablation="mean").fitting("boundary")
+            (0.0, 0.9)
+        """
+        value: float | None = getattr(self, name)
+        if value is None:
+            return 0.0 if self.ablation == "optimal" else FOLLOWING[name]
+        return value
+
+    def _default(self, name: str, value: object) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
 
     @staticmethod
     def paper(
@@ -163,6 +216,9 @@ class Recipe:
     def to_json(self) -> str:
         """All fields as JSON, with the kind of recipe."""
         values = {name: getattr(self, name) for name in _settable(type(self))}
+        for name, default in (("fidelity", None), ("confidence", 0.95)):
+            if values.get(name) == default:  # as the versions wrote that knew no such field
+                values.pop(name, None)
         return json.dumps({"kind": type(self).__name__, **values})
 
     @staticmethod
@@ -235,8 +291,10 @@ class PaperRecipe(Recipe):
     removal: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     memory: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     trust: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
-    free_scale: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
-    boundary: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    fidelity: None = field(default=None, init=False, repr=False)
+    confidence: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    free_scale: None = field(default=None, init=False, repr=False)
+    boundary: None = field(default=None, init=False, repr=False)
 
     def _check(self) -> None:
         if self.size is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -35,6 +36,21 @@ __all__ = ["check_eval", "frozen", "gated", "recorded", "site_modules"]
 
 #: What stands at a site in place of its tensor: ``(site, tensor) -> tensor or None to leave it``.
 SiteFunction = Callable[[GateSite, Tensor], "Tensor | None"]
+
+
+#: Images of the pass; rows behind them only fill a batch whose size is fixed. None: all rows.
+_N_IMAGES: ContextVar[int | None] = ContextVar("n_images", default=None)
+
+
+@contextmanager
+def filled_batch(n_images: int) -> Iterator[None]:
+    """Only the first rows of a pass are images: hooks see, gate and record no others."""
+    before = _N_IMAGES.get()
+    _N_IMAGES.set(n_images)
+    try:
+        yield
+    finally:
+        _N_IMAGES.set(before)
 
 
 def site_modules(model: nn.Module, sites: Sequence[GateSite]) -> dict[str, nn.Module]:
@@ -156,13 +172,18 @@ def installed(
     modules = site_modules(root, sites)
     total = dict.fromkeys(modules, 0)
     in_pass: dict[str, int] = {}
+    n_images: list[int | None] = [None]  # kept for blocks that backward runs again
     # Replicas on several devices, and checkpointed blocks run again in backward, fire more often.
     single = not (isinstance(model, nn.DataParallel) and len(model.device_ids) > 1)
 
     def fire(site: GateSite, tensor: Tensor) -> Tensor | None:
         total[site.name] += 1
         in_pass[site.name] = in_pass.get(site.name, 0) + 1
-        return function(site, tensor)
+        (n,) = n_images
+        if n is None:
+            return function(site, tensor)
+        new = function(site, tensor[:n])
+        return None if new is None else torch.cat([new, tensor[n:]])
 
     def output_hook(site: GateSite) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -185,6 +206,7 @@ def installed(
 
     def begin(module: nn.Module, args: Any) -> None:
         in_pass.clear()
+        n_images[0] = _N_IMAGES.get()
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
         silent = [name for name in total if not in_pass.get(name)]

@@ -92,7 +92,7 @@ def learn_gates(
         >>> labels = (x[:, 0] > 0).long()
         >>> gates = learn_gates(net, (x, labels), tasks=[1], recipe=Recipe(size=0.5))
         >>> gates
-        TaskGates(1 task, 1 site, 6 channels, 50.0 % kept, closed channels at their mean)
+        TaskGates(1 task, 1 site, 6 channels, 50.0 % kept, closed channels at their best constants)
         >>> gates["1"].shape
         torch.Size([1, 6])
     """

@@ -46,6 +46,7 @@ from nad_attr.learning.selection import (
     MIN_VARIANCE,
     SWAPS_PER_STEP,
     QuadraticModel,
+    any_of,
     budgets,
     drawn,
     exchanged,
@@ -65,6 +66,8 @@ MOVE = 0.2
 #: shrunk towards what each does alone. More than that share itself, because gradients of earlier
 #: steps, at one point, err as well.
 SHRINK = 8.0
+#: Steps for which that share of noise is taken to stay the same.
+SHRINK_STEPS = 4
 #: Mean squared residual that is reckoned with, at least, in units of the task output's variance.
 FLOOR = 0.01
 #: Channels, at most, whose correlations say how much of all is noise.
@@ -74,8 +77,9 @@ MAX_CORRELATED = 512
 KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP = 0.2, 32, 50
 #: Shares of the way from mean to constant that are tried, and the images that it takes.
 SHARES_TRIED, MIN_TRIED = (1 / 3, 2 / 3, 1.0), 4
-#: Standard errors that are taken off what a share gains.
-DOUBT = 0.5
+#: Standard errors that are taken off what a share gains, by images kept apart and by images that
+#: were learned from: those are few, and so few are often right by chance.
+DOUBT, DOUBT_WHERE_FEW = 0.5, 1.5
 
 
 def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
@@ -100,6 +104,32 @@ def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
     fourth = squares.sum(2).square().sum(1) - squares.square().sum((1, 2))
     noise = fourth - total / n_images
     return (noise / total.clamp(min=MIN_VARIANCE)).clamp(0, 1)
+
+
+def rooted(matrices: Tensor) -> Tensor:
+    """Cholesky factors of positive definite matrices, (R, M, M), though rounding says otherwise.
+
+    Sums to which products were added and from which they were taken again keep the rounding of the
+    largest that they ever were. As much of the diagonal is added as it takes, to those rows alone.
+
+    Raises:
+        RuntimeError: If a matrix is not finite.
+    """
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(matrices)
+    share = torch.finfo(matrices.dtype).eps
+    while any_of(failed) and share < 1:
+        largest = matrices.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+        added = share * largest * (failed > 0)[:, None]
+        root, failed = torch.linalg.cholesky_ex(
+            matrices
+            + added[:, :, None]
+            * torch.eye(matrices.shape[1], device=matrices.device, dtype=matrices.dtype)
+        )
+        share *= 10
+    if bool((failed > 0).any()):
+        raise RuntimeError("the effects of channels on the task output are not finite.")
+    return root
 
 
 class Metric(NamedTuple):
@@ -203,8 +233,7 @@ class ConstantModel:
         weight = shares.sqrt()[:, :, None]
         inner = self._gram * weight * weight.mT * freedom[:, None, None]
         inner.diagonal(dim1=1, dim2=2).add_(1.0)
-        root: Tensor = torch.linalg.cholesky(inner)
-        return Metric(root, weight, freedom)
+        return Metric(rooted(inner), weight, freedom)
 
     def shrink(self, metric: Metric) -> Tensor:
         """What closed channels are charged of their own squared effect: (R, 1)."""
@@ -245,6 +274,7 @@ class ConstantModel:
         trust: float,
         shrink: Tensor,
         flips: tuple[int, int, int],
+        prices: Tensor | None = None,
     ) -> tuple[Tensor, int] | None:
         """As :meth:`QuadraticModel.candidates`, without seeing all channels in the metric.
 
@@ -257,6 +287,7 @@ class ConstantModel:
             trust: See there.
             shrink: See there.
             flips: How many gates are open, will be closed, and will be exchanged.
+            prices: (R, n), what each open channel costs beside the squared error.
         """
         if self.gates.shape[1] < MIN_CHANNELS_TO_NARROW:
             return None
@@ -272,6 +303,7 @@ class ConstantModel:
             slope_square += torch.bmm(part, slopes.square())[:, 0]
         own = both.square() / (1 / metric.freedom[:, None] + slope_square) * self.gates
         scout = QuadraticModel(self.gates, 1, trust, shrink=shrink)
+        scout.prices = prices
         scout._square = square - own
         scout._slope = self._over("effects", metric.twice(residuals))
         scout._origin = self.gates
@@ -338,6 +370,7 @@ def held_back(
     constants: Sequence[Tensor],
     means: Tensor,
     deviations: Tensor,
+    apart: Sequence[bool],
 ) -> Tensor:
     """How far from the means constants should be, as images say that they were not fitted to.
 
@@ -352,6 +385,7 @@ def held_back(
         constants: Twice (R, n), in deviations from the mean, for each half of the images.
         means: (n,).
         deviations: (n,).
+        apart: For each row whether its images were kept apart from those that were learned from.
 
     Returns:
         (R,), in [0, 1].
@@ -384,7 +418,7 @@ def held_back(
             continue
         judge = QuadraticModel(gates[:1, :1], n, 0.0)
         if len(chunk.images[row].pools["other"]):
-            judge.boundary += recipe.boundary
+            judge.boundary += recipe.fitting("boundary")
         judge.weights += 1
         judge.whole = clean[None, start:end]
         losses: list[Tensor] = []
@@ -392,11 +426,13 @@ def held_back(
             judge.residuals = change[None, start:end]
             if not losses:
                 shares = judge.shares()
-            losses.append((judge.residuals - judge.forgiven(recipe.free_scale, shares)).square())
+            forgiven = judge.forgiven(recipe.fitting("free_scale"), shares)
+            losses.append((judge.residuals - forgiven).square())
         gains = torch.cat(losses[1:]) - losses[0]
         mean = (shares * gains).sum(1)
         error = (shares * (gains - mean[:, None])).square().sum(1) * (n / (n - 1))
-        least, at = (mean + DOUBT * error.sqrt()).min(0)
+        doubt = DOUBT if apart[row] else DOUBT_WHERE_FEW
+        least, at = (mean + doubt * error.sqrt()).min(0)
         tried = gates.new_tensor(SHARES_TRIED)
         result[row] = torch.where(least < 0, tried[at], torch.zeros_like(least))
     return result
@@ -443,13 +479,14 @@ def learn_with_constants(
     apart = torch.tensor([is_apart for _, is_apart in kept], device=network.device)[:, None]
     beside = [bool(len(images.pools["other"])) for images in chunk.images]
     # Outputs, present residuals and ages of images alone.
-    outputs = QuadraticModel(like[:, :1], capacity, 0.0, recipe.boundary * like.new_tensor(beside))
+    boundary = recipe.fitting("boundary") * like.new_tensor(beside)
+    outputs = QuadraticModel(like[:, :1], capacity, 0.0, boundary)
     model = ConstantModel(like, capacity)
     if masks is not None:
         model.gates = masks.to(like)
     curves: dict[str, list[Tensor]] = {"loss": [], "size": []}
     learned: list[Learned] = []
-    n_open = n
+    n_open, shrink = n, like.new_zeros(rows, 1)
     for t, batch in enumerate(chunk.batches(drawn(chunk, recipe))):
         clean = chunk.own_output(chunk.clean(batch), batch.rows)
         output, effects, slopes = network.output_and_gradients(
@@ -477,7 +514,7 @@ def learn_with_constants(
         if steps[t] < n or last or masks is not None:
             outputs.residuals = model.present(constants)
             shares = outputs.shares()
-            forgiven = outputs.forgiven(recipe.free_scale, shares)
+            forgiven = outputs.forgiven(recipe.fitting("free_scale"), shares)
             loss = (shares * (outputs.residuals - forgiven).square()).sum(1)
             spread = PRIOR**2 / torch.maximum(loss, FLOOR * variance)
 
@@ -487,13 +524,17 @@ def learn_with_constants(
 
             if masks is None:
                 metric = model.metric(shares, freedom(shares))
-                shrink = model.shrink(metric)
+                if t % SHRINK_STEPS == 0 or n_open == n:
+                    shrink = model.shrink(metric)
                 before, residuals = model.gates, model.residuals - forgiven
                 n_exchanged = exchanged(recipe, t, n, steps[t])
                 flips = n_open, n_open - steps[t], n_exchanged
-                found = model.candidates(metric, residuals, recipe.trust, shrink, flips)
+                prices = None if chunk.prices is None else chunk.prices * variance[:, None]
+                found = model.candidates(metric, residuals, recipe.trust, shrink, flips, prices)
                 channels, n_there = found or (None, n_open)
                 part = model.quadratic(metric, residuals, recipe.trust, shrink, channels)
+                if prices is not None:
+                    part.prices = prices if channels is None else prices.gather(1, channels)
                 flip_some(part, recipe, t, n_there, *flips[1:], variance)
                 gates = part.gates
                 if channels is not None:
@@ -505,6 +546,7 @@ def learn_with_constants(
                     if channels is not None:
                         residuals = model.residuals - forgiven
                         part = model.quadratic(metric, residuals, recipe.trust, shrink)
+                        part.prices = prices
                     ranks = ranked(part, closed_at)
             residuals = model.residuals - forgiven
             constants = model.best(shares, freedom(shares), residuals, constants, MOVE)
@@ -524,7 +566,9 @@ def learn_with_constants(
                 spread_there = freedom(without.clamp(min=0))
                 fitted.append(model.best(without, spread_there, residuals, constants, math.inf))
             tried = [torch.where(apart, constants, c) for c in fitted] or [constants] * 2
-            share = held_back(chunk, recipe, halves, model.gates, tried, means, deviations)
+            share = held_back(
+                chunk, recipe, halves, model.gates, tried, means, deviations, apart[:, 0].tolist()
+            )
             ranks = model.gates if masks is not None else ranks
             so_far = {name: torch.stack(curve) for name, curve in curves.items()}
             result = means + deviations * share[:, None] * constants

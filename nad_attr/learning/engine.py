@@ -26,7 +26,7 @@ from nad_attr.sites.site import GateSite
 from nad_attr.sites.tracing import graph_nodes
 from nad_attr.system.rng import isolated_rng, seed_of
 
-__all__ = ["Batch", "Chunk", "CleanOutputs", "Learned", "Network", "TaskImages"]
+__all__ = ["Batch", "Chunk", "CleanOutputs", "Learned", "Network", "Replica", "TaskImages"]
 
 
 class Network(Runner):
@@ -351,10 +351,20 @@ class TaskImages:
     """An endless, seeded sequence of draws for one task: own and other images.
 
     The sequence depends on the labels, the task and the seed alone, not on other tasks.
+
+    Args:
+        labels: Of all images.
+        task: The task.
+        seed: Of the run.
+        among: int64, the numbers of the images that may be drawn; None: all.
     """
 
-    def __init__(self, labels: Tensor, task: Task, seed: int) -> None:
+    def __init__(self, labels: Tensor, task: Task, seed: int, among: Tensor | None = None) -> None:
         (own,), (other,) = own_images(labels, [task]), other_images(labels, [task])
+        if among is not None:
+            allowed = torch.zeros_like(own)
+            allowed[among] = True
+            own, other = own & allowed, other & allowed
         self.pools = {"own": own.nonzero().flatten(), "other": other.nonzero().flatten()}
         self._key = (seed, task)
         self._generators = {
@@ -403,6 +413,19 @@ class TaskImages:
         """One pass over the images of a kind in random order, cut into batches."""
         draws = self.take(kind, len(self.pools[kind]))
         return [draws[i : i + batch] for i in range(0, len(draws), batch)]
+
+
+class Replica(NamedTuple):
+    """A task that is learned once more: from some of the images, or avoiding some channels."""
+
+    task: Task
+    #: Of its own draws.
+    seed: int
+    #: int64, the numbers of the images to learn from; None: all.
+    among: Tensor | None = None
+    #: (all channels,), what keeping each channel open costs, in units of the task output's
+    #: variance. Tiny random prices decide ties; None: ties go by the channels' order.
+    prices: Tensor | None = None
 
 
 class Learned(NamedTuple):
@@ -484,23 +507,33 @@ class Chunk:
         seed: Of the run.
         clean: The whole network's outputs; shared by the chunks of a run.
         advance: Called with a number of task steps that are done, for the progress bar.
+
+    Tasks may be given as replicas; then one may be there several times.
     """
 
     def __init__(
         self,
         network: Network,
         source: Source,
-        tasks: Sequence[Task],
+        tasks: Sequence[Task | Replica],
         seed: int,
         *,
         clean: CleanOutputs | None = None,
         advance: Callable[[int], object] = lambda n: None,
     ) -> None:
-        self.network, self.source, self.tasks, self.seed = network, source, list(tasks), seed
+        self.network, self.source = network, source
+        replicas = [task if isinstance(task, Replica) else Replica(task, seed) for task in tasks]
+        self.tasks = [replica.task for replica in replicas]
+        self.seeds = [replica.seed for replica in replicas]
+        self.prices: Tensor | None = None
+        if any(replica.prices is not None for replica in replicas):
+            none = torch.zeros(n_channels(network.sites), device="cpu")
+            self.prices = torch.stack([none if r.prices is None else r.prices for r in replicas])
+            self.prices = self.prices.to(network.device, network.dtype)
         self.clean = CleanOutputs(network, source) if clean is None else clean
         self.advance = advance
-        self.images = [TaskImages(source.labels, task, seed) for task in tasks]
-        members = [[task] if isinstance(task, int) else list(task) for task in tasks]
+        self.images = [TaskImages(source.labels, r.task, r.seed, r.among) for r in replicas]
+        members = [[task] if isinstance(task, int) else list(task) for task in self.tasks]
         width = max(map(len, members))
         padded = [m + [m[0]] * (width - len(m)) for m in members]
         valid = [[True] * len(m) + [False] * (width - len(m)) for m in members]

@@ -22,10 +22,10 @@ def initial_logits(chunk: Chunk) -> Tensor:
     draws = [
         torch.randn(
             total,
-            generator=torch.Generator().manual_seed(seed_of(chunk.seed, task, "logits")),
+            generator=torch.Generator().manual_seed(seed_of(seed, task, "logits")),
             device="cpu",
         )
-        for task in chunk.tasks
+        for seed, task in zip(chunk.seeds, chunk.tasks, strict=True)
     ]
     return torch.stack(draws)
 

@@ -239,7 +239,7 @@ def learn_to_store(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = learn_to_store(net, data, f"{folder}/gates.h5", recipe=Recipe(size=0.5))
         ...     TaskGates.load(path)
-        TaskGates(2 tasks, 1 site, 6 channels, 50.0 % kept, closed channels at their mean)
+        TaskGates(2 tasks, 1 site, 6 channels, 50.0 % kept, closed channels at their best constants)
     """
     options = as_options(
         run,

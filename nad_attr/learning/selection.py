@@ -181,6 +181,8 @@ class QuadraticModel:
         rows, n = gates.shape
         self.gates = gates.clone()
         self.trust, self.shrink = trust, shrink
+        #: (R, n), what each open channel costs beside the squared error; None: nothing.
+        self.prices: Tensor | None = None
         self.boundary = gates.new_zeros(rows) if boundary is None else boundary
         self.gradients = gates.new_zeros(rows, capacity, n)
         self.residuals = gates.new_zeros(rows, capacity)
@@ -248,6 +250,7 @@ class QuadraticModel:
         part.gradients = self.gradients.gather(2, over_images)
         for name in ("gates", "_square", "_slope", "_origin", "_curvature"):
             setattr(part, name, getattr(self, name).gather(1, channels))
+        part.prices = None if self.prices is None else self.prices.gather(1, channels)
         part.residuals = self.residuals.clone()
         return part
 
@@ -340,6 +343,8 @@ class QuadraticModel:
     def cost(self, opening: bool) -> Tensor:
         """Predicted change of the loss for each flip of one gate: (R, n), inf where impossible."""
         cost = torch.add(self._curvature, self._slope, alpha=2 if opening else -2)
+        if self.prices is not None:
+            cost.add_(self.prices, alpha=1 if opening else -1)
         return cost.masked_fill_(self.gates == (1.0 if opening else 0.0), math.inf)
 
     def flip(self, channels: Tensor) -> None:
@@ -371,7 +376,10 @@ class QuadraticModel:
             if group > 1:
                 # Channels that each make good the same residual would overshoot together, so
                 # within a group what closing gains is not counted, only what it costs.
-                cost = torch.maximum(cost, self._curvature.masked_fill(cost.isinf(), math.inf))
+                alone = self._curvature
+                if self.prices is not None:
+                    alone = alone - self.prices
+                cost = torch.maximum(cost, alone.masked_fill(cost.isinf(), math.inf))
             cheapest = lowest(cost, group)
             # As flip() does, but all in one direction.
             self.gates.scatter_(1, cheapest, 0.0)
@@ -387,6 +395,8 @@ class QuadraticModel:
         moved = (self.gates != self._origin).to(self.gates.dtype)
         charged = self.trust * moved + self.shrink * (1 - self.gates)
         guess = (self._square * charged).sum(1)
+        if self.prices is not None:
+            guess = guess + (self.gates * self.prices).sum(1)
         return (self.residuals.square() * self._share).sum(1) + guess
 
     def _copy(self) -> tuple[Tensor, ...]:
@@ -568,7 +578,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     closed_at = torch.full_like(gates, -1.0)
     # Own images alone have no boundary among them.
     beside = [bool(len(images.pools["other"])) for images in chunk.images]
-    boundary = recipe.boundary * gates.new_tensor(beside)
+    boundary = recipe.fitting("boundary") * gates.new_tensor(beside)
     model = QuadraticModel(gates, capacity, recipe.trust, boundary)
     curves: dict[str, list[Tensor]] = {"loss": [], "size": []}
 
@@ -591,8 +601,10 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
         if steps[t] < n or t + 1 in ends:  # the last step also ranks what is open
             before = model.gates.clone()
             shares = model.shares()
-            forgiven = model.forgiven(recipe.free_scale, shares)
+            forgiven = model.forgiven(recipe.fitting("free_scale"), shares)
             model.residuals -= forgiven
+            if chunk.prices is not None:
+                model.prices = chunk.prices * variance[:, None]
             model.begin(shares)
             flip_round(model, recipe, t, n_open, steps[t], variance)
             n_open = steps[t]

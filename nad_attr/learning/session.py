@@ -25,7 +25,7 @@ from nad_attr.data.labels import (
     patterns,
     tasks_in,
 )
-from nad_attr.data.sources import Data, Inputs, Source, as_source
+from nad_attr.data.sources import ChosenSource, Data, Inputs, Source, as_source
 from nad_attr.gates.channels import budget, n_channels, split_sites
 from nad_attr.gates.history import History
 from nad_attr.gates.recipe import PaperRecipe, Recipe
@@ -34,10 +34,11 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
 from nad_attr.gating.means import channel_moments
 from nad_attr.learning.constants import learn_with_constants
-from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network
+from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network, Replica
 from nad_attr.learning.network_checks import Checks, check_gradients, check_option, check_outputs
 from nad_attr.learning.paper import learn_paper, paper_steps
 from nad_attr.learning.selection import learn_selection, steps_in_memory
+from nad_attr.learning.targets import reached, split, target_sizes
 from nad_attr.running.forward import MAX_FOUND_BATCH, check_classes, chunks, repeated
 from nad_attr.running.options import RunOptions, as_options
 from nad_attr.sites.finding import find_gate_sites
@@ -50,6 +51,10 @@ __all__ = ["Session", "fit_constants"]
 
 #: Images that the ablation value "mean" is taken over, at most.
 MEAN_IMAGES = 512
+
+
+#: A recipe that asks for no fidelity, where the channels are given.
+_ANY_SIZE: dict[str, Any] = {"size": 0.5, "fidelity": None}
 
 
 #: Images that a lighter copy is compared on one by one, and together in one pass.
@@ -78,7 +83,7 @@ def fit_constants(
             scores with :func:`nad_attr.evaluation.top_k` first.
         data: See :func:`learn_gates`; images to fit on, not those to judge by.
         recipe: Steps, images of a step and what is kept of the task output; its size plays no
-            part. None: ``Recipe(ablation="optimal")``.
+            part. None: ``Recipe()``.
         seed: See :func:`learn_gates`.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
         augmented: See :func:`learn_gates`.
@@ -113,8 +118,8 @@ def fit_constants(
     if len(tasks) < len(archs):
         raise ValueError("a sub-architecture has no task: its constants are to keep that output.")
     if recipe is None:
-        recipe = Recipe(ablation="optimal")
-    recipe = dataclasses.replace(recipe, ablation="optimal")
+        recipe = Recipe()
+    recipe = dataclasses.replace(recipe, ablation="optimal", **_ANY_SIZE)
     session = Session(
         model,
         data,
@@ -206,14 +211,24 @@ class Session:
         # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
         with torch.inference_mode(False):
             self.source = as_source(data, augmented=augmented, any_labels=True)
+            both = [(0, 0), (len(self.source.labels) - 1, 0)]
+            example = next(iter(self.source.batches([both])))
+            self.network.fields = self.source.fields
+            self.network.find_batch_size(example)
+            example = tuple(item[: self.network.fixed_batch] for item in example)
+            _check_fixed(self.network.fixed_batch, self.recipe)
             with suppress(TypeError, ValueError, RuntimeError):  # said below, when sites are known
                 self.network.fit(self.source)
             labels = self.source.labels
             check_recipe(self.recipe, labels)
             self.tasks, self.names = _tasks(tasks, labels)
             _check_images(self.tasks, labels, self.recipe)
-            example = next(iter(self.source.batches([[(0, 0), (len(labels) - 1, 0)]])))
-            self.network.fields = self.source.fields
+            #: What is learned from, and the numbers of the images that are kept apart.
+            self.learned_from: Source = self.source
+            self.apart: Tensor | None = None
+            if self.recipe.fidelity is not None:
+                rows, self.apart = split(labels, self.tasks, seed)
+                self.learned_from = ChosenSource(self.source, rows)
             self.network.sites = tuple(_sites(self.network, sites, example))
             outputs = _check_outputs(self.network, example, self.tasks, labels)
             images = self.network.to_device(example)
@@ -244,6 +259,7 @@ class Session:
 
     def _some(self, n: int) -> Inputs:
         """Images from all over the data, where the network is."""
+        n = min(n, self.network.fixed_batch or n)
         numbers = sorted({i * len(self.source.labels) // n for i in range(n)})
         inputs = next(iter(self.source.batches([[(number, 0) for number in numbers]])))
         return self.network.to_device(inputs)
@@ -252,7 +268,8 @@ class Session:
         """An image of each task: some alone, and all of them."""
         images = [(first, 0) for first in _first_own(self.source.labels, self.tasks)]
         alone = images[:: max(1, len(images) // ALONE)][:ALONE]
-        together = [images[part.start : part.stop] for part in chunks(len(images), ALONE)]
+        most = min(ALONE, self.network.fixed_batch or ALONE)
+        together = [images[part.start : part.stop] for part in chunks(len(images), most)]
         yield from self.source.batches([[image] for image in alone] + together)
 
     def _largest_batch(self, example: Inputs) -> int:
@@ -315,7 +332,7 @@ class Session:
         """Mean and deviation of each channel, ``{site name: float64 (C,)}``, taken once."""
         if self._known_moments is None:
             with torch.inference_mode(False), frozen(self.network.model):
-                self._known_moments = _moments(self.network, self.source, self.seed)
+                self._known_moments = _moments(self.network, self.learned_from, self.seed)
         return self._known_moments
 
     def outputs(self) -> dict[str, Any]:
@@ -343,8 +360,12 @@ class Session:
             start: (T, all channels), the logits that the paper's recipe starts from.
             advance: Called with a number of task steps that are done.
         """
-        (gates,) = self._learn([None], tasks, means, start, advance)
-        return gates
+        if self.apart is None:
+            (gates,) = self._learn([None], tasks, means, start, advance)
+            return gates
+        found = self._learn(target_sizes(self.sites), tasks, means, None, advance)
+        with torch.inference_mode(False), frozen(self.network.model):
+            return reached(found, self.network, self.source, self.apart, self.recipe, self.seed)
 
     def learn_sizes(
         self,
@@ -370,6 +391,10 @@ class Session:
                 "the paper's recipe has no size to ask for; cut its gates with "
                 "sub_architecture(task, size=...)."
             )
+        if self.apart is not None:
+            raise ValueError(
+                "recipe: fidelity chooses the size, and learn_sizes is told it; use learn_gates."
+            )
         wanted = [sizes] if isinstance(sizes, (int, float)) else list(sizes)
         ks = [budget(size, self.sites) for size in wanted]
         if not ks or len(set(ks)) < len(ks):
@@ -390,29 +415,9 @@ class Session:
     ) -> list[TaskGates]:
         """One set of task gates for each size; None: the recipe's own."""
         started = datetime.now(timezone.utc)
-        network, source, recipe = self.network, self.source, self.recipe
+        network, source, recipe = self.network, self.learned_from, self.recipe
         wanted = self.tasks if tasks is None else list(tasks)
-        parts: list[list[Learned]] = []
-        with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
-            means = self.means() if means is None else means
-            if means is not None:
-                network.set_means(means)
-            clean = CleanOutputs(network, source)
-            for part in chunks(len(wanted), self.width):
-                chunk = Chunk(
-                    network,
-                    source,
-                    [wanted[i] for i in part],
-                    self.seed,
-                    clean=clean,
-                    advance=advance,
-                )
-                if isinstance(recipe, PaperRecipe):
-                    first = None if start is None else start[list(part)]
-                    parts.append([learn_paper(chunk, recipe, first)])
-                else:
-                    asked = [recipe.size if size is None else size for size in sizes]
-                    parts.append(self._chosen(chunk, asked))
+        parts = self._parts(wanted, sizes, means, start, advance)
         info = {
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
             "model": type(unwrap(network.model)).__name__,
@@ -429,6 +434,50 @@ class Session:
             self._gates([part[i] for part in parts], wanted, size, info)
             for i, size in enumerate(sizes)
         ]
+
+    def learn_replicas(
+        self, replicas: Sequence[Replica], advance: Callable[[int], object] = lambda n: None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Learn tasks again: from some of the images, or with a price on channels.
+
+        Args:
+            replicas: R of them, side by side in shared passes as tasks are.
+            advance: Called with a number of steps that are done.
+
+        Returns:
+            Gates (R, all channels), and the constants of closed channels if the recipe has them.
+        """
+        found = [part[0] for part in self._parts(replicas, [None], None, None, advance)]
+        constants = [part.constants for part in found if part.constants is not None]
+        gates = torch.cat([part.gates for part in found]).cpu()
+        return gates, torch.cat(constants).cpu() if constants else None
+
+    def _parts(
+        self,
+        tasks: Sequence[Task | Replica],
+        sizes: Sequence[float | None],
+        means: Mapping[str, Tensor] | None,
+        start: Tensor | None,
+        advance: Callable[[int], object],
+    ) -> list[list[Learned]]:
+        """What is learned of each chunk at each size."""
+        network, source, recipe = self.network, self.source, self.recipe
+        parts: list[list[Learned]] = []
+        with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
+            means = self.means() if means is None else means
+            if means is not None:
+                network.set_means(means)
+            clean = CleanOutputs(network, source)
+            for part in chunks(len(tasks), self.width):
+                chosen = tasks[part.start : part.stop]
+                chunk = Chunk(network, source, chosen, self.seed, clean=clean, advance=advance)
+                if isinstance(recipe, PaperRecipe):
+                    first = None if start is None else start[list(part)]
+                    parts.append([learn_paper(chunk, recipe, first)])
+                else:
+                    asked = [recipe.size if size is None else size for size in sizes]
+                    parts.append(self._chosen(chunk, asked))
+        return parts
 
     def fit(
         self,
@@ -490,7 +539,9 @@ class Session:
             logits=split_sites(logits.cpu(), self.sites),
             means=self.network.means,
             constants=split_sites(torch.cat(constants).cpu(), self.sites) if constants else None,
-            recipe=self.recipe if size is None else dataclasses.replace(self.recipe, size=size),
+            recipe=self.recipe
+            if size is None or self.apart is not None
+            else dataclasses.replace(self.recipe, size=size),
             history=_history([part.curves for part in learned]),
             task_names=None if names is None else [names[task] for task in tasks],
             info=info,
@@ -507,6 +558,16 @@ def _check_batch(run: RunOptions, recipe: Recipe) -> None:
         raise ValueError(
             "batch_size='auto' is for the default recipe; give a number for the paper's, whose "
             f"steps take {recipe.images_per_step} images of each task."
+        )
+
+
+def _check_fixed(fixed_batch: int | None, recipe: Recipe) -> None:
+    """Refuse the paper's recipe where its steps do not fit into one pass."""
+    if fixed_batch and isinstance(recipe, PaperRecipe) and recipe.images_per_step > fixed_batch:
+        raise ValueError(
+            f"the network takes batches of {fixed_batch} images only, and the paper's loss is one "
+            f"of {recipe.images_per_step} images together: images_per_step={fixed_batch} in the "
+            "recipe, or the default, Recipe()."
         )
 
 
@@ -675,14 +736,14 @@ def _moments(
     network: Network, source: Source, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Mean and deviation of each channel over images of all classes, whatever the tasks."""
-    n = len(source.labels)
+    n, width = len(source.labels), min(32, network.fixed_batch or 32)
     order = torch.randperm(
         n, generator=torch.Generator().manual_seed(seed_of(seed, "means")), device="cpu"
     )
     chosen = order[:MEAN_IMAGES].tolist()
     draws = [
-        [(i, seed_of(seed, "means", i)) for i in chosen[a : a + 32]]
-        for a in range(0, len(chosen), 32)
+        [(i, seed_of(seed, "means", i)) for i in chosen[a : a + width]]
+        for a in range(0, len(chosen), width)
     ]
     batches = (network.to_device(inputs) for inputs in source.batches(draws))
     return channel_moments(

@@ -147,6 +147,9 @@ def run_method(
         TypeError: If the method returns no tensor.
         ValueError: If it returns another shape, or values that are not finite.
     """
+    n, fixed = len(x), runner.fixed_batch
+    if fixed is not None:
+        x, target = runner.filled((x,))[0], target[[min(i, n - 1) for i in range(fixed)]]
     # First of all: what is made in the caller's inference mode takes no part in any gradient.
     with torch.inference_mode(False), torch.enable_grad(), explained(runner, arch) as network:
         # With requires_grad, for weights have none now and some methods look no further.
@@ -166,7 +169,7 @@ def run_method(
         )
     if not bool(torch.isfinite(result).all()):
         raise ValueError(f"the heat-map method {name} returned NaN or infinity.")
-    return result
+    return result[:n]
 
 
 def heat_maps(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr._checks import as_tensor, check_count, check_mapping
-from nad_attr.data.labels import Task
+from nad_attr.data.labels import other_images, own_images
 from nad_attr.data.layout import Grid, grid_of
 from nad_attr.data.sources import Data, as_source, only_images
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -171,7 +171,7 @@ class TopImages:
             raise ValueError(f"site {site!r} has no positions to look at.")
         runner = Runner(model, run)
         numbers = [i for i in self.images[site][row].tolist() if i >= 0]
-        (inputs,) = runner.draw(as_source(data), [numbers])
+        (inputs,) = runner.draw(as_source(data, any_labels=True), [numbers])
         images = only_images(inputs)
         (at,) = [s for s in self.architecture.sites if s.name == site]
         with torch.no_grad(), ExitStack() as stack:
@@ -207,12 +207,14 @@ class _Best:
         self.images = torch.full((n, k), -1, dtype=torch.int64, device="cpu")
         self.where = torch.full((n, k), -1, dtype=torch.int64, device="cpu")
         self.grid: tuple[int, int] | None = None
-        # Sums over own, over all, of squares over all.
-        self.own, self.all, self.squares = (
+        # Sums over own, over other images, of squares over both.
+        self.own, self.other, self.squares = (
             torch.zeros(n, dtype=torch.float64, device="cpu") for _ in range(3)
         )
 
-    def add(self, tensor: Tensor, numbers: Tensor, own: Tensor, aspect: float) -> None:
+    def add(
+        self, tensor: Tensor, numbers: Tensor, own: Tensor, other: Tensor, aspect: float
+    ) -> None:
         values, grid, _ = _by_channel(self.site, tensor, aspect)
         values = values[..., self.channels.to(values.device)].float()
         if not bool(torch.isfinite(values).all()):
@@ -228,8 +230,8 @@ class _Best:
         scores, where = scores.cpu(), where.cpu()
         wide = scores.double()
         self.own += wide[own].sum(0)
-        self.all += wide.sum(0)
-        self.squares += wide.square().sum(0)
+        self.other += wide[other].sum(0)
+        self.squares += wide[own | other].square().sum(0)
         if grid is None:
             where = torch.full_like(where, -1)
         candidates = torch.cat([self.values, scores.T], dim=1)
@@ -248,12 +250,14 @@ class _Best:
         found = torch.stack([rows, self.where % width], dim=-1)
         return torch.where(self.where[..., None] < 0, -1, found)
 
-    def selectivity(self, n_own: int, n: int) -> Tensor:
-        """Own mean minus other mean, in standard deviations over all: float32 (n,)."""
-        if not 0 < n_own < n:
+    def selectivity(self, n_own: int, n_other: int) -> Tensor:
+        """Own mean minus other mean, in standard deviations over both: float32 (n,)."""
+        if not n_own or not n_other:
             return torch.full((len(self.channels),), float("nan"), device="cpu")
-        difference = self.own / n_own - (self.all - self.own) / (n - n_own)
-        spread = (self.squares / n - (self.all / n).square()).clamp_min(0).sqrt()
+        n = n_own + n_other
+        difference = self.own / n_own - self.other / n_other
+        mean = (self.own + self.other) / n
+        spread = (self.squares / n - mean.square()).clamp_min(0).sqrt()
         return torch.where(spread > 0, difference / spread, torch.zeros((), device="cpu")).float()
 
 
@@ -288,14 +292,6 @@ def _chosen_channels(
     if not chosen:
         raise ValueError("there is no channel to look at: the sub-architecture keeps none there.")
     return chosen
-
-
-def _own(labels: Tensor, task: Task | None) -> Tensor:
-    if task is None:
-        return torch.zeros(len(labels), dtype=torch.bool, device="cpu")
-    return torch.isin(
-        labels, torch.tensor(task if isinstance(task, tuple) else [task], device="cpu")
-    )
 
 
 def top_images(
@@ -359,11 +355,15 @@ def top_images(
         raise ValueError(f"pool must be 'max' or 'mean', not {pool!r}.")
     chosen = _chosen_channels(architecture, sites, channels)
     runner = Runner(model, run)
-    source = as_source(data)
+    source = as_source(data, any_labels=True)
+    with suppress(TypeError, ValueError):  # of a network that is no classifier nothing is asked
+        runner.fit(source)
     at = [site for site in architecture.sites if site.name in chosen]
     best = {site.name: _Best(site, chosen[site.name], k, pool) for site in at}
-    own = _own(source.labels, architecture.task)
-    n = len(source.labels)
+    n, task = len(source.labels), architecture.task
+    none = torch.zeros(n, dtype=torch.bool, device="cpu")
+    own = none if task is None else own_images(source.labels, [task])[0]
+    other = none if task is None else other_images(source.labels, [task])[0]
     parts = [list(part) for part in chunks(n, runner.images_per_pass(source))]
     with torch.no_grad(), ExitStack() as stack:
         stack.enter_context(_network(runner, architecture, inside))
@@ -374,7 +374,7 @@ def top_images(
             numbers = torch.tensor(part, device="cpu")
             for name, keeper in best.items():
                 aspect = images.shape[-2] / images.shape[-1]
-                keeper.add(activations[name], numbers, own[numbers], aspect)
+                keeper.add(activations[name], numbers, own[numbers], other[numbers], aspect)
     return TopImages(
         architecture=architecture,
         channels=chosen,
@@ -382,7 +382,7 @@ def top_images(
         values={name: keeper.values for name, keeper in best.items()},
         positions={name: keeper.positions() for name, keeper in best.items()},
         grids={name: keeper.grid for name, keeper in best.items() if keeper.grid is not None},
-        selectivity={n_: b.selectivity(int(own.sum()), n) for n_, b in best.items()},
+        selectivity={n_: b.selectivity(int(own.sum()), int(other.sum())) for n_, b in best.items()},
         pool=pool,
         inside=inside,
     )

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from nad_attr._version import __version__
+from nad_attr.certainty.result import ChannelCertainty
+from nad_attr.certainty.verdict_result import Verdict
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.report.overlaps import overlaps_part
 from nad_attr.report.packing import MAX_GATES_OF_EIGHT_BITS, gate_levels, text64
-from nad_attr.report.parts import SHOWN, evaluation_part, history_part
+from nad_attr.report.parts import SHOWN, certainty_part, evaluation_part, history_part
 
 __all__ = ["BROKEN", "Contents", "Results", "check_parts", "contents", "not_there", "summary"]
 
@@ -33,6 +35,8 @@ class Results:
     Attributes:
         evaluation: See :class:`nad_attr.evaluation.Evaluation`.
         evaluation_from: What it is called.
+        certainty: See :class:`nad_attr.ChannelCertainty`.
+        verdict: See :func:`nad_attr.verdict`.
         curves: See :func:`nad_attr.report.parts.curves_part`.
         mosaics: See :func:`nad_attr.report.parts.mosaics_part`.
         errors: See :func:`nad_attr.report.parts.errors_part`.
@@ -46,6 +50,8 @@ class Results:
 
     evaluation: Evaluation | None = None
     evaluation_from: str = ""
+    certainty: ChannelCertainty | None = None
+    verdict: Verdict | None = None
     curves: list[dict[str, Any]] | None = None
     mosaics: dict[str, Any] | None = None
     errors: dict[str, Any] | None = None
@@ -118,6 +124,18 @@ def contents(
             part = results.evaluation = evaluation = None
     if part is None:
         sentences = summary(gates, None, file)
+    sure = None
+    if results.certainty is not None:
+        try:
+            sure = certainty_part(results.certainty, gates)
+        except BROKEN as error:
+            results.notes.append(f"No certainty: {error}.")
+            results.certainty = None
+    if results.verdict is not None:
+        try:
+            sentences = [*sentences, *_of_verdict(results.verdict)]
+        except BROKEN as error:
+            results.notes.append(f"No verdict: it cannot be shown ({error!r:.200}).")
     made = title or _network(origin) or file or "sub-architectures"
     data = {
         "title": made,
@@ -128,6 +146,7 @@ def contents(
         "counts": text64(counts.numpy().astype(np.uint32)),
         "measures": SHOWN,
         "evaluation": part,
+        "certainty": sure,
         "overlaps": overlaps_part(masks),
         "history": history_part(gates.history, len(gates)),
         "curves": results.curves,
@@ -232,7 +251,24 @@ def summary(gates: TaskGates, evaluation: Evaluation | None, file: str | None = 
         f"{_number(mean_of('fpr'))}: balanced accuracy {_number(mean_of('ba'))}"
         f"{compared('ba', whole=True)}."
     )
-    return [first, second, third]
+    return [first, second, third, *evaluation.held_out_sentences()]
+
+
+#: Tasks whose verdict is on the first screen.
+_JUDGED = 12
+
+
+def _of_verdict(verdict: Verdict) -> list[str]:
+    """The verdict on each task, and where learned from and held out part."""
+    said = [f"The verdict, at an error rate of {_percent(verdict.level)} for each answer:"]
+    for task in verdict.tasks[:_JUDGED]:
+        numbers = f"In numbers: {'; '.join(verdict.explained(task))}."
+        parts = [verdict.sentence(task), *verdict.held_out_sentences(task), numbers]
+        said.append(" ".join(parts))
+    if len(verdict.tasks) > _JUDGED:
+        held = int(verdict.holds().sum())
+        said.append(f"All that was asked holds for {held} of {len(verdict.tasks):,} classes.")
+    return said
 
 
 def _network(origin: Mapping[str, Any]) -> str:
@@ -293,8 +329,18 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
                 f"nad-attr evaluate {file} --data HELD_OUT --out {file}",
             )
         )
-    elif not results.evaluation.rivals:
+    if results.verdict is None:
+        found.append(
+            (
+                "a verdict on each class",
+                f"nad-attr verdict {file} --held-out HELD_OUT --out {file}",
+            )
+        )
+    if results.evaluation is not None and not results.evaluation.rivals:
         found.append(("other methods at equal size", f"{measured} --with taylor --with neuron-mct"))
+    if results.certainty is None:
+        asked = f"nad-attr certainty {file} --held-out HELD_OUT --out {file}"
+        found.append(("how sure each channel is, and whether it is needed", asked))
     if results.curves is None:
         found.append(("keep and ablate curves", measured))
     if results.mosaics is None and len(gates) >= 4:

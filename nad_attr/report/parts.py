@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nad_attr.certainty.result import ChannelCertainty
+from nad_attr.certainty.testing import LABELS
 from nad_attr.concepts import Comparison
 from nad_attr.data.labels import Task
 from nad_attr.evaluation.questions.error_study import ErrorStudy
@@ -18,11 +20,13 @@ from nad_attr.flow.links import TaskFlow
 from nad_attr.flow.picture import flow_picture
 from nad_attr.flow.result import InformationFlow, task_flows
 from nad_attr.gates.history import History
-from nad_attr.report.packing import plain
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.report.packing import plain, text64
 from nad_attr.stats.tables import nan_mean
 
 __all__ = [
     "SHOWN",
+    "certainty_part",
     "curves_part",
     "errors_part",
     "evaluation_part",
@@ -96,6 +100,36 @@ def evaluation_part(result: Evaluation, tasks: Sequence[Task]) -> dict[str, Any]
         "n_tasks": len(result.tasks),
         "n_random": len(result.random),
     }
+
+
+def certainty_part(result: ChannelCertainty, gates: TaskGates) -> dict[str, Any]:
+    """What certainty says of the channels of a page's gates.
+
+    Args:
+        result: As measured; of these tasks or some of them.
+        gates: Those of the page.
+
+    Returns:
+        ``names`` of labels; ``labels`` and ``chosen`` (share of the halves, 255: all), each base64
+        of uint8 (T, channels), zero for tasks that were not measured.
+
+    Raises:
+        ValueError: If it was measured on other gates.
+    """
+    if result.sites != gates.sites:
+        raise ValueError("it is of other gate sites")
+    labels = np.zeros((len(gates), gates.n_channels), np.uint8)
+    chosen = np.zeros_like(labels)
+    for row, arch in enumerate(gates.sub_architectures()):
+        if arch.task not in result.tasks:
+            continue
+        found = result.tasks.index(arch.task)
+        kept = np.concatenate([arch[site.name].numpy() for site in gates.sites])
+        if (result.kept[found] != kept).any():
+            raise ValueError(f"it is of other gates of task {arch.task}")
+        labels[row] = result.label[found]
+        chosen[row] = np.rint(255 * result.selection[found])
+    return {"names": list(LABELS), "labels": text64(labels), "chosen": text64(chosen)}
 
 
 def curves_part(results: Mapping[str, Curves]) -> list[dict[str, Any]]:

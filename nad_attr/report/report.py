@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from nad_attr.certainty.verdict_result import Verdict
 from nad_attr.concepts import UnitConcepts
 from nad_attr.data.sources import Data
 from nad_attr.evaluation.questions.error_study import ErrorStudy
@@ -50,6 +51,7 @@ class Report:
         comparison: Statistics: a result with ``frame()``, a pandas frame, or several of these by
             their titles.
         flow: Of some of the tasks, one or several flows of the same sites.
+        verdict: On these gates, from :func:`nad_attr.verdict`: told on the first screen.
         title: Of the page; None: the network's name.
 
     Attributes:
@@ -89,6 +91,7 @@ class Report:
         units: UnitConcepts | None = None,
         comparison: Any = None,
         flow: InformationFlow | Sequence[InformationFlow] | None = None,
+        verdict: Verdict | None = None,
         title: str | None = None,
     ) -> None:
         self._path: Path | None = None
@@ -111,6 +114,10 @@ class Report:
             )
         self.title = title
         self._take(evaluation, curves, mosaics, errors, units, comparison)
+        if verdict is not None:
+            if not isinstance(verdict, Verdict):
+                raise TypeError(f"verdict must be a Verdict, not {type(verdict).__name__}.")
+            self.results.verdict = verdict
         if flow is not None:
             flows = [flow] if isinstance(flow, InformationFlow) else list(flow)
             if not all(isinstance(one, InformationFlow) for one in flows):

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from nad_attr.certainty.result import ChannelCertainty
+from nad_attr.certainty.verdict_result import Verdict
 from nad_attr.concepts import Comparison, UnitConcepts
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.report.concepts import units_part
@@ -105,6 +107,16 @@ def found_results(
             if evaluation is not None:
                 raise
             results.notes.append(f"No evaluation: {error}")
+    if "certainty" in names:
+        try:
+            results.certainty = ChannelCertainty.load(path, "certainty")
+        except BROKEN as error:
+            results.notes.append(f"No certainty: {error}")
+    if "verdict" in names:
+        try:
+            results.verdict = Verdict.load(path)
+        except BROKEN as error:
+            results.notes.append(f"No verdict: {error}")
     for name in ("curves", "mosaics", "errors", "flow", "pictures", "export"):
         group = f"report/{name}"
         if group in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -15,14 +16,16 @@ from tqdm.auto import tqdm
 from nad_attr._checks import GatingError
 from nad_attr.data.labels import Task, for_one_output
 from nad_attr.data.sources import Inputs, Source, check_finite
-from nad_attr.gating.hooks import check_eval
+from nad_attr.gating.hooks import check_eval, filled_batch
 from nad_attr.running.options import RunOptions, as_options
 from nad_attr.sites.calling import Fields, call_with
+from nad_attr.sites.finding import fixed_batch_size
 from nad_attr.sites.preserving import Copies, Kept
 from nad_attr.sites.site import unwrap
-from nad_attr.sites.tracing import eager
+from nad_attr.sites.tracing import eager, mapped
 from nad_attr.system.memory import largest_batch
-from nad_attr.system.rng import seed_of
+from nad_attr.system.rng import isolated_rng, seed_of
+from nad_attr.system.threads import stranger
 
 __all__ = [
     "MAX_FOUND_BATCH",
@@ -35,6 +38,10 @@ __all__ = [
 
 #: Images in a batch, at most, where the size is found: more are hardly faster.
 MAX_FOUND_BATCH = 512
+
+
+#: Networks that were asked already what batches they take; see :meth:`Runner.find_batch_size`.
+_FIXED: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
 
 
 def chunks(n: int, size: int) -> Iterator[range]:
@@ -175,6 +182,9 @@ class Runner:
         options: How it is run.
         amp: Autocast dtype; None: none.
         fields: The names of the inputs, if they have any; set by :meth:`draw`.
+        fixed_batch: The only number of images that the network takes in a pass; None: any. Passes
+            of fewer are filled up with the last image, whose outputs are dropped; hooks do not see
+            it. Set by :meth:`find_batch_size`.
 
     Raises:
         TypeError: If the network is no module, or ``run`` is something else.
@@ -232,6 +242,9 @@ class Runner:
         self._run = root if forward_func is None else forward_func
         self._extra = options.arguments
         self.fields: Fields | None = None
+        self.fixed_batch: int | None = None
+        self._asked = unwrap(model) if forward_func is None and not options.arguments else None
+        self._is_asked = False
         self._adapted: tuple[object, ...] | None = None
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -278,8 +291,59 @@ class Runner:
         """The inputs where the network is, without their graph."""
         return tuple(sent(x.detach(), self.device) for x in inputs)
 
+    def find_batch_size(self, inputs: Inputs) -> None:
+        """Find out whether the network takes batches of one size only, before anything is run.
+
+        Three images are run once for each network.
+
+        Args:
+            inputs: An image or more.
+        """
+        if self._is_asked or any(not x.ndim or not len(x) for x in inputs):
+            return
+        self._is_asked = True
+        asked, network = self.options.batch_size, self._asked
+        if network is not None and network in _FIXED:
+            self.fixed_batch = _FIXED[network]
+        else:
+            few = repeated(self.to_device(inputs), min(3, asked) if isinstance(asked, int) else 3)
+            try:
+                with stranger(), isolated_rng(), torch.no_grad():
+                    self.run(few)
+            except (ValueError, GatingError) as error:
+                function = None if self.is_plain else self.call
+                size = fixed_batch_size(self.model, few, self._extra, function, str(error))
+                self.fixed_batch = size
+            if network is not None and (self.fixed_batch or len(few[0]) > 2):
+                _FIXED[network] = self.fixed_batch
+        if self.fixed_batch is not None:
+            self.options = replace(self.options, batch_size=self.fixed_batch)
+
     def run(self, inputs: Inputs) -> Any:
-        """Whatever the network returns, for those who look at its sites alone."""
+        """Whatever the network returns, for those who look at its sites alone.
+
+        Raises:
+            ValueError: If the network cannot be run on them.
+        """
+        n, size = len(inputs[0]), self.fixed_batch
+        if size is None or n == size:
+            return self._run_once(inputs)
+        if n > size:
+            raise ValueError(
+                f"the network takes batches of {size} images only, a size that is fixed in its "
+                f"forward pass, and this wants {n} in one pass: write x.shape[0] or -1 in place "
+                "of the number in forward."
+            )
+        with filled_batch(n):
+            outputs = self._run_once(self.filled(inputs))
+        return mapped(outputs, lambda x: x[:n] if x.ndim and len(x) == size else x)
+
+    def filled(self, inputs: Inputs) -> Inputs:
+        """The inputs with the last image again and again, as many as the network takes."""
+        n = (self.fixed_batch or len(inputs[0])) - len(inputs[0])
+        return tuple(torch.cat([x, x[-1:].expand(n, *x.shape[1:])]) for x in inputs)
+
+    def _run_once(self, inputs: Inputs) -> Any:
         outputs = None
         kept = Kept(self.model, self._copies)
         try:
@@ -325,6 +389,7 @@ class Runner:
         with tqdm(total=sum(map(len, numbers)), desc=desc, unit="image", disable=not shown) as bar:
             for chosen, inputs in zip(numbers, source.batches(draws), strict=True):
                 self.fields = source.fields
+                self.find_batch_size(inputs)
                 yield self.to_device(check_finite(inputs))
                 bar.update(len(chosen))
 
@@ -344,6 +409,10 @@ class Runner:
         Raises:
             ValueError: If one image does not fit, or nothing tells how much memory there is.
         """
+        if isinstance(self.options.batch_size, int) and self._is_asked:
+            return self.options.batch_size
+        given = images if isinstance(images, tuple) else next(self.draw(images, [[0]]))
+        self.find_batch_size(given)
         asked = self.options.batch_size
         if isinstance(asked, int):
             return asked
@@ -352,7 +421,6 @@ class Runner:
             with torch.no_grad():
                 self(inputs)
 
-        given = images if isinstance(images, tuple) else next(self.draw(images, [[0]]))
         image = self.to_device(tuple(x[:1] for x in given))
         limit = self.options.limit
         return largest_batch(
@@ -364,5 +432,5 @@ class Runner:
 
 
 def repeated(image: Inputs, n: int) -> Inputs:
-    """A batch of one image ``n`` times."""
+    """A batch of the first image ``n`` times."""
     return tuple(x[:1].expand(n, *x.shape[1:]).contiguous() for x in image)

@@ -7,6 +7,7 @@ exactly the size of the learned ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ __all__ = [
     "ChannelScorer",
     "EnergyScorer",
     "GradientXActivationScorer",
+    "MeansScorer",
     "NeuronMCTScorer",
     "RandomScorer",
     "TaskScorer",
@@ -196,7 +198,46 @@ class TaylorOutputScorer(ChannelScorer):
         )
 
 
-class CentredEffectScorer(ChannelScorer):
+class MeansScorer(ChannelScorer):
+    """A scorer of closing channels at their means; a subclass says what one image gives.
+
+    Args:
+        model: The network.
+        sites: Gate sites of that network, in forward order.
+        means: ``{site name: (C,)}``, as closed channels get them. None: over all images that the
+            scorer is called with, which takes one more forward pass of each.
+
+    Raises:
+        TypeError, ValueError: If means and sites do not fit.
+    """
+
+    task_specific = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[GateSite],
+        *,
+        means: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(model, sites)
+        self.means = check_means(means, self.sites)
+
+    def prepare(self, runner: Runner, source: Source, batch_size: int) -> Any:
+        """The means."""
+        if self.means is not None:
+            return {name: mean.double() for name, mean in self.means.items()}
+        numbers = [list(cut) for cut in chunks(len(source.labels), batch_size)]
+
+        def forward(*inputs: Tensor) -> Tensor:
+            return runner(inputs)
+
+        return channel_means(
+            runner.model, self.sites, runner.draw(source, numbers), forward=forward
+        )
+
+
+class CentredEffectScorer(MeansScorer):
     """E over images of ``|sum over positions of (a - mean) dz_k/da|``: attribution patching.
 
     What replacing a channel by its mean takes from the task output z_k, to first order, where
@@ -225,7 +266,6 @@ class CentredEffectScorer(ChannelScorer):
         {'0': tensor([[2., 0.]])}
     """
 
-    task_specific = True
     has_sign = True
 
     def __init__(
@@ -236,22 +276,8 @@ class CentredEffectScorer(ChannelScorer):
         signed: bool = False,
         means: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__(model, sites)
+        super().__init__(model, sites, means=means)
         self.signed = signed
-        self.means = check_means(means, self.sites)
-
-    def prepare(self, runner: Runner, source: Source, batch_size: int) -> Mapping[str, Tensor]:
-        """The means."""
-        if self.means is not None:
-            return {name: mean.double() for name, mean in self.means.items()}
-        numbers = [list(cut) for cut in chunks(len(source.labels), batch_size)]
-
-        def forward(*inputs: Tensor) -> Tensor:
-            return runner(inputs)
-
-        return channel_means(
-            runner.model, self.sites, runner.draw(source, numbers), forward=forward
-        )
 
     def image_scores(self, batch: Batch) -> Scores:
         """Sum over positions of the difference to the mean times the gradient."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -37,6 +38,9 @@ __all__ = [
     "LayerGradientXActivationScorer",
     "LayerIntegratedGradientsScorer",
 ]
+
+#: Methods that run an image twice in one pass.
+_TWO_ROWS = (LayerDeepLift, LayerConductance)
 
 #: These attribute to a list of layers what they attribute to each by itself. (Integrated gradients
 #: take one as well, but then move all layers along their paths at once: another method.)
@@ -133,12 +137,37 @@ class CaptumLayerScorer(ChannelScorer):
     def image_scores(self, batch: Batch) -> Scores:
         """The attribution, summed over positions."""
         scores: Scores = {}
+        n = len(batch.labels)
+        batch = self._filled(batch)
         with untouched(batch.model):
             for group in self._groups():
                 for site, attribution in zip(group, self._attribute(batch, group), strict=True):
                     tensor = self._checked(batch, site, attribution)
-                    scores[site.name] = positions(tensor, site).sum(-1)
+                    scores[site.name] = positions(tensor, site).sum(-1)[:n]
         return {site.name: scores[site.name] for site in self.sites}
+
+    def _filled(self, batch: Batch) -> Batch:
+        """The batch with its last image again and again, so that all passes are of a fixed size."""
+        n, size = len(batch.labels), batch.fixed_batch
+        if size is None:
+            return batch
+        # DeepLift runs images and baselines in one pass, conductance two steps of a path at least,
+        # all others one step.
+        two = isinstance(self._class, type) and issubclass(self._class, _TWO_ROWS)
+        wanted = size // 2 if two else size
+        if n > wanted:
+            raise GatingError(
+                f"{self._name} runs an image twice in one pass, and the network takes batches of "
+                f"{size} image only: write x.shape[0] or -1 in place of the number in forward."
+            )
+        at = [min(i, n - 1) for i in range(wanted)]
+        return replace(
+            batch,
+            inputs=tuple(x[at] for x in batch.inputs),
+            labels=batch.labels[at],
+            tasks=[batch.tasks[i] for i in at] if batch.tasks else [],
+            targets=None if batch.targets is None else batch.targets[at],
+        )
 
     def _groups(self) -> list[list[GateSite]]:
         """The sites that one call of the method is for."""
@@ -164,6 +193,8 @@ class CaptumLayerScorer(ChannelScorer):
             return task_outputs(outputs, different) if different else outputs
 
         arguments = dict(self.attribute_kwargs)
+        if batch.fixed_batch and "internal_batch_size" in self._known:
+            arguments["internal_batch_size"] = batch.fixed_batch
         if "baselines" in arguments:
             arguments["baselines"] = _on_device(arguments["baselines"], batch.inputs[0].device)
         if "attribute_to_layer_input" in self._known:

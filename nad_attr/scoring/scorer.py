@@ -79,6 +79,7 @@ class Batch:
         run: Runs the network on any number of inputs: float (B, K), checked, with its graph.
         prepared: What :meth:`ChannelScorer.prepare` returned.
         targets: float64 (B, K), the images' regression targets, if they have any.
+        fixed_batch: The only number of images that the network takes in a pass; None: any.
     """
 
     model: nn.Module
@@ -88,6 +89,7 @@ class Batch:
     run: Callable[[Inputs], Tensor]
     prepared: Any = None
     targets: Tensor | None = None
+    fixed_batch: int | None = None
 
     def outputs(self) -> Tensor:
         """The network's outputs for these images, (B, K), with their graph."""
@@ -378,6 +380,7 @@ class ChannelScorer(ABC):
                 partial(self._outputs, runner, source.labels, tasks),
                 prepared,
                 None if source.targets is None else source.targets[chosen].to(runner.device),
+                runner.fixed_batch,
             )
 
         def probe(inputs: Inputs) -> None:

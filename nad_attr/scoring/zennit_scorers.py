@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,10 +14,11 @@ from nad_attr.data.sources import Source
 from nad_attr.gating.hooks import channel_shape, installed
 from nad_attr.gating.restore import untouched
 from nad_attr.running.forward import Runner
+from nad_attr.scoring.baselines import MeansScorer
 from nad_attr.scoring.scorer import Batch, ChannelScorer, Scores, check_differentiable, positions
 from nad_attr.sites.site import GateSite, unwrap
 
-__all__ = ["LRPScorer"]
+__all__ = ["LRPScorer", "RelPScorer"]
 
 #: How far canonizers may move an output, as a share of the outputs' spread.
 _TOLERANCE = 1e-3
@@ -86,14 +87,11 @@ class LRPScorer(ChannelScorer):
         self.signed = signed
         self.composite = _composite(composite, canonizers)
         if isinstance(composite, str):
-            for name, module in unwrap(model).named_modules():
-                if isinstance(module, _WITHOUT_RULES):
-                    raise ValueError(
-                        f"Zennit's composite {composite!r} has no rule for module {name!r} "
-                        f"({type(module).__name__}); give a composite that has one."
-                    )
+            _check_rules(
+                model, f"Zennit's composite {composite!r}", "give a composite that has one"
+            )
 
-    def prepare(self, runner: Runner, source: Source, batch_size: int) -> None:
+    def prepare(self, runner: Runner, source: Source, batch_size: int) -> Any:
         """Check on one image that canonizers leave the network's outputs as they are."""
         for inputs in runner.draw(source, [[0]]):
             with torch.no_grad(), untouched(runner.model):
@@ -119,10 +117,22 @@ class LRPScorer(ChannelScorer):
 
     def image_scores(self, batch: Batch) -> Scores:
         """The relevance, summed over positions."""
+        relevance, _ = self._propagated(batch, lambda explained: explained.detach())
+        return {
+            site.name: positions(value, site).sum(-1)
+            for site, value in zip(self.sites, relevance, strict=True)
+        }
+
+    def _propagated(
+        self, batch: Batch, start: Callable[[Tensor], Tensor]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """What the rules pass to each site of what starts at the task outputs, and activations."""
         shifts: dict[str, Tensor] = {}
+        activations: dict[str, Tensor] = {}
 
         def function(site: GateSite, tensor: Tensor) -> Tensor:
             channel_shape(site, tensor)
+            activations[site.name] = tensor.detach().clone()
             shifts[site.name] = tensor.new_zeros(()).expand(tensor.shape).requires_grad_()
             return tensor + shifts[site.name]
 
@@ -136,10 +146,10 @@ class LRPScorer(ChannelScorer):
             explained = batch.explained(batch.outputs())
             check_differentiable(explained)
             try:
-                relevance = torch.autograd.grad(
+                found = torch.autograd.grad(
                     explained,
                     [shifts[site.name] for site in self.sites],
-                    grad_outputs=explained.detach(),
+                    grad_outputs=start(explained),
                     allow_unused=True,
                     materialize_grads=True,
                 )
@@ -147,14 +157,160 @@ class LRPScorer(ChannelScorer):
                 raise
             except RuntimeError as error:
                 raise GatingError(f"the composite's rules fail on this network: {error}") from error
-        return {
-            site.name: positions(value, site).sum(-1)
-            for site, value in zip(self.sites, relevance, strict=True)
-        }
+        return found, activations
 
     def _registered(self, model: nn.Module) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = self.composite.context(model)
         return context
+
+
+class RelPScorer(LRPScorer, MeansScorer):
+    """E over images of ``(a - mean)`` times the LRP coefficient: relevance patching (RelP).
+
+    Attribution patching (:class:`~nad_attr.evaluation.CentredEffectScorer`) with the gradient of
+    the task output replaced by the coefficient with which layer-wise relevance propagation passes
+    relevance back, ``relevance = activation * coefficient``. Its rules, from output to input:
+
+    - convolution and linear layer: gamma, ``c_i = sum_j w'_ij c_j z_j / z'_j`` with
+      ``w' = w + gamma max(w, 0)`` (``min`` for outputs below zero) and z' the output with these
+      weights and bias; gamma 0 is the 0-rule, ``c_i = sum_j w_ij c_j``;
+    - activation f that is not piecewise linear (GELU, SiLU, ...): ``c_i = c_j f(x) / x``; for ReLUs
+      that is the gradient;
+    - BatchNorm, pooling, sums: the gradient, which is their 0-rule. BatchNorms are merged into the
+      layer before them first.
+
+    With gamma 0 on a network of ReLUs this is attribution patching itself. For networks without
+    attention and LayerNorm, as :class:`LRPScorer`. Sums of residual connections need no canonizer:
+    coefficients, other than relevance, are the same on both sides. One forward pass and about three
+    backward passes of each image and task.
+
+    Args:
+        model: The network.
+        sites: Gate sites of that network, in forward order.
+        gamma: How much positive weights count beyond others, from 0 on.
+        signed: Keep the sign: channels that speak against the task come last.
+        means: As for :class:`~nad_attr.evaluation.CentredEffectScorer`.
+        canonizers: See :class:`LRPScorer`.
+
+    Raises:
+        ImportError: If Zennit is not installed.
+        TypeError: If means are no mapping.
+        ValueError: If gamma is negative, means and sites do not fit, or there is no rule for a
+            module of the network.
+
+    Called, it also raises :class:`~nad_attr.GatingError` as :class:`LRPScorer` does.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2, bias=False)).eval()
+        >>> _ = net[1].weight.data.copy_(torch.tensor([[2.0, -1.0], [0.0, 1.0]]))
+        >>> site, x = GateSite("0", 2, 1), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+        >>> zero = {"0": torch.zeros(2)}
+        >>> RelPScorer(net, [site], gamma=1.0, means=zero)(x, torch.tensor([0, 1]))["0"][0]
+        tensor([1.3333, 0.3333])
+
+    Source:
+        Rezaei Jafari, Eberle, Khakzar, Nanda, "RelP: Faithful and Efficient Circuit Discovery in
+        Language Models via Relevance Patching", 2025, arXiv 2508.21258; the gamma rule: Montavon et
+        al., "Layer-Wise Relevance Propagation: An Overview", 2019.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[GateSite],
+        *,
+        gamma: float = 0.25,
+        signed: bool = False,
+        means: Mapping[str, Tensor] | None = None,
+        canonizers: Sequence[Any] | None = None,
+    ) -> None:
+        if not 0 <= gamma < float("inf"):
+            raise ValueError(f"gamma must be 0 or more, not {gamma}.")
+        MeansScorer.__init__(self, model, sites, means=means)
+        self.signed, self.gamma = signed, gamma
+        self.composite = _coefficients(gamma, canonizers)
+        _check_rules(model, "RelP", "use CentredEffectScorer or EAPIGScorer there")
+
+    def prepare(self, runner: Runner, source: Source, batch_size: int) -> Any:
+        """Check the canonizers; the means."""
+        LRPScorer.prepare(self, runner, source, batch_size)
+        return MeansScorer.prepare(self, runner, source, batch_size)
+
+    def image_scores(self, batch: Batch) -> Scores:
+        """Sum over positions of the difference to the mean times the coefficient."""
+        coefficients, activations = self._propagated(batch, torch.ones_like)
+        scores = {}
+        for site, coefficient in zip(self.sites, coefficients, strict=True):
+            a = positions(activations.pop(site.name), site)
+            change = a - batch.prepared[site.name].to(a)[:, None]
+            scores[site.name] = (change * positions(coefficient, site)).sum(-1)
+        return scores
+
+
+def _coefficients(gamma: float, canonizers: Sequence[Any] | None) -> Any:
+    """A composite whose rules pass on coefficients in place of relevance."""
+    from zennit.canonizers import SequentialMergeBatchNorm
+    from zennit.composites import LayerMapComposite
+    from zennit.core import BasicHook, Hook, Stabilizer
+    from zennit.types import Convolution, Linear
+
+    stabilised = Stabilizer.ensure(1e-9)
+
+    def ratio(z: Tensor, ruled: Tensor, side: Tensor) -> Tensor:
+        return torch.where(side, z / stabilised(ruled), 0.0)
+
+    class Gamma(BasicHook):  # type: ignore[misc]
+        def __init__(self) -> None:
+            # For outputs above zero, for those below, and the network's own.
+            super().__init__(
+                input_modifiers=[torch.clone] * 3,  # each with a gradient of its own
+                param_modifiers=[
+                    lambda parameter, _: parameter + gamma * parameter.clamp(min=0),
+                    lambda parameter, _: parameter + gamma * parameter.clamp(max=0),
+                    lambda parameter, _: parameter,
+                ],
+                gradient_mapper=lambda c, z: (
+                    c * ratio(z[2], z[0], z[2] > 0),
+                    c * ratio(z[2], z[1], z[2] < 0),
+                    torch.zeros_like(c),
+                ),
+                reducer=lambda inputs, gradients: gradients[0] + gradients[1],
+            )
+
+        def copy(self) -> Any:
+            return Gamma()
+
+    class Secant(Hook):  # type: ignore[misc]
+        def forward(self, module: Any, input: Any, output: Any) -> None:
+            self.stored_tensors["ratio"] = output.detach() / stabilised(input[0].detach())
+
+        def backward(self, module: Any, grad_input: Any, grad_output: Any) -> Any:
+            return (grad_output[0] * self.stored_tensors["ratio"],)
+
+    smooth = (
+        nn.GELU,
+        nn.SiLU,
+        nn.Hardswish,
+        nn.ELU,
+        nn.SELU,
+        nn.CELU,
+        nn.Mish,
+        nn.Tanh,
+        nn.Softplus,
+    )
+    layers: list[Any] = [(smooth, Secant())]
+    if gamma:
+        layers.append(((Convolution, Linear), Gamma()))
+    chosen = [SequentialMergeBatchNorm()] if canonizers is None else list(canonizers)
+    return LayerMapComposite(layer_map=layers, canonizers=chosen)
+
+
+def _check_rules(model: nn.Module, what: str, remedy: str) -> None:
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, _WITHOUT_RULES):
+            raise ValueError(
+                f"{what} has no rule for module {name!r} ({type(module).__name__}); {remedy}."
+            )
 
 
 def _composite(composite: Any, canonizers: Sequence[Any] | None) -> Any:

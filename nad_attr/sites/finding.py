@@ -13,6 +13,7 @@ after it does not.
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -231,13 +232,11 @@ def _traced(
         traced = trace(model, inputs, _as_tuple(additional_forward_args), forward_func)
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-        sizes = _batch_sizes(model, inputs, _as_tuple(additional_forward_args), forward_func)
-        if sizes:
-            raise SiteError(
-                f"the model runs on batches of {' or '.join(map(str, sizes))} images and not of "
-                f"{len(inputs[0])}: a batch size is fixed in its forward pass ({error}). Batches "
-                "of any size have to pass: write x.shape[0] or -1 in place of the number"
-            ) from error
+        arguments = _as_tuple(additional_forward_args)
+        size = fixed_batch_size(model, inputs, arguments, forward_func, str(error))
+        if size is not None:  # sites are the same in any batch
+            repeated = tuple(x[[i % len(x) for i in range(size)]] for x in inputs)
+            return _traced(model, repeated, additional_forward_args, forward_func)
         remedy = (
             "If the model looks at values, give real tensors instead of meta tensors."
             if any(tensor.is_meta for tensor in inputs)
@@ -349,30 +348,45 @@ def _checked_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def _batch_sizes(
+#: Batch sizes that people write into a forward pass or export with.
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 10, 20, 50, 100, 12, 24, 48, 3, 5, 6, 25, 96, 200)
+
+
+def fixed_batch_size(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
-    arguments: tuple[object, ...],
-    forward_func: Callable[..., object] | None,
-) -> list[int]:
-    """Batch sizes that a model can be run on, of those that people write into a forward pass."""
-    found = []
+    arguments: tuple[object, ...] = (),
+    forward_func: Callable[..., object] | None = None,
+    error: str = "",
+) -> int | None:
+    """The batch size that a model can be run on, where it fails on the one of ``inputs``.
+
+    Args:
+        model: The model.
+        inputs: What it fails on.
+        arguments: Further arguments.
+        forward_func: What is called in its place.
+        error: How it fails; numbers in it are tried first.
+
+    Returns:
+        The size; None if it fails on others as well, or for other reasons.
+    """
     if any(not tensor.ndim or not len(tensor) for tensor in inputs):
-        return []
-    for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        shapes = [(n, *tensor.shape[1:]) for tensor in inputs]
-        shaped = [
-            torch.empty(s, dtype=t.dtype, device="meta")
-            for s, t in zip(shapes, inputs, strict=True)
-        ]
+        return None
+
+    def runs(n: int) -> bool:
+        shaped = [torch.empty(n, *x.shape[1:], dtype=x.dtype, device="meta") for x in inputs]
         try:
-            trace(
-                model, shaped, arguments, forward_func
-            )  # on shapes alone, which costs next to nothing
+            trace(model, shaped, arguments, forward_func)  # shapes alone cost next to nothing
         except Exception:
-            continue
-        found.append(n)
-    return found if len(found) < 5 else []
+            return False
+        return True
+
+    named = [int(n) for n in re.findall(r"\d{1,4}", error)]
+    sizes = [n for n in dict.fromkeys((*named, *_BATCH_SIZES)) if 0 < n != len(inputs[0])]
+    size = next((n for n in sizes if runs(n)), None)
+    # A size that fails beside many that do not is another matter, as of a squeeze() of one image.
+    return None if size is None or (runs(size + 1) and runs(size + 2)) else size
 
 
 def _checked_inputs(example_inputs: object) -> tuple[Tensor, ...]:
@@ -593,6 +607,8 @@ def _found_sites(
         assert call.shape is not None
         if vectors or len(call.shape) > 2:
             axes = flow.nodes[index].axes
+            if len(axes) != 1:  # of a product of matrices, as attention by convolutions makes
+                axes = _axes_from_readers(flow, index) or axes
             sites.append(_site(call.name, call.shape, axes, channel_dim, at_input=False))
     if not sites and flow.int8:
         raise SiteError(f"no gate site found: {flow.int8}")

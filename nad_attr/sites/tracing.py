@@ -8,6 +8,7 @@ and made, and every call of a module with the tensors it was given and gave back
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -190,7 +191,7 @@ def trace(
     device = parameters[0].device if parameters else torch.device("cpu")
     on_meta = device.type == "meta" and all(p.is_meta for p in parameters)
     if on_meta:
-        arguments = tuple(_map(arguments, lambda t: t.to("meta")))
+        arguments = tuple(mapped(arguments, lambda t: t.to("meta")))
 
     def on_fake_tensors() -> Trace:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -202,33 +203,45 @@ def trace(
                     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             return fake.from_tensor(tensor)
 
-        return _run(model, run, tuple(_map(arguments, faked)), len(inputs), fake)
+        return _run(model, run, tuple(mapped(arguments, faked)), len(inputs), fake)
 
     def as_given() -> Trace:
         # Copies, since the model may write into its inputs.
-        copies = tuple(_map(arguments, lambda tensor: tensor.detach().clone()))
+        copies = tuple(mapped(arguments, lambda tensor: tensor.detach().clone()))
         return _run(model, run, copies, len(inputs), None)
 
     # Meta tensors have no values either, and go through a meta model faster than fake ones.
     first, second = (as_given, on_fake_tensors) if on_meta else (on_fake_tensors, as_given)
     try:
-        return first()
+        with _said_once():
+            return first()
     except Exception:
         if not on_meta and any(tensor.is_meta for tensor in tensors_in(arguments)):
             raise
         return dataclasses.replace(second(), on_values=not on_meta)
 
 
-def _map(value: object, function: Callable[[Tensor], Tensor]) -> Any:
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """What fails on fake tensors is raised; torch logs it with its whole traceback as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def mapped(value: object, function: Callable[[Tensor], Tensor]) -> Any:
     """Applies a function to the tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
+        return {key: mapped(item, function) for key, item in value.items()}
     if type(value) is list:
-        return [_map(item, function) for item in value]
+        return [mapped(item, function) for item in value]
     if type(value) is tuple:
-        return tuple(_map(item, function) for item in value)
+        return tuple(mapped(item, function) for item in value)
     return value
 
 

@@ -14,7 +14,7 @@ from nad_attr.data.images import read_image
 from nad_attr.data.labels import Labels
 from nad_attr.specs.names import SpecError
 
-__all__ = ["PhotoTable", "read_table"]
+__all__ = ["PhotoTable", "first_file", "read_table"]
 
 
 class PhotoTable(Dataset[Any]):
@@ -47,7 +47,7 @@ class PhotoTable(Dataset[Any]):
 def read_table(
     path: str | Path,
     root: str,
-    class_names: Mapping[str, int] | None = None,
+    numbered: Callable[[Sequence[str]], Mapping[str, int]] | None = None,
     *,
     one_output: bool = False,
 ) -> tuple[list[str], Labels, dict[int, str]]:
@@ -60,7 +60,8 @@ def read_table(
     Args:
         path: The table.
         root: The folder of the images.
-        class_names: ``{name: class index}``, for class names.
+        numbered: Gives ``{name: class index}`` for the class names that are there. None: class
+            names get no numbers, for those who want the files alone.
         one_output: Whether the network has one output: a column of 0 and 1 is its label.
 
     Returns:
@@ -90,7 +91,7 @@ def read_table(
     try:
         numbers = [[float(c) if c.strip() else math.nan for c in row] for row in cells]
     except ValueError:
-        return files, *_named(path, [row[0].strip() for row in cells], len(head), class_names)
+        return files, *_named(path, [row[0].strip() for row in cells], len(head), numbered)
     if len(head) > 2:
         return files, Labels(numbers), dict(enumerate(head[1:]))
     flat = [row[0] for row in numbers]
@@ -101,17 +102,30 @@ def read_table(
     return files, Labels(flat), {0: head[1]}
 
 
+def first_file(path: str | Path) -> str:
+    """The file that the first row of a table names."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        named = [row[0] for row in csv.reader(file) if row]
+    if len(named) < 2:
+        raise SpecError(f"{path} must be a table with a head and a row for each image.")
+    return named[1]
+
+
 def _named(
-    path: str | Path, names: list[str], n_columns: int, class_names: Mapping[str, int] | None
+    path: str | Path,
+    names: list[str],
+    n_columns: int,
+    numbered: Callable[[Sequence[str]], Mapping[str, int]] | None,
 ) -> tuple[Labels, dict[int, str]]:
     if n_columns > 2:
         raise SpecError(f"{path}: several columns of labels must be numbers, or empty if unknown.")
-    if not class_names:
-        raise SpecError(
-            f"{path} holds names of classes ({names[0]!r}, ...), and nothing says which output is "
-            'which: give --class-index, a JSON file {"name": 0, ...}.'
-        )
-    unknown = next((name for name in names if name not in class_names), None)
-    if unknown is not None:
-        raise SpecError(f"{path}: {unknown!r} is none of the {len(class_names)} known classes.")
-    return Labels([class_names[name] for name in names]), {k: n for n, k in class_names.items()}
+    found = sorted(set(names))
+    if "" in found:
+        raise SpecError(f"{path}: an image has no class; leave out its row.")
+    if numbered is None:
+        return Labels([0] * len(names)), {}
+    try:
+        numbers = numbered(found)
+    except ValueError as error:
+        raise SpecError(f"{path}: {str(error).replace('folder', 'name')}") from None
+    return Labels([numbers[name] for name in names]), {numbers[name]: name for name in found}

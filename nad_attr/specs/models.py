@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nad_attr.sites.finding import fixed_batch_size
 from nad_attr.sites.preserving import unchanged
 from nad_attr.specs.names import SpecError, call, first_line, near, need
 from nad_attr.system.rng import isolated_rng
@@ -398,10 +399,14 @@ def n_outputs(model: nn.Module, inputs: Tensor) -> int:
         5
     """
     place = next(model.parameters(), None)
+    inputs = inputs if place is None else inputs.to(place.device, place.dtype)
     try:
         with torch.no_grad(), unchanged(model):
-            outputs = model(inputs if place is None else inputs.to(place.device, place.dtype))
+            outputs = model(inputs)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        size = fixed_batch_size(model, (inputs,), error=str(error))
+        if size is not None and size > len(inputs):
+            return n_outputs(model, inputs[:1].expand(size, *inputs.shape[1:]))
         raise SpecError(
             f"the model does not take inputs of shape {tuple(inputs.shape)}: {first_line(error)}. "
             "Check --resize, --crop or --transform."

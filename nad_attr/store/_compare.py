@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nad_attr.data.fingerprints import same_outputs
-from nad_attr.gates.recipe import Recipe
+from nad_attr.gates.recipe import FOLLOWING, Recipe
 from nad_attr.sites.site import GateSite
 from nad_attr.store._content import Head
 
@@ -41,13 +41,17 @@ def differences(
         if type(recipe) is not type(head.recipe):
             wrong.append(f"recipe (it has {head.recipe!r}, not {recipe!r})")
         else:
+            # Left to the ablation, or the number that comes to: both are the same recipe.
+            asked, had = (
+                dataclasses.asdict(r) | {name: r.fitting(name) for name in FOLLOWING}
+                for r in (recipe, head.recipe)
+            )
             fields = [
-                f"{field.name} is {getattr(head.recipe, field.name)!r} in it, not "
-                f"{getattr(recipe, field.name)!r}"
-                for field in dataclasses.fields(recipe)
-                if getattr(recipe, field.name) != getattr(head.recipe, field.name)
+                f"{name} is {had[name]!r} in it, not {value!r}"
+                for name, value in asked.items()
+                if value != had[name]
             ]
-            wrong.append(f"recipe ({', '.join(fields)})")
+            wrong += [f"recipe ({', '.join(fields)})"] if fields else []
     names = {"model_hash": "model", "data_fingerprint": "data"}
     for key in _COMPARED:
         known, given = head.provenance.get(key), provenance.get(key)

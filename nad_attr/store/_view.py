@@ -226,7 +226,8 @@ class StoreView:
         if wrong:
             raise GateStoreError(
                 f"{self.path} was begun otherwise; what differs: {'; '.join(wrong)}. Go on with "
-                "what it was begun with, or write to another file."
+                "what it was begun with, write to another file, or begin anew with overwrite=True "
+                "(--overwrite in place of --resume)."
             )
 
     def _closed_at(self) -> str:

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Owner", "owned"]
+__all__ = ["Owner", "owned", "stranger"]
 
 _ENTERED: contextvars.ContextVar[tuple[Owner, ...]] = contextvars.ContextVar("entered", default=())
+_STRANGER: contextvars.ContextVar[bool] = contextvars.ContextVar("stranger", default=False)
 
 
 def _task() -> asyncio.Task[Any] | None:
@@ -48,6 +49,8 @@ class Owner:
 
     def acts(self, module: nn.Module) -> bool:
         """Whether a forward pass that calls this module is the owner's."""
+        if _STRANGER.get():
+            return False
         if threading.get_ident() == self.thread:
             if self.task is None or self.task.done() or _task() is self.task:
                 return True
@@ -66,6 +69,17 @@ class Owner:
             return hook(module, *args) if self.acts(module) else None
 
         return mine
+
+
+@contextmanager
+def stranger() -> Iterator[None]:
+    """Passes inside are nobody's: they see the whole network, whatever hooks are on it."""
+    before = _STRANGER.get()
+    _STRANGER.set(True)
+    try:
+        yield
+    finally:
+        _STRANGER.set(before)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nad_attr._checks import check_count
+from nad_attr.data.labels import Labels
 from nad_attr.data.sources import Data, DatasetSource, Source, TensorSource, as_source, loading
 from nad_attr.gating.hooks import check_eval
 from nad_attr.running.forward import Runner, chunks, network_errors
@@ -86,7 +87,9 @@ def random_weights(
         for name, tensor in _tensors(drawn):
             tensor.data = tensor.data.to(places[name])
     if data is not None:
-        _estimate_norms(drawn, [name for name, _ in chosen], as_source(data), seed, run)
+        _estimate_norms(
+            drawn, [name for name, _ in chosen], as_source(data, any_labels=True), seed, run
+        )
     return drawn.eval()
 
 
@@ -198,7 +201,7 @@ def cascading_randomisation(
     if stages is not None:
         check_count(stages, "stages")
     check_eval(model)
-    options, source = for_copies(run), as_source(data)
+    options, source = for_copies(run), as_source(data, any_labels=True)
     names = _output_first(unwrap(model), source, options)
     if not names:
         raise ValueError("the network has no parameters that could be drawn anew.")
@@ -258,28 +261,28 @@ class _Relabelled(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, i: int) -> tuple[Any, int]:
-        return self.dataset[self.numbers[i]][0], int(self.targets[i])
+    def __getitem__(self, i: int) -> tuple[Any, Any]:
+        label = self.targets[i]
+        return self.dataset[self.numbers[i]][0], label if label.ndim else int(label)
 
 
 def chosen(data: Data, source: Source, rows: Tensor, labels: Tensor) -> Data:
-    """Some of the images with new labels, as the same kind of data."""
+    """Some of the images with new labels, in the form of a source's, as the same kind of data."""
+    # Rows of a single 1 each would be read as classes.
+    given: Any = Labels(labels, kind="several") if labels.ndim == 2 else labels
     if isinstance(source, TensorSource):
         inputs = tuple(item[rows.to(item.device)] for item in source.inputs)
-        return (inputs if len(inputs) > 1 else inputs[0]), labels
+        return (inputs if len(inputs) > 1 else inputs[0]), given
     if not isinstance(source, DatasetSource):
         raise TypeError(f"images of a {type(source).__name__} cannot be chosen from.")
     numbers = [source.numbers[i] for i in rows.tolist()]
     dataset: Dataset[Any] = _Relabelled(source.dataset, numbers, labels)
     if isinstance(source.dataset, TensorDataset):  # whose images never change
         dataset = TensorDataset(*(t[numbers] for t in source.dataset.tensors[:-1]), labels)
+    result: Any = dataset
     if isinstance(data, DataLoader):
-        return DataLoader(
-            dataset,
-            batch_size=data.batch_size or 1,
-            **loading(data),
-        )
-    return dataset
+        result = DataLoader(dataset, batch_size=data.batch_size or 1, **loading(data))
+    return (result, given) if labels.ndim == 2 else result
 
 
 def shuffled_labels(data: Data, seed: int = 0) -> Data:
@@ -302,7 +305,7 @@ def shuffled_labels(data: Data, seed: int = 0) -> Data:
         >>> dealt.sort().values.tolist()
         [0, 0, 1, 1]
     """
-    source = as_source(data)
+    source = as_source(data, any_labels=True)
     n = len(source.labels)
     generator = torch.Generator().manual_seed(seed_of("shuffled labels", seed))
     dealt = source.labels[torch.randperm(n, generator=generator, device="cpu")]

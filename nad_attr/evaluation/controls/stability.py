@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nad_attr.data.labels import Task
+from nad_attr.data.labels import Task, patterns
 from nad_attr.data.sources import Data, as_source
 from nad_attr.evaluation.controls.randomisation import chosen
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -36,7 +36,8 @@ def _per_class(labels: Tensor, seed: int) -> list[Tensor]:
     """The numbers of each class's images in random order."""
     generator = torch.Generator().manual_seed(seed_of("images per class", seed))
     order = torch.randperm(len(labels), generator=generator, device="cpu")
-    return [order[labels[order] == k] for k in labels.unique().tolist()]
+    known, place = patterns(labels)
+    return [order[place[order] == k] for k in range(len(known))]
 
 
 def architectures_of(found: TaskGates | Sequence[SubArchitecture]) -> list[SubArchitecture]:
@@ -174,15 +175,21 @@ def stability(
     seeds = [int(seed) for seed in seeds]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different whole numbers, at least one, not {seeds}.")
-    source = as_source(data)
-    least = int(source.labels.bincount()[source.labels.unique()].min())
+    source = as_source(data, any_labels=True)
+    least = min(map(len, _per_class(source.labels, 0)))
+    several = source.labels.ndim == 2 and source.labels.shape[1] > 1
+    if several and images_per_class:
+        raise ValueError(
+            "images_per_class is for images of one class each; these have several labels. Leave it "
+            "out, and compare halves and seeds."
+        )
     for n in images_per_class:
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= least:
             raise ValueError(
                 f"images_per_class: {n!r} is not among 1 to {least}, the images of the smallest "
                 "class."
             )
-    if halves and least < 2:
+    if halves and least < 2 and not several:
         raise ValueError("a class with one image has no halves; give halves=False.")
 
     def some(rows: Tensor) -> Data:
@@ -194,8 +201,12 @@ def stability(
     split = []
     for seed in seeds if halves else []:
         classes = _per_class(source.labels, seed)
-        first = torch.cat([numbers[: len(numbers) // 2] for numbers in classes])
-        second = torch.cat([numbers[len(numbers) // 2 :] for numbers in classes])
+        if several:  # every second image in the order of their labels: much the same in both
+            every = torch.cat(classes)
+            first, second = every[::2], every[1::2]
+        else:
+            first = torch.cat([numbers[: len(numbers) // 2] for numbers in classes])
+            second = torch.cat([numbers[len(numbers) // 2 :] for numbers in classes])
         parts = [architectures_of(learn(model, some(part), seed)) for part in (first, second)]
         split.append(_kappas(*parts))
     fewer = {}

@@ -229,7 +229,8 @@ def explain_error(
         raise TypeError(f"label must be one class index, not {label!r}.")
     if y not in tasks:
         raise ValueError(
-            f"there is no sub-architecture of class {y}; there are {list(tasks[:20])}."
+            f"there is no sub-architecture of class {y}; there are {list(tasks[:20])}. Learn gates "
+            f"of task {y} as well."
         )
     inputs = _one(image)
     as_source((inputs, torch.tensor([y], device="cpu")))  # refuses NaN and what is no image
@@ -248,7 +249,8 @@ def explain_error(
         if called not in tasks:
             raise ValueError(
                 f"the image is called {called}, of which there is no sub-architecture; there are "
-                f"{list(tasks[:20])}."
+                f"{list(tasks[:20])}. Learn gates of task {called} as well, or take an image that "
+                "the network calls one of these."
             )
         rows = tasks.index(y), tasks.index(called)
         right, wrong = (given.architectures[row] for row in rows)

@@ -38,12 +38,23 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Curves", "area_under", "completeness", "curves", "faithfulness"]
+__all__ = [
+    "MIB_SIZES",
+    "Curves",
+    "area_under",
+    "circuit_areas",
+    "completeness",
+    "curves",
+    "faithfulness",
+]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
 #: What :meth:`Curves.values` knows: two measured curves, and the same two on a common scale.
 KINDS = ("keep", "ablate", "faithfulness", "completeness")
+
+#: Sizes at which MIB draws its curves; see :func:`circuit_areas`.
+MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 #: A measure that differs by less between the whole and the empty network is the same for both.
 MIN_DIFFERENCE = 1e-9
@@ -104,6 +115,38 @@ def faithfulness(values: ArrayLike, empty: ArrayLike, full: ArrayLike) -> FloatA
     scale = high - low
     known = ~(np.abs(scale) <= MIN_DIFFERENCE)
     return np.where(known, (value - low) / np.where(known, scale, 1.0), np.nan)
+
+
+def circuit_areas(sizes: ArrayLike, faithful: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """MIB's two numbers of a circuit: CPR, the area of f(k), and CMD, the area of ``|1 - f(k)|``.
+
+    By the trapezoid rule over the sizes as they are (shares, on a linear axis), not divided by
+    their range: from .1 to 100 % a curve that is 1 everywhere has a CPR of .999. CPR (circuit
+    performance ratio) is better the higher, CMD (circuit-model distance) the lower; 0 is best.
+
+    Args:
+        sizes: (S,) shares of the channels, rising; MIB's are :data:`MIB_SIZES`.
+        faithful: (..., S), :func:`faithfulness` of the circuits.
+
+    Returns:
+        CPR and CMD, float64 (...); NaN where a value is.
+
+    Raises:
+        ValueError: If shapes do not fit, sizes fall, or span nothing.
+
+    Source: Mueller et al., "MIB: A Mechanistic Interpretability Benchmark", ICML 2025, arXiv
+    2504.13151; the sum as in its published evaluation.
+
+    Example:
+        >>> cpr, cmd = circuit_areas([0.0, 0.5, 1.0], [0.0, 1.5, 1.0])
+        >>> cpr.item(), cmd.item()
+        (1.0, 0.5)
+    """
+    f = np.asarray(faithful, dtype=np.float64)
+    cpr, cmd = area_under(sizes, f), area_under(sizes, np.abs(1 - f))
+    x = np.asarray(sizes, dtype=np.float64)
+    span = x[-1] - x[0]
+    return np.asarray(cpr * span), np.asarray(cmd * span)
 
 
 def completeness(complement: ArrayLike, empty: ArrayLike, full: ArrayLike) -> FloatArray:
@@ -227,6 +270,17 @@ class Curves(Result):
         """
         return np.asarray(self.area("keep", measure) - self.area("ablate", measure))
 
+    def circuit_areas(self, measure: str | None = None) -> tuple[FloatArray, FloatArray]:
+        """MIB's CPR and CMD of the kept channels, (T,) each; see :func:`circuit_areas`.
+
+        Over the sizes as asked for, from the first to the last; MIB's are :data:`MIB_SIZES`. The
+        smallest have at least one channel.
+
+        Raises:
+            ValueError: If there is no such measure, or only one size.
+        """
+        return circuit_areas(self.requested, self.values("faithfulness", measure))
+
     def mean(self, kind: str = "keep", measure: str | None = None) -> FloatArray:
         """Mean curve over the tasks for which it is known, (S,)."""
         return nan_mean(self.values(kind, measure))
@@ -309,8 +363,13 @@ class Curves(Result):
             for measure in self.measures
         }
         scaled = ("faithfulness", "completeness")
+        more = {}
+        if self.requested == MIB_SIZES:
+            areas = {m: self.circuit_areas(m) for m in self.measures}
+            more = {n: {m: a[i] for m, a in areas.items()} for i, n in enumerate(("cpr", "cmd"))}
         return {
             "delta": delta,
+            **more,
             **{kind: {m: self.values(kind, m) for m in self.measures} for kind in scaled},
         }
 
@@ -338,6 +397,9 @@ class Curves(Result):
         )
         delta = number(float(nan_mean(self.delta(measure))))
         foot = f"delta {delta} ({number(low)} to {number(high)})"
+        if self.requested == MIB_SIZES:
+            cpr, cmd = (number(float(nan_mean(v))) for v in self.circuit_areas(measure))
+            foot += f", CPR {cpr}, CMD {cmd}"
         return "\n".join(map(shown, [title, *table(rows), foot]))
 
     def _end_cells(self, measure: str, end: int) -> list[str]:

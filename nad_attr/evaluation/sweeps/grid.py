@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nad_attr.data.labels import Task, own_images
+from nad_attr.data.labels import Task, other_images, own_images, tasks_in
 from nad_attr.data.sources import Data, as_source
 from nad_attr.evaluation.ablation import ABLATIONS, Ablation, as_ablation, fit_ablation
-from nad_attr.evaluation.measures import auc, constant_up_to_rounding, fidelity, share_of
+from nad_attr.evaluation.measures import among, auc, constant_up_to_rounding, fidelity, share_of
 from nad_attr.evaluation.responses import Responses, answers, as_architectures, progress_bar
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -73,7 +74,7 @@ def recipe_of(ranks: Any) -> Recipe | None:
     if recipe is None or isinstance(recipe, PaperRecipe) or recipe.ablation == OPTIMAL:
         return None if isinstance(recipe, PaperRecipe) else recipe
     steps, images = recipe.steps, recipe.images_per_step
-    return Recipe(ablation="optimal", steps=steps, images_per_step=images)
+    return Recipe(steps=steps, images_per_step=images)
 
 
 def own_constants(
@@ -159,6 +160,8 @@ def _measured(
     margins: Tensor,
     calls: Tensor,
     own: Tensor,
+    known: Tensor,
+    of_targets: bool,
     columns: Sequence[int],
     responses: Responses,
 ) -> dict[str, FloatArray]:
@@ -170,43 +173,54 @@ def _measured(
         margins: (R, N).
         calls: int (R, N), classes that are called.
         own: bool (J, N), the tasks' own images.
+        known: bool (J, N), their own and other images.
+        of_targets: Whether the images have targets, of which there are no AUCs.
         columns: R numbers, each row's task among the J.
         responses: Labels and whole network, to which fidelity and rounding refer.
     """
     at = list(columns)
     labels, clean = responses.labels, responses.whole.T
-    mine, whole = own[at], clean[at]
+    mine, counts, whole = own[at], known[at], clean[at]
+    rest = counts & ~mine
     level = constant_up_to_rounding(explained, whole)
     clean_margin = responses.whole_margin.T[at]
     # With no other class at all the margin is infinite for every image, and says nothing.
     margin_known = torch.isfinite(margins).any(-1)
-    members = [t if isinstance(t, tuple) else (t,) for t in (responses.columns[c] for c in at)]
-    called = torch.stack(
-        [torch.isin(call, call.new_tensor(m)) for call, m in zip(calls, members, strict=True)]
-    )
-    recall, fpr = share_of(called, mine), share_of(called, ~mine)
+    if labels.ndim == 1:
+        tasks = [responses.columns[column] for column in at]
+        called = torch.stack(
+            [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
+        )
+        right = share_of(calls == labels, rest)
+        margin_auc = auc(constant_up_to_rounding(margins, clean_margin), mine)
+        margin_auc = torch.where(margin_known, margin_auc, torch.nan)
+    else:
+        called = margins > 0
+        right = margin_auc = torch.full((len(at),), torch.nan, dtype=torch.float64, device="cpu")
+    recall, fpr = share_of(called, mine), share_of(called, rest)
+    own_auc = among(counts, auc, level, mine)
+    if of_targets:
+        recall = fpr = own_auc = torch.full_like(own_auc, torch.nan)
     result = {
-        "own_auc": _array(auc(level, mine)),
-        "fidelity": _array(fidelity(whole, level, mine)),
-        "rank_fidelity": _array(fidelity(whole, level, mine, ranks=True)),
-        "margin_auc": _array(
-            torch.where(
-                margin_known, auc(constant_up_to_rounding(margins, clean_margin), mine), torch.nan
-            )
-        ),
+        "own_auc": _array(own_auc),
+        "fidelity": _array(among(counts, fidelity, whole, level, mine)),
+        "rank_fidelity": _array(among(counts, partial(fidelity, ranks=True), whole, level, mine)),
+        "margin_auc": _array(margin_auc),
         "recall": _array(recall),
         "fpr": _array(fpr),
         "ba": _array((recall + 1 - fpr) / 2),
-        "other_accuracy": _array(share_of(calls == labels, ~mine)),
+        "other_accuracy": _array(right),
     }
     if outputs.shape[-1]:
         others = []
         # One row at a time: the ranks of a whole (R, J, N) array would fill the memory.
         for values, column in zip(outputs, at, strict=True):
-            row = _array(auc(constant_up_to_rounding(values.T, clean), own))
+            row = _array(among(known, auc, constant_up_to_rounding(values.T, clean), own))
+            if of_targets:
+                row[:] = np.nan
             row[column] = np.nan
-            known = row[~np.isnan(row)]
-            others.append(known.mean() if len(known) else math.nan)
+            there = row[~np.isnan(row)]
+            others.append(there.mean() if len(there) else math.nan)
         result["other_auc"] = np.array(others)
         result["disentanglement"] = result["own_auc"] - result["other_auc"]
     return {name: result[name] for name in GRID_MEASURES if name in result}
@@ -256,9 +270,11 @@ def measure_grid(
         raise ValueError("groups must be of the same tasks in the same order.")
     chosen = as_ablation(ablation)
     runner = Runner(model, run)
-    source = as_source(data)
+    source = as_source(data, any_labels=True)
+    runner.fit(source)
     own = own_images(source.labels, tasks)
     _check_own(own, tasks, source.labels)
+    known, of_targets = own | other_images(source.labels, tasks), source.targets is not None
 
     n = len(source.labels)
     kept = runner.options.kept_bytes(GRID_BYTES)
@@ -282,7 +298,7 @@ def measure_grid(
                 own_only=not others,
             )
             if not whole:
-                whole = _whole(responses, own, others)
+                whole = _whole(responses, own, known, of_targets, others)
             at = columns[block[0] : block[-1] + 1]
             gated = responses.gated
             parts.append(
@@ -292,6 +308,8 @@ def measure_grid(
                     responses.gated_margin,
                     responses.gated_class,
                     own,
+                    known,
+                    of_targets,
                     at,
                     responses,
                 )
@@ -313,7 +331,7 @@ def _check_own(own: Tensor, tasks: Sequence[Task], labels: Tensor) -> None:
     if not any(has):
         raise ValueError(
             f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
-            f"{labels.unique().tolist()[:10]}."
+            f"{tasks_in(labels)[:10]}."
         )
     missing = [task for task, known in zip(tasks, has, strict=True) if not known]
     if missing:
@@ -323,7 +341,9 @@ def _check_own(own: Tensor, tasks: Sequence[Task], labels: Tensor) -> None:
         )
 
 
-def _whole(responses: Responses, own: Tensor, others: bool) -> dict[str, FloatArray]:
+def _whole(
+    responses: Responses, own: Tensor, known: Tensor, of_targets: bool, others: bool
+) -> dict[str, FloatArray]:
     """The same measures of the whole network, once for each task."""
     clean = responses.whole.T
     n_tasks = len(clean)
@@ -335,6 +355,8 @@ def _whole(responses: Responses, own: Tensor, others: bool) -> dict[str, FloatAr
         responses.whole_margin.T,
         responses.whole_class.expand(n_tasks, -1),
         own,
+        known,
+        of_targets,
         range(n_tasks),
         responses,
     )

@@ -511,7 +511,7 @@ def size_sweep(
             stacklevel=2,
         )
     prepared = fitted(None if optimal else ablation, model, sites, tasks, train_data, run)
-    train = as_source(train_data) if scoring else None
+    train = as_source(train_data, any_labels=True) if scoring else None
     for name in scoring:
         scorer = named[name]
         assert isinstance(scorer, ChannelScorer)

@@ -14,6 +14,15 @@ const SETS = [
   ["closed", "neither"],
 ];
 
+// What certainty says of the kept channels, class by class: a set for each label.
+const SURE = DATA.certainty && {
+  labels: bytes(DATA.certainty.labels),
+  chosen: bytes(DATA.certainty.chosen),
+};
+const LABELS = ["closed", "a", "b", "nothing", "undecided"];
+const labelOf = (task, i) => (SURE ? SURE.labels[task * CHANNELS + i] : 0);
+const isSure = () => SURE && SITES.length > 0 && SURE.labels.subarray(state.a * CHANNELS, (state.a + 1) * CHANNELS).some(Boolean);
+
 /** Sizes of everything: cells are squares of one size, so that columns show how wide the sites are. */
 function arrange() {
   const width = printing ? PAPER : Math.max(240, byId("canvas-scroll").clientWidth - 6);
@@ -56,7 +65,8 @@ function order() {
   });
 }
 
-function setOf(levelA, levelB) {
+function setOf(levelA, levelB, i) {
+  if (levelB === null && labelOf(state.a, i)) return LABELS[labelOf(state.a, i)];
   const inA = isKept(levelA);
   const inB = levelB !== null && isKept(levelB);
   return inA && inB ? "both" : inA ? "a" : inB ? "b" : "closed";
@@ -72,13 +82,14 @@ function draw() {
   const [a, b] = [levels(state.a), state.b === null ? null : levels(state.b)];
   const { cell, perRow, column, gap, tallest } = layout;
   const inner = cell > 5 ? cell - 1 : cell > 2.5 ? cell - 0.5 : cell;
-  const cells = { a: [], b: [], both: [], closed: [] };
+  const cells = { a: [], b: [], both: [], nothing: [], undecided: [], closed: [] };
+  const sure = b === null && isSure();
   SITES.forEach((site, s) => {
     const left = s * (column + gap);
     arrangement[s].forEach((channel, place) => {
       const i = site.start + channel;
-      const set = setOf(a[i], b && b[i]);
-      const strength = b === null && set === "a" ? gateOf(a[i]) : 1;
+      const set = setOf(a[i], b && b[i], i);
+      const strength = b === null && set === "a" && !sure ? gateOf(a[i]) : 1;
       cells[set].push(left + (place % perRow) * cell, Math.floor(place / perRow) * cell, strength);
     });
   });
@@ -134,6 +145,10 @@ function described([s, place]) {
   const lines = [`${site.name}, channel ${channel}`];
   if (state.b === null) lines.push(`${TASKS[state.a]}: ${says(state.a)}`);
   else lines.push(`A, ${TASKS[state.a]}: ${says(state.a)}`, `B, ${TASKS[state.b]}: ${says(state.b)}`);
+  if (state.b === null && labelOf(state.a, i)) {
+    const share = percent(SURE.chosen[state.a * CHANNELS + i] / 255);
+    lines.push(`${DATA.certainty.names[labelOf(state.a, i)]}, chosen by ${share} of the halves`);
+  }
   const concept = conceptOf(i);
   if (concept) lines.push(concept);
   return { lines, pictures: picturesOf(i) };
@@ -218,10 +233,13 @@ canvas.addEventListener("keydown", (event) => {
 });
 
 function legend() {
-  const counts = { a: 0, b: 0, both: 0, closed: 0 };
+  const counts = { a: 0, b: 0, both: 0, nothing: 0, undecided: 0, closed: 0 };
   const [a, b] = [levels(state.a), state.b === null ? null : levels(state.b)];
-  for (let i = 0; i < CHANNELS; i++) counts[setOf(a[i], b && b[i])]++;
-  const names = state.b === null ? [["a", "kept"], ["closed", "closed"]] : SETS;
+  for (let i = 0; i < CHANNELS; i++) counts[setOf(a[i], b && b[i], i)]++;
+  const alone = isSure()
+    ? [1, 2, 3, 4, 0].map((k) => [LABELS[k], DATA.certainty.names[k] || "closed"])
+    : [["a", "kept"], ["closed", "closed"]];
+  const names = state.b === null ? alone : SETS;
   byId("legend").replaceChildren(
     ...names.map(([set, text]) =>
       element(

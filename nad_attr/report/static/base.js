@@ -124,12 +124,13 @@ const DARK = window.matchMedia("(prefers-color-scheme: dark)");
 function colours() {
   const style = getComputedStyle(document.documentElement);
   const found = {};
-  for (const name of ["page", "card", "ink", "soft", "line", "a", "b", "both", "closed"]) {
+  for (const name of ["page", "card", "ink", "soft", "line", "a", "b", "both", "closed", "nothing", "undecided"]) {
     found[name] = style.getPropertyValue(`--${name}`).trim();
   }
   if (printing) {
     Object.assign(found, { page: "#fff", card: "#fff", ink: "#000", soft: "#444", line: "#bbb" });
     Object.assign(found, { a: "#0072b2", b: "#e69f00", both: "#15191d", closed: "#dfe4e8" });
+    Object.assign(found, { nothing: "#9aa5ae", undecided: "#cc79a7" });
   }
   return found;
 }

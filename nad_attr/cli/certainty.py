@@ -1,0 +1,135 @@
+"""``nad-attr certainty``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nad_attr.certainty.measuring import certainty as measure
+from nad_attr.certainty.result import ChannelCertainty
+from nad_attr.cli import options as opt
+from nad_attr.cli.messages import UsageError, guarded, say
+from nad_attr.cli.opening import (
+    check_folder,
+    check_outputs,
+    chosen_device,
+    finished,
+    open_images,
+    opened_gates,
+    rebuilt,
+    training_name,
+)
+from nad_attr.running.options import RunOptions
+from nad_attr.specs import LoadedData
+from nad_attr.system.files import written
+from nad_attr.system.safe_text import cell, shown
+
+__all__ = ["certainty"]
+
+
+def certainty(
+    gates: opt.Store,
+    held_out: Annotated[
+        str, typer.Option("--held-out", help="Images that the gates were not learned on.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Images that the gates were learned on; left out: as then."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Write everything measured: .json, .csv (a row per channel) or .h5, which may be "
+            "the file of the gates itself, for its report.",
+        ),
+    ] = None,
+    tasks: opt.Tasks = None,
+    pairs: Annotated[
+        int, typer.Option(min=1, help="Pairs of halves of the images to learn from.")
+    ] = 8,
+    n_images: Annotated[
+        int, typer.Option("--images", min=2, help="Own images, and others, to test on, at most.")
+    ] = 128,
+    alternatives: Annotated[
+        int, typer.Option(min=0, help="Sub-architectures to learn that avoid what seems needed.")
+    ] = 3,
+    alpha: Annotated[float, typer.Option(help="False discovery rate.")] = 0.05,
+    tolerance: Annotated[float, typer.Option(help="Loss of fidelity that counts as none.")] = 0.02,
+    allow_empty: opt.AllowEmpty = False,
+    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
+    checks: opt.Checks = opt.ChecksName.refuse,
+    *,
+    network: opt.NetworkOptions,
+    work: opt.WorkOptions,
+) -> None:
+    """Say of each kept channel how sure it is, and whether its class needs it.
+
+    Learns each class again from halves of the images, closes each kept channel on held-out images,
+    and tries other sub-architectures. Each channel is needed, replaceable, without an effect that
+    was seen, or undecided.
+
+    Examples:
+      nad-attr certainty gates.h5 --data photos/train --held-out photos/val --out channels.csv
+      nad-attr certainty gates.h5 --held-out photos/val --tasks cat --pairs 16 --out gates.h5
+    """
+    with guarded(work.debug, stopped=lambda: "Nothing was measured to the end."):
+        if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
+            raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
+        text = out is not None and out.suffix in (".json", ".csv")
+        read = [network.weights, work.class_index, data, held_out, *([gates] if text else [])]
+        check_outputs([(out, "text" if text else "HDF5")], read)
+        run = RunOptions(
+            chosen_device(work.device),
+            amp=amp,
+            batch_size=work.batch_size,
+            show_progress=not work.quiet and sys.stderr.isatty(),
+        )
+        check_folder(held_out)
+        learned, provenance = opened_gates(gates, tasks)
+        name = training_name(
+            data, provenance, network.trust_file, "name the images that the gates were learned on"
+        )
+        opened = rebuilt(provenance, network, quiet=work.quiet)
+
+        def images_of(which: str, other: bool) -> LoadedData:
+            return open_images(
+                which, opened, held_out=other, allow_empty=allow_empty, **work.reading()
+            )
+
+        images, others = images_of(name, False), images_of(held_out, True)
+        found = measure(
+            opened.loaded.model,
+            learned,
+            images.data,
+            others.data,
+            pairs=pairs,
+            images=n_images,
+            alternatives=alternatives,
+            alpha=alpha,
+            tolerance=tolerance,
+            seed=work.seed,
+            run=run,
+            checks=checks.value,
+        )
+        finished(images, work.quiet)
+        finished(others, work.quiet)
+        typer.echo(shown(found.summary(), lines=True))
+        if out is not None:
+            _write(found, out)
+            say(f"written: {out}", work.quiet)
+
+
+def _write(found: ChannelCertainty, out: Path) -> None:
+    if out.suffix == ".csv":
+        frame = found.frame()
+        names = dict(zip(found.tasks, found.task_names, strict=True))
+        frame["task"] = [names[task] for task in frame["task"]]
+        frame = frame.apply(lambda column: column.map(cell))
+        with written(out) as file:
+            frame.to_csv(file, index=False, lineterminator="\n")
+    else:
+        found.save(out, None if out.suffix == ".json" else "certainty")

@@ -1,0 +1,123 @@
+"""``nad-attr verdict``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nad_attr.certainty.result import ChannelCertainty
+from nad_attr.certainty.verdict import verdict as judge
+from nad_attr.cli import options as opt
+from nad_attr.cli.messages import UsageError, check_size, guarded, say
+from nad_attr.cli.opening import (
+    check_folder,
+    check_outputs,
+    chosen_device,
+    finished,
+    open_images,
+    opened_gates,
+    rebuilt,
+    training_name,
+)
+from nad_attr.running.options import RunOptions
+from nad_attr.store import result_names
+
+__all__ = ["verdict"]
+
+
+def verdict(
+    gates: opt.Store,
+    held_out: Annotated[
+        str, typer.Option(help="Images that the gates were not learned from; named as for --data.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images that the gates were learned from; left out: those that the file names."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Write the verdict: .json or .h5, which may be the file of the gates itself, for "
+            "its report.",
+        ),
+    ] = None,
+    tasks: opt.Tasks = None,
+    size: Annotated[
+        float | None,
+        typer.Option(help="Cut the gates at this share of the channels; left out: as learned."),
+    ] = None,
+    replica: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File of gates of another run, such as another seed, for stability; repeatable."
+        ),
+    ] = None,
+    random: Annotated[
+        int, typer.Option(min=19, help="Random choices of as many channels at each site.")
+    ] = 19,
+    n_images: Annotated[
+        int, typer.Option("--images", min=4, help="Held-out images for each class, at most.")
+    ] = 200,
+    *,
+    network: opt.NetworkOptions,
+    work: opt.WorkOptions,
+) -> None:
+    """Test each class's channels: do they suffice, are they needed, specific, minimal, stable?
+
+    Each question is answered with "holds", "does not" or "not asked", beside random channels. A
+    certainty of channels that the file holds is used. The network is made again as the file says,
+    and has to be the same one.
+
+    Examples:
+      nad-attr verdict gates.h5 --data photos/train --held-out photos/val
+      nad-attr verdict gates.h5 --held-out photos/val --replica seed1.h5 --out gates.h5
+    """
+    with guarded(work.debug, stopped=lambda: "No verdict was reached."):
+        check_size(size)
+        if out is not None and out.suffix not in (".json", ".h5", ".hdf5"):
+            raise UsageError(f"--out writes .json or .h5, not {out.name!r}.")
+        text = out is not None and out.suffix == ".json"
+        others = [Path(name) for name in replica or ()]
+        read = [network.weights, work.class_index, held_out, data, *others]
+        check_outputs([(out, "text" if text else "HDF5")], [*read, *([gates] if text else [])])
+        run = RunOptions(
+            chosen_device(work.device),
+            batch_size=work.batch_size,
+            show_progress=not work.quiet and sys.stderr.isatty(),
+        )
+        check_folder(held_out)
+        learned, provenance = opened_gates(gates, tasks)
+        replicas = [opened_gates(path, tasks)[0] for path in others]
+        opened = rebuilt(provenance, network, quiet=work.quiet)
+        images = open_images(held_out, opened, held_out=True, **work.reading())
+        why = "name the images that the gates were learned from"
+        name = training_name(data, provenance, network.trust_file, why, "--data")
+        training = open_images(name, opened, **work.reading())
+        sure = None
+        if size is None and ChannelCertainty._kind() in result_names(gates):
+            found = ChannelCertainty.load(gates)
+            sure = found if set(learned.tasks) <= set(found.tasks) else None
+        result = judge(
+            opened.loaded.model,
+            learned,
+            training.data,
+            images.data,
+            certainty=sure,
+            replicas=replicas,
+            size=size,
+            n_random=random,
+            n_images=n_images,
+            seed=work.seed,
+            run=run,
+        )
+        finished(images, work.quiet)
+        typer.echo(result.summary())
+        if out is not None:
+            result.save(out)
+            say(f"written: {out}", work.quiet)
