@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from nad_attr.certainty.verdict import verdict
     from nad_attr.certainty.verdict_result import Verdict
     from nad_attr.data.labels import Labels, Task
+    from nad_attr.explaining.explaining import explain
+    from nad_attr.explaining.result import Explanation
     from nad_attr.flow.measuring import information_flow
     from nad_attr.flow.result import InformationFlow
     from nad_attr.gates.history import History
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChannelCertainty",
+    "Explanation",
     "GateSite",
     "GateStore",
     "GateStoreError",
@@ -51,6 +54,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "certainty",
+    "explain",
     "find_gate_sites",
     "fit_constants",
     "gated",
@@ -70,6 +74,7 @@ _HOMES = {
     "attribution": ("NADAttribution",),
     "certainty": ("ChannelCertainty", "certainty"),
     "certainty.verdict": ("Verdict", "verdict"),
+    "explaining": ("Explanation", "explain"),
     "flow": ("InformationFlow", "information_flow"),
     "gates": ("Task", "TaskGates"),
     "gating": ("GatingError", "gated", "recorded"),

@@ -716,7 +716,9 @@ def _check_learned(
                 "learn() with this layer."
             )
         known = learned[site.name]
-        if known.at_input != (site.at_input if at_input is None else at_input):
+        # Heads and neurons are at an input wherever they are.
+        says = site.at_input if at_input is None or known.units != "channels" else at_input
+        if known.at_input != says:
             raise ValueError(
                 f"the gates at {site.name!r} were learned for the layer's "
                 f"{'input' if known.at_input else 'output'}; call attribute() and learn() with "

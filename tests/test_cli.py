@@ -58,6 +58,24 @@ def colours(gain=1.0):
     return Colours(gain)
 
 
+class Tokens(nn.Module):
+    """Attention among the pixels of a photo, and an MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 4, stride=4)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.layer(self.first(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def tokens():
+    torch.manual_seed(0)
+    return Tokens()
+
+
 def fails():
     raise RuntimeError("out of luck")
 
@@ -95,6 +113,10 @@ class Reds(Colours):
 
 def reds():
     return Reds()
+
+
+def maps():
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.ReLU())
 
 
 def as_it_is():
@@ -189,6 +211,23 @@ def test_sites() -> None:
     entries = json.loads(Path("sites.json").read_text())
     assert [entry["name"] for entry in entries] == ["relu", "relu2"]
     assert "mix" in succeeds("sites", *MODEL, "--layer", "mix", "-q")
+
+
+def test_heads_and_neurons(here: Path) -> None:
+    model = ("--model", "colour_nets:tokens")
+    text = succeeds("sites", *model, "--input", "3x8x8", "--units", "heads,neurons")
+    for part in ("layer.self_attn.out_proj", "2 heads", "8 neurons"):
+        assert part in text
+    learn = ["learn", *model, *LEARN[3:], "--units", "heads, neurons", "--out", "heads.h5"]
+    succeeds(*learn)
+    gates = TaskGates.load("heads.h5")
+    assert [site.units for site in gates.sites] == ["heads", "neurons"]
+    assert all(arch.n_kept == 5 for arch in gates.sub_architectures())
+    text = succeeds("evaluate", "heads.h5", "--data", "val", "--trust-file")
+    assert "0.500" in text
+    message = "--units takes channels, heads, neurons, not 'head'."
+    fails(2, message, "sites", *model, "--units", "head")
+    fails(2, "give one of the two", *learn, "--layer", "layer", "--overwrite")
 
 
 @pytest.mark.slow
@@ -873,3 +912,55 @@ def test_main_leaves_the_handler_of_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SystemExit):
         cli.main()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+# ---------------------------------------------------------------------------------------------
+# explain
+# ---------------------------------------------------------------------------------------------
+
+EXPLAIN = ("explain", *MODEL, "--data", "train", "--device", "cpu")
+
+
+@pytest.mark.slow
+def test_explain_goes_from_photos_to_a_verdict(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    page = tmp_path / "report.html"
+    text = succeeds(*EXPLAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
+    for said in ("this will take about", "learning from", "Asked: which of 12 channels", "See: "):
+        assert said in text, text
+    assert len([line for line in text.splitlines() if line.startswith("Answer: ")]) == 1
+    assert GateStore.open(tmp_path / "gates.h5").task_names == ("blue", "red")
+    assert "verdict" in page.read_text()
+    again = succeeds(*EXPLAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
+    assert "verdict ..." not in again
+    fails(1, "begun with minutes 60.0, not None", *EXPLAIN, "--out", page, "--tasks", "red,blue")
+    fails(1, "was not begun by explain", *EXPLAIN, "--store", "gates.h5", "--out", page)
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "more"),
+    [
+        (1, "nowhere", ("--data", "nowhere")),
+        (2, "--tasks: there is no class 'purple'", ("--tasks", "purple")),
+        (2, "is there already and is", ("--out", "other.pt")),
+        (2, "there is no folder", ("--out", "no/where/report.html")),
+        (2, "--quick and --minutes", ("--quick", "--minutes", "3")),
+        (2, "--size takes a share", ("--size", "40")),
+        (1, "--class-index", ("--data", "one")),
+        (1, "not a tensor (images, classes)", ("--model", "colour_nets:maps")),
+        (1, "4 are the least", ("--data", "few", "--tasks", "red")),
+    ],
+)
+def test_explain_says_in_a_line_what_is_wrong(
+    code: int, message: str, more: tuple[str, ...], place: Path, tmp_path: Path
+) -> None:
+    if more[-1] == "one" or "few" in more:
+        for name, n in {"one": (("red", 5),), "few": (("blue", 5), ("green", 5), ("red", 2))}[
+            more[1]
+        ]:
+            for i in range(n):
+                target = place / more[1] / name / f"{i}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes((place / "train" / name / f"{i}.png").read_bytes())
+    page = () if "--out" in more else ("--out", tmp_path / "report.html")
+    fails(code, message, *EXPLAIN, *page, *more)

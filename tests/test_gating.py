@@ -622,10 +622,19 @@ def test_gates_for_another_number_of_images(tiny_cnn: nn.Module) -> None:
         tiny_cnn(helpers.images(2))
 
 
-def test_attention_weights_used_directly(tiny_vit: nn.Module) -> None:
-    site = GateSite("blocks.0.attention.out_proj", 8, -1)
-    with pytest.raises(GatingError, match=r"attention\.out_proj"), recorded(tiny_vit, [site]):
+def test_weights_used_directly(tiny_vit: nn.Module) -> None:
+    site = GateSite("unused", 8, -1)
+    tiny_vit.unused = nn.Linear(8, 8).eval()
+    with pytest.raises(GatingError, match="'unused' did not fire"), recorded(tiny_vit, [site]):
         tiny_vit(helpers.images(2))
+
+
+def test_attention_calls_its_projection_where_a_gate_stands(tiny_vit: nn.Module) -> None:
+    x, site = helpers.images(2), GateSite("blocks.0.attention.out_proj", 8, -1)
+    whole = tiny_vit(x)
+    with assert_model_untouched(tiny_vit, x), recorded(tiny_vit, [site]) as seen:
+        assert torch.allclose(tiny_vit(x), whole, atol=1e-12)
+    assert seen[site.name].shape == (2, 4, 8)
 
 
 # ---------------------------------------------------------------------------------------------

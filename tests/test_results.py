@@ -13,9 +13,20 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import nad_attr
-from nad_attr import ChannelCertainty, GateSite, Verdict
+from nad_attr import (
+    ChannelCertainty,
+    Explanation,
+    GateSite,
+    InformationFlow,
+    SubArchitecture,
+    Verdict,
+    find_gate_sites,
+    information_flow,
+)
 from nad_attr.concepts import Comparison, Concept, UnitConcepts, association
 from nad_attr.concepts.comparing.depth import DepthSemantics
 from nad_attr.evaluation import Curves, DepthProfile, Evaluation, MosaicResult, SizeSweep
@@ -56,6 +67,17 @@ def evaluation() -> Evaluation:
     others = {"random": tuple(part(i, _whole=whole) for i in (2, 3))}
     learned = part(5, _whole=part(6))
     return part(0, _whole=whole, rivals={"b.c": part(4, _whole=whole)}, learned=learned, **others)
+
+
+def flow() -> InformationFlow:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    images = torch.rand(6, 4)
+    sites = find_gate_sites(net.eval(), images)
+    means = {site.name: torch.rand(site.n_channels) for site in sites}
+    kept = {sites[0].name: [0, 2, 4], sites[1].name: [1, 2, 3, 5]}
+    archs = [SubArchitecture.from_kept(kept, sites, task=t, means=means) for t in (0, (1, 2))]
+    return information_flow(net, archs, images, tasks=[0, (1, 2)], receivers=2)
 
 
 def curves() -> Curves:
@@ -160,6 +182,13 @@ def verdict() -> Verdict:
     )  # fmt: skip
 
 
+def explanation() -> Explanation:
+    seconds = {"learning": 2.5, "page": NAN}
+    return Explanation(
+        TASKS, NAMES, 3, 20, 9, evaluation(), verdict(), seconds, seconds, "gates.h5", "page.html"
+    )
+
+
 def statistic() -> Statistic:
     return Statistic("mantel", 45, 0.4, (0.2, INF), 0.01, 0.0, names={"other": "wordnet"})
 
@@ -193,7 +222,9 @@ MADE: dict[type[Result], Callable[[], Any]] = {
         [statistic(), association([True, False] * 4, [True, True] * 4)], notes=["a note"]
     ),
     UnitConcepts: units,
+    InformationFlow: flow,
     Verdict: verdict,
+    Explanation: explanation,
     History: lambda: History({"loss": numbers(4, 2), "size": numbers(4, 2, seed=1)}),
 }  # fmt: skip
 
@@ -297,3 +328,22 @@ def test_what_does_not_fit_is_refused(
     path.write_text(json.dumps({**MADE[cls]().to_dict(), **change}))
     with pytest.raises(ValueError, match=match):
         cls.load(path)
+
+
+@pytest.mark.parametrize("damage", ["sources", "flow", "effects", "links", "flows"])
+def test_a_flow_whose_parts_do_not_fit_is_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "flow.json"
+    flow().save(path)
+    content = json.loads(path.read_text())
+    first = content["flows"][0]
+    if damage == "links":
+        content["links"]["3"] = ["no such site"]
+    elif damage == "flows":
+        content["flows"] = []
+    elif damage == "effects":
+        first["effects"]["1"].append(0.5)
+    else:
+        first["links"][0][damage] = [99, 0, 1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is no information_flow written by save"):
+        InformationFlow.load(path)

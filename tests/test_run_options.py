@@ -18,6 +18,7 @@ from nad_attr import (
     RunOptions,
     SubArchitecture,
     certainty,
+    explain,
     fit_constants,
     information_flow,
     learn_gates,
@@ -109,6 +110,7 @@ CALLS: dict[str, Callable[[nn.Module, Tensor, RunOptions | None], Any]] = {
     "verdict": lambda m, x, r: verdict(
         m, ARCHS, (x, LABELS), (x, LABELS), n_images=8, n_random=1, level=0.5, run=r
     ),
+    "explain": lambda m, x, r: explain(m, (x, LABELS), tasks=[1], recipe=QUICK, run=r),
     "sweep": lambda m, x, r: sweep(m, ARCHS, (x, LABELS), run=r),
     "sweep with donors": lambda m, x, r: sweep(
         m,

@@ -509,7 +509,6 @@ def test_at_input(vit: nn.Module) -> None:
     [
         ("block.0", "no module 'block.0'; did you mean 'blocks.0'"),
         ("blocks.0.attention", "returns a tuple with 1 tensor.*around it, 'blocks.0', instead"),
-        ("blocks.0.attention.out_proj", "never called.*around it, 'blocks.0', instead"),
         (["blocks.1", "blocks"], "'blocks.1' and 'blocks' return the same tensor"),
         (["norm", "norm"], "'norm' is given twice"),
         ([], "layers is empty"),

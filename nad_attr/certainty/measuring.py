@@ -126,6 +126,13 @@ def certainty(
     """
     if not isinstance(gates, TaskGates):
         raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
+    grouped = next((site for site in gates.sites if site.group_of is not None), None)
+    if grouped is not None:
+        raise ValueError(
+            f"gate site {grouped.name!r} has one gate for several channels ({grouped.units}), and "
+            "certainty closes channels one by one; learn gates at sites without groups, such as "
+            "find_gate_sites(model, images, units='neurons')."
+        )
     recipe = _recipe(gates, recipe)
     check_count(pairs, "pairs")
     check_count(images, "images", least=2)

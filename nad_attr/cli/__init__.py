@@ -25,7 +25,7 @@ def app() -> typer.Typer:
 
     Example:
         >>> [command.callback.__name__ for command in app().registered_commands][:3]
-        ['sites', 'learn', 'evaluate']
+        ['explain', 'sites', 'learn']
     """
     # Here, so that the entry point can say what is missing where typer is.
     from nad_attr.cli.application import make_app

@@ -16,6 +16,7 @@ from nad_attr.cli.certainty import certainty
 from nad_attr.cli.compare import compare
 from nad_attr.cli.demo import demo
 from nad_attr.cli.evaluate import evaluate
+from nad_attr.cli.explain import explain
 from nad_attr.cli.flow import flow
 from nad_attr.cli.learn import learn
 from nad_attr.cli.options import flat
@@ -28,6 +29,7 @@ from nad_attr.cli.verdict import verdict
 __all__ = ["COMMANDS", "make_app"]
 
 COMMANDS = (
+    explain,
     sites,
     learn,
     evaluate,

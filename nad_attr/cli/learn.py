@@ -31,10 +31,12 @@ from nad_attr.data.sources import as_source
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.runs import MAY_DIFFER, Executor, Progress, learn_to_store
 from nad_attr.running.options import RunOptions
+from nad_attr.sites.finding import find_gate_sites
+from nad_attr.sites.site import GateSite
 from nad_attr.specs import LoadedData, is_plain_model
 from nad_attr.store import GateStore
 
-__all__ = ["learn"]
+__all__ = ["learn", "shown_progress"]
 
 #: Seconds between two lines of progress where there is no terminal.
 _EVERY = 30.0
@@ -81,6 +83,7 @@ def learn(
         list[str] | None,
         typer.Option(help="Put gates at this module instead of finding sites; repeatable."),
     ] = None,
+    units: opt.Units = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the file if it is there.")
     ] = False,
@@ -178,6 +181,9 @@ def learn(
         unknown = [name for name in may_differ or () if name not in MAY_DIFFER]
         if unknown:
             raise UsageError(f"--may-differ takes {', '.join(MAY_DIFFER)}, not {unknown[0]!r}.")
+        kinds = opt.units_of(units)
+        if units is not None and layer:
+            raise UsageError("--units finds sites, and --layer names them: give one of the two.")
         if resume and overwrite:
             raise UsageError("--resume keeps what is in the file, --overwrite replaces it.")
         if out.exists() and not (resume or overwrite):
@@ -207,14 +213,19 @@ def learn(
             labels=labels,
         )
         wanted, names = _tasks(images, tasks)
-        with _shown(quiet, done.append) as on_progress:
+        sites: list[str] | list[GateSite] | None = layer or None
+        if units is not None:
+            source = as_source(images.data, any_labels=True)
+            example = next(iter(source.batches([[(0, 0)]])))
+            sites = find_gate_sites(opened.loaded.model, example, units=kinds)
+        with shown_progress(quiet, done.append) as on_progress:
             learn_to_store(
                 opened.loaded.model,
                 images.data,
                 out,
                 wanted,
                 made,
-                layer or None,
+                sites,
                 seed=seed,
                 device=place,
                 amp=amp or None,
@@ -330,7 +341,7 @@ def _tasks(images: LoadedData, text: list[str] | None) -> tuple[list[int], dict[
 
 
 @contextmanager
-def _shown(
+def shown_progress(
     quiet: bool, also: Callable[[Progress], object]
 ) -> Iterator[Callable[[Progress], object]]:
     """Progress with the time left: a bar on a terminal, a line now and then elsewhere."""

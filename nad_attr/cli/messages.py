@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 import typer
 
 from nad_attr.cli.stopping import stop_at_once
+from nad_attr.stats.tables import duration as duration
 from nad_attr.system.safe_text import shown
 
 
@@ -202,19 +203,6 @@ def counted(n: int, what: str) -> str:
 def number(value: float) -> str:
     """Three digits, or a dash for what has no value."""
     return "-" if value != value else f"{value:.3f}"
-
-
-def duration(seconds: float) -> str:
-    """In words.
-
-    Example:
-        >>> duration(8), duration(130), duration(7300)
-        ('8 s', '2 min', '2 h 2 min')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager

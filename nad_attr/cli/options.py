@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeAlias, get_type_hints
 import typer
 
 from nad_attr.cli.messages import UsageError
+from nad_attr.sites.site import UNITS
 from nad_attr.system.processes import check_processes
 
 Model: TypeAlias = Annotated[
@@ -129,7 +130,27 @@ def few_processes(n: int) -> int:
 Workers: TypeAlias = Annotated[
     int, typer.Option(min=0, callback=few_processes, help="Processes that load images.")
 ]
+Units: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="What gates stand for, with a comma between several: channels, attention heads, "
+        "hidden neurons. [channels]",
+    ),
+]
 Seed: TypeAlias = Annotated[int, typer.Option(help="All random numbers come from it.")]
+
+
+def units_of(text: str | None) -> list[str]:
+    """The kinds of units that an option lists.
+
+    Raises:
+        UsageError: If there is no such kind.
+    """
+    listed = ["channels"] if text is None else [part.strip() for part in text.split(",")]
+    for unit in listed:
+        if unit not in UNITS:
+            raise UsageError(f"--units takes {', '.join(UNITS)}, not {unit!r}.")
+    return listed
 
 
 class ChecksName(str, Enum):

@@ -12,7 +12,8 @@ import typer
 
 from nad_attr.cli.messages import UsageError, guarded, print_table, say
 from nad_attr.cli.opening import check_outputs, model_arguments
-from nad_attr.cli.options import Debug, Model, ModelArg, Quiet
+from nad_attr.cli.options import Debug, Model, ModelArg, Quiet, Units, units_of
+from nad_attr.gates.channels import n_gates
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.specs import LoadedModel, load_model, make_transform
 from nad_attr.system.files import write_text
@@ -27,6 +28,7 @@ def sites(
         list[str] | None,
         typer.Option(help="Check this module instead of finding sites; repeatable."),
     ] = None,
+    units: Units = None,
     input_shape: Annotated[
         str | None,
         typer.Option("--input", metavar="CxHxW", help="Shape of an image, such as 3x32x32."),
@@ -45,6 +47,7 @@ def sites(
       nad-attr sites --model torchvision:resnet50
       nad-attr sites --model mynets:cifar_resnet20 --input 3x32x32
       nad-attr sites --model torchvision:vit_b_16 --layer encoder.layers.encoder_layer_0
+      nad-attr sites --model torchvision:vit_b_16 --units heads,neurons
     """
     with guarded(debug):
         check_outputs([(json_file, "text")])
@@ -59,6 +62,7 @@ def sites(
             loaded.model,
             torch.zeros(1, *shape, dtype=place.dtype, device="cpu"),
             layers=layer or None,
+            units=units_of(units),
         )
         modules = dict(loaded.model.named_modules())
         rows = [
@@ -68,12 +72,15 @@ def sites(
                 type(modules[site.name]).__name__,
                 f"{site.n_channels:,}",
                 str(site.channel_dim),
+                *([f"{site.n_gates:,} {site.units}"] if units else []),
             ]
             for i, site in enumerate(found)
         ]
         total = sum(site.n_channels for site in found)
-        rows.append(["", "all", "", f"{total:,}", ""])
-        print_table(["", "site", "module", "channels", "axis"], rows, left=3)
+        gates = [f"{n_gates(found):,}"] if units else []
+        rows.append(["", "all", "", f"{total:,}", "", *gates])
+        header = ["", "site", "module", "channels", "axis", *(["gates"] if units else [])]
+        print_table(header, rows, left=3)
         if json_file is not None:
             entries = [
                 {
@@ -81,6 +88,8 @@ def sites(
                     "module": type(modules[site.name]).__name__,
                     "n_channels": site.n_channels,
                     "channel_dim": site.channel_dim,
+                    "units": site.units,
+                    "n_gates": site.n_gates,
                 }
                 for site in found
             ]

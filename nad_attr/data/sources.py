@@ -236,6 +236,18 @@ class ChosenSource:
     def fields(self, fields: Fields | None) -> None:
         self.source.fields = fields
 
+    @property
+    def dataset(self) -> Dataset[Any]:
+        """The dataset that the images come from, if they do."""
+        found: Dataset[Any] = self.source.dataset  # type: ignore[attr-defined]
+        return found
+
+    @property
+    def numbers(self) -> list[int]:
+        """Their numbers in it."""
+        numbers: Sequence[int] = getattr(self.source, "numbers", range(len(self.source.labels)))
+        return [numbers[row] for row in self.rows]
+
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws, in order."""
         return self.source.batches([(self.rows[n], key) for n, key in some] for some in draws)

@@ -323,7 +323,7 @@ def _cut(gates: TaskGates, archs: Sequence[SubArchitecture]) -> list[SubArchitec
     result = []
     for arch in archs:
         if arch.n_kept:
-            result.append(gates.sub_architecture(arch.task, arch.n_kept / arch.n_channels))
+            result.append(gates.sub_architecture(arch.task, arch.size))
         else:
             none = SubArchitecture.from_kept({}, gates.sites, task=arch.task, means=gates.means)
             result.append(none)

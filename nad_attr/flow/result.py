@@ -14,8 +14,10 @@ from torch import nn
 from nad_attr._display import html_table
 from nad_attr.flow.cutting import cut_edges
 from nad_attr.flow.links import OUTPUT, REST, TaskFlow, kept_edges
+from nad_attr.flow.stored import StoredFlow, StoredSite
 from nad_attr.sites.site import GateSite
-from nad_attr.stats.tables import pandas
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import pandas, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +27,7 @@ __all__ = ["InformationFlow", "stacked", "task_flows"]
 
 
 @dataclass(frozen=True, eq=False)
-class InformationFlow:
+class InformationFlow(Result):
     """What flows between the channels of neighbouring gate sites, for one task or two compared.
 
     :func:`information_flow` makes it; see there for what the numbers mean.
@@ -59,6 +61,45 @@ class InformationFlow:
     links: dict[str, tuple[str, ...]]
     conservation: dict[str, float]
     cost: dict[str, int] = field(default_factory=dict)
+
+    def frame(self) -> pd.DataFrame:
+        """:attr:`edges`."""
+        return self.edges
+
+    def summary(self) -> str:
+        """The links of each task with their flow, as plain text."""
+        columns = ["task", "from → to", "channels", "sum of |flow|", "straight share"]
+        return "\n".join([repr(self), *table([columns, *self._rows()])])
+
+    @classmethod
+    def _types(cls) -> dict[str, Any]:
+        return {
+            "flows": tuple[StoredFlow, ...],
+            "sites": tuple[StoredSite, ...],
+            "links": dict[str, tuple[str, ...]],
+            "conservation": dict[str, float],
+            "cost": dict[str, int],
+        }
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "flows": tuple(map(StoredFlow.of, self.flows)),
+            "sites": tuple(map(StoredSite.of, self.sites)),
+            "links": self.links,
+            "conservation": self.conservation,
+            "cost": self.cost,
+        }
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> InformationFlow:
+        sites = tuple(site.made() for site in fields["sites"])
+        flows = tuple(flow.made(sites) for flow in fields["flows"])
+        known = {site.name for site in sites}
+        named = {OUTPUT, *known}.issuperset([*fields["links"], *sum(fields["links"].values(), ())])
+        if not flows or not named or not known.issuperset(fields["conservation"]):
+            raise ValueError("flows, sites and conservation do not fit")
+        facts = (fields[name] for name in ("links", "conservation", "cost"))
+        return cls(flows, sites, *facts)
 
     def __getitem__(self, task: object) -> TaskFlow:
         """The flow of a task, by class, group or name."""
@@ -248,7 +289,7 @@ class InformationFlow:
             f"{self.conserved})"
         )
 
-    def _repr_html_(self) -> str:
+    def _rows(self) -> list[list[str]]:
         rows = []
         for flow in self.flows:
             for link in flow.links:
@@ -260,11 +301,11 @@ class InformationFlow:
                      f"{len(link.sources)} → {len(link.targets) + link.n_rest}",
                      f"{size:.3g}", share]
                 )  # fmt: skip
-        return html_table(
-            repr(self),
-            ["task", "from → to", "channels", "sum of |flow|", "straight share"],
-            rows[:40],
-        )
+        return rows
+
+    def _repr_html_(self) -> str:
+        columns = ["task", "from → to", "channels", "sum of |flow|", "straight share"]
+        return html_table(repr(self), columns, self._rows()[:40])
 
 
 def task_flows(flows: Sequence[TaskFlow | InformationFlow]) -> list[TaskFlow]:

@@ -18,6 +18,67 @@ def n_channels(sites: Sequence[GateSite]) -> int:
     return sum(site.n_channels for site in sites)
 
 
+def n_gates(sites: Sequence[GateSite]) -> int:
+    """Number of gates of all sites together: a group of channels has one."""
+    return sum(site.n_gates for site in sites)
+
+
+def gate_of_channel(sites: Sequence[GateSite]) -> Tensor | None:
+    """For each channel of all sites the number of its gate: int64; None: each has its own."""
+    if all(site.groups is None for site in sites):
+        return None
+    numbers: list[int] = []
+    start = 0
+    for site in sites:
+        numbers += [start + g for g in site.group_of or range(site.n_channels)]
+        start += site.n_gates
+    return torch.tensor(numbers, device="cpu")
+
+
+def to_channels(gates: Tensor, sites: Sequence[GateSite]) -> Tensor:
+    """What holds of each gate, for each channel: (..., all gates) to (..., all channels).
+
+    Example:
+        >>> to_channels(torch.tensor([1.0, 0.0]), [GateSite("a", 4, groups=2)])
+        tensor([1., 1., 0., 0.])
+    """
+    numbers = gate_of_channel(sites)
+    return gates if numbers is None else gates[..., numbers.to(gates.device)]
+
+
+def to_gates(channels: Tensor, sites: Sequence[GateSite], *, mean: bool = False) -> Tensor:
+    """The sum (or mean) over the channels of each gate: (..., all channels) to (..., all gates).
+
+    Example:
+        >>> to_gates(torch.tensor([1.0, 2.0, 3.0, 4.0]), [GateSite("a", 4, groups=2)])
+        tensor([3., 7.])
+    """
+    numbers = gate_of_channel(sites)
+    if numbers is None:
+        return channels
+    numbers = numbers.to(channels.device)
+    zeros = channels.new_zeros(*channels.shape[:-1], n_gates(sites))
+    total = zeros.index_add(-1, numbers, channels)
+    return total / numbers.bincount() if mean else total
+
+
+def open_gates(site: GateSite, mask: Tensor) -> Tensor:
+    """Which gates of a site are open, of a mask over channels: bool (..., C) to (..., gates).
+
+    Raises:
+        ValueError: If a group is open in part.
+    """
+    if site.groups is None:
+        return mask
+    share = to_gates(mask.float(), [site], mean=True)
+    if bool(((share > 0) & (share < 1)).any()):
+        raise ValueError(
+            f"a mask of {site.name!r} keeps part of a group of channels; a group has one gate, "
+            "so keep all of it or nothing."
+        )
+    return share > 0
+
+
 def distinct_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
     """The sites, none of them there twice.
 
@@ -33,14 +94,14 @@ def distinct_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
 
 
 def budget(size: float, sites: Sequence[GateSite]) -> int:
-    """Number of channels that a size keeps: ``round(size * all channels)``, at least one.
+    """Number of gates that a size keeps: ``round(size * all gates)``, at least one.
 
     Raises:
         ValueError: If ``size`` is not a number in (0, 1].
     """
     if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size <= 1:
         raise ValueError(f"size must be a share of the channels in (0, 1], not {size!r}.")
-    return max(1, round(size * n_channels(sites)))
+    return max(1, round(size * n_gates(sites)))
 
 
 def split_sites(flat: Tensor, sites: Sequence[GateSite]) -> dict[str, Tensor]:
@@ -54,16 +115,17 @@ def top_k_masks(
 ) -> dict[str, Tensor]:
     """Keep exactly the ``k`` highest scores over all sites together.
 
-    Equal scores are kept in site and channel order, so the result is a function of the scores.
+    A group of channels has one score, the mean of theirs, and is kept as one. Equal scores are kept
+    in site and channel order, so the result is a function of the scores.
 
     Args:
         scores: ``{site name: (..., C)}``, higher is more important; leading axes (tasks) are
             treated one by one.
         sites: Gate sites in forward order.
-        k: Channels to keep, over all sites.
+        k: Gates to keep, over all sites.
 
     Returns:
-        ``{site name: bool (..., C)}`` with ``k`` True in each row.
+        ``{site name: bool (..., C)}`` with ``k`` gates kept in each row.
 
     Example:
         >>> sites = [GateSite("a", 2, 1), GateSite("b", 2, 1)]
@@ -72,10 +134,10 @@ def top_k_masks(
         >>> masks["a"].tolist(), masks["b"].tolist()
         ([True, True], [False, True])
     """
-    flat = torch.cat([scores[site.name] for site in sites], dim=-1)
+    flat = to_gates(torch.cat([scores[site.name] for site in sites], dim=-1), sites, mean=True)
     order = flat.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, order[..., :k], True)
-    return split_sites(mask, sites)
+    return split_sites(to_channels(mask, sites), sites)
 
 
 def jaccard(a: Tensor, b: Tensor) -> float:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from nad_attr._checks import as_tensor, check_mapping
 from nad_attr._display import MOST_ROWS, html_table
 from nad_attr.data.labels import Task, as_task
-from nad_attr.gates.channels import check_means, distinct_sites, jaccard, kappa, n_channels
+from nad_attr.gates.channels import (
+    check_means,
+    distinct_sites,
+    jaccard,
+    kappa,
+    n_channels,
+    n_gates,
+    open_gates,
+)
 from nad_attr.gating.hooks import gated
 from nad_attr.sites.site import GateSite
 
@@ -87,6 +95,7 @@ class SubArchitecture:
                     f"expected ({site.n_channels},)."
                 )
             self._masks[site.name] = mask.detach().cpu().clone()
+            open_gates(site, self._masks[site.name])
         self.task: Task | None = None if task is None else as_task(task)
         self.means = check_means(means, self.sites)
         self.own_constants = own_constants and self.means is not None
@@ -175,8 +184,8 @@ class SubArchitecture:
 
     @property
     def n_kept(self) -> int:
-        """Kept channels over all sites."""
-        return sum(int(mask.sum()) for mask in self._masks.values())
+        """Kept channels over all sites; a group of channels counts once."""
+        return sum(int(open_gates(s, self._masks[s.name]).sum()) for s in self.sites)
 
     @property
     def n_channels(self) -> int:
@@ -185,13 +194,15 @@ class SubArchitecture:
 
     @property
     def size(self) -> float:
-        """Kept channels / all channels, over all sites."""
-        return self.n_kept / self.n_channels
+        """Kept channels / all channels, over all sites; a group of channels counts once."""
+        return self.n_kept / n_gates(self.sites)
 
     @property
     def sizes(self) -> dict[str, float]:
-        """``{site name: kept / all channels}``."""
-        return {name: int(mask.sum()) / mask.numel() for name, mask in self._masks.items()}
+        """``{site name: kept / all channels}``; a group of channels counts once."""
+        return {
+            s.name: int(open_gates(s, self._masks[s.name]).sum()) / s.n_gates for s in self.sites
+        }
 
     def gates(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The masks as numbers 0 and 1, ``{site name: (C,)}``."""
@@ -448,14 +459,22 @@ class SubArchitecture:
         sites = f"{len(self.sites)} site" + ("s" if len(self.sites) > 1 else "")
         task = "" if self.task is None else f"task {self.task}: "
         return (
-            f"SubArchitecture({task}{self.n_kept:,} of {self.n_channels:,} channels "
+            f"SubArchitecture({task}{self.n_kept:,} of {n_gates(self.sites):,} {self._counted} "
             f"({100 * self.size:.1f} %) at {sites}, closed channels {self.closed_at})"
         )
+
+    @property
+    def _counted(self) -> str:
+        """What sizes count, in words."""
+        return "channels" if all(site.groups is None for site in self.sites) else "gates"
 
     def _repr_html_(self) -> str:
         """How notebooks show it: kept channels at each site."""
         rows = [
-            [site.name, f"{int(self._masks[site.name].sum()):,} of {site.n_channels:,}"]
+            [
+                site.name,
+                f"{int(open_gates(site, self._masks[site.name]).sum()):,} of {site.n_gates:,}",
+            ]
             for site in self.sites[:MOST_ROWS]
         ]
         note = f"closed channels {self.closed_at}"
@@ -463,9 +482,9 @@ class SubArchitecture:
             note = f"and {len(self.sites) - MOST_ROWS} more sites; {note}"
         task = "" if self.task is None else f" of task {self.task}"
         return html_table(
-            f"Sub-architecture{task}: {self.n_kept:,} of {self.n_channels:,} channels "
+            f"Sub-architecture{task}: {self.n_kept:,} of {n_gates(self.sites):,} {self._counted} "
             f"({100 * self.size:.1f} %)",
-            ["site", "kept channels"],
+            ["site", f"kept {self._counted}"],
             rows,
             bars=list(self.sizes.values())[:MOST_ROWS],
             note=note,

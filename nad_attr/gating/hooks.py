@@ -27,8 +27,9 @@ from nad_attr.gating.foreign_hooks import (
 from nad_attr.gating.protocols import HasGates
 from nad_attr.sites.finding import check_kind
 from nad_attr.sites.preserving import unchanged
+from nad_attr.sites.projections import called_projections
 from nad_attr.sites.site import GateSite, SiteError, check_sites, resolve_name, unwrap
-from nad_attr.sites.tracing import eager, no_attention_fast_path
+from nad_attr.sites.tracing import eager, no_attention_fast_path, tensors_in
 from nad_attr.system.threads import owned
 
 __all__ = ["check_eval", "frozen", "gated", "recorded", "site_modules"]
@@ -172,6 +173,7 @@ def installed(
     modules = site_modules(root, sites)
     total = dict.fromkeys(modules, 0)
     in_pass: dict[str, int] = {}
+    batch: list[int] = []
     n_images: list[int | None] = [None]  # kept for blocks that backward runs again
     # Replicas on several devices, and checkpointed blocks run again in backward, fire more often.
     single = not (isinstance(model, nn.DataParallel) and len(model.device_ids) > 1)
@@ -199,13 +201,20 @@ def installed(
                     f"gate site {site.name!r} takes {len(args)} positional inputs; the input of "
                     "a layer can be gated only where it is one tensor."
                 )
-            new = fire(site, _only_tensor(args[0], site, "takes"))
+            held = _only_tensor(args[0], site, "takes")
+            rows = batch[0] if batch and site.units != "channels" else len(held)
+            if rows == len(held) or not rows or len(held) % rows:
+                new = fire(site, held)
+            else:  # an image's windows lie side by side, as find_gate_sites has checked
+                new = fire(site, held.reshape(rows, -1, *held.shape[1:]))
+                new = None if new is None else new.flatten(0, 1)
             return None if new is None else (new,)
 
         return hook
 
-    def begin(module: nn.Module, args: Any) -> None:
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         in_pass.clear()
+        batch[:] = [len(x) for x in tensors_in((args, kwargs)) if x.ndim][:1]
         n_images[0] = _N_IMAGES.get()
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
@@ -228,7 +237,9 @@ def installed(
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules()):
             # In torch 2.4, for one, its fast path does not ask whether there are hooks to call.
             stack.enter_context(no_attention_fast_path())
-        stack.callback(root.register_forward_pre_hook(owner.only(begin)).remove)
+        stack.enter_context(called_projections(root, [site.name for site in sites]))
+        start = root.register_forward_pre_hook(owner.only(begin), with_kwargs=True)
+        stack.callback(start.remove)
         for site in sites:
             module = modules[site.name]
             handle = (

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nad_attr.gating.hooks import site_modules
 from nad_attr.sites.preserving import unchanged
+from nad_attr.sites.projections import called_projections
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.system.rng import isolated_rng
 from nad_attr.system.threads import owned
@@ -61,6 +62,8 @@ def flowing_copies(model: nn.Module, sites: Sequence[GateSite]) -> Iterator[None
 
     modules = site_modules(model, sites)
     with owned() as owner, ExitStack() as stack:
+        names = [site.name for site in sites]
+        stack.enter_context(called_projections(unwrap(model), names))
         for site in sites:
             module = modules[site.name]
             if site.at_input:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from nad_attr.data.sources import Draw
-from nad_attr.gates.channels import budget, n_channels
+from nad_attr.gates.channels import budget, n_gates, to_channels, to_gates
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.engine import Chunk, Learned
 from nad_attr.learning.selection import (
@@ -383,8 +383,8 @@ def held_back(
         draws: For each row the images, in two halves.
         gates: (R, n) of zeros and ones.
         constants: Twice (R, n), in deviations from the mean, for each half of the images.
-        means: (n,).
-        deviations: (n,).
+        means: (channels,).
+        deviations: (channels,).
         apart: For each row whether its images were kept apart from those that were learned from.
 
     Returns:
@@ -395,7 +395,8 @@ def held_back(
     halves = [half for row in draws for half, images in enumerate(row) for _ in images]
     second = torch.tensor(halves, device=network.device)[:, None] == 1
     first_half, second_half = (of_half[batch.rows] for of_half in constants)
-    offsets = deviations * torch.where(second, second_half, first_half)
+    offsets = torch.where(second, second_half, first_half)
+    offsets = deviations * to_channels(offsets, network.sites)
     clean = chunk.own_output(chunk.clean(batch), batch.rows)
     changes = []
     with torch.no_grad():
@@ -452,8 +453,8 @@ def learn_with_constants(
         chunk: The tasks.
         recipe: The recipe; its own size plays no part.
         sizes: See :func:`nad_attr.learning.selection.learn_selection`.
-        means: (n,), of the channels.
-        deviations: (n,), of the channels.
+        means: (channels,).
+        deviations: (channels,). The constants of a group go from the means along these together.
         masks: (R, n) of zeros and ones: keep these channels and fit constants alone; None: learn
             the gates as well.
 
@@ -461,7 +462,7 @@ def learn_with_constants(
         As :func:`nad_attr.learning.selection.learn_selection`, with the constants.
     """
     network = chunk.network
-    rows, n = len(chunk), n_channels(network.sites)
+    rows, n = len(chunk), n_gates(network.sites)
     like = torch.ones(rows, n, device=network.device, dtype=network.dtype)
     path = (
         [[n] * recipe.steps]
@@ -492,11 +493,11 @@ def learn_with_constants(
         output, effects, slopes = network.output_and_gradients(
             batch.inputs,
             model.gates[batch.rows],
-            (means + deviations * constants)[batch.rows],
+            (means + deviations * to_channels(constants, network.sites))[batch.rows],
             chunk.classes[batch.rows],
             chunk.valid[batch.rows],
         )
-        slopes *= deviations
+        slopes = to_gates(slopes.mul_(deviations), network.sites)
         moved = constants[batch.rows] * slopes
         residual = output - clean
         at_mean = residual - ((1 - model.gates[batch.rows]) * moved).sum(1)
@@ -571,6 +572,7 @@ def learn_with_constants(
             )
             ranks = model.gates if masks is not None else ranks
             so_far = {name: torch.stack(curve) for name, curve in curves.items()}
-            result = means + deviations * share[:, None] * constants
+            of_channels = to_channels(share[:, None] * constants, network.sites)
+            result = means + deviations * of_channels
             learned.append(Learned(ranks, ranks.logit(), so_far, result))
     return learned

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nad_attr._checks import GatingError
 from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Draw, Inputs, Source
-from nad_attr.gates.channels import n_channels, split_sites
+from nad_attr.gates.channels import n_channels, n_gates, split_sites, to_channels, to_gates
 from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply_learned
 from nad_attr.learning.fast.batchnorm import lean_batchnorm
 from nad_attr.learning.fast.convolution import lean_convolutions
@@ -92,7 +92,7 @@ class Network(Runner):
                 self.dtype = torch.float64
                 inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
             images = self.to_device(inputs)
-            shape = len(images[0]), n_channels(self.sites)
+            shape = len(images[0]), n_gates(self.sites)
             generator = torch.Generator().manual_seed(0)
             random = torch.rand(shape, generator=generator, device="cpu")
             try:
@@ -179,7 +179,7 @@ class Network(Runner):
 
         Args:
             inputs: B images.
-            gates: (B, all channels).
+            gates: (B, all gates).
             constants: (B, all channels), what closed channels are replaced by; None: the means.
             shift: (B, all channels) of zeros, which is added to all channels.
         """
@@ -199,7 +199,7 @@ class Network(Runner):
             constants: See there.
             shift: See there.
         """
-        parts = split_sites(gates, self.sites)
+        parts = split_sites(to_channels(gates, self.sites), self.sites)
         of_image = None if constants is None else split_sites(constants, self.sites)
         shifts = None if shift is None else split_sites(shift, self.sites)
 
@@ -281,12 +281,12 @@ class Network(Runner):
 
         Args:
             inputs: B images.
-            gates: (B, all channels).
+            gates: (B, all gates).
             classes: int64 (B, M), see :func:`own_task_output`.
             valid: bool (B, M).
 
         Returns:
-            (B,) and (B, all channels), detached.
+            (B,) and (B, all gates), detached.
         """
         results = [
             self._output_and_gradient(
@@ -307,20 +307,20 @@ class Network(Runner):
 
         Args:
             inputs: B images.
-            gates: (B, all channels).
+            gates: (B, all gates).
             constants: (B, all channels), what stands in place of closed channels.
             classes: int64 (B, M), see :func:`own_task_output`.
             valid: bool (B, M).
 
         Returns:
-            (B,), the gradient with respect to the gates, (B, all channels), and that with respect
+            (B,), the gradient with respect to the gates, (B, all gates), and that with respect
             to something added to each channel, (B, all channels), detached.
         """
         found = []
         for part in self._passes(len(gates)):
             at = slice(part.start, part.stop)
             leaf = gates[at].detach().requires_grad_(True)
-            shift = torch.zeros_like(leaf).requires_grad_(True)
+            shift = torch.zeros_like(constants[at]).requires_grad_(True)
             images = self.ready(tuple(item[at] for item in inputs))
             with self.gating(leaf, constants[at], shift):
                 output = own_task_output(self(images), classes[at], valid[at])
@@ -431,9 +431,9 @@ class Replica(NamedTuple):
 class Learned(NamedTuple):
     """What a recipe hands back for the tasks of one chunk."""
 
-    #: (R, all channels) in [0, 1]; a channel is kept iff its gate is above one half
+    #: (R, all gates) in [0, 1]; a channel is kept iff its gate is above one half
     gates: Tensor
-    #: (R, all channels), the gates' logits
+    #: (R, all gates), the gates' logits
     logits: Tensor
     #: Each (steps, R), NaN where a task took no step
     curves: dict[str, Tensor]
@@ -529,7 +529,8 @@ class Chunk:
         if any(replica.prices is not None for replica in replicas):
             none = torch.zeros(n_channels(network.sites), device="cpu")
             self.prices = torch.stack([none if r.prices is None else r.prices for r in replicas])
-            self.prices = self.prices.to(network.device, network.dtype)
+            prices = to_gates(self.prices, network.sites, mean=True)
+            self.prices = prices.to(network.device, network.dtype)
         self.clean = CleanOutputs(network, source) if clean is None else clean
         self.advance = advance
         self.images = [TaskImages(source.labels, r.task, r.seed, r.among) for r in replicas]

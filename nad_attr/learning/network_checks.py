@@ -89,6 +89,8 @@ class _Site(Protocol):
     def name(self) -> str: ...
     @property
     def n_channels(self) -> int: ...
+    @property
+    def n_gates(self) -> int: ...
 
 
 class _Network(Protocol):
@@ -353,7 +355,7 @@ class _Probe:
     def __init__(self, network: _Network, images: _Inputs) -> None:
         self.network, self.images = network, images
         self.n = len(images[0])
-        widths = [site.n_channels for site in network.sites]
+        widths = [site.n_gates for site in network.sites]
         ends = [sum(widths[: i + 1]) for i in range(len(widths))]
         self.columns = {
             site.name: slice(end - width, end)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nad_attr.gates.channels import n_channels
+from nad_attr.gates.channels import n_gates, split_sites, to_channels
 from nad_attr.gates.recipe import PaperRecipe
 from nad_attr.gating.hooks import expand, installed
 from nad_attr.learning.engine import Chunk, Learned
@@ -17,8 +17,8 @@ __all__ = ["initial_logits", "learn_paper", "paper_steps"]
 
 
 def initial_logits(chunk: Chunk) -> Tensor:
-    """N(0, 1) for each channel, from a generator of each task's own: (R, all channels)."""
-    total = n_channels(chunk.network.sites)
+    """N(0, 1) for each gate, from a generator of each task's own: (R, all gates)."""
+    total = n_gates(chunk.network.sites)
     draws = [
         torch.randn(
             total,
@@ -44,14 +44,14 @@ def learn_paper(chunk: Chunk, recipe: PaperRecipe, start: Tensor | None = None) 
     Args:
         chunk: The tasks.
         recipe: The recipe.
-        start: (R, all channels), logits to start from in place of N(0, 1).
+        start: (R, all gates), logits to start from in place of N(0, 1).
 
     Returns:
         Gates and logits, and the curves "loss" and "size".
     """
     network = chunk.network
     sites = network.sites
-    widths = [site.n_channels for site in sites]
+    widths = [site.n_gates for site in sites]
     logits = (initial_logits(chunk) if start is None else start).to(network.device, network.dtype)
     epochs = [
         [
@@ -70,7 +70,7 @@ def learn_paper(chunk: Chunk, recipe: PaperRecipe, start: Tensor | None = None) 
         right = clean_outputs.argmax(1) == batch.labels
         leaf = logits.detach().requires_grad_(True)
         gates = list(leaf.sigmoid().split(widths, dim=1))
-        by_site = dict(zip((site.name for site in sites), gates, strict=True))
+        by_site = split_sites(to_channels(leaf.sigmoid(), sites), sites)
         differences: dict[str, Tensor] = {}
         # Freed as soon as it is used, unless backward runs the block again.
         take = clean.get if network.recomputes else clean.pop

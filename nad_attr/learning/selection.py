@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nad_attr.data.sources import Draw
-from nad_attr.gates.channels import budget, n_channels
+from nad_attr.gates.channels import budget, n_gates
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.engine import Chunk, Learned, TaskImages
 from nad_attr.running.forward import cumulative
@@ -568,7 +568,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
         "size".
     """
     network = chunk.network
-    rows, n = len(chunk), n_channels(network.sites)
+    rows, n = len(chunk), n_gates(network.sites)
     path = budgets(recipe, n, [budget(size, network.sites) for size in sizes])
     steps = [open_after for part in path for open_after in part]
     ends = set(itertools.accumulate(map(len, path)))

@@ -26,7 +26,7 @@ from nad_attr.data.labels import (
     tasks_in,
 )
 from nad_attr.data.sources import ChosenSource, Data, Inputs, Source, as_source
-from nad_attr.gates.channels import budget, n_channels, split_sites
+from nad_attr.gates.channels import budget, n_gates, open_gates, split_sites, to_channels, to_gates
 from nad_attr.gates.history import History
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -275,7 +275,7 @@ class Session:
     def _largest_batch(self, example: Inputs) -> int:
         """Images of a step that fit into memory, together with what the recipe holds for them."""
         network, recipe = self.network, self.recipe
-        n = n_channels(network.sites)
+        n = n_gates(network.sites)
         # What learn_selection holds for each image of a batch: the gradients of past steps, and
         # those of the candidates, a third of all at most.
         # With constants, their gradients as well, and both as the metric sees them.
@@ -486,7 +486,9 @@ class Session:
     ) -> list[SubArchitecture]:
         """The sub-architectures, one for each task, with constants fitted; see fit_constants."""
         network, source = self.network, self.source
-        masks = torch.stack([torch.cat([arch[s.name] for s in self.sites]) for arch in archs])
+        masks = torch.stack(
+            [torch.cat([open_gates(s, arch[s.name]) for s in self.sites]) for arch in archs]
+        )
         result = []
         means = self.means()
         with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
@@ -528,8 +530,8 @@ class Session:
         size: float | None,
         info: Mapping[str, Any],
     ) -> TaskGates:
-        gates = torch.cat([part.gates for part in learned])
-        logits = torch.cat([part.logits for part in learned])
+        gates = to_channels(torch.cat([part.gates for part in learned]), self.sites)
+        logits = to_channels(torch.cat([part.logits for part in learned]), self.sites)
         constants = [part.constants for part in learned if part.constants is not None]
         names = None if self.names is None else dict(zip(self.tasks, self.names, strict=True))
         return TaskGates(
@@ -720,7 +722,7 @@ def _start(
                 f"{expected}."
             )
         parts.append(value.detach())
-    start = torch.cat(parts, dim=1)
+    start = to_gates(torch.cat(parts, dim=1), sites, mean=True)
     if not bool(torch.isfinite(start).all()):
         raise ValueError("initial_logits hold NaN or infinity.")
     return start

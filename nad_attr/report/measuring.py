@@ -52,7 +52,7 @@ _MOSAICS, _MOSAIC_PICTURES = 200, 3
 #: Pixels of a mosaic's side in the page.
 MOSAIC_SIDE = 240
 #: Tasks, images of each and receiving channels of each site that the flow is measured on, at most.
-_FLOW_TASKS, _FLOW_IMAGES, _FLOW_RECEIVERS = 6, 8, 14
+FLOW_TASKS, FLOW_IMAGES, FLOW_RECEIVERS = 6, 8, 14
 #: Examples of errors, pictures of a channel.
 _EXAMPLES, _TOP = 12, 5
 
@@ -282,10 +282,10 @@ def _flows(
 ) -> list[TaskFlow]:
     """The flow of the first tasks of which there are images."""
     there = own_images(sample.labels, gates.tasks).any(1).tolist()
-    chosen = [task for task, has in zip(gates.tasks, there, strict=True) if has][:_FLOW_TASKS]
+    chosen = [task for task, has in zip(gates.tasks, there, strict=True) if has][:FLOW_TASKS]
     if not chosen:
         raise ValueError("there is no image of any task.")
-    limits: dict[str, Any] = {"receivers": _FLOW_RECEIVERS, "n_images": _FLOW_IMAGES}
+    limits: dict[str, Any] = {"receivers": FLOW_RECEIVERS, "n_images": FLOW_IMAGES}
     return [
         information_flow(model, gates, sample.data, tasks=[task], run=run, **limits).flows[0]
         for task in chosen

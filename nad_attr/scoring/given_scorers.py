@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import Source
+from nad_attr.gates.channels import to_channels, to_gates
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.running.forward import Runner
 from nad_attr.scoring.baselines import check_scores
@@ -146,6 +147,11 @@ class OtherTaskScorer(GivenScorer):
         }
 
 
+def _reordered(values: Tensor, order: Tensor, site: GateSite) -> Tensor:
+    """Values of gates in another order: (T, C)."""
+    return to_channels(to_gates(values, [site], mean=True).gather(1, order), [site])
+
+
 def shuffled(gates: TaskGates, *, seed: int = 0) -> TaskGates:
     """The same gates on other channels: each task's gates of each site in a random order.
 
@@ -174,11 +180,11 @@ def shuffled(gates: TaskGates, *, seed: int = 0) -> TaskGates:
         orders = []
         for task in gates.tasks:
             generator = torch.Generator().manual_seed(seed_of("shuffled", seed, task, site.name))
-            orders.append(torch.randperm(site.n_channels, generator=generator, device="cpu"))
+            orders.append(torch.randperm(site.n_gates, generator=generator, device="cpu"))
         order = torch.stack(orders)
-        new_gates[site.name] = gates[site.name].gather(1, order)
+        new_gates[site.name] = _reordered(gates[site.name], order, site)
         if logits is not None:
-            new_logits[site.name] = logits[site.name].gather(1, order)
+            new_logits[site.name] = _reordered(logits[site.name], order, site)
     return TaskGates(
         new_gates,
         gates.sites,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nad_attr._checks import check_mapping
 from nad_attr.data.labels import Task
-from nad_attr.gates.channels import budget, split_sites
+from nad_attr.gates.channels import budget, n_gates, split_sites
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.scoring.baselines import top_k
@@ -304,7 +304,7 @@ def kept_share(size: float, sites: Sequence[GateSite], *, per_site: bool) -> flo
     """Share of the channels that a size really keeps: budgets are whole channels, at least one."""
     groups = [[site] for site in sites] if per_site else [list(sites)]
     kept = sum(budget(size, group) for group in groups)
-    return kept / sum(site.n_channels for site in sites)
+    return kept / n_gates(sites)
 
 
 def kept_shares(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nad_attr._checks import GatingError, tensor_of
 from nad_attr.data.labels import Task, as_task, other_images, own_images, tasks_in
 from nad_attr.data.sources import Draw, Inputs, Source, TensorSource, as_source
+from nad_attr.gates.channels import to_channels, to_gates
 from nad_attr.gating.hooks import channel_shape, frozen, installed, site_modules
 from nad_attr.running.forward import Runner, check_classes, chunks
 from nad_attr.running.options import RunOptions
@@ -133,6 +134,13 @@ def _weights(labels: Tensor, tasks: Sequence[Task], include_others: bool) -> Ten
                 raise ValueError(f"there is no {what} image for task {task} among the inputs.")
         weights += part / part.sum(-1, keepdim=True, dtype=torch.float64) / len(parts)
     return weights
+
+
+def tied(values: Tensor, site: GateSite) -> Tensor:
+    """The sum over each group's channels, for each of them: (..., C)."""
+    if site.groups is None:
+        return values
+    return to_channels(to_gates(values, [site]), [site])
 
 
 class _Scored:
@@ -358,6 +366,7 @@ class ChannelScorer(ABC):
         totals = {
             s.name: torch.zeros(*shape, s.n_channels, device="cpu").double() for s in self.sites
         }
+        sites = {site.name: site for site in self.sites}
         counts = weights.any(0)
         # Either every image that counts once, or every (task, image) pair that counts.
         if self.task_specific:
@@ -401,7 +410,8 @@ class ChannelScorer(ABC):
                 places = {number: place for place, number in enumerate(drawn)}
                 inputs = tuple(x[[places[number] for number in chosen]] for x in inputs)
             for name, scores in self.image_scores(as_batch(inputs, here, chosen)).items():
-                values = scores.detach().cpu().double()
+                # What the channels of a group do together, with their signs, is the group's.
+                values = tied(scores.detach().cpu().double(), sites[name])
                 for s, sign in enumerate(signed):
                     kept = values if sign or not self.has_sign else values.abs()
                     for v, weight in enumerate(weights):

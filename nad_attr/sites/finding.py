@@ -12,11 +12,11 @@ after it does not.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import warnings
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,17 +25,17 @@ from torch import Tensor, nn
 
 from nad_attr.sites.calling import Fields, call_with
 from nad_attr.sites.coverage import NetworkCheckWarning, poor_coverage
-from nad_attr.sites.site import GateSite, SiteError, resolve_name, unwrap
+from nad_attr.sites.dataflow import FLOAT, Flow, canonical_axis, channel_axis
+from nad_attr.sites.projections import called_projections
+from nad_attr.sites.site import UNITS, GateSite, SiteError, resolve_name, unwrap
 from nad_attr.sites.tracing import INT8, Call, Trace, trace
+from nad_attr.sites.units import check_rows, unit_sites
 
 __all__ = ["find_gate_sites", "paper_sites"]
 
 
 # How many other sites a module may hold for a site to be named after it.
 _MOST_ENCLOSED = 2
-
-
-_FLOAT = "give the float network that it was made from"
 
 
 Layers: TypeAlias = "str | nn.Module | GateSite | Sequence[str | nn.Module | GateSite]"
@@ -87,6 +87,8 @@ def find_gate_sites(
     additional_forward_args: object = None,
     vectors: bool = True,
     forward_func: Callable[..., object] | None = None,
+    units: str | Sequence[str] = "channels",
+    groups: Mapping[str, int | Sequence[int]] | None = None,
 ) -> list[GateSite]:
     """Finds, or checks, the places where a gate really closes a channel.
 
@@ -113,6 +115,12 @@ def find_gate_sites(
             False leaves out the hidden fully connected layers of a VGG. Only without ``layers``.
         forward_func: What is called in place of the model, which it runs: for models that take
             keywords, dictionaries or lists.
+        units: What gates stand for, one or several: ``"channels"`` of cut points; attention
+            ``"heads"``, one gate for each head, at the input of the output projection (closing head
+            h is zeroing its columns); ``"neurons"``, the hidden units of MLPs, at the input of the
+            second linear layer. Only without ``layers``.
+        groups: ``{site name: groups}``: channels that open and close as one gate, as in
+            :class:`GateSite`.
 
     Returns:
         The sites in forward order.
@@ -130,6 +138,13 @@ def find_gate_sites(
         [GateSite(name='2', n_channels=8, channel_dim=1, at_input=False)]
         >>> find_gate_sites(model, torch.zeros(1, 3, 16, 16), layers=["0", model[3]])[0].name
         '0'
+        >>> find_gate_sites(model, torch.zeros(1, 3, 16, 16), groups={"2": 4})[0].n_gates
+        4
+        >>> layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True).eval()
+        >>> for site in find_gate_sites(layer, torch.zeros(1, 5, 6), units=["heads", "neurons"]):
+        ...     print(site.name, site.n_gates, site.units)
+        self_attn.out_proj 2 heads
+        linear2 8 neurons
     """
     model = _checked_model(model)
     if isinstance(example_inputs, Mapping):
@@ -140,15 +155,92 @@ def find_gate_sites(
     asked = None if layers is None else asked_layers(model, layers, at_input)
     if asked is None and at_input:
         raise SiteError("at_input=True needs layers=: the modules at whose inputs to put the gates")
-    flow, traced = _traced(model, inputs, additional_forward_args, forward_func)
+    wanted = _checked_units(units, asked is not None)
+    others = [unit for unit in wanted if unit != "channels"]
+    called = None if "heads" in others else [a.name for a in asked or ()]
+    with called_projections(model, called):
+        flow, traced = _traced(model, inputs, additional_forward_args, forward_func)
+    if others:
+        found = [pair for unit in others for pair in unit_sites(model, flow, unit)]
+        if "channels" in wanted:
+            if "heads" in others:  # without what projections that are called add to the graph
+                plain, _ = _traced(model, inputs, additional_forward_args, forward_func)
+            else:
+                plain = flow
+            names = {site.name for _, site in found}
+            for site in _found_sites(plain, channel_dim, vectors):
+                if site.name in names:
+                    raise SiteError(
+                        f"{site.name!r} is a site of two kinds of units; ask for one kind"
+                    )
+                found.append((_one_call(flow, site.name).output or 0, site))
+        sites = [site for _, site in sorted(found, key=lambda pair: pair[0])]
+        _check_windows(model, flow, sites, inputs, additional_forward_args, forward_func)
+        return grouped(sites, groups)
     if asked is None:
         sites = _found_sites(flow, channel_dim, vectors)
         if vectors:
             message = _coverage(model, flow, traced, sites)
             if message is not None:
                 warnings.warn(message, NetworkCheckWarning, stacklevel=2)
-        return sites
-    return _user_sites(flow, asked, channel_dim)
+        return grouped(sites, groups)
+    sites = _user_sites(flow, asked, channel_dim)
+    _check_windows(model, flow, sites, inputs, additional_forward_args, forward_func)
+    return grouped(sites, groups)
+
+
+def _checked_units(units: object, layers: bool) -> list[str]:
+    """The kinds of units, in order and once each."""
+    given = [units] if isinstance(units, str) else units
+    if not isinstance(given, Iterable) or not (listed := [*given]):
+        raise SiteError(f"units must be one or several of {UNITS}, got {units!r}")
+    for unit in listed:
+        if unit not in UNITS:
+            raise SiteError(f"units must be one or several of {UNITS}, got {unit!r}")
+    if layers and listed != ["channels"]:
+        raise SiteError(
+            "units= finds sites, and layers= names them: give one of the two, or name sites as "
+            "GateSite(name, n_channels, -1, at_input=True, groups=n_heads, units='heads')"
+        )
+    return list(dict.fromkeys(listed))
+
+
+def grouped(
+    sites: Sequence[GateSite], groups: Mapping[str, int | Sequence[int]] | None
+) -> list[GateSite]:
+    """The sites with groups of channels as one gate, where they are given."""
+    if groups is None:
+        return list(sites)
+    if not isinstance(groups, Mapping):
+        raise SiteError(f"groups must be {{site name: groups}}, got {type(groups).__name__}")
+    unknown = [name for name in groups if all(site.name != name for site in sites)]
+    if unknown:
+        raise SiteError(
+            f"groups name {unknown[0]!r}, which is not a site; the sites are "
+            f"{', '.join(repr(site.name) for site in sites)}"
+        )
+    # GateSite checks what is given and spells it out.
+    return [
+        dataclasses.replace(site, groups=groups[site.name]) if site.name in groups else site
+        for site in sites
+    ]
+
+
+def _check_windows(
+    model: nn.Module,
+    flow: Flow,
+    sites: Sequence[GateSite],
+    inputs: tuple[Tensor, ...],
+    additional_forward_args: object,
+    forward_func: Callable[..., object] | None,
+) -> None:
+    """Check sites that hold several rows of each image on the first axis."""
+    rows = {s.name: flow.calls[s.name][0].argument_shape for s in sites if s.units != "channels"}
+    windows = [s for s in sites if (rows.get(s.name) or (flow.batch_size,))[0] != flow.batch_size]
+    if windows:
+        run = model if forward_func is None else forward_func
+        arguments = _as_tuple(additional_forward_args)
+        check_rows(model, inputs, windows, lambda *images: run(*images, *arguments))
 
 
 def site_links(
@@ -182,6 +274,13 @@ def site_links(
         {'1': (), '3': ('1',), 'output': ('3',)}
     """
     model = _checked_model(model)
+    for site in sites:
+        if site.units != "channels":
+            raise SiteError(
+                f"gate site {site.name!r} holds {site.units}, around which the residual stream "
+                "leads, so what flows through it is not all that flows; take sites of "
+                "find_gate_sites(model, images, units='channels')"
+            )
     flow, _ = _traced(model, _checked_inputs(example_inputs), additional_forward_args, forward_func)
     cuts = flow.cut_points()
     cells = {call.output for call in _cells(flow, cuts, set())}
@@ -226,7 +325,7 @@ def _traced(
     inputs: tuple[Tensor, ...],
     additional_forward_args: object,
     forward_func: Callable[..., Any] | None = None,
-) -> tuple[_Flow, Trace]:
+) -> tuple[Flow, Trace]:
     """The flow of data through one forward pass, and what was seen of it."""
     try:
         traced = trace(model, inputs, _as_tuple(additional_forward_args), forward_func)
@@ -253,10 +352,10 @@ def _traced(
             f"forward_func runs the model {times} times, so one gate would stand for several "
             "tensors; run it once and make what is wanted of its one output"
         )
-    return _Flow(model, traced), traced
+    return Flow(model, traced), traced
 
 
-def _cut_remedy(flow: _Flow, name: str, cuts: Iterable[int]) -> str:
+def _cut_remedy(flow: Flow, name: str, cuts: Iterable[int]) -> str:
     """Says which site to take in place of one that is no cut."""
     at = {call.output: call.name for call in flow.gateable()}
     named = {at[node] for node in cuts if node in at}
@@ -453,135 +552,11 @@ def _short(module: nn.Module) -> str:
     return text if text.endswith(")") else type(module).__name__
 
 
-# The flow of data
-
-
-class _Flow:
-    """What matters of a trace: the nodes between input and output, and the calls at them."""
-
-    def __init__(self, model: nn.Module, traced: Trace) -> None:
-        self.nodes = traced.nodes
-        self.batch_size = traced.batch_size
-        self.has_children = {
-            name for name, m in model.named_modules() if any(True for _ in m.children())
-        }
-        self.plain = {name for name, m in model.named_modules() if type(m) is nn.Sequential}
-        self.sequential = {n for n, m in model.named_modules() if isinstance(m, nn.Sequential)}
-        self.calls: dict[str, list[Call]] = {}
-        for call in traced.calls:
-            self.calls.setdefault(call.name, []).append(call)
-        whole = next((c.name for c in traced.calls if c.kind == INT8), None)
-        #: Why some layers have no place for a gate; "": none is of that kind.
-        self.int8 = "" if whole is None else (f"layer {whole!r} returns {INT8}; {_FLOAT}")
-        self.sources = set(traced.sources)
-        self.sinks = set(traced.sinks)
-        reach = set(self.sources)
-        for index, node in enumerate(self.nodes):
-            if not reach.isdisjoint(node.inputs):
-                reach.add(index)
-        needed = set(self.sinks)
-        for index in range(len(self.nodes) - 1, -1, -1):
-            if index in needed:
-                needed.update(self.nodes[index].inputs)
-        # In the order of creation, which is topological.
-        self.path = sorted(reach & needed)
-        self.on_path = set(self.path)
-
-    def cut_points(self) -> list[int]:
-        """Nodes that every path from the inputs to the output passes: no edge jumps over them."""
-        position = {index: p for p, index in enumerate(self.path)}
-        end = len(self.path)
-        edges = [(-1, position[s]) for s in self.sources & self.on_path]
-        edges += [(position[s], end) for s in self.sinks & self.on_path]
-        for index in self.path:
-            edges += [(position[i], position[index]) for i in self.inputs_of(index)]
-        # Over how many positions' left border is there an edge that does not end there?
-        change = [0] * (end + 2)
-        for start, stop in edges:
-            if stop - start > 1:
-                change[start + 1] += 1
-                change[stop] -= 1
-        jumps = itertools.accumulate(change)
-        return [index for index, n in zip(self.path, jumps, strict=False) if n == 0]
-
-    def inputs_of(self, index: int) -> list[int]:
-        return [i for i in self.nodes[index].inputs if i in self.on_path]
-
-    def between(self, start: int, stop: int) -> list[int]:
-        """The nodes on the path after one and up to another; -1 and len(nodes) are the ends."""
-        return self.path[bisect_right(self.path, start) : bisect_right(self.path, stop)]
-
-    def after(self, start: int) -> set[int]:
-        """The nodes on the path that depend on one."""
-        reached = {start}
-        for index in self.between(start, len(self.nodes)):
-            if not reached.isdisjoint(self.nodes[index].inputs):
-                reached.add(index)
-        return reached - {start}
-
-    def carries(self, start: int, stop: int) -> bool:
-        """Whether the channels at ``stop`` are still those at ``start``.
-
-        A tensor carries them if all it was made of carries them, by operators that form no new
-        channels; a product if one factor does, since zeros stay zeros: squeeze-and-excitation
-        rescales channels and forms none. ``start`` -1 is the input, ``stop`` len(nodes) the output.
-        """
-        carrying = {start}
-        for index in self.between(start, stop):
-            node, read = self.nodes[index], self.inputs_of(index)
-            if index in self.sources:
-                if start == -1:
-                    carrying.add(index)
-            elif not node.mixes:
-                enough = any if node.scales else all
-                if enough(i in carrying for i in read):
-                    carrying.add(index)
-        return stop in carrying or (stop == len(self.nodes) and self.sinks <= carrying)
-
-    def mixing(self, indices: Iterable[int]) -> set[int]:
-        return {index for index in indices if self.nodes[index].mixes}
-
-    def inside(self, call: Call) -> list[int]:
-        """The nodes on the path that a call made."""
-        return self.between(call.start - 1, call.end - 1)
-
-    def gateable(self) -> Iterator[Call]:
-        """Calls at whose outputs a gate could stand, if the place were right."""
-        for name, calls in self.calls.items():
-            if not name or len(calls) != 1:
-                continue
-            call = calls[0]
-            if (
-                call.output in self.on_path
-                and call.output not in call.inputs
-                and call.floating
-                and call.shape is not None
-                and len(call.shape) > 1
-                and call.shape[0] == self.batch_size
-            ):
-                yield call
-
-
-def _channel_axis(shape: tuple[int, ...], axes: frozenset[int]) -> int | None:
-    """The axis of the channels as in GateSite.channel_dim, None if unknown."""
-    if len(shape) == 2:
-        return 1
-    if len(axes) != 1:
-        return None
-    (axis,) = axes
-    return _canonical_axis(shape, axis) if axis else None
-
-
-def _canonical_axis(shape: tuple[int, ...], axis: int) -> int:
-    axis %= len(shape)
-    return -1 if axis == len(shape) - 1 and axis != 1 else axis
-
-
 # Sites that are found
 
 
 def _found_sites(
-    flow: _Flow, channel_dim: int | Mapping[str, int] | None, vectors: bool
+    flow: Flow, channel_dim: int | Mapping[str, int] | None, vectors: bool
 ) -> list[GateSite]:
     if not flow.path and not flow.int8:
         raise SiteError(
@@ -623,7 +598,7 @@ def _found_sites(
     return sites
 
 
-def _segments(flow: _Flow, cuts: list[int]) -> list[list[int]]:
+def _segments(flow: Flow, cuts: list[int]) -> list[list[int]]:
     """Cut points in runs that share their channels, without those of the input and the output."""
     runs: list[list[int]] = [[-1]]
     for index in [*cuts, len(flow.nodes)]:
@@ -635,7 +610,7 @@ def _segments(flow: _Flow, cuts: list[int]) -> list[list[int]]:
 
 
 def _site_of_segment(
-    flow: _Flow,
+    flow: Flow,
     segment: list[int],
     calls_at: Mapping[int, list[Call]],
     channel_dim: int | Mapping[str, int] | None,
@@ -647,7 +622,7 @@ def _site_of_segment(
     n_channels: dict[int, int] = {}
     for index in candidates:
         shape = flow.nodes[index].shape
-        axis = _channel_axis(shape, flow.nodes[index].axes)
+        axis = channel_axis(shape, flow.nodes[index].axes)
         if axis is None:
             axis = _override(channel_dim, [call.name for call in calls_at[index]])
         if axis is not None and -len(shape) <= axis < len(shape):
@@ -680,7 +655,7 @@ def _n_positions(shape: tuple[int, ...], n_channels: int) -> int:
     return n // n_channels
 
 
-def _cells(flow: _Flow, cuts: list[int], chosen: set[int]) -> list[Call]:
+def _cells(flow: Flow, cuts: list[int], chosen: set[int]) -> list[Call]:
     """Modules that are the sites of stretches without cut points.
 
     A stretch counts as a block, with no sites inside, if one module makes all of its channels, as
@@ -723,14 +698,14 @@ def _cells(flow: _Flow, cuts: list[int], chosen: set[int]) -> list[Call]:
     return cells
 
 
-def _ends(flow: _Flow, index: int, stop: int) -> bool:
+def _ends(flow: Flow, index: int, stop: int) -> bool:
     """Whether the channels of a cell are those at the end of its stretch, or of the output."""
     if stop in flow.on_path and flow.carries(index, stop):
         return True
     return not flow.mixing(flow.after(index))
 
 
-def _chained(flow: _Flow, calls: Sequence[Call]) -> bool:
+def _chained(flow: Flow, calls: Sequence[Call]) -> bool:
     """Whether one of the calls reads what another one returned."""
     for first in calls:
         assert first.output is not None
@@ -740,7 +715,7 @@ def _chained(flow: _Flow, calls: Sequence[Call]) -> bool:
     return False
 
 
-def _best_name(flow: _Flow, calls: Sequence[Call], others: set[int]) -> Call:
+def _best_name(flow: Flow, calls: Sequence[Call], others: set[int]) -> Call:
     """The call to name a site after, among those of nested modules that return the same tensor.
 
     The innermost block; else the innermost subclass of Sequential; else the innermost module.
@@ -766,9 +741,7 @@ def _best_name(flow: _Flow, calls: Sequence[Call], others: set[int]) -> Call:
 _POOR_SHARE, _POOR = 0.25, 4
 
 
-def _coverage(
-    model: nn.Module, flow: _Flow, traced: Trace, sites: Sequence[GateSite]
-) -> str | None:
+def _coverage(model: nn.Module, flow: Flow, traced: Trace, sites: Sequence[GateSite]) -> str | None:
     """What to say if the sites leave much of the network out."""
     everything = flow.mixing(flow.path)
     at = [(site.name, flow.calls[site.name][0].output or 0) for site in sites]
@@ -794,7 +767,7 @@ def _coverage(
             call.name
             for call in flow.gateable()
             if call.output is not None and start < call.output < stop
-            if _channel_axis(call.shape or (), flow.nodes[call.output].axes) is not None
+            if channel_axis(call.shape or (), flow.nodes[call.output].axes) is not None
             if flow.mixing(flow.after(call.output))
             if flow.mixing(flow.inside(call)) or flow.nodes[call.output].op.endswith("norm")
         ]
@@ -822,13 +795,14 @@ def _coverage(
 
 
 def _user_sites(
-    flow: _Flow, asked: Sequence[_Asked], channel_dim: int | Mapping[str, int] | None
+    flow: Flow, asked: Sequence[_Asked], channel_dim: int | Mapping[str, int] | None
 ) -> list[GateSite]:
     ordered: list[tuple[int, GateSite]] = []
     outputs: dict[int, str] = {}
     for layer in asked:
         call = _one_call(flow, layer.name)
-        node = _gated_node(flow, call, layer.at_input)
+        units = layer.site.units if layer.site is not None else "channels"
+        node = _gated_node(flow, call, layer.at_input, windows=units != "channels")
         shape = call.argument_shape if layer.at_input else call.shape
         assert shape is not None
         if not layer.at_input:
@@ -843,6 +817,8 @@ def _user_sites(
         if layer.site is not None and _override(channel_dim, [layer.name]) is None:
             given = layer.site.channel_dim
         site = _site(layer.name, shape, axes or frozenset(), given, at_input=layer.at_input)
+        if layer.site is not None and layer.site.n_channels == site.n_channels:
+            site = dataclasses.replace(site, groups=layer.site.groups, units=layer.site.units)
         if layer.site is not None and layer.site.n_channels != site.n_channels:
             raise SiteError(
                 f"site {layer.name!r} is said to have {layer.site.n_channels} channels, but its "
@@ -853,7 +829,7 @@ def _user_sites(
     return [site for _, site in sorted(ordered, key=lambda pair: pair[0])]
 
 
-def _one_call(flow: _Flow, name: str) -> Call:
+def _one_call(flow: Flow, name: str) -> Call:
     calls = flow.calls.get(name, [])
     remedy = _remedy(flow, name)
     if not calls:
@@ -869,7 +845,7 @@ def _one_call(flow: _Flow, name: str) -> Call:
     return calls[0]
 
 
-def _gated_node(flow: _Flow, call: Call, at_input: bool) -> int:
+def _gated_node(flow: Flow, call: Call, at_input: bool, *, windows: bool = False) -> int:
     """The node at which a gate of this call acts, if it can stand there."""
     name, remedy = call.name, _remedy(flow, call.name)
     shape = call.argument_shape if at_input else call.shape
@@ -878,7 +854,7 @@ def _gated_node(flow: _Flow, call: Call, at_input: bool) -> int:
     if shape is None:
         kind = call.argument_kind if at_input else call.kind
         if kind == INT8:
-            raise SiteError(f"layer {name!r} {verb} {kind}; {_FLOAT}")
+            raise SiteError(f"layer {name!r} {verb} {kind}; {FLOAT}")
         needed = "input (by position, and no other)" if at_input else "output, of real numbers"
         raise SiteError(
             f"layer {name!r} {verb} {kind}; a gate needs one tensor as {needed}; {remedy}"
@@ -890,7 +866,8 @@ def _gated_node(flow: _Flow, call: Call, at_input: bool) -> int:
             f"what layer {name!r} {verb} does not reach the model's output, so a gate there "
             f"changes nothing; {remedy}"
         )
-    if len(shape) < 2 or shape[0] != flow.batch_size:
+    one = shape[0] == flow.batch_size or (windows and shape[0] % flow.batch_size == 0)
+    if len(shape) < 2 or not one:
         raise SiteError(
             f"layer {name!r} {verb} a tensor of shape {shape}, of which the first axis is not the "
             f"batch of {flow.batch_size}; a gate needs (batch, ...); {remedy}"
@@ -898,7 +875,7 @@ def _gated_node(flow: _Flow, call: Call, at_input: bool) -> int:
     return node
 
 
-def _remedy(flow: _Flow, name: str) -> str:
+def _remedy(flow: Flow, name: str) -> str:
     """Says where a gate could stand instead."""
     gateable = {call.name for call in flow.gateable()}
     outer = name
@@ -913,7 +890,7 @@ def _remedy(flow: _Flow, name: str) -> str:
     return "leave layers out to have sites found"
 
 
-def _axes_from_readers(flow: _Flow, node: int) -> frozenset[int] | None:
+def _axes_from_readers(flow: Flow, node: int) -> frozenset[int] | None:
     """The axis on which the operators that read a tensor expect its channels."""
     for reader in (flow.nodes[index] for index in flow.path):
         if node in reader.inputs and ("conv" in reader.op or "batch_norm" in reader.op):
@@ -935,7 +912,7 @@ def _site(
     """Makes a site of a tensor, with the given axis or the one that was found."""
     axis = _override(channel_dim, [name])
     if axis is None:
-        axis = _channel_axis(shape, axes)
+        axis = channel_axis(shape, axes)
         if axis is None:
             raise SiteError(
                 f"the axis of the channels of layer {name!r}, of shape {shape}, is not known; say "
@@ -948,7 +925,7 @@ def _site(
             f"channel_dim {axis} is no channel axis of layer {name!r}, of shape {shape}; give one "
             f"from 1 to {len(shape) - 1}, or -1"
         )
-    return GateSite(name, shape[axis], _canonical_axis(shape, axis), at_input)
+    return GateSite(name, shape[axis], canonical_axis(shape, axis), at_input)
 
 
 def _override(channel_dim: int | Mapping[str, int] | None, names: Sequence[str]) -> int | None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
-__all__ = ["GateSite", "SiteError", "unwrap"]
+__all__ = ["UNITS", "GateSite", "SiteError", "unwrap"]
+
+#: What a site's gates can stand for.
+UNITS = ("channels", "heads", "neurons")
 
 
 def check_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
@@ -38,16 +42,34 @@ class GateSite:
         channel_dim: Axis of the channels, the batch counted as axis 0: 1 for convolutional and
             (batch, channels) tensors, -1 for channels last.
         at_input: Whether the gate stands at the module's input rather than at its output.
+        groups: For each channel the number of its group, 0 to G - 1: a group opens and closes as
+            one gate. An int G: as many groups of neighbours, equally large. None: each channel is
+            a gate of its own.
+        units: What a gate stands for: ``"channels"``, the attention ``"heads"`` whose outputs a
+            projection takes, or hidden ``"neurons"`` of an MLP.
 
     Example:
         >>> GateSite("layer1.0", 256)
         GateSite(name='layer1.0', n_channels=256, channel_dim=1, at_input=False)
+        >>> GateSite("attn.proj", 6, -1, at_input=True, groups=2, units="heads").groups
+        (0, 0, 0, 1, 1, 1)
     """
 
     name: str
     n_channels: int
     channel_dim: int = 1
     at_input: bool = False
+    groups: int | Sequence[int] | None = None
+    units: str = "channels"
+
+    def __repr__(self) -> str:
+        facts = [f"name={self.name!r}", f"n_channels={self.n_channels}"]
+        facts += [f"channel_dim={self.channel_dim}", f"at_input={self.at_input}"]
+        if self.group_of is not None:
+            facts.append(f"groups={_neighbours(self.group_of) or self.group_of}")
+        if self.units != "channels":
+            facts.append(f"units={self.units!r}")
+        return f"GateSite({', '.join(facts)})"
 
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
@@ -61,6 +83,43 @@ class GateSite:
             raise SiteError(f"site {self.name!r} needs at least one channel, not {self.n_channels}")
         if self.channel_dim == 0:
             raise SiteError(f"site {self.name!r}: axis 0 is the batch and cannot hold the channels")
+        if self.units not in UNITS:
+            raise SiteError(f"site {self.name!r}: units must be one of {UNITS}, got {self.units!r}")
+        if self.groups is not None:
+            object.__setattr__(self, "groups", self._checked_groups(self.groups))
+
+    def _checked_groups(self, given: object) -> tuple[int, ...]:
+        """The group of each channel, spelt out."""
+        n, called = self.n_channels, f"site {self.name!r}: groups"
+        if isinstance(given, int) and not isinstance(given, bool):
+            if given < 1 or n % given:
+                raise SiteError(f"{called} must be a divisor of its {n} channels, got {given}")
+            return tuple(channel // (n // given) for channel in range(n))
+        if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+            raise SiteError(f"{called} must be an int or one number a channel, got {given!r}")
+        numbers = tuple(given)
+        if len(numbers) != n or any(type(number) is not int for number in numbers):
+            raise SiteError(f"{called} must be {n} ints, one a channel, got {len(numbers)} values")
+        if set(numbers) != set(range(max(numbers) + 1)):
+            raise SiteError(f"{called} must be numbered from 0 without a gap")
+        return numbers
+
+    @property
+    def group_of(self) -> tuple[int, ...] | None:
+        """The group of each channel; None: each is a gate of its own."""
+        return cast("tuple[int, ...] | None", self.groups)
+
+    @property
+    def n_gates(self) -> int:
+        """Gates of their own: groups, or channels where there are none."""
+        return self.n_channels if self.group_of is None else max(self.group_of) + 1
+
+
+def _neighbours(groups: tuple[int, ...]) -> int | None:
+    """Number of groups if they are neighbours and equally large."""
+    n = max(groups) + 1
+    width = len(groups) // n
+    return n if groups == tuple(channel // width for channel in range(len(groups))) else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -82,3 +82,16 @@ def pandas(who: str) -> Any:
             f"{who} needs pandas: pip install 'nad-attr[plot]'; summary() and to_dict() do without."
         ) from error
     return pd
+
+
+def duration(seconds: float) -> str:
+    """In words.
+
+    Example:
+        >>> duration(8), duration(130), duration(7300)
+        ('8 s', '2 min', '2 h 2 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from h5py import h5a, h5d, h5g, h5l, h5t, h5z
 
-from nad_attr.sites.site import GateSite
+from nad_attr.sites.site import GateSite, SiteError
 from nad_attr.store._errors import GateStoreError, reading
 from nad_attr.store._write import FORMAT_VERSION, UNLOCKED, from_json
 from nad_attr.system.safe_files import most_bytes
@@ -341,11 +341,21 @@ class Reader:
                     self.integer(group, "at_input"),
                 )
             else:
-                facts = tuple(index[order])
-                if [type(fact) for fact in facts] != [str, int, int, int]:
+                listed = index[order] if type(index[order]) is list else []
+                facts, units = tuple(listed[:4]), listed[4:]
+                if [type(fact) for fact in facts] != [str, int, int, int] or not (
+                    not units or (len(units) == 2 and type(units[0]) is str)
+                ):
                     raise GateStoreError(f"{self.path}: /site lists a gate site as {facts}.")
             name, n_channels, channel_dim, at_input = facts
-            sites.append(GateSite(name, n_channels, channel_dim, bool(at_input)))
+            kind, groups = units if index is not None and units else ("channels", None)
+            if groups is not None and type(groups) is not list:
+                raise GateStoreError(f"{self.path}: /site has groups of {name!r} that are no list.")
+            try:
+                site = GateSite(name, n_channels, channel_dim, bool(at_input), groups, kind)
+            except SiteError as error:
+                raise GateStoreError(f"{self.path}: {error}") from None
+            sites.append(site)
         return sites
 
 

@@ -276,12 +276,18 @@ def put_sites(
         put_attribute(group, "n_channels", site.n_channels)
         groups.append(group)
     # The same once more in one place: reading the attributes of many groups takes its time.
-    index = [[s.name, s.n_channels, s.channel_dim, int(s.at_input)] for s in sites]
+    index = [[s.name, s.n_channels, s.channel_dim, int(s.at_input), *_units(s)] for s in sites]
     put_attribute(file["site"], "index", json.dumps(index))
     if means is not None:
         put_array(file, "mean", np.concatenate([np.asarray(means[s.name], "<f4") for s in sites]))
         put_columns(file["mean"], sites)
     return groups
+
+
+def _units(site: GateSite) -> list[Any]:
+    """What a site's gates stand for, if not each for a channel."""
+    plain = site.units == "channels" and site.groups is None
+    return [] if plain else [site.units, None if site.group_of is None else list(site.group_of)]
 
 
 def put_columns(data: h5py.Dataset, sites: Sequence[GateSite]) -> None:

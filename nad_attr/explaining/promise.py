@@ -1,0 +1,278 @@
+"""How long an explanation will take: images that pass the network, times measured seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from nad_attr.certainty.verdict import FIT_STEPS, N_CLOSED
+from nad_attr.data.labels import Task, other_images, own_images
+from nad_attr.data.sources import ChosenSource, Source, TensorSource
+from nad_attr.evaluation.responses import sweep
+from nad_attr.gates.channels import budget, top_k_masks
+from nad_attr.gates.recipe import PaperRecipe, Recipe
+from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.learning.constants import KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP, SHARES_TRIED
+from nad_attr.learning.session import MEAN_IMAGES, Session
+from nad_attr.report.measuring import FLOW_IMAGES, FLOW_RECEIVERS, FLOW_TASKS, evenly
+from nad_attr.running.options import RunOptions
+from nad_attr.sites.site import GateSite
+from nad_attr.system.rng import seed_of
+
+__all__ = ["STEPS", "Promise", "Rates", "measured_rates", "passes", "promised"]
+
+#: What is done, in this order.
+STEPS = ("learning", "evaluation", "verdict", "flow", "pictures", "page")
+#: Random draws beside the evaluation and the verdict, and images of a task in the verdict.
+N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
+#: Images of the timed passes, sub-architectures that they run through, and tasks that are learned.
+_IMAGES, _ROWS, _TASKS = 16, 8, 3
+#: Images that timed learning draws from, and steps that are timed after those that close nothing.
+_POOL, _STEPS = 64, 4
+#: Seconds that each step takes whatever the network, and the page on top.
+_BEGIN, _PAGE = 0.2, 0.5
+
+Passes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured seconds.
+
+    Attributes:
+        run: An image through the network.
+        learn: An image through the gated network and back, with what learning does beside it.
+        fit: The same where constants are fitted to given channels.
+        read: An image made ready.
+        setup: Checks of network and images before learning.
+    """
+
+    run: float
+    learn: float
+    fit: float
+    read: float
+    setup: float
+
+    def seconds(self, passes: Passes) -> float:
+        """For so many passes of each kind."""
+        of = {"run": self.run, "learn": self.learn, "fit": self.fit, "read": self.read}
+        of["back"] = max(self.learn - self.run, self.run)
+        return sum(n * of[kind] for kind, n in passes.items())
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How long each step will take.
+
+    Attributes:
+        seconds: ``{step: seconds}``, of the steps that are still to do.
+        passes: ``{step: {kind: images}}``: "run" through the network, "learn" and "fit" through
+            the gated network and back, "back" back alone (for the flow, in pieces), "read" from
+            the data.
+    """
+
+    seconds: Mapping[str, float]
+    passes: Mapping[str, Passes]
+
+    @property
+    def total(self) -> float:
+        """Seconds in all."""
+        return sum(self.seconds.values())
+
+    @property
+    def n_passes(self) -> int:
+        """Images that pass the network, forward, backward or both."""
+        return sum(n for kinds in self.passes.values() for k, n in kinds.items() if k != "read")
+
+
+def passes(
+    learned: Source,
+    judged: Source,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    n_kept: int,
+    missing: Sequence[Task],
+) -> dict[str, Passes]:
+    """Images that each step runs: see :class:`Promise`.
+
+    Args:
+        learned: Images to learn from.
+        judged: Images to judge on.
+        tasks: T tasks.
+        recipe: How they are learned.
+        n_kept: Channels that each keeps.
+        missing: Those that are still to learn.
+    """
+    n, n_learned, n_tasks = len(judged.labels), len(learned.labels), len(tasks)
+    own, other = (
+        dict(zip(tasks, marks(learned.labels, tasks).sum(1).tolist(), strict=True))
+        for marks in (own_images, other_images)
+    )
+    paper, optimal = isinstance(recipe, PaperRecipe), recipe.ablation == "optimal"
+    means = 0 if recipe.ablation == "zero" else min(MEAN_IMAGES, n_learned)
+
+    def of_steps(steps: int, which: Sequence[Task], constants: bool) -> tuple[int, int]:
+        """Images through the gated network and back, and through the network beside."""
+        half = recipe.images_per_step // 2
+        each = {t: min(own[t], recipe.images_per_step - half) + min(other[t], half) for t in which}
+        gated = sum(steps * images for images in each.values())
+        kept = 0
+        for task in which if constants else ():
+            fewer = min(own[task], other[task])
+            share = round(KEPT_SHARE * fewer) if fewer >= MIN_TO_KEEP else own[task]
+            kept += 2 * min(MAX_KEPT, share)
+        first = sum(min(own[t], steps * half) for t in which)
+        first += min(n_learned - min(first, n_learned), steps * half * len(which))
+        return gated, min(first, n_learned) + kept * (1 + len(SHARES_TRIED))
+
+    found: dict[str, Passes] = {}
+    if paper:
+        gated = sum(recipe.epochs * own[task] for task in missing)  # type: ignore[attr-defined]
+        beside = gated
+    else:
+        gated, beside = of_steps(recipe.steps, missing, optimal)
+    found["learning"] = {"learn": gated, "run": means + beside, "read": means + gated}
+    found["evaluation"] = {"run": n * (1 + n_tasks * (1 + N_RANDOM)), "read": n}
+    # Closed at zero, the gates as given and as compared are one network, which runs once.
+    rows = 2 + 2 * (1 + N_VERDICT) + min(N_CLOSED, n_kept) - (recipe.ablation == "zero")
+    each_judged = [
+        min(VERDICT_IMAGES, own_n + other_n)
+        for own_n, other_n in zip(
+            own_images(judged.labels, tasks).sum(1).tolist(),
+            other_images(judged.labels, tasks).sum(1).tolist(),
+            strict=True,
+        )
+    ]
+    each_learned = [min(VERDICT_IMAGES, own[task] + other[task]) for task in tasks]
+    found["verdict"] = {
+        "run": rows * sum(each_judged) + 2 * sum(each_learned),
+        "read": sum(each_judged) + sum(each_learned),
+    }
+    if optimal and not paper:
+        gated, beside = of_steps(FIT_STEPS, tasks, True)
+        found["verdict"]["fit"] = (1 + N_VERDICT) * gated
+        found["verdict"]["run"] += (1 + N_VERDICT) * beside + means
+        found["verdict"]["read"] += (1 + N_VERDICT) * gated + means
+    shown = own_images(judged.labels, list(tasks)[:FLOW_TASKS]).sum(1).clamp(max=FLOW_IMAGES)
+    images = int(shown.sum())
+    found["flow"] = {"run": 3 * images, "back": (FLOW_RECEIVERS + 3) * images, "read": n}
+    found["pictures"] = {"run": n, "read": n}
+    found["page"] = {}
+    return found
+
+
+def promised(todo: Mapping[str, Passes], rates: Rates, *, fits: bool) -> Promise:
+    """The seconds of the steps that are to do."""
+    seconds = {step: _BEGIN + rates.seconds(kinds) for step, kinds in todo.items()}
+    for step in ("learning", *(("verdict",) if fits else ())):
+        if step in seconds:
+            seconds[step] += rates.setup
+    if "page" in seconds:
+        seconds["page"] += _PAGE
+    return Promise(seconds, dict(todo))
+
+
+class _EnoughError(Exception):
+    """Ends what is timed."""
+
+
+def measured_rates(
+    model: nn.Module,
+    learned: Source,
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    run: RunOptions | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[Rates, int]:
+    """Time a few passes of each kind on the user's network and images.
+
+    Learning is really begun, on some of the images, and stopped after a few steps.
+
+    Args:
+        model: The network; unchanged afterwards.
+        learned: Images to learn from.
+        tasks: The tasks.
+        recipe: How they will be learned.
+        seed: Of the run.
+        run: How to run the network.
+        clock: Tells seconds.
+
+    Returns:
+        The rates, and how many channels a sub-architecture will keep.
+
+    Raises:
+        SiteError, TypeError, ValueError: If the network cannot be learned on, see
+            :func:`nad_attr.learn_gates`.
+    """
+    some = list(tasks[:_TASKS])
+    labels = learned.labels
+    rows = [own.nonzero().flatten()[: _POOL // 4] for own in own_images(labels, some)]
+    rows.append(torch.tensor(evenly(labels, _POOL, seed), dtype=torch.long, device="cpu"))
+    pool = ChosenSource(learned, torch.cat(rows).unique())
+    Session(model, pool, some, recipe, seed=seed, run=run)  # the first one loads libraries
+    began = clock()
+    session = Session(model, pool, some, recipe, seed=seed, run=run)
+    setup = clock() - began
+    n_kept = (
+        sum(site.n_channels for site in session.sites) // 2
+        if isinstance(recipe, PaperRecipe)
+        else budget(recipe.size, session.sites)
+    )
+    some = some[: session.width]
+    waiting = max(1, min(5, session.n_steps(some[0]) // 10))
+    learn = _pace(lambda step: session.learn(some, advance=step), len(some), waiting, clock)
+    fit = learn
+    if recipe.ablation == "optimal":
+        fitting = Session(
+            model, pool, some, replace(recipe, steps=FIT_STEPS), session.sites, seed=seed, run=run
+        )
+        masked = [_random(session.sites, n_kept, task, seed) for task in some]
+        fit = _pace(lambda step: fitting.fit(masked, advance=step), len(some), 1, clock)
+    each = recipe.images_per_step
+    numbers = list(range(min(_IMAGES, len(pool.labels))))
+    began = clock()
+    inputs = next(iter(pool.batches([[(number, seed) for number in numbers]])))
+    read = (clock() - began) / len(numbers)
+    held = TensorSource(inputs, pool.labels[numbers])
+    held.fields = pool.fields
+    archs = [_random(session.sites, n_kept, some[0], draw) for draw in range(_ROWS)]
+    sweep(model, archs[:1], held, run=run)  # warm
+    began = clock()
+    sweep(model, archs, held, run=run)
+    seconds = (clock() - began) / (len(numbers) * (1 + _ROWS))
+    return Rates(seconds, learn / each, fit / each, read, setup), n_kept
+
+
+def _random(sites: Sequence[GateSite], n_kept: int, task: Task, seed: int) -> SubArchitecture:
+    generator = torch.Generator().manual_seed(seed_of(seed, "timed"))
+    scores = {
+        site.name: torch.rand(site.n_channels, generator=generator, device="cpu") for site in sites
+    }
+    return SubArchitecture(top_k_masks(scores, sites, n_kept), sites, task=task)
+
+
+def _pace(
+    begin: Callable[[Callable[[int], None]], object],
+    n_tasks: int,
+    waiting: int,
+    clock: Callable[[], float],
+) -> float:
+    """Seconds for a step of one task, after some steps."""
+    times: list[float] = []
+
+    def advance(n: int) -> None:
+        times.append(clock())
+        if len(times) > waiting + _STEPS:
+            raise _EnoughError
+
+    with suppress(_EnoughError):
+        begin(advance)
+    first = min(waiting, len(times) - 2)
+    return (times[-1] - times[first]) / ((len(times) - 1 - first) * n_tasks)

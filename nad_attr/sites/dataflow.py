@@ -1,0 +1,141 @@
+"""What matters of a trace: the nodes between input and output, and the calls of modules at them."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from nad_attr.sites.tracing import INT8, Call, Trace
+
+__all__ = ["FLOAT", "Flow", "canonical_axis", "channel_axis"]
+
+
+#: What to do about a layer of static int8.
+FLOAT = "give the float network that it was made from"
+
+
+class Flow:
+    """What matters of a trace: the nodes between input and output, and the calls at them."""
+
+    def __init__(self, model: nn.Module, traced: Trace) -> None:
+        self.nodes = traced.nodes
+        self.batch_size = traced.batch_size
+        self.has_children = {
+            name for name, m in model.named_modules() if any(True for _ in m.children())
+        }
+        self.plain = {name for name, m in model.named_modules() if type(m) is nn.Sequential}
+        self.sequential = {n for n, m in model.named_modules() if isinstance(m, nn.Sequential)}
+        self.calls: dict[str, list[Call]] = {}
+        for call in traced.calls:
+            self.calls.setdefault(call.name, []).append(call)
+        whole = next((c.name for c in traced.calls if c.kind == INT8), None)
+        #: Why some layers have no place for a gate; "": none is of that kind.
+        self.int8 = "" if whole is None else (f"layer {whole!r} returns {INT8}; {FLOAT}")
+        self.sources = set(traced.sources)
+        self.sinks = set(traced.sinks)
+        reach = set(self.sources)
+        for index, node in enumerate(self.nodes):
+            if not reach.isdisjoint(node.inputs):
+                reach.add(index)
+        needed = set(self.sinks)
+        for index in range(len(self.nodes) - 1, -1, -1):
+            if index in needed:
+                needed.update(self.nodes[index].inputs)
+        # In the order of creation, which is topological.
+        self.path = sorted(reach & needed)
+        self.on_path = set(self.path)
+
+    def cut_points(self) -> list[int]:
+        """Nodes that every path from the inputs to the output passes: no edge jumps over them."""
+        position = {index: p for p, index in enumerate(self.path)}
+        end = len(self.path)
+        edges = [(-1, position[s]) for s in self.sources & self.on_path]
+        edges += [(position[s], end) for s in self.sinks & self.on_path]
+        for index in self.path:
+            edges += [(position[i], position[index]) for i in self.inputs_of(index)]
+        # Over how many positions' left border is there an edge that does not end there?
+        change = [0] * (end + 2)
+        for start, stop in edges:
+            if stop - start > 1:
+                change[start + 1] += 1
+                change[stop] -= 1
+        jumps = itertools.accumulate(change)
+        return [index for index, n in zip(self.path, jumps, strict=False) if n == 0]
+
+    def inputs_of(self, index: int) -> list[int]:
+        """The nodes on the path that a node was made from."""
+        return [i for i in self.nodes[index].inputs if i in self.on_path]
+
+    def between(self, start: int, stop: int) -> list[int]:
+        """The nodes on the path after one and up to another; -1 and len(nodes) are the ends."""
+        return self.path[bisect_right(self.path, start) : bisect_right(self.path, stop)]
+
+    def after(self, start: int) -> set[int]:
+        """The nodes on the path that depend on one."""
+        reached = {start}
+        for index in self.between(start, len(self.nodes)):
+            if not reached.isdisjoint(self.nodes[index].inputs):
+                reached.add(index)
+        return reached - {start}
+
+    def carries(self, start: int, stop: int) -> bool:
+        """Whether the channels at ``stop`` are still those at ``start``.
+
+        A tensor carries them if all it was made of carries them, by operators that form no new
+        channels; a product if one factor does, since zeros stay zeros: squeeze-and-excitation
+        rescales channels and forms none. ``start`` -1 is the input, ``stop`` len(nodes) the output.
+        """
+        carrying = {start}
+        for index in self.between(start, stop):
+            node, read = self.nodes[index], self.inputs_of(index)
+            if index in self.sources:
+                if start == -1:
+                    carrying.add(index)
+            elif not node.mixes:
+                enough = any if node.scales else all
+                if enough(i in carrying for i in read):
+                    carrying.add(index)
+        return stop in carrying or (stop == len(self.nodes) and self.sinks <= carrying)
+
+    def mixing(self, indices: Iterable[int]) -> set[int]:
+        """Those of some nodes that form new channels."""
+        return {index for index in indices if self.nodes[index].mixes}
+
+    def inside(self, call: Call) -> list[int]:
+        """The nodes on the path that a call made."""
+        return self.between(call.start - 1, call.end - 1)
+
+    def gateable(self) -> Iterator[Call]:
+        """Calls at whose outputs a gate could stand, if the place were right."""
+        for name, calls in self.calls.items():
+            if not name or len(calls) != 1:
+                continue
+            call = calls[0]
+            if (
+                call.output in self.on_path
+                and call.output not in call.inputs
+                and call.floating
+                and call.shape is not None
+                and len(call.shape) > 1
+                and call.shape[0] == self.batch_size
+            ):
+                yield call
+
+
+def channel_axis(shape: tuple[int, ...], axes: frozenset[int]) -> int | None:
+    """The axis of the channels as in GateSite.channel_dim, None if unknown."""
+    if len(shape) == 2:
+        return 1
+    if len(axes) != 1:
+        return None
+    (axis,) = axes
+    return canonical_axis(shape, axis) if axis else None
+
+
+def canonical_axis(shape: tuple[int, ...], axis: int) -> int:
+    """The axis as in GateSite.channel_dim: from the front, or -1 if it is the last of several."""
+    axis %= len(shape)
+    return -1 if axis == len(shape) - 1 and axis != 1 else axis

@@ -1,0 +1,249 @@
+"""One call from a network and its pictures to a verdict: split, promise, resume, command line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nad_attr import Explanation, Recipe, RunOptions, TaskGates, explain
+from nad_attr.certainty.verdict_result import Verdict
+from nad_attr.data.labels import own_images
+from nad_attr.data.sources import ChosenSource, as_source
+from nad_attr.evaluation import Evaluation
+from nad_attr.explaining import explaining
+from nad_attr.explaining.parts import SIZES, chosen_tasks, split
+from nad_attr.explaining.promise import Rates, passes, promised
+from nad_attr.store import GateStoreError, result_names
+from tests.helpers import assert_model_untouched
+
+SEEN: Counter[str] = Counter()
+
+
+class Counting(nn.Module):
+    """A small network that counts the images that pass it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 10)
+            self.last = nn.Linear(10, 3)
+        self.relu, self.relu2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN["run"] += len(x)
+        return self.last(self.relu2(self.second(self.relu(self.first(x)))))
+
+
+def data(n: int = 240, classes: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 6, generator=generator), torch.arange(n) % classes
+
+
+QUICK = Recipe(size=0.5, steps=6, images_per_step=8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Which tasks, which images
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_classes_with_most_images_are_explained() -> None:
+    labels = torch.tensor([0] * 4 + [1] * 9 + [2] * 3 + [3] * 9 + [4] * 6)
+    assert chosen_tasks(labels, None, 2, {}) == ([1, 3], 3)
+    assert chosen_tasks(labels, None, 10, {}) == ([0, 1, 3, 4], 1)
+    assert chosen_tasks(labels, [4, (0, 1)], 1, {}) == ([4, (0, 1)], 4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "tasks", "match"),
+    [
+        ([0, 0, 0, 1, 1, 1], None, "no class has 4 images .* the most are 3"),
+        ([0] * 9, None, "0 images of other classes than 'cat', .* Add a folder of another class"),
+        ([0] * 9 + [1], None, "1 images? of other classes than 'cat'|there are 1 images of other"),
+        ([0] * 9 + [1] * 3, [1], "class '1' has 3 images, and 4 are the least"),
+        ([0] * 9 + [1] * 9, [7], "class '7' has 0 images"),
+        ([0] * 9 + [1] * 9, [1, 1], "task 1 is there twice"),
+        ([0] * 9 + [1] * 9, [], "tasks is empty"),
+    ],
+)
+def test_what_is_missing_is_said(labels: list[int], tasks: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        chosen_tasks(torch.tensor(labels), tasks, 10, {0: "cat"})
+
+
+@pytest.mark.parametrize("n_classes", [2, 5, 1000])
+def test_parts_are_apart_and_seeded(n_classes: int) -> None:
+    labels = torch.arange(n_classes * 10) % n_classes
+    tasks, _ = chosen_tasks(labels, None, 10, {})
+    parts = split(labels, tasks, 50, seed=3)
+    assert not set(parts.learned.tolist()) & set(parts.judged.tolist())
+    assert len(parts.learned) + len(parts.judged) == len(labels)
+    assert own_images(labels[parts.judged], tasks).sum(1).tolist() == [3] * len(tasks)
+    assert len(parts.judged) <= 3 * len(tasks) + 100
+    assert torch.equal(split(labels, tasks, 50, seed=3).judged, parts.judged)
+    assert not torch.equal(split(labels, tasks, 50, seed=4).judged, parts.judged)
+
+
+def test_few_and_several_labels() -> None:
+    parts = split(torch.tensor([0] * 4 + [1] * 4), [0, 1], 50, seed=0)
+    assert (len(parts.learned), len(parts.judged)) == (4, 4)
+    several = torch.tensor([[1, 0], [1, 1], [0, 1], [0, 0]]).repeat(6, 1)
+    assert len(split(several, [0, 1], 50, seed=0).judged) == 8
+
+
+# ---------------------------------------------------------------------------------------------
+# The promise
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ablation", ["mean", "zero", "optimal"])
+def test_the_passes_that_are_promised_are_run(
+    ablation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the promised ones, only checks on a few images run."""
+    run: dict[str, int] = {}
+    step = explaining._Work.step
+
+    def counted(self: Any, name: str) -> Any:
+        run[name] = -SEEN["run"]
+        ends.append(name)
+        return step(self, name)
+
+    ends: list[str] = []
+    monkeypatch.setattr(explaining._Work, "step", counted)
+    model, images = Counting().eval(), data()
+    recipe = Recipe(size=0.5, steps=20, images_per_step=8, ablation=ablation)
+    with assert_model_untouched(model):
+        found = explain(model, images, recipe=recipe)
+    starts = [-run[name] for name in ends] + [SEEN["run"]]
+    taken = dict(zip(ends, np.diff(starts).tolist(), strict=True))
+    source = as_source(images)
+    parts = split(source.labels, [0, 1, 2], SIZES["full"].n_judged, 0)
+    learned, judged = ChosenSource(source, parts.learned), ChosenSource(source, parts.judged)
+    said = passes(learned, judged, [0, 1, 2], recipe, 11, [0, 1, 2])
+    for name, real in taken.items():
+        kinds = {kind: n for kind, n in said[name].items() if kind not in ("read", "back")}
+        wanted = sum(kinds.values())
+        assert wanted <= real <= 1.03 * wanted + 120, (name, wanted, real)
+    assert found.n_judged == len(parts.judged)
+
+
+def test_seconds_are_passes_times_rates() -> None:
+    rates = Rates(run=0.1, learn=0.4, fit=0.5, read=0.01, setup=3.0)
+    todo = {"learning": {"learn": 10, "run": 5, "read": 15}, "flow": {"run": 3, "back": 20}}
+    promise = promised(todo, rates, fits=False)
+    assert promise.seconds["learning"] == pytest.approx(0.2 + 4 + 0.5 + 0.15 + 3)
+    assert promise.seconds["flow"] == pytest.approx(0.2 + 0.3 + 20 * 0.3)
+    assert promise.total == pytest.approx(sum(promise.seconds.values()))
+    assert promise.n_passes == 38
+
+
+def test_time_is_said_first_with_a_quicker_size() -> None:
+    said: list[str] = []
+    explain(Counting().eval(), data(600, 3), tasks=[0], recipe=Recipe(steps=70), say=said.append)
+    text = "\n".join(said)
+    assert text.index("this will take about") < text.index("learning ...")
+    assert "images through the network): learning" in text
+    assert said[0] == "explaining: 0 (of 3)"
+
+
+def test_minutes_choose_the_size() -> None:
+    clock = iter(np.arange(10**6) * 0.5).__next__  # each look at the clock is half a second later
+    with pytest.raises(ValueError, match="minutes are too few: the smallest size takes about"):
+        explain(Counting().eval(), data(), minutes=0.001, clock=lambda: float(clock()))
+    with pytest.raises(ValueError, match="quick and minutes"):
+        explain(Counting().eval(), data(), minutes=1, quick=True)
+    with pytest.raises(ValueError, match="minutes must be a number above 0, got 0"):
+        explain(Counting().eval(), data(), minutes=0)
+    found = explain(Counting().eval(), data(), minutes=60, recipe=QUICK)
+    assert len(found.tasks) == 3
+
+
+# ---------------------------------------------------------------------------------------------
+# Results, and going on
+# ---------------------------------------------------------------------------------------------
+
+
+def test_five_lines_and_files(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    page = tmp_path / "report.html"
+    found = explain(
+        Counting().eval(), data(), out=page, recipe=QUICK, task_names={0: "cat", 1: "a\tdog"}
+    )
+    lines = found.summary().splitlines()
+    assert len(lines) == 5
+    assert [line.partition(":")[0] for line in lines] == [
+        "Asked", "Answer", "How sure", "Compared with", "See",
+    ]  # fmt: skip
+    assert "22 channels" in lines[0]
+    assert "about 11 channels each (50 %)" in lines[1]
+    assert str(page) in lines[4]
+    store = tmp_path / "gates.h5"
+    assert found.store == str(store)
+    assert {"evaluation", "verdict", "explanation", "report/flow"} <= set(result_names(store))
+    again = Explanation.load(store)
+    assert again.summary() == found.summary()
+    assert TaskGates.load(store).tasks == found.gates.tasks
+    assert Evaluation.load(store, "evaluation").n_images == found.n_judged
+    assert "random channels" in page.read_text()
+
+
+@pytest.mark.parametrize("stop", ["learning", "verdict", "page"])
+def test_stopped_between_steps_it_goes_on(
+    stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("plotly")
+    model, images = Counting().eval(), data()
+    given: dict[str, Any] = {"recipe": QUICK, "tasks": [0, 2]}
+    whole = explain(model, images, **given)
+    step = explaining._Work.step
+
+    def stopped(self: Any, name: str) -> Any:
+        if name == stop:
+            raise KeyboardInterrupt
+        return step(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(explaining._Work, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            explain(model, images, out=tmp_path / "page.html", **given)
+    found = explain(model, images, out=tmp_path / "page.html", **given)
+    order = ["evaluation", "verdict", "flow", "pictures", "page"]
+    # There are no pictures of rows of numbers, so that step is tried again.
+    left = order if stop == "learning" else order[min(order.index(stop), 3) :]
+    assert list(found.taken) == ["learning", *left]
+    assert list(found.promised) == ["learning", *left]
+    assert found.verdict.answers == whole.verdict.answers
+    assert found.summary().splitlines()[:4] == whole.summary().splitlines()[:4]
+
+
+def test_other_arguments_are_named(tmp_path: Path) -> None:
+    store, model = tmp_path / "gates.h5", Counting().eval()
+    explain(model, data(), store=store, recipe=QUICK)
+    for change, match in (
+        ({"quick": True}, "begun with quick False, not True"),
+        ({"seed": 5}, "begun with seed 0, not 5"),
+        ({"tasks": [1]}, r"begun with tasks None, not \[1\]"),
+        ({"recipe": Recipe(steps=3)}, "begun with another recipe"),
+    ):
+        with pytest.raises(GateStoreError, match=match):
+            explain(model, data(), store=store, **{"recipe": QUICK, **change})
+    with pytest.raises(GateStoreError, match="data"):
+        explain(model, (data()[0] + 1, data()[1]), store=store, recipe=QUICK)
+    found = explain(model, data(), store=store, recipe=QUICK, quick=True, overwrite=True)
+    assert isinstance(found.verdict, Verdict)
+    found.gates.save(tmp_path / "other.h5")
+    with pytest.raises(FileExistsError, match="was not begun by explain"):
+        explain(model, data(), store=tmp_path / "other.h5", recipe=QUICK)
+
+
+def test_run_options_are_kept() -> None:
+    found = explain(Counting().eval(), data(), recipe=QUICK, run=RunOptions(batch_size=16))
+    assert found.gates.info["batch_size"] == 16
