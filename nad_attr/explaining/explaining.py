@@ -115,7 +115,7 @@ def explain(
         >>> known = planted("plain", n_classes=2, width=24, n_images=40)
         >>> found = explain(known.model, known.data, tasks=[1], recipe=Recipe(size=0.3, steps=10))
         >>> found.summary().splitlines()[0]
-        'Asked: which of 48 channels does the network need for each of 1 class (1)?'
+        'Asked: which of 72 channels does the network need for one class (1; 1 more left out)?'
     """
     if minutes is not None and (quick or not minutes > 0):
         raise ValueError(

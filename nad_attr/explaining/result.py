@@ -53,7 +53,7 @@ class Explanation(Result):
         >>> known = planted("plain", n_classes=2, width=24, n_images=40)
         >>> found = explain(known.model, known.data, recipe=Recipe(size=0.3, steps=4))
         >>> found.task_names, found.n_judged, found.gates.n_channels == found.verdict.n_channels
-        (('0', '1'), 24, True)
+        (('0', '1'), 12, True)
     """
 
     tasks: tuple[Task, ...]
@@ -87,17 +87,12 @@ class Explanation(Result):
         return self.verdict.frame()
 
     def lines(self) -> list[str]:
-        """Five lines: what was asked, the answer, how sure, compared with what, and what is next.
-
-        Example:
-            >>> len(Explanation.lines.__doc__.splitlines()) > 0
-            True
-        """
+        """Five lines: what was asked, the answer, how sure, compared with what, and what is next."""
         verdict, evaluation = self.verdict, self.evaluation
         n = len(self.tasks)
         listed = ", ".join(self.task_names[:_NAMES])
         listed += f" and {n - _NAMES} more" if n > _NAMES else ""
-        left = f"; {self.n_left_out:,} more classes were left out" if self.n_left_out else ""
+        left = f"; {self.n_left_out:,} more left out" if self.n_left_out else ""
         kept = float(np.mean(verdict.n_kept))
         counts = []
         for question, text in (
@@ -122,8 +117,8 @@ class Explanation(Result):
         )  # fmt: skip
         worst = f" First look: {verdict.sentence(again)}" if again is not None else ""
         return [
-            f"Asked: which of {verdict.n_channels:,} channels does the network need for each of "
-            f"{n} class{'es' * (n != 1)} ({listed}{left})?",
+            f"Asked: which of {verdict.n_channels:,} channels does the network need for "
+            f"{'one class' if n == 1 else f'{n} classes'} ({listed}{left})?",
             f"Answer: about {kept:,.0f} channels each ({100 * kept / verdict.n_channels:.0f} %), "
             f"which {', '.join(counts) or 'nothing could be asked of'}.",
             f"How sure: judged on {self.n_judged:,} images kept apart from the {self.n_learned:,} "
