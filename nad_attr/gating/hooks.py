@@ -202,8 +202,10 @@ def installed(
                     "a layer can be gated only where it is one tensor."
                 )
             held = _only_tensor(args[0], site, "takes")
-            rows = batch[0] if batch and site.units != "channels" else len(held)
-            if rows == len(held) or not rows or len(held) % rows:
+            # Shapes, and not len(), which would fix the size of the batch in an exported graph.
+            n = held.shape[0]
+            rows = batch[0] if batch and site.units != "channels" else n
+            if rows == n or not rows or n % rows:
                 new = fire(site, held)
             else:  # an image's windows lie side by side, as find_gate_sites has checked
                 new = fire(site, held.reshape(rows, -1, *held.shape[1:]))
@@ -214,7 +216,7 @@ def installed(
 
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         in_pass.clear()
-        batch[:] = [len(x) for x in tensors_in((args, kwargs)) if x.ndim][:1]
+        batch[:] = [x.shape[0] for x in tensors_in((args, kwargs)) if x.ndim][:1]
         n_images[0] = _N_IMAGES.get()
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
