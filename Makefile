@@ -14,7 +14,7 @@ export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format typecheck pytest quick test test-matrix demo docs docs-links spelling release-check clean distclean
+.PHONY: help venv lint format typecheck pytest quick slow-list test test-matrix demo docs docs-links spelling release-check clean distclean
 
 # An environment that stands is kept, so an interpreter that was asked for by name has to be its own.
 ifneq ($(origin PYTHON),file)
@@ -67,6 +67,9 @@ pytest: $(STAMP)  ## run the tests and the examples in the docstrings only; ARGS
 quick: $(STAMP)  ## style, and the tests that are not slow: for daily work; ARGS= goes to pytest
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+slow-list: $(STAMP)  ## run all tests, and write anew which of them `make quick` leaves out
+	$(BIN)/python -m pytest --slow-list
 
 test: $(STAMP)  ## run every check: style, types, tests
 	$(BIN)/python -m ruff check .

@@ -69,21 +69,25 @@ def network(name: str, seed: int, pixels: int | None = None) -> tuple[nn.Module,
             side = pixels or small_size(name)
             shape = (3, side, side)
             model = build(name, "cpu", side)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.running_mean.normal_(0.0, 0.2)
-                module.running_var.uniform_(0.5, 1.5)
-            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
-                if module.weight is not None:
-                    nn.init.uniform_(module.weight, 0.7, 1.3)
-                if module.bias is not None:
-                    nn.init.normal_(module.bias, 0.1, 0.2)
-        for parameter in model.parameters():
-            # The heads of vision transformers start at zero, and all logits with them.
-            if parameter.dim() > 1 and not parameter.any():
-                nn.init.normal_(parameter, std=0.02)
-        images = torch.randn(2, *shape)
-    return model.double(), images.double()
+        return varied(model), torch.randn(2, *shape).double()
+
+
+def varied(model: nn.Module) -> nn.Module:
+    """A network in float64 whose normalised channels differ, and whose head is not zero."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0.0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)):
+            if module.weight is not None:
+                nn.init.uniform_(module.weight, 0.7, 1.3)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, 0.1, 0.2)
+    for parameter in model.parameters():
+        # The heads of vision transformers start at zero, and all logits with them.
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model.double()
 
 
 def constants_of(

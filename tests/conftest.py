@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,10 +29,44 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+#: Test functions that took more of the processor than `make quick` has for them, as measured by
+#: ``make slow-list``: one of their cases, or all of them together, in seconds.
+SLOW = Path(__file__).with_name("slow.txt")
+MOST_OF_ONE, MOST_OF_ALL = 0.06, 0.3
+_spent: dict[str, list[float]] = {}
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """One option: write the list of slow tests anew."""
+    parser.addoption("--slow-list", action="store_true", help=f"write tests/{SLOW.name} anew")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Count the processor's seconds of each test, with those of the processes that it starts."""
+    before = sum(os.times()[:4])
+    try:
+        return (yield)
+    finally:
+        _spent.setdefault(_function(item), []).append(sum(os.times()[:4]) - before)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the list, if asked."""
+    if session.config.getoption("--slow-list"):
+        slow = [n for n, s in _spent.items() if max(s) > MOST_OF_ONE or sum(s) > MOST_OF_ALL]
+        SLOW.write_text("\n".join(sorted(slow)) + "\n", encoding="utf-8")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip ``gpu`` tests where there is no CUDA device; tests of benchmarks are slow."""
+    """Skip ``gpu`` tests where there is no CUDA device; mark the slow ones."""
+    slow = set(SLOW.read_text(encoding="utf-8").split())
     for item in items:
-        if item.nodeid.startswith("tests/benchmarks/"):
+        if item.nodeid.startswith("tests/benchmarks/") or _function(item) in slow:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

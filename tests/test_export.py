@@ -176,23 +176,21 @@ def random_network(kind: str, seed: int) -> tuple[nn.Module, list[GateSite], Gra
     """A network, gates at all modules where one can stand, and its trace."""
     model = build(lambda: KINDS[kind](random.Random(seed)), seed)
     x = images(1)
-    names = [name for name, module in model.named_modules() if name and not any(module.children())]
-    sites = []
-    for name in names:
-        try:
-            (site,) = find_gate_sites(model, x, layers=[name])
-        except ValueError:
-            continue  # inside attention, or called with several tensors
-        if name not in ("head", "7", "14"):
-            sites.append(site)
-    # An Identity returns the very tensor that it is given.
-    seen: list[GateSite] = []
-    for site in sites:
-        try:
-            find_gate_sites(model, x, layers=[*seen, site])
-        except ValueError:
-            continue
-        seen.append(site)
+    calls: dict[str, list[object]] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda _, args, output, name=name: calls.setdefault(name, []).append(output)
+        )
+        for name, module in model.named_modules()
+        if name not in ("", "head", "7", "14") and not any(module.children())
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    # Called once, with one tensor: an Identity returns the very tensor that it is given.
+    once = {id(v[0]): n for n, v in reversed(calls.items()) if len(v) == 1}
+    names = [n for n, v in calls.items() if isinstance(v[0], Tensor) and n in once.values()]
+    seen = find_gate_sites(model, x, layers=names)
     return model, seen, traced(model, (x,), seen)
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,3 +100,17 @@ def test_untouched_checks_after_an_exception(tiny_cnn: nn.Module) -> None:
     with pytest.raises(AssertionError, match="training"), assert_model_untouched(tiny_cnn):
         tiny_cnn.train()
         raise KeyError("not as it was")
+
+
+def test_slow_tests_are_there() -> None:
+    """A test that is renamed is measured again: `make slow-list`."""
+    root = Path(__file__).parent.parent
+    for line in (root / "tests" / "slow.txt").read_text(encoding="utf-8").split():
+        file, *names = line.split("::")
+        text = (root / file).read_text(encoding="utf-8")
+        text += (root / "tests" / "scorer_contract.py").read_text(encoding="utf-8")
+        for name in names[-1].rpartition(".")[2:] if names[0].startswith("nad_attr.") else names:
+            # A module's own examples go by the module's name.
+            assert re.search(rf"^ *(def|class) {name}\b", text, re.MULTILINE) or (
+                name == Path(file).stem
+            ), f"tests/slow.txt: there is no {line}"

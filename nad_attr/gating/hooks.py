@@ -202,9 +202,10 @@ def installed(
                     "a layer can be gated only where it is one tensor."
                 )
             held = _only_tensor(args[0], site, "takes")
-            # Sizes are compared for units only: in torch.export a comparison fixes the batch size.
-            rows = batch[0] if batch and site.units != "channels" else None
-            if not rows or rows == held.shape[0] or held.shape[0] % rows:
+            # Shapes, and not len(), which would fix the size of the batch in an exported graph.
+            n = held.shape[0]
+            rows = batch[0] if batch and site.units != "channels" else n
+            if rows == n or not rows or n % rows:
                 new = fire(site, held)
             else:  # an image's windows lie side by side, as find_gate_sites has checked
                 new = fire(site, held.reshape(rows, -1, *held.shape[1:]))
