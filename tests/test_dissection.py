@@ -311,7 +311,7 @@ def test_the_network_runs_once_with_scratch_and_twice_without(scratch: int, pass
         concepts=CONCEPTS,
         scratch_bytes=scratch,
     )
-    assert model.n == 1 + passes * 12  # one to look at
+    assert model.n == 4 + passes * 12  # one to look at, three to ask for the batch size
 
 
 def test_a_full_disk_costs_passes_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

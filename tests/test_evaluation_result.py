@@ -313,8 +313,9 @@ def test_the_whole_network_runs_once(cnn: nn.Module, data) -> None:
     passes = []
     cnn.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
     evaluate(cnn, task_gates(), data, run=RunOptions(memory_limit=1), n_random=1)
-    # And one image for the multiply-adds, and five to check that outputs are their images' own.
-    assert sum(passes) == 11 * (1 + 6) + 1 + 5
+    # And one image for the multiply-adds, five to check that outputs are their images' own, and
+    # three to ask whether the batch size is fixed.
+    assert sum(passes) == 11 * (1 + 6) + 1 + 5 + 3
 
 
 # ---------------------------------------------------------------------------------------------

@@ -289,15 +289,16 @@ def test_own_images_alone_are_said_clearly() -> None:
     model = helpers.build(helpers.TinyCNN)
     x, _ = helpers.labelled_images()
     labels = torch.full((len(x),), 1)
+    quick = dataclasses.replace(QUICK, ablation="mean")  # which looks at the boundary
     with pytest.warns(UserWarning, match="task 1 has own images only"):
-        gates = learn_gates(model, (x, labels), [1], QUICK)
+        gates = learn_gates(model, (x, labels), [1], quick)
     assert gates.info["own_images_only"] == [1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        both = learn_gates(model, helpers.labelled_images(), [1], QUICK)
+        both = learn_gates(model, helpers.labelled_images(), [1], quick)
     assert both.info["own_images_only"] == []
     # There is no boundary among own images: all count the same.
-    everywhere = dataclasses.replace(QUICK, boundary=0.0)
+    everywhere = dataclasses.replace(quick, boundary=0.0)
     with pytest.warns(UserWarning, match="own images only"):
         alike = learn_gates(model, (x, labels), [1], everywhere)
     assert all(torch.equal(alike.logits[site], gates.logits[site]) for site in gates)
@@ -381,8 +382,8 @@ def test_one_clean_pass_per_image_and_no_weight_gradients() -> None:
         learn_gates(model, (x, y), [0, 1, 2], recipe, sites, checks="off")
         # One to see how the network checkpoints.
         assert seen["gated"] == 3 * 10 * 4 + 1
-        # 12 images at most once, and 2 for the check before learning.
-        assert seen["clean"] == 12 + 2
+        # 12 images at most once, 2 for the check before learning, 3 to ask for the batch size.
+        assert seen["clean"] == 12 + 2 + 3
         seen.update(clean=0, gated=0)
         # A dataset may be augmented: then once for every image that is drawn, and not more.
         learn_gates(model, Logged(x, y), [0, 1, 2], recipe, sites, checks="off")
@@ -405,7 +406,7 @@ def test_an_image_drawn_twice_in_a_step_is_run_once() -> None:
     try:
         once = learn_gates(model, (x, y), [0, 1], recipe, sites, checks="off")
         # The checks, each image clean, then two tasks' images.
-        assert seen == [2, 1, 6] + [12] * 5
+        assert seen == [3, 2, 1, 6] + [12] * 5
         seen.clear()
         # Told that images may change, every draw is run; they do not, so the gates are the same.
         assert learn_gates(model, Logged(x, y), [0, 1], recipe, sites, checks="off") == once

@@ -492,11 +492,11 @@ def test_batch_size_does_not_matter(cnn: nn.Module, data, batch_size: int) -> No
     found = evaluate(cnn, gates, data, batch_size=batch_size, n_random=2)
     handle.remove()
     assert_same(found, evaluate(cnn, gates, data, n_random=2))
-    assert max(batches) <= batch_size
+    assert max(batches) <= max(batch_size, 2)  # the check wants company
     # One clean pass, one for each of three tasks and as many for each random draw; the
-    # multiply-adds are counted on one image. The check runs two images twice and one alone.
-    n_checked = 2 if batch_size == 1 else 5
-    assert sum(batches) == n_checked + (1 + 3 * 3) * 11 + 1
+    # multiply-adds are counted on one image. The check runs two images twice and one alone;
+    # up to three ask whether the batch size is fixed.
+    assert sum(batches) == 5 + min(3, batch_size) + (1 + 3 * 3) * 11 + 1
 
 
 def test_packing_fills_batches(cnn: nn.Module, data) -> None:

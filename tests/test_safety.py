@@ -458,6 +458,7 @@ def test_nothing_is_written_past_the_one_way_to_write() -> None:
         ("system/files.py", r"with replacing\(target\) as scratch, scratch.open\("),
         ("store/_write.py", r"h5py.File\(scratch, "),
         ("cli/evaluate.py", r"to_csv\(file, "),
+        ("cli/certainty.py", r"to_csv\(file, "),
         ("cli/stores.py", r"with replacing\(npz_file\) as scratch, scratch.open\("),
         ("cli/stores.py", r"np.savez_compressed\(file, "),
         ("cli/flow.py", r"savefig\(scratch, "),

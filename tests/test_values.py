@@ -45,7 +45,8 @@ def _other(value: object) -> object:
     if isinstance(value, (int, float)):
         return value / 2 if isinstance(value, float) else value + 1
     if isinstance(value, str):
-        return {"optimal": "mean", "mean": "zero", "zero": "mean"}.get(value, value + "x")
+        others = {"optimal": "mean", "mean": "zero", "zero": "mean", "channels": "heads"}
+        return others.get(value, value + "x")
     assert isinstance(value, tuple)
     return (*value, "features")
 

@@ -75,7 +75,7 @@ def false_selections(
         >>> round(false_selections(0.9, 70, 1408, 8, "unimodal"), 2)
         2.01
         >>> round(false_selections(0.9, 70, 1408, 50), 3)
-        0.038
+        0.237
     """
     if not 0.5 < tau <= 1:
         raise ValueError(f"tau must be above 0.5 and at most 1, got {tau!r}.")

@@ -334,7 +334,7 @@ def _base(gates: TaskGates, session: Session) -> tuple[Tensor, Tensor]:
         torch.cat([values[s.name].double().cpu() for s in session.sites])
         for values in session._moments()
     )
-    base = torch.zeros(len(rows), len(means), dtype=torch.float64)
+    base = torch.zeros(len(rows), len(means), dtype=torch.float64, device="cpu")
     if of_task is not None:
         base = torch.cat([of_task[s.name].double() for s in session.sites], dim=-1)
         base = base.expand(len(rows), -1).clone()

@@ -94,7 +94,7 @@ def chosen_tasks(
     return tasks, len(there) - len(set(there) & set(tasks))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parts:
     """Numbers of the images of each part: int64 tensors."""
 

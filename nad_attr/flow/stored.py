@@ -43,7 +43,7 @@ class StoredSite:
         return GateSite(**vars(self))
 
 
-@dataclass
+@dataclass(eq=False)
 class StoredLink:
     """A :class:`~nad_attr.flow.links.Link` of arrays."""
 
@@ -80,7 +80,7 @@ class StoredLink:
         return Link(self.source_site, self.target_site, n_rest=self.n_rest, **arrays)
 
 
-@dataclass
+@dataclass(eq=False)
 class StoredFlow:
     """A :class:`~nad_attr.flow.links.TaskFlow` of arrays."""
 

@@ -310,7 +310,7 @@ class Runner:
             try:
                 with stranger(), isolated_rng(), torch.no_grad():
                     self.run(few)
-            except (ValueError, GatingError) as error:
+            except Exception as error:  # whatever it is, the real run says it
                 function = None if self.is_plain else self.call
                 size = fixed_batch_size(self.model, few, self._extra, function, str(error))
                 self.fixed_batch = size

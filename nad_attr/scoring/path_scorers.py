@@ -113,7 +113,9 @@ class EAPIGScorer(MeansScorer):
 
     def _at(self, batch: Batch, group: Sequence[GateSite], share: float) -> Scores:
         """Derivative of the task output by the gates of some sites at a point of the way."""
-        tensor = next((x for x in batch.inputs if x.is_floating_point()), torch.empty(0))
+        tensor = next(
+            (x for x in batch.inputs if x.is_floating_point()), torch.empty(0, device="cpu")
+        )
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         leaf = torch.full(
             (len(batch.labels), n_channels(group)), share, dtype=dtype, device=batch.labels.device

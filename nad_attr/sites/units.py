@@ -175,8 +175,8 @@ def check_rows(
             f"the attention at {names} runs on windows, and which window is whose is found out on "
             "real images: give a float tensor with values as example_inputs"
         )
-    generator = torch.Generator().manual_seed(0)
-    noise = [torch.randn(2, *x.shape[1:], generator=generator).to(x) for x in inputs]
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = [torch.randn(2, *x.shape[1:], generator=generator, device="cpu").to(x) for x in inputs]
     seen: list[dict[str, Tensor]] = []
     with called_projections(model), unchanged(model), isolated_rng(), torch.no_grad():
         for pair in ([0, 1], [0, 0], [1, 1]):
