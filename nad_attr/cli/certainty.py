@@ -11,7 +11,7 @@ import typer
 from nad_attr.certainty.measuring import certainty as measure
 from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.cli import options as opt
-from nad_attr.cli.messages import UsageError, guarded, say
+from nad_attr.cli.messages import UsageError, guarded, say, write_csv
 from nad_attr.cli.opening import (
     check_folder,
     check_outputs,
@@ -24,8 +24,7 @@ from nad_attr.cli.opening import (
 )
 from nad_attr.running.options import RunOptions
 from nad_attr.specs import LoadedData
-from nad_attr.system.files import written
-from nad_attr.system.safe_text import cell, shown
+from nad_attr.system.safe_text import shown
 
 __all__ = ["certainty"]
 
@@ -128,8 +127,6 @@ def _write(found: ChannelCertainty, out: Path) -> None:
         frame = found.frame()
         names = dict(zip(found.tasks, found.task_names, strict=True))
         frame["task"] = [names[task] for task in frame["task"]]
-        frame = frame.apply(lambda column: column.map(cell))
-        with written(out) as file:
-            frame.to_csv(file, index=False, lineterminator="\n")
+        write_csv(frame, out)
     else:
         found.save(out, None if out.suffix == ".json" else "certainty")

@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from nad_attr.cli import options as opt
-from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
+from nad_attr.cli.messages import (
+    UsageError,
+    check_size,
+    guarded,
+    number,
+    print_table,
+    say,
+    write_csv,
+)
 from nad_attr.cli.opening import (
     check_folder,
     check_outputs,
@@ -25,8 +33,6 @@ from nad_attr.evaluation import ABLATIONS, Evaluation, fit_ablation
 from nad_attr.evaluation import evaluate as measure
 from nad_attr.running.options import RunOptions
 from nad_attr.specs import LoadedData
-from nad_attr.system.files import written
-from nad_attr.system.safe_text import cell
 
 __all__ = ["evaluate", "print_evaluation"]
 
@@ -225,9 +231,6 @@ def print_evaluation(result: Evaluation) -> None:
 
 def _write(result: Evaluation, out: Path) -> None:
     if out.suffix == ".csv":
-        frame = result.frame().rename(index=cell, columns=cell)
-        frame = frame.apply(lambda column: column.map(cell))
-        with written(out) as file:
-            frame.to_csv(file, lineterminator="\n")
+        write_csv(result.frame(), out, index=True)
     else:
         result.save(out)

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from nad_attr.cli import options as opt
-from nad_attr.cli.messages import UsageError, counted, guarded, print_table, say
+from nad_attr.cli.messages import UsageError, counted, guarded, print_table, say, write_csv
 from nad_attr.cli.opening import (
     check_folder,
     check_outputs,
@@ -25,8 +25,8 @@ from nad_attr.flow.measuring import information_flow
 from nad_attr.flow.result import InformationFlow
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.running.options import RunOptions
-from nad_attr.system.files import replacing, written
-from nad_attr.system.safe_text import cell, shown
+from nad_attr.system.files import replacing
+from nad_attr.system.safe_text import shown
 
 __all__ = ["flow"]
 
@@ -124,11 +124,7 @@ def flow(
         finished(images, work.quiet)
         _print(found, top)
         if csv_file is not None:
-            frame = found.edges
-            with written(csv_file) as file:
-                frame.apply(lambda column: column.map(cell)).to_csv(
-                    file, index=False, lineterminator="\n"
-                )
+            write_csv(found.edges, csv_file)
             say(f"written: {csv_file}", work.quiet)
         if plot is not None:
             with replacing(plot) as scratch:

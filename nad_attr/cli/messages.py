@@ -10,13 +10,18 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import typer
 
 from nad_attr.cli.stopping import stop_at_once
 from nad_attr.stats.tables import duration as duration
-from nad_attr.system.safe_text import shown
+from nad_attr.system.files import written
+from nad_attr.system.safe_text import cell, shown
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class UsageError(ValueError):
@@ -33,6 +38,13 @@ def check_size(size: float | None) -> None:
         return
     hint = f"; for {size:g} % write {size / 100:g}" if 1 < size <= 100 else ""
     raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size:g}{hint}.")
+
+
+def write_csv(frame: pandas.DataFrame, path: Path, *, index: bool = False) -> None:
+    """A table as a CSV file, whole or not at all, without formulas of a spreadsheet."""
+    frame = frame.rename(index=cell, columns=cell).apply(lambda column: column.map(cell))
+    with written(path) as file:
+        frame.to_csv(file, index=index, lineterminator="\n")
 
 
 class Stopped(KeyboardInterrupt):
@@ -149,9 +161,9 @@ def print_table(
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, cell in enumerate(header):
+    for i, head in enumerate(header):
         side: Literal["left", "right"] = "left" if i < left else "right"
-        title = Text(shown(cell, lines=True))
+        title = Text(shown(head, lines=True))
         table.add_column(title, justify=side, vertical="bottom", no_wrap=True)
     # A pipe counts as 80 columns. Names are shortened to what the numbers leave, which never are.
     width = max(Console().width, 120)
