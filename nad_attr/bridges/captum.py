@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from captum import metrics
-from captum.attr import Attribution, LayerAttribution
+from captum.attr import LRP, Attribution, LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ from nad_attr.data.labels import Task
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import check_eval, gated, gates_and_sites, site_modules
-from nad_attr.gating.restore import restored
+from nad_attr.gating.restore import own_copy, restored
 from nad_attr.sites.site import GateSite
 from nad_attr.system.rng import isolated_rng
 
@@ -116,8 +116,11 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Run the network under the gates inside a ``with`` block."""
-        with gated(self.model, self.gates, sites=self.sites, means=self.means):
+        with self._on(self.model):
             yield
+
+    def _on(self, model: nn.Module) -> AbstractContextManager[None]:
+        return gated(model, self.gates, sites=self.sites, means=self.means)
 
     @log_usage(part_of_slo=True)  # type: ignore[untyped-decorator]
     def attribute(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,9 +139,13 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
         """
         items = inputs if isinstance(inputs, tuple) else (inputs,)
         wanted = [(x, x.requires_grad) for x in items if isinstance(x, Tensor) and x.is_leaf]
+        model, method = self.model, self.method
+        inner = getattr(method, "attribution_method", method)
+        if isinstance(inner, LRP) and isinstance(inner.forward_func, nn.Module):
+            model, method = own_copy(model, method)  # some of its rules change weights
         try:
-            with isolated_rng(self.seed), restored(self.model), self.applied():
-                return self.method.attribute(inputs, *args, **kwargs)
+            with isolated_rng(self.seed), restored(model), self._on(model):
+                return method.attribute(inputs, *args, **kwargs)
         finally:
             for tensor, flag in wanted:  # Captum switches it on, and back unless it fails
                 tensor.requires_grad_(flag)

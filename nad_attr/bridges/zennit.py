@@ -29,7 +29,7 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.foreign_hooks import relevance_rules
 from nad_attr.gating.hooks import check_eval, gated, gates_and_sites, site_modules
-from nad_attr.gating.restore import restored
+from nad_attr.gating.restore import own_copy, restored
 from nad_attr.scoring.zennit_scorers import LRPScorer, check_weights, composite_named
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, unwrap
@@ -390,6 +390,8 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
             raise RuntimeError("this attributor is in use already; make another one.")
         check_eval(self.model)
         with ExitStack() as stack:
+            stack.callback(self._run_on, self.model)
+            self._run_on(own_copy(self.model))  # its canonizers and rules change weights
             stack.enter_context(restored(self.model))
             stack.callback(self.composite.remove)
             try:
@@ -403,6 +405,9 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
             self._stack = stack.pop_all()
         self._checked = len(self.composite.canonizers) == 1
         return self
+
+    def _run_on(self, model: nn.Module) -> None:
+        self.model = self.inner.model = model
 
     def __exit__(self, *error: object) -> Literal[False]:
         """Remove the composite and put back whatever it changed."""
@@ -567,6 +572,7 @@ def whole_network(model: nn.Module, images: Tensor, target: Target, composite: C
         tensor([[0., 3.]])
     """
     check_eval(model)
+    model = own_copy(model)
     with restored(model), composite.context(model), torch.enable_grad():
         if relevance_rules(model):
             check_weights(model)

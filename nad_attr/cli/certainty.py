@@ -58,6 +58,8 @@ def certainty(
     ] = 3,
     alpha: Annotated[float, typer.Option(help="False discovery rate.")] = 0.05,
     tolerance: Annotated[float, typer.Option(help="Loss of fidelity that counts as none.")] = 0.02,
+    labels: opt.LabelTable = None,
+    held_out_labels: opt.HeldOutLabelTable = None,
     allow_empty: opt.AllowEmpty = False,
     amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
     checks: opt.Checks = opt.ChecksName.refuse,
@@ -79,24 +81,35 @@ def certainty(
         if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
             raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
         text = out is not None and out.suffix in (".json", ".csv")
-        read = [network.weights, work.class_index, data, held_out, *([gates] if text else [])]
-        check_outputs([(out, "text" if text else "HDF5")], read)
+        read = [network.weights, work.class_index, data, held_out, labels, held_out_labels]
+        check_outputs([(out, "text" if text else "HDF5")], [*read, *([gates] if text else [])])
         run = RunOptions(
             chosen_device(work.device),
             amp=amp,
             batch_size=work.batch_size,
             show_progress=not work.quiet and sys.stderr.isatty(),
         )
-        check_folder(held_out)
+        check_folder(held_out, held_out_labels)
         learned, provenance = opened_gates(gates, tasks)
         name = training_name(
-            data, provenance, network.trust_file, "name the images that the gates were learned on"
+            data,
+            provenance,
+            network.trust_file,
+            "name the images that the gates were learned on",
+            "--data",
+            labels=held_out_labels,
+            train_labels=labels,
         )
         opened = rebuilt(provenance, network, quiet=work.quiet)
 
         def images_of(which: str, other: bool) -> LoadedData:
             return open_images(
-                which, opened, held_out=other, allow_empty=allow_empty, **work.reading()
+                which,
+                opened,
+                held_out=other,
+                allow_empty=allow_empty,
+                labels=held_out_labels if other else labels,
+                **work.reading(),
             )
 
         images, others = images_of(name, False), images_of(held_out, True)

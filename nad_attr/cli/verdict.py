@@ -64,6 +64,8 @@ def verdict(
     n_images: Annotated[
         int, typer.Option("--images", min=4, help="Held-out images for each class, at most.")
     ] = 200,
+    labels: opt.LabelTable = None,
+    held_out_labels: opt.HeldOutLabelTable = None,
     *,
     network: opt.NetworkOptions,
     work: opt.WorkOptions,
@@ -84,21 +86,32 @@ def verdict(
             raise UsageError(f"--out writes .json or .h5, not {out.name!r}.")
         text = out is not None and out.suffix == ".json"
         others = [Path(name) for name in replica or ()]
-        read = [network.weights, work.class_index, held_out, data, *others]
+        tables = [labels, held_out_labels]
+        read = [network.weights, work.class_index, held_out, data, *tables, *others]
         check_outputs([(out, "text" if text else "HDF5")], [*read, *([gates] if text else [])])
         run = RunOptions(
             chosen_device(work.device),
             batch_size=work.batch_size,
             show_progress=not work.quiet and sys.stderr.isatty(),
         )
-        check_folder(held_out)
+        check_folder(held_out, held_out_labels)
         learned, provenance = opened_gates(gates, tasks)
         replicas = [opened_gates(path, tasks)[0] for path in others]
         opened = rebuilt(provenance, network, quiet=work.quiet)
-        images = open_images(held_out, opened, held_out=True, **work.reading())
+        images = open_images(
+            held_out, opened, held_out=True, labels=held_out_labels, **work.reading()
+        )
         why = "name the images that the gates were learned from"
-        name = training_name(data, provenance, network.trust_file, why, "--data")
-        training = open_images(name, opened, **work.reading())
+        name = training_name(
+            data,
+            provenance,
+            network.trust_file,
+            why,
+            "--data",
+            labels=held_out_labels,
+            train_labels=labels,
+        )
+        training = open_images(name, opened, labels=labels, **work.reading())
         sure = None
         if size is None and ChannelCertainty._kind() in result_names(gates):
             found = ChannelCertainty.load(gates)
