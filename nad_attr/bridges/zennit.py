@@ -293,7 +293,9 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
     registers the composite with the gates in it, checks with the first images that the composite's
     canonizers leave the gated network's outputs as they are, runs the inner attributor, and leaves
     the network as it was, also after an exception (Zennit 1.0's merging canonizer leaves traces of
-    its own).
+    its own). It works on a copy of the network that shares its weights (``model`` in a ``with``
+    block), so that other threads see the network unchanged; on the network itself, if it cannot be
+    copied.
 
     With a composite of relevance rules, conserving rules, no biases and closed channels at zero,
     the relevance of an image sums to its gated output. With biases, or closed channels at their

@@ -159,7 +159,7 @@ def guarded(model: nn.Module) -> Iterator[None]:
                 handle.remove()
 
 
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock]  # type: ignore[valid-type]
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock]
 _LOCKS = weakref.WeakKeyDictionary()
 
 
