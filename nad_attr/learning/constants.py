@@ -54,6 +54,7 @@ from nad_attr.learning.selection import (
     ranked,
     steps_in_memory,
 )
+from nad_attr.running.forward import sent
 
 __all__ = ["ConstantModel", "learn_with_constants"]
 
@@ -70,6 +71,9 @@ SHRINK = 8.0
 SHRINK_STEPS = 4
 #: Mean squared residual that is reckoned with, at least, in units of the task output's variance.
 FLOOR = 0.01
+#: Shares of the largest number on the diagonal that are added where rounding leaves no root, in
+#: units of a number's rounding.
+ADDED_WHERE_ROUNDED = (30.0, 30_000.0)
 #: Channels, at most, whose correlations say how much of all is noise.
 MAX_CORRELATED = 512
 #: Share of a task's images that are kept apart, and how many of each kind at most; with fewer
@@ -77,19 +81,38 @@ MAX_CORRELATED = 512
 KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP = 0.2, 32, 50
 #: Shares of the way from mean to constant that are tried, and the images that it takes.
 SHARES_TRIED, MIN_TRIED = (1 / 3, 2 / 3, 1.0), 4
-#: Standard errors that are taken off what a share gains, by images kept apart and by images that
-#: were learned from: those are few, and so few are often right by chance.
-DOUBT, DOUBT_WHERE_FEW = 0.5, 1.5
+#: Standard errors that are taken off what a share gains.
+DOUBT = 0.5
 
 
-def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
+def concentration(shares: Tensor, numbers: Tensor) -> Tensor:
+    """One over the number of different images that weighted draws are worth: (R,).
+
+    An image that was drawn several times is one image: what its draws have in common says nothing
+    of other images, however often it is seen.
+
+    Args:
+        shares: (R, M), how much each draw counts.
+        numbers: int64 (R, M), of the images.
+
+    Example:
+        >>> shares = torch.full((1, 4), 0.25)
+        >>> concentration(shares, torch.tensor([[7, 8, 7, 8]]))
+        tensor([0.5000])
+    """
+    same = numbers[:, :, None] == numbers[:, None, :]
+    return (shares * torch.bmm(same.to(shares), shares[:, :, None])[:, :, 0]).sum(1)
+
+
+def noise_share(effects: Tensor, n_draws: Tensor, n_images: Tensor) -> Tensor:
     """Share of the squared correlations between channels that so few images make by chance: (R,).
 
     The best weight with which to shrink a correlation matrix towards the unit matrix.
 
     Args:
-        effects: (R, M, n), weighted so that a sum over images is a mean.
-        n_images: (R,), how many images that is worth.
+        effects: (R, M, n), weighted so that a sum over draws is a mean.
+        n_draws: (R,), how many draws that is worth.
+        n_images: (R,), how many different images (:func:`concentration`).
 
     Source: Schaefer and Strimmer, "A shrinkage approach to large-scale covariance matrix
     estimation", Statistical Applications in Genetics and Molecular Biology 2005.
@@ -102,7 +125,8 @@ def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
     # sum over pairs j != k of (sum_i u_ij u_ik)^2, and of sum_i (u_ij u_ik)^2
     total = gram.square().sum((1, 2)) - n
     fourth = squares.sum(2).square().sum(1) - squares.square().sum((1, 2))
-    noise = fourth - total / n_images
+    # Draws of one image err together: each image's squared sum counts, and not its draws' squares.
+    noise = fourth * (n_draws / n_images) - total / n_images
     return (noise / total.clamp(min=MIN_VARIANCE)).clamp(0, 1)
 
 
@@ -111,25 +135,19 @@ def rooted(matrices: Tensor) -> Tensor:
 
     Sums to which products were added and from which they were taken again keep the rounding of the
     largest that they ever were. As much of the diagonal is added as it takes, to those rows alone.
-
-    Raises:
-        RuntimeError: If a matrix is not finite.
+    A matrix that has no root even so, because it is not finite, gets one of NaN, which goes on into
+    the constants: a look at it would have the host wait for its GPU.
     """
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(matrices)
-    share = torch.finfo(matrices.dtype).eps
-    while any_of(failed) and share < 1:
-        largest = matrices.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
-        added = share * largest * (failed > 0)[:, None]
-        root, failed = torch.linalg.cholesky_ex(
-            matrices
-            + added[:, :, None]
-            * torch.eye(matrices.shape[1], device=matrices.device, dtype=matrices.dtype)
-        )
-        share *= 10
-    if bool((failed > 0).any()):
-        raise RuntimeError("the effects of channels on the task output are not finite.")
-    return root
+    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    for share in ADDED_WHERE_ROUNDED:
+        if not any_of(failed):
+            return root
+        added = diagonal.amax(1, keepdim=True) * (share * torch.finfo(matrices.dtype).eps)
+        mended = matrices + torch.diag_embed(added * (failed > 0)[:, None].expand_as(diagonal))
+        root, failed = torch.linalg.cholesky_ex(mended)
+    return torch.where((failed > 0)[:, None, None], torch.full_like(root, math.nan), root)
 
 
 class Metric(NamedTuple):
@@ -166,7 +184,7 @@ class ConstantModel:
             both then take no more memory than the gradients of the recipes without constants.
         slopes: G, (R, M, n), in units of the channels' deviations.
         residuals: q, (R, M), with closed channels at their mean.
-        numbers: int64 (R, M), of the images; -1 where there is none yet.
+        numbers: int64 (R, M), of the images; below 0, all different, where there is none yet.
     """
 
     def __init__(self, like: Tensor, capacity: int) -> None:
@@ -177,7 +195,8 @@ class ConstantModel:
         self.effects = like.new_zeros(rows, capacity, n, dtype=dtype)
         self.slopes = like.new_zeros(rows, capacity, n, dtype=dtype)
         self.residuals = like.new_zeros(rows, capacity)
-        self.numbers = torch.full_like(self.residuals, -1, dtype=torch.int64)
+        none = torch.arange(-capacity, 0, device=like.device)
+        self.numbers = none.expand(rows, -1).clone()
         # G_C G_C', brought up to date image by image and flip by flip.
         self._gram = like.new_zeros(rows, capacity, capacity)
         self._blocks = [slice(None)]
@@ -240,8 +259,9 @@ class ConstantModel:
         rows, n = self.gates.shape
         some = torch.arange(0, n, -(-n // MAX_CORRELATED), device=self.gates.device)
         effects = self._unexplained(metric, some.expand(rows, -1))
-        n_images = 1 / metric.weight[:, :, 0].pow(4).sum(1)
-        return SHRINK * noise_share(effects, n_images)[:, None]
+        shares = metric.weight[:, :, 0].square()
+        n_draws, n_images = 1 / shares.square().sum(1), 1 / concentration(shares, self.numbers)
+        return SHRINK * noise_share(effects, n_draws, n_images)[:, None]
 
     def quadratic(
         self,
@@ -370,7 +390,6 @@ def held_back(
     constants: Sequence[Tensor],
     means: Tensor,
     deviations: Tensor,
-    apart: Sequence[bool],
 ) -> Tensor:
     """How far from the means constants should be, as images say that they were not fitted to.
 
@@ -385,7 +404,6 @@ def held_back(
         constants: Twice (R, n), in deviations from the mean, for each half of the images.
         means: (channels,).
         deviations: (channels,).
-        apart: For each row whether its images were kept apart from those that were learned from.
 
     Returns:
         (R,), in [0, 1].
@@ -432,8 +450,7 @@ def held_back(
         gains = torch.cat(losses[1:]) - losses[0]
         mean = (shares * gains).sum(1)
         error = (shares * (gains - mean[:, None])).square().sum(1) * (n / (n - 1))
-        doubt = DOUBT if apart[row] else DOUBT_WHERE_FEW
-        least, at = (mean + doubt * error.sqrt()).min(0)
+        least, at = (mean + DOUBT * error.sqrt()).min(0)
         tried = gates.new_tensor(SHARES_TRIED)
         result[row] = torch.where(least < 0, tried[at], torch.zeros_like(least))
     return result
@@ -501,7 +518,7 @@ def learn_with_constants(
         moved = constants[batch.rows] * slopes
         residual = output - clean
         at_mean = residual - ((1 - model.gates[batch.rows]) * moved).sum(1)
-        numbers = torch.tensor(batch.numbers, device=network.device)
+        numbers = sent(torch.tensor(batch.numbers, device="cpu"), network.device)
 
         def by_row(values: Tensor, places: Tensor = batch.places) -> Tensor:
             return values[places].view(rows, per_task, *values.shape[1:])
@@ -521,7 +538,7 @@ def learn_with_constants(
 
             def freedom(shares: Tensor, spread: Tensor = spread) -> Tensor:
                 # No image at all, where a task's only one is left out: nothing is explained.
-                return spread / shares.square().sum(1).clamp(min=MIN_VARIANCE)
+                return spread / concentration(shares, model.numbers).clamp(min=MIN_VARIANCE)
 
             if masks is None:
                 metric = model.metric(shares, freedom(shares))
@@ -567,12 +584,12 @@ def learn_with_constants(
                 spread_there = freedom(without.clamp(min=0))
                 fitted.append(model.best(without, spread_there, residuals, constants, math.inf))
             tried = [torch.where(apart, constants, c) for c in fitted] or [constants] * 2
-            share = held_back(
-                chunk, recipe, halves, model.gates, tried, means, deviations, apart[:, 0].tolist()
-            )
+            share = held_back(chunk, recipe, halves, model.gates, tried, means, deviations)
             ranks = model.gates if masks is not None else ranks
             so_far = {name: torch.stack(curve) for name, curve in curves.items()}
             of_channels = to_channels(share[:, None] * constants, network.sites)
             result = means + deviations * of_channels
+            if not bool(torch.isfinite(result).all()):
+                raise RuntimeError("the effects of channels on the task output are not finite.")
             learned.append(Learned(ranks, ranks.logit(), so_far, result))
     return learned

@@ -102,7 +102,7 @@ def fit_constants(
         >>> site = GateSite("1", 6, 1)
         >>> arch = SubArchitecture.from_kept({"1": [0, 3]}, [site], task=1)
         >>> fit_constants(net, arch, (x, (x[:, 0] > 0).long()))[0].closed_at
-        'at constants of their own'
+        'at constants of their own, fitted on 20 images'
     """
     if isinstance(architectures, TaskGates):
         archs = architectures.sub_architectures()
@@ -504,7 +504,11 @@ class Session:
                 assert found.constants is not None
                 constants = split_sites(found.constants.cpu(), self.sites)
                 result += [
-                    arch.with_means({n: v[i] for n, v in constants.items()}, own_constants=True)
+                    arch.with_means(
+                        {n: v[i] for n, v in constants.items()},
+                        own_constants=True,
+                        fitted_on=len(source.labels),
+                    )
                     for i, arch in enumerate(archs[rows])
                 ]
         return result
