@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -352,7 +353,9 @@ def test_what_stands_in_place_is_said(tmp_path: Path) -> None:
     assert f"\nclosed channels: {said}" in alone.summary()
     assert json.loads(json.dumps(beside.to_dict()))["closed"] == said
     assert beside.rivals["mean"].closed == "at their mean"
-    assert f"sub-architectures: {said}; mean: at their mean" in beside.summary()
+    assert (
+        f"channels, sub-architectures: {said}\nclosed channels, mean: at their" in beside.summary()
+    )
     assert evaluate(net, [fitted], data, n_random=0, ablation="zero").closed == "zero"
     gates = learn_gates(net, data, recipe=Recipe(size=0.5, steps=5), sites=sites)
     assert gates.closed_at == "at their best constants, fitted on 20 images"
@@ -396,6 +399,43 @@ def test_constants_are_no_worse_than_means_on_other_images(
     # A dozen images that are drawn 33 times each are a dozen images, and not 400.
     monkeypatch.setattr(module, "concentration", lambda shares, numbers: shares.square().sum(1))
     assert (worse() > 1.1) == (n == 12)
+
+
+def waves(width: int, n: int, seed: int = 2) -> tuple[nn.Module, list[GateSite], Any]:
+    """A network of steep waves over independent inputs, of which few images say little."""
+    net = nn.Sequential(nn.Identity(), nn.Linear(width, 60), nn.Tanh(), nn.Linear(60, 2)).eval()
+    for i in (1, 3):
+        weight = net[i].weight
+        weight.data = 3 * drawn(*weight.shape, seed=i).float() / weight.shape[1] ** 0.5
+        net[i].bias.data.zero_()
+    return net, [GateSite("0", width, 1)], (drawn(n, width, seed=seed).float(), torch.arange(n) % 2)
+
+
+def test_users_are_warned_where_learned_and_kept_apart_images_part() -> None:
+    net, sites, data = waves(300, 120)
+    recipe = Recipe(size=0.3, steps=40)
+    with pytest.warns(UserWarning, match="does not hold on other images") as seen:
+        gates = learn_gates(net, data, {"a": 0, "b": 1}, recipe, sites)
+    (text,) = (str(w.message) for w in seen)
+    assert "more pictures of each class (60 were learned from), or a larger size" in text
+    # The number that is told is what fresh images say, or not far from it.
+    told = gates.history["fidelity_apart"][-1]
+    assert f"{told.min():.3f} on images kept apart" in text
+    fresh = drawn(2000, 300, seed=3).float(), torch.arange(2000) % 2
+    measured, learned = (
+        evaluate(net, gates, d, n_random=0).mean("fidelity") for d in (fresh, data)
+    )
+    assert learned > measured + 0.2
+    assert abs(told.mean() - measured) < abs(told.mean() - learned)
+
+
+def test_users_are_not_warned_where_they_agree(recwarn: pytest.WarningsRecorder) -> None:
+    net, sites, data = waves(12, 600)
+    learn_gates(net, data, recipe=Recipe(size=0.7), sites=sites)
+    # Nine images of a kind can spare none, and nothing is known.
+    few = learn_gates(net, tuple(x[:18] for x in data), recipe=Recipe(size=0.7), sites=sites)
+    assert np.isnan(few.history["fidelity_apart"]).all()
+    assert not recwarn.list
 
 
 def test_settings_follow_the_ablation_wherever_it_is_changed() -> None:

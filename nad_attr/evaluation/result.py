@@ -325,7 +325,7 @@ class Evaluation(Result):
         of |= {name: rival.closed for name, rival in self.rivals.items()}
         of = {name: closed for name, closed in of.items() if closed}
         if len(set(of.values())) > 1:
-            return ["closed channels: " + "; ".join(f"{n}: {closed}" for n, closed in of.items())]
+            return [f"closed channels, {name}: {closed}" for name, closed in of.items()]
         return [f"closed channels: {closed}" for closed in list(of.values())[:1]]
 
     def plot(self, measure: str = "own_auc", axes: Any = None) -> Figure:

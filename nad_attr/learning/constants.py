@@ -83,6 +83,8 @@ KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP = 0.2, 32, 50
 SHARES_TRIED, MIN_TRIED = (1 / 3, 2 / 3, 1.0), 4
 #: Standard errors that are taken off what a share gains.
 DOUBT = 0.5
+#: Of the normal distribution.
+ONE_SIDED_95 = 1.645
 
 
 def concentration(shares: Tensor, numbers: Tensor) -> Tensor:
@@ -382,6 +384,27 @@ class ConstantModel:
         return total
 
 
+class Apart(NamedTuple):
+    """What images say of constants that were not fitted to them, all (R,)."""
+
+    #: How far from the means constants should be, in [0, 1]
+    share: Tensor
+    #: There: the fidelity on those images, and what it is at most, with 95 % confidence; NaN where
+    #: they are too few
+    fidelity: Tensor
+    highest: Tensor
+
+    def take(self, row: int, share: Tensor, whole: Tensor, change: Tensor) -> None:
+        """Note what a row's images (n,) say: the standard error is that of targets.bound."""
+        error, spread = change.square(), (whole - whole.mean()).square()
+        e, v = error.mean(), spread.mean().clamp(min=MIN_VARIANCE)
+        ratio = e / v
+        deviation = (error / e.clamp(min=MIN_VARIANCE) - spread / v).std() / len(whole) ** 0.5
+        self.share[row] = share
+        self.fidelity[row] = 1 - ratio
+        self.highest[row] = 1 - ratio * torch.exp(-ONE_SIDED_95 * deviation)
+
+
 def held_back(
     chunk: Chunk,
     recipe: Recipe,
@@ -390,7 +413,7 @@ def held_back(
     constants: Sequence[Tensor],
     means: Tensor,
     deviations: Tensor,
-) -> Tensor:
+) -> Apart:
     """How far from the means constants should be, as images say that they were not fitted to.
 
     Of some shares of the way from means to constants the one is taken that lessens the squared
@@ -404,9 +427,6 @@ def held_back(
         constants: Twice (R, n), in deviations from the mean, for each half of the images.
         means: (channels,).
         deviations: (channels,).
-
-    Returns:
-        (R,), in [0, 1].
     """
     network = chunk.network
     (batch,) = chunk.batches([[[draw for half in row for draw in half] for row in draws]])
@@ -429,7 +449,9 @@ def held_back(
                 for at in (slice(part.start, part.stop),)
             ]
             changes.append(chunk.own_output(torch.cat(outputs), batch.rows) - clean)
-    result = gates.new_zeros(len(chunk))
+    unknown = torch.full_like(gates[:, 0], math.nan)
+    result = Apart(gates.new_zeros(len(chunk)), unknown, unknown.clone())
+    tried = gates.new_tensor((0.0, *SHARES_TRIED))
     ends = list(itertools.accumulate(sum(map(len, row)) for row in draws))
     for row, (start, end) in enumerate(itertools.pairwise([0, *ends])):
         n = end - start
@@ -451,8 +473,9 @@ def held_back(
         mean = (shares * gains).sum(1)
         error = (shares * (gains - mean[:, None])).square().sum(1) * (n / (n - 1))
         least, at = (mean + DOUBT * error.sqrt()).min(0)
-        tried = gates.new_tensor(SHARES_TRIED)
-        result[row] = torch.where(least < 0, tried[at], torch.zeros_like(least))
+        at = torch.where(least < 0, at + 1, torch.zeros_like(at))
+        by_share = torch.stack([change[start:end] for change in changes])
+        result.take(row, tried[at], clean[start:end], by_share[at])
     return result
 
 
@@ -584,10 +607,15 @@ def learn_with_constants(
                 spread_there = freedom(without.clamp(min=0))
                 fitted.append(model.best(without, spread_there, residuals, constants, math.inf))
             tried = [torch.where(apart, constants, c) for c in fitted] or [constants] * 2
-            share = held_back(chunk, recipe, halves, model.gates, tried, means, deviations)
+            judged = held_back(chunk, recipe, halves, model.gates, tried, means, deviations)
             ranks = model.gates if masks is not None else ranks
             so_far = {name: torch.stack(curve) for name, curve in curves.items()}
-            of_channels = to_channels(share[:, None] * constants, network.sites)
+            for name in ("fidelity", "highest"):  # known at the end alone
+                so_far[f"{name}_apart"] = torch.full_like(so_far["loss"], math.nan)
+                known = so_far[f"{name}_apart"][-1]
+                # Where none are kept apart, channels were chosen by the images that judge them.
+                known.copy_(torch.where(apart[:, 0], getattr(judged, name), known))
+            of_channels = to_channels(judged.share[:, None] * constants, network.sites)
             result = means + deviations * of_channels
             if not bool(torch.isfinite(result).all()):
                 raise RuntimeError("the effects of channels on the task output are not finite.")

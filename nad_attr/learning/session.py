@@ -43,6 +43,7 @@ from nad_attr.running.forward import MAX_FOUND_BATCH, check_classes, chunks, rep
 from nad_attr.running.options import RunOptions, as_options
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite, unwrap
+from nad_attr.stats.held_out import parted_tasks
 from nad_attr.system.memory import largest_batch
 from nad_attr.system.rng import seed_of
 
@@ -418,6 +419,7 @@ class Session:
         network, source, recipe = self.network, self.learned_from, self.recipe
         wanted = self.tasks if tasks is None else list(tasks)
         parts = self._parts(wanted, sizes, means, start, advance)
+        self._say_where_parted([part[-1] for part in parts], wanted, sizes[-1])
         info = {
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
             "model": type(unwrap(network.model)).__name__,
@@ -434,6 +436,22 @@ class Session:
             self._gates([part[i] for part in parts], wanted, size, info)
             for i, size in enumerate(sizes)
         ]
+
+    def _say_where_parted(
+        self, learned: Sequence[Learned], tasks: Sequence[Task], size: float | None
+    ) -> None:
+        """Warn of tasks whose gates do not keep the task output on other images."""
+        if self.recipe.ablation != "optimal" or self.apart is not None:
+            return
+        labels = self.learned_from.labels
+        found = parted_tasks(
+            _history([part.curves for part in learned]),
+            self._names_of(tasks) or [f"{task!s:.40}" for task in tasks],
+            own_images(labels, tasks).sum(1).tolist(),
+            self.recipe.size if size is None else size,
+        )
+        if found is not None:
+            warnings.warn(found, stacklevel=5)
 
     def learn_replicas(
         self, replicas: Sequence[Replica], advance: Callable[[int], object] = lambda n: None
@@ -537,7 +555,6 @@ class Session:
         gates = to_channels(torch.cat([part.gates for part in learned]), self.sites)
         logits = to_channels(torch.cat([part.logits for part in learned]), self.sites)
         constants = [part.constants for part in learned if part.constants is not None]
-        names = None if self.names is None else dict(zip(self.tasks, self.names, strict=True))
         return TaskGates(
             split_sites(gates.cpu(), self.sites),
             self.sites,
@@ -549,9 +566,15 @@ class Session:
             if size is None or self.apart is not None
             else dataclasses.replace(self.recipe, size=size),
             history=_history([part.curves for part in learned]),
-            task_names=None if names is None else [names[task] for task in tasks],
+            task_names=self._names_of(tasks),
             info=info,
         )
+
+    def _names_of(self, tasks: Sequence[Task]) -> list[str] | None:
+        if self.names is None:
+            return None
+        names = dict(zip(self.tasks, self.names, strict=True))
+        return [names[task] for task in tasks]
 
 
 def _check_batch(run: RunOptions, recipe: Recipe) -> None:
