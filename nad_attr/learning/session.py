@@ -479,7 +479,7 @@ class Session:
         advance: Callable[[int], object],
     ) -> list[list[Learned]]:
         """What is learned of each chunk at each size."""
-        network, source, recipe = self.network, self.source, self.recipe
+        network, source, recipe = self.network, self.learned_from, self.recipe
         parts: list[list[Learned]] = []
         with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
             means = self.means() if means is None else means
