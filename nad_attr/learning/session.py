@@ -141,19 +141,14 @@ class Session:
     any work is done.
 
     Args:
-        model: See :func:`learn_gates`.
+        model: See :func:`learn_gates`, as all that follows.
         data: See there.
         tasks: See there.
         recipe: See there.
         sites: See there.
         seed: See there.
-        device: See there.
-        amp: See there.
-        batch_size: See there.
-        memory_limit: See there.
+        run: See there.
         augmented: See there.
-        forward_func: See there.
-        additional_forward_args: See there.
         checks: See there.
 
     Attributes:
