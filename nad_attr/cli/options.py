@@ -85,6 +85,11 @@ Tasks: TypeAlias = Annotated[
 Device: TypeAlias = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps; left out: cuda if there is one.")
 ]
+Amp: TypeAlias = Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")]
+Size: TypeAlias = Annotated[
+    float | None,
+    typer.Option(help="Cut the gates at this share of the channels; left out: as learned."),
+]
 BatchSize: TypeAlias = Annotated[
     int | None,
     typer.Option(
