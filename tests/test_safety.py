@@ -376,7 +376,7 @@ def test_gates_replace_hdf5_files_only(here: Path) -> None:
     before = contents(Path())
     for save in (gates.save, gates.sub_architecture(0).save):
         for name in ("weights.pt", "tiny_nets.py", "photos/red/0.png"):
-            with pytest.raises(GateStoreError, match="no HDF5 file"):
+            with pytest.raises(GateStoreError, match="not an HDF5 file"):
                 save(name)
     assert contents(Path()) == before
 

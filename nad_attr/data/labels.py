@@ -147,7 +147,7 @@ class Labels:
             the output's own, all others its other images. None: each output's median.
 
     Raises:
-        ValueError: If there is no such kind, or ``above`` is given for what is no target.
+        ValueError: If there is no such kind, or ``above`` is given for what is not a target.
 
     Example:
         >>> read_labels(Labels(["cat", "dog", "cat"], classes=["dog", "cat"])).labels

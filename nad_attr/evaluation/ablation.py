@@ -386,7 +386,7 @@ class ResampleAblation(Ablation):
         seed: Of the choice of donors.
 
     Raises:
-        TypeError: If the inputs are no tensors.
+        TypeError: If the inputs are not tensors.
         ValueError: If inputs and labels do not fit.
 
     Example:

@@ -161,7 +161,7 @@ def evaluate(
         TypeError: If an argument is of a wrong kind.
         ValueError: If the network is in train mode, a sub-architecture says no task, a task is
             there twice, no task has own images, rivals are of other sites or tasks, the ablation
-            does not fit, labels or tasks are no class of the network, or inputs or outputs hold
+            does not fit, labels or tasks are not a class of the network, or inputs or outputs hold
             NaN.
 
     Example:

@@ -70,7 +70,7 @@ def site_costs(
     Raises:
         GatingError: If a site does not fire or fires twice.
         SiteError: If the network has no such site.
-        TypeError: If inputs are no tensors.
+        TypeError: If inputs are not tensors.
         ValueError: If the network is in train mode or cannot be run on the inputs.
 
     Example:
@@ -225,7 +225,7 @@ class Activity:
         values = tensor.detach().movedim(dim, 1).flatten(2) if tensor.ndim > 2 else tensor.detach()
         low, high = torch.aminmax(values, dim=-1) if values.ndim > 2 else (values, values)
         if len(low) != len(self._rows):
-            return  # axis 0 is no batch: the gates refuse it
+            return  # axis 0 is not a batch: the gates refuse it
         for kept, new, how in ((self.low, low, "amin"), (self.high, high, "amax")):
             rows = self._rows.to(new.device)[:, None].expand_as(new)
             kept[site.name].scatter_reduce_(0, rows, new.to(kept[site.name].dtype), how)

@@ -223,7 +223,7 @@ def _module_of(node: fx.Node) -> str:
 
 
 def op_name(node: fx.Node) -> str:
-    """An operator's name without namespace and overload; "" for what is no operator."""
+    """An operator's name without namespace and overload; "" for what is not an operator."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return ""
     return str(node.target._schema.name).split("::")[-1]

@@ -219,7 +219,7 @@ def learn_to_store(
 
     Raises:
         FileExistsError: If the file is there and neither ``resume`` nor ``overwrite`` is asked for.
-        GateStoreError: If the file is no store, is being written by another process, or was begun
+        GateStoreError: If the file is not a store, another process writes it, or it was begun
             with another network (other weights, or other outputs on four of the images), recipe,
             seed, other sites or data (:func:`nad_attr.data.fingerprints.data_fingerprint`).
         SiteError: See :func:`nad_attr.learn_gates`.

@@ -709,7 +709,7 @@ def _start(
         expected = (len(tasks), site.n_channels)
         value = logits.get(site.name)
         if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"initial_logits of {site.name!r} are no tensor.")
+            raise TypeError(f"initial_logits of {site.name!r} are not a tensor.")
         if value is None or tuple(value.shape) != expected:
             shape = None if value is None else tuple(value.shape)
             raise ValueError(

@@ -38,7 +38,7 @@ class SiteMaps:
 
 
 def check_measure(measure: str) -> None:
-    """Refuse what is no measure.
+    """Refuse what is not a measure.
 
     Raises:
         ValueError: Names those that are.

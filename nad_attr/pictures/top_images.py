@@ -123,7 +123,7 @@ class TopImages:
         Raises:
             ImportError: If matplotlib is missing.
             KeyError: If a site or channel was not looked at.
-            ValueError: If crop or threshold are no shares, or no site has positions.
+            ValueError: If crop or threshold are not shares, or no site has positions.
         """
         from nad_attr.pictures.figures import draw_top_images
 
@@ -356,7 +356,7 @@ def top_images(
     chosen = _chosen_channels(architecture, sites, channels)
     runner = Runner(model, run)
     source = as_source(data, any_labels=True)
-    with suppress(TypeError, ValueError):  # of a network that is no classifier nothing is asked
+    with suppress(TypeError, ValueError):  # of a network that is not a classifier nothing is asked
         runner.fit(source)
     at = [site for site in architecture.sites if site.name in chosen]
     best = {site.name: _Best(site, chosen[site.name], k, pool) for site in at}

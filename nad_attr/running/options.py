@@ -53,7 +53,7 @@ class RunOptions:
         show_progress: Show a progress bar with the time left.
 
     Raises:
-        TypeError: If ``forward_func`` is no function.
+        TypeError: If ``forward_func`` is not a function.
         ValueError: If another field has no sensible value.
 
     Example:

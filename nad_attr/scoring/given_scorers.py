@@ -115,7 +115,7 @@ class OtherTaskScorer(GivenScorer):
         other: ``{task: the task whose gates it gets}``.
 
     Raises:
-        TypeError: If they are no task gates.
+        TypeError: If they are not task gates.
         ValueError: If there is only one task.
 
     Example:
@@ -166,7 +166,7 @@ def shuffled(gates: TaskGates, *, seed: int = 0) -> TaskGates:
         Gates (and logits, in the same order) of the same sites and tasks.
 
     Raises:
-        TypeError: If they are no task gates.
+        TypeError: If they are not task gates.
 
     Example:
         >>> gates = TaskGates({"a": torch.tensor([[0.9, 0.2, 0.4]])}, [GateSite("a", 3, 1)], [7])

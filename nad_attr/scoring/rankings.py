@@ -39,7 +39,7 @@ def check_sizes(sizes: Sequence[float]) -> tuple[float, ...]:
     """Shares of the channels, from small to large.
 
     Raises:
-        TypeError: If they are no sequence of numbers.
+        TypeError: If they are not a sequence of numbers.
         ValueError: If there is none, one is there twice, or one is not in (0, 1].
 
     Example:

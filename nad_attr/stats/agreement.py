@@ -399,7 +399,7 @@ def overlap_above_chance(
         other: Name of the other method, for the sentence.
 
     Raises:
-        TypeError: If they are no truth values.
+        TypeError: If they are not truth values.
         ValueError: If shapes do not fit.
 
     Example:

@@ -409,7 +409,7 @@ def _check_ours(file: int, path: Path) -> None:
     start = os.read(file, len(MAGIC))
     if not MAGIC.startswith(start):
         raise GateStoreError(
-            f"{path} is no journal of a store, and would be written over. Move it away, or give "
+            f"{path} is not a journal of a store, and would be written over. Move it away, or give "
             "the store another name."
         )
     if os.fstat(file).st_nlink > 1:

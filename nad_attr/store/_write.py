@@ -82,7 +82,7 @@ def from_json(text: str | bytes) -> Any:
     """What JSON says, without integers so long that nothing can compute with them.
 
     Raises:
-        ValueError: If it is no JSON, or holds such an integer.
+        ValueError: If it is not JSON, or holds such an integer.
     """
     return json.loads(text, parse_int=_whole)
 
@@ -126,8 +126,8 @@ def check_target(path: str | PathLike[str], *, replaced: bool = False) -> Path:
         raise GateStoreError(f"{target} is write-protected; write to another file.")
     if replaced and target.exists() and what_is(target) not in ("HDF5", "empty"):
         raise GateStoreError(
-            f"{target} is there already and is no HDF5 file: it is not replaced. Write to another "
-            "file."
+            f"{target} is there already and is not an HDF5 file: it is not replaced. Write to "
+            "another file."
         )
     return target
 

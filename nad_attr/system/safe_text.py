@@ -16,10 +16,10 @@ _FORMULA = ("=", "+", "-", "@")
 
 
 def shown(value: object, *, lines: bool = False) -> str:
-    r"""Text of a file for people: what is no visible character is written as an escape.
+    r"""Text of a file for people: what is not a visible character is written as an escape.
 
     Control characters (ESC starts commands to the terminal, newlines forge lines), C1, marks that
-    turn the direction of writing, line and paragraph separators, and what is no character at all.
+    turn the direction of writing, line and paragraph separators, and what is not a character.
 
     Args:
         value: Anything; ``str(value)`` is shown.

@@ -215,8 +215,8 @@ def site_maps(site: GateSite, tensor: Tensor) -> Tensor:
             side = math.isqrt(n - 1)
             if side * side != n - 1:
                 raise ValueError(
-                    f"site {site.name!r} has {n} positions, which are no square (with or without "
-                    "a class token); dissect a site whose output has two axes of positions."
+                    f"site {site.name!r} has {n} positions, which are not a square (with or "
+                    "without a class token); dissect a site whose output has two axes of positions."
                 )
             last = last[:, 1:]
         last = last.reshape(len(last), side, side, last.shape[2])

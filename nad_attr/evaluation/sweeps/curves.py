@@ -497,7 +497,7 @@ def curves(
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
         ValueError: If the network is in train mode, scores, sites, tasks and sizes do not fit, or
-            labels or tasks are no class of the network.
+            labels or tasks are not a class of the network.
 
     Example:
         >>> import torch
