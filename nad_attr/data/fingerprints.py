@@ -123,10 +123,10 @@ def data_fingerprint(data: Data | Source) -> str:
     if isinstance(classes, (list, tuple)):
         digest.update(repr([str(name) for name in classes]).encode())
     n = len(source.labels)
-    held = getattr(source, "inputs", None)
+    tensors = getattr(source, "inputs", None)
     stored: Any = getattr(source, "dataset", None)
-    if held is not None:
-        stored = TensorDataset(*held, source.labels)
+    if tensors is not None:
+        stored = TensorDataset(*tensors, source.labels)
     chosen = chosen_for_fingerprint(digest, stored, getattr(source, "numbers", range(n)))
     for inputs in source.batches([[(number, 0)] for number in chosen]):
         for i, value in enumerate(inputs):

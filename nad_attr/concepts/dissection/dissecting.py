@@ -627,8 +627,8 @@ class _Dissection:
         """Bytes of memory that what was counted takes."""
         tensors = [*self.both.values(), *self.active.values(), self.shown]
         tensors += [part for pair in self.top.values() for part in pair]
-        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return held + sum(tail.n_bytes for tail in self.tails.values())
+        n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return n_bytes + sum(tail.n_bytes for tail in self.tails.values())
 
     def result(self, iou_threshold: float) -> UnitConcepts:
         """The IoUs of what was counted."""
