@@ -13,7 +13,7 @@ __all__ = ["GatingError", "check_count"]
 
 
 def tensor_of(values: Any) -> Tensor:
-    """A tensor as it is; other numbers as one on the CPU, whatever torch's default device is."""
+    """Return a tensor unchanged, and other numbers as a tensor on the CPU."""
     return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 

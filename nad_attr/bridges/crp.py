@@ -1,4 +1,4 @@
-"""Concept relevance propagation (CRP) and sub-architectures: alike, and not the same.
+"""Compare concept relevance propagation (CRP) with sub-architectures.
 
 A CRP condition lets relevance flow backward through some channels only, in the network as it is. A
 sub-architecture closes channels on the way forward. :func:`compare_with_condition` computes both

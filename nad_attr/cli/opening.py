@@ -238,7 +238,7 @@ def check_outputs(
 
 
 def check_result(out: Path | None, gates: Path, inputs: Iterable[object], *, csv: bool) -> None:
-    """Refuse a file for a result whose ending says nothing, or that something is read from.
+    """Refuse an output file that has an unknown suffix or is also an input.
 
     An HDF5 file may be that of the gates: the result is written beside them.
 

@@ -269,7 +269,7 @@ class WorkOptions:
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose groups of options are options of its own, as typer wants them.
+    """Make a command with single options, which typer needs, from one with groups of options.
 
     Args:
         command: Groups are keyword-only parameters, of types that are dataclasses.

@@ -598,7 +598,7 @@ def match_classes(
     known: Mapping[str, int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> ClassMapping:
-    """Find out which class index each folder stands for, and never guess.
+    """Find the class index of each folder, without guessing.
 
     In this order: what ``class_index`` says; what ``known`` says of all folders; numbers as folder
     names are class indices; the network's class names; WordNet numbers (n01440764) for a network of

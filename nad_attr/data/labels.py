@@ -176,7 +176,7 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class ReadLabels:
-    """Labels in the form that everything else asks.
+    """Labels in the form that all other code reads.
 
     Attributes:
         labels: int64 (N,) or (N, K), see this module's description.

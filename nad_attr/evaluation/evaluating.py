@@ -114,7 +114,7 @@ def evaluate(
     show_progress: bool = FROM_RUN,
     checks: Checks = "refuse",
 ) -> Evaluation:
-    """Measure sub-architectures on held-out images, beside what they have to beat.
+    """Measure sub-architectures on held-out images, with random channels and rivals beside them.
 
     The whole network, random channels of the same sizes and rivals run on the same images, in the
     same batches. An image is run once through the whole network and once for each of T tasks times

@@ -159,7 +159,7 @@ class DistinctNetworks:
         self.first = self._members[self._start]
 
     def members(self, which: Tensor) -> tuple[Tensor, Tensor]:
-        """All rows whose network is among some of the different ones.
+        """All rows of some of the different networks.
 
         Args:
             which: int64 (B,), numbers of different networks.
@@ -333,7 +333,7 @@ class Watch(Protocol):
     """Looks on while the whole network runs."""
 
     def begin(self, numbers: range, inputs: Inputs) -> None:
-        """The images whose pass comes next."""
+        """Remember the images of the next pass."""
 
     def __call__(self, site: GateSite, tensor: Tensor) -> None:
         """What a site holds."""

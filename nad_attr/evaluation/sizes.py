@@ -214,7 +214,7 @@ class Activity:
         self._rows = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def begin(self, numbers: range, inputs: Inputs) -> None:
-        """The images whose pass comes next."""
+        """Remember the images of the next pass."""
         if self.example is None:
             self.example = tuple(x[:1].clone() for x in inputs)
         self._rows = self._place[numbers[0] : numbers[-1] + 1]

@@ -117,7 +117,7 @@ def passes(
     means = 0 if recipe.ablation == "zero" else min(MEAN_IMAGES, n_learned)
 
     def of_steps(steps: int, which: Sequence[Task], constants: bool) -> tuple[int, int]:
-        """Images through the gated network and back, and through the network beside."""
+        """Images that pass through the gated network and back, and through the whole network."""
         half = recipe.images_per_step // 2
         each = {t: min(own[t], recipe.images_per_step - half) + min(other[t], half) for t in which}
         gated = sum(steps * images for images in each.values())

@@ -1,4 +1,4 @@
-"""A gated network as one graph of operators, in which each gate is a node of its own.
+"""Trace a gated network as one graph of operators, with a node for each gate.
 
 ``torch.export`` writes the graph. While it runs the network, the gate sites' hooks put a marker
 into it, so that the graph holds each gate exactly where :func:`nad_attr.gated` would multiply.

@@ -60,7 +60,7 @@ class TopImages:
     inside: bool
 
     def row(self, site: str, channel: int) -> int:
-        """Where a channel stands in the tables of a site.
+        """The row of a channel in the tables of a site.
 
         Raises:
             KeyError: If it was not looked at.

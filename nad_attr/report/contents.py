@@ -30,7 +30,7 @@ BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, R
 
 @dataclass
 class Results:
-    """Everything beside the gates that a page can show; what is None is not there.
+    """All results that a page can show with the gates; None is not there.
 
     Attributes:
         evaluation: See :class:`nad_attr.evaluation.Evaluation`.

@@ -1,4 +1,4 @@
-"""The page: one file that holds everything and asks nothing of the network."""
+"""Write the page: one file that needs no Internet."""
 
 from __future__ import annotations
 

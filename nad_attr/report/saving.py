@@ -68,7 +68,7 @@ def keep_results(path: Path, results: Results) -> list[str]:
 def found_results(
     path: Path, sites: Sequence[GateSite], *, evaluation: str | None = None
 ) -> Results:
-    """What the file of the gates holds beside them.
+    """The results in the file of the gates.
 
     A part that cannot be read is left out with a note.
 

@@ -118,7 +118,7 @@ class RunOptions:
         return None if self.memory_limit is None else parse_bytes(self.memory_limit)
 
     def kept_bytes(self, default: int) -> int:
-        """Bytes of answers that may be kept at once, beside a batch that is found."""
+        """Bytes of answers that may be kept at once, in addition to a batch."""
         if self.limit is None:
             return default
         return self.limit // 4 if self.batch_size == "auto" else self.limit

@@ -343,7 +343,7 @@ class LayerDeepLiftScorer(CaptumLayerScorer):
 
 
 class LayerActivationScorer(CaptumLayerScorer):
-    """:class:`captum.attr.LayerActivation`: how active a channel is, whatever for.
+    """:class:`captum.attr.LayerActivation`: how active a channel is.
 
     Example:
         >>> net = nn.Sequential(nn.Identity()).eval()

@@ -1,4 +1,4 @@
-"""Scores that are there already, behind the scorers' protocol: gates, and anything else."""
+"""Scorers that return given scores: gates, or any others."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class GivenScorer(TaskScorer):
 
 
 class GatesScorer(GivenScorer):
-    """Learned task gates as scores, so that they stand beside their rivals.
+    """Learned task gates as scores, to compare them with rivals.
 
     The scores are the gates' logits, which rank the channels in full resolution, or the gates
     themselves where no logits were kept. :func:`~nad_attr.evaluation.top_k` makes the same

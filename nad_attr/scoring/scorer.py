@@ -37,7 +37,7 @@ Variants: TypeAlias = "dict[tuple[bool, bool], Scores]"
 
 
 def tasks_of(targets: Any, tasks: Sequence[Task] | None = None) -> list[Task]:
-    """The tasks that a scorer's rows stand for: as given, or the sorted different targets.
+    """The tasks of a scorer's rows: as given, or the sorted different targets.
 
     Raises:
         TypeError: If a task is not a class index or group of them.

@@ -37,7 +37,7 @@ _PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.device, torc
 
 
 class Copies(dict[int, "_Snapshot"]):
-    """Copies of tensors, used again as long as nobody writes to the tensors; never pickled.
+    """Copies of tensors, reused until the tensors are written to; never pickled.
 
     Attributes:
         pending: A pass whose graph may still be needed.

@@ -29,7 +29,7 @@ def check_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
 
 
 class SiteError(ValueError):
-    """A gate cannot stand where it was asked for; the message says where it can."""
+    """A gate is not possible at this place; the message says where it is."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ __all__ = ["check_rows", "unit_sites"]
 
 
 def unit_sites(model: nn.Module, flow: Flow, units: str) -> list[tuple[int, GateSite]]:
-    """The sites of a network's heads or neurons, each with the node at which it stands.
+    """The sites of a network's heads or neurons, each with its node.
 
     Args:
         model: The network, not wrapped.

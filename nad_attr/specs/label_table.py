@@ -1,4 +1,4 @@
-"""Images named in a table with their labels, whatever kind these are."""
+"""Read a table of images and labels of any kind."""
 
 from __future__ import annotations
 

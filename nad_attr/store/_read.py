@@ -1,4 +1,4 @@
-"""Reading HDF5 files that nobody vouches for: sizes, types and links first, content afterwards.
+"""Read untrusted HDF5 files: check sizes, types and links first, and content afterwards.
 
 Three things of libhdf5 are not used, for a small damaged file can make them crash, hang or
 allocate without end: metadata of formats before 1.10, which have no checksums; strings of variable

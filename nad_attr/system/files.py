@@ -42,7 +42,7 @@ _STARTS = {
 
 
 def what_is(path: str | PathLike[str]) -> str:
-    """What stands at a path, by its first bytes; nothing that is not a plain file is opened.
+    """The kind of a file, by its first bytes; only plain files are opened.
 
     Returns:
         "folder", "device" (also a pipe), "empty", "HDF5", "journal" (of a store), "archive" (zip:

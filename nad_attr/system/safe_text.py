@@ -1,4 +1,4 @@
-"""Text that others wrote, shown so that it can do nothing to a terminal or a spreadsheet."""
+"""Show untrusted text so that it cannot harm a terminal or a spreadsheet."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def cell(value: object) -> object:
 
 
 def members(arrays: Mapping[str, V]) -> dict[str, V]:
-    r"""The same under names that may stand in an archive: none leads out of where it is unpacked.
+    r"""Give values names that are safe in an archive: no name leads out of its folder.
 
     Example:
         >>> list(members({"gate/layer1.0": 1, "gate/../../x": 2, "/x": 3, "gate/__/__/x": 4}))

@@ -153,7 +153,7 @@ def _bootstrap(
 def classifier_similarity(
     weight: Tensor | ArrayLike, tasks: Sequence[Task] | None = None
 ) -> FloatArray:
-    """Cosine of the classifier's rows: how alike the network's last layer takes two classes to be.
+    """Cosine of two classes' weights in the last layer.
 
     Args:
         weight: (K, D), the weights of the last linear layer, ``model.fc.weight``.

@@ -1,4 +1,4 @@
-"""Why errors: are images mistaken for classes whose sub-architecture is similar to the right one's?
+"""Are images mistaken for classes whose sub-architecture is similar to the right one's?
 
 Every misclassified image, of class y and called y', is looked up: at what rank does y' stand among
 all wrong classes, ordered by how similar their sub-architectures are to that of y? Beside it stand

@@ -431,7 +431,7 @@ class Curves(Result):
 
 
 def closed_at(ablation: Ablation | None, ranking: Ranking) -> str:
-    """What stands in place of closed channels, in a word."""
+    """The name of the values that closed channels get."""
     if ablation is not None:
         return ablation.kind
     if ranking.closes_at_constants:

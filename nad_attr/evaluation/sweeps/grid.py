@@ -120,7 +120,7 @@ def fitted(
     train_data: Data | None,
     run: RunOptions | None,
 ) -> Ablation | None:
-    """The ablation value that an argument stands for, fitted to training images if it has to be.
+    """The ablation value of an argument, fitted to training images if necessary.
 
     Raises:
         ValueError: If there is no such kind, or images are needed and not given.
