@@ -786,15 +786,6 @@ def test_ctrl_c_while_torch_is_imported_is_a_line_and_130(tmp_path: Path) -> Non
     assert errors.strip() == "Stopped."
 
 
-def test_the_package_imports_torch_when_it_is_asked_for() -> None:
-    code = "import sys, nad_attr, nad_attr.cli; print('torch' in sys.modules); nad_attr.store; "
-    code += "print('torch' in sys.modules, nad_attr.learn_gates.__name__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.stdout.split() == ["False", "True", "learn_gates"]
-
-
 # ---------------------------------------------------------------------------------------------
 # The page
 # ---------------------------------------------------------------------------------------------
