@@ -47,7 +47,8 @@ FIT_STEPS = 6
 N_CLOSED, EFFECTIVE = 40, 0.9
 #: What has no effect: less than this share of the task output's variance.
 NO_EFFECT = 1e-5
-#: How much an own AUC below one half counts, of what one as far above it does.
+#: How much an own AUC below one half, or a rank correlation below zero, counts, of what one as far
+#: above it does.
 BROKEN = 0.01
 #: Agreement with other runs from which on a sub-architecture is found again.
 STABLE = 0.6
@@ -366,7 +367,9 @@ class _Case:
         closed = [(~arch).with_means(self.closing) for arch in self.tried]
         names = [(name, c) for name, kept in self.arch.kept.items() for c in kept.tolist()]
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(names), generator=generator, device="cpu")[: N_CLOSED * one_by_one]
+        order = torch.randperm(len(names), generator=generator, device="cpu")[
+            : N_CLOSED * one_by_one
+        ]
         one_less = [_without(self.arch, names[i], self.closing) for i in order.tolist()]
         found = self._run([self.arch, *self.tried, *closed, *one_less], self.source)
         own, numbers = self.own.numpy(), found.whole.double().numpy()
@@ -425,7 +428,9 @@ class _Case:
         kept = np.where(np.isnan(kept), 0.0, kept)  # (tried, others); constant: no ranking left
         values = kept.mean(1)
         own = spearman(torch.from_numpy(self.whole), torch.from_numpy(self.without)).numpy()
-        more = values - np.where(np.isnan(own), 0.0, own)
+        own = np.where(np.isnan(own), 0.0, own)
+        # Below zero the task is broken as well: an output that says less is more so.
+        more = values - np.where(own > 0, own, -BROKEN * own)
         p = permutation_p(more[0], more[1:])
         low, high = bootstrap_interval(kept[0], seed=self.seed % 2**32)
         base = float(values[1:].mean())
