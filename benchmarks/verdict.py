@@ -10,6 +10,7 @@
 - planted with constants: the same with the best constants, which are fitted.
 - random: random channels of a network trained on digits, size 0.3, closed at their mean.
 - random with constants: the same of a smaller network, with the best constants.
+- steps: fidelity of two classes' gates and of random channels, by the steps that constants get.
 - pairs: the default recipe at size 0.4 on small networks and EfficientNet-Lite0, a class a row.
 - fidelity: ``Recipe(fidelity=0.8)`` on three quarters of the digits that a small network was not
   trained on, measured on the rest, which are as many as were kept apart: how often the fidelity
@@ -129,6 +130,30 @@ def of_random(args: argparse.Namespace, constants: bool = False) -> Work:
         yield str(draw), row
 
 
+def of_steps(args: argparse.Namespace) -> Work:
+    """Fidelity of two classes' gates and of random channels, by steps that constants get."""
+    for steps in (3, 6, 20, 100):
+
+        def row(steps: int = steps) -> Row:
+            model, train, held_out = known_digits()
+            gates = learn_gates(model, train, [3, 8], Recipe(size=0.4), run=RUN)
+            archs = gates.sub_architectures()
+            tried = [archs, *(random_architectures(archs, draw=draw) for draw in range(6))]
+            fidelity = [
+                evaluate(
+                    model,
+                    fit_constants(model, given, train, recipe=Recipe(steps=steps), run=RUN),
+                    held_out,
+                    n_random=0,
+                    checks="off",
+                ).mean("fidelity")
+                for given in tried
+            ]
+            return {"ours": fidelity[0], "random": float(np.mean(fidelity[1:]))}
+
+        yield str(steps), row
+
+
 def of_pairs(args: argparse.Namespace) -> Work:
     """The default recipe's gates at 40 %, a task at a time, held against another seed's."""
     for pair in args.pairs:
@@ -208,6 +233,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Work]] = {
     "planted with constants": partial(of_planted, constants=True),
     "random": of_random,
     "random with constants": partial(of_random, constants=True),
+    "steps": of_steps,
     "pairs": of_pairs,
     "fidelity": of_fidelity,
 }
@@ -242,6 +268,10 @@ def report() -> str:
             continue  # some have to fail
         cells = [share(found[q], found["n"]) + " (not so)" * (q in not_so) for q in asked]
         lines.append(f"| {network} | {name} | {found['n']} | {' | '.join(cells)} |")
+    for row in rows_of(OUT, "steps"):
+        lines.append(
+            f"\n{row['name']} steps: fidelity {row['ours']:.2f}, random {row['random']:.2f}"
+        )
     halves = rows_of(OUT, "fidelity")
     if halves:
         reached = np.array([row["fidelity"] for row in halves]).ravel()
