@@ -541,7 +541,8 @@ def learn_with_constants(
         moved = constants[batch.rows] * slopes
         residual = output - clean
         at_mean = residual - ((1 - model.gates[batch.rows]) * moved).sum(1)
-        numbers = sent(torch.tensor(batch.numbers, device="cpu"), network.device)
+        numbers = torch.tensor(batch.numbers, device="cpu") % chunk.n_images
+        numbers = sent(numbers, network.device)
 
         def by_row(values: Tensor, places: Tensor = batch.places) -> Tensor:
             return values[places].view(rows, per_task, *values.shape[1:])
