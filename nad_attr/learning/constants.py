@@ -547,9 +547,12 @@ def learn_with_constants(
         def by_row(values: Tensor, places: Tensor = batch.places) -> Tensor:
             return values[places].view(rows, per_task, *values.shape[1:])
 
+        # Where other images judge the constants in the end, draws may count as images here.
+        each = torch.arange(t * per_task, (t + 1) * per_task, device=network.device)
+        numbers = torch.where(apart, each, by_row(numbers))
         outputs.age(recipe.memory)
         outputs.add(by_row(clean), by_row(residual), like.new_zeros(rows, per_task, 1))
-        model.add(by_row(at_mean), by_row(effects + moved), by_row(slopes), by_row(numbers))
+        model.add(by_row(at_mean), by_row(effects + moved), by_row(slopes), numbers)
         seen = min((t + 1) * per_task, capacity)
         variance = outputs.whole[:, :seen].var(dim=1, correction=0).clamp(min=MIN_VARIANCE)
         last = t + 1 in ends
