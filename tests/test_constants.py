@@ -29,7 +29,7 @@ from nad_attr.evaluation import curves, evaluate, planted, size_sweep, top_k
 from nad_attr.evaluation.evaluating import random_architectures
 from nad_attr.gating.hooks import frozen
 from nad_attr.learning import constants as module
-from nad_attr.learning.constants import ConstantModel, concentration, noise_share, rooted
+from nad_attr.learning.constants import ConstantModel, noise_share, rooted
 from nad_attr.learning.engine import Network, TaskImages
 from nad_attr.learning.selection import QuadraticModel
 from nad_attr.scoring.given_scorers import shuffled
@@ -139,18 +139,12 @@ def test_share_of_noise_by_hand() -> None:
                 products = unit[:, j] * unit[:, k]
                 total += float(products.sum().square())
                 noise += float(products.square().sum() - products.sum().square() / 8)
-    eight = torch.tensor([8.0])
-    found = noise_share(effects, eight, eight)
+    found = noise_share(effects, torch.tensor([8.0]))
     assert float(found) == pytest.approx(min(noise / total, 1.0))
-    # Draws that are all there three times say no more than they do once.
-    thrice = effects.repeat(1, 3, 1) / 3**0.5
-    assert float(noise_share(thrice, 3 * eight, eight)) == pytest.approx(float(found))
-    numbers, shares = torch.arange(8).repeat(3)[None], torch.full((1, 24), 1 / 24)
-    assert float(1 / concentration(shares, numbers)) == pytest.approx(8.0)
     # Channels that rise and fall together for every image leave no doubt.
     signs = torch.tensor([1.0, -1.0] * 50).double()
     sure = signs[None, :, None] * torch.tensor([1.0, -1.0, 2.0]).double() / 10
-    assert float(noise_share(sure, *torch.tensor([[100.0], [100.0]]))) < 0.02
+    assert float(noise_share(sure, torch.tensor([100.0]))) < 0.02
 
 
 def test_a_charge_that_lasts_is_part_of_every_flip() -> None:
@@ -263,7 +257,7 @@ def test_constants_are_stored_appended_and_compared(tmp_path: Path) -> None:
 
 def test_each_task_has_constants_of_its_own() -> None:
     net, sites = small()
-    images = drawn(200, 2, 6, 6, seed=5)
+    images = drawn(60, 2, 6, 6, seed=5)
     data = images, net(images).argmax(1)
     recipe = Recipe(size=0.5, ablation="optimal", steps=20)
     gates = learn_gates(net, data, recipe=recipe, sites=sites)
@@ -372,10 +366,7 @@ def test_what_stands_in_place_is_said(tmp_path: Path) -> None:
     assert "zero" in repr(SubArchitecture({n: fitted[n] for n in fitted}, sites))
 
 
-@pytest.mark.parametrize("n", [12, 400])
-def test_constants_are_no_worse_than_means_on_other_images(
-    n: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_constants_are_no_worse_than_means_on_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
     # Each image has slopes of its own, so that a few images can be fitted by chance.
     net = nn.Sequential(nn.Identity(), nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 2)).double()
     for i in (1, 3):
@@ -385,20 +376,22 @@ def test_constants_are_no_worse_than_means_on_other_images(
     every = drawn(2000, 40, seed=5)
     arch = SubArchitecture.from_kept({"0": range(10)}, sites, task=1)
     net.eval()
-    labels = torch.randint(2, (n,), generator=torch.Generator().manual_seed(n))
-    (at_these,) = error(net, [arch.with_means({"0": every[:n].mean(0)})], every[1000:])
-
-    def worse() -> float:
-        (fitted,) = fit_constants(net, arch, (every[:n], labels), recipe=Recipe(steps=40))
-        return error(net, [fitted], every[1000:])[0] / at_these
-
-    assert worse() <= 1.0
-    monkeypatch.setattr(module, "SHARES_TRIED", (1.0,))
-    monkeypatch.setattr(module, "DOUBT", -1e9)
-    assert worse() <= 1.02  # not even where nothing holds them back
-    # A dozen images that are drawn 33 times each are a dozen images, and not 400.
-    monkeypatch.setattr(module, "concentration", lambda shares, numbers: shares.square().sum(1))
-    assert (worse() > 1.1) == (n == 12)
+    guarded = {name: getattr(module, name) for name in ("DOUBT", "DOUBT_WHERE_FEW", "SHARES_TRIED")}
+    blind = {"DOUBT": -1e9, "DOUBT_WHERE_FEW": -1e9, "SHARES_TRIED": (1.0,)}
+    worse = []
+    for n in (12, 40, 400):
+        labels = torch.randint(2, (n,), generator=torch.Generator().manual_seed(n))
+        found = []
+        for values in (guarded, blind):
+            for name, value in values.items():
+                monkeypatch.setattr(module, name, value)
+            (fitted,) = fit_constants(net, arch, (every[:n], labels), recipe=Recipe(steps=40))
+            found += error(net, [fitted], every[1000:])
+        (at_these,) = error(net, [arch.with_means({"0": every[:n].mean(0)})], every[1000:])
+        assert found[0] <= 1.03 * at_these
+        worse.append(found[1] / at_these)
+    # Without the guard a dozen images are fitted by chance; 400 are no longer.
+    assert worse[0] > 1.1 > 1.02 > worse[2]
 
 
 def waves(width: int, n: int, seed: int = 2) -> tuple[nn.Module, list[GateSite], Any]:

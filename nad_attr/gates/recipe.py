@@ -88,9 +88,9 @@ class Recipe:
             tries 14 sizes from 1 to 0.05 (:mod:`nad_attr.learning.targets`). A task of which no
             size below 1 is shown to keep it keeps all channels.
         confidence: Of ``fidelity``.
-        mirror: Whether pictures are seen mirrored as well, left for right, each as one image with
-            the picture that it is of. None: with the optimal constants, of tasks with fewer than
-            50 own images, where the network gives mirrored pictures nearly the same task output
+        mirror: Whether pictures are seen mirrored as well, left for right. None: with the optimal
+            constants, of tasks with fewer than 50 own images, where the network gives mirrored
+            pictures nearly the same task output
             (:meth:`nad_attr.learning.session.Session.mirrored`).
 
     Raises:

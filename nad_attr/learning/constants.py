@@ -81,40 +81,21 @@ MAX_CORRELATED = 512
 KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP = 0.2, 32, 50
 #: Shares of the way from mean to constant that are tried, and the images that it takes.
 SHARES_TRIED, MIN_TRIED = (1 / 3, 2 / 3, 1.0), 4
-#: Standard errors that are taken off what a share gains.
-DOUBT = 0.5
+#: Standard errors that are taken off what a share gains, by images kept apart and by images that
+#: were learned from: those are few, and so few are often right by chance.
+DOUBT, DOUBT_WHERE_FEW = 0.5, 1.5
 #: Of the normal distribution.
 ONE_SIDED_95 = 1.645
 
 
-def concentration(shares: Tensor, numbers: Tensor) -> Tensor:
-    """One over the number of different images that weighted draws are worth: (R,).
-
-    An image that was drawn several times is one image: what its draws have in common says nothing
-    of other images, however often it is seen.
-
-    Args:
-        shares: (R, M), how much each draw counts.
-        numbers: int64 (R, M), of the images.
-
-    Example:
-        >>> shares = torch.full((1, 4), 0.25)
-        >>> concentration(shares, torch.tensor([[7, 8, 7, 8]]))
-        tensor([0.5000])
-    """
-    same = numbers[:, :, None] == numbers[:, None, :]
-    return (shares * torch.bmm(same.to(shares), shares[:, :, None])[:, :, 0]).sum(1)
-
-
-def noise_share(effects: Tensor, n_draws: Tensor, n_images: Tensor) -> Tensor:
+def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
     """Share of the squared correlations between channels that so few images make by chance: (R,).
 
     The best weight with which to shrink a correlation matrix towards the unit matrix.
 
     Args:
-        effects: (R, M, n), weighted so that a sum over draws is a mean.
-        n_draws: (R,), how many draws that is worth.
-        n_images: (R,), how many different images (:func:`concentration`).
+        effects: (R, M, n), weighted so that a sum over images is a mean.
+        n_images: (R,), how many images that is worth.
 
     Source: Schaefer and Strimmer, "A shrinkage approach to large-scale covariance matrix
     estimation", Statistical Applications in Genetics and Molecular Biology 2005.
@@ -127,8 +108,7 @@ def noise_share(effects: Tensor, n_draws: Tensor, n_images: Tensor) -> Tensor:
     # sum over pairs j != k of (sum_i u_ij u_ik)^2, and of sum_i (u_ij u_ik)^2
     total = gram.square().sum((1, 2)) - n
     fourth = squares.sum(2).square().sum(1) - squares.square().sum((1, 2))
-    # Draws of one image err together: each image's squared sum counts, and not its draws' squares.
-    noise = fourth * (n_draws / n_images) - total / n_images
+    noise = fourth - total / n_images
     return (noise / total.clamp(min=MIN_VARIANCE)).clamp(0, 1)
 
 
@@ -186,7 +166,7 @@ class ConstantModel:
             both then take no more memory than the gradients of the recipes without constants.
         slopes: G, (R, M, n), in units of the channels' deviations.
         residuals: q, (R, M), with closed channels at their mean.
-        numbers: int64 (R, M), of the images; below 0, all different, where there is none yet.
+        numbers: int64 (R, M), of the images; -1 where there is none yet.
     """
 
     def __init__(self, like: Tensor, capacity: int) -> None:
@@ -197,8 +177,7 @@ class ConstantModel:
         self.effects = like.new_zeros(rows, capacity, n, dtype=dtype)
         self.slopes = like.new_zeros(rows, capacity, n, dtype=dtype)
         self.residuals = like.new_zeros(rows, capacity)
-        none = torch.arange(-capacity, 0, device=like.device)
-        self.numbers = none.expand(rows, -1).clone()
+        self.numbers = torch.full_like(self.residuals, -1, dtype=torch.int64)
         # G_C G_C', brought up to date image by image and flip by flip.
         self._gram = like.new_zeros(rows, capacity, capacity)
         self._blocks = [slice(None)]
@@ -261,9 +240,8 @@ class ConstantModel:
         rows, n = self.gates.shape
         some = torch.arange(0, n, -(-n // MAX_CORRELATED), device=self.gates.device)
         effects = self._unexplained(metric, some.expand(rows, -1))
-        shares = metric.weight[:, :, 0].square()
-        n_draws, n_images = 1 / shares.square().sum(1), 1 / concentration(shares, self.numbers)
-        return SHRINK * noise_share(effects, n_draws, n_images)[:, None]
+        n_images = 1 / metric.weight[:, :, 0].pow(4).sum(1)
+        return SHRINK * noise_share(effects, n_images)[:, None]
 
     def quadratic(
         self,
@@ -413,6 +391,7 @@ def held_back(
     constants: Sequence[Tensor],
     means: Tensor,
     deviations: Tensor,
+    apart: Sequence[bool],
 ) -> Apart:
     """How far from the means constants should be, as images say that they were not fitted to.
 
@@ -427,6 +406,7 @@ def held_back(
         constants: Twice (R, n), in deviations from the mean, for each half of the images.
         means: (channels,).
         deviations: (channels,).
+        apart: For each row whether its images were kept apart from those that were learned from.
     """
     network = chunk.network
     (batch,) = chunk.batches([[[draw for half in row for draw in half] for row in draws]])
@@ -472,7 +452,8 @@ def held_back(
         gains = torch.cat(losses[1:]) - losses[0]
         mean = (shares * gains).sum(1)
         error = (shares * (gains - mean[:, None])).square().sum(1) * (n / (n - 1))
-        least, at = (mean + DOUBT * error.sqrt()).min(0)
+        doubt = DOUBT if apart[row] else DOUBT_WHERE_FEW
+        least, at = (mean + doubt * error.sqrt()).min(0)
         at = torch.where(least < 0, at + 1, torch.zeros_like(at))
         by_share = torch.stack([change[start:end] for change in changes])
         result.take(row, tried[at], clean[start:end], by_share[at])
@@ -547,12 +528,9 @@ def learn_with_constants(
         def by_row(values: Tensor, places: Tensor = batch.places) -> Tensor:
             return values[places].view(rows, per_task, *values.shape[1:])
 
-        # Where other images judge the constants in the end, draws may count as images here.
-        each = torch.arange(t * per_task, (t + 1) * per_task, device=network.device)
-        numbers = torch.where(apart, each, by_row(numbers))
         outputs.age(recipe.memory)
         outputs.add(by_row(clean), by_row(residual), like.new_zeros(rows, per_task, 1))
-        model.add(by_row(at_mean), by_row(effects + moved), by_row(slopes), numbers)
+        model.add(by_row(at_mean), by_row(effects + moved), by_row(slopes), by_row(numbers))
         seen = min((t + 1) * per_task, capacity)
         variance = outputs.whole[:, :seen].var(dim=1, correction=0).clamp(min=MIN_VARIANCE)
         last = t + 1 in ends
@@ -565,7 +543,7 @@ def learn_with_constants(
 
             def freedom(shares: Tensor, spread: Tensor = spread) -> Tensor:
                 # No image at all, where a task's only one is left out: nothing is explained.
-                return spread / concentration(shares, model.numbers).clamp(min=MIN_VARIANCE)
+                return spread / shares.square().sum(1).clamp(min=MIN_VARIANCE)
 
             if masks is None:
                 metric = model.metric(shares, freedom(shares))
@@ -611,7 +589,9 @@ def learn_with_constants(
                 spread_there = freedom(without.clamp(min=0))
                 fitted.append(model.best(without, spread_there, residuals, constants, math.inf))
             tried = [torch.where(apart, constants, c) for c in fitted] or [constants] * 2
-            judged = held_back(chunk, recipe, halves, model.gates, tried, means, deviations)
+            judged = held_back(
+                chunk, recipe, halves, model.gates, tried, means, deviations, apart[:, 0].tolist()
+            )
             ranks = model.gates if masks is not None else ranks
             so_far = {name: torch.stack(curve) for name, curve in curves.items()}
             for name in ("fidelity", "highest"):  # known at the end alone
