@@ -443,6 +443,14 @@ assert "nad_attr" not in sys.modules
     content = json.loads((tmp_path / "b.safetensors.json").read_text())
     assert content["sites"]["layer1.0"] == [0, 2]
     assert content["format"] == "safetensors"
+    save(small, tmp_path / "b.safetensors", x)  # its own files are replaced
+    (tmp_path / "mine.py").write_text("import torch\n")
+    with pytest.raises(FileExistsError, match=r"mine.py would be written beside"):
+        save(small, tmp_path / "mine.safetensors", x)
+    assert (tmp_path / "mine.py").read_text() == "import torch\n"
+    (tmp_path / "a.onnx.json").write_text("[1]")
+    with pytest.raises(FileExistsError, match=r"a.onnx.json .* is not replaced"):
+        save(small, tmp_path / "a.onnx", x)
     with pytest.raises(ValueError, match="none of the endings"):
         save(small, tmp_path / "c.bin", x)
     with pytest.raises(ValueError, match="no folder"):
