@@ -11,7 +11,7 @@ a pruned network what a constant is to a masked one). Measured on held-out image
 class's output, and balanced accuracy above a threshold that is fitted on training images.
 
 *Together*: three classes' networks as one, by ``combine``: accuracy among the three on held-out
-images. Then ten classes' random channels side by side, and the weakest class replaced by ours.
+images. Then six classes' random channels side by side, and the weakest class replaced by ours.
 
 *Forgetting*: the channels that only one class keeps are closed, and the same number of others:
 those of NeuronMCT by the same rule, the class's highest by NeuronMCT, random ones. ``output only``
@@ -244,7 +244,7 @@ def detectors(
 
 def together(
     model: nn.Module,
-    methods: dict[str, Sequence[SubArchitecture]],
+    methods: dict[str, dict[int, SubArchitecture]],
     train: Any,
     held_out: Any,
     triples: Sequence[tuple[int, ...]],
@@ -274,18 +274,19 @@ def together(
                     "accuracy": float(np.mean(found)),
                     "multiply_adds": float(np.mean(shares)),
                 }
-    every = tuple(range(len(methods["random"])))
-    parts = dict(enumerate(methods["random"]))
-    before = accuracy(
-        outputs(combine(parts, model, x[:1], how="side by side", calibration=train), x), every
-    )
+    parts = dict(methods["random"])
+    every = tuple(parts)
+
+    def all_of_them() -> list[float]:
+        both = combine(parts, model, x[:1], how="side by side", calibration=train)  # type: ignore[arg-type]
+        return accuracy(outputs(both, x), every)
+
+    before = all_of_them()
     weak = int(np.argmin(before))
-    parts[weak] = methods["ours"][weak]
-    after = accuracy(
-        outputs(combine(parts, model, x[:1], how="side by side", calibration=train), x), every
-    )
+    parts[every[weak]] = methods["ours"][every[weak]]
+    after = all_of_them()
     rows["random parts, the weakest replaced by ours"] = {
-        "class": weak,
+        "class": every[weak],
         "its accuracy": [before[weak], after[weak]],
         "all classes": [float(np.mean(before)), float(np.mean(after))],
     }
@@ -420,17 +421,19 @@ def main() -> None:
         n = args.detectors
         keep("detectors", detectors(model, gates, graph, train, held_out, args.seed, n))
     if "together" in args.parts:
-        scores = NeuronMCTScorer(model, gates.sites)(*train, tasks=tasks)
+        triples = [(0, 1, 2), (3, 5, 7)]
+        classes = [task for triple in triples for task in triple]
+        scores = NeuronMCTScorer(model, gates.sites)(*train, tasks=classes)
         generator = torch.Generator().manual_seed(args.seed)
         noise = {
-            s.name: torch.rand(len(tasks), s.n_channels, generator=generator).numpy()
+            s.name: torch.rand(len(classes), s.n_channels, generator=generator).numpy()
             for s in gates.sites
         }
-        methods: dict[str, Sequence[SubArchitecture]] = {"ours": gates.sub_architectures()}
+        methods = {"ours": {task: gates.sub_architecture(task) for task in classes}}
         for name, values in (("NeuronMCT", scores), ("random", noise)):
-            archs = top_k(values, gates.sites, tasks, args.size)
-            methods[name] = fit_constants(model, archs, train, seed=args.seed)
-        triples = [(0, 1, 2), (3, 5, 7), (4, 8, 9)]
+            archs = top_k(values, gates.sites, classes, args.size)
+            fitted = fit_constants(model, archs, train, seed=args.seed)
+            methods[name] = dict(zip(classes, fitted, strict=True))
         keep("together", together(model, methods, train, held_out, triples))
 
 

@@ -511,6 +511,31 @@ def test_side_by_side_is_each_tasks_own_network() -> None:
     assert b"nad_attr" not in pickle.dumps(both)
 
 
+def test_a_part_of_another_network_stands_beside_those_of_one() -> None:
+    model, other, x = build(TinyCNN), build(TinyCNN, 1), images(4)
+    arch = two_tasks(model)[0]
+    theirs = two_tasks(other)[2].export(other, x, head="task")
+    both = combine({0: arch, 2: theirs}, model, x, how="side by side")
+    with arch.applied(model), torch.no_grad():
+        assert torch.allclose(both(x)[:, :1], model(x)[:, :1])
+        assert torch.allclose(both(x)[:, 1:], theirs(x))
+    made = summary(both)
+    assert made.sites["part1.relu1"] == summary(theirs).sites["relu1"]
+    assert made.whole.parameters == 2 * summary(theirs).whole.parameters
+    alone = combine({2: theirs}, model, x, how="side by side")
+    assert torch.equal(alone(x), theirs(x))
+    theirs.get_parameter("conv2.weight").data.zero_()  # its own weights, not ours
+    assert not torch.equal(alone(x), theirs(x))
+    with pytest.raises(ValueError, match="side by side"):
+        combine({0: arch, 2: theirs}, model, x)
+    with pytest.raises(ValueError, match="export it with images of that size"):
+        combine({2: theirs}, model, x[..., :4], how="side by side")
+    with pytest.raises(ValueError, match="no summary"):
+        combine({2: nn.Linear(2, 1)}, model, x, how="side by side")
+    with pytest.raises(TypeError, match="at least one task"):
+        combine({}, model, x)
+
+
 def test_union_keeps_what_any_task_needs() -> None:
     model, x = build(TinyCNN), images(4)
     archs = two_tasks(model)
