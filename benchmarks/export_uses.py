@@ -426,8 +426,7 @@ def main() -> None:
         scores = NeuronMCTScorer(model, gates.sites)(*train, tasks=classes)
         generator = torch.Generator().manual_seed(args.seed)
         noise = {
-            s.name: torch.rand(len(classes), s.n_channels, generator=generator).numpy()
-            for s in gates.sites
+            s.name: torch.rand(len(classes), s.n_channels, generator=generator) for s in gates.sites
         }
         methods = {"ours": {task: gates.sub_architecture(task) for task in classes}}
         for name, values in (("NeuronMCT", scores), ("random", noise)):
