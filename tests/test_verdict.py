@@ -120,7 +120,7 @@ class _Certain:
     """A table as certainty gives it."""
 
     def __init__(self, arch: SubArchitecture, labels: list[str]) -> None:
-        self.arch, self.labels = arch, labels
+        self.arch, self.labels, self.tasks = arch, labels, (arch.task,)
 
     def table(self, task: object, *, closed: bool) -> dict[str, np.ndarray]:
         sites = [(s.name, c) for s in self.arch.sites for c in range(s.n_channels)]

@@ -106,8 +106,8 @@ def verdict(
             measures on them stand beside those on held-out ones. None: neither; gates with
             constants of their own need them.
         held_out: Images that the gates were not learned from.
-        certainty: What :func:`nad_attr.certainty` gave for these gates; None: minimality is tested
-            on a sample, and stability on ``replicas``.
+        certainty: What :func:`nad_attr.certainty` gave for these gates; None, and for
+            tasks that it lacks: minimality is tested on a sample, and stability on ``replicas``.
         replicas: The same tasks' gates of other runs, such as other seeds or halves of the images.
         size: Binarise task gates at this share of the channels; None: as they were learned.
         n_random: Random architectures that each is held against; 1 / level - 1 at least.
@@ -181,7 +181,9 @@ def verdict(
             else:
                 case.measure()
                 claims = [case.sufficient(level), case.necessary(level), case.specific(level, said)]
-                table = None if certainty is None else _table_of(certainty, arch)
+                table = None
+                if certainty is not None and arch.task in certainty.tasks:
+                    table = _table_of(certainty, arch)
                 claims.append(case.minimal(level) if table is None else _minimal(table, level))
                 claims.append(
                     _stable(arch, table, [group[t] for group in others], stable, level, seed)

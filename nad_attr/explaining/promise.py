@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from nad_attr.certainty.testing import TRIED
 from nad_attr.certainty.verdict import FIT_STEPS, N_CLOSED
 from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import ChosenSource, Source, TensorSource
@@ -24,12 +25,19 @@ from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
 from nad_attr.system.rng import seed_of
 
-__all__ = ["STEPS", "Promise", "Rates", "measured_rates", "passes", "promised"]
+__all__ = ["STEPS", "Promise", "Rates", "measured_rates", "n_certain", "passes", "promised"]
 
 #: What is done, in this order.
-STEPS = ("learning", "evaluation", "verdict", "flow", "pictures", "page")
+STEPS = ("learning", "evaluation", "certainty", "verdict", "flow", "pictures", "page")
 #: Random draws beside the evaluation and the verdict, and images of a task in the verdict.
 N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
+#: Pairs of halves that each task is learned from again, alternatives, and images of a kind to close
+#: channels on. Per kept channel and image, closings are tried on ``TRIED`` learning images as well;
+#: groups of channels come on top of single ones, which the gradient spares in part.
+N_PAIRS, N_ALTERNATIVES, CLOSING_IMAGES = 2, 1, 32
+_CLOSINGS = 1.0
+#: What passes cost, in runs of the network: only to say what is done, so that no clock decides it.
+_COSTS = {"run": 1, "learn": 3, "fit": 3, "back": 2, "read": 0}
 #: Images of the timed passes, sub-architectures that they run through, and tasks that are learned.
 _IMAGES, _ROWS, _TASKS = 16, 8, 3
 #: Images that timed learning draws from, and steps that are timed after those that close nothing.
@@ -97,6 +105,7 @@ def passes(
     recipe: Recipe,
     n_kept: int,
     missing: Sequence[Task],
+    certain: Sequence[Task] = (),
 ) -> dict[str, Passes]:
     """Images that each step runs: see :class:`Promise`.
 
@@ -107,6 +116,7 @@ def passes(
         recipe: How they are learned.
         n_kept: Channels that each keeps.
         missing: Those that are still to learn.
+        certain: Those whose channels are learned again and closed one by one.
     """
     n, n_learned, n_tasks = len(judged.labels), len(learned.labels), len(tasks)
     own, other = (
@@ -149,6 +159,21 @@ def passes(
         )
     ]
     each_learned = [min(VERDICT_IMAGES, own[task] + other[task]) for task in tasks]
+    again = 2 * N_PAIRS + N_ALTERNATIVES
+    if paper:
+        gated = beside = again * sum(recipe.epochs * own[task] for task in certain) // 2  # type: ignore[attr-defined]
+    else:
+        gated, beside = (again * n for n in of_steps(recipe.steps, certain, optimal))
+    most = CLOSING_IMAGES
+    judged_own = own_images(judged.labels, tasks).sum(1).tolist()
+    closings = 0
+    for task, own_n in zip(tasks, judged_own, strict=True):
+        if task in certain:
+            held = min(most, own_n) + min(most, n - own_n)
+            seen = min(most, own[task]) + min(most, other[task])
+            tried = 2 * min(TRIED, seen)
+            closings += round(_CLOSINGS * n_kept * (held + tried)) + 3 * seen + (again + 2) * held
+    found["certainty"] = {"learn": gated, "run": means + beside + closings, "read": gated}
     found["verdict"] = {
         "run": rows * sum(each_judged) + 2 * sum(each_learned),
         "read": sum(each_judged) + sum(each_learned),
@@ -166,10 +191,22 @@ def passes(
     return found
 
 
+def n_certain(every: Mapping[str, Passes], n_tasks: int) -> int:
+    """Of how many tasks certainty costs no more than all else does, by counted passes.
+
+    Example:
+        >>> n_certain({"learning": {"learn": 100}, "certainty": {"run": 500, "learn": 100}}, 8)
+        3
+    """
+    costs = {s: sum(_COSTS[kind] * n for kind, n in kinds.items()) for s, kinds in every.items()}
+    of_all = costs.pop("certainty")
+    return min(n_tasks, n_tasks * sum(costs.values()) // max(1, of_all))
+
+
 def promised(todo: Mapping[str, Passes], rates: Rates, *, fits: bool) -> Promise:
     """The seconds of the steps that are to do."""
     seconds = {step: _BEGIN + rates.seconds(kinds) for step, kinds in todo.items()}
-    for step in ("learning", *(("verdict",) if fits else ())):
+    for step in ("learning", "certainty", *(("verdict",) if fits else ())):
         if step in seconds:
             seconds[step] += rates.setup
     if "page" in seconds:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict_result import Verdict
 from nad_attr.data.labels import Task
 from nad_attr.evaluation.result import Evaluation
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation"]
 
+#: What has a place of its own in the store.
+_APART = ("gates", "certainty")
 #: Names that a sentence lists at most.
 _NAMES = 4
 
@@ -45,6 +48,7 @@ class Explanation(Result):
         store: The file of the gates; empty: none was kept.
         page: The page; empty: none was written.
         gates: The gates; not saved with the result, for they are in ``store``.
+        certainty: How sure each kept channel is, of some of the tasks; likewise.
 
     Example:
         >>> import torch
@@ -68,15 +72,16 @@ class Explanation(Result):
     store: str = ""
     page: str = ""
     gates: TaskGates | None = field(default=None, repr=False)
+    certainty: ChannelCertainty | None = field(default=None, repr=False)
 
     _AXES: ClassVar[Mapping[str, str]] = {"tasks": "T", "task_names": "T"}
 
     @classmethod
     def _types(cls) -> dict[str, Any]:
-        return {name: kind for name, kind in super()._types().items() if name != "gates"}
+        return {name: kind for name, kind in super()._types().items() if name not in _APART}
 
     def _fields(self) -> dict[str, Any]:
-        return {name: value for name, value in super()._fields().items() if name != "gates"}
+        return {name: value for name, value in super()._fields().items() if name not in _APART}
 
     def frame(self) -> pd.DataFrame:
         """The verdict's table: one row per task and question.
@@ -111,6 +116,7 @@ class Explanation(Result):
         low, high = evaluation.interval("own_auc")
         apart = [t for t in self.task_names if verdict.held_out_sentences(t)]
         place = self.page or self.store
+        sure = self._sure()
         again = next(
             (task for task, row in zip(self.task_names, verdict.answers, strict=True)
              if "does not" in row), None
@@ -124,14 +130,29 @@ class Explanation(Result):
             f"How sure: judged on {self.n_judged:,} images kept apart from the {self.n_learned:,} "
             f"learned from; each answer is wrong by chance in at most {100 * verdict.level:g} % of "
             "cases"
-            + (f"; on images learned from it looks better for {len(apart)} of {n}." if apart
-               else "."),
+            + (f"; on images learned from it looks better for {len(apart)} of {n}" if apart else "")
+            + f"{sure}.",
             f"Compared with: own AUC {number(evaluation.mean('own_auc'))} (95 %: {number(low)} to "
             f"{number(high)}), {random}whole network "
             f"{number(evaluation.whole.mean('own_auc'))} (1: tells the class's images from all "
             "others, 0.5: guesses).",
             (f"See: {place}." if place else "See: verdict.summary().") + worst,
         ]  # fmt: skip
+
+    def _sure(self) -> str:
+        """What is known of single channels, in words."""
+        found = self.certainty
+        if found is None:
+            return ""
+        counts = np.sum([list(found.counts(task).values()) for task in found.tasks], axis=0)
+        names = list(found.counts(found.tasks[0]))
+        n = len(self.tasks)
+        of = f" of {len(found.tasks)} of {n} classes" if len(found.tasks) < n else ""
+        shares = (
+            f"{100 * k / max(1, counts.sum()):.0f} % {name}"
+            for name, k in zip(names, counts, strict=True)
+        )
+        return f"; closed one by one, the kept channels{of} are {', '.join(shares)}"
 
     def summary(self) -> str:
         """The five lines, see :meth:`lines`."""
