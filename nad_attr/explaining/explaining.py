@@ -163,12 +163,14 @@ def explain(
         begun = work.begun(asked)
         work.wants_certainty = certainty
         promise = work.plan(recipe, tasks, begun, quick, minutes, page=out is not None)
-        facts = {**(provenance or {}), _ASKED: {"asked": asked, "size": work.size_name}}
+        parts = {"n_left_out": work.n_left_out, "n_learned": len(work.learned.labels)}
+        told = {"asked": asked, "size": work.size_name, "split": parts}
+        facts = {**(provenance or {}), _ASKED: told}
         work.learn(facts, on_progress)
         evaluation, sure = work.evaluated(), work.certain()
         tested = work.tested(sure)
         work.measure("flow")
-        work.measure("pictures")
+        work.measure("pictures", "where")
         if out is not None:
             with work.step("page"):
                 Report(file).save(out)
@@ -447,15 +449,15 @@ class _Work:
             found.save(self.file, "verdict")
         return found
 
-    def measure(self, part: str) -> None:
-        """A part of the page."""
+    def measure(self, part: str, *more: str) -> None:
+        """A part of the page, and what goes with it."""
         if f"report/{part}" in result_names(self.file):
             return
         with self.step(part):
             report = Report(self.file).measure(
                 self.model,
                 self.judged,
-                parts=[part],
+                parts=[part, *more],
                 n_images=len(self.judged.labels),
                 seed=self.seed,
                 run=self.run,
