@@ -1,7 +1,9 @@
-"""Every claim about GPUs, checked by one command on one large GPU, in less than 12 minutes.
+r"""Every claim about GPUs, checked by one command on one large GPU, in less than 12 minutes.
 
     python -m benchmarks.gpu_check --json benchmarks/results/gpu_check.json
     python -m benchmarks.gpu_check --device cpu --small          # all parts, small, anywhere
+    python -m benchmarks.gpu_check --device cpu --parts projection --assume 2500 \
+        --rates benchmarks/results/speed.json                    # no GPU needed
 
 Parts, in this order. Each is written as soon as it is done, one that would begin after
 ``--minutes`` is left out, and one that fails is named with its error, after which the rest goes on:
@@ -10,7 +12,8 @@ Parts, in this order. Each is written as soon as it is done, one that would begi
 - *steps*: a step of the default recipe over the bare passes of the same batch, and the released
   loop's step in the same run, for ResNet50, VGG16, DenseNet121 and ViT-B/16 in bfloat16, channels
   last, 128 images; peak memory of both.
-- *projection*: hours for 1,000 classes from these rates. Worked out, not measured.
+- *projection*: hours for 1,000 classes from these rates, and with 20 replicas of each. Worked out,
+  not measured.
 - *batches*: the batch sizes that "auto" finds for learning and for evaluation, and the memory that
   learning then takes.
 - *replicas*: images a second where certainty learns a task from many halves side by side, beside
@@ -46,6 +49,8 @@ NETWORKS = ("resnet50", "vgg16", "densenet121", "vit_b_16")
 PARTS = ("tests", "steps", "projection", "batches", "replicas")
 #: Replicas of a task that certainty learns by default, and steps that are timed.
 REPLICAS, STEPS = 19, 8
+#: Replicas of each class in the projection.
+REPLICATED = 20
 Row = dict[str, Any]
 
 
@@ -101,18 +106,42 @@ class GPUCheck:
         return rows
 
     def projection(self) -> list[Row]:
-        """PROJECTION: hours for 1,000 ImageNet classes, from the rates of ``steps``."""
+        """PROJECTION: hours for 1,000 ImageNet classes, alone and with 20 replicas of each."""
         recipe = Recipe()
         n_images = speed.CLASSES * recipe.steps * recipe.images_per_step
         n_released = speed.CLASSES * speed.EPOCHS * speed.OWN_IMAGES
+        rates: list[tuple[str, str, float, float | None]] = [
+            (
+                row["model"],
+                "measured in this run",
+                row["images_per_second"],
+                row["released_seconds_per_image"],
+            )
+            for row in self.rows.get("steps", ())
+        ]
+        if self.args.rates:
+            known = json.loads(self.args.rates.read_text())
+            for row in known["steps"]:
+                kind = (
+                    f"measured on {known['device']}, {known['threads']} thread, {row['precision']}"
+                )
+                kind += ", channels last" if row["channels_last"] else ""
+                rates.append((row["model"], kind, row["step_images_per_second"], None))
+        if self.args.assume:
+            kind = f"a GPU that is ASSUMED to pass {self.args.assume:g} images a second and back"
+            rates.append(("any", kind, self.args.assume, None))
+        if not rates:
+            raise ValueError("there are no rates: run the part steps, or give --rates or --assume")
         return [
             {
-                "model": row["model"],
-                "projected_hours": n_images / row["images_per_second"] / 3600,
-                "projected_hours_released": n_released * row["released_seconds_per_image"] / 3600,
-                "note": "worked out from measured rates, not measured",
+                "model": model,
+                "rates": kind,
+                "projected_hours": n_images / rate / 3600,
+                f"projected_hours_{REPLICATED}_replicas": REPLICATED * n_images / rate / 3600,
+                "projected_hours_released": None if slow is None else n_released * slow / 3600,
+                "note": "worked out from rates, not measured",
             }
-            for row in self.rows["steps"]
+            for model, kind, rate, slow in rates
         ]
 
     def batches(self) -> list[Row]:
@@ -183,6 +212,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="+", default=list(NETWORKS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--rates", type=Path, help="JSON of benchmarks.speed to project from, beside this run's"
+    )
+    parser.add_argument("--assume", type=float, help="images a second to project from as well")
     parser.add_argument("--small", action="store_true", help="small batches and images")
     parser.add_argument("--minutes", type=float, default=11.0, help="no part begins after that")
     parser.add_argument(

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from nad_attr import TaskGates
+from nad_attr import ChannelCertainty, Recipe, TaskGates, certainty, learn_gates
 from nad_attr.concepts import dissect
-from nad_attr.evaluation import evaluate
+from nad_attr.evaluation import evaluate, planted
 from nad_attr.learning.ray_executor import RayExecutor, WorkersLostError
 from nad_attr.learning.runs import Progress, learn_to_store
 from tests import killable
@@ -301,6 +301,14 @@ def test_what_is_done_is_saved_when_a_chunk_fails_for_good(
 # -- evaluation, dissection and certainty ----------------------------------------------------------
 
 
+class DeadlyTensors(Deadly):
+    """Given images."""
+
+    def __init__(self, x: Tensor, y: Tensor, marks: Path) -> None:
+        super().__init__(marks)
+        self.x, self.y, self.targets = x, y, y.tolist()
+
+
 class DeadlyImages(Dataset[tuple[Tensor, Tensor]]):
     """Images of a folder of marks, see :class:`Deadly`, with label maps for a dissection."""
 
@@ -384,3 +392,33 @@ def test_dissection_is_the_same_for_any_number_of_workers(cluster: Any, tmp_path
     assert one.info.keys() == here.info.keys()
     with pytest.raises(ValueError, match="checkpoint"):
         dissect(model, None, data, checkpoint=tmp_path / "a", executor=executor)
+
+
+@needs_ray
+def test_certainty_is_the_same_for_any_number_of_workers(cluster: Any, tmp_path: Path) -> None:
+    known = planted("plain", n_classes=2, width=24, n_images=40)
+    recipe = Recipe(size=0.3, steps=4, ablation="mean")
+    gates = learn_gates(known.model, known.data, recipe=recipe)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    given: dict[str, Any] = {"pairs": 1, "images": 8, "alternatives": 1}
+    data = DeadlyTensors(*known.data, marks)
+
+    def found(n_workers: int) -> tuple[ChannelCertainty, int]:
+        executor = RayExecutor(n_workers=n_workers, retries=10)
+        run = (known.model, gates, data, known.held_out)
+        return certainty(*run, augmented=False, executor=executor, **given), executor.lost
+
+    one, lost = found(1)
+    assert lost == 0
+    for image in (0, 1):
+        (marks / f"{image}-0").touch()
+    two, lost = found(2)
+    assert lost == 2
+    assert one.tasks == two.tasks == gates.tasks
+    assert one.groups == two.groups
+    assert one.passes == two.passes
+    same_fields(one, two)
+    here = certainty(known.model, gates, known.data, known.held_out, **given)
+    assert (here.chosen == one.chosen).mean() > 0.9
+    np.testing.assert_allclose(one.fidelity, here.fidelity, rtol=1e-4)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from nad_attr._checks import check_count
 from nad_attr.certainty.closing import State, TaskTrial
@@ -24,6 +25,7 @@ from nad_attr.learning.engine import Replica
 from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session
 from nad_attr.running.options import FROM_RUN, RunOptions, as_options
+from nad_attr.running.workers import Workers, in_order
 from nad_attr.system.rng import seed_of
 
 __all__ = ["certainty"]
@@ -58,6 +60,7 @@ def certainty(
     show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
     checks: Checks = "refuse",
+    executor: Workers | None = None,
 ) -> ChannelCertainty:
     """How sure each kept channel of each task is, and whether the task needs it.
 
@@ -100,6 +103,8 @@ def certainty(
         show_progress: In place of that field of ``run``.
         augmented: See :func:`nad_attr.learn_gates`.
         checks: See there.
+        executor: Measures a task with its replicas at a time elsewhere, such as on Ray's workers
+            (:class:`nad_attr.distributed.RayExecutor`): the same for any number of workers.
 
     Returns:
         The certainty of each channel; its ``passes`` say what it cost.
@@ -150,6 +155,13 @@ def certainty(
         show_progress=show_progress,
     )
     tasks = gates.tasks
+    if executor is not None:
+        given: dict[str, Any] = {
+            "recipe": recipe, "pairs": pairs, "images": images, "alternatives": alternatives,
+            "alpha": alpha, "tolerance": tolerance, "seed": seed, "augmented": augmented,
+            "checks": checks,
+        }  # fmt: skip
+        return _by_workers(executor, model, gates, data, held_out, options, given)
     session = Session(
         model,
         data,
@@ -246,6 +258,48 @@ def certainty(
         passes={"learning": _images(session, replicas), "testing": testing},
         seed=seed,
     )
+
+
+_Shared: TypeAlias = "tuple[nn.Module, TaskGates, Data, Data, RunOptions, dict[str, Any]]"
+
+
+def _by_workers(
+    executor: Workers,
+    model: nn.Module,
+    gates: TaskGates,
+    data: Data,
+    held_out: Data,
+    options: RunOptions,
+    given: dict[str, Any],
+) -> ChannelCertainty:
+    """The certainty of each task, measured elsewhere, as one."""
+    shared = (model, gates, data, held_out, options, given)
+    with tqdm(total=len(gates), desc="certainty", disable=not options.show_progress) as bar:
+        how: dict[str, Any] = {"begin": _on_worker, "device": options.device, "what": "tasks"}
+        found = in_order(
+            executor.map(_one_task, shared, [[task] for task in gates.tasks], **how),
+            lambda number: bar.update(),
+        )
+    fields = {f.name: [getattr(one, f.name) for one in found] for f in dataclasses.fields(found[0])}
+    joined: dict[str, Any] = {name: values[0] for name, values in fields.items()}
+    for name, axes in ChannelCertainty._AXES.items():
+        values = fields[name]
+        if axes.startswith("T") and values[0] is not None:
+            arrays = isinstance(values[0], np.ndarray)
+            joined[name] = np.concatenate(values) if arrays else sum(values, ())
+    joined["passes"] = {kind: sum(p[kind] for p in fields["passes"]) for kind in joined["passes"]}
+    return ChannelCertainty(**joined)
+
+
+def _on_worker(shared: _Shared, device: torch.device) -> _Shared:
+    *rest, options, given = shared
+    options = dataclasses.replace(options, device=device, show_progress=False)
+    return (*rest, options, given)  # type: ignore[return-value]
+
+
+def _one_task(shared: _Shared, tasks: list[Task]) -> ChannelCertainty:
+    model, gates, data, held_out, options, given = shared
+    return certainty(model, gates.select(tasks), data, held_out, run=options, **given)
 
 
 def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:

@@ -46,6 +46,7 @@ def test_all_parts_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     default = Recipe()
     images = 1000 * default.steps * default.images_per_step
     assert hours["projected_hours"] == pytest.approx(images / step["images_per_second"] / 3600)
+    assert hours["projected_hours_20_replicas"] == pytest.approx(20 * hours["projected_hours"])
     assert "not measured" in hours["note"]
     (batch,), (replicas,) = found["batches"], found["replicas"]
     assert batch["learning"] >= 1 <= batch["evaluation"]
@@ -83,3 +84,17 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.skip("there is one")
     assert gpu_check.main([]) == 2
     assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_a_projection_from_other_rates_says_which(tmp_path: Path) -> None:
+    row = {"model": "tiny", "precision": "float32", "channels_last": False}
+    rates = {"device": "cpu", "threads": 1, "steps": [{**row, "step_images_per_second": 4.0}]}
+    file, path = tmp_path / "speed.json", tmp_path / "gpu.json"
+    file.write_text(json.dumps(rates))
+    given = ["--parts", "projection", "--rates", str(file), "--assume", "2500"]
+    assert gpu_check.main([*ARGUMENTS, *given, "--json", str(path)]) == 0
+    measured, assumed = json.loads(path.read_text())["projection"]
+    assert measured["rates"] == "measured on cpu, 1 thread, float32"
+    assert "ASSUMED" in assumed["rates"]
+    assert assumed["projected_hours_20_replicas"] == pytest.approx(40e6 / 2500 / 3600)
+    assert gpu_check.main([*ARGUMENTS, "--parts", "projection"]) == 1
