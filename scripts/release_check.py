@@ -5,8 +5,8 @@
 Builds sdist and wheel, the wheel from the sdist, so that nothing is missing there. Installs the
 wheel with the extras that the README needs into a new environment outside of this tree, and runs
 there the README's code (with the stand-ins of ``tests/test_docs.py``, for it would download
-weights), and the command line from a folder of pictures to a verdict and a page. pip gets its packages from wherever it is configured to. The version
-has to be the same everywhere it stands.
+weights), and the command line from a folder of pictures to a verdict and a page. pip gets its
+packages from wherever it is configured to. The version has to be the same everywhere it stands.
 """
 
 from __future__ import annotations
