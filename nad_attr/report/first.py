@@ -31,13 +31,13 @@ NEWCOMERS = (
     ("feeds", "Which channel feeds which?"),
     ("limits", "What can I not conclude, and how do I repeat this?"),
 )
-#: What the answers to the verdict's questions say of "for so many classes".
+#: What channels "are shown to" do, "for so many classes".
 _HOLDS = {
     "sufficient": "suffice",
-    "necessary": "are needed",
-    "specific": "are specific to the class",
-    "minimal": "are hardly too many",
-    "stable": "are found again",
+    "necessary": "be needed",
+    "specific": "be specific to the class",
+    "minimal": "be hardly too many",
+    "stable": "be found again",
 }
 #: Names that a sentence lists at most.
 _NAMES = 4
@@ -103,7 +103,7 @@ def first_lines(
     answer = f"about {kept:,.0f} channels each ({100 * kept / n_channels:.0f} %), which "
     if verdict is not None:
         counts = [f"{text} for {k}" for q, text in _HOLDS.items() if (k := _counted(verdict, q))]
-        answer += f"{', '.join(counts) or 'nothing could be asked of'}."
+        answer += f"are shown to {', to '.join(counts)}." if counts else "could not be tested."
     elif evaluation is not None:
         auc = number(evaluation.mean("own_auc"))
         answer += f"alone still tell the class's images from others (own AUC {auc})."

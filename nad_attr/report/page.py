@@ -277,7 +277,7 @@ def _sections(found: Contents) -> tuple[str, str, dict[str, Any]]:
                 "channels",
                 "Kept channels",
                 '<div id="channel-cards"></div>',
-                "The channels of the class chosen above, highest gates first, with the images that "
+                "The channels that the class keeps, highest gates first, with the images that "
                 "they respond to most and their best concept, as far as these are known.",
             )
         )
