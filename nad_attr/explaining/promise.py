@@ -148,8 +148,10 @@ def passes(
         gated, beside = of_steps(recipe.steps, missing, optimal)
     found["learning"] = {"learn": gated, "run": means + beside, "read": means + gated}
     found["evaluation"] = {"run": n * (1 + n_tasks * (1 + N_RANDOM)), "read": n}
-    # Closed at zero, the gates as given and as compared are one network, which runs once.
-    rows = 2 + 2 * (1 + N_VERDICT) + min(N_CLOSED, n_kept) - (recipe.ablation == "zero")
+    # Closed at zero, the gates as given and as compared are one network, which runs once; certainty
+    # has closed the channels one by one.
+    rows = 2 + 2 * (1 + N_VERDICT) - (recipe.ablation == "zero")
+    one_by_one = min(N_CLOSED, n_kept)
     each_judged = [
         min(VERDICT_IMAGES, own_n + other_n)
         for own_n, other_n in zip(
@@ -175,7 +177,11 @@ def passes(
             closings += round(_CLOSINGS * n_kept * (held + tried)) + 3 * seen + (again + 2) * held
     found["certainty"] = {"learn": gated, "run": means + beside + closings, "read": gated}
     found["verdict"] = {
-        "run": rows * sum(each_judged) + 2 * sum(each_learned),
+        "run": sum(
+            (rows + one_by_one * (task not in certain)) * n_judged
+            for task, n_judged in zip(tasks, each_judged, strict=True)
+        )
+        + 2 * sum(each_learned),
         "read": sum(each_judged) + sum(each_learned),
     }
     if optimal and not paper:
