@@ -126,8 +126,13 @@ def passes(
     paper, optimal = isinstance(recipe, PaperRecipe), recipe.ablation == "optimal"
     means = 0 if recipe.ablation == "zero" else min(MEAN_IMAGES, n_learned)
 
-    def of_steps(steps: int, which: Sequence[Task], constants: bool) -> tuple[int, int]:
-        """Images through the gated network and back, and through the network beside."""
+    def of_steps(
+        steps: int, which: Sequence[Task], constants: bool, times: int = 1
+    ) -> tuple[int, int]:
+        """Images through the gated network and back, and through the network beside.
+
+        Whole outputs are computed once, however many ``times`` the same tasks are learned.
+        """
         half = recipe.images_per_step // 2
         each = {t: min(own[t], recipe.images_per_step - half) + min(other[t], half) for t in which}
         gated = sum(steps * images for images in each.values())
@@ -136,9 +141,10 @@ def passes(
             fewer = min(own[task], other[task])
             share = round(KEPT_SHARE * fewer) if fewer >= MIN_TO_KEEP else own[task]
             kept += 2 * min(MAX_KEPT, share)
-        first = sum(min(own[t], steps * half) for t in which)
-        first += min(n_learned - min(first, n_learned), steps * half * len(which))
-        return gated, min(first, n_learned) + kept * (1 + len(SHARES_TRIED))
+        most = times * steps * half
+        first = sum(min(own[t], most) for t in which)
+        first += min(n_learned - min(first, n_learned), most * len(which))
+        return times * gated, min(first, n_learned) + times * kept * (1 + len(SHARES_TRIED))
 
     found: dict[str, Passes] = {}
     if paper:
@@ -148,8 +154,10 @@ def passes(
         gated, beside = of_steps(recipe.steps, missing, optimal)
     found["learning"] = {"learn": gated, "run": means + beside, "read": means + gated}
     found["evaluation"] = {"run": n * (1 + n_tasks * (1 + N_RANDOM)), "read": n}
-    # Closed at zero, the gates as given and as compared are one network, which runs once.
-    rows = 2 + 2 * (1 + N_VERDICT) + min(N_CLOSED, n_kept) - (recipe.ablation == "zero")
+    # Closed at zero, the gates as given and as compared are one network, which runs once; certainty
+    # has closed the channels one by one.
+    rows = 2 + 2 * (1 + N_VERDICT) - (recipe.ablation == "zero")
+    one_by_one = min(N_CLOSED, n_kept)
     each_judged = [
         min(VERDICT_IMAGES, own_n + other_n)
         for own_n, other_n in zip(
@@ -163,7 +171,7 @@ def passes(
     if paper:
         gated = beside = again * sum(recipe.epochs * own[task] for task in certain) // 2  # type: ignore[attr-defined]
     else:
-        gated, beside = (again * n for n in of_steps(recipe.steps, certain, optimal))
+        gated, beside = of_steps(recipe.steps, certain, optimal, again)
     most = CLOSING_IMAGES
     judged_own = own_images(judged.labels, tasks).sum(1).tolist()
     closings = 0
@@ -175,14 +183,18 @@ def passes(
             closings += round(_CLOSINGS * n_kept * (held + tried)) + 3 * seen + (again + 2) * held
     found["certainty"] = {"learn": gated, "run": means + beside + closings, "read": gated}
     found["verdict"] = {
-        "run": rows * sum(each_judged) + 2 * sum(each_learned),
+        "run": sum(
+            (rows + one_by_one * (task not in certain)) * n_judged
+            for task, n_judged in zip(tasks, each_judged, strict=True)
+        )
+        + 2 * sum(each_learned),
         "read": sum(each_judged) + sum(each_learned),
     }
     if optimal and not paper:
-        gated, beside = of_steps(FIT_STEPS, tasks, True)
-        found["verdict"]["fit"] = (1 + N_VERDICT) * gated
-        found["verdict"]["run"] += (1 + N_VERDICT) * beside + means
-        found["verdict"]["read"] += (1 + N_VERDICT) * gated + means
+        gated, beside = of_steps(FIT_STEPS, tasks, True, 1 + N_VERDICT)
+        found["verdict"]["fit"] = gated
+        found["verdict"]["run"] += beside + means
+        found["verdict"]["read"] += gated + means
     shown = own_images(judged.labels, list(tasks)[:FLOW_TASKS]).sum(1).clamp(max=FLOW_IMAGES)
     images = int(shown.sum())
     found["flow"] = {"run": 3 * images, "back": (FLOW_RECEIVERS + 3) * images, "read": n}

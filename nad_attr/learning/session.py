@@ -484,7 +484,11 @@ class Session:
         archs: Sequence[SubArchitecture],
         advance: Callable[[int], object] = lambda n: None,
     ) -> list[SubArchitecture]:
-        """The sub-architectures, one for each task, with constants fitted; see fit_constants."""
+        """The sub-architectures with constants fitted, several of a task side by side.
+
+        See :func:`fit_constants`. Each is fitted on its own task's images alone, the same for all
+        of a task.
+        """
         network, source = self.network, self.source
         masks = torch.stack(
             [torch.cat([open_gates(s, arch[s.name]) for s in self.sites]) for arch in archs]
@@ -497,9 +501,8 @@ class Session:
             clean = CleanOutputs(network, source)
             for part in chunks(len(archs), self.width):
                 rows = slice(part.start, part.stop)
-                chunk = Chunk(
-                    network, source, self.tasks[rows], self.seed, clean=clean, advance=advance
-                )
+                tasks = [arch.task for arch in archs[rows] if arch.task is not None]
+                chunk = Chunk(network, source, tasks, self.seed, clean=clean, advance=advance)
                 (found,) = self._chosen(chunk, [1.0], masks[rows])
                 assert found.constants is not None
                 constants = split_sites(found.constants.cpu(), self.sites)
