@@ -116,7 +116,7 @@ def evaluate(
     checks: Checks = "refuse",
     executor: Workers | None = None,
 ) -> Evaluation:
-    """Measure sub-architectures on held-out images, beside what they have to beat.
+    """Measure sub-architectures on held-out images, with random channels and rivals beside them.
 
     The whole network, random channels of the same sizes and rivals run on the same images, in the
     same batches. An image is run once through the whole network and once for each of T tasks times
@@ -167,7 +167,7 @@ def evaluate(
         TypeError: If an argument is of a wrong kind.
         ValueError: If the network is in train mode, a sub-architecture says no task, a task is
             there twice, no task has own images, rivals are of other sites or tasks, the ablation
-            does not fit, labels or tasks are no class of the network, or inputs or outputs hold
+            does not fit, labels or tasks are not a class of the network, or inputs or outputs hold
             NaN.
 
     Example:
@@ -256,7 +256,7 @@ def evaluate(
     for i, (name, group) in enumerate([(None, archs), *against.items()]):
         part = {key: values[i * n : (i + 1) * n] for key, values in measured.items()}
         fields = common | part | _sizes(group, costs, firing, has_own)
-        results[name] = Evaluation(**fields, _whole=whole)
+        results[name] = Evaluation(**fields, closed=_closed(group, chosen), _whole=whole)
     learned = None
     if learned_from is not None:
         learned = evaluate(
@@ -274,6 +274,13 @@ def evaluate(
         random=tuple(results[draw] for draw in range(n_random)),
         rivals={name: result for name, result in results.items() if isinstance(name, str)},
     )
+
+
+def _closed(archs: Sequence[SubArchitecture], ablation: Ablation | None) -> str:
+    """What stands in place of closed channels, in words; nothing where none is closed."""
+    if ablation is not None:
+        return str(ablation.kind).replace("_", " ")
+    return "; ".join(dict.fromkeys(arch.closed_at for arch in archs if arch.size < 1))
 
 
 def _some(data: Data, n: int, seed: int) -> Source:

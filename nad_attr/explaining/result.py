@@ -88,7 +88,7 @@ class Explanation(Result):
         return self.verdict.frame()
 
     def lines(self) -> list[str]:
-        """Five lines: what was asked, the answer, how sure, beside what, and what is next."""
+        """Five lines: question, answer, certainty, comparison, and next step."""
         verdict = self.verdict
         lines = first_lines(
             self.task_names,
