@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,10 +11,8 @@ from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict_result import QUESTIONS, Verdict
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.report.results import Results
 from nad_attr.stats.tables import number
-
-if TYPE_CHECKING:
-    from nad_attr.report.contents import Results
 
 __all__ = ["NEWCOMERS", "Question", "first_lines", "newcomers_questions"]
 
