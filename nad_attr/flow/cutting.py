@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nad_attr._checks import GatingError
 from nad_attr.flow.blocks import Gating
 from nad_attr.flow.links import OUTPUT
+from nad_attr.gates.channels import channels_of, open_gates, to_channels
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import expand, installed
 from nad_attr.running.forward import chunks
@@ -100,8 +101,12 @@ class Machine:
         return self.closing(site, x, closed)
 
     def closing(self, site: GateSite, x: Tensor, closed: Tensor) -> Tensor:
-        """The channels of bool (K, C) replaced by their constants, in K copies of the images."""
-        keep = (~closed).repeat_interleave(len(x) // len(closed), 0).to(x.device, x.dtype)
+        """The gates of bool (K, gates) replaced by their constants, in K copies of the images."""
+        keep = (
+            to_channels(~closed, [site])
+            .repeat_interleave(len(x) // len(closed), 0)
+            .to(x.device, x.dtype)
+        )
         above = self.gating(x).above(site, x)
         return x - above * (1 - expand(keep, site, x))
 
@@ -205,7 +210,7 @@ class Machine:
         sources = [self.by_name[name] for name in self.links[target]]
         for numbers in chunks(len(closed), max(1, self.width // self.n_images)):
             masks = {
-                s.name: torch.zeros(len(numbers), s.n_channels, dtype=torch.bool, device="cpu")
+                s.name: torch.zeros(len(numbers), s.n_gates, dtype=torch.bool, device="cpu")
                 for s in sources
             }
             for row, number in enumerate(numbers):
@@ -244,12 +249,11 @@ class Machine:
             columns = list(pieces)
             for numbers, found in self.without(call, target, closed, given):
                 for row, number in enumerate(numbers):
-                    for channel in channels[number]:
+                    for channel in channels_of(site, channels[number]):
                         columns[channel] = found[row].select(axis, channel)
-            open_channels = set(self.architecture.kept[target].tolist())
-            for channel in lacking:
-                if channel not in open_channels:
-                    columns[channel] = pieces[channel]
+            kept = open_gates(site, self.architecture[target])
+            for channel in channels_of(site, [gate for gate in lacking if not kept[gate]]):
+                columns[channel] = pieces[channel]
             given[target] = torch.stack(columns, axis)
         return given
 

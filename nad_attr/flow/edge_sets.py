@@ -15,6 +15,7 @@ from nad_attr.flow.cutting import IMAGES, Machine, cut_edges
 from nad_attr.flow.links import OUTPUT, RANKINGS, REST, Edge, TaskFlow, kept_edges
 from nad_attr.flow.measuring import images_of_tasks
 from nad_attr.flow.result import InformationFlow
+from nad_attr.gates.channels import channels_of
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.running.outputs import task_outputs
@@ -128,7 +129,8 @@ def _cut_one_by_one(
         }
         return torch.cat([made[edge[1]] for edge in edges])
     base = machine.run(call, after)
-    axis = machine.by_name[after].channel_dim % base.ndim
+    target = machine.by_name[after]
+    axis = target.channel_dim % base.ndim
     rows: dict[int, list[int]] = {}
     for row, edge in enumerate(edges):
         rows.setdefault(edge[1], []).append(row)
@@ -139,8 +141,8 @@ def _cut_one_by_one(
             for part in chunks(len(own), max(1, machine.width // len(base))):
                 x = base.repeat(len(part), *[1] * (base.ndim - 1)).unflatten(0, (len(part), -1))
                 for place, i in enumerate(part):
-                    channel = edges[own[i]][3]
-                    x[place].select(axis, channel).copy_(without.select(axis, channel))
+                    for channel in channels_of(target, [edges[own[i]][3]]):
+                        x[place].select(axis, channel).copy_(without.select(axis, channel))
                 outputs = machine.run(
                     call, OUTPUT, copies=len(part), placed=(after, x.flatten(0, 1))
                 ).unflatten(0, (len(part), -1))

@@ -140,7 +140,8 @@ class InformationFlow(Result):
         """The kept channels of each site.
 
         Columns ``site, channel, effect, inflow, outflow, source``, with two tasks ``task`` before
-        them. ``source`` is what the block before brings by itself: ``effect - inflow``. Channels
+        them. A channel is a group where channels are in groups, as a head's are. ``source`` is what
+        the block before brings by itself: ``effect - inflow``. Channels
         that are not told apart as receivers have no inflow of their own (NaN); the row of channel
         -1 has that of all of them.
         """
@@ -151,7 +152,7 @@ class InformationFlow(Result):
             for site in self.sites:
                 effect, out = flow.effects[site.name], flow.outflow(site.name)
                 inflow, rest = flow.inflow(site.name)
-                kept = flow.architecture.kept[site.name].tolist()
+                kept = flow.kept(site.name)
                 rows += [
                     {
                         **label, "site": site.name, "channel": c, "effect": float(effect[c]),
@@ -234,10 +235,10 @@ class InformationFlow(Result):
             edges = [tuple(edges[list(columns)])]
         elif isinstance(edges, tuple) and len(edges) == 4 and isinstance(edges[0], str):
             edges = [edges]
-        widths = {site.name: site.n_channels for site in self.sites} | {OUTPUT: 1}
+        widths = {site.name: site.n_gates for site in self.sites} | {OUTPUT: 1}
         rest = {
             (link.source_site, link.target_site): sorted(
-                set(flow.architecture.kept[link.target_site].tolist()) - set(link.targets.tolist())
+                set(flow.kept(link.target_site)) - set(link.targets.tolist())
             )
             for link in flow.links
             if link.target_site != OUTPUT
