@@ -404,8 +404,8 @@ def test_attribution_and_flow_on_heads() -> None:
     found = information_flow(net, gates.sub_architecture(1), x, tasks=1)
     assert max(found.conservation.values()) < 1e-9
     # A block's stream reads the one before it, and the heads of its own.
-    first, second = (f"encoder.layers.encoder_layer_{i}" for i in (0, 1))
-    assert found.links[second] == (first, f"{second}.self_attention.out_proj")
+    head = "encoder.layers.encoder_layer_0.self_attention.out_proj"
+    assert found.links["encoder.layers.encoder_layer_0"] == ("conv_proj", head)
     with pytest.raises(ValueError, match="a CRP condition masks axis 1"):
         gates.sub_architecture(1).to_crp_condition()
     assert "gates" in repr(gates.sub_architecture(1))
