@@ -161,11 +161,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                              "rank_fidelity", "random_own_auc", "random_fidelity")
             }  # fmt: skip
         for measure in ("own_auc", "fidelity"):
-            by_seed = [
-                np.mean([r[measure] for r in at if (r["seed"], r["units"]) == (seed, "heads and neurons")])
-                - np.mean([r[measure] for r in at if (r["seed"], r["units"]) == (seed, "channels")])
-                for seed in sorted({r["seed"] for r in at})
-            ]  # fmt: skip
+            by_seed = []
+            for seed in sorted({r["seed"] for r in at}):
+                inner, stream = (
+                    np.mean([r[measure] for r in at if (r["seed"], r["units"]) == (seed, kind)])
+                    for kind in KINDS
+                )
+                by_seed.append(inner - stream)
             found[f"{measure}, heads and neurons minus channels, by seed"] = [
                 round(float(d), 3) for d in by_seed
             ]

@@ -28,8 +28,9 @@ def plot_flow(
 
     A column for each site, its channels from the largest effect down, all others together at the
     bottom; the area of a node says how large its effect is, the width of a link how much flows
-    (both within their site, links within their class). Links that speak for the class are drawn through, those that speak
-    against it dashed. Two classes are laid over each other in two colours.
+    (both within their site, links within their class). Links that speak for the class are drawn
+    through, those that speak against it dashed. Two classes are laid over each other in two
+    colours.
 
     Args:
         flow: The flow.
