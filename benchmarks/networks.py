@@ -32,7 +32,7 @@ from benchmarks.cifar import (
     load_resnet,
 )
 from benchmarks.darts import DARTS_V2, Cell
-from benchmarks.image_data import ImageData, load_images
+from benchmarks.image_data import ImageData, load_images, per_class
 
 
 def _conv(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
@@ -261,6 +261,27 @@ def load_network(
     os.replace(part, path)
     print(f"trained {pair} in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return model
+
+
+def small_pair(
+    pair: str, shared: Path, *, cache: Path | None = None, n: int = 160, n_held_out: int = 60
+) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A network, some images of each class to learn from, and some to judge by.
+
+    Args:
+        pair: See :func:`load_network`; or "digits/digits", trained now.
+        shared: See there.
+        cache: See there.
+        n: Images of a class to learn from, at most.
+        n_held_out: Images of a class to judge by, at most.
+    """
+    if pair == "digits/digits":
+        from benchmarks.constants_study import digits
+
+        return digits()
+    data = load_images(pair.partition("/")[2], shared, cache=cache)
+    model = load_network(pair, data, shared, cache=cache)
+    return model, per_class(data.train, n, 0), per_class(data.held_out, n_held_out, 0)
 
 
 def main(argv: list[str] | None = None) -> None:

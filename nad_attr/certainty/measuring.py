@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,8 +24,11 @@ from nad_attr.gating.hooks import frozen
 from nad_attr.learning.engine import Replica
 from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session
-from nad_attr.running.options import FROM_RUN, RunOptions, as_options
+from nad_attr.running.options import RunFields, RunOptions, as_options
 from nad_attr.system.rng import seed_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["certainty"]
 
@@ -44,21 +47,16 @@ def certainty(
     held_out: Data,
     *,
     recipe: Recipe | None = None,
-    pairs: int = 8,
-    images: int = 128,
-    alternatives: int = 3,
+    pairs: int = 4,
+    images: int = 64,
+    alternatives: int = 2,
     alpha: float = 0.05,
     tolerance: float = 0.02,
     seed: int = 0,
     run: RunOptions | None = None,
-    device: str | torch.device | None = FROM_RUN,
-    amp: bool | torch.dtype | None = FROM_RUN,
-    batch_size: int | Literal["auto"] | None = FROM_RUN,
-    forward_func: Callable[..., Any] | None = FROM_RUN,
-    additional_forward_args: Any = FROM_RUN,
-    show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
     checks: Checks = "refuse",
+    **fields: Unpack[RunFields],
 ) -> ChannelCertainty:
     """How sure each kept channel of each task is, and whether the task needs it.
 
@@ -93,14 +91,9 @@ def certainty(
         tolerance: Loss of fidelity that counts as none.
         seed: Draws halves and images, with the task; the same for whatever tasks are beside.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
-        device: In place of that field of ``run``.
-        amp: In place of that field of ``run``.
-        batch_size: In place of that field of ``run``.
-        forward_func: In place of that field of ``run``.
-        additional_forward_args: In place of that field of ``run``.
-        show_progress: In place of that field of ``run``.
         augmented: See :func:`nad_attr.learn_gates`.
         checks: See there.
+        **fields: In place of those fields of ``run``.
 
     Returns:
         The certainty of each channel; its ``passes`` say what it cost.
@@ -134,15 +127,7 @@ def certainty(
     for name, value in (("alpha", alpha), ("tolerance", tolerance)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
             raise ValueError(f"{name} must be a number in (0, 1), got {value!r}.")
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-        show_progress=show_progress,
-    )
+    options = as_options(run, **fields)
     tasks = gates.tasks
     session = Session(
         model,

@@ -38,7 +38,7 @@ PREFILTER = 0.5
 #: How far from the channel's mean a best constant may be expected, and at most, in deviations.
 PRIOR, FURTHEST = 1.0, 3.0
 #: Learning images on which a constant is tried before it is used.
-TRIED = 64
+TRIED = 32
 #: Channels, at most, that are closed together because they seem to cancel.
 LARGEST_GROUP = 4
 #: A group cancels if it costs no more than this share of what its costliest channel does alone.
@@ -238,7 +238,7 @@ def standing_in(
         return closed, resisting
 
     def needing(closed: list[int], resisting: list[int]) -> list[int]:
-        """Those of the resisting whose closing costs more now than it did alone."""
+        """The channels whose closing costs more among others than it did alone."""
         if not closed or not resisting:
             return []
         now = closer.outputs([tuple(sorted([*closed, c])) for c in resisting])

@@ -141,19 +141,14 @@ class Session:
     any work is done.
 
     Args:
-        model: See :func:`learn_gates`.
+        model: See :func:`learn_gates`, as all that follows.
         data: See there.
         tasks: See there.
         recipe: See there.
         sites: See there.
         seed: See there.
-        device: See there.
-        amp: See there.
-        batch_size: See there.
-        memory_limit: See there.
+        run: See there.
         augmented: See there.
-        forward_func: See there.
-        additional_forward_args: See there.
         checks: See there.
 
     Attributes:
@@ -484,7 +479,11 @@ class Session:
         archs: Sequence[SubArchitecture],
         advance: Callable[[int], object] = lambda n: None,
     ) -> list[SubArchitecture]:
-        """The sub-architectures, one for each task, with constants fitted; see fit_constants."""
+        """The sub-architectures with constants fitted, several of a task side by side.
+
+        See :func:`fit_constants`. Each is fitted on its own task's images alone, the same for all
+        of a task.
+        """
         network, source = self.network, self.source
         masks = torch.stack(
             [torch.cat([open_gates(s, arch[s.name]) for s in self.sites]) for arch in archs]
@@ -497,9 +496,8 @@ class Session:
             clean = CleanOutputs(network, source)
             for part in chunks(len(archs), self.width):
                 rows = slice(part.start, part.stop)
-                chunk = Chunk(
-                    network, source, self.tasks[rows], self.seed, clean=clean, advance=advance
-                )
+                tasks = [arch.task for arch in archs[rows] if arch.task is not None]
+                chunk = Chunk(network, source, tasks, self.seed, clean=clean, advance=advance)
                 (found,) = self._chosen(chunk, [1.0], masks[rows])
                 assert found.constants is not None
                 constants = split_sites(found.constants.cpu(), self.sites)
@@ -714,7 +712,7 @@ def _start(
         expected = (len(tasks), site.n_channels)
         value = logits.get(site.name)
         if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"initial_logits of {site.name!r} are no tensor.")
+            raise TypeError(f"initial_logits of {site.name!r} are not a tensor.")
         if value is None or tuple(value.shape) != expected:
             shape = None if value is None else tuple(value.shape)
             raise ValueError(
