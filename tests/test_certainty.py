@@ -352,6 +352,16 @@ def test_what_cannot_be_asked_is_refused() -> None:
         call(known.model, gates, known.data, (images[labels != 0], labels[labels != 0]))
 
 
+def test_gates_of_several_channels_are_refused_with_a_remedy() -> None:
+    site = GateSite("0", 4, 1, groups=[0, 0, 1, 1])
+    gates = TaskGates({"0": torch.tensor([[1.0, 1.0, 0.0, 0.0]])}, [site], [0], recipe=Recipe())
+    data = torch.randn(8, 3), torch.arange(8) % 2
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    with pytest.raises(ValueError, match="gate site '0' has one gate for several channels") as told:
+        nad_attr.certainty(net, gates, data, data)
+    assert "units='neurons'" in str(told.value)
+
+
 @pytest.mark.parametrize("recipe", [
     Recipe(size=0.3, steps=6, ablation="optimal"),
     Recipe(size=0.3, steps=6, ablation="zero"),

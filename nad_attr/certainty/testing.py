@@ -37,7 +37,7 @@ PREFILTER = 0.5
 #: How far from the channel's mean a best constant may be expected, and at most, in deviations.
 PRIOR, FURTHEST = 1.0, 3.0
 #: Learning images on which a constant is tried before it is used.
-TRIED = 64
+TRIED = 32
 #: Channels, at most, that are closed together because they seem to cancel.
 LARGEST_GROUP = 4
 #: A group cancels if it costs no more than this share of what its costliest channel does alone.
