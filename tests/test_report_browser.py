@@ -400,6 +400,10 @@ def test_the_flow_is_traced_by_mouse_and_keyboard(browser: Any, tmp_path: Path) 
     assert "Fed by" in found.text("#flow-said")
     page.keyboard.press("Escape")
     assert "Nothing is traced" in found.text("#flow-said")
+    assert page.query_selector("#flow-more").is_hidden()
+    page.set_viewport_size({"width": 280, "height": 900})
+    page.wait_for_selector("#flow-more", state="visible")
+    assert ": 2 sites." in found.text("#flow-more")
     assert found.wrong == []
     page.close()
 

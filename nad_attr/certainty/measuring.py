@@ -18,6 +18,7 @@ from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.testing import NEEDED, Found, compare, examined
 from nad_attr.data.labels import Task, other_images, own_images, tasks_in
 from nad_attr.data.sources import Data, Source, as_source
+from nad_attr.gates.channels import gate_of_channel, n_gates, to_gates
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
@@ -124,13 +125,6 @@ def certainty(
     """
     if not isinstance(gates, TaskGates):
         raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
-    grouped = next((site for site in gates.sites if site.group_of is not None), None)
-    if grouped is not None:
-        raise ValueError(
-            f"gate site {grouped.name!r} has one gate for several channels ({grouped.units}), and "
-            "certainty closes channels one by one; learn gates at sites without groups, such as "
-            "find_gate_sites(model, images, units='neurons')."
-        )
     recipe = _recipe(gates, recipe)
     check_count(pairs, "pairs")
     check_count(images, "images", least=2)
@@ -182,6 +176,7 @@ def certainty(
     masks = (own > 0.5).double()
     base, spread = _base(gates, session)
     states = [State(*pair) for pair in zip(masks, base, strict=True)]
+    groups = gate_of_channel(session.sites)
     levels = {"alpha": alpha, "tolerance": tolerance}
     found, testing = [], 0
 
@@ -191,7 +186,7 @@ def certainty(
     with closing("closing channels") as advance:
         for t, task in enumerate(tasks):
             learn, test = trial(task, session.source, "learning"), trial(task, judged, "held out")
-            found.append(examined(learn, test, states[t], spread[t], **levels))
+            found.append(examined(learn, test, states[t], spread[t], groups, **levels))
             testing += learn.passes + test.passes
             advance(1)
 
@@ -225,7 +220,7 @@ def certainty(
         gate=own.numpy(),
         chosen=halves.sum(1).long().numpy(),
         n_pairs=pairs,
-        n_chosen=halves.sum(2).mean(1).numpy(),
+        n_chosen=to_gates(halves, session.sites, mean=True).sum(2).mean(1).numpy(),
         effect=np.stack([one.effect for one in found]),
         p=np.stack([one.p for one in found]),
         q=np.stack([one.q for one in found]),
@@ -303,7 +298,7 @@ def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
     if kept == {0}:
         raise ValueError("gates keep no channel: there is nothing to be certain of.")
     if recipe is None and len(kept) == 1:
-        found = dataclasses.replace(found, size=kept.pop() / gates.n_channels)
+        found = dataclasses.replace(found, size=kept.pop() / n_gates(gates.sites))
     return found
 
 
