@@ -1,170 +1,318 @@
 """Is what certainty says of channels true, and what does it cost?
 
-    python -m benchmarks.certainty planted --seeds 100 --json planted.json
-    python -m benchmarks.certainty pair --json pair.json
+    python -m benchmarks.certainty                    # everything; skips what is done
+    python -m benchmarks.certainty --only planted --minutes 5
+    python -m benchmarks.certainty --report           # the tables alone
 
-"planted": networks whose channels are known, ``--seeds`` of each kind, two classes, gates of one
-and a half times the circuit's size. Of the channels called *needed*, how many are not? Of those
-that are needed, how many are found? With redundant copies none is needed: which share of a whole
-copy that is kept is called *replaceable*? A run takes one to three seconds.
+- planted: networks whose channels are known, 100 of each kind: two classes, 16 channels at each of
+  three sites, gates of one and a half times the circuit's size. Of the channels called *needed*,
+  how many are not? Of those that are needed, how many are found? With redundant copies none is
+  needed: which share of a whole copy that is kept is called *replaceable*?
+- null: networks of random weights, each with eight channels that may be closed without changing
+  the squared error in the mean. Their p-values should be uniform (Kolmogorov and Smirnov).
+- pair: networks trained on digits and on CIFAR-10 photos (beside the repository, see ``--shared``):
+  the default recipe, two seeds. Labels; kappa between the two seeds' gates, and between their
+  cores; own AUC and fidelity of a core against the gates cut at its size, both with constants
+  fitted alike.
+- cost: learning, certainty and verdict with all their defaults for classes of a ResNet-20: seconds
+  of the processor and passes, for each class.
 
-"pair": a ResNet-20 on CIFAR-10 photos (beside the repository, see ``--shared``): the default
-recipe, two seeds. Labels; kappa between the two seeds' gates, and between their cores; own AUC and
-fidelity of a core against the gates cut at its size, both with constants fitted alike; passes.
+Rows go to benchmarks/results/certainty.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
+from torch import Tensor, nn
 
-from benchmarks.cifar import add_shared_arguments, load_cifar10, load_resnet
-from benchmarks.recipes import per_class
-from nad_attr import ChannelCertainty, Recipe, RunOptions, certainty, fit_constants, learn_gates
+from benchmarks.cifar import REPOSITORY, add_shared_arguments, default_cache
+from benchmarks.going_on import Row, go_on, rows_of
+from benchmarks.networks import small_pair
+from nad_attr import (
+    ChannelCertainty,
+    GateSite,
+    Recipe,
+    RunOptions,
+    TaskGates,
+    certainty,
+    fit_constants,
+    learn_gates,
+    verdict,
+)
 from nad_attr.certainty.testing import LABELS
 from nad_attr.evaluation import PLANTED_KINDS, evaluate, planted
 from nad_attr.gates.channels import kappa
-from nad_attr.system.files import write_text
 
+OUT = REPOSITORY / "benchmarks" / "results" / "certainty.jsonl"
 FACTOR = 1.5
+#: Of gates whose cores are looked at.
+SIZE = 0.4
 RUN = RunOptions(batch_size=800)
 #: Thresholds of the core.
-TAUS = (0.75, 0.9, 1.0)
+TAUS = (0.5, 0.75, 0.875, 1.0)
+#: Channels of a null network that may be closed, and images on each side.
+N_NULL, NULL_IMAGES = 8, 256
 
 
-def planted_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def of_planted(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
     """One row for each network."""
-    for seed in range(args.first, args.first + args.seeds):
-        for kind in args.kinds:
-            known = planted(kind, n_classes=2, width=24, seed=seed)
-            ablation = "mean" if "mean" in known.ablations else known.ablations[0]
-            recipe = Recipe(size=FACTOR * known.size, ablation=ablation)
-            gates = learn_gates(
-                known.model, known.data, [0], recipe, known.sites, seed=seed, run=RUN
-            )
-            start = time.perf_counter()
+    for seed in range(args.networks):
+        for kind in PLANTED_KINDS:
+
+            def row(kind: Any = kind, seed: int = seed) -> Row:
+                known = planted(kind, n_classes=2, width=16, circuit_width=3, seed=seed)
+                ablation = "mean" if "mean" in known.ablations else known.ablations[0]
+                recipe = Recipe(size=FACTOR * known.size, ablation=ablation, steps=40)
+                gates = learn_gates(
+                    known.model, known.data, [0], recipe, known.sites, seed=seed, run=RUN
+                )
+                found = certainty(
+                    known.model, gates, known.data, known.held_out, pairs=2, seed=seed, run=RUN
+                )
+                copies = [
+                    torch.cat([copy[s.name] for s in known.sites]).numpy()
+                    for copy in known.alternatives[0]
+                ]
+                truth = copies[0] if len(copies) == 1 else np.zeros_like(copies[0])
+                label = found.label[0]
+                needed = label == LABELS.index("needed")
+                whole = [copy for copy in copies if found.kept[0][copy].all()]
+                replaceable = label == LABELS.index("replaceable")
+                return {
+                    "needed": int(needed.sum()), "false": int((needed & ~truth).sum()),
+                    "truth": int(truth.sum()), "kept": int((found.kept[0] & truth).sum()),
+                    "found": int((needed & truth).sum()),
+                    "replaceable": float(replaceable[whole[0]].mean())
+                    if len(copies) > 1 and whole else None,
+                    "passes": sum(found.passes.values()),
+                }  # fmt: skip
+
+            yield f"{kind} {seed}", row
+
+
+class Null(nn.Module):
+    """Random weights, and channels that closing neither helps nor hurts in the mean.
+
+    The output is the sum of all channels: of u_1 ... u_n, odd random functions of inputs of their
+    own, of -u_1 / 2 ... -u_n / 2, and of others. Kept are u_1 ... u_n. With one closed as well the
+    residual's part of it is -u / 2 in place of u / 2, and u is as often positive as negative.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.site = nn.Identity()
+        for name, shape in (("first", (N_NULL + 2, 4, 6)), ("second", (N_NULL + 2, 6, 1))):
+            self.register_buffer(name, torch.randn(*shape, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Two logits."""
+        parts = x.view(len(x), -1, 1, 4) @ self.first
+        u = (parts.tanh() @ self.second).flatten(1)
+        channels = self.site(torch.cat([u[:, :N_NULL], -u[:, :N_NULL] / 2, u[:, N_NULL:]], dim=1))
+        return torch.stack([channels.sum(1), -channels.sum(1)], dim=1)
+
+
+def of_null(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """The p-values of one network in each row."""
+    for seed in range(args.networks):
+
+        def row(seed: int = seed) -> Row:
+            model = Null(seed).eval()
+            generator = torch.Generator().manual_seed(1000 + seed)
+            x = torch.randn(2 * NULL_IMAGES, 4 * (N_NULL + 2), generator=generator)
+            data = [(part, torch.arange(len(part)) % 2) for part in x.split(NULL_IMAGES)]
+            gates = TaskGates(
+                {"site": (torch.arange(2 * N_NULL + 2) < N_NULL).float()[None]},
+                [GateSite("site", 2 * N_NULL + 2, 1)], [0],
+                means={"site": torch.zeros(2 * N_NULL + 2)},
+                recipe=Recipe(steps=1, images_per_step=2, ablation="mean"),
+            )  # fmt: skip
             found = certainty(
-                known.model, gates, known.data, known.held_out, pairs=args.pairs, seed=seed, run=RUN
+                model, gates, *data, pairs=1, alternatives=0, images=NULL_IMAGES, run=RUN
             )
-            copies = [
-                torch.cat([copy[s.name] for s in known.sites]).numpy()
-                for copy in known.alternatives[0]
-            ]
-            truth = copies[0] if len(copies) == 1 else np.zeros_like(copies[0])
-            label = found.label[0]
-            needed = label == LABELS.index("needed")
-            whole = [copy for copy in copies if found.kept[0][copy].all()]
-            replaceable = (
-                (label == LABELS.index("replaceable"))[whole[0]].mean()
-                if len(copies) > 1 and whole
-                else None
-            )
-            yield {
-                "kind": kind, "seed": seed, "needed": int(needed.sum()),
-                "false": int((needed & ~truth).sum()), "truth": int(truth.sum()),
-                "found": int((needed & truth).sum()),
-                "replaceable": None if replaceable is None else float(replaceable),
-                "always": int((found.chosen[0] == 2 * args.pairs)[~np.any(copies, axis=0)].sum()),
-                "passes": sum(found.passes.values()),
-                "seconds": round(time.perf_counter() - start, 1),
+            tested = ~np.isnan(found.effect[0])
+            return {
+                "p": found.p[0][tested].tolist(), "skipped": int(found.skipped[0]),
+                "needed": found.counts(0)["needed"],
             }  # fmt: skip
 
+        yield str(seed), row
 
-def planted_table(rows: list[dict[str, Any]]) -> str:
-    """Rates of each kind."""
-    lines = [f"{'':<12} networks  needed, false  found of needed  copies replaceable  passes"]
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        of = [row for row in rows if row["kind"] == kind]
-        sums = {
-            name: sum(row[name] for row in of) for name in ("needed", "false", "found", "truth")
-        }
-        share = sums["false"] / sums["needed"] if sums["needed"] else 0.0
-        found = f"{sums['found'] / sums['truth']:.3f}" if sums["truth"] else "-"
+
+def sure_of(pair: str, task: int, seed: int, n_pairs: int, args: argparse.Namespace) -> Any:
+    """Certainty of one task's gates, from a file beside the cached images or measured now."""
+    folder = args.cache or default_cache()
+    file = folder / f"certainty_{pair.replace('/', '_')}_{task}_{seed}_{n_pairs}.json"
+    if file.exists():
+        return ChannelCertainty.load(file)
+    model, data, held_out = small_pair(pair, args.shared, cache=args.cache)
+    gates = learn_gates(model, data, [task], Recipe(size=SIZE), seed=seed)
+    found = certainty(model, gates, data, held_out, pairs=n_pairs, alternatives=0, seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    found.save(file)
+    return found
+
+
+def of_pair(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """One row for each task and number of pairs of halves."""
+    for pair in args.pairs:
+        for n_pairs in args.halves:
+            for task in range(args.tasks):
+
+                def row(pair: str = pair, task: int = task, n_pairs: int = n_pairs) -> Row:
+                    found = [sure_of(pair, task, seed, n_pairs, args) for seed in (0, 1)]
+                    model, data, held_out = small_pair(pair, args.shared, cache=args.cache)
+                    cores: dict[str, Row] = {}
+                    for tau in TAUS:
+                        masks = [one.selection[0] >= tau - 1e-9 for one in found]
+                        if not all(mask.any() for mask in masks):
+                            continue
+                        core = found[0].core(tau).sub_architecture(task)
+                        cut = found[0]._gates(found[0].gate).sub_architecture(task, core.size)
+                        fitted = [
+                            one for arch in (core, cut) for one in fit_constants(model, arch, data)
+                        ]
+                        judged = evaluate(model, fitted, held_out, n_random=0, checks="off")
+                        cores[f"{tau:g}"] = {
+                            "size": core.size, "kappa": kappa_of(*masks),
+                            "own_auc": judged.own_auc.tolist(),
+                            "fidelity": judged.fidelity.tolist(),
+                            "bound": found[0].false_selections(tau, task) if tau > 0.5 else None,
+                        }  # fmt: skip
+                    return {
+                        "pair": pair, "n_pairs": n_pairs, "labels": found[0].counts(task),
+                        "gates": kappa_of(*(one.kept[0] for one in found)), "cores": cores,
+                    }  # fmt: skip
+
+                yield f"{pair} {task} {n_pairs}", row
+
+
+def kappa_of(first: np.ndarray, second: np.ndarray) -> float:
+    """Overlap over all sites together, corrected for chance."""
+    return float(kappa(torch.from_numpy(first), torch.from_numpy(second)))
+
+
+def of_cost(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """One class of the ResNet-20 in each row; results do not depend on which are together."""
+    for task in range(args.tasks):
+
+        def row(task: int = task) -> Row:
+            model, data, held_out = small_pair("resnet20/cifar10", args.shared, cache=args.cache)
+            seconds, start = [], time.process_time()
+
+            def spent() -> None:
+                nonlocal start
+                seconds.append(time.process_time() - start)
+                start = time.process_time()
+
+            gates = learn_gates(model, data, [task])
+            spent()
+            found = certainty(model, gates, data, held_out)
+            spent()
+            said = verdict(model, gates, data, held_out, certainty=found)
+            spent()
+            return {
+                **dict(zip(("learning", "certainty", "verdict"), seconds, strict=True)),
+                "labels": found.counts(task), "passes": dict(found.passes),
+                "answers": said.answers[0],
+            }  # fmt: skip
+
+        yield f"{task}", row
+
+
+PARTS = {"planted": of_planted, "null": of_null, "pair": of_pair, "cost": of_cost}
+
+
+def report() -> str:
+    """The tables, for docs/certainty.md."""
+    lines = [
+        "| kind | networks | called *needed* | of these false | found of the needed | found of "
+        "those kept | whole copy kept: *replaceable* | images passed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in PLANTED_KINDS:
+        of = [row for row in rows_of(OUT, "planted") if row["name"].split()[0] == kind]
+        if not of:
+            continue
+        sums = {n: sum(row[n] for row in of) for n in ("needed", "false", "found", "truth", "kept")}
         said = [row["replaceable"] for row in of if row["replaceable"] is not None]
-        copies = f"{np.mean(said):.3f} ({len(said)})" if said else "-"
-        passes = np.mean([row["passes"] for row in of])
+        cells = [
+            kind, f"{len(of)}", f"{sums['needed']:,}", f"{sums['false']}",
+            *(f"{sums['found'] / sums[n]:.3f}" if sums[n] else "" for n in ("truth", "kept")),
+            f"{np.mean(said):.2f} of {len(said)}" if said else "",
+            f"{np.mean([row['passes'] for row in of]):,.0f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    null = rows_of(OUT, "null")
+    if null:
+        p = np.concatenate([row["p"] for row in null])
+        test = stats.kstest(p, "uniform")
         lines.append(
-            f"{kind:<12} {len(of):>8}  {sums['needed']:>6}, {share:.3f}  {found:>15}  "
-            f"{copies:>18}  {passes:>6,.0f}"
+            f"\n{len(null)} random networks: {len(p)} p-values, KS distance {test.statistic:.3f} "
+            f"(p = {test.pvalue:.2f}), {100 * np.mean(p < 0.05):.1f} % below .05; "
+            f"{sum(row['needed'] for row in null)} called needed"
+        )
+    lines += [
+        "\n| network | pairs | core | size | kappa of cores | of gates | own AUC: core, cut | "
+        "fidelity: core, cut | rarely chosen, at most |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    pairs = rows_of(OUT, "pair")
+    for pair, n in dict.fromkeys((row["pair"], row["n_pairs"]) for row in pairs):
+        of = [row for row in pairs if (row["pair"], row["n_pairs"]) == (pair, n)]
+        for tau in map("{:g}".format, TAUS):
+            cores = [row["cores"][tau] for row in of if tau in row["cores"]]
+            if not cores:
+                continue
+            mean = {
+                k: np.mean([c[k] for c in cores], axis=0)
+                for k in ("size", "kappa", "own_auc", "fidelity")
+            }
+            bounds = [c["bound"] for c in cores if c["bound"] is not None]
+            cells = [
+                f"{pair} ({len(cores)} tasks)", f"{n}", tau, f"{mean['size']:.2f}",
+                f"{mean['kappa']:.2f}", f"{np.mean([row['gates'] for row in of]):.2f}",
+                *("{:.3f}, {:.3f}".format(*mean[k]) for k in ("own_auc", "fidelity")),
+                f"{np.mean(bounds):.1f}" if bounds else "",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    cost = rows_of(OUT, "cost")
+    if cost:
+        parts = {k: np.mean([row[k] for row in cost]) for k in ("learning", "certainty", "verdict")}
+        passes = {k: np.mean([row["passes"][k] for row in cost]) for k in cost[0]["passes"]}
+        lines.append(
+            f"\nResNet-20, {len(cost)} classes, seconds each: "
+            + ", ".join(f"{k} {v:.0f}" for k, v in parts.items())
+            + f"; ten classes {sum(parts.values()) / 6:.1f} minutes; passes of a class: "
+            + ", ".join(f"{k} {v:,.0f}" for k, v in passes.items())
         )
     return "\n".join(lines)
 
 
-def kappas(first: np.ndarray, second: np.ndarray) -> float:
-    """Overlap over all sites together, corrected for chance, mean over tasks."""
-    pairs = zip(torch.from_numpy(first), torch.from_numpy(second), strict=True)
-    return float(np.mean([kappa(a, b) for a, b in pairs]))
-
-
-def pair_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for each threshold, and one for the labels."""
-    model = load_resnet(20, args.shared)
-    train_x, train_y, val_x, val_y = load_cifar10(args.shared, cache=args.cache)
-    data, held_out = per_class(train_x, train_y, 160, 0), per_class(val_x, val_y, 100, 0)
-    tasks = list(range(args.tasks))
-    found: list[ChannelCertainty] = []
-    start = time.perf_counter()
-    for seed in (0, 1):
-        gates = learn_gates(model, data, tasks, Recipe(size=args.size), seed=seed)
-        found.append(certainty(model, gates, data, held_out, pairs=args.pairs, seed=seed))
-    yield {
-        "seconds": round((time.perf_counter() - start) / 2, 1), "passes": dict(found[0].passes),
-        "labels": {name: float(np.mean([found[0].counts(t)[name] for t in tasks]))
-                   for name in LABELS[1:]},
-        "kappa of gates": kappas(found[0].kept, found[1].kept),
-        "fidelity": float(found[0].fidelity.mean()),
-    }  # fmt: skip
-    for tau in TAUS:
-        cores = [one.core(tau) for one in found]
-        masks = [one.selection >= tau - 1e-9 for one in found]
-        archs = cores[0].sub_architectures()
-        cuts = [gates_of(found[0]).sub_architecture(a.task, a.size) for a in archs]
-        fitted = {
-            name: evaluate(model, fit_constants(model, part, data), held_out, n_random=0)
-            for name, part in (("core", archs), ("cut", cuts))
-        }
-        yield {
-            "tau": tau, "size": float(np.mean([a.size for a in archs])), "kappa": kappas(*masks),
-            "bound": [found[0].false_selections(tau, t) for t in tasks] if tau > 0.5 else None,
-            **{f"{name} {m}": result.mean(m) for name, result in fitted.items()
-               for m in ("own_auc", "fidelity")},
-        }  # fmt: skip
-
-
-def gates_of(found: ChannelCertainty) -> Any:
-    """The gates that a certainty was measured of, to be cut at another size."""
-    return found._gates(found.gate)
-
-
 def main() -> None:
-    """Measure, print and write."""
+    """Measures what is not measured yet, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("planted", "pair"))
-    parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--kinds", nargs="+", default=list(PLANTED_KINDS), choices=PLANTED_KINDS)
-    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--report", action="store_true", help="the tables alone")
+    parser.add_argument("--networks", type=int, default=100, help="planted, of each kind")
+    parser.add_argument("--pairs", nargs="*", default=["digits/digits", "resnet20/cifar10"])
+    parser.add_argument("--halves", nargs="+", type=int, default=[4, 16], help="pairs of halves")
     parser.add_argument("--tasks", type=int, default=4)
-    parser.add_argument("--size", type=float, default=0.4)
+    parser.add_argument("--minutes", type=float, default=5.0, help="begin nothing after so many")
     add_shared_arguments(parser)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = []
-    for row in planted_rows(args) if args.what == "planted" else pair_rows(args):
-        rows.append(row)
-        if args.what == "pair":
-            print(row, flush=True)
-        if args.json is not None:
-            write_text(args.json, json.dumps(rows, indent=1) + "\n")
-    if args.what == "planted":
-        print(planted_table(rows))
+    work = ((part, *one) for part in args.only for one in PARTS[part](args))
+    if not args.report:
+        go_on(OUT, work, args.minutes)
+    print(report())
 
 
 if __name__ == "__main__":

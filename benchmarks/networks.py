@@ -32,7 +32,7 @@ from benchmarks.cifar import (
     load_resnet,
 )
 from benchmarks.darts import DARTS_V2, Cell
-from benchmarks.image_data import ImageData, load_images
+from benchmarks.image_data import ImageData, load_images, per_class
 
 
 def _conv(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
@@ -165,6 +165,8 @@ GIVEN = {"resnet20": 20, "resnet56": 56}
 #: Passes over the training images.
 EPOCHS = {"cifar10": 8, "scene15": 40, "fashion": 2}
 #: In the order in which the benchmarks run them.
+#: A pair beside them that anybody has.
+DIGITS = "cnn/digits"
 PAIRS = (
     "resnet14/scene15",
     "vgg/cifar10",
@@ -223,6 +225,24 @@ def train(model: nn.Module, data: ImageData, epochs: int, *, seed: int = 0) -> n
     return model.eval()
 
 
+def digits_network(data: ImageData) -> nn.Module:
+    """224 channels at four sites for the digits, trained now, in seconds."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for n_in, n_out in ((1, 32), (32, 64), (64, 64), (64, 64)):
+            layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if n_out == 64 and n_in == 32 else []
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+        optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(20):
+            for at in torch.randperm(1000).split(50):
+                optimiser.zero_grad()
+                F.cross_entropy(model(data.train[0][at]), data.train[1][at]).backward()
+                optimiser.step()
+    return model.eval()
+
+
 def load_network(
     pair: str, data: ImageData, shared: Path, *, cache: Path | None = None, seed: int = 0
 ) -> nn.Module:
@@ -236,6 +256,8 @@ def load_network(
         seed: Of weights and order of training.
     """
     name, _, set_name = pair.partition("/")
+    if pair == DIGITS:
+        return digits_network(data)
     if name in GIVEN:
         return load_resnet(GIVEN[name], shared)
     if name not in NETWORKS:
@@ -261,6 +283,27 @@ def load_network(
     os.replace(part, path)
     print(f"trained {pair} in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return model
+
+
+def small_pair(
+    pair: str, shared: Path, *, cache: Path | None = None, n: int = 160, n_held_out: int = 60
+) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A network, some images of each class to learn from, and some to judge by.
+
+    Args:
+        pair: See :func:`load_network`; or "digits/digits", trained now.
+        shared: See there.
+        cache: See there.
+        n: Images of a class to learn from, at most.
+        n_held_out: Images of a class to judge by, at most.
+    """
+    if pair == "digits/digits":
+        from benchmarks.constants_study import digits
+
+        return digits()
+    data = load_images(pair.partition("/")[2], shared, cache=cache)
+    model = load_network(pair, data, shared, cache=cache)
+    return model, per_class(data.train, n, 0), per_class(data.held_out, n_held_out, 0)
 
 
 def main(argv: list[str] | None = None) -> None:

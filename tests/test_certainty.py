@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -128,17 +129,22 @@ def labelled(found: ChannelCertainty, label: str) -> np.ndarray:
     return np.asarray(found.label[0] == LABELS.index(label))
 
 
+@functools.cache
+def found_in(kind: str) -> tuple[PlantedCircuit, ChannelCertainty]:
+    """A circuit and its certainty, measured once for all tests."""
+    known = circuit(kind)
+    return known, certain(known)
+
+
 @pytest.fixture(scope="module")
 def plain() -> tuple[PlantedCircuit, ChannelCertainty]:
-    known = circuit("plain")
-    return known, certain(known)
+    return found_in("plain")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["residual", "distractors", "cancelling", "shared", "constant"])
 def test_what_is_needed_is_called_so_and_nothing_else(kind: str) -> None:
-    known = circuit(kind)
-    found = certain(known)
+    known, found = found_in(kind)
     truth = flat(known.circuit[0])
     needed = labelled(found, "needed")
     assert not (needed & ~truth).any()
@@ -165,7 +171,7 @@ def test_a_plain_circuit_is_needed_and_the_rest_has_no_effect(
 
 @pytest.mark.slow
 def test_pairs_that_cancel_are_told_as_a_group() -> None:
-    found = certain(circuit("cancelling"))
+    _, found = found_in("cancelling")
     assert found.groups[0]
     for group in found.groups[0]:
         assert labelled(found, "no effect seen")[list(group)].all()
@@ -239,8 +245,7 @@ def test_p_values_are_uniform_where_closing_changes_nothing_in_the_mean() -> Non
 
 
 def test_a_channel_that_was_not_closed_counts_as_a_test() -> None:
-    known = circuit("plain")
-    found = certain(known)
+    _, found = found_in("plain")
     skipped = found.kept[0] & np.isnan(found.effect[0])
     assert skipped.sum() == found.skipped[0] > 0
     assert (found.p[0][skipped] == 1).all()
@@ -345,6 +350,26 @@ def test_what_cannot_be_asked_is_refused() -> None:
     images, labels = known.held_out
     with pytest.raises(ValueError, match="held_out has no image of task 0"):
         call(known.model, gates, known.data, (images[labels != 0], labels[labels != 0]))
+
+
+def test_a_group_of_channels_is_closed_as_one() -> None:
+    """Two equal channels with opposite weights: each costs much, and both together nothing."""
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)).eval()
+    net[0].weight.data = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    net[1].weight.data = torch.tensor([[5.0, -5, 1, 1], [-5, 5, -1, -1]])
+    x = torch.randn(80, 3, generator=torch.Generator().manual_seed(0))
+    data = x, (x[:, 1] + x[:, 2] < 0).long()
+    recipe = Recipe(steps=2, images_per_step=4, ablation="zero", size=1.0)
+    for groups, needed in ((None, [True] * 4), (2, [False, False, True, True])):
+        site = GateSite("0", 4, 1, groups=groups)
+        gates = TaskGates({"0": torch.ones(1, 4)}, [site], [0], recipe=recipe)
+        found = nad_attr.certainty(net, gates, data, data, pairs=1, alternatives=0, run=RUN)
+        assert (found.q[0] < 0.05).tolist() == needed
+        if groups:
+            assert found.effect[0, 2] == found.effect[0, 3] == pytest.approx(1.0)
+            assert found.counts(0) == {
+                "needed": 1, "replaceable": 0, "no effect seen": 1, "undecided": 0
+            }  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", [

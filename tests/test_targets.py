@@ -13,6 +13,7 @@ import torch
 from nad_attr import GateSite, GateStore, Recipe, learn_gates, learn_sizes, learn_to_store
 from nad_attr.evaluation import evaluate, fidelity, planted
 from nad_attr.evaluation.controls.planted import PlantedCircuit
+from nad_attr.learning import session
 from nad_attr.learning.targets import APART, PATH, bound, split, target_sizes
 
 RECIPE = Recipe(fidelity=0.9, steps=60)
@@ -36,6 +37,21 @@ def test_each_task_gets_the_smallest_size_that_keeps_it(known: PlantedCircuit) -
     # The next size of the path does not keep it, or is not shown to.
     path = [round(size * gates.n_channels) for size in PATH]
     assert {arch.n_kept for arch in gates.sub_architectures()} <= set(path)
+
+
+def test_nothing_is_learned_from_images_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "reached", lambda found, *rest: found[6])
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(60, 10, generator=generator), torch.arange(60) % 2
+    net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(10, 2)).eval()
+    net[1].weight.data = torch.randn(2, 10, generator=generator)
+    _, apart = split(labels, [0, 1], 0)
+    others = x.clone()
+    others[apart] = torch.randn(len(apart), 10, generator=generator) ** 3
+    sites = [GateSite("0", 10, 1)]
+    a, b = (learn_gates(net, (some, labels), recipe=RECIPE, sites=sites) for some in (x, others))
+    assert torch.equal(a["0"], b["0"])
+    assert torch.equal(a.constants["0"], b.constants["0"])
 
 
 def test_tasks_have_their_own_sizes_whatever_is_learned_with_them() -> None:

@@ -8,11 +8,20 @@ import torch
 from torch import Tensor, nn
 
 import nad_attr
-from nad_attr import GateSite, Recipe, SubArchitecture, Verdict, learn_gates, verdict
+from nad_attr import (
+    GateSite,
+    Recipe,
+    RunOptions,
+    SubArchitecture,
+    Verdict,
+    learn_gates,
+    verdict,
+)
 from nad_attr.certainty.verdict import _dealt, _minimality_p, _Resampled
 from nad_attr.certainty.verdict_result import QUESTIONS
-from nad_attr.evaluation import auc, fidelity, planted, shuffled_labels
+from nad_attr.evaluation import auc, fidelity, fit_ablation, planted, shuffled_labels
 from nad_attr.evaluation.controls.planted import PlantedCircuit
+from nad_attr.learning.session import Session
 from nad_attr.stats.held_out import apart
 
 from .helpers import assert_model_untouched
@@ -99,6 +108,33 @@ def test_learned_gates_with_constants_are_held_against_random_ones_with_constant
         verdict(known.model, gates, None, known.held_out)
 
 
+def test_constants_of_many_choices_are_fitted_side_by_side_as_each_alone() -> None:
+    known = planted("plain", n_classes=2, width=16, circuit_width=3, n_images=60)
+    recipe = Recipe(ablation="optimal", steps=5)
+    session = Session(
+        known.model, known.data, [0, 1], recipe, known.sites, run=RunOptions(batch_size=200)
+    )
+    choices = [_dealt(known.circuit[task], draw, 3) for draw in range(2) for task in (0, 1)]
+    together = session.fit(choices)
+    for arch, one in zip(choices, together, strict=True):
+        (alone,) = session.fit([arch])
+        assert one.task == arch.task
+        assert one.means is not None
+        assert alone.means is not None
+        for name in arch:
+            assert torch.equal(one[name], arch[name])
+            torch.testing.assert_close(one.means[name], alone.means[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_task_that_is_broken_is_no_more_so_the_worse_it_ranks_images() -> None:
+    """One channel of a cancelling pair closed at random turns the task output upside down."""
+    known = planted("cancelling", n_classes=3, width=32, circuit_width=3, n_images=90, seed=4)
+    means = fit_ablation(known.model, known.sites, known.data, kind="mean").means
+    archs = [known.circuit[task].with_means(means) for task in known.tasks]
+    result = verdict(known.model, archs, None, known.held_out, n_images=60, seed=4)
+    assert result.holds("specific").all()
+
+
 def test_stability_is_agreement_beyond_chance(known: PlantedCircuit) -> None:
     arch = known.circuit[0]
     other = _dealt(arch, 0, 5)
@@ -120,7 +156,7 @@ class _Certain:
     """A table as certainty gives it."""
 
     def __init__(self, arch: SubArchitecture, labels: list[str]) -> None:
-        self.arch, self.labels = arch, labels
+        self.arch, self.labels, self.tasks = arch, labels, (arch.task,)
 
     def table(self, task: object, *, closed: bool) -> dict[str, np.ndarray]:
         sites = [(s.name, c) for s in self.arch.sites for c in range(s.n_channels)]
@@ -157,6 +193,15 @@ def test_what_certainty_gives_is_taken(known: PlantedCircuit) -> None:
     sure = nad_attr.certainty(known.model, gates, *data, pairs=2, alternatives=0)
     result = verdict(known.model, gates, *data, n_images=20, certainty=sure)
     assert "not asked" not in result.answers[0]
+    counted: list[int] = []
+    handle = known.model[0].register_forward_hook(lambda m, args, out: counted.append(len(out)))
+    for given in (sure, None):
+        counted.append(0)
+        verdict(known.model, gates, *data, n_images=20, certainty=given)
+    handle.remove()
+    # What certainty says of single channels is not measured again.
+    with_it, without = np.split(np.array(counted), [counted.index(0, 1)])
+    assert without.sum() - with_it.sum() == 20 * min(40, int(sure.kept.sum()))
     table = sure.table(0)
     assert result.value[0, 3] == pytest.approx((table["label"] == "needed").mean())
 

@@ -26,12 +26,14 @@ from nad_attr.data.labels import Task, other_images, own_images, tasks_in
 from nad_attr.data.sources import ChosenSource, Data, Source, as_source
 from nad_attr.evaluation.measures import constant_up_to_rounding, spearman
 from nad_attr.evaluation.responses import Responses, answers, as_architectures, tasks_of_rows
+from nad_attr.gates.channels import channels_of, gate_of_channel, n_gates, open_gates, to_channels
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.session import Session
 from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
+from nad_attr.sites.site import GateSite
 from nad_attr.stats.bootstrap import bootstrap_interval, times_drawn
 from nad_attr.stats.p_values import least_p, permutation_p
 from nad_attr.system.rng import seed_of
@@ -40,13 +42,15 @@ __all__ = ["Verdict", "verdict"]
 
 #: Draws of the bootstrap over images, and of random channels where no network is run for them.
 N_BOOTSTRAP, N_DEALT = 500, 999
-#: Steps in which the constants of each choice of channels are fitted.
-FIT_STEPS = 20
+#: Steps in which the constants of each choice of channels are fitted: few, for there are many
+#: choices. More move those in question and random ones by less than what lies between them.
+FIT_STEPS = 6
 #: Kept channels that are closed one by one, at most, and the share that has to have an effect.
 N_CLOSED, EFFECTIVE = 40, 0.9
 #: What has no effect: less than this share of the task output's variance.
 NO_EFFECT = 1e-5
-#: How much an own AUC below one half counts, of what one as far above it does.
+#: How much an own AUC below one half, or a rank correlation below zero, counts, of what one as far
+#: above it does.
 BROKEN = 0.01
 #: Agreement with other runs from which on a sub-architecture is found again.
 STABLE = 0.6
@@ -106,8 +110,8 @@ def verdict(
             measures on them stand beside those on held-out ones. None: neither; gates with
             constants of their own need them.
         held_out: Images that the gates were not learned from.
-        certainty: What :func:`nad_attr.certainty` gave for these gates; None: minimality is tested
-            on a sample, and stability on ``replicas``.
+        certainty: What :func:`nad_attr.certainty` gave for these gates; None, and for
+            tasks that it lacks: minimality is tested on a sample, and stability on ``replicas``.
         replicas: The same tasks' gates of other runs, such as other seeds or halves of the images.
         size: Binarise task gates at this share of the channels; None: as they were learned.
         n_random: Random architectures that each is held against; 1 / level - 1 at least.
@@ -179,9 +183,11 @@ def verdict(
                 rows.append([_Claim()] * len(QUESTIONS))
                 measures.append({})
             else:
-                case.measure()
+                table = None
+                if certainty is not None and arch.task in certainty.tasks:
+                    table = _table_of(certainty, arch)
+                case.measure(one_by_one=table is None)
                 claims = [case.sufficient(level), case.necessary(level), case.specific(level, said)]
-                table = None if certainty is None else _table_of(certainty, arch)
                 claims.append(case.minimal(level) if table is None else _minimal(table, level))
                 claims.append(
                     _stable(arch, table, [group[t] for group in others], stable, level, seed)
@@ -200,7 +206,7 @@ def verdict(
         tasks,
         names,
         np.array([arch.n_kept for arch in archs], dtype=np.int64),
-        archs[0].n_channels,
+        n_gates(archs[0].sites),
         np.array(counts, dtype=np.int64),
         level,
         n_random,
@@ -217,10 +223,11 @@ def verdict(
 def _dealt(arch: SubArchitecture, draw: int, seed: int) -> SubArchitecture:
     """Random channels, at each site as many as the sub-architecture keeps there."""
     generator = torch.Generator().manual_seed(seed_of(seed, "verdict", draw, arch.task))
-    masks = {
-        name: mask[torch.randperm(len(mask), generator=generator, device="cpu")]
-        for name, mask in arch.masks.items()
-    }
+    masks = {}
+    for site in arch.sites:
+        gates = open_gates(site, arch[site.name])
+        order = torch.randperm(len(gates), generator=generator, device="cpu")
+        masks[site.name] = to_channels(gates[order], [site])
     return arch._with_masks(masks, arch.task)
 
 
@@ -252,8 +259,8 @@ def _fitted(
     session = Session(model, learned, tasks, recipe, archs[0].sites, seed=seed, run=run)
     bar = session.network.bar(len(groups) * len(tasks) * FIT_STEPS, "fitting constants", "step")
     with bar:
-        fitted = [session.fit(group, advance=bar.update) for group in groups]
-    return fitted, session.means()
+        fitted = session.fit([arch for group in groups for arch in group], advance=bar.update)
+    return [fitted[a : a + len(tasks)] for a in range(0, len(fitted), len(tasks))], session.means()
 
 
 def _replica(
@@ -351,7 +358,7 @@ class _Case:
         self.others = _others(self.task, tasks, source.labels, self.seed)
         n_own, n = int(self.own.sum()), len(self.own)
         self.lacks = ""
-        if arch.n_kept in (0, arch.n_channels):
+        if arch.size in (0, 1):
             self.lacks = f"it keeps {'no' if arch.n_kept == 0 else 'every'} channel"
         elif n_own < 2 or n - n_own < 2:
             self.lacks = (
@@ -359,13 +366,19 @@ class _Case:
                 "each are the least"
             )
 
-    def measure(self) -> None:
-        """Run everything that the tests look at."""
+    def measure(self, *, one_by_one: bool) -> None:
+        """Run everything that the tests look at; channels one by one for minimality alone."""
         n_tried = len(self.tried)
         closed = [(~arch).with_means(self.closing) for arch in self.tried]
-        names = [(name, c) for name, kept in self.arch.kept.items() for c in kept.tolist()]
+        names = [
+            (site, gate)
+            for site in self.arch.sites
+            for gate in open_gates(site, self.arch[site.name]).nonzero().flatten().tolist()
+        ]
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(names), generator=generator, device="cpu")[:N_CLOSED]
+        order = torch.randperm(len(names), generator=generator, device="cpu")[
+            : N_CLOSED * one_by_one
+        ]
         one_less = [_without(self.arch, names[i], self.closing) for i in order.tolist()]
         found = self._run([self.arch, *self.tried, *closed, *one_less], self.source)
         own, numbers = self.own.numpy(), found.whole.double().numpy()
@@ -424,7 +437,9 @@ class _Case:
         kept = np.where(np.isnan(kept), 0.0, kept)  # (tried, others); constant: no ranking left
         values = kept.mean(1)
         own = spearman(torch.from_numpy(self.whole), torch.from_numpy(self.without)).numpy()
-        more = values - np.where(np.isnan(own), 0.0, own)
+        own = np.where(np.isnan(own), 0.0, own)
+        # Below zero the task is broken as well: an output that says less is more so.
+        more = values - np.where(own > 0, own, -BROKEN * own)
         p = permutation_p(more[0], more[1:])
         low, high = bootstrap_interval(kept[0], seed=self.seed % 2**32)
         base = float(values[1:].mean())
@@ -492,18 +507,18 @@ def _said(holds: object) -> str:
 
 
 def _without(
-    arch: SubArchitecture, which: tuple[str, int], closing: dict[str, Tensor] | None
+    arch: SubArchitecture, which: tuple[GateSite, int], closing: dict[str, Tensor] | None
 ) -> SubArchitecture:
-    """The sub-architecture with one channel less."""
-    name, channel = which
+    """The sub-architecture with one channel, or one group of channels, less."""
+    name, channels = which[0].name, channels_of(which[0], [which[1]])
     masks = {n: mask.clone() for n, mask in arch.masks.items()}
-    masks[name][channel] = False
+    masks[name][channels] = False
     less = arch._with_masks(masks, arch.task)
     if arch.means is None or closing is None:
         return less
     means = {n: value.clone() for n, value in arch.means.items()}
-    means[name][channel] = closing[name][channel].to(means[name])
-    return less.with_means(means, own_constants=arch.own_constants)
+    means[name][channels] = closing[name][channels].to(means[name])
+    return less.with_means(means, own_constants=arch.own_constants, fitted_on=arch.fitted_on)
 
 
 def _balanced(labels: Tensor, task: Task, n_images: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -571,7 +586,11 @@ def _table_of(certainty: ChannelCertainty, arch: SubArchitecture) -> dict[str, N
             f"certainty is of other channels of task {arch.task} than these gates keep; give the "
             "one that was made from these gates."
         )
-    return found
+    gate = gate_of_channel(arch.sites)
+    if gate is None:
+        return found
+    first = np.unique(gate.numpy(), return_index=True)[1]  # one row for a group of channels
+    return {name: column[first] for name, column in found.items()}
 
 
 def _minimal(table: dict[str, NDArray[Any]], level: float) -> _Claim:

@@ -68,7 +68,7 @@ class Verdict(Result):
         tasks: T tasks.
         task_names: Their names.
         n_kept: int64 (T,), kept channels.
-        n_channels: All channels.
+        n_channels: All channels; a group of channels counts once.
         n_images: int64 (T,), held-out images that each task was judged on.
         level: Error rate of each answer.
         n_random: Random architectures that each task was held against.
@@ -185,11 +185,11 @@ class Verdict(Result):
         found = {name: float(values[t]) for name, values in self.measures.items()}
         if "learned_own_auc" not in found:
             return []
-        held = {"own_auc": found["own_auc"], "fidelity": float(self.value[t, 0])}
+        measured = {"own_auc": found["own_auc"], "fidelity": float(self.value[t, 0])}
         return apart(
-            {m: found[f"learned_{m}"] for m in held},
-            held,
-            {m: (found[f"{m}_gap_low"], found[f"{m}_gap_high"]) for m in held},
+            {m: found[f"learned_{m}"] for m in measured},
+            measured,
+            {m: (found[f"{m}_gap_low"], found[f"{m}_gap_high"]) for m in measured},
             whole=(found["learned_whole_auc"], found["whole_auc"]),
             n_own=int(found["learned_n_own"]),
             size=self.n_kept[t] / self.n_channels,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from nad_attr.data.labels import own_images
 from nad_attr.evaluation.ablation import (
     ABLATIONS,
@@ -17,6 +15,7 @@ from nad_attr.evaluation.ablation import (
 )
 from nad_attr.evaluation.controls.planted import PlantedCircuit, PlantedScore, planted
 from nad_attr.evaluation.controls.planted_networks import PLANTED_KINDS
+from nad_attr.evaluation.controls.planted_transformer import planted_heads
 from nad_attr.evaluation.controls.randomisation import (
     cascading_randomisation,
     random_weights,
@@ -189,6 +188,7 @@ __all__ = [
     "parameter_size",
     "partial_rank_correlation",
     "planted",
+    "planted_heads",
     "plot_architecture",
     "plot_curves",
     "plot_overlap",
@@ -209,13 +209,3 @@ __all__ = [
     "tasks_of",
     "top_k",
 ]
-
-
-def __getattr__(name: str) -> object:
-    # Former names of size_sweep and SizeSweep.
-    former = dict(whether="size_sweep", Whether="SizeSweep")
-    if name not in former:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    new = former[name]
-    warnings.warn(f"{name} is now called {new}; use that name", DeprecationWarning, stacklevel=2)
-    return globals()[new]

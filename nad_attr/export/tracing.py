@@ -1,4 +1,4 @@
-"""A gated network as one graph of operators, in which each gate is a node of its own.
+"""Trace a gated network as one graph of operators, with a node for each gate.
 
 ``torch.export`` writes the graph. While it runs the network, the gate sites' hooks put a marker
 into it, so that the graph holds each gate exactly where :func:`nad_attr.gated` would multiply.
@@ -175,6 +175,15 @@ def traced(model: nn.Module, inputs: Sequence[Tensor], sites: Sequence[GateSite]
     ) from problem
 
 
+def _without_unit_products(graph: fx.Graph) -> None:
+    """Leave out products with the unit matrix, which gates on attention heads put in."""
+    for node in list(graph.nodes):
+        if op_name(node) == "linear" and op_name(node.args[1]) == "eye":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
 def _lowered(program: Any) -> Graph:
     """The graph of an exported program, with its tensors as attributes."""
     signature = program.graph_signature
@@ -212,6 +221,7 @@ def _lowered(program: Any) -> Graph:
                 n = node.meta["val"].shape[0]
                 batch = None if isinstance(n, int) else n.node.expr
         made[node].meta = {"val": node.meta.get("val"), "module": _module_of(node)}
+    _without_unit_products(graph)
     return Graph(graph, tensors, parameters, batch)
 
 
@@ -223,7 +233,7 @@ def _module_of(node: fx.Node) -> str:
 
 
 def op_name(node: fx.Node) -> str:
-    """An operator's name without namespace and overload; "" for what is no operator."""
+    """An operator's name without namespace and overload; "" for what is not an operator."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return ""
     return str(node.target._schema.name).split("::")[-1]

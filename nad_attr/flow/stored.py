@@ -66,13 +66,13 @@ class StoredLink:
     def made(self, arch: SubArchitecture) -> Link:
         """As it was, if its arrays fit the sites."""
         shape = len(self.sources), len(self.targets) + 1
-        widths = {site.name: site.n_channels for site in arch.sites} | {OUTPUT: 1}
+        widths = {site.name: site.n_gates for site in arch.sites} | {OUTPUT: 1}
         for what, numbers, site in (
             ("sources", self.sources, self.source_site),
             ("targets", self.targets, self.target_site),
         ):
             if numbers.ndim != 1 or any(not 0 <= c < widths[site] for c in numbers.tolist()):
-                raise ValueError(f"{what} are no channels of {site!r}")
+                raise ValueError(f"{what} are not channels of {site!r}")
         for name in _NUMBERS:
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
@@ -92,6 +92,7 @@ class StoredFlow:
     means: Mapping[str, NDArray[np.float64]] | None
     effects: Mapping[str, NDArray[np.float64]]
     links: tuple[StoredLink, ...]
+    fitted_on: int | None = None
 
     @classmethod
     def of(cls, flow: TaskFlow) -> StoredFlow:
@@ -106,6 +107,7 @@ class StoredFlow:
             None if means is None else {n: m.double().numpy() for n, m in means.items()},
             {name: effect.numpy() for name, effect in flow.effects.items()},
             tuple(map(StoredLink.of, flow.links)),
+            arch.fitted_on,
         )
 
     def made(self, sites: tuple[GateSite, ...]) -> TaskFlow:
@@ -117,9 +119,10 @@ class StoredFlow:
             task=task,
             means=None if self.means is None else {n: _tensor(m) for n, m in self.means.items()},
             own_constants=self.own_constants,
+            fitted_on=self.fitted_on,
         )
         for site in sites:
-            if self.effects[site.name].shape != (site.n_channels,):
+            if self.effects[site.name].shape != (site.n_gates,):
                 raise ValueError(f"effects do not fit the channels of {site.name!r}")
         effects = {name: _tensor(effect) for name, effect in self.effects.items()}
         links = tuple(link.made(arch) for link in self.links)

@@ -1,4 +1,4 @@
-"""Channels of all sites together: budgets, masks, and how alike two masks are."""
+"""Channels of all sites together: budgets, masks, and the similarity of two masks."""
 
 from __future__ import annotations
 
@@ -60,6 +60,22 @@ def to_gates(channels: Tensor, sites: Sequence[GateSite], *, mean: bool = False)
     zeros = channels.new_zeros(*channels.shape[:-1], n_gates(sites))
     total = zeros.index_add(-1, numbers, channels)
     return total / numbers.bincount() if mean else total
+
+
+def channels_of(site: GateSite, gates: Sequence[int]) -> list[int]:
+    """The channels of some gates of a site, gate by gate.
+
+    Example:
+        >>> channels_of(GateSite("a", 4, groups=[0, 1, 0, 1]), [1])
+        [1, 3]
+    """
+    group_of = site.group_of
+    if group_of is None:
+        return list(gates)
+    members: dict[int, list[int]] = {}
+    for channel, gate in enumerate(group_of):
+        members.setdefault(gate, []).append(channel)
+    return [channel for gate in gates for channel in members[gate]]
 
 
 def open_gates(site: GateSite, mask: Tensor) -> Tensor:

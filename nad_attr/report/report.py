@@ -186,8 +186,8 @@ class Report:
         Args:
             model: The network, in eval mode; unchanged afterwards.
             data: Images with labels that the gates were not learned on.
-            parts: Of "evaluation", "curves", "mosaics", "errors", "flow", "pictures", "export";
-                None: those that are not known yet.
+            parts: Of "evaluation", "curves", "mosaics", "errors", "flow", "pictures", "where",
+                "export"; None: those that are not known yet.
             rivals: ``{name: sub-architectures}`` of other methods, for the evaluation, which is
                 measured anew then.
             n_images: At most.
@@ -279,7 +279,7 @@ class Report:
 
         Raises:
             ImportError: If plotly is missing.
-            OSError: If the file cannot be written, or is there and is no text: neither the gates'
+            OSError: If the file cannot be written, or is not a text: neither the gates'
                 file nor another HDF5 file is replaced by a page.
         """
         target = check_output(path, "text", [self._path])

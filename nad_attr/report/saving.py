@@ -32,6 +32,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "pictures": ("album",),
     "export": ("rows", "stays_whole"),
 }
+_KEPT = ("curves", "mosaics", "errors", "flow", "pictures", "where", "export")
 _CURVE = ("name", "measure", "sizes", "full", "empty", "delta", "keep", "ablate", "n_images")
 _COST = ("parameters", "multiply_adds", "seconds")
 _EXAMPLE = ("mosaic", "coloured", "tasks", "shares")
@@ -53,7 +54,7 @@ def keep_results(path: Path, results: Results) -> list[str]:
     if results.evaluation is not None and results.evaluation_from == "for this report":
         results.evaluation.save(path, "evaluation")
         written.append("evaluation")
-    for name in ("curves", "mosaics", "errors", "flow", "pictures", "export"):
+    for name in _KEPT:
         part = getattr(results, name)
         if part is None:
             continue
@@ -68,7 +69,7 @@ def keep_results(path: Path, results: Results) -> list[str]:
 def found_results(
     path: Path, sites: Sequence[GateSite], *, evaluation: str | None = None
 ) -> Results:
-    """What the file of the gates holds beside them.
+    """The results in the file of the gates.
 
     A part that cannot be read is left out with a note.
 
@@ -117,7 +118,7 @@ def found_results(
             results.verdict = Verdict.load(path)
         except BROKEN as error:
             results.notes.append(f"No verdict: {error}")
-    for name in ("curves", "mosaics", "errors", "flow", "pictures", "export"):
+    for name in _KEPT:
         group = f"report/{name}"
         if group in names:
             try:
@@ -158,8 +159,14 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
         for curve in found:
             check_parts(curve, _CURVE)
         return found
+    if name == "where":
+        for row in found if isinstance(found, list) else [{}]:
+            check_parts(row, ("task", "site", "images"))
+            if not all(is_picture(picture) for pair in row["images"] for picture in pair):
+                raise ValueError("a picture in it is none")
+        return found
     if not isinstance(found, dict):
-        raise ValueError("it is no table")
+        raise ValueError("it is not a table")
     check_parts(found, _NEEDED[name])
     if name == "flow":
         _check_flow(found)
@@ -170,12 +177,12 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
         if found.get("top") and len(base64.b64decode(found["top"], validate=True)) % 4:
             raise ValueError("the channels' pictures are cut short")
     if name == "errors" and not isinstance(found["examples"], list):
-        raise ValueError("its examples are no list")
+        raise ValueError("its examples are not a list")
     if name == "export":
         for row in found["rows"]:
             check_parts(row, ("name", *_COST))
             if not all(isinstance(row[c], (int, float)) for c in _COST) or not row["seconds"] > 0:
-                raise ValueError("a cost in it is no number")
+                raise ValueError("a cost in it is not a number")
         if not found["rows"] or not all(isinstance(m, str) for m in found["stays_whole"]):
             raise ValueError("it has no costs")
     if name == "mosaics":

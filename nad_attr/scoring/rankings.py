@@ -39,7 +39,7 @@ def check_sizes(sizes: Sequence[float]) -> tuple[float, ...]:
     """Shares of the channels, from small to large.
 
     Raises:
-        TypeError: If they are no sequence of numbers.
+        TypeError: If they are not a sequence of numbers.
         ValueError: If there is none, one is there twice, or one is not in (0, 1].
 
     Example:
@@ -115,7 +115,7 @@ class Ranking:
         return None if self.means is None else self.means[self._key(size)]
 
     def has_constants(self, size: float) -> bool:
-        """Whether each task has constants of its own, learned for just what this size keeps."""
+        """Whether each task has constants that were learned for this size."""
         if not self.closes_at_constants or self.learned is None:
             return False
         gates = self.learned[self._key(size)]
@@ -145,11 +145,16 @@ class Ranking:
             means=teller.means_at(size),
             per_site=per_site if self.per_site is None else self.per_site[key],
         )
-        own = None if self.learned is None else self.learned[key].constants
-        if own is None:
+        gates = None if self.learned is None else self.learned[key]
+        own = None if gates is None else gates.constants
+        if gates is None or own is None:
             return found
         return [
-            arch.with_means({name: v[row] for name, v in own.items()}, own_constants=True)
+            arch.with_means(
+                {name: v[row] for name, v in own.items()},
+                own_constants=True,
+                fitted_on=gates.fitted_on,
+            )
             for row, arch in enumerate(found)
         ]
 

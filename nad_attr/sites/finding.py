@@ -47,7 +47,7 @@ def check_kind(model: nn.Module) -> None:
     Raises:
         SiteError: Says what kind it is, and what to do.
     """
-    unwrap(model)  # says so if it is no module
+    unwrap(model)  # says so if it is not a module
     for name, module in model.named_modules():
         called = f"module {name!r}" if name else "the network"
         kinds = type(module).__mro__
@@ -57,7 +57,7 @@ def check_kind(model: nn.Module) -> None:
             )
         if any(c.__module__.startswith("torch.export") for c in kinds):
             raise SiteError(
-                f"{called} is a program made by torch.export, in which the layers are no modules "
+                f"{called} is a program made by torch.export, in which the layers are not modules "
                 "any more, so nothing can be hooked (nor eval() be called); give the network that "
                 "it was exported from"
             )
@@ -251,12 +251,13 @@ def site_links(
     additional_forward_args: object = None,
     forward_func: Callable[..., Any] | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """Which sites each site reads with no other site in between, for sites that are cuts.
+    """Which sites each site reads with no other site in between.
 
     Args:
         model: The network, in eval mode.
         example_inputs: As for :func:`find_gate_sites`.
-        sites: Sites that every path passes, or the cells of a network of cells.
+        sites: Sites that every path passes, the cells of a network of cells, attention heads and
+            hidden neurons.
         additional_forward_args: As for :func:`find_gate_sites`.
         forward_func: As for :func:`find_gate_sites`.
 
@@ -274,20 +275,15 @@ def site_links(
         {'1': (), '3': ('1',), 'output': ('3',)}
     """
     model = _checked_model(model)
-    for site in sites:
-        if site.units != "channels":
-            raise SiteError(
-                f"gate site {site.name!r} holds {site.units}, around which the residual stream "
-                "leads, so what flows through it is not all that flows; take sites of "
-                "find_gate_sites(model, images, units='channels')"
-            )
-    flow, _ = _traced(model, _checked_inputs(example_inputs), additional_forward_args, forward_func)
+    inputs = _checked_inputs(example_inputs)
+    with called_projections(model, [site.name for site in sites if site.at_input]):
+        flow, _ = _traced(model, inputs, additional_forward_args, forward_func)
     cuts = flow.cut_points()
     cells = {call.output for call in _cells(flow, cuts, set())}
     nodes: dict[int, str] = {}
     for site in sites:
         node = _gated_node(flow, _one_call(flow, site.name), site.at_input)
-        if node not in cuts and node not in cells:
+        if node not in cuts and node not in cells and site.units == "channels":
             raise SiteError(
                 f"a path of the data leads around gate site {site.name!r} (a parallel branch), so "
                 f"what flows through it is not all that flows; {_cut_remedy(flow, site.name, cuts)}"
@@ -356,7 +352,7 @@ def _traced(
 
 
 def _cut_remedy(flow: Flow, name: str, cuts: Iterable[int]) -> str:
-    """Says which site to take in place of one that is no cut."""
+    """Says which site to take in place of one that is not a cut."""
     at = {call.output: call.name for call in flow.gateable()}
     named = {at[node] for node in cuts if node in at}
     outer = name
@@ -922,8 +918,8 @@ def _site(
         raise SiteError(f"channel_dim of layer {name!r} must be a whole number, not {axis!r}")
     if not -len(shape) <= axis < len(shape) or axis % len(shape) == 0:
         raise SiteError(
-            f"channel_dim {axis} is no channel axis of layer {name!r}, of shape {shape}; give one "
-            f"from 1 to {len(shape) - 1}, or -1"
+            f"channel_dim {axis} is not a channel axis of layer {name!r}, of shape {shape}; give "
+            f"one from 1 to {len(shape) - 1}, or -1"
         )
     return GateSite(name, shape[axis], canonical_axis(shape, axis), at_input)
 

@@ -77,6 +77,12 @@ def recipe_of(ranks: Any) -> Recipe | None:
     return Recipe(steps=steps, images_per_step=images)
 
 
+def fitted_on(groups: Sequence[Sequence[SubArchitecture]]) -> int | None:
+    """On how many images constants of sub-architectures' own were fitted, if it was one number."""
+    numbers = {arch.fitted_on for group in groups for arch in group if arch.own_constants}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
 def own_constants(
     model: nn.Module,
     groups: Sequence[Sequence[SubArchitecture]],
@@ -120,7 +126,7 @@ def fitted(
     train_data: Data | None,
     run: RunOptions | None,
 ) -> Ablation | None:
-    """The ablation value that an argument stands for, fitted to training images if it has to be.
+    """The ablation value of an argument, fitted to training images if necessary.
 
     Raises:
         ValueError: If there is no such kind, or images are needed and not given.
@@ -255,7 +261,7 @@ def measure_grid(
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
         ValueError: If the network is in train mode, groups do not fit, no task has own images,
-            labels or tasks are no class of the network, or inputs or outputs hold NaN.
+            labels or tasks are not a class of the network, or inputs or outputs hold NaN.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
