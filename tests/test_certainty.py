@@ -347,6 +347,27 @@ def test_what_cannot_be_asked_is_refused() -> None:
         call(known.model, gates, known.data, (images[labels != 0], labels[labels != 0]))
 
 
+def test_halves_keep_the_size_that_each_task_has() -> None:
+    known = circuit("shared", n_images=90)
+    recipe = Recipe(fidelity=0.8, ablation="mean", steps=30)
+    gates = learn_gates(known.model, known.data, None, recipe, known.sites, run=RUN)
+    first, second = gates.sub_architectures()
+    other = second._with_masks(SubArchitecture.full(known.sites).masks, 1)  # keeps all
+    uneven = TaskGates(
+        {s.name: torch.stack([first[s.name], other[s.name]]).float() for s in known.sites},
+        known.sites, [0, 1], means=gates.means, recipe=recipe,
+    )  # fmt: skip
+    found = nad_attr.certainty(
+        known.model, uneven, known.data, known.held_out, pairs=1, alternatives=1, run=RUN
+    )
+    assert found.other_gates.sum(2).tolist() == [[first.n_kept] * 3, [72] * 3]
+    alone = nad_attr.certainty(
+        known.model, uneven.select([0]), known.data, known.held_out, pairs=1, alternatives=1,
+        run=RUN,
+    )  # fmt: skip
+    np.testing.assert_array_equal(alone.other_gates[0], found.other_gates[0])
+
+
 def test_gates_of_several_channels_are_refused_with_a_remedy() -> None:
     site = GateSite("0", 4, 1, groups=[0, 0, 1, 1])
     gates = TaskGates({"0": torch.tensor([[1.0, 1.0, 0.0, 0.0]])}, [site], [0], recipe=Recipe())

@@ -16,7 +16,8 @@ import pytest
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nad_attr import TaskGates
+from nad_attr import ChannelCertainty, Recipe, TaskGates, certainty, learn_gates
+from nad_attr.evaluation import planted
 from nad_attr.learning.ray_executor import RayExecutor, WorkersLostError
 from nad_attr.learning.runs import Progress, learn_to_store
 from tests import killable
@@ -236,6 +237,30 @@ def test_two_workers_give_the_same_bits(
     assert (told[-1].done, told[-1].total, told[-1].lost) == (20, 20, 0)
     assert told[-1].steps == told[-1].n_steps == 20 * killable.RECIPE.steps
     assert cluster.is_initialized()  # it was not the run's to end
+
+
+@needs_ray
+def test_certainty_is_the_same_wherever_halves_are_learned(cluster: Any) -> None:
+    known = planted("plain", n_classes=3, width=12, circuit_width=2, n_images=40)
+    recipe = Recipe(size=0.4, steps=5)
+    gates = learn_gates(known.model, known.data, None, recipe, known.sites)
+    options: dict[str, Any] = {"pairs": 2, "alternatives": 1, "batch_size": 60}
+
+    def found(executor: RayExecutor | None) -> ChannelCertainty:
+        with assert_model_untouched(known.model):
+            return certainty(
+                known.model, gates, known.data, known.held_out, executor=executor, **options
+            )
+
+    here = found(None)
+    for n_workers in (1, 2):
+        there = found(RayExecutor(n_workers=n_workers))
+        assert there.to_dict() == here.to_dict()
+    with pytest.raises(ValueError, match="batch_size='auto' measures the memory"):
+        certainty(
+            known.model, gates, known.data, known.held_out, executor=RayExecutor(),
+            batch_size="auto",
+        )  # fmt: skip
 
 
 @needs_ray

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from nad_attr import GateSite, GateStore, Recipe, learn_gates, learn_sizes, learn_to_store
 from nad_attr.evaluation import evaluate, fidelity, planted
 from nad_attr.evaluation.controls.planted import PlantedCircuit
+from nad_attr.learning.session import Session
 from nad_attr.learning.targets import APART, PATH, bound, split, target_sizes
 
 RECIPE = Recipe(fidelity=0.9, steps=60)
@@ -52,6 +54,35 @@ def test_tasks_have_their_own_sizes_whatever_is_learned_with_them() -> None:
     assert second.n_kept == 10
     alone = learn_gates(net, data, [1], recipe=recipe, sites=[GateSite("0", 10, 1)])
     assert alone.sub_architecture(1) == second
+
+
+class Seen(Dataset[tuple[torch.Tensor, int]]):
+    """Images that note which of them were asked for."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.x, self.targets = x, y.tolist()
+        self.seen: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        self.seen.add(i)
+        return self.x[i], self.targets[i]
+
+
+@pytest.mark.parametrize("ablation", ["mean", "optimal"])
+def test_images_kept_apart_are_not_learned_from(known: PlantedCircuit, ablation: str) -> None:
+    data = Seen(*known.data)
+    recipe = replace(RECIPE, ablation=ablation, steps=20)
+    session = Session(known.model, data, None, recipe, known.sites, seed=1)
+    session._moments()
+    data.seen.clear()
+    session._learn(target_sizes(session.sites), None, None, None, lambda n: None)
+    learned_from, apart = split(known.data[1], session.tasks, 1)
+    assert data.seen <= set(learned_from.tolist())
+    assert len(data.seen) > 0.9 * len(learned_from)
+    assert not data.seen & set(apart.tolist())
 
 
 def test_bound_by_hand() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,9 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
 from nad_attr.learning.engine import Replica
 from nad_attr.learning.network_checks import Checks
+from nad_attr.learning.runs import Executor, InProcess
 from nad_attr.learning.session import Session
+from nad_attr.running.forward import chunks
 from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.system.rng import seed_of
 
@@ -58,6 +60,7 @@ def certainty(
     show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
     checks: Checks = "refuse",
+    executor: Executor | None = None,
 ) -> ChannelCertainty:
     """How sure each kept channel of each task is, and whether the task needs it.
 
@@ -82,7 +85,8 @@ def certainty(
         gates: Task gates learned on it.
         data: The images that they were learned from; see :func:`nad_attr.learn_gates`.
         held_out: Images that they were not learned from.
-        recipe: How to learn from halves; None: as the gates were learned.
+        recipe: How to learn from halves; None: as the gates were learned. Where it asks for a
+            fidelity, each task's halves keep the size that its gates have, after 100 steps.
         pairs: Complementary pairs of halves. Each costs two runs of the recipe per task.
         images: Own images, and other ones, to test on, at most.
         alternatives: Sub-architectures to learn for each task that avoid the channels that seem
@@ -100,6 +104,9 @@ def certainty(
         show_progress: In place of that field of ``run``.
         augmented: See :func:`nad_attr.learn_gates`.
         checks: See there.
+        executor: Where halves and alternatives are learned; None: in this process. With
+            :class:`nad_attr.distributed.RayExecutor` on a cluster, with the same results. Channels
+            are closed in this process.
 
     Returns:
         The certainty of each channel; its ``passes`` say what it cost.
@@ -133,7 +140,7 @@ def certainty(
             "certainty closes channels one by one; learn gates at sites without groups, such as "
             "find_gate_sites(model, images, units='neurons')."
         )
-    recipe = _recipe(gates, recipe)
+    recipe, sizes = _recipe(gates, recipe)
     check_count(pairs, "pairs")
     check_count(images, "images", least=2)
     check_count(alternatives, "alternatives", least=0)
@@ -149,6 +156,13 @@ def certainty(
         additional_forward_args=additional_forward_args,
         show_progress=show_progress,
     )
+    if executor is None:
+        executor = InProcess()
+    elif options.batch_size == "auto":
+        raise ValueError(
+            "batch_size='auto' measures the memory of this process, not of the executor's workers; "
+            "give a number."
+        )
     tasks = gates.tasks
     session = Session(
         model,
@@ -157,7 +171,7 @@ def certainty(
         recipe,
         gates.sites,
         seed=seed,
-        run=options,
+        run=replace(options, device=executor.session_device(options.device)),
         augmented=augmented,
         checks=checks,
     )
@@ -204,9 +218,8 @@ def certainty(
         for replica in _replicas(session, task, one, pairs, alternatives)
     ]
     per_task = 2 * pairs + alternatives
-    steps = sum(session.n_steps(replica.task) for replica in replicas)
-    with network.bar(steps, "learning from halves", "step") as bar:
-        learned, constants = session.learn_replicas(replicas, bar.update)
+    of_replica = [size for size in sizes for _ in range(per_task)]
+    learned, constants = _learned(session, replicas, of_replica, executor, options.device)
     others = (learned > 0.5).double().view(len(tasks), per_task, -1)
     instead = base[:, None].expand(-1, per_task, -1)
     if constants is not None:
@@ -248,8 +261,39 @@ def certainty(
     )
 
 
-def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
-    """How to learn from halves: as the gates were learned, at the size that they have."""
+def _learned(
+    session: Session,
+    replicas: Sequence[Replica],
+    sizes: Sequence[float | None],
+    executor: Executor,
+    device: str | torch.device | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gates of all replicas, and constants if the recipe has them: in parts that share passes.
+
+    The parts do not depend on where they are learned, so neither do the results.
+    """
+    parts: list[tuple[list[Replica], float | None]] = []
+    places: list[int] = []
+    for size in dict.fromkeys(sizes):
+        rows = [i for i, asked in enumerate(sizes) if asked == size]
+        for part in chunks(len(rows), session.width):
+            parts.append(([replicas[rows[i]] for i in part], size))
+        places += rows
+    steps = sum(session.n_steps(replica.task) for replica in replicas)
+    session.know_outputs(steps * session.recipe.images_per_step)
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
+    with session.network.bar(steps, "learning from halves", "step") as bar:
+        done = executor.relearn(session, parts, session.means(), bar.update, device)
+        with closing(done):  # type: ignore[type-var]
+            found.update(done)
+    back = torch.tensor(places, device="cpu").argsort()
+    gates = torch.cat([found[i][0] for i in range(len(parts))])[back]
+    constants = [one for i in range(len(parts)) if (one := found[i][1]) is not None]
+    return gates, torch.cat(constants)[back] if constants else None
+
+
+def _recipe(gates: TaskGates, recipe: Recipe | None) -> tuple[Recipe, list[float | None]]:
+    """How to learn from halves: as the gates were learned, and the size that each task has."""
     found = gates.recipe if recipe is None else recipe
     if found is None:
         raise ValueError(
@@ -259,13 +303,16 @@ def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
     if not isinstance(found, Recipe):
         raise TypeError(f"recipe must be a Recipe, not {type(found).__name__}.")
     if isinstance(found, PaperRecipe):
-        return found
-    kept = {arch.n_kept for arch in gates.sub_architectures()}
-    if kept == {0}:
+        return found, [None] * len(gates)
+    kept = [arch.n_kept for arch in gates.sub_architectures()]
+    if not any(kept):
         raise ValueError("gates keep no channel: there is nothing to be certain of.")
-    if recipe is None and len(kept) == 1:
-        found = dataclasses.replace(found, size=kept.pop() / gates.n_channels)
-    return found
+    if found.fidelity is not None:
+        steps = min(found.steps, Recipe().steps)
+        found = replace(found, fidelity=None, size=0.5, steps=steps)
+    elif recipe is not None:
+        return found, [None] * len(gates)
+    return found, [max(n, 1) / gates.n_channels for n in kept]
 
 
 def _replicas(

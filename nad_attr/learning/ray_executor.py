@@ -18,11 +18,11 @@ import random
 import uuid
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import reduce
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +34,22 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.system.processes import check_processes, most_processes, n_cpus
 
 if TYPE_CHECKING:
+    from nad_attr.learning.engine import Replica
     from nad_attr.learning.session import Session
 
 __all__ = ["RayExecutor", "WorkersLostError"]
 
 #: Seconds that the driver waits for a result at a time.
 POLL_SECONDS = 1.0
+
+
+class _Work(NamedTuple):
+    """A part of a run: of which tasks, in how many steps, and the session's method that does it."""
+
+    tasks: Sequence[Task]
+    n_steps: int
+    method: str
+    arguments: tuple[Any, ...]
 
 
 class WorkersLostError(RuntimeError):
@@ -164,6 +174,40 @@ class RayExecutor:
             TypeError: If network or data cannot be sent to other processes.
             WorkersLostError: If a chunk loses its worker more often than ``retries``.
         """
+        works = [_Work(part, self._steps(session, part), "learn", (list(part),)) for part in parts]
+        with closing(self._each(session, works, means, advance, device)) as done:
+            for _, gates in done:
+                yield gates
+
+    def relearn(
+        self,
+        session: Session,
+        parts: Sequence[tuple[Sequence[Replica], float | None]],
+        means: Mapping[str, Tensor] | None,
+        advance: Callable[[int], object],
+        device: str | torch.device | None = None,
+    ) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
+        """Gates and constants of replicas, with the number of the part; see :meth:`learn`."""
+        works = []
+        for replicas, size in parts:
+            tasks = [replica.task for replica in replicas]
+            steps = self._steps(session, tasks)
+            works.append(_Work(tasks, steps, "learn_replicas", (list(replicas), size)))
+        yield from self._each(session, works, means, advance, device)
+
+    @staticmethod
+    def _steps(session: Session, tasks: Sequence[Task]) -> int:
+        return sum(session.n_steps(task) for task in tasks)
+
+    def _each(
+        self,
+        session: Session,
+        parts: Sequence[_Work],
+        means: Mapping[str, Tensor] | None,
+        advance: Callable[[int], object],
+        device: str | torch.device | None,
+    ) -> Generator[tuple[int, Any], None, None]:
+        """What comes of each part, with its number, in the order in which they get done."""
         self.lost = 0
         if not parts:
             return
@@ -199,16 +243,16 @@ class RayExecutor:
             lost: Counter[int] = Counter()
             limit = self.n_workers or len(parts)
 
-            def result(ref: Any) -> TaskGates | None:
+            def result(ref: Any) -> tuple[int, Any] | None:
                 number = running.pop(ref)
                 try:
-                    gates: TaskGates = ray.get(ref)
+                    found = number, ray.get(ref)
                 except lost_errors as error:
                     self.lost += 1
                     lost[number] += 1
                     if lost[number] > self.retries:
                         raise WorkersLostError(
-                            f"the chunk of tasks {_shown(parts[number])} lost its worker "
+                            f"the chunk of tasks {_shown(parts[number].tasks)} lost its worker "
                             f"{lost[number]} times, the last time by: {_first_line(error)} If "
                             "memory is short, use fewer workers, a smaller batch_size or a "
                             "smaller chunk_size. What is done is saved: resume."
@@ -219,30 +263,30 @@ class RayExecutor:
                     # What went wrong in learning, as it would have been raised here.
                     cause = getattr(error, "cause", None)
                     raise (cause if isinstance(cause, Exception) else error) from error
-                advance(sum(session.n_steps(task) for task in parts[number]))
-                return gates
+                advance(parts[number].n_steps)
+                return found
 
             try:
                 while waiting or running:
                     while waiting and len(running) < limit:
                         number = waiting.popleft()
-                        ref = remote.remote(key, session_at, list(parts[number]), where, settings)
+                        ref = remote.remote(key, session_at, parts[number], where, settings)
                         running[ref] = number
                     # With a limit, so that Ctrl-C is heard and the bar's clock goes on.
                     ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
                     advance(0)
                     for ref in ready:
-                        gates = result(ref)
-                        if gates is not None:
-                            yield gates
+                        found = result(ref)
+                        if found is not None:
+                            yield found
             except KeyboardInterrupt:
                 # What came in meanwhile is handed on before the run ends.
                 if running:
                     ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
                     for ref in ready:
-                        gates = result(ref)
-                        if gates is not None:
-                            yield gates
+                        found = result(ref)
+                        if found is not None:
+                            yield found
                 raise
             finally:
                 for ref in running:
@@ -463,10 +507,10 @@ _UNPACKED: dict[str, tuple[Session, Mapping[str, Tensor] | None]] = {}
 def _learn_chunk(
     key: str,
     session_at: Sequence[Any],
-    part: Sequence[Task],
+    part: _Work,
     device: str,
     settings: Mapping[str, Any],
-) -> TaskGates:
+) -> Any:
     """Learn one chunk in a worker process."""
     import ray
 
@@ -482,6 +526,8 @@ def _learn_chunk(
         # This process's own copy, and a forward_func refers to the very same network.
         session.network.model.to(device)
         session.network.device = torch.device(device)
+        if session._known_outputs is not None:
+            session._known_outputs.to(session.network.device)
         _UNPACKED[key] = session, means
     session, means = _UNPACKED[key]
-    return session.learn(part, means=means)
+    return getattr(session, part.method)(*part.arguments, means=means)

@@ -207,6 +207,7 @@ class Session:
         check_option(checks)
         self.seed = seed
         self._known_moments: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._known_outputs: CleanOutputs | None = None
         self.network = Network(model, run=options)
         # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
         with torch.inference_mode(False):
@@ -435,19 +436,39 @@ class Session:
             for i, size in enumerate(sizes)
         ]
 
+    def know_outputs(self, n_draws: int) -> None:
+        """Run the whole network on each image now, for replicas to come, here and on workers.
+
+        So a part of them finds the same numbers wherever it is learned, and need not run it again.
+
+        Args:
+            n_draws: How many images will be drawn: with more images than that, nothing is done.
+        """
+        if self._known_outputs is None and len(self.source.labels) <= n_draws:
+            with torch.inference_mode(False), frozen(self.network.model):
+                self._known_outputs = CleanOutputs(self.network, self.source)
+                self._known_outputs.find_all(self.source)
+
     def learn_replicas(
-        self, replicas: Sequence[Replica], advance: Callable[[int], object] = lambda n: None
+        self,
+        replicas: Sequence[Replica],
+        size: float | None = None,
+        *,
+        means: Mapping[str, Tensor] | None = None,
+        advance: Callable[[int], object] = lambda n: None,
     ) -> tuple[Tensor, Tensor | None]:
         """Learn tasks again: from some of the images, or with a price on channels.
 
         Args:
             replicas: R of them, side by side in shared passes as tasks are.
+            size: What to keep; None: as the recipe says.
+            means: See :meth:`learn`.
             advance: Called with a number of steps that are done.
 
         Returns:
             Gates (R, all channels), and the constants of closed channels if the recipe has them.
         """
-        found = [part[0] for part in self._parts(replicas, [None], None, None, advance)]
+        found = [part[0] for part in self._parts(replicas, [size], means, None, advance)]
         constants = [part.constants for part in found if part.constants is not None]
         gates = torch.cat([part.gates for part in found]).cpu()
         return gates, torch.cat(constants).cpu() if constants else None
@@ -461,13 +482,13 @@ class Session:
         advance: Callable[[int], object],
     ) -> list[list[Learned]]:
         """What is learned of each chunk at each size."""
-        network, source, recipe = self.network, self.source, self.recipe
+        network, source, recipe = self.network, self.learned_from, self.recipe
         parts: list[list[Learned]] = []
         with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
             means = self.means() if means is None else means
             if means is not None:
                 network.set_means(means)
-            clean = CleanOutputs(network, source)
+            clean = self._known_outputs or CleanOutputs(network, source)
             for part in chunks(len(tasks), self.width):
                 chosen = tasks[part.start : part.stop]
                 chunk = Chunk(network, source, chosen, self.seed, clean=clean, advance=advance)
