@@ -74,8 +74,9 @@ def of_planted(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row
                     known.model, known.data, [0], recipe, known.sites, seed=seed, run=RUN
                 )
                 found = certainty(
-                    known.model, gates, known.data, known.held_out, pairs=2, seed=seed, run=RUN
-                )
+                    known.model, gates, known.data, known.held_out, pairs=2, alternatives=2,
+                    seed=seed, run=RUN,
+                )  # fmt: skip
                 copies = [
                     torch.cat([copy[s.name] for s in known.sites]).numpy()
                     for copy in known.alternatives[0]
