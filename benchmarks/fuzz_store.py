@@ -7,9 +7,9 @@ and bits flipped, numbers replaced by extreme ones, pieces copied, cut out or ze
 and, with HDF5 itself so that every checksum is right again, groups and datasets deleted, linked
 elsewhere, given other shapes, types, chunks and huge claims, groups of others by thousands and
 nested deep, JSON of absurd numbers and of characters that command a terminal. Beside the file
-stands what is no journal, or one of another store. A third of the files are written to as well. A
-process forked for the purpose reads all of what is left of each one under a limit of time and
-memory; when it dies, that is counted, and another one goes on.
+stands something other than its journal. A third of the files are written to as well. A forked
+process reads all that is left of each under a limit of time and memory; when it dies, that is
+counted, and another one goes on.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ __all__ = ["GatingError", "check_count"]
 
 
 def tensor_of(values: Any) -> Tensor:
-    """A tensor as it is; other numbers as one on the CPU, whatever torch's default device is."""
+    """Return a tensor unchanged, and other numbers as a tensor on the CPU."""
     return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
@@ -25,16 +25,16 @@ def as_tensor(value: Any, what: str) -> Tensor:
     """A tensor of what was given for one site.
 
     Raises:
-        TypeError: If it is no tensor and cannot be made one.
+        TypeError: If it is not a tensor and cannot be made one.
     """
     try:
         return tensor_of(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{what} are no tensor: {error}.") from None
+        raise TypeError(f"{what} are not a tensor: {error}.") from None
 
 
 def check_mapping(values: Any, what: str) -> None:
-    """Refuse what is no ``{site name: ...}``.
+    """Refuse what is not a ``{site name: ...}``.
 
     Raises:
         TypeError: If it is something else.

@@ -308,7 +308,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         With ``scope="example"``, each image is a task of its own: its gates are learned for its
         target output from ``n_copies`` versions of it, half of them with Gaussian noise of 10 %
         of its range (and one without), half of them scaled by factors evenly spread from 0 to 1,
-        so that the output varies. Inputs that are no floating-point numbers stay as they are. An
+        so that the output varies. Inputs that are not floating-point numbers stay as they are. An
         image's result depends on nothing else in the batch. This learns as many times as there
         are images: choose a short recipe.
 
@@ -331,7 +331,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                 class index of the output.
             KeyError: If gates were learned before, but not of this target.
             SiteError: If a layer cannot be gated.
-            TypeError: If inputs or outputs are no tensors.
+            TypeError: If inputs or outputs are not tensors.
             ValueError: If the network is in train mode, or the images do not go together.
         """
         _check_forward_func(self.forward_func, self.layer, self.device_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -73,6 +73,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_latencies() -> Iterator[None]:
+    """Measure latencies for a moment: no test is about their precision."""
+    from nad_attr.export import costs
+    from nad_attr.report import measuring
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "_SECONDS", 0.02)
+        patch.setitem(costs.latency.__kwdefaults__, "seconds", 0.02)
+        yield
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from nad_attr import RunOptions
 from nad_attr._checks import GatingError
@@ -117,7 +118,9 @@ class ScorerContract:
             score(bad, labels, run=RunOptions(batch_size=3))
 
         def breaks(x: Tensor) -> Tensor:
-            score.model(x)
+            outputs: Tensor = score.model(x)
+            if isinstance(x, FakeTensor):  # or 20 other batch sizes would be tried
+                return outputs
             raise ZeroDivisionError
 
         if self.sees_images:
@@ -127,15 +130,14 @@ class ScorerContract:
     @pytest.mark.slow
     def test_batches_and_order_do_not_matter(self, network, data) -> None:
         model, sites = network
-        images, labels = data[0][:6], data[1][:6]
+        images, labels = data[0][:5], data[1][:5]
         scorer = self.make(model, sites)
         options = {"include_others": True, "dtype": torch.float64}
         whole = scorer(images, labels, **options)
-        assert_same(whole, scorer(images, labels, run=RunOptions(batch_size=1), **options))
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
         if self.draws_images:  # by their places
             order = torch.arange(len(labels))
-        assert_same(  # the last batch is shorter
+        assert_same(  # the last batch is one image
             whole, scorer(images[order], labels[order], run=RunOptions(batch_size=4), **options)
         )
 

@@ -283,8 +283,16 @@ cases(
             "channel",
         ),
         "batch axis": (lambda c: GateSite("a", 4, 0), SiteError, "axis 0 is the batch"),
-        "axis is text": (lambda c: GateSite("a", 4, "1"), SiteError, "axis"),
-        "axis is None": (lambda c: GateSite("a", 4, None), SiteError, "axis"),
+        "axis is text": (
+            lambda c: GateSite("a", 4, "1"),
+            SiteError,
+            "channel_dim must be an int, got .1.",
+        ),
+        "axis is None": (
+            lambda c: GateSite("a", 4, None),
+            SiteError,
+            "channel_dim must be an int, got None",
+        ),
     },
 )
 

@@ -116,7 +116,7 @@ INPUT: dict[str, tuple[Make, dict[str, Any]]] = {
         {"nt_samples": 3, "stdevs": 0.1},
     ),
 }
-#: Every layer and neuron attribution, at a layer that is no gate site.
+#: Every layer and neuron attribution, at a layer that is not a gate site.
 INNER: dict[str, tuple[Make, dict[str, Any]]] = {
     "LayerActivation": (lambda m: LayerActivation(m, m.conv2), {}),
     "LayerConductance": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -128,17 +129,22 @@ def labelled(found: ChannelCertainty, label: str) -> np.ndarray:
     return np.asarray(found.label[0] == LABELS.index(label))
 
 
+@functools.cache
+def found_in(kind: str) -> tuple[PlantedCircuit, ChannelCertainty]:
+    """A circuit and its certainty, measured once for all tests."""
+    known = circuit(kind)
+    return known, certain(known)
+
+
 @pytest.fixture(scope="module")
 def plain() -> tuple[PlantedCircuit, ChannelCertainty]:
-    known = circuit("plain")
-    return known, certain(known)
+    return found_in("plain")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["residual", "distractors", "cancelling", "shared", "constant"])
 def test_what_is_needed_is_called_so_and_nothing_else(kind: str) -> None:
-    known = circuit(kind)
-    found = certain(known)
+    known, found = found_in(kind)
     truth = flat(known.circuit[0])
     needed = labelled(found, "needed")
     assert not (needed & ~truth).any()
@@ -165,7 +171,7 @@ def test_a_plain_circuit_is_needed_and_the_rest_has_no_effect(
 
 @pytest.mark.slow
 def test_pairs_that_cancel_are_told_as_a_group() -> None:
-    found = certain(circuit("cancelling"))
+    _, found = found_in("cancelling")
     assert found.groups[0]
     for group in found.groups[0]:
         assert labelled(found, "no effect seen")[list(group)].all()
@@ -239,8 +245,7 @@ def test_p_values_are_uniform_where_closing_changes_nothing_in_the_mean() -> Non
 
 
 def test_a_channel_that_was_not_closed_counts_as_a_test() -> None:
-    known = circuit("plain")
-    found = certain(known)
+    _, found = found_in("plain")
     skipped = found.kept[0] & np.isnan(found.effect[0])
     assert skipped.sum() == found.skipped[0] > 0
     assert (found.p[0][skipped] == 1).all()

@@ -158,7 +158,7 @@ def test_size_one_is_the_whole_network() -> None:
 
 
 def test_nan_where_the_whole_network_knows_nothing() -> None:
-    # The product of four signs is no sum of them: AUC one half, with all channels or none.
+    # The product of four signs is not a sum of them: AUC one half, with all channels or none.
     result = known(measure="own_auc")
     np.testing.assert_allclose(result.full["own_auc"], 0.5)
     assert np.isnan(result.values("faithfulness")).all()

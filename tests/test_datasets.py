@@ -146,7 +146,7 @@ def test_bombs_are_not_decoded(tmp_path: Path) -> None:
 
 
 def broken(path: Path, kind: str) -> Path:
-    """Write a file that is no readable image."""
+    """Write a file that is not a readable image."""
     save(path, Image.effect_noise((32, 32), 50), format="jpeg" if kind != "png" else "png")
     data = path.read_bytes()
     cut = {"empty": b"", "text": b"no image", "truncated": data[: len(data) // 2]}
@@ -441,12 +441,12 @@ def test_class_index_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_class_index(tmp_path / "none.json")
     (tmp_path / "a.json").write_bytes(b"\xff{")
-    with pytest.raises(ValueError, match="is no JSON file"):
+    with pytest.raises(ValueError, match="is not a JSON file"):
         read_class_index(tmp_path / "a.json")
 
 
 # ---------------------------------------------------------------------------------------------
-# What is no file
+# What is not a file
 # ---------------------------------------------------------------------------------------------
 
 

@@ -122,7 +122,7 @@ def test_kappa_of_random_masks_is_zero_on_average() -> None:
         gates = TaskGates({"a": torch.rand(12, 40, generator=generator)}, [site], list(range(12)))
         profile = along_depth(gates, size=0.3)["network"]
         means.append(float(profile.mean("kappa")[0]))
-        assert float(profile.mean("jaccard")[0]) > 0.1  # which is no similarity at all
+        assert float(profile.mean("jaccard")[0]) > 0.1  # which is not a similarity at all
     assert abs(np.mean(means)) < 3 * np.std(means) / math.sqrt(len(means)) + 0.01
 
 

@@ -470,7 +470,7 @@ def _raise() -> None:
 def test_a_checkpoint_is_a_file_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "results.h5"
     write_result(path, "evaluation/heldout", {"auc": [0.5]})
-    with pytest.raises(GateStoreError, match="no checkpoint"):
+    with pytest.raises(GateStoreError, match="not a checkpoint"):
         dissect(build(TinyCNN), ["relu1"], Stream(3), checkpoint=path)
     assert result_names(path) == ["evaluation/heldout"]
 
@@ -647,7 +647,7 @@ def test_bad_images_and_labels_are_named() -> None:
 
 def test_a_site_without_positions_in_a_square_is_named() -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten()).eval()
-    with pytest.raises(ValueError, match="no square"):
+    with pytest.raises(ValueError, match="not a square"):
         dissect(model, [GateSite("0", 4)], (torch.zeros(2, 3, 7), torch.zeros(2, 3, 7).long()),
                 concepts=["a"])  # fmt: skip
 

@@ -47,7 +47,7 @@ CLASSES = (
     *("dog", "frog", "horse", "ship", "truck"),
 )
 SHELL = ("console", "sh", "bash", "shell")
-#: Languages whose blocks show something and are no code.
+#: Languages whose blocks show something and are not code.
 SHOWN = ("text",)
 #: Commands that a reader needs and a test must not run: they make environments and go there.
 SET_UP = re.compile(r"(python3? -m venv|\. \.venv/|source |cd |export )")

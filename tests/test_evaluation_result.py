@@ -401,7 +401,9 @@ def test_json(result: Evaluation, tmp_path) -> None:
 def test_bad_json(text: str, tmp_path) -> None:
     path = tmp_path / "result.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"result\.json is no (JSON file|evaluation)"):
+    with pytest.raises(
+        ValueError, match=r"result\.json (is not a JSON file|was not written by Evaluation)"
+    ):
         Evaluation.load(path)
     with pytest.raises(OSError, match="nothing"):
         Evaluation.load(tmp_path / "nothing.json")
@@ -427,7 +429,7 @@ def test_bad_json(text: str, tmp_path) -> None:
 def test_spoilt_json(result: Evaluation, key: str, value: object, tmp_path) -> None:
     path = tmp_path / "result.json"
     path.write_text(json.dumps({**result.to_dict(), key: value}), encoding="utf-8")
-    with pytest.raises(ValueError, match="no evaluation written by save"):
+    with pytest.raises(ValueError, match=r"was not written by Evaluation\.save"):
         Evaluation.load(path)
 
 

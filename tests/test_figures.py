@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 
 import numpy as np
@@ -271,20 +270,3 @@ def test_nothing_global_is_touched() -> None:
     assert dict(matplotlib.rcParams) == before
     if "matplotlib.pyplot" in sys.modules:
         assert sys.modules["matplotlib.pyplot"].get_fignums() == []
-
-
-@pytest.mark.slow
-def test_no_pyplot_and_no_matplotlib_before_the_first_figure() -> None:
-    code = (
-        "import captum.attr, sys; [sys.modules.pop(n) for n in list(sys.modules)"
-        " if n.partition('.')[0] == 'matplotlib']\n"
-        "import nad_attr.evaluation.sweeps.size_sweep\n"
-        "import nad_attr.evaluation.figures.size_sweep as f\n"
-        "assert not [n for n in sys.modules if n.partition('.')[0] == 'matplotlib']\n"
-        "f.figures.new_figure()\n"
-        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr

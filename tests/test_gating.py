@@ -583,9 +583,9 @@ class Pair(nn.Module):
         (GateSite("add", 3, at_input=True), "'add' takes 2 positional inputs"),
         (GateSite("keyword", 3, at_input=True), "'keyword' takes 0 positional inputs"),
         (GateSite("add", 4), r"'add' should have 4 channels on axis 1.*\(2, 3\)"),
-        (GateSite("add", 3, 2), "channel_dim=2 is no channel axis"),
-        (GateSite("add", 2, -2), "channel_dim=-2 is no channel axis.*axis 0 is the batch"),
-        (GateSite("add", 3, -5), "channel_dim=-5 is no channel axis"),
+        (GateSite("add", 3, 2), "channel_dim=2 is not a channel axis"),
+        (GateSite("add", 2, -2), "channel_dim=-2 is not a channel axis.*axis 0 is the batch"),
+        (GateSite("add", 3, -5), "channel_dim=-5 is not a channel axis"),
     ],
 )
 def test_sites_that_cannot_be_gated_are_named(site: GateSite, words: str) -> None:

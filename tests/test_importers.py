@@ -196,7 +196,7 @@ def test_dissect_reports_number_units_from_0_and_write_nan_as_text(tmp_path):
         ({"unit": 7}, r"unit 0 of 'a' is missing"),
         ({"iou": "Infinity"}, r"units\[0\]: 'iou' is infinite"),
         ({"iou": [1]}, r"units\[0\]: 'iou' must be a number"),
-        ({"iou": 2.0}, r"units\[0\]: 'iou' is 2, which is no IoU"),
+        ({"iou": 2.0}, r"units\[0\]: 'iou' is 2, which is not an IoU"),
         ({"label": ""}, r"units\[0\]: 'label' must be a text"),
         ({"cat": 3}, r"units\[0\]: 'cat' must be a text"),
     ],
@@ -306,15 +306,15 @@ def test_nothing_is_unpickled(tmp_path):
     [
         ({"conditions": [1, 2]}, "each label once, and 0"),
         ({"conditions": [0, 1, 1]}, "each label once, and 0"),
-        ({"conditions": [0.5]}, "no list of labels"),
-        ({"conditions": [0, -1, 2]}, "no labels"),
+        ({"conditions": [0.5]}, "not a list of labels"),
+        ({"conditions": [0, -1, 2]}, "not labels"),
         ({"conditions": [0, 1, 2, 3]}, r"no array '3.count'"),
-        ({"1.count": 0}, "no number of pixels"),
+        ({"1.count": 0}, "not a number of pixels"),
         ({"1.count": 20_000}, "more pixels than there are"),
         ({"1.mean": [0.1, 0.2, 0.3]}, "is of 3 units"),
-        ({"1.mean": [[0.1, 0.2]]}, "no number per unit"),
-        ({"1.mean": [5.0, 0.2]}, "no share of pixels"),
-        ({"1.mean": [np.nan, 0.2]}, "no share of pixels"),
+        ({"1.mean": [[0.1, 0.2]]}, "not a number per unit"),
+        ({"1.mean": [5.0, 0.2]}, "not a share of the pixels"),
+        ({"1.mean": [np.nan, 0.2]}, "not a share of the pixels"),
     ],
 )
 def test_wrong_condi99(tmp_path, change, message):
@@ -477,7 +477,7 @@ def test_absurd_numbers_in_a_report(tmp_path, iou, words):
 
 def test_an_infinite_count(tmp_path):
     path = _condi99(tmp_path / "condi99.npz", {**COUNTS, 0: np.inf}, MEANS)
-    with pytest.raises(ImportFileError, match=r"condi99.npz: '\d.count' is no number of pixels"):
+    with pytest.raises(ImportFileError, match=r"condi99.npz: '\d.count' is not a number of pixels"):
         import_condi99({"a": path})
 
 

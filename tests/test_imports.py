@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -152,6 +154,11 @@ def imports_of(package: Path) -> list[Import]:
     return found
 
 
+@functools.cache
+def _own_imports() -> list[Import]:
+    return imports_of(PACKAGE)
+
+
 def _inside(found: list[Import]) -> Iterator[tuple[Import, str, str]]:
     """Yield the imports within the package with both ends' names below it."""
     for item in found:
@@ -234,21 +241,16 @@ def test_root_is_small() -> None:
     assert len(in_root) <= MOST_IN_ROOT, f"move something of {in_root} into a room"
 
 
-@pytest.mark.slow
 def test_imports_run_one_way() -> None:
-    assert not order_violations(imports_of(PACKAGE))
+    assert not order_violations(_own_imports())
 
 
-@pytest.mark.slow
 def test_imports_have_no_circle() -> None:
-    assert find_circle(imports_of(PACKAGE)) is None
+    assert find_circle(_own_imports()) is None
 
 
-@pytest.mark.slow
 def test_allowed_late_imports_are_still_needed() -> None:
-    used = {
-        (i.importer, i.scope, i.imported.removeprefix("nad_attr.")) for i in imports_of(PACKAGE)
-    }
+    used = {(i.importer, i.scope, i.imported.removeprefix("nad_attr.")) for i in _own_imports()}
     assert used >= LATE_UPWARD
 
 
@@ -261,7 +263,7 @@ def test_the_page_on_contributing_shows_the_tree() -> None:
 def test_library_never_imports_benchmarks_or_tests() -> None:
     outside = [
         str(item)
-        for item in imports_of(PACKAGE)
+        for item in _own_imports()
         if item.imported.partition(".")[0] in ("benchmarks", "tests")
     ]
     assert not outside
@@ -374,23 +376,38 @@ def test_some_methods_may_import_late(package: Path, method: str, is_allowed: bo
 # What `import nad_attr` brings in, and what it offers
 # ---------------------------------------------------------------------------------------------
 
-needs_init = pytest.mark.skipif(
-    not (PACKAGE / "__init__.py").exists(), reason="nad_attr/__init__.py is not there"
-)
-
 _LIST_MODULES = """
 import json, sys
-{first}
-before = set(sys.modules)
-import nad_attr
-print(json.dumps(sorted({{name.partition(".")[0] for name in set(sys.modules) - before}})))
+
+def tops():
+    return {name.partition(".")[0] for name in sys.modules}
+
+import nad_attr, nad_attr.cli
+light = tops()
+import captum.attr
+captums = tops()  # matplotlib among them; nad_attr must not add to that
+for name in nad_attr.__all__:
+    getattr(nad_attr, name)
+import nad_attr.concepts, nad_attr.distributed, nad_attr.evaluation
+whole = tops()
+for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+    del sys.modules[name]
+import nad_attr.evaluation.figures.size_sweep as figures
+before = "matplotlib" in sys.modules
+figures.figures.new_figure()
+drawn = [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]
+print(json.dumps([sorted(light), sorted(whole - captums), sorted(whole), before, drawn]))
 """
 
 
-def _brought_in(first: str = "") -> set[str]:
-    """Return the top-level packages that `import nad_attr` adds to those that `first` imports."""
+@pytest.fixture(scope="module")
+def brought_in() -> list[Any]:
+    """Top-level packages: with `import nad_attr`, what all names add to captum's, and all of them.
+
+    Then whether figures import matplotlib before the first is made, and what of it afterwards.
+    """
     result = subprocess.run(
-        [sys.executable, "-c", _LIST_MODULES.format(first=first)],
+        [sys.executable, "-c", _LIST_MODULES],
         cwd=ROOT,
         check=False,
         capture_output=True,
@@ -398,20 +415,30 @@ def _brought_in(first: str = "") -> set[str]:
         timeout=400,
     )
     assert result.returncode == 0, result.stderr
-    return set(json.loads(result.stdout.splitlines()[-1]))
+    found: list[Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
 
 
-@needs_init
-def test_import_brings_in_neither_torchvision_nor_zennit() -> None:
-    assert not _brought_in() & {"torchvision", "zennit", "benchmarks", "tests"}
+def test_the_package_imports_torch_when_it_is_asked_for(brought_in: list[Any]) -> None:
+    assert "torch" not in brought_in[0]
+    assert "torch" in brought_in[2]
 
 
-@pytest.mark.slow
-@needs_init
-def test_import_brings_in_no_package_of_the_extras() -> None:
-    # captum.attr imports matplotlib by itself; nad_attr must not add to that.
-    extras = {"matplotlib", "pandas", "typer", "rich", "foolbox", "efficientnet_lite_pytorch"}
-    assert not _brought_in("import captum.attr") & extras
+def test_import_brings_in_neither_torchvision_nor_zennit(brought_in: list[Any]) -> None:
+    assert not set(brought_in[2]) & {"torchvision", "zennit", "benchmarks", "tests"}
+
+
+def test_import_brings_in_no_package_of_the_extras(brought_in: list[Any]) -> None:
+    extras = {"matplotlib", "nltk", "pandas", "plotly", "ray", "foolbox"}
+    assert not set(brought_in[1]) & {*extras, "efficientnet_lite_pytorch"}
+    assert not set(brought_in[0]) & {*extras, "typer", "rich"}
+
+
+def test_no_pyplot_and_no_matplotlib_before_the_first_figure(brought_in: list[Any]) -> None:
+    *_, before, drawn = brought_in
+    assert not before
+    assert "matplotlib.figure" in drawn
+    assert "matplotlib.pyplot" not in drawn
 
 
 @pytest.fixture(scope="module")
@@ -420,7 +447,6 @@ def nad_attr() -> ModuleType:
     return pytest.importorskip("nad_attr")
 
 
-@needs_init
 def test_public_names_exist(nad_attr: ModuleType) -> None:
     assert nad_attr.__all__, "nothing is public"
     assert len(set(nad_attr.__all__)) == len(nad_attr.__all__), "a name is there twice"
@@ -428,7 +454,6 @@ def test_public_names_exist(nad_attr: ModuleType) -> None:
     assert not missing
 
 
-@needs_init
 def test_public_names_are_documented_with_examples(nad_attr: ModuleType) -> None:
     undocumented, without_example = [], []
     for name in nad_attr.__all__:

@@ -78,17 +78,19 @@ def test_largest_batch_fills_and_never_overfills(
 
 
 KEPT = """
-import resource, sys
+import resource
 import torch
 from nad_attr.memory import keep_freed_memory
 torch.set_num_threads(1)
-done = keep_freed_memory() if sys.argv[1] == "kept" else None
-for _ in range(2):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        torch.ones(4, 2**22)  # 64 MB: 16,384 pages, above glibc's largest threshold
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(done, faults)
+
+def faults():
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(4, 2**22)  # 64 MB: 16,384 pages, above glibc's largest threshold
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), keep_freed_memory(), faults())
 """
 
 
@@ -97,19 +99,15 @@ def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second round of tensors causes no page faults any more."""
     own = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
 
-    def run(how: str) -> tuple[str, int]:
-        result = subprocess.run(
-            [sys.executable, "-c", KEPT, how], capture_output=True, text=True, check=True, env=own
-        )
-        done, faults = result.stdout.split()
-        return done, int(faults)
-
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
     assert not memory.keep_freed_memory()  # who has set something meant it
-    done, faults = run("kept")
+    result = subprocess.run(
+        [sys.executable, "-c", KEPT], capture_output=True, text=True, check=True, env=own
+    )
+    plain, done, kept = result.stdout.split()
     if done != "True":
         pytest.skip("another C library")
-    assert faults < 1000 < run("plain")[1]
+    assert int(kept) < 1000 < int(plain)
 
 
 def test_what_is_free() -> None:

@@ -47,7 +47,7 @@ class Changing(nn.Module):
         self.n_calls = 0
         self.shapes: list[Any] = []
         self.cache: dict[str, Any] = {"nested": {"last": []}}
-        self.plain = torch.zeros(3)  # a tensor that is no buffer
+        self.plain = torch.zeros(3)  # a tensor that is not a buffer
         self.generator = torch.Generator().manual_seed(3)
         self.train(False)
 

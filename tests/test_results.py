@@ -345,5 +345,5 @@ def test_a_flow_whose_parts_do_not_fit_is_refused(tmp_path: Path, damage: str) -
     else:
         first["links"][0][damage] = [99, 0, 1]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="is no information_flow written by save"):
+    with pytest.raises(ValueError, match=r"was not written by InformationFlow\.save"):
         InformationFlow.load(path)

@@ -579,7 +579,7 @@ def test_unknown_axes_are_asked_for() -> None:
         (-2, GateSite("relu", 4, 2)),
     ]:
         assert find_gate_sites(model, image, layers="relu", channel_dim=dim) == [site]
-    with pytest.raises(SiteError, match="channel_dim 0 is no channel axis"):
+    with pytest.raises(SiteError, match="channel_dim 0 is not a channel axis"):
         find_gate_sites(model, image, layers="relu", channel_dim=0)
     with pytest.raises(SiteError, match="channel_dim names 'rel', which is not a site"):
         find_gate_sites(model, image, layers="relu", channel_dim={"relu": 1, "rel": 1})

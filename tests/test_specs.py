@@ -140,7 +140,7 @@ def test_a_factory_makes_the_same_model_each_time() -> None:
     [
         ("resnet50", "write torchvision:resnet50, timm:resnet50, or package.module:factory"),
         ("specs_of_a_user:no_net", "returned a int, not a torch.nn.Module"),
-        ("specs_of_a_user:number", "is no function or class but a int"),
+        ("specs_of_a_user:number", "is not a function or class but a int"),
         (
             "specs_of_a_user:fails",
             r"failed: RuntimeError: first line\nsecond line \(.*specs_of_a_user\.py, line 14\)$",
@@ -282,7 +282,7 @@ def test_safetensors(here: Path) -> None:
     load_weights(source, here / "w.safetensors")
     assert torch.equal(source.state_dict()["0.weight"], state["0.weight"])
     (here / "b.safetensors").write_bytes(b"nothing")
-    with pytest.raises(SpecError, match="is no safetensors file"):
+    with pytest.raises(SpecError, match="is not a safetensors file"):
         load_weights(source, here / "b.safetensors")
 
 

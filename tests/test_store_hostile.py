@@ -433,14 +433,14 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
         lambda f: replace_texts(f["task"], "name", [b"\xff\xfe"] * 3),
         "utf-8",
     ),
-    "info is no JSON": (
+    "info is not JSON": (
         put("/", "info", "x"),
         "not a readable store",
     ),
     "info is a list": (put("/", "info", "[1, 2]"), "info|readable"),
     "info is a number": (lambda f: f.attrs.__setitem__("info", 5), "info"),
     "info is nested deep": (_deep_json, "not a readable store"),
-    "recipe is no JSON": (
+    "recipe is not JSON": (
         put("/", "recipe", "import os"),
         "readable",
     ),
@@ -488,7 +488,7 @@ def test_hostile_files_with_an_index(path: Path, name: str) -> None:
     [
         (lambda index: index[:-1], "lists 2 gate sites of 3"),
         (lambda index: [*index, index[0]], "lists 4 gate sites of 3"),
-        (lambda index: {"0": index[0]}, "no list"),
+        (lambda index: {"0": index[0]}, "not of type list"),
         (lambda index: [index[0][:3], *index[1:]], "lists a gate site as"),
         (lambda index: [[0, *index[0][1:]], *index[1:]], "lists a gate site as"),
         (lambda index: [[index[0][0], True, 1, 0], *index[1:]], "lists a gate site as"),

@@ -214,7 +214,7 @@ def test_store_path_and_sub_architectures_give_the_same(
     more = TaskGates(
         {s.name: torch.cat([gates[s.name], gates[s.name][:1]]) for s in gates.sites},
         gates.sites,
-        [0, 2, 7],  # 7 is no class of the network; no image has it, so it is never read
+        [0, 2, 7],  # 7 is not a class of the network; no image has it, so it is never read
         means=gates.means,
     )
     more.save(tmp_path / "gates.h5")

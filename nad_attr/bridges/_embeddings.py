@@ -53,7 +53,7 @@ def check_n_clusters(n_clusters: Sequence[int]) -> list[int]:
     """The numbers of clusters, sorted; none without scikit-learn.
 
     Raises:
-        ValueError: If one is no whole number from 2 on.
+        ValueError: If one is not a whole number from 2 on.
 
     Example:
         >>> check_n_clusters([])

@@ -1,4 +1,4 @@
-"""Concept relevance propagation (CRP) and sub-architectures: alike, and not the same.
+"""Compare concept relevance propagation (CRP) with sub-architectures.
 
 A CRP condition lets relevance flow backward through some channels only, in the network as it is. A
 sub-architecture closes channels on the way forward. :func:`compare_with_condition` computes both
@@ -173,7 +173,7 @@ def compare_with_condition(
         Achtibat et al., "From attribution maps to human-understandable explanations through Concept
         Relevance Propagation", Nature Machine Intelligence 2023, for conditions.
     """
-    arch.to_crp_condition(0)  # refuses what is no condition
+    arch.to_crp_condition(0)  # refuses what is not a condition
     explained = arch.task if target is None else target
     full = SubArchitecture.full(arch.sites)
     # Zeros and ones multiply nothing here; it brings the checks and the tidying up.

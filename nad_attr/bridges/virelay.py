@@ -509,7 +509,7 @@ def export_virelay(
         GatingError: If a site does not fire, fires twice or has another shape.
         ImportError: If an embedding was asked for whose package is missing.
         TypeError: If an argument is of a wrong kind.
-        ValueError: If no image is of a class with gates, inputs are no images, names do not fit,
+        ValueError: If no image is of a class with gates, inputs are not images, names do not fit,
             the network is in train mode, or values are not finite.
 
     Example:

@@ -268,7 +268,7 @@ def named_composite(
             tensors that broadcast to the images, or numbers).
 
     Raises:
-        TypeError: If the name is no string.
+        TypeError: If the name is not a string.
         ValueError: If there is no such composite, or its arguments are others.
 
     Example:
@@ -526,7 +526,7 @@ def _start(target: Any, n_images: int, from_output: bool) -> Callable[[Tensor], 
         indices = given.to(output.device).flatten().expand(len(output))
         if int(indices.min()) < 0 or int(indices.max()) >= output.shape[1]:
             raise ValueError(
-                f"the target {given.tolist()} is no class of a network with {output.shape[1]} "
+                f"the target {given.tolist()} is not a class of a network with {output.shape[1]} "
                 "outputs."
             )
         rows = torch.zeros_like(output).scatter(1, indices[:, None], 1)

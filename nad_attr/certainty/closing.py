@@ -28,7 +28,7 @@ DRAWN = 64
 
 
 class State(NamedTuple):
-    """Channels that are open, and what stands in place of the others: each (all channels,)."""
+    """The open channels, and the constants of the closed ones: each (all channels,)."""
 
     gates: Tensor
     constants: Tensor

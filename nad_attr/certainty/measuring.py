@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,8 +25,11 @@ from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.runs import Executor, InProcess
 from nad_attr.learning.session import Session
 from nad_attr.running.forward import chunks
-from nad_attr.running.options import FROM_RUN, RunOptions, as_options
+from nad_attr.running.options import RunFields, RunOptions, as_options
 from nad_attr.system.rng import seed_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["certainty"]
 
@@ -52,15 +55,10 @@ def certainty(
     tolerance: float = 0.02,
     seed: int = 0,
     run: RunOptions | None = None,
-    device: str | torch.device | None = FROM_RUN,
-    amp: bool | torch.dtype | None = FROM_RUN,
-    batch_size: int | Literal["auto"] | None = FROM_RUN,
-    forward_func: Callable[..., Any] | None = FROM_RUN,
-    additional_forward_args: Any = FROM_RUN,
-    show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
     checks: Checks = "refuse",
     executor: Executor | None = None,
+    **fields: Unpack[RunFields],
 ) -> ChannelCertainty:
     """How sure each kept channel of each task is, and whether the task needs it.
 
@@ -96,17 +94,12 @@ def certainty(
         tolerance: Loss of fidelity that counts as none.
         seed: Draws halves and images, with the task; the same for whatever tasks are beside.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
-        device: In place of that field of ``run``.
-        amp: In place of that field of ``run``.
-        batch_size: In place of that field of ``run``.
-        forward_func: In place of that field of ``run``.
-        additional_forward_args: In place of that field of ``run``.
-        show_progress: In place of that field of ``run``.
         augmented: See :func:`nad_attr.learn_gates`.
         checks: See there.
         executor: Where halves and alternatives are learned; None: in this process. With
             :class:`nad_attr.distributed.RayExecutor` on a cluster, with the same results. Channels
             are closed in this process.
+        **fields: In place of those fields of ``run``.
 
     Returns:
         The certainty of each channel; its ``passes`` say what it cost.
@@ -147,15 +140,7 @@ def certainty(
     for name, value in (("alpha", alpha), ("tolerance", tolerance)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
             raise ValueError(f"{name} must be a number in (0, 1), got {value!r}.")
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-        show_progress=show_progress,
-    )
+    options = as_options(run, **fields)
     if executor is None:
         executor = InProcess()
     elif options.batch_size == "auto":

@@ -1,4 +1,4 @@
-"""Certain, interchangeable and doubtful channels, told apart: the figure of a certainty."""
+"""The figure of a certainty: how many channels of each site have each label."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def standing_in(
         return closed, resisting
 
     def needing(closed: list[int], resisting: list[int]) -> list[int]:
-        """Those of the resisting whose closing costs more now than it did alone."""
+        """The channels whose closing costs more among others than it did alone."""
         if not closed or not resisting:
             return []
         now = closer.outputs([tuple(sorted([*closed, c])) for c in resisting])

@@ -185,11 +185,11 @@ class Verdict(Result):
         found = {name: float(values[t]) for name, values in self.measures.items()}
         if "learned_own_auc" not in found:
             return []
-        held = {"own_auc": found["own_auc"], "fidelity": float(self.value[t, 0])}
+        measured = {"own_auc": found["own_auc"], "fidelity": float(self.value[t, 0])}
         return apart(
-            {m: found[f"learned_{m}"] for m in held},
-            held,
-            {m: (found[f"{m}_gap_low"], found[f"{m}_gap_high"]) for m in held},
+            {m: found[f"learned_{m}"] for m in measured},
+            measured,
+            {m: (found[f"{m}_gap_low"], found[f"{m}_gap_high"]) for m in measured},
             whole=(found["learned_whole_auc"], found["whole_auc"]),
             n_own=int(found["learned_n_own"]),
             size=self.n_kept[t] / self.n_channels,

@@ -176,7 +176,7 @@ def _read(path: Path) -> object:
     try:
         return read_image(path)
     except ValueError as error:
-        kinds = "" if path.suffix.lower() in EXTENSIONS else f" ({path.suffix} is no image file)"
+        kinds = "" if path.suffix.lower() in EXTENSIONS else f" ({path.suffix} is not a picture)"
         raise SpecError(f"{path} cannot be read: {error}{kinds}") from None
 
 

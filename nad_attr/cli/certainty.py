@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,18 +10,17 @@ import typer
 from nad_attr.certainty.measuring import certainty as measure
 from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.cli import options as opt
-from nad_attr.cli.messages import UsageError, guarded, say, write_csv
+from nad_attr.cli.messages import guarded, say, write_csv
 from nad_attr.cli.opening import (
     check_folder,
-    check_outputs,
-    chosen_device,
+    check_result,
     finished,
     open_images,
     opened_gates,
     rebuilt,
+    run_options,
     training_name,
 )
-from nad_attr.running.options import RunOptions
 from nad_attr.specs import LoadedData
 from nad_attr.system.safe_text import shown
 
@@ -59,7 +57,7 @@ def certainty(
     alpha: Annotated[float, typer.Option(help="False discovery rate.")] = 0.05,
     tolerance: Annotated[float, typer.Option(help="Loss of fidelity that counts as none.")] = 0.02,
     allow_empty: opt.AllowEmpty = False,
-    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
+    amp: opt.Amp = False,
     checks: opt.Checks = opt.ChecksName.refuse,
     *,
     network: opt.NetworkOptions,
@@ -76,17 +74,8 @@ def certainty(
       nad-attr certainty gates.h5 --held-out photos/val --tasks cat --pairs 16 --out gates.h5
     """
     with guarded(work.debug, stopped=lambda: "Nothing was measured to the end."):
-        if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
-            raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
-        text = out is not None and out.suffix in (".json", ".csv")
-        read = [network.weights, work.class_index, data, held_out, *([gates] if text else [])]
-        check_outputs([(out, "text" if text else "HDF5")], read)
-        run = RunOptions(
-            chosen_device(work.device),
-            amp=amp,
-            batch_size=work.batch_size,
-            show_progress=not work.quiet and sys.stderr.isatty(),
-        )
+        check_result(out, gates, [network.weights, work.class_index, data, held_out], csv=True)
+        run = run_options(work, amp=amp)
         check_folder(held_out)
         learned, provenance = opened_gates(gates, tasks)
         name = training_name(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,18 +16,17 @@ from nad_attr.cli.messages import UsageError, check_size, guarded, number, print
 from nad_attr.cli.opening import (
     check_folder,
     check_outputs,
-    chosen_device,
     finished,
     open_images,
     opened_gates,
     rebuilt,
+    run_options,
     training_name,
 )
 from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import evaluate
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
-from nad_attr.running.options import RunOptions
 from nad_attr.specs import SpecError
 from nad_attr.system.files import write_text
 
@@ -43,10 +41,7 @@ def compare(
         list[Path], typer.Argument(metavar="GATES.h5 [GATES.h5]", help="One file or two.")
     ],
     tasks: opt.Tasks = None,
-    size: Annotated[
-        float | None,
-        typer.Option(help="Cut the gates at this share of the channels; left out: as learned."),
-    ] = None,
+    size: opt.Size = None,
     rival: Annotated[
         list[str] | None,
         typer.Option("--with", help=f"Score channels by: {', '.join(METHODS)}; repeatable."),
@@ -100,10 +95,7 @@ def compare(
             result = _within(files[0], tasks, size)
         else:
             assert data is not None
-            shown = not work.quiet and sys.stderr.isatty()
-            run = RunOptions(
-                chosen_device(work.device), batch_size=work.batch_size, show_progress=shown
-            )
+            run = run_options(work)
             check_folder(data, labels)
             gates, provenance = opened_gates(files[0], tasks)
             opened = rebuilt(provenance, network, quiet=work.quiet)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -21,17 +20,16 @@ from nad_attr.cli.messages import (
 )
 from nad_attr.cli.opening import (
     check_folder,
-    check_outputs,
-    chosen_device,
+    check_result,
     finished,
     open_images,
     opened_gates,
     rebuilt,
+    run_options,
     training_name,
 )
 from nad_attr.evaluation import ABLATIONS, Evaluation, fit_ablation
 from nad_attr.evaluation import evaluate as measure
-from nad_attr.running.options import RunOptions
 from nad_attr.specs import LoadedData
 
 __all__ = ["evaluate", "print_evaluation"]
@@ -62,10 +60,7 @@ def evaluate(
         ),
     ] = None,
     tasks: opt.Tasks = None,
-    size: Annotated[
-        float | None,
-        typer.Option(help="Cut the gates at this share of the channels; left out: as learned."),
-    ] = None,
+    size: opt.Size = None,
     ablation: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +94,7 @@ def evaluate(
             "next image of the class takes the place of one that cannot."
         ),
     ] = True,
-    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
+    amp: opt.Amp = False,
     checks: opt.Checks = opt.ChecksName.refuse,
     *,
     network: opt.NetworkOptions,
@@ -119,26 +114,9 @@ def evaluate(
         if ablation is not None and ablation not in ABLATIONS:
             raise UsageError(f"--ablation takes {', '.join(ABLATIONS)}, not {ablation!r}.")
         check_size(size)
-        if out is not None and out.suffix not in (".json", ".csv", ".h5", ".hdf5"):
-            raise UsageError(f"--out writes .json, .csv or .h5, not {out.name!r}.")
-        text = out is not None and out.suffix in (".json", ".csv")
-        read = [
-            network.weights,
-            work.class_index,
-            labels,
-            train_labels,
-            data,
-            train_data,
-            learned_from,
-            *([gates] if text else []),
-        ]
-        check_outputs([(out, "text" if text else "HDF5")], read)
-        run = RunOptions(
-            chosen_device(work.device),
-            amp=amp,
-            batch_size=work.batch_size,
-            show_progress=not work.quiet and sys.stderr.isatty(),
-        )
+        read = [network.weights, work.class_index, labels, train_labels]
+        check_result(out, gates, [*read, data, train_data, learned_from], csv=True)
+        run = run_options(work, amp=amp)
         check_folder(data, labels)
         learned, provenance = opened_gates(gates, tasks)
         opened = rebuilt(provenance, network, quiet=work.quiet)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,17 +13,16 @@ from nad_attr.cli.messages import UsageError, counted, guarded, print_table, say
 from nad_attr.cli.opening import (
     check_folder,
     check_outputs,
-    chosen_device,
     finished,
     open_images,
     opened_gates,
     rebuilt,
+    run_options,
 )
 from nad_attr.flow.links import REST
 from nad_attr.flow.measuring import information_flow
 from nad_attr.flow.result import InformationFlow
 from nad_attr.gates.task_gates import TaskGates
-from nad_attr.running.options import RunOptions
 from nad_attr.system.files import replacing
 from nad_attr.system.safe_text import shown
 
@@ -61,7 +59,7 @@ def flow(
     ] = False,
     labels: opt.LabelTable = None,
     allow_empty: opt.AllowEmpty = False,
-    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
+    amp: opt.Amp = False,
     *,
     network: opt.NetworkOptions,
     work: opt.WorkOptions,
@@ -83,12 +81,7 @@ def flow(
             [(csv_file, "text"), (plot, _PICTURES[plot.suffix] if plot else "picture")],
             [gates, network.weights, work.class_index, labels, data],
         )
-        run = RunOptions(
-            chosen_device(work.device),
-            amp=amp,
-            batch_size=work.batch_size,
-            show_progress=not work.quiet and sys.stderr.isatty(),
-        )
+        run = run_options(work, amp=amp)
         if labels is None:
             check_folder(data)
         learned, provenance = opened_gates(gates, tasks)

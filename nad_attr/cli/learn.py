@@ -126,7 +126,7 @@ def learn(
         ),
     ] = False,
     device: opt.Device = None,
-    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")] = False,
+    amp: opt.Amp = False,
     batch_size: opt.LearningBatch = 64,
     memory_limit: Annotated[
         str | None,

@@ -29,7 +29,7 @@ class UsageError(ValueError):
 
 
 def check_size(size: float | None) -> None:
-    """Refuse what is no share of the channels, before anything is read.
+    """Refuse what is not a share of the channels, before anything is read.
 
     Raises:
         UsageError: Says what was meant, where it looks like per cent.

@@ -53,7 +53,7 @@ def check_network(
 
 
 def check_apart(path: Path, other: Path | None, what: str) -> None:
-    """Refuse to write a network, or what stands beside it, over another file.
+    """Refuse to write a network or its companion files over another file.
 
     Raises:
         UsageError: Names the file.

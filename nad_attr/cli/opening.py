@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from nad_attr.cli.messages import UsageError, progress_bar, say
-from nad_attr.cli.options import NetworkOptions
+from nad_attr.cli.options import NetworkOptions, WorkOptions
 from nad_attr.data.fingerprints import model_hash
 from nad_attr.data.images import (
     ClassMapping,
@@ -27,6 +28,7 @@ from nad_attr.data.images import (
 from nad_attr.data.labels import Labels, Task
 from nad_attr.data.sources import as_source
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.running.options import RunOptions
 from nad_attr.specs import (
     LoadedData,
     LoadedModel,
@@ -78,6 +80,16 @@ def chosen_device(name: str | None) -> str:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device {name!r} cannot be used here: {reason}") from None
     return name
+
+
+def run_options(work: WorkOptions, *, amp: bool = False) -> RunOptions:
+    """How to run the network; progress is shown where someone looks."""
+    return RunOptions(
+        chosen_device(work.device),
+        amp=amp,
+        batch_size=work.batch_size,
+        show_progress=not work.quiet and sys.stderr.isatty(),
+    )
 
 
 def open_images(
@@ -223,6 +235,21 @@ def check_outputs(
             raise UsageError(str(error)) from None
         if any(os.path.realpath(path) == os.path.realpath(other) for other, _ in wanted[:i]):
             raise UsageError(f"{path} is asked for twice; give each output a file of its own.")
+
+
+def check_result(out: Path | None, gates: Path, inputs: Iterable[object], *, csv: bool) -> None:
+    """Refuse an output file that has an unknown suffix or is also an input.
+
+    An HDF5 file may be that of the gates: the result is written beside them.
+
+    Raises:
+        UsageError: Says what is wrong.
+    """
+    text = (".json", ".csv") if csv else (".json",)
+    if out is not None and out.suffix not in (*text, ".h5", ".hdf5"):
+        raise UsageError(f"--out writes {', '.join(text)} or .h5, not {out.name!r}.")
+    is_text = out is not None and out.suffix in text
+    check_outputs([(out, "text" if is_text else "HDF5")], [*inputs, *([gates] if is_text else [])])
 
 
 def _places(name: str) -> tuple[str, ...]:

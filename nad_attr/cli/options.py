@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -84,6 +84,11 @@ Tasks: TypeAlias = Annotated[
 ]
 Device: TypeAlias = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps; left out: cuda if there is one.")
+]
+Amp: TypeAlias = Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")]
+Size: TypeAlias = Annotated[
+    float | None,
+    typer.Option(help="Cut the gates at this share of the channels; left out: as learned."),
 ]
 BatchSize: TypeAlias = Annotated[
     int | None,
@@ -264,7 +269,7 @@ class WorkOptions:
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose groups of options are options of its own, as typer wants them.
+    """Make a command with single options, which typer needs, from one with groups of options.
 
     Args:
         command: Groups are keyword-only parameters, of types that are dataclasses.
@@ -276,8 +281,18 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         {'resize': 256}
     """
 
-    def parameters(function: Any) -> list[inspect.Parameter]:
+    def hints_of(function: Any) -> dict[str, Any]:
+        # Python 3.10 wraps a hint in Optional where the default is None: typer would not see what
+        # the option is called.
         hints = get_type_hints(function, include_extras=True)
+        for name, hint in hints.items():
+            first, *_ = get_args(hint) or [None]
+            if get_origin(hint) is Union and get_origin(first) is Annotated:
+                hints[name] = first
+        return hints
+
+    def parameters(function: Any) -> list[inspect.Parameter]:
+        hints = hints_of(function)
         found = []
         for name, parameter in inspect.signature(function).parameters.items():
             if is_dataclass(hints[name]):
@@ -287,7 +302,7 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         return found
 
     def gathered(function: Any, given: dict[str, Any]) -> dict[str, Any]:
-        hints = get_type_hints(function, include_extras=True)
+        hints = hints_of(function)
         return {
             name: hints[name](**gathered(hints[name], given))
             if is_dataclass(hints[name])

@@ -39,7 +39,7 @@ def sites(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """List where the gates of a network stand: module, channels, axis.
+    """List the gate sites of a network: module, channels, axis.
 
     Needs no weights and downloads none.
 

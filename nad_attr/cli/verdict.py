@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,18 +10,17 @@ import typer
 from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict import verdict as judge
 from nad_attr.cli import options as opt
-from nad_attr.cli.messages import UsageError, check_size, guarded, say
+from nad_attr.cli.messages import check_size, guarded, say
 from nad_attr.cli.opening import (
     check_folder,
-    check_outputs,
-    chosen_device,
+    check_result,
     finished,
     open_images,
     opened_gates,
     rebuilt,
+    run_options,
     training_name,
 )
-from nad_attr.running.options import RunOptions
 from nad_attr.store import result_names
 
 __all__ = ["verdict"]
@@ -48,10 +46,7 @@ def verdict(
         ),
     ] = None,
     tasks: opt.Tasks = None,
-    size: Annotated[
-        float | None,
-        typer.Option(help="Cut the gates at this share of the channels; left out: as learned."),
-    ] = None,
+    size: opt.Size = None,
     replica: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,17 +75,10 @@ def verdict(
     """
     with guarded(work.debug, stopped=lambda: "No verdict was reached."):
         check_size(size)
-        if out is not None and out.suffix not in (".json", ".h5", ".hdf5"):
-            raise UsageError(f"--out writes .json or .h5, not {out.name!r}.")
-        text = out is not None and out.suffix == ".json"
         others = [Path(name) for name in replica or ()]
         read = [network.weights, work.class_index, held_out, data, *others]
-        check_outputs([(out, "text" if text else "HDF5")], [*read, *([gates] if text else [])])
-        run = RunOptions(
-            chosen_device(work.device),
-            batch_size=work.batch_size,
-            show_progress=not work.quiet and sys.stderr.isatty(),
-        )
+        check_result(out, gates, read, csv=False)
+        run = run_options(work)
         check_folder(held_out)
         learned, provenance = opened_gates(gates, tasks)
         replicas = [opened_gates(path, tasks)[0] for path in others]

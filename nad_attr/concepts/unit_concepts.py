@@ -37,7 +37,7 @@ class Concept:
             "color" becomes "colour"; a data set's own category is taken as it is.
 
     Raises:
-        TypeError: If one of them is no text.
+        TypeError: If one of them is not a text.
         ValueError: If the name is empty.
 
     Example:

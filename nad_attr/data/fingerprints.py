@@ -55,7 +55,7 @@ def model_hash(model: nn.Module) -> str:
         64 hexadecimal digits: SHA-256 of names, types, shapes and bytes of the state dict.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -102,7 +102,7 @@ def data_fingerprint(data: Data | Source) -> str:
         64 hexadecimal digits.
 
     Raises:
-        TypeError: If it is no such data.
+        TypeError: If the data are of another kind.
         ValueError: If it is empty or holds NaN.
 
     Example:
@@ -123,10 +123,10 @@ def data_fingerprint(data: Data | Source) -> str:
     if isinstance(classes, (list, tuple)):
         digest.update(repr([str(name) for name in classes]).encode())
     n = len(source.labels)
-    held = getattr(source, "inputs", None)
+    tensors = getattr(source, "inputs", None)
     stored: Any = getattr(source, "dataset", None)
-    if held is not None:
-        stored = TensorDataset(*held, source.labels)
+    if tensors is not None:
+        stored = TensorDataset(*tensors, source.labels)
     chosen = chosen_for_fingerprint(digest, stored, getattr(source, "numbers", range(n)))
     for inputs in source.batches([[(number, 0)] for number in chosen]):
         for i, value in enumerate(inputs):
@@ -183,7 +183,7 @@ def chosen_for_fingerprint(digest: Any, dataset: Any, numbers: Sequence[int]) ->
 
 
 def _files(dataset: Any, numbers: Sequence[int]) -> list[str] | None:
-    """The files of a dataset's items; None: it does not say, or they are no plain files."""
+    """The files of a dataset's items; None: it does not say, or they are not plain files."""
     path, samples = getattr(dataset, "path", None), getattr(dataset, "samples", None)
     try:
         if callable(path):

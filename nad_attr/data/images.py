@@ -60,7 +60,7 @@ _PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 class UnreadableImageError(ValueError):
-    """A file is no image that can be read; the message says why."""
+    """A file is not an image that can be read; the message says why."""
 
     def __init__(self, message: object) -> None:
         super().__init__(shown(message))  # it quotes what stands in files
@@ -94,7 +94,7 @@ def read_image(
 
     Raises:
         ImportError: If Pillow is not installed.
-        OSError: If the file is not there or cannot be read from disk: that is no property of the
+        OSError: If the file is not there or cannot be read from disk: that is not a property of the
             image, and goes away.
         UnreadableImageError: If what the file holds is broken, too large or no image.
 
@@ -315,7 +315,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
         classes: Names of the class folders that hold images.
         class_to_idx: ``{folder: class index}``.
         targets: The class index of each image.
-        n_ignored: How many files there are that are no images by their names.
+        n_ignored: How many files there are that are not images by their names.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -598,7 +598,7 @@ def match_classes(
     known: Mapping[str, int] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> ClassMapping:
-    """Find out which class index each folder stands for, and never guess.
+    """Find the class index of each folder, without guessing.
 
     In this order: what ``class_index`` says; what ``known`` says of all folders; numbers as folder
     names are class indices; the network's class names; WordNet numbers (n01440764) for a network of
@@ -741,7 +741,7 @@ def read_class_index(path: str | os.PathLike[str]) -> dict[str, int]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON file: {error}.") from None
+        raise ValueError(f"{path} is not a JSON file: {error}.") from None
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return {name: i for i, name in enumerate(content)}
     if isinstance(content, dict) and content:

@@ -147,7 +147,7 @@ class Labels:
             the output's own, all others its other images. None: each output's median.
 
     Raises:
-        ValueError: If there is no such kind, or ``above`` is given for what is no target.
+        ValueError: If there is no such kind, or ``above`` is given for what is not a target.
 
     Example:
         >>> read_labels(Labels(["cat", "dog", "cat"], classes=["dog", "cat"])).labels
@@ -176,7 +176,7 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class ReadLabels:
-    """Labels in the form that everything else asks.
+    """Labels in the form that all other code reads.
 
     Attributes:
         labels: int64 (N,) or (N, K), see this module's description.

@@ -70,7 +70,7 @@ def grid_of(
         >>> grid_of(site, torch.Size([1, 17]), 1.0, None)
         (Grid(height=4, width=4, n_prefix=1), '')
         >>> grid_of(site, torch.Size([1, 11]), 1.0, None)
-        (None, "its 11 tokens are no grid of the image's shape")
+        (None, "its 11 tokens are not a grid of the image's shape")
     """
     axes = shape[1:]
     if len(axes) == 0:
@@ -78,7 +78,7 @@ def grid_of(
     if len(axes) == 1:
         found = _token_grid(axes[0], aspect, prefix)
         if found is None:
-            return None, f"its {axes[0]} tokens are no grid of the image's shape"
+            return None, f"its {axes[0]} tokens are not a grid of the image's shape"
         grid = Grid(found[1], found[2], found[0])
     elif len(axes) == 2:
         grid = Grid(axes[0], axes[1], None)

@@ -590,7 +590,7 @@ def _as_source(data: Any, augmented: bool | None) -> Source:
             raise TypeError(f"{type(data).__name__} has no length; wrap it in a DataLoader.")
         return DatasetSource(data, augmented=_augmented(data, augmented), labels=labels)
     if not isinstance(data, Dataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        if hasattr(data, "features"):  # datasets.Dataset of Hugging Face, which is no torch Dataset
+        if hasattr(data, "features"):  # a datasets.Dataset of Hugging Face is not one of torch
             return DatasetSource(_Items(data), augmented=_augmented(data, augmented), labels=labels)
     if isinstance(data, (tuple, list)) and len(data):
         kinds = ", ".join(type(x).__name__ for x in data[:4]) + (" ..." if len(data) > 4 else "")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from nad_attr.data.labels import own_images
 from nad_attr.evaluation.ablation import (
     ABLATIONS,
@@ -209,13 +207,3 @@ __all__ = [
     "tasks_of",
     "top_k",
 ]
-
-
-def __getattr__(name: str) -> object:
-    # Former names of size_sweep and SizeSweep.
-    former = dict(whether="size_sweep", Whether="SizeSweep")
-    if name not in former:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    new = former[name]
-    warnings.warn(f"{name} is now called {new}; use that name", DeprecationWarning, stacklevel=2)
-    return globals()[new]

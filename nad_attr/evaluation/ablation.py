@@ -1,4 +1,4 @@
-"""Ablation values: what stands in place of the channels that a sub-architecture closes.
+"""Ablation values: the values that closed channels get.
 
 Whether a channel matters depends on what it is replaced by. Zero and a mean are single numbers per
 channel; values of another image and noise keep a channel varying, so that the network behind it
@@ -92,7 +92,7 @@ class Filler(ABC):
 
 
 class Ablation(ABC):
-    """What stands in place of closed channels; made by :func:`fit_ablation`.
+    """The values that closed channels get; made by :func:`fit_ablation`.
 
     Pass it to :func:`nad_attr.evaluation.sweep` or :func:`nad_attr.evaluation.evaluate`.
 
@@ -386,7 +386,7 @@ class ResampleAblation(Ablation):
         seed: Of the choice of donors.
 
     Raises:
-        TypeError: If the inputs are no tensors.
+        TypeError: If the inputs are not tensors.
         ValueError: If inputs and labels do not fit.
 
     Example:
@@ -466,7 +466,7 @@ class _DonorFiller(Filler):
 
 
 def as_ablation(ablation: Ablation | str | None) -> Ablation | None:
-    """The ablation value that an argument stands for; None: what each sub-architecture says.
+    """The ablation value of an argument; None: that of each sub-architecture.
 
     Raises:
         TypeError: If it is something else.

@@ -114,7 +114,7 @@ def evaluate(
     show_progress: bool = FROM_RUN,
     checks: Checks = "refuse",
 ) -> Evaluation:
-    """Measure sub-architectures on held-out images, beside what they have to beat.
+    """Measure sub-architectures on held-out images, with random channels and rivals beside them.
 
     The whole network, random channels of the same sizes and rivals run on the same images, in the
     same batches. An image is run once through the whole network and once for each of T tasks times
@@ -161,7 +161,7 @@ def evaluate(
         TypeError: If an argument is of a wrong kind.
         ValueError: If the network is in train mode, a sub-architecture says no task, a task is
             there twice, no task has own images, rivals are of other sites or tasks, the ablation
-            does not fit, labels or tasks are no class of the network, or inputs or outputs hold
+            does not fit, labels or tasks are not a class of the network, or inputs or outputs hold
             NaN.
 
     Example:

@@ -39,7 +39,7 @@ class Responses:
         whole_margin: float32 (N, J), task output minus the highest output of any other class.
         gated_margin: float32 (R, N), the same for each sub-architecture's own task.
 
-    Where labels are no classes, no class is called (-1), and the margin is the task output minus
+    Where labels are not classes, no class is called (-1), and the margin is the task output minus
     the threshold from which on an output says yes: one half where all outputs of the whole
     network are in [0, 1] (probabilities), else zero (logits).
     """
@@ -159,7 +159,7 @@ class DistinctNetworks:
         self.first = self._members[self._start]
 
     def members(self, which: Tensor) -> tuple[Tensor, Tensor]:
-        """All rows whose network is among some of the different ones.
+        """All rows of some of the different networks.
 
         Args:
             which: int64 (B,), numbers of different networks.
@@ -306,7 +306,7 @@ def sweep(
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
         ValueError: If the network is in train mode, a sub-architecture says no task, the ablation
-            does not fit, labels or tasks are no class of the network, or inputs or outputs hold
+            does not fit, labels or tasks are not a class of the network, or inputs or outputs hold
             NaN.
 
     Example:
@@ -333,7 +333,7 @@ class Watch(Protocol):
     """Looks on while the whole network runs."""
 
     def begin(self, numbers: range, inputs: Inputs) -> None:
-        """The images whose pass comes next."""
+        """Remember the images of the next pass."""
 
     def __call__(self, site: GateSite, tensor: Tensor) -> None:
         """What a site holds."""
@@ -502,7 +502,7 @@ class _Differences(Rows):
             return result
         n = len(self.rows)
         if len(tensor) < 2 * n:
-            return result  # Rows has refused it, or axis 0 is no batch
+            return result  # Rows has refused it, or axis 0 is not a batch
         wide = torch.promote_types(tensor.dtype, torch.float32)
         whole = tensor[self.n_clean - n : self.n_clean].to(wide)
         rows = self.rows.cpu()

@@ -1,4 +1,4 @@
-"""The measures of sub-architectures put together: how they do, and beside what."""
+"""The measures of sub-architectures, random channels, rivals and the whole network."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Evaluation(Result):
 
     @property
     def is_of_targets(self) -> bool:
-        """Whether the images have targets to be predicted, and there are no classes to be told."""
+        """Whether the images have numbers as targets, and no classes."""
         return not bool(np.isnan(self.whole.target_r2).all())
 
     @property
@@ -254,7 +254,7 @@ class Evaluation(Result):
         return pd.DataFrame(columns, index=index)
 
     def summary(self, *, max_tasks: int = 20) -> str:
-        """A table as plain text: tasks, their mean with its 95 % interval, and what is beside it.
+        """A table as plain text: tasks, their mean with its 95 % interval, and rivals.
 
         Recall never stands without FPR, own AUC and random channels or rivals of equal size: a
         network that always says k has recall 1. Without those it is left out.
@@ -314,7 +314,7 @@ class Evaluation(Result):
         return "\n".join(map(shown, listed))
 
     def plot(self, measure: str = "own_auc", axes: Any = None) -> Figure:
-        """The mean of a measure with its interval over tasks, beside all that it has to beat.
+        """The mean of a measure with its interval over tasks, with random channels and rivals.
 
         Args:
             measure: One of ``MEASURES``.

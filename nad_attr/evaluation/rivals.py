@@ -144,7 +144,7 @@ def best_variants(
 
     Raises:
         GatingError, SiteError, TypeError, ValueError: As the scorer and ``sweep``; also if there
-            are no sizes, or no task has own and other images to choose on.
+            are not sizes, or no task has own and other images to choose on.
     """
     if not sizes or not per_site:
         raise ValueError("name at least one size and one way to keep channels (per_site).")

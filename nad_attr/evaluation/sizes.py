@@ -70,7 +70,7 @@ def site_costs(
     Raises:
         GatingError: If a site does not fire or fires twice.
         SiteError: If the network has no such site.
-        TypeError: If inputs are no tensors.
+        TypeError: If inputs are not tensors.
         ValueError: If the network is in train mode or cannot be run on the inputs.
 
     Example:
@@ -214,7 +214,7 @@ class Activity:
         self._rows = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def begin(self, numbers: range, inputs: Inputs) -> None:
-        """The images whose pass comes next."""
+        """Remember the images of the next pass."""
         if self.example is None:
             self.example = tuple(x[:1].clone() for x in inputs)
         self._rows = self._place[numbers[0] : numbers[-1] + 1]
@@ -225,7 +225,7 @@ class Activity:
         values = tensor.detach().movedim(dim, 1).flatten(2) if tensor.ndim > 2 else tensor.detach()
         low, high = torch.aminmax(values, dim=-1) if values.ndim > 2 else (values, values)
         if len(low) != len(self._rows):
-            return  # axis 0 is no batch: the gates refuse it
+            return  # axis 0 is not a batch: the gates refuse it
         for kept, new, how in ((self.low, low, "amin"), (self.high, high, "amax")):
             rows = self._rows.to(new.device)[:, None].expand_as(new)
             kept[site.name].scatter_reduce_(0, rows, new.to(kept[site.name].dtype), how)

@@ -147,7 +147,7 @@ class DemoResult:
     seconds: float
 
     def table(self) -> str:
-        """The measures as plain text: each class, their mean, and what is beside it."""
+        """The measures as plain text: classes, their mean, random channels and whole network."""
         return self.evaluation.summary()
 
     def code(self) -> str:
@@ -303,7 +303,7 @@ def random_crops(
     size: int = IMAGE_SIZE,
     scale: tuple[float, float] = (0.35, 1.0),
 ) -> tuple[Tensor, Tensor]:
-    """Random crops of each photo, mirrored half of the time: a stand-in for more photos.
+    """Random crops of each photo, half of them mirrored, in place of more photos.
 
     Args:
         photos: The photos.

@@ -117,7 +117,7 @@ def passes(
     means = 0 if recipe.ablation == "zero" else min(MEAN_IMAGES, n_learned)
 
     def of_steps(steps: int, which: Sequence[Task], constants: bool) -> tuple[int, int]:
-        """Images through the gated network and back, and through the network beside."""
+        """Images that pass through the gated network and back, and through the whole network."""
         half = recipe.images_per_step // 2
         each = {t: min(own[t], recipe.images_per_step - half) + min(other[t], half) for t in which}
         gated = sum(steps * images for images in each.values())
@@ -240,12 +240,12 @@ def measured_rates(
     began = clock()
     inputs = next(iter(pool.batches([[(number, seed) for number in numbers]])))
     read = (clock() - began) / len(numbers)
-    held = TensorSource(inputs, pool.labels[numbers])
-    held.fields = pool.fields
+    source = TensorSource(inputs, pool.labels[numbers])
+    source.fields = pool.fields
     archs = [_random(session.sites, n_kept, some[0], draw) for draw in range(_ROWS)]
-    sweep(model, archs[:1], held, run=run)  # warm
+    sweep(model, archs[:1], source, run=run)  # warm
     began = clock()
-    sweep(model, archs, held, run=run)
+    sweep(model, archs, source, run=run)
     seconds = (clock() - began) / (len(numbers) * (1 + _ROWS))
     return Rates(seconds, learn / each, fit / each, read, setup), n_kept
 

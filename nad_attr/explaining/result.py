@@ -87,7 +87,7 @@ class Explanation(Result):
         return self.verdict.frame()
 
     def lines(self) -> list[str]:
-        """Five lines: what was asked, the answer, how sure, beside what, and what is next."""
+        """Five lines: question, answer, certainty, comparison, and next step."""
         verdict, evaluation = self.verdict, self.evaluation
         n = len(self.tasks)
         listed = ", ".join(self.task_names[:_NAMES])

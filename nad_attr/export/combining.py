@@ -44,14 +44,14 @@ def united(archs: Mapping[Task, SubArchitecture]) -> SubArchitecture:
     archs = _checked(archs)
     every = list(archs.values())
     union = reduce(lambda a, b: a | b, every)
-    held = [arch._gating(None)[2] for arch in every]
-    if all(values is None for values in held):
+    constants = [arch._gating(None)[2] for arch in every]
+    if all(values is None for values in constants):
         return union
     means = {
         site.name: torch.stack(
             [
                 torch.zeros(site.n_channels, device="cpu") if h is None else h[site.name].float()
-                for h in held
+                for h in constants
             ]
         ).mean(0)
         for site in union.sites

@@ -208,11 +208,11 @@ def node_costs(module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.Node
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     costs: dict[fx.Node, Cost] = {}
     for node in module.graph.nodes:
-        held = 0
+        n_parameters = 0
         for source in node.all_input_nodes:
             if source.op == "get_attr" and source.target in state:
-                held += state.pop(source.target).numel()
-        costs[node] = Cost(held, counted.counts.get(node, 0))
+                n_parameters += state.pop(source.target).numel()
+        costs[node] = Cost(n_parameters, counted.counts.get(node, 0))
     return costs
 
 

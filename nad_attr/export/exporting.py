@@ -1,4 +1,4 @@
-"""A sub-architecture as a network of its own."""
+"""Export a sub-architecture as a separate network."""
 
 from __future__ import annotations
 

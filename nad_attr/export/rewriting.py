@@ -292,22 +292,22 @@ class Writer:
         assert self._now is not None
         channels = list(range(len(value.varying))) if channels is None else channels
         has = self.env.get(node)
-        held = [] if has is None else has.channels
-        assert held is not None
-        place = {channel: i for i, channel in enumerate(held)}
+        open_channels = [] if has is None else has.channels
+        assert open_channels is not None
+        place = {channel: i for i, channel in enumerate(open_channels)}
         n_columns = 0 if value.columns is None else value.columns.shape[1]
         lacking = sorted({c for c in channels if c not in place})
-        tail = list(range(len(held), len(held) + n_columns)) if columns else []
+        tail = list(range(len(open_channels), len(open_channels) + n_columns)) if columns else []
         made = None if has is None else has.node
         if lacking:
             block = self._closed(node, lacking)
-            place.update({c: len(held) + n_columns + i for i, c in enumerate(lacking)})
+            place.update({c: len(open_channels) + n_columns + i for i, c in enumerate(lacking)})
             if made is None:
                 made = block
             else:
                 made = self.call(self._now, aten.cat.default, ([made, block], value.axis))
         order = [place[c] for c in channels] + tail
-        if order != list(range(len(held) + n_columns + len(lacking))):
+        if order != list(range(len(open_channels) + n_columns + len(lacking))):
             args = (made, value.axis, self.index(order))
             made = self.call(self._now, aten.index_select.default, args)
         assert made is not None
@@ -324,11 +324,11 @@ class Writer:
         if value.columns is None:
             return self.filled(node, known, value.axis, exact=True)
         of_columns = value.columns[channels]
-        held = self.env[node]
-        assert held.channels is not None
-        start = len(held.channels)
+        computed = self.env[node]
+        assert computed.channels is not None
+        start = len(computed.channels)
         part = self.call(
-            node, aten.slice.Tensor, (held.node, value.axis, start, start + of_columns.shape[1])
+            node, aten.slice.Tensor, (computed.node, value.axis, start, start + of_columns.shape[1])
         )
         last = len(self.plan.shape(node)) - 1
         if value.axis != last:

@@ -1,4 +1,4 @@
-"""A gated network as one graph of operators, in which each gate is a node of its own.
+"""Trace a gated network as one graph of operators, with a node for each gate.
 
 ``torch.export`` writes the graph. While it runs the network, the gate sites' hooks put a marker
 into it, so that the graph holds each gate exactly where :func:`nad_attr.gated` would multiply.
@@ -223,7 +223,7 @@ def _module_of(node: fx.Node) -> str:
 
 
 def op_name(node: fx.Node) -> str:
-    """An operator's name without namespace and overload; "" for what is no operator."""
+    """An operator's name without namespace and overload; "" for what is not an operator."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return ""
     return str(node.target._schema.name).split("::")[-1]

@@ -136,17 +136,17 @@ def whole_gradients(
     Returns:
         ``{site name: (x, g)}``.
     """
-    held: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
 
     def function(site: GateSite, tensor: Tensor) -> Tensor:
         x = gating(site, tensor)
-        held[site.name] = x if x.requires_grad else x.detach().requires_grad_()
-        return held[site.name].clone()
+        leaves[site.name] = x if x.requires_grad else x.detach().requires_grad_()
+        return leaves[site.name].clone()
 
     with torch.enable_grad(), installed(runner.model, sites, function):
         y = task_outputs(runner(inputs), [task]).sum()
-    grads = torch.autograd.grad(y, list(held.values()))
-    return {name: (x.detach(), g) for (name, x), g in zip(held.items(), grads, strict=True)}
+    grads = torch.autograd.grad(y, list(leaves.values()))
+    return {name: (x.detach(), g) for (name, x), g in zip(leaves.items(), grads, strict=True)}
 
 
 def channel_sums(site: GateSite, values: Tensor, leading: int = 0) -> Tensor:

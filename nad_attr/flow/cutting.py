@@ -85,7 +85,7 @@ class Machine:
         return self._gating
 
     def at_site(self, site: GateSite, tensor: Tensor) -> Tensor:
-        """What stands at a site in this pass."""
+        """The tensor at a site in this pass."""
         now = self.now
         given = now.given.get(site.name)
         x = self.gating(tensor)(site, tensor) if given is None else given
@@ -180,12 +180,12 @@ class Machine:
             self.now, self.inner = before, inner
 
     def copied_at(self, target: str) -> str | None:
-        """The one site behind which nothing else is read, if there is one."""
+        """The only site that all later layers read, if there is one."""
         sources = self.links[target]
         return sources[0] if len(sources) == 1 else None
 
     def isolates(self, name: str) -> bool:
-        """Whether nothing behind a site reads what is before it."""
+        """Whether no layer after a site reads a tensor from before it."""
         order = list(self.links)
         at = order.index(name)
         return all(order.index(s) >= at for target in order[at + 1 :] for s in self.links[target])

@@ -88,7 +88,7 @@ def _drops(
     images: Sequence[int],
     edges: Sequence[Edge],
 ) -> Tensor:
-    found.pairs(edges, flow)  # refuses what is no edge
+    found.pairs(edges, flow)  # refuses what is not an edge
     if any(target == REST for *_, target in edges):
         raise ValueError(
             "an edge to all receivers that were not told apart (-1) is not one edge; name a "

@@ -86,7 +86,7 @@ class TaskFlow:
         return total
 
     def inflow(self, site: str) -> tuple[Tensor, float]:
-        """float64 (C,): all that arrives at each channel, NaN where not told apart; the rest's."""
+        """float64 (C,): the sum that arrives at each channel, NaN in the rest; its sum."""
         into = [link for link in self.links if link.target_site == site]
         total = torch.full_like(self.effects[site], torch.nan)
         if not into:

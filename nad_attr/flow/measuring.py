@@ -91,7 +91,7 @@ def information_flow(
         The flow; ``edges`` and ``nodes`` are its tables.
 
     Raises:
-        SiteError: If a site is no cut; the message says which site to take.
+        SiteError: If a site is not a cut; the message says which site to take.
         TypeError: If an argument is of another kind.
         ValueError: If it is not clear which task is meant, there is no image of it, the network has
             no output for it, or the network is in train mode or cannot be run.

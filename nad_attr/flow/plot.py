@@ -42,7 +42,7 @@ def plot_flow(
 
     Raises:
         ImportError: If matplotlib is missing.
-        TypeError: If it is no flow.
+        TypeError: If it is not a flow.
         ValueError: If a number makes no sense.
     """
     if not isinstance(flow, InformationFlow):

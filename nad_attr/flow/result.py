@@ -224,7 +224,7 @@ class InformationFlow(Result):
         """Edges by the site that they lead to: ``{target site: [(site, source, target), ...]}``.
 
         Raises:
-            TypeError: If they are no edges.
+            TypeError: If they are not edges.
             ValueError: If there is no such edge.
         """
         columns = ("source_site", "source", "target_site", "target")

@@ -72,7 +72,7 @@ class StoredLink:
             ("targets", self.targets, self.target_site),
         ):
             if numbers.ndim != 1 or any(not 0 <= c < widths[site] for c in numbers.tolist()):
-                raise ValueError(f"{what} are no channels of {site!r}")
+                raise ValueError(f"{what} are not channels of {site!r}")
         for name in _NUMBERS:
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")

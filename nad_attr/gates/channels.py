@@ -1,4 +1,4 @@
-"""Channels of all sites together: budgets, masks, and how alike two masks are."""
+"""Channels of all sites together: budgets, masks, and the similarity of two masks."""
 
 from __future__ import annotations
 

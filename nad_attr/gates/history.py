@@ -27,7 +27,7 @@ class History(Result, Mapping[str, npt.NDArray[np.float32]]):
         curves: The curves, all of one shape.
 
     Raises:
-        TypeError: If they are no mapping.
+        TypeError: If they are not a mapping.
         ValueError: If the curves have different shapes or hold no numbers.
 
     Example:
@@ -46,7 +46,7 @@ class History(Result, Mapping[str, npt.NDArray[np.float32]]):
             try:
                 self._curves[name] = np.atleast_2d(np.asarray(curve, np.float32))
             except (TypeError, ValueError) as error:
-                raise ValueError(f"curve {name!r} is no table of numbers: {error}.") from None
+                raise ValueError(f"curve {name!r} is not a table of numbers: {error}.") from None
         shapes = {curve.shape for curve in self._curves.values()}
         if len(shapes) > 1 or any(len(shape) != 2 for shape in shapes):
             raise ValueError(f"curves must all have shape (steps, tasks), got {sorted(shapes)}.")

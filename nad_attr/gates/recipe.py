@@ -182,7 +182,7 @@ class Recipe:
             **overrides: Any field of :class:`PaperRecipe`.
 
         Raises:
-            TypeError: If an override is no field of the paper's recipe.
+            TypeError: If an override is not a field of the paper's recipe.
             ValueError: If the pair is not among the published ones and no ``beta`` is given, or a
                 field has no sensible value.
 
@@ -226,7 +226,7 @@ class Recipe:
         """The recipe that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: If it is no such text.
+            ValueError: If it is not such a text.
 
         Example:
             >>> Recipe.from_json(Recipe(size=0.3).to_json()) == Recipe(size=0.3)

@@ -270,7 +270,7 @@ class SubArchitecture:
     def cost(
         self, model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], **options: Any
     ) -> Any:
-        """What this sub-architecture costs as a network of its own, beside the whole network.
+        """The cost of this sub-architecture as a separate network, and that of the whole network.
 
         Args:
             model: The network, in eval mode; unchanged.

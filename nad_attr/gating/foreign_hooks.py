@@ -1,4 +1,4 @@
-"""Where a gate stands among hooks with which other libraries rewrite the backward pass.
+"""Put gates in the right order among hooks of other libraries that rewrite the backward pass.
 
 Captum's DeepLift, LRP, GuidedBackprop and Deconvolution, and every rule of Zennit, replace the
 gradient that a module hands down by one of their own. A gate on that module's output has to act
@@ -73,7 +73,7 @@ def move_behind_rewriters(module: nn.Module, function: object) -> None:
 
 
 def relevance_rules(model: nn.Module) -> list[Callable[[], bool]]:
-    """One function for each relevance rule that stands in a network: is it at work?
+    """One function for each relevance rule in a network: is it active?
 
     Args:
         model: The network.

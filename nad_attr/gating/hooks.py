@@ -67,7 +67,7 @@ def site_modules(model: nn.Module, sites: Sequence[GateSite]) -> dict[str, nn.Mo
     Raises:
         SiteError: If a name is not a module of the network (close matches are named) or two
             sites share a name.
-        TypeError: If the network is no module or the sites are no gate sites.
+        TypeError: If the network is not a module or the sites are not gate sites.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
@@ -275,7 +275,7 @@ def channel_shape(site: GateSite, tensor: Tensor) -> tuple[int, int]:
     dim = site.channel_dim % ndim if -ndim <= site.channel_dim < ndim else 0
     if dim == 0:
         raise GatingError(
-            f"gate site {site.name!r}: channel_dim={site.channel_dim} is no channel axis of an "
+            f"gate site {site.name!r}: channel_dim={site.channel_dim} is not a channel axis of an "
             f"output of shape {tuple(tensor.shape)}; axis 0 is the batch."
         )
     if tensor.shape[dim] != site.n_channels:

@@ -1,4 +1,4 @@
-"""What gating asks of the values that it takes, so that it need not know their classes."""
+"""Protocols of the values that gating takes."""
 
 from __future__ import annotations
 

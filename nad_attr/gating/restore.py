@@ -20,7 +20,7 @@ __all__ = ["Explained", "flowing_copies", "restored", "untouched"]
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Undo at the end whatever is done to a network's modules, also after an exception.
+    """Undo all changes of a network's modules at the end, also after an exception.
 
     As :func:`restored`; nor does anything reach the global random numbers.
     """
@@ -30,7 +30,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Undo at the end whatever is done to a network's modules, also after an exception.
+    """Undo all changes of a network's modules at the end, also after an exception.
 
     Hooks that were left behind, attributes that were added (as Captum's DeepLift and Zennit's
     canonizers do), parameters that were exchanged.

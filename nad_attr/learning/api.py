@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,11 @@ from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session, _start
-from nad_attr.running.options import FROM_RUN, RunOptions, as_options
+from nad_attr.running.options import FROM_RUN, RunFields, RunOptions, as_options
 from nad_attr.sites.site import GateSite
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["learn_gates", "learn_sizes"]
 
@@ -96,7 +99,7 @@ def learn_gates(
         >>> gates["1"].shape
         torch.Size([1, 6])
     """
-    options = as_options(
+    run = as_options(
         run,
         device=device,
         amp=amp,
@@ -112,7 +115,7 @@ def learn_gates(
         recipe,
         sites,
         seed=seed,
-        run=options,
+        run=run,
         augmented=augmented,
         checks=checks,
     )
@@ -132,14 +135,9 @@ def learn_sizes(
     *,
     seed: int = 0,
     run: RunOptions | None = None,
-    device: str | torch.device | None = FROM_RUN,
-    amp: bool | torch.dtype | None = FROM_RUN,
-    batch_size: int | Literal["auto"] | None = FROM_RUN,
-    forward_func: Callable[..., Any] | None = FROM_RUN,
-    additional_forward_args: Any = FROM_RUN,
-    show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
     checks: Checks = "refuse",
+    **fields: Unpack[RunFields],
 ) -> dict[float, TaskGates]:
     """Learn which channels each task needs at several sizes, in one run of falling budget.
 
@@ -157,14 +155,9 @@ def learn_sizes(
         sites: See :func:`learn_gates`.
         seed: See there.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
-        device: In place of that field of ``run``.
-        amp: In place of that field of ``run``.
-        batch_size: In place of that field of ``run``.
-        forward_func: In place of that field of ``run``.
-        additional_forward_args: In place of that field of ``run``.
-        show_progress: In place of that field of ``run``.
         augmented: See there.
         checks: See there.
+        **fields: In place of those fields of ``run``.
 
     Returns:
         ``{size: task gates}`` in the order of ``sizes``.
@@ -185,15 +178,7 @@ def learn_sizes(
     """
     if recipe is None and isinstance(sizes, Sequence):
         recipe = Recipe(steps=max(Recipe().steps, 25 * len(sizes)))
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-        show_progress=show_progress,
-    )
+    run = as_options(run, **fields)
     session = Session(
         model,
         data,
@@ -201,7 +186,7 @@ def learn_sizes(
         recipe,
         sites,
         seed=seed,
-        run=options,
+        run=run,
         augmented=augmented,
         checks=checks,
     )

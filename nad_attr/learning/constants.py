@@ -1,4 +1,4 @@
-"""Gates and best constants learned together: what stands in place of a closed channel is fitted.
+"""Learn gates and the best constants of closed channels together.
 
 A closed channel is replaced by a constant, one number for each task, which can carry nothing of the
 image. The mean over data is one such number; the best is the one with which the task output is kept

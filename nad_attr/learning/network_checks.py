@@ -300,7 +300,7 @@ def check_gradients(
     more: Callable[[int], _Inputs] | None = None,
     checks: Checks = "refuse",
 ) -> None:
-    """Refuse a network at some of whose gate sites the gradient does not tell what closing does.
+    """Refuse a network whose gradient is wrong about closing channels at some gate site.
 
     One backward pass on two images gives the gradient of every gate; at each site a few channels
     are then moved a little, and the change is compared with what the gradient says: an image pass

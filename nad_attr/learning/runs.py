@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,12 @@ from nad_attr.learning.engine import Replica
 from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session
 from nad_attr.running.forward import chunks
-from nad_attr.running.options import FROM_RUN, RunOptions, as_options
+from nad_attr.running.options import RunFields, RunOptions, as_options
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.store import GateStore, GateStoreError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["MAY_DIFFER", "Executor", "InProcess", "Progress", "learn_to_store"]
 
@@ -186,12 +189,6 @@ def learn_to_store(
     *,
     seed: int = 0,
     run: RunOptions | None = None,
-    device: str | torch.device | None = FROM_RUN,
-    amp: bool | torch.dtype | None = FROM_RUN,
-    batch_size: int | Literal["auto"] | None = FROM_RUN,
-    forward_func: Callable[..., Any] | None = FROM_RUN,
-    additional_forward_args: Any = FROM_RUN,
-    show_progress: bool = FROM_RUN,
     chunk_size: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -202,6 +199,7 @@ def learn_to_store(
     provenance: Mapping[str, Any] | None = None,
     executor: Executor | None = None,
     on_progress: Callable[[Progress], object] | None = None,
+    **fields: Unpack[RunFields],
 ) -> Path:
     """Learn task gates into a store, chunk by chunk, in a way that survives being killed.
 
@@ -224,15 +222,10 @@ def learn_to_store(
         recipe: See there.
         sites: See there.
         seed: See there.
-        run: How to run the network; see :class:`nad_attr.RunOptions`.
-        device: In place of that field of ``run``. None: where the network is, or where the
-            executor's workers are best.
-        amp: In place of that field of ``run``.
-        batch_size: In place of that field of ``run``. "auto": on resume, what the store was begun
-            with; not with an executor, whose workers' memory is not known here.
-        forward_func: In place of that field of ``run``.
-        additional_forward_args: In place of that field of ``run``.
-        show_progress: In place of that field of ``run``.
+        run: How to run the network; see :class:`nad_attr.RunOptions`. With no device, an
+            executor's workers run it where they are best. A batch size of "auto" is, on resume,
+            what the store was begun with; an executor takes none, as its workers' memory is not
+            known here.
         chunk_size: Tasks in a chunk: what is lost at most, and what is handed to a worker. None:
             as many as share a pass of the network, ``batch_size // recipe.images_per_step``; on
             resume, what the store was begun with.
@@ -251,13 +244,14 @@ def learn_to_store(
             :class:`nad_attr.distributed.RayExecutor`.
         on_progress: Called with a :class:`Progress` when a chunk is written, and now and then in
             between.
+        **fields: In place of those fields of ``run``.
 
     Returns:
         The path of the store, for :meth:`nad_attr.TaskGates.load`.
 
     Raises:
         FileExistsError: If the file is there and neither ``resume`` nor ``overwrite`` is asked for.
-        GateStoreError: If the file is no store, is being written by another process, or was begun
+        GateStoreError: If the file is not a store, another process writes it, or it was begun
             with another network (other weights, or other outputs on four of the images), recipe,
             seed, other sites or data (:func:`nad_attr.data.fingerprints.data_fingerprint`).
         SiteError: See :func:`nad_attr.learn_gates`.
@@ -273,15 +267,7 @@ def learn_to_store(
         ...     TaskGates.load(path)
         TaskGates(2 tasks, 1 site, 6 channels, 50.0 % kept, closed channels at their best constants)
     """
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-        show_progress=show_progress,
-    )
+    options = as_options(run, **fields)
     if not isinstance(path, (str, PathLike)):
         raise TypeError(
             f"path must name a file, got {type(path).__name__}; the order is "
@@ -524,11 +510,11 @@ def _interrupted_later() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield
         return
-    held: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+    interrupts: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        if held:
-            previous(*held[0])
+        if interrupts:
+            previous(*interrupts[0])

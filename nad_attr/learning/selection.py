@@ -1,4 +1,4 @@
-"""The default recipe: close channels one by one, those first whose loss the output feels least.
+"""The default recipe: close the channels that matter least, one by one.
 
 Gates are yes or no from the beginning to the end, so nothing is trained soft and judged hard. Each
 step runs a few own and other images through the network as it is now and takes, for each image,
@@ -117,7 +117,7 @@ def steps_in_memory(recipe: Recipe) -> int:
 
 
 def lowest(cost: Tensor, n: int) -> Tensor:
-    """Where the ``n`` lowest numbers of each row stand, in rising order; of equal ones, the first.
+    """Indices of the ``n`` lowest numbers of each row, rising; of equal ones, the first.
 
     The beginning of a stable sort, without sorting all of a wide row.
 

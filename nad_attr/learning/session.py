@@ -141,19 +141,14 @@ class Session:
     any work is done.
 
     Args:
-        model: See :func:`learn_gates`.
+        model: See :func:`learn_gates`, as all that follows.
         data: See there.
         tasks: See there.
         recipe: See there.
         sites: See there.
         seed: See there.
-        device: See there.
-        amp: See there.
-        batch_size: See there.
-        memory_limit: See there.
+        run: See there.
         augmented: See there.
-        forward_func: See there.
-        additional_forward_args: See there.
         checks: See there.
 
     Attributes:
@@ -738,7 +733,7 @@ def _start(
         expected = (len(tasks), site.n_channels)
         value = logits.get(site.name)
         if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"initial_logits of {site.name!r} are no tensor.")
+            raise TypeError(f"initial_logits of {site.name!r} are not a tensor.")
         if value is None or tuple(value.shape) != expected:
             shape = None if value is None else tuple(value.shape)
             raise ValueError(

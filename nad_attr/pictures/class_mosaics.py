@@ -60,7 +60,7 @@ class ClassMosaics:
         return tuple(self.maps)
 
     def strengths(self, site: str | None = None) -> Tensor:
-        """How much each class has to say at each position, in units of its own largest value.
+        """The evidence for each class at each position, relative to its largest value.
 
         Negative values count as zero. Each class is scaled by itself, for outputs of different
         classes have different scales.
@@ -112,7 +112,7 @@ class ClassMosaics:
         site: str | None = None,
         to_pixels: ToPixels | None = None,
     ) -> Figure:
-        """Draw each mosaic beside itself coloured by class.
+        """Draw each mosaic twice: as it is, and coloured by class.
 
         Each position has the colour of the class that has most to say there, the stronger the
         more it has to say. Frames have the colours of the quadrants' classes.

@@ -38,7 +38,7 @@ class SiteMaps:
 
 
 def check_measure(measure: str) -> None:
-    """Refuse what is no measure.
+    """Refuse what is not a measure.
 
     Raises:
         ValueError: Names those that are.
@@ -47,7 +47,7 @@ def check_measure(measure: str) -> None:
         raise ValueError(f"measure must be 'evidence' or 'presence', not {measure!r}.")
 
 
-class _Held:
+class _Recorder:
     """Gates a network and keeps the gated tensors, with their graph."""
 
     def __init__(self, arch: SubArchitecture, device: torch.device) -> None:
@@ -114,18 +114,18 @@ def evidence_maps(
     left_out: dict[str, str] = {}
     aspect = images.shape[-2] / images.shape[-1]
     with _gradients(runner):
-        held = _Held(arch, runner.device)
+        recorder = _Recorder(arch, runner.device)
         x = images.detach().clone().requires_grad_(measure == "evidence")
-        with installed(runner.model, arch.sites, held):
+        with installed(runner.model, arch.sites, recorder):
             output = task_outputs(runner((x,)), [task]).sum()
         grids = {}
         for site in sites:
-            grid, reason = _grid(site, held.tensors[site.name], aspect, prefix_tokens)
+            grid, reason = _grid(site, recorder.tensors[site.name], aspect, prefix_tokens)
             if grid is None:
                 left_out[site.name] = reason
             else:
                 grids[site.name] = grid
-        tensors = [held.tensors[name] for name in grids]
+        tensors = [recorder.tensors[name] for name in grids]
         found: tuple[Tensor | None, ...] = (None,) * len(tensors)
         if measure == "evidence" and tensors:
             found = torch.autograd.grad(output, tensors, allow_unused=True)
@@ -133,8 +133,8 @@ def evidence_maps(
     for name, tensor, gradient in zip(grids, tensors, found, strict=True):
         dim, _ = channel_shape(by_name[name], tensor)
         values = tensor.detach().movedim(dim, -1)
-        if held.means is not None:
-            values = values - held.means[name].to(values)
+        if recorder.means is not None:
+            values = values - recorder.means[name].to(values)
         if measure == "presence":
             values = values.abs()
         elif gradient is None:

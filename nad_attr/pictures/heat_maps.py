@@ -208,7 +208,7 @@ def heat_maps(
         GatingError: If a site does not fire, fires twice or has another shape.
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind, or the method returns no tensor.
-        ValueError: If targets are no class indices, there is no sub-architecture for one, the
+        ValueError: If targets are not class indices, there is no sub-architecture for one, the
             network is in train mode, or the method returns another shape or values that are not
             finite.
 

@@ -27,7 +27,7 @@ def as_pixels(images: Tensor, to_pixels: ToPixels | None = None) -> Tensor:
         uint8 (B, 3, H, W) on the CPU; grey images have three equal channels.
 
     Raises:
-        TypeError: If ``to_pixels`` is no function or returns no tensor.
+        TypeError: If ``to_pixels`` is not a function or returns no tensor.
         ValueError: If what should be shown is not one or three channels of finite values.
 
     Example:

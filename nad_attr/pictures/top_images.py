@@ -60,7 +60,7 @@ class TopImages:
     inside: bool
 
     def row(self, site: str, channel: int) -> int:
-        """Where a channel stands in the tables of a site.
+        """The row of a channel in the tables of a site.
 
         Raises:
             KeyError: If it was not looked at.
@@ -123,7 +123,7 @@ class TopImages:
         Raises:
             ImportError: If matplotlib is missing.
             KeyError: If a site or channel was not looked at.
-            ValueError: If crop or threshold are no shares, or no site has positions.
+            ValueError: If crop or threshold are not shares, or no site has positions.
         """
         from nad_attr.pictures.figures import draw_top_images
 
@@ -356,7 +356,7 @@ def top_images(
     chosen = _chosen_channels(architecture, sites, channels)
     runner = Runner(model, run)
     source = as_source(data, any_labels=True)
-    with suppress(TypeError, ValueError):  # of a network that is no classifier nothing is asked
+    with suppress(TypeError, ValueError):  # of a network that is not a classifier nothing is asked
         runner.fit(source)
     at = [site for site in architecture.sites if site.name in chosen]
     best = {site.name: _Best(site, chosen[site.name], k, pool) for site in at}

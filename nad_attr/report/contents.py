@@ -30,7 +30,7 @@ BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, R
 
 @dataclass
 class Results:
-    """Everything beside the gates that a page can show; what is None is not there.
+    """All results that a page can show with the gates; None is not there.
 
     Attributes:
         evaluation: See :class:`nad_attr.evaluation.Evaluation`.
@@ -266,8 +266,8 @@ def _of_verdict(verdict: Verdict) -> list[str]:
         parts = [verdict.sentence(task), *verdict.held_out_sentences(task), numbers]
         said.append(" ".join(parts))
     if len(verdict.tasks) > _JUDGED:
-        held = int(verdict.holds().sum())
-        said.append(f"All that was asked holds for {held} of {len(verdict.tasks):,} classes.")
+        holding = int(verdict.holds().sum())
+        said.append(f"All that was asked holds for {holding} of {len(verdict.tasks):,} classes.")
     return said
 
 

@@ -1,4 +1,4 @@
-"""Numbers and texts in a page: small, and unable to end the script that they stand in."""
+"""Pack numbers and texts into a page's script, small and safely escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: one file that holds everything and asks nothing of the network."""
+"""Write the page: one file that needs no Internet."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def _curves(curves: Sequence[dict[str, Any]]) -> str:
         for key in ("full", "empty"):
             _numbers([curve[key]], 1)
         if not isinstance(curve["name"], str) or not isinstance(curve["measure"], str):
-            raise ValueError("a curve's name is no text")
+            raise ValueError("a curve's name is not a text")
     return _section(
         "curves",
         "Keep and ablate curves",

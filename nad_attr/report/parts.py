@@ -179,7 +179,7 @@ def mosaics_part(result: MosaicResult) -> dict[str, Any]:
 
 
 def errors_part(result: ErrorStudy, examples: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Where errors stand by similarity, beside chance and controls; the frequent ones; examples."""
+    """The ranks of errors by similarity, with chance and controls; frequent errors; examples."""
     rows = []
     for name, ranks in result.statistics.items():
         rows.append(

@@ -279,7 +279,7 @@ class Report:
 
         Raises:
             ImportError: If plotly is missing.
-            OSError: If the file cannot be written, or is there and is no text: neither the gates'
+            OSError: If the file cannot be written, or is not a text: neither the gates'
                 file nor another HDF5 file is replaced by a page.
         """
         target = check_output(path, "text", [self._path])

@@ -68,7 +68,7 @@ def keep_results(path: Path, results: Results) -> list[str]:
 def found_results(
     path: Path, sites: Sequence[GateSite], *, evaluation: str | None = None
 ) -> Results:
-    """What the file of the gates holds beside them.
+    """The results in the file of the gates.
 
     A part that cannot be read is left out with a note.
 
@@ -159,7 +159,7 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
             check_parts(curve, _CURVE)
         return found
     if not isinstance(found, dict):
-        raise ValueError("it is no table")
+        raise ValueError("it is not a table")
     check_parts(found, _NEEDED[name])
     if name == "flow":
         _check_flow(found)
@@ -170,12 +170,12 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
         if found.get("top") and len(base64.b64decode(found["top"], validate=True)) % 4:
             raise ValueError("the channels' pictures are cut short")
     if name == "errors" and not isinstance(found["examples"], list):
-        raise ValueError("its examples are no list")
+        raise ValueError("its examples are not a list")
     if name == "export":
         for row in found["rows"]:
             check_parts(row, ("name", *_COST))
             if not all(isinstance(row[c], (int, float)) for c in _COST) or not row["seconds"] > 0:
-                raise ValueError("a cost in it is no number")
+                raise ValueError("a cost in it is not a number")
         if not found["rows"] or not all(isinstance(m, str) for m in found["stays_whole"]):
             raise ValueError("it has no costs")
     if name == "mosaics":

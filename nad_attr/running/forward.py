@@ -153,8 +153,8 @@ def _what(outputs: object) -> str:
     if isinstance(outputs, (list, tuple)) and outputs and isinstance(outputs[0], dict):
         keys = ", ".join(map(str, outputs[0]))
         return (
-            f"a list of dictionaries ({keys}), as detection models do: boxes, which are no outputs "
-            "of an image. Give a forward_func that returns one score for each image and class, "
+            f"a list of dictionaries ({keys}), as detection models do: boxes, not outputs of an "
+            "image. Give a forward_func that returns one score for each image and class, "
             "(images, classes), such as the highest score of each label."
         )
     return (
@@ -187,7 +187,7 @@ class Runner:
             it. Set by :meth:`find_batch_size`.
 
     Raises:
-        TypeError: If the network is no module, or ``run`` is something else.
+        TypeError: If the network is not a module, or ``run`` is something else.
         ValueError: If the network is in train mode, or cannot be run where it should.
 
     Example:

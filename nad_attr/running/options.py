@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
 from nad_attr.system.memory import parse_bytes
 
-__all__ = ["FROM_RUN", "RunOptions", "as_options"]
+__all__ = ["FROM_RUN", "RunFields", "RunOptions", "as_options"]
 
 
 class _FromRun:
@@ -53,7 +53,7 @@ class RunOptions:
         show_progress: Show a progress bar with the time left.
 
     Raises:
-        TypeError: If ``forward_func`` is no function.
+        TypeError: If ``forward_func`` is not a function.
         ValueError: If another field has no sensible value.
 
     Example:
@@ -118,7 +118,7 @@ class RunOptions:
         return None if self.memory_limit is None else parse_bytes(self.memory_limit)
 
     def kept_bytes(self, default: int) -> int:
-        """Bytes of answers that may be kept at once, beside a batch that is found."""
+        """Bytes of answers that may be kept at once, in addition to a batch."""
         if self.limit is None:
             return default
         return self.limit // 4 if self.batch_size == "auto" else self.limit
@@ -127,6 +127,18 @@ class RunOptions:
         said = ((f.name, getattr(self, f.name)) for f in fields(self))
         named = ", ".join(f"{k}={v!r}" for k, v in said if v is not None and v is not False)
         return f"RunOptions({named})"
+
+
+class RunFields(TypedDict, total=False):
+    """Fields of :class:`RunOptions` as keywords of a call, in place of those of its ``run``."""
+
+    device: str | torch.device | None
+    amp: bool | torch.dtype | None
+    batch_size: int | Literal["auto"] | None
+    memory_limit: int | str | None
+    forward_func: Callable[..., Any] | None
+    additional_forward_args: Any
+    show_progress: bool
 
 
 def as_options(run: RunOptions | None = None, **fields: Any) -> RunOptions:

@@ -67,7 +67,7 @@ def label_loss(outputs: Tensor, labels: Tensor, targets: Tensor | None = None) -
 
 
 def own_task_output(outputs: Tensor, classes: Tensor, valid: Tensor) -> Tensor:
-    """The task output of each image for the task it stands in: (B,).
+    """The task output of each image for its own task: (B,).
 
     Args:
         outputs: (B, K).

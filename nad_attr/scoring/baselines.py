@@ -306,7 +306,7 @@ def check_scores(
     for site in sites:
         score = scores[site.name]
         if not isinstance(score, Tensor):
-            raise TypeError(f"scores of {site.name!r} are no tensor.")
+            raise TypeError(f"scores of {site.name!r} are not a tensor.")
         if tuple(score.shape) != (len(rows), site.n_channels):
             raise ValueError(
                 f"scores of {site.name!r} have shape {tuple(score.shape)}, not (tasks, channels) "

@@ -78,7 +78,7 @@ class CaptumLayerScorer(ChannelScorer):
     Called, it also raises :class:`~nad_attr.GatingError` where the method fails on the network, or
     its result does not have the site's shape. DeepLift is refused where a network calls one
     activation module several times (as torchvision's ResNets do), for then its rule is wrong.
-    DeepLift does not see activations that are no modules, and takes their plain gradient.
+    DeepLift does not see activations that are not modules, and takes their plain gradient.
 
     Example:
         >>> from captum.attr import LayerGradientShap
@@ -343,7 +343,7 @@ class LayerDeepLiftScorer(CaptumLayerScorer):
 
 
 class LayerActivationScorer(CaptumLayerScorer):
-    """:class:`captum.attr.LayerActivation`: how active a channel is, whatever for.
+    """:class:`captum.attr.LayerActivation`: how active a channel is.
 
     Example:
         >>> net = nn.Sequential(nn.Identity()).eval()

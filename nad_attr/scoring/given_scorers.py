@@ -1,4 +1,4 @@
-"""Scores that are there already, behind the scorers' protocol: gates, and anything else."""
+"""Scorers that return given scores: gates, or any others."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class GivenScorer(TaskScorer):
 
 
 class GatesScorer(GivenScorer):
-    """Learned task gates as scores, so that they stand beside their rivals.
+    """Learned task gates as scores, to compare them with rivals.
 
     The scores are the gates' logits, which rank the channels in full resolution, or the gates
     themselves where no logits were kept. :func:`~nad_attr.evaluation.top_k` makes the same
@@ -115,7 +115,7 @@ class OtherTaskScorer(GivenScorer):
         other: ``{task: the task whose gates it gets}``.
 
     Raises:
-        TypeError: If they are no task gates.
+        TypeError: If they are not task gates.
         ValueError: If there is only one task.
 
     Example:
@@ -166,7 +166,7 @@ def shuffled(gates: TaskGates, *, seed: int = 0) -> TaskGates:
         Gates (and logits, in the same order) of the same sites and tasks.
 
     Raises:
-        TypeError: If they are no task gates.
+        TypeError: If they are not task gates.
 
     Example:
         >>> gates = TaskGates({"a": torch.tensor([[0.9, 0.2, 0.4]])}, [GateSite("a", 3, 1)], [7])

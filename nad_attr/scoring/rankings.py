@@ -39,7 +39,7 @@ def check_sizes(sizes: Sequence[float]) -> tuple[float, ...]:
     """Shares of the channels, from small to large.
 
     Raises:
-        TypeError: If they are no sequence of numbers.
+        TypeError: If they are not a sequence of numbers.
         ValueError: If there is none, one is there twice, or one is not in (0, 1].
 
     Example:
@@ -115,7 +115,7 @@ class Ranking:
         return None if self.means is None else self.means[self._key(size)]
 
     def has_constants(self, size: float) -> bool:
-        """Whether each task has constants of its own, learned for just what this size keeps."""
+        """Whether each task has constants that were learned for this size."""
         if not self.closes_at_constants or self.learned is None:
             return False
         gates = self.learned[self._key(size)]

@@ -37,10 +37,10 @@ Variants: TypeAlias = "dict[tuple[bool, bool], Scores]"
 
 
 def tasks_of(targets: Any, tasks: Sequence[Task] | None = None) -> list[Task]:
-    """The tasks that a scorer's rows stand for: as given, or the sorted different targets.
+    """The tasks of a scorer's rows: as given, or the sorted different targets.
 
     Raises:
-        TypeError: If a task is no class index or group of them.
+        TypeError: If a task is not a class index or group of them.
         ValueError: If a task is there twice, or there is none.
 
     Example:
@@ -249,7 +249,7 @@ class ChannelScorer(ABC):
             GatingError: If a site does not fire, fires twice or has another shape.
             TypeError: If an argument is of a wrong kind.
             ValueError: If the network is in train mode, shapes do not fit, values are not finite,
-                targets or tasks are no class of the network, or a task has no own (or, where
+                targets or tasks are not a class of the network, or a task has no own (or, where
                 they count, no other) images.
         """
         found = self._scored(inputs, targets, tasks, (include_others,), (self.signed,), run, dtype)

@@ -51,7 +51,7 @@ class LRPScorer(ChannelScorer):
 
     Raises:
         ImportError: If Zennit is not installed.
-        TypeError: If the composite is no composite, or canonizers come with one.
+        TypeError: If ``composite`` is something else, or canonizers come with one.
         ValueError: If there is no composite of that name, it needs arguments, or it has no rule
             for a module of the network.
 
@@ -194,7 +194,7 @@ class RelPScorer(LRPScorer, MeansScorer):
 
     Raises:
         ImportError: If Zennit is not installed.
-        TypeError: If means are no mapping.
+        TypeError: If means are not a mapping.
         ValueError: If gamma is negative, means and sites do not fit, or there is no rule for a
             module of the network.
 
@@ -360,7 +360,7 @@ def composite_named(
         **arguments: What the composite needs or allows.
 
     Raises:
-        TypeError: If the name is no string.
+        TypeError: If the name is not a string.
         ValueError: If there is no such composite, or its arguments are others.
     """
     from zennit.canonizers import SequentialMergeBatchNorm

@@ -109,7 +109,7 @@ class Flow:
         return self.between(call.start - 1, call.end - 1)
 
     def gateable(self) -> Iterator[Call]:
-        """Calls at whose outputs a gate could stand, if the place were right."""
+        """Calls whose outputs could have a gate."""
         for name, calls in self.calls.items():
             if not name or len(calls) != 1:
                 continue

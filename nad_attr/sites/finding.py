@@ -47,7 +47,7 @@ def check_kind(model: nn.Module) -> None:
     Raises:
         SiteError: Says what kind it is, and what to do.
     """
-    unwrap(model)  # says so if it is no module
+    unwrap(model)  # says so if it is not a module
     for name, module in model.named_modules():
         called = f"module {name!r}" if name else "the network"
         kinds = type(module).__mro__
@@ -57,7 +57,7 @@ def check_kind(model: nn.Module) -> None:
             )
         if any(c.__module__.startswith("torch.export") for c in kinds):
             raise SiteError(
-                f"{called} is a program made by torch.export, in which the layers are no modules "
+                f"{called} is a program made by torch.export, in which the layers are not modules "
                 "any more, so nothing can be hooked (nor eval() be called); give the network that "
                 "it was exported from"
             )
@@ -356,7 +356,7 @@ def _traced(
 
 
 def _cut_remedy(flow: Flow, name: str, cuts: Iterable[int]) -> str:
-    """Says which site to take in place of one that is no cut."""
+    """Says which site to take in place of one that is not a cut."""
     at = {call.output: call.name for call in flow.gateable()}
     named = {at[node] for node in cuts if node in at}
     outer = name
@@ -922,8 +922,8 @@ def _site(
         raise SiteError(f"channel_dim of layer {name!r} must be a whole number, not {axis!r}")
     if not -len(shape) <= axis < len(shape) or axis % len(shape) == 0:
         raise SiteError(
-            f"channel_dim {axis} is no channel axis of layer {name!r}, of shape {shape}; give one "
-            f"from 1 to {len(shape) - 1}, or -1"
+            f"channel_dim {axis} is not a channel axis of layer {name!r}, of shape {shape}; give "
+            f"one from 1 to {len(shape) - 1}, or -1"
         )
     return GateSite(name, shape[axis], canonical_axis(shape, axis), at_input)
 

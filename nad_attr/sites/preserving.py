@@ -36,8 +36,8 @@ _CONTAINERS = frozenset({*_DICTS, list, set, deque, tuple})
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None), torch.device, torch.dtype})
 
 
-class Copies(dict[int, "_Held"]):
-    """Copies of tensors, used again as long as nobody writes to the tensors; never pickled.
+class Copies(dict[int, "_Snapshot"]):
+    """Copies of tensors, reused until the tensors are written to; never pickled.
 
     Attributes:
         pending: A pass whose graph may still be needed.
@@ -81,7 +81,7 @@ def _put_back(container: Any, kept: Any) -> None:
     container.extend(kept) if isinstance(container, (list, deque)) else container.update(kept)
 
 
-class _Held:
+class _Snapshot:
     """One tensor: which memory it has, and what is in it."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -135,7 +135,7 @@ class Kept:
         self._containers: list[tuple[Any, Any]] = []
         self._generators: list[tuple[torch.Generator, Tensor]] = []
         self._seen = set[int]()
-        self._held: list[_Held] = []
+        self._snapshots: list[_Snapshot] = []
         for module in model.modules():
             attributes = vars(module)
             kept = dict(attributes)
@@ -169,13 +169,18 @@ class Kept:
         if id(tensor) in self._seen:
             return
         self._seen.add(id(tensor))
-        held = self._copies.get(id(tensor))
+        snapshot = self._copies.get(id(tensor))
         known = self._copies
-        if held is None or held.compared or known.stateful or held.version != tensor._version:
+        if (
+            snapshot is None
+            or snapshot.compared
+            or known.stateful
+            or snapshot.version != tensor._version
+        ):
             if torch.nn.parameter.is_lazy(tensor):
                 return
-            held = self._copies[id(tensor)] = _Held(tensor)
-        self._held.append(held)
+            snapshot = self._copies[id(tensor)] = _Snapshot(tensor)
+        self._snapshots.append(snapshot)
 
     def _look(self, value: Any) -> None:
         if isinstance(value, Tensor):
@@ -202,10 +207,10 @@ class Kept:
         """
         if not graph and not _FOREIGN[0]:
             self._restore_attributes()
-        self._held = [held for held in self._held if held.changed()]
-        for held in self._held:
-            held.after = _version(held.tensor)
-        self._copies.stateful |= bool(self._held)
+        self._snapshots = [snapshot for snapshot in self._snapshots if snapshot.changed()]
+        for snapshot in self._snapshots:
+            snapshot.after = _version(snapshot.tensor)
+        self._copies.stateful |= bool(self._snapshots)
         self._epoch = _EPOCH[0]
         self._copies.pending = self if graph else None
         if not graph:
@@ -234,10 +239,10 @@ class Kept:
 
     def _restore_tensors(self) -> None:
         """Put back the tensors that the pass has written to, unless somebody has since."""
-        for held in self._held:
-            if _version(held.tensor) == held.after:
-                held.restore()
-        self._held, self._copies.pending = [], None
+        for snapshot in self._snapshots:
+            if _version(snapshot.tensor) == snapshot.after:
+                snapshot.restore()
+        self._snapshots, self._copies.pending = [], None
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def called_projections(model: nn.Module, names: Iterable[str] | None = None) -> 
 
     Args:
         model: The network, not wrapped.
-        names: Of modules that have to be called; those that are no such projection are left as
+        names: Of modules that have to be called; others are left as
             they are. None: all projections of :func:`uncalled_projections`.
 
     Example:

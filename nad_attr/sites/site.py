@@ -29,7 +29,7 @@ def check_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
 
 
 class SiteError(ValueError):
-    """A gate cannot stand where it was asked for; the message says where it can."""
+    """A gate is not possible at this place; the message says where it is."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class GateSite:
             )
         for what, value in (("n_channels", self.n_channels), ("channel_dim", self.channel_dim)):
             if not isinstance(value, int) or isinstance(value, bool):
-                raise SiteError(f"site {self.name!r}: {what}, of an axis, is no int: {value!r}")
+                raise SiteError(f"site {self.name!r}: {what} must be an int, got {value!r}")
         if self.n_channels < 1:
             raise SiteError(f"site {self.name!r} needs at least one channel, not {self.n_channels}")
         if self.channel_dim == 0:
@@ -133,7 +133,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         except through torch.compile.
 
     Raises:
-        TypeError: If it is no module.
+        TypeError: If it is not a module.
 
     Example:
         >>> inner = nn.Linear(2, 2)

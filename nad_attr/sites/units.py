@@ -24,7 +24,7 @@ __all__ = ["check_rows", "unit_sites"]
 
 
 def unit_sites(model: nn.Module, flow: Flow, units: str) -> list[tuple[int, GateSite]]:
-    """The sites of a network's heads or neurons, each with the node at which it stands.
+    """The sites of a network's heads or neurons, each with its node.
 
     Args:
         model: The network, not wrapped.
@@ -180,9 +180,9 @@ def check_rows(
     seen: list[dict[str, Tensor]] = []
     with called_projections(model), unchanged(model), isolated_rng(), torch.no_grad():
         for pair in ([0, 1], [0, 0], [1, 1]):
-            held: dict[str, Tensor] = {}
+            read: dict[str, Tensor] = {}
             handles = [
-                model.get_submodule(site.name).register_forward_pre_hook(_keeping(held, site.name))
+                model.get_submodule(site.name).register_forward_pre_hook(_keeping(read, site.name))
                 for site in sites
             ]
             try:
@@ -190,7 +190,7 @@ def check_rows(
             finally:
                 for handle in handles:
                     handle.remove()
-            seen.append(held)
+            seen.append(read)
     both, first, second = seen
     for name, value in both.items():
         half = len(value) // 2
@@ -203,8 +203,8 @@ def check_rows(
             )
 
 
-def _keeping(held: dict[str, Tensor], name: str) -> Callable[..., None]:
+def _keeping(read: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        held[name] = args[0].detach().clone()
+        read[name] = args[0].detach().clone()
 
     return hook

@@ -1,4 +1,4 @@
-"""Images named in a table with their labels, whatever kind these are."""
+"""Read a table of images and labels of any kind."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def read_table(
 
     Raises:
         OSError: If it cannot be read.
-        SpecError: If it is no such table, or names a file that is not there; says the line.
+        SpecError: If it is not such a table, or names a file that is not there; says the line.
     """
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines = list(csv.reader(file))

@@ -90,7 +90,7 @@ def load_model(
     source, _, rest = name.partition(":")
     if not rest:
         raise SpecError(
-            f"{name!r} is no model: write torchvision:{name}, timm:{name}, or package.module:"
+            f"{name!r} is not a model: write torchvision:{name}, timm:{name}, or package.module:"
             "factory for a function of yours that returns the model."
         )
     if source == "torchvision":
@@ -254,7 +254,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
         try:
             state = load_file(path)
         except Exception as error:
-            raise SpecError(f"{path} is no safetensors file: {first_line(error)}") from error
+            raise SpecError(f"{path} is not a safetensors file: {first_line(error)}") from error
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)

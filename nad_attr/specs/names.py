@@ -113,7 +113,7 @@ def import_object(name: str) -> Any:
 def call(name: str, arguments: Mapping[str, Any]) -> Any:
     factory = import_object(name)
     if not callable(factory):
-        raise SpecError(f"{name} is no function or class but a {type(factory).__name__}.")
+        raise SpecError(f"{name} is not a function or class but a {type(factory).__name__}.")
     try:
         with isolated_rng(0):
             return factory(**arguments)

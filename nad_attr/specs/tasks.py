@@ -13,7 +13,7 @@ __all__ = ["parse_tasks"]
 def parse_tasks(
     text: str | Sequence[str] | None, names: Mapping[int, str], present: Iterable[int]
 ) -> list[int]:
-    """The class indices that ``0-99,207`` or names of classes stand for, sorted.
+    """The class indices of a text such as ``0-99,207`` or ``cat,dog``, sorted.
 
     Args:
         text: Numbers, ranges and names, separated by commas; several such; None: all present.

@@ -278,7 +278,7 @@ def kendall(
     level: float = 0.95,
     other: str = "",
 ) -> Statistic:
-    """Do two methods order the channels of a site alike, from first to last?
+    """Do two methods put the channels of a site in the same order?
 
     The effect is Kendall's tau-b; over strata the mean, weighted by the inverse of its variance
     without effect. The p-value is that of the normal approximation with this variance (good from
@@ -399,7 +399,7 @@ def overlap_above_chance(
         other: Name of the other method, for the sentence.
 
     Raises:
-        TypeError: If they are no truth values.
+        TypeError: If they are not truth values.
         ValueError: If shapes do not fit.
 
     Example:

@@ -29,7 +29,7 @@ def permutation_p(
 
     Args:
         observed: (...).
-        draws: (..., P), the same where there is nothing to be found; NaN is no draw.
+        draws: (..., P), the same where there is nothing to be found; NaN is not a draw.
         tail: Which draws reach it: those as high, as low, or ("both") as far from ``centre``.
         centre: (...) or a number, for "both": where draws lie in the mean.
 

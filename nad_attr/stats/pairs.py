@@ -1,4 +1,4 @@
-"""How alike are the sub-architectures of two tasks: T x T matrices for each gate site."""
+"""Similarity of the sub-architectures of two tasks: T x T matrices for each gate site."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 #: Written into each file, raised when what is in it changes its meaning.
 FORMAT = 1
-#: What a file that is no such result makes :meth:`Result.load` trip over.
+#: What a file that is not such a result makes :meth:`Result.load` trip over.
 _WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
 
 
@@ -116,7 +116,7 @@ class Result:
             group: Name of the result in an HDF5 file; None: the name of the class.
 
         Raises:
-            GateStoreError: If the HDF5 file or the group is no such thing.
+            GateStoreError: If the HDF5 file or the group is not such a thing.
             OSError: If a JSON file cannot be read.
             ValueError: If a JSON file holds no such result.
         """
@@ -190,13 +190,13 @@ class Result:
             try:
                 content = json.load(file)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{fspath(path)} is no JSON file: {error}.") from None
+                raise ValueError(f"{fspath(path)} is not a JSON file: {error}.") from None
         try:
             found: Self = _decoded(cls, content, lambda value: value)
             return found
         except _WRONG as error:
             raise ValueError(
-                f"{fspath(path)} is no {cls._kind()} written by save: {error!r:.200}."
+                f"{fspath(path)} was not written by {cls.__name__}.save: {error!r:.200}."
             ) from None
 
     @classmethod

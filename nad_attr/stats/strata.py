@@ -89,7 +89,7 @@ def permutations(
 
 
 def with_tail(p: FloatArray, n_draws: int, z: FloatArray, enough: ArrayLike = True) -> FloatArray:
-    """p-values by permutation, whose smallest ones are told apart by the normal approximation.
+    """p-values by permutation; the normal approximation resolves the smallest ones.
 
     Where no draw is as far out as what was observed, the p-value is 1 / (draws + 1) however far
     that is, too much among thousands of tests. There, and there only, that of a sum's normal

@@ -260,7 +260,7 @@ def mann_whitney(
         level: Coverage of the interval.
 
     Raises:
-        TypeError: If ``kept`` are no truth values.
+        TypeError: If ``kept`` are not truth values.
         ValueError: If shapes or numbers make no sense.
 
     Source:
@@ -484,7 +484,7 @@ def association(
         concept: Its name, for the sentence.
 
     Raises:
-        TypeError: If they are no truth values.
+        TypeError: If they are not truth values.
         ValueError: If shapes or numbers make no sense.
 
     Source:

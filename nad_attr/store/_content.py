@@ -159,7 +159,7 @@ class Content:
         recipe = reader.text(file, "recipe", None)
         revision = reader.integer(file, "revision")
         if not 0 <= revision < TOO_LARGE // 2:
-            raise GateStoreError(f"{path}: {revision} is no number of times that it was written.")
+            raise GateStoreError(f"{path}: {revision} is not a number of writes.")
         head = Head(
             distinct_sites(sites),
             None if recipe is None else Recipe.from_json(recipe),
@@ -189,7 +189,7 @@ class Content:
         if set(map(type, tasks)) != {int} or min(tasks) < 0:
             tasks = [stored_task(task) for task in tasks]
         elif max(tasks) >= TOO_LARGE:
-            raise GateStoreError(f"{reader.path}: {max(tasks)} is no class index.")
+            raise GateStoreError(f"{reader.path}: {max(tasks)} is not a class index.")
         return Rows(tasks, names, counts, finished)
 
     def _take(self, rows: Rows) -> None:
@@ -238,7 +238,7 @@ class Content:
                 }
                 method = check_name(record.header["method"], "a method")
                 if not isinstance(record.header["attributes"] or {}, dict):
-                    raise GateStoreError(f"{self.path}: attributes of scores are no dictionary.")
+                    raise GateStoreError(f"{self.path}: attributes of scores are not a dictionary.")
                 self._check_arrays(record, "score/", len(where))
                 if any(task not in self.where for task in where):
                     raise GateStoreError(f"{self.path}: scores of tasks that it does not hold.")

@@ -74,7 +74,7 @@ def diff(a: str | PathLike[str], b: str | PathLike[str]) -> StoreDiff:
         b: The second file.
 
     Raises:
-        GateStoreError: If one of them is no readable store.
+        GateStoreError: If one of them is not a readable store.
 
     Example:
         >>> import tempfile

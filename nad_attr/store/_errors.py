@@ -14,7 +14,7 @@ __all__ = ["GateStoreError", "reading"]
 
 
 class GateStoreError(ValueError):
-    """A file is no readable store, or cannot be written; the message says what is wrong."""
+    """A file is not a readable store, or cannot be written; the message says what is wrong."""
 
     def __init__(self, message: object) -> None:
         super().__init__(shown(message))  # it quotes what stands in the file

@@ -73,7 +73,7 @@ class Record:
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     def packed(self) -> bytes:
-        """As it stands in a journal."""
+        """The bytes of the record in a journal."""
         arrays, listed = [], []
         for name, array in self.arrays.items():
             value = np.asarray(array, order="C")
@@ -181,7 +181,7 @@ def left_over(path: Path, records: Sequence[Record]) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let nobody else write a file that is written in one step, without a journal.
+    """Lock a file that is written in one step, without a journal.
 
     Raises:
         GateStoreError: If another process writes it, or its journal is nobody's.
@@ -409,7 +409,7 @@ def _check_ours(file: int, path: Path) -> None:
     start = os.read(file, len(MAGIC))
     if not MAGIC.startswith(start):
         raise GateStoreError(
-            f"{path} is no journal of a store, and would be written over. Move it away, or give "
+            f"{path} is not a journal of a store, and would be written over. Move it away, or give "
             "the store another name."
         )
     if os.fstat(file).st_nlink > 1:

@@ -1,4 +1,4 @@
-"""Reading HDF5 files that nobody vouches for: sizes, types and links first, content afterwards.
+"""Read untrusted HDF5 files: check sizes, types and links first, and content afterwards.
 
 Three things of libhdf5 are not used, for a small damaged file can make them crash, hang or
 allocate without end: metadata of formats before 1.10, which have no checksums; strings of variable
@@ -44,7 +44,7 @@ _REQUIRED = object()
 
 
 def check_hdf5(path: Path) -> None:
-    """Refuse what is no HDF5 file whose metadata have checksums, without asking HDF5.
+    """Refuse what is not an HDF5 file whose metadata have checksums, without asking HDF5.
 
     Raises:
         GateStoreError: If it is something else.
@@ -54,7 +54,7 @@ def check_hdf5(path: Path) -> None:
     with reading(path), path.open("rb") as file:
         start = file.read(9)
     if start[:8] != SIGNATURE or len(start) < 9:
-        raise GateStoreError(f"{path} is not a readable store of gates: it is no HDF5 file.")
+        raise GateStoreError(f"{path} is not a readable store of gates: it is not an HDF5 file.")
     if start[8] < 2:
         raise GateStoreError(
             f"{path} is not a readable store of gates: it is an HDF5 file, but not one written by "
@@ -175,7 +175,7 @@ class Reader:
         value = from_json(text)
         if not isinstance(value, kind):
             raise GateStoreError(
-                f"{self.path}: attribute {name!r} of {group.name} is no {kind.__name__}."
+                f"{self.path}: attribute {name!r} of {group.name} is not of type {kind.__name__}."
             )
         return value
 
@@ -350,7 +350,7 @@ class Reader:
             name, n_channels, channel_dim, at_input = facts
             kind, groups = units if index is not None and units else ("channels", None)
             if groups is not None and type(groups) is not list:
-                raise GateStoreError(f"{self.path}: /site has groups of {name!r} that are no list.")
+                raise GateStoreError(f"{self.path}: the groups of site {name!r} are not a list.")
             try:
                 site = GateSite(name, n_channels, channel_dim, bool(at_input), groups, kind)
             except SiteError as error:

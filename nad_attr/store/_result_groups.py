@@ -24,7 +24,7 @@ __all__ = [
     "write_result_group",
 ]
 
-#: What of a store is no result.
+#: What of a store is not a result.
 RESERVED = ("task", "site", "history", "score", "logit", "mean", "constant")
 _DEEPEST = 16
 #: What others may put beside it: HDF5 copies groups by recursion, and looking at each takes time.
@@ -118,7 +118,7 @@ def result_groups(reader: Reader) -> list[str]:
                 "them to a file of their own."
             )
         for name in parent:
-            # Whatever is no result of ours belongs to others; a link might lead anywhere.
+            # Whatever is not a result of ours belongs to others; a link might lead anywhere.
             if depth == 0 and name.decode(errors="replace") in RESERVED:
                 continue
             if parent.links.get_info(name).type != h5l.TYPE_HARD:

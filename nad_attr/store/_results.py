@@ -1,4 +1,4 @@
-"""Results of any kind, in a file of their own or beside the gates they are about."""
+"""Results of any kind, in a separate file or in the file of the gates."""
 
 from __future__ import annotations
 

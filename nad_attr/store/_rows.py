@@ -29,7 +29,7 @@ def stored_task(value: object) -> Task:
     """
     task = as_task(value)
     if (task if isinstance(task, int) else max(task)) >= TOO_LARGE:
-        raise ValueError(f"{task} is no class index.")
+        raise ValueError(f"{task} is not a class index.")
     return task
 
 

@@ -101,7 +101,7 @@ def unpacked(arrays: Mapping[str, Any], attributes: Mapping[str, Any], where: st
         }
         concepts = list(zip(arrays["concept"], arrays["category"], strict=True))
         if any(not isinstance(text, str) for concept in concepts for text in concept):
-            raise TypeError("concepts that are no texts")
+            raise TypeError("concepts that are not texts")
         return tables, concepts, dict(attributes["about"])
     except (KeyError, TypeError, ValueError) as error:
         raise GateStoreError(f"{where} holds no whole table of units: {error!r:.200}.") from None

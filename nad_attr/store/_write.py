@@ -1,4 +1,4 @@
-"""Writing HDF5 files whole: into a file beside the target, which then takes its place.
+"""Write HDF5 files whole: into a new file, which then replaces the target.
 
 Everything that HDF5 would leave without a checksum is avoided: the metadata is of format 1.10,
 strings have fixed length, and every array is compressed in chunks (deflate ends in an Adler-32).
@@ -82,7 +82,7 @@ def from_json(text: str | bytes) -> Any:
     """What JSON says, without integers so long that nothing can compute with them.
 
     Raises:
-        ValueError: If it is no JSON, or holds such an integer.
+        ValueError: If it is not JSON, or holds such an integer.
     """
     return json.loads(text, parse_int=_whole)
 
@@ -126,8 +126,8 @@ def check_target(path: str | PathLike[str], *, replaced: bool = False) -> Path:
         raise GateStoreError(f"{target} is write-protected; write to another file.")
     if replaced and target.exists() and what_is(target) not in ("HDF5", "empty"):
         raise GateStoreError(
-            f"{target} is there already and is no HDF5 file: it is not replaced. Write to another "
-            "file."
+            f"{target} is there already and is not an HDF5 file: it is not replaced. Write to "
+            "another file."
         )
     return target
 
@@ -291,7 +291,7 @@ def _units(site: GateSite) -> list[Any]:
 
 
 def put_columns(data: h5py.Dataset, sites: Sequence[GateSite]) -> None:
-    """Say in an array of all sites' channels which of them are whose."""
+    """Write which columns of an array of all channels belong to which site."""
     ends = np.cumsum([site.n_channels for site in sites]).tolist()
     columns = [[s.name, end - s.n_channels, end] for s, end in zip(sites, ends, strict=True)]
     put_attribute(data, "columns", json.dumps(columns))

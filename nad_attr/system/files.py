@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and never over something that is no earlier output.
+"""Write files whole or not at all, and never over something that is not an earlier output.
 
 Whatever the library writes goes through here: into a file beside the target, which is flushed to
 the disk and then takes its place.
@@ -42,7 +42,7 @@ _STARTS = {
 
 
 def what_is(path: str | PathLike[str]) -> str:
-    """What stands at a path, by its first bytes; nothing that is no plain file is opened.
+    """The kind of a file, by its first bytes; only plain files are opened.
 
     Returns:
         "folder", "device" (also a pipe), "empty", "HDF5", "journal" (of a store), "archive" (zip:

@@ -187,7 +187,7 @@ def _room(group: Path, limit: str, used: str, reclaimable: Sequence[str]) -> int
     """Bytes that are free in one cgroup; None: it has no limit."""
     try:
         allowed, taken = (int((group / name).read_text()) for name in (limit, used))
-    except (OSError, ValueError):  # no such file; "max" is no limit
+    except (OSError, ValueError):  # no such file; "max" is not a limit
         return None
     with suppress(OSError, ValueError):
         # Files that were read stay in memory as long as nobody needs it.

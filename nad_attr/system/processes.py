@@ -28,7 +28,7 @@ def most_processes(cpus: float | None = None) -> int:
 
 
 def check_processes(n: object, what: str = "n_workers", least: int = 0) -> None:
-    """Refuse what is no number of processes, and far more processes than CPUs.
+    """Refuse what is not a number of processes, and far more processes than CPUs.
 
     Raises:
         ValueError: Says how many there may be.

@@ -29,7 +29,7 @@ class NotAFileError(ValueError):
 
 
 def check_file(path: str | PathLike[str]) -> None:
-    """Refuse what is no ordinary file, or a link to one, before anybody opens it and waits.
+    """Refuse what is not an ordinary file, or a link to one, before anybody opens it and waits.
 
     Raises:
         NotAFileError: Says what it is.
@@ -41,7 +41,7 @@ def check_file(path: str | PathLike[str]) -> None:
 
 
 def check_file_kind(path: str | PathLike[str], found: os.stat_result) -> None:
-    """Refuse what is no ordinary file.
+    """Refuse what is not an ordinary file.
 
     Raises:
         NotAFileError: Says what it is.

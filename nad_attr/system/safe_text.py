@@ -1,4 +1,4 @@
-"""Text that others wrote, shown so that it can do nothing to a terminal or a spreadsheet."""
+"""Show untrusted text so that it cannot harm a terminal or a spreadsheet."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FORMULA = ("=", "+", "-", "@")
 
 
 def shown(value: object, *, lines: bool = False) -> str:
-    r"""Text of a file for people: what is no visible character is written as an escape.
+    r"""Text of a file for people: what is not a visible character is written as an escape.
 
     Control characters (ESC starts commands to the terminal, newlines forge lines), C1, marks that
-    turn the direction of writing, line and paragraph separators, and what is no character at all.
+    turn the direction of writing, line and paragraph separators, and what is not a character.
 
     Args:
         value: Anything; ``str(value)`` is shown.
@@ -69,7 +69,7 @@ def cell(value: object) -> object:
 
 
 def members(arrays: Mapping[str, V]) -> dict[str, V]:
-    r"""The same under names that may stand in an archive: none leads out of where it is unpacked.
+    r"""Give values names that are safe in an archive: no name leads out of its folder.
 
     Example:
         >>> list(members({"gate/layer1.0": 1, "gate/../../x": 2, "/x": 3, "gate/__/__/x": 4}))

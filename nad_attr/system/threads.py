@@ -1,4 +1,4 @@
-"""Whose forward pass it is: hooks on a network act for the one who put them there, and no other.
+"""Hooks that act only in forward passes of the thread that put them there.
 
 A service may explain in one thread and predict in another with the very same network. Hooks belong
 to the module and run in every thread, so each of ours first asks an :class:`Owner`.
@@ -28,7 +28,7 @@ def _task() -> asyncio.Task[Any] | None:
 
 
 class Owner:
-    """The thread that entered a context, and all that computes on its behalf.
+    """The thread that entered a context, and the threads that compute for it.
 
     That is: the thread itself (of several asyncio tasks in it, the one that entered, as long as it
     lives); what it starts with its own context variables, as :func:`asyncio.to_thread` does; the
@@ -73,7 +73,7 @@ class Owner:
 
 @contextmanager
 def stranger() -> Iterator[None]:
-    """Passes inside are nobody's: they see the whole network, whatever hooks are on it."""
+    """Passes inside belong to no owner: no hook acts on them."""
     before = _STRANGER.get()
     _STRANGER.set(True)
     try:

@@ -180,7 +180,7 @@ def align(
     is_iou = measure == "IoU"
     if not is_iou:
         notes.append(
-            f"units are labelled by {measure}, which is no IoU: there is no threshold for "
+            f"units are labelled by {measure}, which is not an IoU: there is no threshold for "
             "detectors, every unit counts with its label."
         )
     masks = named.masks

@@ -238,7 +238,7 @@ def _add_pairs(
     if not used:
         return
     t, tails = len(aligned.tasks), [(1 - level) / 2, (1 + level) / 2]
-    # The sentence says what was compared where it is no IoU.
+    # The sentence says what was compared where it is not an IoU.
     other = "" if aligned.measure == "IoU" else f"best {aligned.measure}"
     found = pairs_of([masks[s] for s in used], [values[s] for s in used])
     pooled = np.zeros((t, n_random))

@@ -229,7 +229,7 @@ class Comparison(Result):
         return pd.DataFrame(table)
 
     def conclusions(self, limit: int = 20) -> list[str]:
-        """Sentences of what stands out.
+        """The largest differences, in sentences.
 
         Rows about all tasks, Mantel's tests and high-level detectors along depth, whatever they
         say; then those of the smallest q-values below 0.05.
@@ -258,7 +258,7 @@ class Comparison(Result):
         return self.sentences([*general, *found[:limit]])
 
     def summary(self, limit: int = 10) -> str:
-        """How many tests there were, how many discoveries, what stands out, what was left out.
+        """The numbers of tests and of discoveries, the largest differences, and what was left out.
 
         Args:
             limit: Sentences about single tasks, at most.

@@ -153,7 +153,7 @@ def _bootstrap(
 def classifier_similarity(
     weight: Tensor | ArrayLike, tasks: Sequence[Task] | None = None
 ) -> FloatArray:
-    """Cosine of the classifier's rows: how alike the network's last layer takes two classes to be.
+    """Cosine of two classes' weights in the last layer.
 
     Args:
         weight: (K, D), the weights of the last linear layer, ``model.fc.weight``.
@@ -163,7 +163,7 @@ def classifier_similarity(
         float64 (T, T).
 
     Raises:
-        ValueError: If a class does not exist or the weights are no matrix.
+        ValueError: If a class does not exist or the weights are not a matrix.
 
     Example:
         >>> classifier_similarity([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0]], [0, 1])
@@ -200,7 +200,7 @@ def confusion_similarity(confusion: ArrayLike, tasks: Sequence[Task] | None = No
         float64 (T, T), symmetric. A task without images is NaN.
 
     Raises:
-        ValueError: If it is no such matrix.
+        ValueError: If it is not such a matrix.
 
     Example:
         >>> confusion_similarity([[8, 2], [1, 9]])

@@ -63,7 +63,7 @@ def colour_map(image: Tensor) -> Tensor:
         int64 (H, W), indices in :data:`COLOURS`.
 
     Raises:
-        ValueError: If it is no such image.
+        ValueError: If it is not such an image.
 
     Example:
         >>> image = torch.tensor([[[255, 0, 0]], [[0, 0, 128]]], dtype=torch.uint8)

@@ -73,7 +73,7 @@ def label_maps(
 
     Raises:
         TypeError: If labels are something else.
-        ValueError: If maps differ in size, or an index is no concept's.
+        ValueError: If maps differ in size, or an index is not a concept's.
 
     Example:
         >>> found = label_maps([torch.tensor([[0, 1], [1, -1]]), 2], 3, shape=(8, 8))

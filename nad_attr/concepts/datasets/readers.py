@@ -118,7 +118,7 @@ def _opened(path: Path, what: str) -> Iterator[Any]:
     except ConceptDataError:
         raise
     except (OSError, ValueError, SyntaxError) as error:
-        raise ConceptDataError(f"{path} is no {what} that can be read: {error}.") from None
+        raise ConceptDataError(f"{path} is not a readable {what}: {error}.") from None
 
 
 def _size(size: Size) -> tuple[int, int] | None:

@@ -43,7 +43,7 @@ class Checkpoint:
         self.identity = json.loads(json.dumps(dict(identity)))
         self._since = 0
         if self.path.exists() and result_names(self.path) != [_GROUP]:
-            raise GateStoreError(f"{path} is no checkpoint; name a file of its own.")
+            raise GateStoreError(f"{path} is not a checkpoint; name a file of its own.")
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -61,7 +61,7 @@ class Checkpoint:
             return None
         arrays, about = read_result(self.path, _GROUP)
         if about.get("format") != _FORMAT or not isinstance(about.get("identity"), dict):
-            raise GateStoreError(f"{self.path} is no checkpoint of this version.")
+            raise GateStoreError(f"{self.path} is not a checkpoint of this version.")
         there = about["identity"]
         same = {"outputs": same_outputs}
         wrong = [

@@ -215,8 +215,8 @@ def site_maps(site: GateSite, tensor: Tensor) -> Tensor:
             side = math.isqrt(n - 1)
             if side * side != n - 1:
                 raise ValueError(
-                    f"site {site.name!r} has {n} positions, which are no square (with or without "
-                    "a class token); dissect a site whose output has two axes of positions."
+                    f"site {site.name!r} has {n} positions, which are not a square (with or "
+                    "without a class token); dissect a site whose output has two axes of positions."
                 )
             last = last[:, 1:]
         last = last.reshape(len(last), side, side, last.shape[2])
@@ -627,8 +627,8 @@ class _Dissection:
         """Bytes of memory that what was counted takes."""
         tensors = [*self.both.values(), *self.active.values(), self.shown]
         tensors += [part for pair in self.top.values() for part in pair]
-        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return held + sum(tail.n_bytes for tail in self.tails.values())
+        n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return n_bytes + sum(tail.n_bytes for tail in self.tails.values())
 
     def result(self, iou_threshold: float) -> UnitConcepts:
         """The IoUs of what was counted."""

@@ -52,7 +52,7 @@ class LabelledImages:
         numbers: The images' numbers in the dataset, rising.
 
     Raises:
-        TypeError: If it is no such dataset.
+        TypeError: If it is not such a dataset.
         ValueError: If there are fewer images.
 
     Example:

@@ -96,9 +96,9 @@ def unit_masks(
                 additional_forward_args=runner.options.additional_forward_args,
                 forward_func=None if runner.is_plain else runner.call,
             )[0]
-        with recorded(runner.model, [where]) as held, torch.no_grad():
+        with recorded(runner.model, [where]) as activations, torch.no_grad():
             runner.run(inputs)
-        activation = site_maps(where, held[name])[0, :, :, unit].cpu()
+        activation = site_maps(where, activations[name])[0, :, :, unit].cpu()
         mask = active_pixels(activation, threshold, batch.size)
         found.append((batch.numbers[0], batch.inputs[0][0], mask))
     return found

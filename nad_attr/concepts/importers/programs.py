@@ -141,7 +141,7 @@ def import_netdissect_lite(
     Raises:
         ImportFileError: If a file is missing, foreign, truncated or says what cannot be; names file
             and line.
-        TypeError: If ``paths`` is no dictionary.
+        TypeError: If ``paths`` is not a dictionary.
 
     Source:
         The columns are those that NetDissect-Lite (CSAILVision, ``feature_operation.py``) writes.
@@ -244,7 +244,7 @@ def import_dissect_report(
     Raises:
         ImportFileError: If a file is missing, foreign, truncated or says what cannot be; names file
             and unit.
-        TypeError: If ``paths`` is no dictionary.
+        TypeError: If ``paths`` is not a dictionary.
 
     Source:
         The keys are those that dissect (davidbau, ``experiment/dissect_experiment.py``) writes.
@@ -303,7 +303,7 @@ def _report_unit(entry: Any, where: str) -> tuple[int, Concept, float]:
         raise ImportFileError(f"{where}: 'cat' must be a text, not {category!r:.40}.")
     value = as_number(entry["iou"], lambda what: ImportFileError(f"{where}: 'iou' {what}"))
     if value < 0 or value > 1:
-        raise ImportFileError(f"{where}: 'iou' is {value:g}, which is no IoU.")
+        raise ImportFileError(f"{where}: 'iou' is {value:g}, which is not an IoU.")
     return unit, Concept(label, category), value
 
 
@@ -324,7 +324,7 @@ def import_condi99(
 
     Args:
         paths: ``{site name: condi99.npz}``, in forward order.
-        concepts: What the labels are called, from label 0 on (which is no concept): the program's
+        concepts: What the labels are called, from label 0 on (not a concept): the program's
             segmenter knows, the file does not. None: "label 1", "label 2" and so on.
         quantile: Share of activations above the thresholds.
         iou_threshold: What a detector's IoU exceeds.
@@ -334,7 +334,7 @@ def import_condi99(
 
     Raises:
         ImportFileError: If a file is missing, foreign, truncated or says what cannot be.
-        TypeError: If ``paths`` is no dictionary.
+        TypeError: If ``paths`` is not a dictionary.
         ValueError: If there are fewer concepts than labels.
 
     Source:
@@ -400,9 +400,9 @@ def _conditional(path: StrPath) -> dict[int, NDArray[np.float64]]:
     name = fspath(path)
     conditions = np.atleast_1d(read_npz(path, ["conditions"])["conditions"])
     if conditions.dtype.kind not in "iu" or conditions.ndim != 1 or not len(conditions):
-        raise ImportFileError(f"{name}: 'conditions' is no list of labels.")
+        raise ImportFileError(f"{name}: 'conditions' is not a list of labels.")
     if len(conditions) > _MOST_CONCEPTS or conditions.min() < 0:
-        raise ImportFileError(f"{name}: 'conditions' holds numbers that are no labels.")
+        raise ImportFileError(f"{name}: 'conditions' holds numbers that are not labels.")
     where = {int(label): i for i, label in enumerate(conditions)}
     if 0 not in where or len(where) < len(conditions):
         raise ImportFileError(f"{name}: 'conditions' needs each label once, and 0, every pixel.")
@@ -417,12 +417,12 @@ def _conditional(path: StrPath) -> dict[int, NDArray[np.float64]]:
             or count.dtype.kind not in "iuf"
             or not 0 < float(count.reshape(())) < np.inf
         ):
-            raise ImportFileError(f"{name}: '{i}.count' is no number of pixels.")
+            raise ImportFileError(f"{name}: '{i}.count' is not a number of pixels.")
         if mean.ndim != 1 or mean.dtype.kind != "f" or not len(mean):
-            raise ImportFileError(f"{name}: '{i}.mean' is no number per unit.")
+            raise ImportFileError(f"{name}: '{i}.mean' is not a number per unit.")
         if not bool(((mean >= -1e-6) & (mean <= 1 + 1e-6)).all()):
             raise ImportFileError(
-                f"{name}: '{i}.mean' leaves [0, 1], so it is no share of pixels above a threshold."
+                f"{name}: '{i}.mean' leaves [0, 1], so it is not a share of the pixels."
             )
         counts[label] = float(count.reshape(()))
         means[label] = np.clip(mean.astype(np.float64), 0, 1)
@@ -451,8 +451,8 @@ def import_clip_dissect(
 ) -> UnitConcepts:
     r"""Read ``descriptions.csv`` of CLIP-Dissect: one description per unit, layers in one file.
 
-    A description comes with a *similarity*, which depends on the similarity function and is no IoU:
-    ``info["measure"]`` says so, there is no threshold above which a unit would be a detector, and
+    A description comes with a *similarity*. It depends on the similarity function and is not an
+    IoU: ``info["measure"]`` says so, no threshold makes a unit a detector, and
     tests that need one are left out. Similarities rank units of one layer.
 
     Args:

@@ -237,7 +237,7 @@ class Plan:
         return low + (high - low) * drawn
 
     def places(self) -> Tensor:
-        """Where each slot's channel stands, int64 (width,)."""
+        """The channel of each slot, int64 (width,)."""
         return torch.randperm(self.layout.width, generator=self.generator, device="cpu")
 
     def gains(self) -> Tensor:
@@ -389,7 +389,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Scattered:
-    """Where the slots of a gate site stand, and how large their activations are."""
+    """The channels of a gate site's slots, and how large their activations are."""
 
     places: Tensor
     gains: Tensor
@@ -549,5 +549,5 @@ def draw_images(
 
 
 def scattered(places: Mapping[str, Tensor], slots: Sequence[int]) -> dict[str, Tensor]:
-    """Where some slots stand at every gate site: ``{site name: int64}``."""
+    """The channels of some slots at each gate site: ``{site name: int64}``."""
     return {name: place[list(slots)].sort().values for name, place in places.items()}

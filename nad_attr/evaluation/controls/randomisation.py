@@ -189,7 +189,7 @@ def cascading_randomisation(
         it drawn anew.
 
     Raises:
-        ValueError: If the network is in train mode or has no parameters, or ``stages`` is no
+        ValueError: If the network is in train mode or has no parameters, or ``stages`` is not a
             whole number from 1 on.
 
     Example:

@@ -300,7 +300,7 @@ def sanity(
         The report.
 
     Raises:
-        TypeError: If ``learn`` is no function or returns something else.
+        TypeError: If ``learn`` is not a function or returns something else.
         ValueError: If the network is in train mode, or a number has no sensible value.
 
     Example:

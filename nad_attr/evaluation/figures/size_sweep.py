@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def plot_size_sweep(
     result: SizeSweep, measures: Sequence[str], *, log: bool, columns: int, axes: Any
 ) -> Figure:
-    """See :meth:`Whether.plot`."""
+    """See :meth:`nad_attr.evaluation.SizeSweep.plot`."""
     if not measures:
         raise ValueError("measures is empty; name at least one.")
     panel = (2.6, 2.2) if len(measures) > 1 else (4.2, 3.1)

@@ -33,7 +33,7 @@ DECIMALS = 12
 
 @dataclass(frozen=True, eq=False)
 class RankStatistics:
-    """Where errors stand in the ranking of the other K - 1 classes by similarity.
+    """The ranks of errors among the other K - 1 classes, sorted by similarity.
 
     Equally similar classes share their ranks: every number is its expected value over all ways to
     break the ties.

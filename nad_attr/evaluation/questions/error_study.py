@@ -1,4 +1,4 @@
-"""What the study of errors gave: ranks by similarity, beside controls, chance and a vote."""
+"""The result of the study of errors: ranks by similarity, controls, chance and a vote."""
 
 from __future__ import annotations
 

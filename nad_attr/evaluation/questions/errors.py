@@ -1,4 +1,4 @@
-"""Why errors: are images mistaken for classes whose sub-architecture is similar to the right one's?
+"""Are images mistaken for classes whose sub-architecture is similar to the right one's?
 
 Every misclassified image, of class y and called y', is looked up: at what rank does y' stand among
 all wrong classes, ordered by how similar their sub-architectures are to that of y? Beside it stand
@@ -323,7 +323,7 @@ def errors(
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
         ValueError: If the network is in train mode, tasks are groups or fewer than three, there is
-            no error to study, labels or tasks are no class of the network, or values are NaN.
+            no error to study, labels or tasks are not a class of the network, or values are NaN.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(3, 3, bias=False)).eval()

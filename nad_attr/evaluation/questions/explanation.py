@@ -233,7 +233,7 @@ def explain_error(
             f"of task {y} as well."
         )
     inputs = _one(image)
-    as_source((inputs, torch.tensor([y], device="cpu")))  # refuses NaN and what is no image
+    as_source((inputs, torch.tensor([y], device="cpu")))  # refuses NaN and what is not an image
     runner = Runner(model, run)
     inputs = runner.to_device(inputs)
     with torch.no_grad():

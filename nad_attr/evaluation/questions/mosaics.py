@@ -69,7 +69,7 @@ def quadrant_shares(maps: Tensor, *, top: float = 0.1) -> Tensor:
         float64 (..., 4): top left, top right, bottom left, bottom right.
 
     Raises:
-        ValueError: If maps have no positions or hold NaN, or ``top`` is no share.
+        ValueError: If maps have no positions or hold NaN, or ``top`` is not a share.
 
     Example:
         >>> a_map = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
@@ -275,7 +275,7 @@ def mosaics(
         run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
-        The hits. Sites without positions (vectors, lists of tokens that are no grid of the image's
+        The hits. Sites without positions (vectors, tokens that are not a grid of the image's
         shape) are left out, and named.
 
     Raises:

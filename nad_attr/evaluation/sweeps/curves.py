@@ -431,7 +431,7 @@ class Curves(Result):
 
 
 def closed_at(ablation: Ablation | None, ranking: Ranking) -> str:
-    """What stands in place of closed channels, in a word."""
+    """The name of the values that closed channels get."""
     if ablation is not None:
         return ablation.kind
     if ranking.closes_at_constants:
@@ -497,7 +497,7 @@ def curves(
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
         ValueError: If the network is in train mode, scores, sites, tasks and sizes do not fit, or
-            labels or tasks are no class of the network.
+            labels or tasks are not a class of the network.
 
     Example:
         >>> import torch

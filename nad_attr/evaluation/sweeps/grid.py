@@ -120,7 +120,7 @@ def fitted(
     train_data: Data | None,
     run: RunOptions | None,
 ) -> Ablation | None:
-    """The ablation value that an argument stands for, fitted to training images if it has to be.
+    """The ablation value of an argument, fitted to training images if necessary.
 
     Raises:
         ValueError: If there is no such kind, or images are needed and not given.
@@ -255,7 +255,7 @@ def measure_grid(
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
         ValueError: If the network is in train mode, groups do not fit, no task has own images,
-            labels or tasks are no class of the network, or inputs or outputs hold NaN.
+            labels or tasks are not a class of the network, or inputs or outputs hold NaN.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()

@@ -443,7 +443,7 @@ def size_sweep(
         TypeError: If an argument is of a wrong kind.
         ValueError: If the network is in train mode, methods, sites, tasks and sizes do not fit, a
             scorer has no ``train_data``, gates of some methods close channels at zero and of
-            others at their means, or labels or tasks are no class of the network.
+            others at their means, or labels or tasks are not a class of the network.
 
     Example:
         >>> import torch
