@@ -24,6 +24,8 @@ from torch import Tensor, nn
 import nad_attr.learning.constants
 import nad_attr.learning.selection
 from benchmarks.cifar import REPOSITORY
+from benchmarks.image_data import load_images, per_class
+from benchmarks.networks import DIGITS, load_network
 from nad_attr import Recipe, RunOptions, SubArchitecture, TaskGates, find_gate_sites
 from nad_attr.evaluation import NeuronMCTScorer, evaluate, top_k
 from nad_attr.gates.channels import kappa, split_sites
@@ -38,27 +40,9 @@ OUT = REPOSITORY / "benchmarks" / "results" / "constants_study.jsonl"
 
 
 def digits() -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A network of 224 channels at four sites for scikit-learn's 1,797 digits, trained now."""
-    from sklearn.datasets import load_digits
-
-    x, y = load_digits(return_X_y=True)
-    images, labels = torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    train, held_out = ((images[at], labels[at]) for at in (order[:1000], order[1000:]))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layers: list[nn.Module] = []
-        for n_in, n_out in ((1, 32), (32, 64), (64, 64), (64, 64)):
-            layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] if n_out == 64 and n_in == 32 else []
-        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-        optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-        for _ in range(20):
-            for at in torch.randperm(1000).split(50):
-                optimiser.zero_grad()
-                nn.functional.cross_entropy(model(train[0][at]), train[1][at]).backward()
-                optimiser.step()
-    return model.eval(), train, held_out
+    """A network of 224 channels at four sites, 1,000 digits to learn from, and the other 797."""
+    data = load_images("digits", SHARED)
+    return load_network(DIGITS, data, SHARED), data.train, data.held_out
 
 
 class Setting:
@@ -74,9 +58,6 @@ class Setting:
         elif pair == "digits":
             self.model, self.train, self.held_out = digits()
         else:
-            from benchmarks.image_data import load_images, per_class
-            from benchmarks.networks import load_network
-
             data = load_images(pair.partition("/")[2], SHARED)
             self.model = load_network(pair, data, SHARED)
             self.train, self.held_out = data.train, per_class(data.held_out, n_held_out, 0)
@@ -178,8 +159,6 @@ class Setting:
 
     def mct(self, size: float, n: int = 100, seed: int = 0) -> list[SubArchitecture]:
         """NeuronMCT top-K, own images."""
-        from benchmarks.image_data import per_class
-
         data = per_class(self.train, n, seed)
         scores = NeuronMCTScorer(self.model, self.sites)(
             *data, tasks=self.tasks, include_others=False

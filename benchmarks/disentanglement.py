@@ -45,7 +45,7 @@ import nad_attr.learning.paper
 import nad_attr.learning.selection
 from benchmarks.cifar import REPOSITORY, SharedMissingError, add_shared_arguments, default_cache
 from benchmarks.image_data import ImageData, load_images, per_class
-from benchmarks.networks import PAIRS, load_network
+from benchmarks.networks import DIGITS, PAIRS, load_network
 from nad_attr import (
     GateSite,
     Recipe,
@@ -233,6 +233,8 @@ class Cell:
             images = per_class(images, min(200, passes // 2), self.seed)
             if method in FOR_EACH_SIZE:
                 options["size"] = size
+                if self.args.learning_rate is not None:
+                    options["learning_rate"] = self.args.learning_rate
             elif method == "iterative":
                 options["size"] = min(self.args.sizes)
         elif method == "random":
@@ -507,7 +509,7 @@ class Chosen(nn.Module):
 def parser() -> argparse.ArgumentParser:
     """The options."""
     result = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    result.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    result.add_argument("--pairs", nargs="+", choices=(*PAIRS, DIGITS), default=list(PAIRS))
     result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     result.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
     result.add_argument(
@@ -520,6 +522,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument(
         "--passes", type=int, default=2000, help="with best constants: gated images a task and size"
+    )
+    result.add_argument(
+        "--learning-rate", type=float, help="of hard-concrete masks and UGS; theirs by itself"
     )
     result.add_argument("--tasks", type=int, nargs="+", help="classes; all by itself")
     result.add_argument("--steps", type=int, default=25, help="of the default recipe, per size")

@@ -1,4 +1,4 @@
-"""Labelled images for the benchmarks, as tensors: CIFAR-10, 15-Scene, Fashion-MNIST.
+"""Labelled images for the benchmarks, as tensors: CIFAR-10, 15-Scene, Fashion-MNIST, digits.
 
 Nothing is downloaded; a set that is not on the machine raises :class:`SharedMissingError`, which
 says where it was looked for::
@@ -7,6 +7,7 @@ says where it was looked for::
     scene15   SHARED/data/scene15/{train,val}/CLASS/*.jpg   scenes, grey, here 64 x 64, 15 classes
     fashion   /usr/share/datasets/fashion-mnist/*.gz        clothes, grey, here 32 x 32, ten classes
               (Debian package dataset-fashion-mnist)
+    digits    scikit-learn's                                1,797 digits of 8 x 8, one channel
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class ImageData:
 
 
 def load_images(name: str, shared: Path, *, cache: Path | None = None) -> ImageData:
-    """Load a set by name: "cifar10", "scene15" or "fashion".
+    """Load a set by name: "cifar10", "scene15", "fashion" or "digits".
 
     Raises:
         SharedMissingError: If it is not there.
@@ -71,7 +72,18 @@ def load_images(name: str, shared: Path, *, cache: Path | None = None) -> ImageD
         return ImageData(name, classes, train, held_out)
     if name == "fashion":
         return ImageData(name, FASHION_CLASSES, _idx("train"), _idx("t10k"))
-    raise ValueError(f"no set {name!r}; there are cifar10, scene15 and fashion.")
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        pixels, y = load_digits(return_X_y=True)
+        x, labels = (
+            torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16,
+            torch.tensor(y),
+        )
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        learned, held = ((x[at], labels[at]) for at in (order[:1000], order[1000:]))
+        return ImageData(name, tuple(map(str, range(10))), learned, held)
+    raise ValueError(f"no set {name!r}; there are cifar10, scene15, fashion and digits.")
 
 
 def per_class(images: tuple[Tensor, Tensor], n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,8 +123,9 @@ def test_roots_are_found_though_rounding_says_that_there_are_none() -> None:
     root = rooted(both)
     torch.testing.assert_close(root[0], torch.tensor([[2.0, 0.0], [1.0, 2.0]]))
     torch.testing.assert_close(root @ root.mT, both, rtol=1e-4, atol=1e-6)
-    with pytest.raises(RuntimeError, match="not finite"):
-        rooted(both / 0)
+    found = rooted(torch.stack([good, spoiled / 0]))
+    assert torch.equal(found[0], root[0])
+    assert bool(found[1].isnan().all())
 
 
 def test_share_of_noise_by_hand() -> None:
@@ -326,11 +329,40 @@ def test_what_stands_in_place_is_said(tmp_path: Path) -> None:
     data = drawn(20, 2, 6, 6), torch.arange(20) % 2
     arch = SubArchitecture.from_kept({"1": [0]}, sites, task=1)
     (fitted,) = fit_constants(net, arch, data, recipe=Recipe(steps=5))
-    assert "closed channels at constants of their own" in repr(fitted)
-    assert "constants of their own" in repr(~fitted)
+    said = "at constants of their own, fitted on 20 images"
+    assert f"closed channels {said}" in repr(fitted)
+    assert said in repr(~fitted)
     assert "at their mean" in repr(fitted.with_means(fitted.means))
     fitted.save(tmp_path / "a.h5")
-    assert SubArchitecture.load(tmp_path / "a.h5").own_constants
+    back = SubArchitecture.load(tmp_path / "a.h5")
+    assert back.own_constants
+    assert back.closed_at == said
+    # Wherever it is measured.
+    at_mean = [arch.with_means(fitted.means)]
+    alone, beside = (
+        evaluate(net, [fitted], data, n_random=0, rivals=rivals)
+        for rivals in (None, {"mean": at_mean})
+    )
+    assert alone.closed == said
+    assert f"\nclosed channels: {said}" in alone.summary()
+    assert json.loads(json.dumps(beside.to_dict()))["closed"] == said
+    assert beside.rivals["mean"].closed == "at their mean"
+    assert (
+        f"channels, sub-architectures: {said}\nclosed channels, mean: at their" in beside.summary()
+    )
+    assert evaluate(net, [fitted], data, n_random=0, ablation="zero").closed == "zero"
+    gates = learn_gates(net, data, recipe=Recipe(size=0.5, steps=5), sites=sites)
+    assert gates.closed_at == "at their best constants, fitted on 20 images"
+    measured = (
+        curves(net, gates, data, sizes=[0.5]),
+        size_sweep(net, {"nad": gates}, data, sizes=[0.5], n_random=0),
+    )
+    at_means = curves(net, gates, data, sizes=[0.5], ablation="mean", train_data=data)
+    for result in measured:
+        assert result.fitted_on == result.to_dict()["fitted_on"] == 20
+        assert "channels: optimal, fitted on 20 images" in result.summary()
+    assert at_means.fitted_on is None
+    assert "channels: mean\n" in at_means.summary()
     assert "zero" in repr(SubArchitecture({n: fitted[n] for n in fitted}, sites))
 
 
@@ -360,6 +392,43 @@ def test_constants_are_no_worse_than_means_on_other_images(monkeypatch: pytest.M
         worse.append(found[1] / at_these)
     # Without the guard a dozen images are fitted by chance; 400 are no longer.
     assert worse[0] > 1.1 > 1.02 > worse[2]
+
+
+def waves(width: int, n: int, seed: int = 2) -> tuple[nn.Module, list[GateSite], Any]:
+    """A network of steep waves over independent inputs, of which few images say little."""
+    net = nn.Sequential(nn.Identity(), nn.Linear(width, 60), nn.Tanh(), nn.Linear(60, 2)).eval()
+    for i in (1, 3):
+        weight = net[i].weight
+        weight.data = 3 * drawn(*weight.shape, seed=i).float() / weight.shape[1] ** 0.5
+        net[i].bias.data.zero_()
+    return net, [GateSite("0", width, 1)], (drawn(n, width, seed=seed).float(), torch.arange(n) % 2)
+
+
+def test_users_are_warned_where_learned_and_kept_apart_images_part() -> None:
+    net, sites, data = waves(300, 120)
+    recipe = Recipe(size=0.3, steps=40)
+    with pytest.warns(UserWarning, match="does not hold on other images") as seen:
+        gates = learn_gates(net, data, {"a": 0, "b": 1}, recipe, sites)
+    (text,) = (str(w.message) for w in seen)
+    assert "more pictures of each class (60 were learned from), or a larger size" in text
+    # The number that is told is what fresh images say, or not far from it.
+    told = gates.history["fidelity_apart"][-1]
+    assert f"{told.min():.3f} on images kept apart" in text
+    fresh = drawn(2000, 300, seed=3).float(), torch.arange(2000) % 2
+    measured, learned = (
+        evaluate(net, gates, d, n_random=0).mean("fidelity") for d in (fresh, data)
+    )
+    assert learned > measured + 0.2
+    assert abs(told.mean() - measured) < abs(told.mean() - learned)
+
+
+def test_users_are_not_warned_where_they_agree(recwarn: pytest.WarningsRecorder) -> None:
+    net, sites, data = waves(12, 600)
+    learn_gates(net, data, recipe=Recipe(size=0.7), sites=sites)
+    # Nine images of a kind can spare none, and nothing is known.
+    few = learn_gates(net, tuple(x[:18] for x in data), recipe=Recipe(size=0.7), sites=sites)
+    assert np.isnan(few.history["fidelity_apart"]).all()
+    assert not recwarn.list
 
 
 def test_settings_follow_the_ablation_wherever_it_is_changed() -> None:

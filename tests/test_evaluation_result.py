@@ -342,18 +342,19 @@ def test_recall_is_never_alone(cnn: nn.Module, data) -> None:
     rival = evaluate(cnn, gates, data, n_random=0, rivals={"Taylor": task_gates(seed=5)})
     lines = rival.summary().splitlines()
     assert "recall" in lines[1]
-    assert [line.split("  ")[0] for line in lines[-2:]] == ["Taylor", "whole network"]
+    assert [line.split("  ")[0] for line in lines[-3:-1]] == ["Taylor", "whole network"]
+    assert lines[-1] == "closed channels: zero"
     assert not any(line.startswith("random") for line in lines)
     both = evaluate(cnn, gates, data, rivals={"Taylor": task_gates(seed=5)}, threshold_data=data)
     lines = both.summary().splitlines()
     assert all(word in lines[1] for word in ("recall", "FPR", "own AUC", "BA"))
-    assert [line.split("  ")[0] for line in lines[-3:]] == [
+    assert [line.split("  ")[0] for line in lines[-4:-1]] == [
         "random, same size",
         "Taylor",
         "whole network",
     ]
     mean = sum(draw.mean("recall") for draw in both.random) / 3
-    assert f"{mean:.3f}" in lines[-3]
+    assert f"{mean:.3f}" in lines[-4]
     assert max(map(len, lines)) <= 100
     assert "recall" in both.whole.summary().splitlines()[1]  # beside it there is nothing
 

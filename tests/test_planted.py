@@ -347,7 +347,7 @@ def test_score_refuses_what_it_cannot_score() -> None:
         ([], ValueError, "no sub-architecture"),
         ([arch, arch], ValueError, "task 0 is there twice"),
         (other.circuit[0], ValueError, "gate sites"),
-        (SubArchitecture.full(known.sites), ValueError, "task None"),
+        (SubArchitecture.full(known.sites), ValueError, "says no task"),
         (SubArchitecture(arch.masks, arch.sites, task=7), ValueError, "task 7"),
         ({"relu0": 1}, TypeError, "SubArchitecture, not dict"),
         ([1], TypeError, "SubArchitecture"),

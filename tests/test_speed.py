@@ -18,7 +18,7 @@ from nad_attr import GateSite, Recipe, RunOptions, SubArchitecture, find_gate_si
 from nad_attr.evaluation import fit_ablation, sweep
 from nad_attr.gating import hooks as gating
 from nad_attr.gating.hooks import frozen
-from nad_attr.learning import engine, selection
+from nad_attr.learning import constants, engine, selection
 from nad_attr.learning.engine import Network
 from nad_attr.learning.fast.convolution import lean_convolutions
 from nad_attr.learning.paper import initial_logits  # noqa: F401 (the recipe's own start, for comparison)
@@ -307,33 +307,33 @@ class _Reads(TorchDispatchMode):
 def _reads(steps: int, recipe: str) -> int:
     data = labelled_images(8)
     wanted = (
-        # The best constants are fitted with numbers that are read: four a step.
-        Recipe(size=0.5, steps=steps, images_per_step=4, ablation="mean")
-        if recipe == "mean"
-        else Recipe.paper(beta=0.1, epochs=steps)
+        Recipe.paper(beta=0.1, epochs=steps)
+        if recipe == "paper"
+        else Recipe(size=0.5, steps=steps, images_per_step=4, ablation=recipe)
     )
     with _Reads() as reads:
         learn_gates(build(TinyResNet), data, tasks=[0, 1], recipe=wanted)
     return reads.n
 
 
-@pytest.mark.parametrize("recipe", ["mean", "narrowed", "paper"])
-def test_no_step_waits_for_the_device(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "any_of", lambda values: True)  # as on a GPU
-    if recipe == "narrowed":  # as on a wide network
-        for name, value in {
-            "MIN_CHANNELS_TO_NARROW": 1,
-            "MAX_PAIR_CANDIDATES": 2,
-            "SPARE_CANDIDATES": 1,
-        }.items():
+@pytest.mark.parametrize("width", ["", "narrowed"])
+@pytest.mark.parametrize("recipe", ["optimal", "mean", "paper"])
+def test_no_step_waits_for_the_device(
+    recipe: str, width: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (selection, constants):
+        monkeypatch.setattr(module, "any_of", lambda values: True)  # as on a GPU
+    if width == "narrowed":  # as on a wide network
+        for name, value in {"MAX_PAIR_CANDIDATES": 2, "SPARE_CANDIDATES": 1}.items():
             monkeypatch.setattr(selection, name, value)
-        recipe = "mean"
+        for module in (selection, constants):
+            monkeypatch.setattr(module, "MIN_CHANNELS_TO_NARROW", 1)
     assert _reads(12, recipe) == _reads(6, recipe)
 
 
 def test_reads_are_counted() -> None:
     """On a CPU, where looking costs nothing, rounds of exchanges end when nothing is gained."""
-    assert _reads(12, "mean") > _reads(6, "mean")
+    assert all(_reads(12, recipe) > _reads(6, recipe) for recipe in ("mean", "optimal"))
 
 
 def test_looking_or_not_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

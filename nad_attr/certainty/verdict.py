@@ -511,7 +511,7 @@ def _without(
         return less
     means = {n: value.clone() for n, value in arch.means.items()}
     means[name][channel] = closing[name][channel].to(means[name])
-    return less.with_means(means, own_constants=arch.own_constants)
+    return less.with_means(means, own_constants=arch.own_constants, fitted_on=arch.fitted_on)
 
 
 def _balanced(labels: Tensor, task: Task, n_images: int, seed: int) -> tuple[Tensor, Tensor]:

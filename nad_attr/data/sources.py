@@ -253,6 +253,31 @@ class ChosenSource:
         return self.source.batches([(self.rows[n], key) for n, key in some] for some in draws)
 
 
+class MirroredSource(ChosenSource):
+    """N pictures, and as many mirrored ones: number N + i is picture i, left for right.
+
+    Args:
+        source: Of one input, (B, C, H, W).
+
+    Example:
+        >>> whole = as_source((torch.arange(3.0).view(1, 1, 1, 3), torch.tensor([0])))
+        >>> next(MirroredSource(whole).batches([[(0, 0), (1, 0)]]))[0].flatten(1).tolist()
+        [[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]]
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.n_plain = len(source.labels)
+        super().__init__(source, torch.arange(2 * self.n_plain, device="cpu") % self.n_plain)
+
+    def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
+        """The inputs of each list of draws, in order."""
+        kept = [list(some) for some in draws]
+        for some, (images,) in zip(kept, super().batches(kept), strict=True):
+            turned = torch.tensor([number >= self.n_plain for number, _ in some], device="cpu")
+            turned = turned.to(images.device).view(-1, 1, 1, 1)
+            yield (torch.where(turned, images.flip(-1), images),)
+
+
 class _SeededItems(Dataset[Any]):
     """Items addressed by (number, seed), so that augmentation depends on nothing else."""
 

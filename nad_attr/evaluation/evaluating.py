@@ -247,7 +247,7 @@ def evaluate(
     for i, (name, group) in enumerate([(None, archs), *against.items()]):
         part = {key: values[i * n : (i + 1) * n] for key, values in measured.items()}
         fields = common | part | _sizes(group, costs, firing, has_own)
-        results[name] = Evaluation(**fields, _whole=whole)
+        results[name] = Evaluation(**fields, closed=_closed(group, chosen), _whole=whole)
     learned = None
     if learned_from is not None:
         learned = evaluate(
@@ -265,6 +265,13 @@ def evaluate(
         random=tuple(results[draw] for draw in range(n_random)),
         rivals={name: result for name, result in results.items() if isinstance(name, str)},
     )
+
+
+def _closed(archs: Sequence[SubArchitecture], ablation: Ablation | None) -> str:
+    """What stands in place of closed channels, in words; nothing where none is closed."""
+    if ablation is not None:
+        return str(ablation.kind).replace("_", " ")
+    return "; ".join(dict.fromkeys(arch.closed_at for arch in archs if arch.size < 1))
 
 
 def _some(data: Data, n: int, seed: int) -> Source:

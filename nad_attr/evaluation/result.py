@@ -72,6 +72,9 @@ class Evaluation(Result):
             result per draw.
         rivals: ``{name: result}``, the same measures of other methods' sub-architectures.
         learned: The same measures on images that the gates were learned from; None: not looked at.
+        closed: What stood in place of closed channels, in words: zero, their mean, or constants of
+            each task's own and on how many images they were fitted. Empty: not known, or none is
+            closed.
     """
 
     tasks: tuple[Task, ...]
@@ -97,6 +100,7 @@ class Evaluation(Result):
     random: tuple[Evaluation, ...] = ()
     rivals: Mapping[str, Evaluation] = field(default_factory=dict)
     learned: Evaluation | None = None
+    closed: str = ""
     _whole: Evaluation | None = field(default=None)
 
     _AXES: ClassVar[Mapping[str, str]] = {
@@ -310,8 +314,19 @@ class Evaluation(Result):
             title += "\n(recall is left out: it says nothing without random channels or rivals)"
         n = n_listed - 1
         listed = [*title.split("\n"), names, rule, *lines[:n], rule, *lines[n:]]
+        listed += self._closed_sentences()
         listed += self.held_out_sentences()
         return "\n".join(map(shown, listed))
+
+    def _closed_sentences(self) -> list[str]:
+        """What stood in place of closed channels, here and in what is beside it."""
+        of = {"sub-architectures": self.closed}
+        of |= {"random": self.random[0].closed} if self.random else {}
+        of |= {name: rival.closed for name, rival in self.rivals.items()}
+        of = {name: closed for name, closed in of.items() if closed}
+        if len(set(of.values())) > 1:
+            return [f"closed channels, {name}: {closed}" for name, closed in of.items()]
+        return [f"closed channels: {closed}" for closed in list(of.values())[:1]]
 
     def plot(self, measure: str = "own_auc", axes: Any = None) -> Figure:
         """The mean of a measure with its interval over tasks, with random channels and rivals.

@@ -92,6 +92,7 @@ class StoredFlow:
     means: Mapping[str, NDArray[np.float64]] | None
     effects: Mapping[str, NDArray[np.float64]]
     links: tuple[StoredLink, ...]
+    fitted_on: int | None = None
 
     @classmethod
     def of(cls, flow: TaskFlow) -> StoredFlow:
@@ -106,6 +107,7 @@ class StoredFlow:
             None if means is None else {n: m.double().numpy() for n, m in means.items()},
             {name: effect.numpy() for name, effect in flow.effects.items()},
             tuple(map(StoredLink.of, flow.links)),
+            arch.fitted_on,
         )
 
     def made(self, sites: tuple[GateSite, ...]) -> TaskFlow:
@@ -117,6 +119,7 @@ class StoredFlow:
             task=task,
             means=None if self.means is None else {n: _tensor(m) for n, m in self.means.items()},
             own_constants=self.own_constants,
+            fitted_on=self.fitted_on,
         )
         for site in sites:
             if self.effects[site.name].shape != (site.n_channels,):

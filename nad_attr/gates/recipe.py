@@ -88,6 +88,10 @@ class Recipe:
             tries 14 sizes from 1 to 0.05 (:mod:`nad_attr.learning.targets`). A task of which no
             size below 1 is shown to keep it keeps all channels.
         confidence: Of ``fidelity``.
+        mirror: Whether pictures are seen mirrored as well, left for right. None: with the optimal
+            constants, of tasks with fewer than 50 own images, where the network gives mirrored
+            pictures nearly the same task output
+            (:meth:`nad_attr.learning.session.Session.mirrored`).
 
     Raises:
         ValueError: If a field has no sensible value.
@@ -109,6 +113,7 @@ class Recipe:
 
     fidelity: float | None = field(default=None, repr=False)
     confidence: float = field(default=0.95, repr=False)
+    mirror: bool | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
@@ -147,6 +152,8 @@ class Recipe:
         for name in FOLLOWING:
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 0, 1)
+        if self.mirror not in (None, True, False):
+            raise ValueError(f"recipe: mirror must be True, False or None, not {self.mirror!r}.")
 
     def fitting(self, name: Literal["free_scale", "boundary"]) -> float:
         """A setting as the number it comes to: None is what fits the ablation.
@@ -216,7 +223,7 @@ class Recipe:
     def to_json(self) -> str:
         """All fields as JSON, with the kind of recipe."""
         values = {name: getattr(self, name) for name in _settable(type(self))}
-        for name, default in (("fidelity", None), ("confidence", 0.95)):
+        for name, default in (("fidelity", None), ("confidence", 0.95), ("mirror", None)):
             if values.get(name) == default:  # as the versions wrote that knew no such field
                 values.pop(name, None)
         return json.dumps({"kind": type(self).__name__, **values})
@@ -293,6 +300,7 @@ class PaperRecipe(Recipe):
     trust: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     fidelity: None = field(default=None, init=False, repr=False)
     confidence: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    mirror: None = field(default=None, init=False, repr=False)
     free_scale: None = field(default=None, init=False, repr=False)
     boundary: None = field(default=None, init=False, repr=False)
 

@@ -28,6 +28,11 @@ from nad_attr.sites.site import GateSite
 __all__ = ["SubArchitecture"]
 
 
+def fitting(n_images: int | None) -> str:
+    """What to say of the images that constants were fitted on, after the constants."""
+    return "" if n_images is None else f", fitted on {n_images} images"
+
+
 class SubArchitecture:
     """The channels that are kept for one task, at each gate site.
 
@@ -38,12 +43,14 @@ class SubArchitecture:
         means: ``{site name: (C,)}``, what replaces a closed channel; None: zero.
         own_constants: Whether these are constants fitted to this sub-architecture, rather than
             means over data.
+        fitted_on: On how many images they were, if that is known.
 
     Attributes:
         sites: The gate sites, in forward order.
         task: As given.
         means: As given.
         own_constants: As given.
+        fitted_on: As given; None without constants of its own.
 
     Raises:
         TypeError: If a mask is not boolean, or an argument is of another kind.
@@ -63,7 +70,7 @@ class SubArchitecture:
     of :meth:`TaskGates.sub_architectures`, share their means: they are not to be written to.
     """
 
-    __slots__ = ("_masks", "means", "own_constants", "sites", "task")
+    __slots__ = ("_masks", "fitted_on", "means", "own_constants", "sites", "task")
 
     def __init__(
         self,
@@ -73,6 +80,7 @@ class SubArchitecture:
         task: Task | None = None,
         means: Mapping[str, Tensor] | None = None,
         own_constants: bool = False,
+        fitted_on: int | None = None,
     ) -> None:
         self.sites = distinct_sites(sites)
         if not self.sites:
@@ -99,12 +107,13 @@ class SubArchitecture:
         self.task: Task | None = None if task is None else as_task(task)
         self.means = check_means(means, self.sites)
         self.own_constants = own_constants and self.means is not None
+        self.fitted_on = fitted_on if self.own_constants else None
 
     @property
     def closed_at(self) -> str:
         """What closed channels are, in words, as :attr:`TaskGates.closed_at`."""
         if self.own_constants:
-            return "at constants of their own"
+            return f"at constants of their own{fitting(self.fitted_on)}"
         return "zero" if self.means is None else "at their mean"
 
     @classmethod
@@ -342,7 +351,11 @@ class SubArchitecture:
         return condition
 
     def with_means(
-        self, means: Mapping[str, Tensor] | None, *, own_constants: bool = False
+        self,
+        means: Mapping[str, Tensor] | None,
+        *,
+        own_constants: bool = False,
+        fitted_on: int | None = None,
     ) -> SubArchitecture:
         """The same channels with another ablation value: per-channel means, or None for zero.
 
@@ -350,15 +363,22 @@ class SubArchitecture:
             means: ``{site name: (C,)}``.
             own_constants: Whether these are constants fitted to this sub-architecture, rather than
                 means over data.
+            fitted_on: On how many images they were, if that is known.
         """
         return SubArchitecture(
-            self._masks, self.sites, task=self.task, means=means, own_constants=own_constants
+            self._masks,
+            self.sites,
+            task=self.task,
+            means=means,
+            own_constants=own_constants,
+            fitted_on=fitted_on,
         )
 
     def _with_masks(self, masks: Mapping[str, Tensor], task: Task | None) -> SubArchitecture:
         """Other channels of the same sites, with the very same means: no copy for each."""
         made = SubArchitecture(masks, self.sites, task=task)
         made.means, made.own_constants = self.means, self.own_constants
+        made.fitted_on = self.fitted_on
         return made
 
     def _gating(

@@ -15,7 +15,7 @@ from nad_attr.data.labels import Task, as_task
 from nad_attr.gates.channels import budget, check_means, distinct_sites, n_channels, top_k_masks
 from nad_attr.gates.history import History
 from nad_attr.gates.recipe import Recipe
-from nad_attr.gates.sub_architecture import SubArchitecture, same_tensors
+from nad_attr.gates.sub_architecture import SubArchitecture, fitting, same_tensors
 from nad_attr.sites.site import GateSite
 
 __all__ = ["Task", "TaskGates", "as_task"]
@@ -205,8 +205,14 @@ class TaskGates:
     def closed_at(self) -> str:
         """What closed channels are, in words: zero, at their mean, or at their best constants."""
         if self._constants is not None:
-            return "at their best constants"
+            return f"at their best constants{fitting(self.fitted_on)}"
         return "zero" if self.means is None else "at their mean"
+
+    @property
+    def fitted_on(self) -> int | None:
+        """On how many images constants of the tasks' own were learned, if any were."""
+        n_images = self.info.get("n_images")
+        return n_images if self._constants is not None and isinstance(n_images, int) else None
 
     def _means_of(self, rows: int | list[int]) -> Mapping[str, Tensor] | None:
         """What replaces closed channels: (C,) for a row or for all, (rows, C) for several."""
@@ -270,6 +276,7 @@ class TaskGates:
             task=self.tasks[row],
             means=self._means_of(row),
             own_constants=self._constants is not None,
+            fitted_on=self.fitted_on,
         )
 
     def sub_architectures(self, size: float | None = None) -> list[SubArchitecture]:
@@ -351,7 +358,7 @@ class TaskGates:
         sites = f"{len(self.sites)} site" + ("s" if len(self.sites) > 1 else "")
         return (
             f"TaskGates({tasks}, {sites}, {self.n_channels:,} channels, {mean:.1f} % kept, "
-            f"closed channels {self.closed_at})"
+            f"closed channels {self.closed_at.partition(',')[0]})"
         )
 
     def _repr_html_(self) -> str:

@@ -54,6 +54,7 @@ from nad_attr.learning.selection import (
     ranked,
     steps_in_memory,
 )
+from nad_attr.running.forward import sent
 
 __all__ = ["ConstantModel", "learn_with_constants"]
 
@@ -70,6 +71,9 @@ SHRINK = 8.0
 SHRINK_STEPS = 4
 #: Mean squared residual that is reckoned with, at least, in units of the task output's variance.
 FLOOR = 0.01
+#: Shares of the largest number on the diagonal that are added where rounding leaves no root, in
+#: units of a number's rounding.
+ADDED_WHERE_ROUNDED = (30.0, 30_000.0)
 #: Channels, at most, whose correlations say how much of all is noise.
 MAX_CORRELATED = 512
 #: Share of a task's images that are kept apart, and how many of each kind at most; with fewer
@@ -80,6 +84,8 @@ SHARES_TRIED, MIN_TRIED = (1 / 3, 2 / 3, 1.0), 4
 #: Standard errors that are taken off what a share gains, by images kept apart and by images that
 #: were learned from: those are few, and so few are often right by chance.
 DOUBT, DOUBT_WHERE_FEW = 0.5, 1.5
+#: Of the normal distribution.
+ONE_SIDED_95 = 1.645
 
 
 def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
@@ -111,25 +117,19 @@ def rooted(matrices: Tensor) -> Tensor:
 
     Sums to which products were added and from which they were taken again keep the rounding of the
     largest that they ever were. As much of the diagonal is added as it takes, to those rows alone.
-
-    Raises:
-        RuntimeError: If a matrix is not finite.
+    A matrix that has no root even so, because it is not finite, gets one of NaN, which goes on into
+    the constants: a look at it would have the host wait for its GPU.
     """
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(matrices)
-    share = torch.finfo(matrices.dtype).eps
-    while any_of(failed) and share < 1:
-        largest = matrices.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
-        added = share * largest * (failed > 0)[:, None]
-        root, failed = torch.linalg.cholesky_ex(
-            matrices
-            + added[:, :, None]
-            * torch.eye(matrices.shape[1], device=matrices.device, dtype=matrices.dtype)
-        )
-        share *= 10
-    if bool((failed > 0).any()):
-        raise RuntimeError("the effects of channels on the task output are not finite.")
-    return root
+    diagonal = matrices.diagonal(dim1=1, dim2=2)
+    for share in ADDED_WHERE_ROUNDED:
+        if not any_of(failed):
+            return root
+        added = diagonal.amax(1, keepdim=True) * (share * torch.finfo(matrices.dtype).eps)
+        mended = matrices + torch.diag_embed(added * (failed > 0)[:, None].expand_as(diagonal))
+        root, failed = torch.linalg.cholesky_ex(mended)
+    return torch.where((failed > 0)[:, None, None], torch.full_like(root, math.nan), root)
 
 
 class Metric(NamedTuple):
@@ -362,6 +362,27 @@ class ConstantModel:
         return total
 
 
+class Apart(NamedTuple):
+    """What images say of constants that were not fitted to them, all (R,)."""
+
+    #: How far from the means constants should be, in [0, 1]
+    share: Tensor
+    #: There: the fidelity on those images, and what it is at most, with 95 % confidence; NaN where
+    #: they are too few
+    fidelity: Tensor
+    highest: Tensor
+
+    def take(self, row: int, share: Tensor, whole: Tensor, change: Tensor) -> None:
+        """Note what a row's images (n,) say: the standard error is that of targets.bound."""
+        error, spread = change.square(), (whole - whole.mean()).square()
+        e, v = error.mean(), spread.mean().clamp(min=MIN_VARIANCE)
+        ratio = e / v
+        deviation = (error / e.clamp(min=MIN_VARIANCE) - spread / v).std() / len(whole) ** 0.5
+        self.share[row] = share
+        self.fidelity[row] = 1 - ratio
+        self.highest[row] = 1 - ratio * torch.exp(-ONE_SIDED_95 * deviation)
+
+
 def held_back(
     chunk: Chunk,
     recipe: Recipe,
@@ -371,7 +392,7 @@ def held_back(
     means: Tensor,
     deviations: Tensor,
     apart: Sequence[bool],
-) -> Tensor:
+) -> Apart:
     """How far from the means constants should be, as images say that they were not fitted to.
 
     Of some shares of the way from means to constants the one is taken that lessens the squared
@@ -386,9 +407,6 @@ def held_back(
         means: (channels,).
         deviations: (channels,).
         apart: For each row whether its images were kept apart from those that were learned from.
-
-    Returns:
-        (R,), in [0, 1].
     """
     network = chunk.network
     (batch,) = chunk.batches([[[draw for half in row for draw in half] for row in draws]])
@@ -411,7 +429,9 @@ def held_back(
                 for at in (slice(part.start, part.stop),)
             ]
             changes.append(chunk.own_output(torch.cat(outputs), batch.rows) - clean)
-    result = gates.new_zeros(len(chunk))
+    unknown = torch.full_like(gates[:, 0], math.nan)
+    result = Apart(gates.new_zeros(len(chunk)), unknown, unknown.clone())
+    tried = gates.new_tensor((0.0, *SHARES_TRIED))
     ends = list(itertools.accumulate(sum(map(len, row)) for row in draws))
     for row, (start, end) in enumerate(itertools.pairwise([0, *ends])):
         n = end - start
@@ -434,8 +454,9 @@ def held_back(
         error = (shares * (gains - mean[:, None])).square().sum(1) * (n / (n - 1))
         doubt = DOUBT if apart[row] else DOUBT_WHERE_FEW
         least, at = (mean + doubt * error.sqrt()).min(0)
-        tried = gates.new_tensor(SHARES_TRIED)
-        result[row] = torch.where(least < 0, tried[at], torch.zeros_like(least))
+        at = torch.where(least < 0, at + 1, torch.zeros_like(at))
+        by_share = torch.stack([change[start:end] for change in changes])
+        result.take(row, tried[at], clean[start:end], by_share[at])
     return result
 
 
@@ -501,7 +522,8 @@ def learn_with_constants(
         moved = constants[batch.rows] * slopes
         residual = output - clean
         at_mean = residual - ((1 - model.gates[batch.rows]) * moved).sum(1)
-        numbers = torch.tensor(batch.numbers, device=network.device)
+        numbers = torch.tensor(batch.numbers, device="cpu") % chunk.n_images
+        numbers = sent(numbers, network.device)
 
         def by_row(values: Tensor, places: Tensor = batch.places) -> Tensor:
             return values[places].view(rows, per_task, *values.shape[1:])
@@ -567,12 +589,19 @@ def learn_with_constants(
                 spread_there = freedom(without.clamp(min=0))
                 fitted.append(model.best(without, spread_there, residuals, constants, math.inf))
             tried = [torch.where(apart, constants, c) for c in fitted] or [constants] * 2
-            share = held_back(
+            judged = held_back(
                 chunk, recipe, halves, model.gates, tried, means, deviations, apart[:, 0].tolist()
             )
             ranks = model.gates if masks is not None else ranks
             so_far = {name: torch.stack(curve) for name, curve in curves.items()}
-            of_channels = to_channels(share[:, None] * constants, network.sites)
+            for name in ("fidelity", "highest"):  # known at the end alone
+                so_far[f"{name}_apart"] = torch.full_like(so_far["loss"], math.nan)
+                known = so_far[f"{name}_apart"][-1]
+                # Where none are kept apart, channels were chosen by the images that judge them.
+                known.copy_(torch.where(apart[:, 0], getattr(judged, name), known))
+            of_channels = to_channels(judged.share[:, None] * constants, network.sites)
             result = means + deviations * of_channels
+            if not bool(torch.isfinite(result).all()):
+                raise RuntimeError("the effects of channels on the task output are not finite.")
             learned.append(Learned(ranks, ranks.logit(), so_far, result))
     return learned

@@ -357,9 +357,19 @@ class TaskImages:
         task: The task.
         seed: Of the run.
         among: int64, the numbers of the images that may be drawn; None: all.
+        mirrored: Whether half of the draws are of mirrored images, see
+            :class:`~nad_attr.data.sources.MirroredSource`.
     """
 
-    def __init__(self, labels: Tensor, task: Task, seed: int, among: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        labels: Tensor,
+        task: Task,
+        seed: int,
+        among: Tensor | None = None,
+        mirrored: bool = False,
+    ) -> None:
+        self._beyond = len(labels) if mirrored else 0
         (own,), (other,) = own_images(labels, [task]), other_images(labels, [task])
         if among is not None:
             allowed = torch.zeros_like(own)
@@ -407,7 +417,8 @@ class TaskImages:
         numbers, self._queues[kind] = queue[:n], queue[n:]
         first = self._drawn[kind]
         self._drawn[kind] += n
-        return [(i, seed_of(*self._key, kind, first + j)) for j, i in enumerate(numbers)]
+        seeds = [seed_of(*self._key, kind, first + j) for j in range(n)]
+        return [(i + self._beyond * (s % 2), s) for i, s in zip(numbers, seeds, strict=True)]
 
     def epoch(self, kind: str, batch: int) -> list[list[Draw]]:
         """One pass over the images of a kind in random order, cut into batches."""
@@ -522,6 +533,10 @@ class Chunk:
         seed: Of the run.
         clean: The whole network's outputs; shared by the chunks of a run.
         advance: Called with a number of task steps that are done, for the progress bar.
+        mirrored: For each task whether it sees mirrored images, too; of a source that has them.
+
+    Attributes:
+        n_images: Different images, with mirrored ones counted as what they are of.
 
     Tasks may be given as replicas; then one may be there several times.
     """
@@ -535,8 +550,10 @@ class Chunk:
         *,
         clean: CleanOutputs | None = None,
         advance: Callable[[int], object] = lambda n: None,
+        mirrored: Sequence[bool] | None = None,
     ) -> None:
         self.network, self.source = network, source
+        self.n_images = getattr(source, "n_plain", len(source.labels))
         replicas = [task if isinstance(task, Replica) else Replica(task, seed) for task in tasks]
         self.tasks = [replica.task for replica in replicas]
         self.seeds = [replica.seed for replica in replicas]
@@ -548,7 +565,11 @@ class Chunk:
             self.prices = prices.to(network.device, network.dtype)
         self.clean = CleanOutputs(network, source) if clean is None else clean
         self.advance = advance
-        self.images = [TaskImages(source.labels, r.task, r.seed, r.among) for r in replicas]
+        labels = source.labels[: self.n_images]
+        self.images = [
+            TaskImages(labels, r.task, r.seed, r.among, turned)
+            for r, turned in zip(replicas, mirrored or [False] * len(replicas), strict=True)
+        ]
         members = [[task] if isinstance(task, int) else list(task) for task in self.tasks]
         width = max(map(len, members))
         padded = [m + [m[0]] * (width - len(m)) for m in members]

@@ -25,7 +25,7 @@ from nad_attr.data.labels import (
     patterns,
     tasks_in,
 )
-from nad_attr.data.sources import ChosenSource, Data, Inputs, Source, as_source
+from nad_attr.data.sources import ChosenSource, Data, Inputs, MirroredSource, Source, as_source
 from nad_attr.gates.channels import budget, n_gates, open_gates, split_sites, to_channels, to_gates
 from nad_attr.gates.history import History
 from nad_attr.gates.recipe import PaperRecipe, Recipe
@@ -41,8 +41,10 @@ from nad_attr.learning.selection import learn_selection, steps_in_memory
 from nad_attr.learning.targets import reached, split, target_sizes
 from nad_attr.running.forward import MAX_FOUND_BATCH, check_classes, chunks, repeated
 from nad_attr.running.options import RunOptions, as_options
+from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite, unwrap
+from nad_attr.stats.held_out import parted_tasks
 from nad_attr.system.memory import largest_batch
 from nad_attr.system.rng import seed_of
 
@@ -55,6 +57,13 @@ MEAN_IMAGES = 512
 
 #: A recipe that asks for no fidelity, where the channels are given.
 _ANY_SIZE: dict[str, Any] = {"size": 0.5, "fidelity": None}
+
+
+#: Own images of a task from which on mirrored ones are not needed.
+ENOUGH = 50
+#: Own images, and others, that say what the network makes of mirrored ones, and the share of the
+#: task output's variance that has to stay.
+MIRRORED_TRIED, MIRRORED_KEEPS = 32, 0.8
 
 
 #: Images that a lighter copy is compared on one by one, and together in one pass.
@@ -102,7 +111,7 @@ def fit_constants(
         >>> site = GateSite("1", 6, 1)
         >>> arch = SubArchitecture.from_kept({"1": [0, 3]}, [site], task=1)
         >>> fit_constants(net, arch, (x, (x[:, 0] > 0).long()))[0].closed_at
-        'at constants of their own'
+        'at constants of their own, fitted on 20 images'
     """
     if isinstance(architectures, TaskGates):
         archs = architectures.sub_architectures()
@@ -414,6 +423,7 @@ class Session:
         network, source, recipe = self.network, self.learned_from, self.recipe
         wanted = self.tasks if tasks is None else list(tasks)
         parts = self._parts(wanted, sizes, means, start, advance)
+        self._say_where_parted([part[-1] for part in parts], wanted, sizes[-1])
         info = {
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
             "model": type(unwrap(network.model)).__name__,
@@ -443,6 +453,22 @@ class Session:
             with torch.inference_mode(False), frozen(self.network.model):
                 self._known_outputs = CleanOutputs(self.network, self.source)
                 self._known_outputs.find_all(self.source)
+
+    def _say_where_parted(
+        self, learned: Sequence[Learned], tasks: Sequence[Task], size: float | None
+    ) -> None:
+        """Warn of tasks whose gates do not keep the task output on other images."""
+        if self.recipe.ablation != "optimal" or self.apart is not None:
+            return
+        labels = self.learned_from.labels
+        found = parted_tasks(
+            _history([part.curves for part in learned]),
+            self._names_of(tasks) or [f"{task!s:.40}" for task in tasks],
+            own_images(labels, tasks).sum(1).tolist(),
+            self.recipe.size if size is None else size,
+        )
+        if found is not None:
+            warnings.warn(found, stacklevel=5)
 
     def learn_replicas(
         self,
@@ -477,16 +503,28 @@ class Session:
         advance: Callable[[int], object],
     ) -> list[list[Learned]]:
         """What is learned of each chunk at each size."""
-        network, source, recipe = self.network, self.learned_from, self.recipe
+        network, recipe = self.network, self.recipe
         parts: list[list[Learned]] = []
         with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
             means = self.means() if means is None else means
             if means is not None:
                 network.set_means(means)
-            clean = self._known_outputs or CleanOutputs(network, source)
+            source, turned = self.mirrored(
+                [task.task if isinstance(task, Replica) else task for task in tasks]
+            )
+            known = self._known_outputs if source is self.learned_from else None
+            clean = known or CleanOutputs(network, source)
             for part in chunks(len(tasks), self.width):
-                chosen = tasks[part.start : part.stop]
-                chunk = Chunk(network, source, chosen, self.seed, clean=clean, advance=advance)
+                rows = slice(part.start, part.stop)
+                chunk = Chunk(
+                    network,
+                    source,
+                    tasks[rows],
+                    self.seed,
+                    clean=clean,
+                    advance=advance,
+                    mirrored=turned[rows],
+                )
                 if isinstance(recipe, PaperRecipe):
                     first = None if start is None else start[list(part)]
                     parts.append([learn_paper(chunk, recipe, first)])
@@ -505,7 +543,8 @@ class Session:
         See :func:`fit_constants`. Each is fitted on its own task's images alone, the same for all
         of a task.
         """
-        network, source = self.network, self.source
+        network = self.network
+        tasks = [arch.task for arch in archs if arch.task is not None]
         masks = torch.stack(
             [torch.cat([open_gates(s, arch[s.name]) for s in self.sites]) for arch in archs]
         )
@@ -514,19 +553,91 @@ class Session:
         with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
             if means is not None:
                 network.set_means(means)
+            source, turned = self.mirrored(tasks)
             clean = CleanOutputs(network, source)
             for part in chunks(len(archs), self.width):
                 rows = slice(part.start, part.stop)
-                tasks = [arch.task for arch in archs[rows] if arch.task is not None]
-                chunk = Chunk(network, source, tasks, self.seed, clean=clean, advance=advance)
+                chunk = Chunk(
+                    network,
+                    source,
+                    tasks[rows],
+                    self.seed,
+                    clean=clean,
+                    advance=advance,
+                    mirrored=turned[rows],
+                )
                 (found,) = self._chosen(chunk, [1.0], masks[rows])
                 assert found.constants is not None
                 constants = split_sites(found.constants.cpu(), self.sites)
                 result += [
-                    arch.with_means({n: v[i] for n, v in constants.items()}, own_constants=True)
+                    arch.with_means(
+                        {n: v[i] for n, v in constants.items()},
+                        own_constants=True,
+                        fitted_on=len(self.source.labels),
+                    )
                     for i, arch in enumerate(archs[rows])
                 ]
         return result
+
+    @torch.no_grad()
+    def mirrored(self, tasks: Sequence[Task]) -> tuple[Source, list[bool]]:
+        """The images to learn from, and for each task whether it sees mirrored ones as well.
+
+        Those are new images that cost nothing, where own ones are few, and where mirrored pictures
+        are to the network what pictures are: their task output keeps 0.8 of its variance.
+
+        Raises:
+            ValueError: If the recipe asks for them, and the images are no pictures.
+        """
+        source, asked = self.learned_from, self.recipe.mirror
+        no = source, [False] * len(tasks)
+        if asked is False or (asked is None and self.recipe.ablation != "optimal"):
+            return no
+        (example,) = source.batches([[(0, 0)]])
+        pictures = len(example) == 1 and example[0].ndim == 4 and example[0].is_floating_point()
+        if not pictures or source.augmented:
+            if asked:
+                raise ValueError(
+                    "recipe: mirror=True needs pictures, one input (images, channels, height, "
+                    "width), that look the same each time they are drawn; mirror them in the "
+                    "dataset's transform, or leave it out."
+                )
+            return no
+        if asked:
+            return MirroredSource(source), [True] * len(tasks)
+        different = list(dict.fromkeys(tasks))
+        kinds = zip(
+            own_images(source.labels, different),
+            other_images(source.labels, different),
+            strict=True,
+        )
+        turned = {
+            task: int(pair[0].sum()) < ENOUGH and self._keeps_mirrored(source, task, pair)
+            for task, pair in zip(different, kinds, strict=True)
+        }
+        if not any(turned.values()):
+            return no
+        return MirroredSource(source), [turned[task] for task in tasks]
+
+    def _keeps_mirrored(self, source: Source, task: Task, kinds: Sequence[Tensor]) -> bool:
+        """Whether mirrored pictures of a task's own and other images get nearly the same output."""
+        error, spread = [], []
+        for kind in kinds:
+            numbers = kind.nonzero()[:, 0]
+            numbers = numbers[:: -(-max(1, len(numbers)) // MIRRORED_TRIED)]
+            if not len(numbers):
+                continue
+            (images,) = source.batches([[(i, 0) for i in numbers.tolist()]])
+            plain = self.network.to_device(images)
+            both = [
+                task_outputs(self.network.clean(inputs), [task])[:, 0].double()
+                for inputs in (plain, tuple(x.flip(-1) for x in plain))
+            ]
+            error.append((both[1] - both[0]).square().mean())
+            spread.append(both[0])
+        centre = torch.stack([values.mean() for values in spread]).mean()
+        variance = torch.stack([(values - centre).square().mean() for values in spread]).mean()
+        return bool(torch.stack(error).mean() <= (1 - MIRRORED_KEEPS) * variance)
 
     def _chosen(
         self, chunk: Chunk, sizes: Sequence[float], masks: Tensor | None = None
@@ -552,7 +663,6 @@ class Session:
         gates = to_channels(torch.cat([part.gates for part in learned]), self.sites)
         logits = to_channels(torch.cat([part.logits for part in learned]), self.sites)
         constants = [part.constants for part in learned if part.constants is not None]
-        names = None if self.names is None else dict(zip(self.tasks, self.names, strict=True))
         return TaskGates(
             split_sites(gates.cpu(), self.sites),
             self.sites,
@@ -564,9 +674,15 @@ class Session:
             if size is None or self.apart is not None
             else dataclasses.replace(self.recipe, size=size),
             history=_history([part.curves for part in learned]),
-            task_names=None if names is None else [names[task] for task in tasks],
+            task_names=self._names_of(tasks),
             info=info,
         )
+
+    def _names_of(self, tasks: Sequence[Task]) -> list[str] | None:
+        if self.names is None:
+            return None
+        names = dict(zip(self.tasks, self.names, strict=True))
+        return [names[task] for task in tasks]
 
 
 def _check_batch(run: RunOptions, recipe: Recipe) -> None:

@@ -145,11 +145,16 @@ class Ranking:
             means=teller.means_at(size),
             per_site=per_site if self.per_site is None else self.per_site[key],
         )
-        own = None if self.learned is None else self.learned[key].constants
-        if own is None:
+        gates = None if self.learned is None else self.learned[key]
+        own = None if gates is None else gates.constants
+        if gates is None or own is None:
             return found
         return [
-            arch.with_means({name: v[row] for name, v in own.items()}, own_constants=True)
+            arch.with_means(
+                {name: v[row] for name, v in own.items()},
+                own_constants=True,
+                fitted_on=gates.fitted_on,
+            )
             for row, arch in enumerate(found)
         ]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nad_attr.stats.tables import number
 
-__all__ = ["PARTS", "apart"]
+__all__ = ["PARTS", "apart", "parted_tasks"]
 
 #: Measures that differ by less than this are together, whatever the intervals say.
 PARTS = 0.05
@@ -15,6 +18,11 @@ PARTS = 0.05
 FEW_IMAGES = 500
 #: From this size on a larger one is no help.
 LARGE = 0.7
+
+#: Steps at the end, at most, whose images say how well those that were learned from are kept.
+LAST_STEPS = 5
+#: By how much fidelity has to fall to be warned of while gates are learned.
+WARNED_FROM = 0.2
 
 _NAMES = {"own_auc": "own AUC", "fidelity": "fidelity"}
 
@@ -77,3 +85,52 @@ def apart(
         help_.append("a larger size")
     lines.append(f"What would help: {', or '.join(help_)}.")
     return lines
+
+
+def parted_tasks(
+    curves: Mapping[str, NDArray[np.float32]],
+    names: Sequence[str],
+    n_own: Sequence[int],
+    size: float,
+) -> str | None:
+    """What to say of tasks whose gates keep the images learned from, and hardly any others.
+
+    Args:
+        curves: Of a run, (steps, T): "loss", "fidelity_apart" and "highest_apart".
+        names: Of the T tasks.
+        n_own: Own images of each.
+        size: Kept channels / all channels.
+
+    Returns:
+        The tasks with both fidelities, the one that falls most first, and what would help; None
+        if none parts.
+
+    Example:
+        >>> curves = {"loss": np.array([[0.04]]), "fidelity_apart": np.array([[0.3]]),
+        ...           "highest_apart": np.array([[0.5]])}
+        >>> print(parted_tasks(curves, ["reptile"], [18], 0.4))
+        what was learned does not hold on other images: fidelity of 'reptile' is 0.960 on images
+        learned from and 0.300 on images kept apart. What would help: more pictures of each class
+        (18 were learned from), or a larger size.
+    """
+    learned = 1 - curves["loss"][-LAST_STEPS:].mean(0)
+    found, highest = (curves[f"{name}_apart"][-1] for name in ("fidelity", "highest"))
+    # NaN, where too few images were looked at, is no gap.
+    parts = np.flatnonzero((learned - found > WARNED_FROM) & (highest < learned))
+    if not len(parts):
+        return None
+    parts = parts[np.argsort((found - learned)[parts])]
+    shown = [
+        f"{names[t]!r} is {number(learned[t])} on images learned from and {number(found[t])} on "
+        "images kept apart"
+        for t in parts[:3].tolist()
+    ]
+    (help_,) = apart(
+        {"fidelity": 1.0}, {"fidelity": 0.0}, {"fidelity": (1.0, 1.0)},
+        whole=(math.nan, math.nan), n_own=n_own[int(parts[0])], size=size,
+    )[1:]  # fmt: skip
+    more = f", and {len(parts) - 3} more" if len(parts) > 3 else ""
+    return (
+        "what was learned does not hold on other images: fidelity of "
+        f"{'; of '.join(shown)}{more}. {help_}"
+    )

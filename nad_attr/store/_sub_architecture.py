@@ -30,6 +30,8 @@ def write_sub_architecture(arch: SubArchitecture, path: str | PathLike[str]) -> 
         put_strings(file.create_group("task"), "index", [json.dumps(arch.task)])
         if arch.own_constants:
             put_strings(file["task"], "constants", ["own"])
+        if arch.fitted_on is not None:
+            put_strings(file["task"], "fitted_on", [str(arch.fitted_on)])
         groups = put_sites(file, arch.sites, arch.means)
         for site, group in zip(arch.sites, groups, strict=True):
             put_array(group, "kept", arch[site.name].to(torch.uint8).numpy())
@@ -57,10 +59,12 @@ def read_sub_architecture(path: str | PathLike[str]) -> SubArchitecture:
         for order, site in enumerate(sites):
             kept = reader.array(root, f"{order}/kept", "u", (site.n_channels,))
             masks[site.name] = torch.from_numpy(kept) > 0
+        fitted_on = reader.strings(group, "fitted_on") if "fitted_on" in group else []
         return SubArchitecture(
             masks,
             sites,
             task=None if task is None else as_task(task),
             means=None if means is None else {n: torch.from_numpy(m) for n, m in means.items()},
             own_constants="constants" in group and reader.strings(group, "constants") == ["own"],
+            fitted_on=int(fitted_on[0]) if fitted_on else None,
         )

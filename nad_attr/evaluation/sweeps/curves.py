@@ -22,11 +22,12 @@ from nad_attr.evaluation.sweeps.grid import (
     OPTIMAL,
     check_measure,
     fitted,
+    fitted_on,
     measure_grid,
     own_constants,
     recipe_of,
 )
-from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.sub_architecture import SubArchitecture, fitting
 from nad_attr.running.options import RunOptions
 from nad_attr.scoring.rankings import SIZES, Ranking, Ranks, as_ranking, check_sizes
 from nad_attr.sites.site import GateSite
@@ -187,6 +188,7 @@ class Curves(Result):
         requested: S sizes as asked for.
         per_site: The share is kept (removed) at each site, not of all channels together.
         ablation: What stands in place of closed channels.
+        fitted_on: With "optimal": how many images the constants were fitted on, if known.
         keep: ``{measure: (T, S)}``, the top channels alone.
         ablate: ``{measure: (T, S)}``, the network without them.
         empty: ``{measure: (T,)}``, all channels closed.
@@ -205,6 +207,7 @@ class Curves(Result):
     ablate: Mapping[str, FloatArray]
     empty: Mapping[str, FloatArray]
     full: Mapping[str, FloatArray]
+    fitted_on: int | None = None
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -393,7 +396,7 @@ class Curves(Result):
         how = "at each site" if self.per_site else "of all channels"
         title = (
             f"{measure} of {len(self.tasks)} task(s) on {self.n_images} images, top share {how}, "
-            f"closed channels: {self.ablation}"
+            f"closed channels: {self.ablation}{fitting(self.fitted_on)}"
         )
         delta = number(float(nan_mean(self.delta(measure))))
         foot = f"delta {delta} ({number(low)} to {number(high)})"
@@ -547,4 +550,5 @@ def curves(
         ablate={name: values[2::2].T.copy() for name, values in grid.values.items()},
         empty={name: values[0].copy() for name, values in grid.values.items()},
         full=grid.whole,
+        fitted_on=fitted_on(groups) if prepared is None else None,
     )

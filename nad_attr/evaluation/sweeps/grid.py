@@ -77,6 +77,12 @@ def recipe_of(ranks: Any) -> Recipe | None:
     return Recipe(steps=steps, images_per_step=images)
 
 
+def fitted_on(groups: Sequence[Sequence[SubArchitecture]]) -> int | None:
+    """On how many images constants of sub-architectures' own were fitted, if it was one number."""
+    numbers = {arch.fitted_on for group in groups for arch in group if arch.own_constants}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
 def own_constants(
     model: nn.Module,
     groups: Sequence[Sequence[SubArchitecture]],

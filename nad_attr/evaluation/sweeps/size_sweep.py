@@ -26,11 +26,12 @@ from nad_attr.evaluation.sweeps.grid import (
     OPTIMAL,
     check_measure,
     fitted,
+    fitted_on,
     measure_grid,
     own_constants,
     recipe_of,
 )
-from nad_attr.gates.sub_architecture import SubArchitecture
+from nad_attr.gates.sub_architecture import SubArchitecture, fitting
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.running.options import RunOptions
 from nad_attr.scoring.baselines import EnergyScorer, NeuronMCTScorer, TaylorScorer
@@ -88,6 +89,7 @@ class SizeSweep(Result):
         requested: S sizes as asked for.
         per_site: The share is kept at each site, not of all channels together.
         ablation: What stands in place of closed channels.
+        fitted_on: With "optimal": how many images the constants were fitted on, if known.
         methods: Names of the M methods, baselines last.
         baselines: Which of them are baselines.
         measured: ``{method: {measure: (S, T)}}``.
@@ -107,6 +109,7 @@ class SizeSweep(Result):
     measured: Mapping[str, Mapping[str, FloatArray]]
     random: Mapping[str, FloatArray]
     whole: Mapping[str, FloatArray]
+    fitted_on: int | None = None
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -282,8 +285,8 @@ class SizeSweep(Result):
         how = "at each site" if self.per_site else "over all sites"
         lines = [
             f"{len(self.tasks)} task(s) on {self.n_images} images, share kept {how}, closed "
-            f"channels: {self.ablation}; p against {self.n_random} random draws"
-            f" (least possible {least_p(self.n_random):.3g})"
+            f"channels: {self.ablation}{fitting(self.fitted_on)}; p against {self.n_random} random "
+            f"draws (least possible {least_p(self.n_random):.3g})"
         ]
         for size in wanted:
             if size not in self.requested:
@@ -560,4 +563,5 @@ def size_sweep(
         },
         random={m: values[n_named:].copy() for m, values in blocks.items()} if n_random else {},
         whole=grid.whole,
+        fitted_on=fitted_on(groups) if prepared is None else None,
     )
