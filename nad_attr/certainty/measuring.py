@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from nad_attr._checks import check_count
 from nad_attr.certainty.closing import State, TaskTrial
@@ -17,15 +18,15 @@ from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.testing import NEEDED, Found, compare, examined
 from nad_attr.data.labels import Task, other_images, own_images, tasks_in
 from nad_attr.data.sources import Data, Source, as_source
+from nad_attr.gates.channels import gate_of_channel, n_gates, to_gates
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
 from nad_attr.learning.engine import Replica
 from nad_attr.learning.network_checks import Checks
-from nad_attr.learning.runs import Executor, InProcess
 from nad_attr.learning.session import Session
-from nad_attr.running.forward import chunks
 from nad_attr.running.options import RunFields, RunOptions, as_options
+from nad_attr.running.workers import Workers, in_order
 from nad_attr.system.rng import seed_of
 
 if TYPE_CHECKING:
@@ -48,16 +49,16 @@ def certainty(
     held_out: Data,
     *,
     recipe: Recipe | None = None,
-    pairs: int = 3,
+    pairs: int = 4,
     images: int = 64,
-    alternatives: int = 1,
+    alternatives: int = 2,
     alpha: float = 0.05,
     tolerance: float = 0.02,
     seed: int = 0,
     run: RunOptions | None = None,
     augmented: bool | None = None,
     checks: Checks = "refuse",
-    executor: Executor | None = None,
+    executor: Workers | None = None,
     **fields: Unpack[RunFields],
 ) -> ChannelCertainty:
     """How sure each kept channel of each task is, and whether the task needs it.
@@ -83,8 +84,7 @@ def certainty(
         gates: Task gates learned on it.
         data: The images that they were learned from; see :func:`nad_attr.learn_gates`.
         held_out: Images that they were not learned from.
-        recipe: How to learn from halves; None: as the gates were learned. Where it asks for a
-            fidelity, each task's halves keep the size that its gates have, after 100 steps.
+        recipe: How to learn from halves; None: as the gates were learned.
         pairs: Complementary pairs of halves. Each costs two runs of the recipe per task.
         images: Own images, and other ones, to test on, at most.
         alternatives: Sub-architectures to learn for each task that avoid the channels that seem
@@ -96,9 +96,8 @@ def certainty(
         run: How to run the network; see :class:`nad_attr.RunOptions`.
         augmented: See :func:`nad_attr.learn_gates`.
         checks: See there.
-        executor: Where halves and alternatives are learned; None: in this process. With
-            :class:`nad_attr.distributed.RayExecutor` on a cluster, with the same results. Channels
-            are closed in this process.
+        executor: Measures a task with its replicas at a time elsewhere, such as on Ray's workers
+            (:class:`nad_attr.distributed.RayExecutor`): the same for any number of workers.
         **fields: In place of those fields of ``run``.
 
     Returns:
@@ -126,14 +125,7 @@ def certainty(
     """
     if not isinstance(gates, TaskGates):
         raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
-    grouped = next((site for site in gates.sites if site.group_of is not None), None)
-    if grouped is not None:
-        raise ValueError(
-            f"gate site {grouped.name!r} has one gate for several channels ({grouped.units}), and "
-            "certainty closes channels one by one; learn gates at sites without groups, such as "
-            "find_gate_sites(model, images, units='neurons')."
-        )
-    recipe, sizes = _recipe(gates, recipe)
+    recipe = _recipe(gates, recipe)
     check_count(pairs, "pairs")
     check_count(images, "images", least=2)
     check_count(alternatives, "alternatives", least=0)
@@ -141,14 +133,14 @@ def certainty(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
             raise ValueError(f"{name} must be a number in (0, 1), got {value!r}.")
     options = as_options(run, **fields)
-    if executor is None:
-        executor = InProcess()
-    elif options.batch_size == "auto":
-        raise ValueError(
-            "batch_size='auto' measures the memory of this process, not of the executor's workers; "
-            "give a number."
-        )
     tasks = gates.tasks
+    if executor is not None:
+        given: dict[str, Any] = {
+            "recipe": recipe, "pairs": pairs, "images": images, "alternatives": alternatives,
+            "alpha": alpha, "tolerance": tolerance, "seed": seed, "augmented": augmented,
+            "checks": checks,
+        }  # fmt: skip
+        return _by_workers(executor, model, gates, data, held_out, options, given)
     session = Session(
         model,
         data,
@@ -156,7 +148,7 @@ def certainty(
         recipe,
         gates.sites,
         seed=seed,
-        run=replace(options, device=executor.session_device(options.device)),
+        run=options,
         augmented=augmented,
         checks=checks,
     )
@@ -184,6 +176,7 @@ def certainty(
     masks = (own > 0.5).double()
     base, spread = _base(gates, session)
     states = [State(*pair) for pair in zip(masks, base, strict=True)]
+    groups = gate_of_channel(session.sites)
     levels = {"alpha": alpha, "tolerance": tolerance}
     found, testing = [], 0
 
@@ -193,7 +186,7 @@ def certainty(
     with closing("closing channels") as advance:
         for t, task in enumerate(tasks):
             learn, test = trial(task, session.source, "learning"), trial(task, judged, "held out")
-            found.append(examined(learn, test, states[t], spread[t], **levels))
+            found.append(examined(learn, test, states[t], spread[t], groups, **levels))
             testing += learn.passes + test.passes
             advance(1)
 
@@ -203,8 +196,9 @@ def certainty(
         for replica in _replicas(session, task, one, pairs, alternatives)
     ]
     per_task = 2 * pairs + alternatives
-    of_replica = [size for size in sizes for _ in range(per_task)]
-    learned, constants = _learned(session, replicas, of_replica, executor, options.device)
+    steps = sum(session.n_steps(replica.task) for replica in replicas)
+    with network.bar(steps, "learning from halves", "step") as bar:
+        learned, constants = session.learn_replicas(replicas, bar.update)
     others = (learned > 0.5).double().view(len(tasks), per_task, -1)
     instead = base[:, None].expand(-1, per_task, -1)
     if constants is not None:
@@ -226,7 +220,7 @@ def certainty(
         gate=own.numpy(),
         chosen=halves.sum(1).long().numpy(),
         n_pairs=pairs,
-        n_chosen=halves.sum(2).mean(1).numpy(),
+        n_chosen=to_gates(halves, session.sites, mean=True).sum(2).mean(1).numpy(),
         effect=np.stack([one.effect for one in found]),
         p=np.stack([one.p for one in found]),
         q=np.stack([one.q for one in found]),
@@ -246,39 +240,50 @@ def certainty(
     )
 
 
-def _learned(
-    session: Session,
-    replicas: Sequence[Replica],
-    sizes: Sequence[float | None],
-    executor: Executor,
-    device: str | torch.device | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Gates of all replicas, and constants if the recipe has them: in parts that share passes.
-
-    The parts do not depend on where they are learned, so neither do the results.
-    """
-    parts: list[tuple[list[Replica], float | None]] = []
-    places: list[int] = []
-    for size in dict.fromkeys(sizes):
-        rows = [i for i, asked in enumerate(sizes) if asked == size]
-        for part in chunks(len(rows), session.width):
-            parts.append(([replicas[rows[i]] for i in part], size))
-        places += rows
-    steps = sum(session.n_steps(replica.task) for replica in replicas)
-    session.know_outputs(steps * session.recipe.images_per_step)
-    found: dict[int, tuple[Tensor, Tensor | None]] = {}
-    with session.network.bar(steps, "learning from halves", "step") as bar:
-        done = executor.relearn(session, parts, session.means(), bar.update, device)
-        with closing(done):  # type: ignore[type-var]
-            found.update(done)
-    back = torch.tensor(places, device="cpu").argsort()
-    gates = torch.cat([found[i][0] for i in range(len(parts))])[back]
-    constants = [one for i in range(len(parts)) if (one := found[i][1]) is not None]
-    return gates, torch.cat(constants)[back] if constants else None
+_Shared: TypeAlias = "tuple[nn.Module, TaskGates, Data, Data, RunOptions, dict[str, Any]]"
 
 
-def _recipe(gates: TaskGates, recipe: Recipe | None) -> tuple[Recipe, list[float | None]]:
-    """How to learn from halves: as the gates were learned, and the size that each task has."""
+def _by_workers(
+    executor: Workers,
+    model: nn.Module,
+    gates: TaskGates,
+    data: Data,
+    held_out: Data,
+    options: RunOptions,
+    given: dict[str, Any],
+) -> ChannelCertainty:
+    """The certainty of each task, measured elsewhere, as one."""
+    shared = (model, gates, data, held_out, options, given)
+    with tqdm(total=len(gates), desc="certainty", disable=not options.show_progress) as bar:
+        how: dict[str, Any] = {"begin": _on_worker, "device": options.device, "what": "tasks"}
+        found = in_order(
+            executor.map(_one_task, shared, [[task] for task in gates.tasks], **how),
+            lambda number: bar.update(),
+        )
+    fields = {f.name: [getattr(one, f.name) for one in found] for f in dataclasses.fields(found[0])}
+    joined: dict[str, Any] = {name: values[0] for name, values in fields.items()}
+    for name, axes in ChannelCertainty._AXES.items():
+        values = fields[name]
+        if axes.startswith("T") and values[0] is not None:
+            arrays = isinstance(values[0], np.ndarray)
+            joined[name] = np.concatenate(values) if arrays else sum(values, ())
+    joined["passes"] = {kind: sum(p[kind] for p in fields["passes"]) for kind in joined["passes"]}
+    return ChannelCertainty(**joined)
+
+
+def _on_worker(shared: _Shared, device: torch.device) -> _Shared:
+    *rest, options, given = shared
+    options = dataclasses.replace(options, device=device, show_progress=False)
+    return (*rest, options, given)  # type: ignore[return-value]
+
+
+def _one_task(shared: _Shared, tasks: list[Task]) -> ChannelCertainty:
+    model, gates, data, held_out, options, given = shared
+    return certainty(model, gates.select(tasks), data, held_out, run=options, **given)
+
+
+def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
+    """How to learn from halves: as the gates were learned, at the size that they have."""
     found = gates.recipe if recipe is None else recipe
     if found is None:
         raise ValueError(
@@ -288,16 +293,13 @@ def _recipe(gates: TaskGates, recipe: Recipe | None) -> tuple[Recipe, list[float
     if not isinstance(found, Recipe):
         raise TypeError(f"recipe must be a Recipe, not {type(found).__name__}.")
     if isinstance(found, PaperRecipe):
-        return found, [None] * len(gates)
-    kept = [arch.n_kept for arch in gates.sub_architectures()]
-    if not any(kept):
+        return found
+    kept = {arch.n_kept for arch in gates.sub_architectures()}
+    if kept == {0}:
         raise ValueError("gates keep no channel: there is nothing to be certain of.")
-    if found.fidelity is not None:
-        steps = min(found.steps, Recipe().steps)
-        found = replace(found, fidelity=None, size=0.5, steps=steps)
-    elif recipe is not None:
-        return found, [None] * len(gates)
-    return found, [max(n, 1) / gates.n_channels for n in kept]
+    if recipe is None and len(kept) == 1:
+        found = dataclasses.replace(found, size=kept.pop() / n_gates(gates.sites))
+    return found
 
 
 def _replicas(

@@ -483,21 +483,6 @@ class CleanOutputs:
         self._known: Tensor | None = None
         self._have = [False] * self.n_images
 
-    def find_all(self, source: Source) -> None:
-        """Find those of all images in the order of the data, where there is room for them."""
-        n, width = self.n_images, self.network.batch_size or 64
-        for part in chunks(n, width):
-            if not self.n_images:
-                return
-            (inputs,) = source.batches([[(number, 0) for number in part]])
-            images = self.network.to_device(inputs)
-            none = torch.zeros(0, dtype=torch.int64, device="cpu")
-            self(Batch(images, none, none, list(part), none))
-
-    def to(self, device: torch.device) -> None:
-        """Where the network is now."""
-        self._known = None if self._known is None else self._known.to(device)
-
     def __call__(self, batch: Batch) -> Tensor:
         """Outputs (B, K) for a batch."""
         if not self.n_images:

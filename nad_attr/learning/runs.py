@@ -28,7 +28,6 @@ from nad_attr.data.labels import Task, as_task, own_images
 from nad_attr.data.sources import Data
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
-from nad_attr.learning.engine import Replica
 from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session
 from nad_attr.running.forward import chunks
@@ -115,25 +114,6 @@ class Executor(Protocol):
         """
         ...
 
-    def relearn(
-        self,
-        session: Session,
-        parts: Sequence[tuple[Sequence[Replica], float | None]],
-        means: Mapping[str, Tensor] | None,
-        advance: Callable[[int], object],
-        device: str | torch.device | None,
-    ) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
-        """Gates and constants of replicas, in whatever order, with the number of the part.
-
-        Args:
-            session: What to learn from.
-            parts: Replicas and the size that they keep, for ``session.learn_replicas``.
-            means: See :meth:`learn`.
-            advance: See there.
-            device: See there.
-        """
-        ...
-
     @property
     def lost(self) -> int:
         """Workers lost so far."""
@@ -165,18 +145,6 @@ class InProcess:
         """The gates of each chunk, in order; ``device`` is where the session is."""
         for part in parts:
             yield session.learn(part, means=means, advance=advance)
-
-    def relearn(
-        self,
-        session: Session,
-        parts: Sequence[tuple[Sequence[Replica], float | None]],
-        means: Mapping[str, Tensor] | None,
-        advance: Callable[[int], object],
-        device: str | torch.device | None = None,
-    ) -> Iterator[tuple[int, tuple[Tensor, Tensor | None]]]:
-        """Replicas, part by part."""
-        for number, (replicas, size) in enumerate(parts):
-            yield number, session.learn_replicas(replicas, size, means=means, advance=advance)
 
 
 def learn_to_store(

@@ -211,7 +211,6 @@ class Session:
         check_option(checks)
         self.seed = seed
         self._known_moments: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-        self._known_outputs: CleanOutputs | None = None
         self.network = Network(model, run=options)
         # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
         with torch.inference_mode(False):
@@ -441,19 +440,6 @@ class Session:
             for i, size in enumerate(sizes)
         ]
 
-    def know_outputs(self, n_draws: int) -> None:
-        """Run the whole network on each image now, for replicas to come, here and on workers.
-
-        So a part of them finds the same numbers wherever it is learned, and need not run it again.
-
-        Args:
-            n_draws: How many images will be drawn: with more images than that, nothing is done.
-        """
-        if self._known_outputs is None and len(self.source.labels) <= n_draws:
-            with torch.inference_mode(False), frozen(self.network.model):
-                self._known_outputs = CleanOutputs(self.network, self.source)
-                self._known_outputs.find_all(self.source)
-
     def _say_where_parted(
         self, learned: Sequence[Learned], tasks: Sequence[Task], size: float | None
     ) -> None:
@@ -471,27 +457,20 @@ class Session:
             warnings.warn(found, stacklevel=5)
 
     def learn_replicas(
-        self,
-        replicas: Sequence[Replica],
-        size: float | None = None,
-        *,
-        means: Mapping[str, Tensor] | None = None,
-        advance: Callable[[int], object] = lambda n: None,
+        self, replicas: Sequence[Replica], advance: Callable[[int], object] = lambda n: None
     ) -> tuple[Tensor, Tensor | None]:
         """Learn tasks again: from some of the images, or with a price on channels.
 
         Args:
             replicas: R of them, side by side in shared passes as tasks are.
-            size: What to keep; None: as the recipe says.
-            means: See :meth:`learn`.
             advance: Called with a number of steps that are done.
 
         Returns:
             Gates (R, all channels), and the constants of closed channels if the recipe has them.
         """
-        found = [part[0] for part in self._parts(replicas, [size], means, None, advance)]
+        found = [part[0] for part in self._parts(replicas, [None], None, None, advance)]
         constants = [part.constants for part in found if part.constants is not None]
-        gates = torch.cat([part.gates for part in found]).cpu()
+        gates = to_channels(torch.cat([part.gates for part in found]).cpu(), self.sites)
         return gates, torch.cat(constants).cpu() if constants else None
 
     def _parts(
@@ -512,8 +491,7 @@ class Session:
             source, turned = self.mirrored(
                 [task.task if isinstance(task, Replica) else task for task in tasks]
             )
-            known = self._known_outputs if source is self.learned_from else None
-            clean = known or CleanOutputs(network, source)
+            clean = CleanOutputs(network, source)
             for part in chunks(len(tasks), self.width):
                 rows = slice(part.start, part.stop)
                 chunk = Chunk(

@@ -16,6 +16,7 @@ from nad_attr._version import __version__
 from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict_result import Verdict
 from nad_attr.evaluation.result import Evaluation
+from nad_attr.gates.channels import n_gates
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.report.overlaps import overlaps_part
 from nad_attr.report.packing import MAX_GATES_OF_EIGHT_BITS, gate_levels, text64
@@ -195,13 +196,17 @@ def summary(gates: TaskGates, evaluation: Evaluation | None, file: str | None = 
         For 1 class, the gates keep 1 of 2 channels (50 %) at 1 site.
     """
     kept = [arch.n_kept for arch in gates.sub_architectures()]
-    mean = sum(kept) / len(kept)
+    mean, n = sum(kept) / len(kept), n_gates(gates.sites)
+    kinds = sorted({site.units for site in gates.sites})
+    called = "channels" if n == gates.n_channels and kinds != ["neurons"] else " and ".join(kinds)
+    if any(s.units == "channels" and s.groups is not None for s in gates.sites):
+        called = "groups of channels" if kinds == ["channels"] else "units"
     what = f"{len(gates):,} class" + ("es" if len(gates) != 1 else "")
     each = "" if len(gates) == 1 else "each of "
     between = "" if min(kept) == max(kept) else f" on average ({min(kept):,} to {max(kept):,})"
     first = (
-        f"For {each}{what}, the gates keep {mean:,.0f} of {gates.n_channels:,} channels "
-        f"({_percent(mean / gates.n_channels)}){between} at {len(gates.sites)} "
+        f"For {each}{what}, the gates keep {mean:,.0f} of {n:,} {called} "
+        f"({_percent(mean / n)}){between} at {len(gates.sites)} "
         f"site{'s' if len(gates.sites) != 1 else ''}."
     )
     if evaluation is None:
@@ -238,7 +243,7 @@ def summary(gates: TaskGates, evaluation: Evaluation | None, file: str | None = 
 
     mean_of = evaluation.mean
     measured_size = mean_of("size")
-    if abs(measured_size - mean / gates.n_channels) > 0.005 and not of:
+    if abs(measured_size - mean / n) > 0.005 and not of:
         of = f" and cut at {_percent(measured_size)} of the channels"
     second = (
         f"On {evaluation.n_images:,} held-out images{of}, the class's output still tells its "

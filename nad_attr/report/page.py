@@ -317,6 +317,7 @@ def _flow(part: dict[str, Any]) -> str:
         '<div class="between"><div class="row" id="flow-tasks"></div>'
         '<div class="legend" id="flow-legend"></div></div>'
         '<div class="flow-scroll" id="flow-scroll"></div>'
+        '<p class="quiet" id="flow-more" hidden></p>'
         '<p class="quiet keys">In the picture: <kbd>↑</kbd> <kbd>↓</kbd> from channel to channel, '
         "<kbd>←</kbd> <kbd>→</kbd> from site to site, <kbd>Enter</kbd> traces, <kbd>Esc</kbd> "
         'shows everything</p><div id="flow-said" role="status" aria-live="polite"></div>'

@@ -30,6 +30,7 @@ from nad_attr.evaluation.controls.planted_networks import (
     scattered,
 )
 from nad_attr.evaluation.rows import named_architectures
+from nad_attr.gates.channels import n_gates
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.sites.site import GateSite
@@ -162,7 +163,7 @@ class PlantedCircuit:
         seed: What it was drawn from.
     """
 
-    kind: Kind
+    kind: str
     model: nn.Sequential
     sites: tuple[GateSite, ...]
     data: tuple[Tensor, Tensor]
@@ -259,9 +260,12 @@ class PlantedCircuit:
         )
 
     def __repr__(self) -> str:
+        what = f"{self.sites[0].n_channels} channels"
+        if len({site.n_gates for site in self.sites}) > 1:
+            what = f"{n_gates(self.sites)} gates in all"
         return (
             f"PlantedCircuit({self.kind!r}, {len(self.tasks)} classes, {len(self.sites)} sites of "
-            f"{self.sites[0].n_channels} channels, circuits of {self.circuit[0].n_kept})"
+            f"{what}, circuits of {self.circuit[0].n_kept})"
         )
 
 
