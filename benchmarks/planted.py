@@ -2,8 +2,9 @@
 
     python -m benchmarks.planted --seeds 0 1 2 --json benchmarks/results/planted.json
 
-Networks that are built by hand (``nad_attr.evaluation.planted``), so that the right answer is known
-for each class. Every method is asked for exactly as many channels as there are in a circuit
+Networks that are built by hand (``nad_attr.evaluation.planted``, and ``planted_heads``: a
+transformer whose heads and hidden neurons are known), so that the right answer is known for each
+class. Every method is asked for exactly as many channels as there are in a circuit
 (``size x 1``), where precision and recall are the same number, and for a fifth more (the default
 recipe by its ranking: it is learned once, at the circuit's size). Closed channels are at their
 mean or at zero for the default recipe; scores do not depend on it.
@@ -29,8 +30,16 @@ from typing import Any
 
 import torch
 
-from nad_attr import Recipe, learn_gates
-from nad_attr.evaluation import PLANTED_KINDS, SCORERS, PlantedCircuit, PlantedScore, planted, top_k
+from nad_attr import GatingError, Recipe, learn_gates
+from nad_attr.evaluation import (
+    PLANTED_KINDS,
+    SCORERS,
+    PlantedCircuit,
+    PlantedScore,
+    planted,
+    planted_heads,
+    top_k,
+)
 
 #: Asked for, in units of the circuit's size.
 FACTORS = (1.0, 1.2)
@@ -87,7 +96,10 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each kind, seed, method, ablation value and size."""
     for kind in args.kinds:
         for seed in args.seeds:
-            known = planted(kind, seed=seed, **({"width": args.width} if args.width else {}))
+            if kind == "heads":
+                known = planted_heads(seed=seed)
+            else:
+                known = planted(kind, seed=seed, **({"width": args.width} if args.width else {}))
             # At zero a constant is part of what the output depends on: there is no right answer.
             for ablation in known.ablations:
                 start = time.perf_counter()
@@ -100,7 +112,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 options = {"seed": seed} if method == "random" else SLOW.get(method, {})
                 try:
                     best = best_of(known, method, options)
-                except ImportError as error:
+                except (ImportError, ValueError, GatingError) as error:
                     print(f"{method} left out: {error}", file=sys.stderr)
                     continue
                 seconds = time.perf_counter() - start
@@ -164,7 +176,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kinds", nargs="+", choices=PLANTED_KINDS, default=list(PLANTED_KINDS))
+    kinds = [*PLANTED_KINDS, "heads"]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--methods", nargs="+", choices=list(SCORERS), default=list(SCORERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--width", type=int, help="channels at each site, in place of the default")
@@ -190,6 +203,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         settings = {"kinds": args.kinds, "seeds": args.seeds, "width": args.width}
+        if args.json.is_file():  # what was measured of other kinds stays
+            before = json.loads(args.json.read_text(encoding="utf-8"))
+            others = [r for r in before["rows"] if r["kind"] not in args.kinds]
+            settings["kinds"] = [*dict.fromkeys([r["kind"] for r in others] + args.kinds)]
+            results = others + results
         text = json.dumps({"settings": settings, "rows": results}, indent=1)
         args.json.write_text(text + "\n", encoding="utf-8")
 

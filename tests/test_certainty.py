@@ -352,14 +352,24 @@ def test_what_cannot_be_asked_is_refused() -> None:
         call(known.model, gates, known.data, (images[labels != 0], labels[labels != 0]))
 
 
-def test_gates_of_several_channels_are_refused_with_a_remedy() -> None:
-    site = GateSite("0", 4, 1, groups=[0, 0, 1, 1])
-    gates = TaskGates({"0": torch.tensor([[1.0, 1.0, 0.0, 0.0]])}, [site], [0], recipe=Recipe())
-    data = torch.randn(8, 3), torch.arange(8) % 2
-    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-    with pytest.raises(ValueError, match="gate site '0' has one gate for several channels") as told:
-        nad_attr.certainty(net, gates, data, data)
-    assert "units='neurons'" in str(told.value)
+def test_a_group_of_channels_is_closed_as_one() -> None:
+    """Two equal channels with opposite weights: each costs much, and both together nothing."""
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)).eval()
+    net[0].weight.data = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    net[1].weight.data = torch.tensor([[5.0, -5, 1, 1], [-5, 5, -1, -1]])
+    x = torch.randn(80, 3, generator=torch.Generator().manual_seed(0))
+    data = x, (x[:, 1] + x[:, 2] < 0).long()
+    recipe = Recipe(steps=2, images_per_step=4, ablation="zero", size=1.0)
+    for groups, needed in ((None, [True] * 4), (2, [False, False, True, True])):
+        site = GateSite("0", 4, 1, groups=groups)
+        gates = TaskGates({"0": torch.ones(1, 4)}, [site], [0], recipe=recipe)
+        found = nad_attr.certainty(net, gates, data, data, pairs=1, alternatives=0, run=RUN)
+        assert (found.q[0] < 0.05).tolist() == needed
+        if groups:
+            assert found.effect[0, 2] == found.effect[0, 3] == pytest.approx(1.0)
+            assert found.counts(0) == {
+                "needed": 1, "replaceable": 0, "no effect seen": 1, "undecided": 0
+            }  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", [

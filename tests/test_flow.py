@@ -19,6 +19,7 @@ from nad_attr import (
     TaskGates,
     find_gate_sites,
     information_flow,
+    recorded,
 )
 from nad_attr.flow.edge_sets import agreement, edge_drops, edge_fidelity
 from nad_attr.flow.links import kept_edges
@@ -495,6 +496,34 @@ def test_edges_kept_alone() -> None:
     assert float(strength.min()) >= float(
         found.flows[0].links[0].strength.flatten().sort().values[-11]
     )
+
+
+def test_receivers_keep_their_means_where_images_are_given() -> None:
+    model, x = made(TinyCNN)
+    arch = half(model, x)
+    found = information_flow(model, arch, x, receivers=None)
+    with torch.no_grad(), arch.applied(model), recorded(model, arch.sites) as whole:
+        model(x)
+
+    def moved(images: Tensor | None) -> float:
+        cut = found.keep_edges(model, 0.3, images=images)
+        with torch.no_grad(), cut, recorded(model, arch.sites) as held:
+            model(x)
+        return max(
+            float(
+                (held[s.name] - whole[s.name]).mean([0, *range(2, held[s.name].ndim)]).abs().max()
+            )
+            for s in arch.sites
+        )
+
+    assert moved(None) > 1e-3
+    assert moved(x) < 1e-9
+    judged = x, torch.arange(len(x)) % 2
+    plain, fitted = (
+        edge_fidelity(found, model, judged, sizes=(0.3,), n_random=1, fit_images=images)
+        for images in (None, x)
+    )
+    assert not plain.fidelity.equals(fitted.fidelity)
 
 
 def test_fidelity_of_edges_grows_to_one() -> None:

@@ -20,8 +20,10 @@ from nad_attr.evaluation import (
     PlantedCircuit,
     TaylorScorer,
     planted,
+    planted_heads,
     top_k,
 )
+from nad_attr.gates.channels import open_gates, to_channels
 from nad_attr.gating.hooks import gated, recorded
 from nad_attr.gating.means import channel_means
 from nad_attr.learning import constants, selection
@@ -347,7 +349,7 @@ def test_score_refuses_what_it_cannot_score() -> None:
         ([], ValueError, "no sub-architecture"),
         ([arch, arch], ValueError, "task 0 is there twice"),
         (other.circuit[0], ValueError, "gate sites"),
-        (SubArchitecture.full(known.sites), ValueError, "task None"),
+        (SubArchitecture.full(known.sites), ValueError, "says no task"),
         (SubArchitecture(arch.masks, arch.sites, task=7), ValueError, "task 7"),
         ({"relu0": 1}, TypeError, "SubArchitecture, not dict"),
         ([1], TypeError, "SubArchitecture"),
@@ -406,6 +408,62 @@ def best_rival(known: PlantedCircuit) -> float:
         for scores in [scorer(known.model, known.sites)(*known.data, include_others=others)]
         for apart in (False, True)
     )
+
+
+@pytest.fixture(scope="module")
+def heads() -> PlantedCircuit:
+    return planted_heads(n_classes=2, n_heads=12, hidden=16, n_images=60)
+
+
+def test_planted_heads_are_all_that_a_logit_depends_on(heads: PlantedCircuit) -> None:
+    images, labels = heads.held_out
+    found = find_gate_sites(heads.model, images[:1], units=["heads", "neurons"])
+    assert found == list(heads.sites)
+    assert {arch.n_kept for arch in heads.circuit.values()} == {2 * len(heads.sites)}
+    means = channel_means(heads.model, heads.sites, [(images,)])
+    with torch.no_grad():
+        whole = heads.model(images)
+        assert float((whole.argmax(1) == labels).float().mean()) > 0.9
+    for k in heads.tasks:
+        for arch in ablated(heads, heads.circuit[k], means):
+            # Weights are float32, so the turned stream leaks a little.
+            assert (output(heads, arch, images) - whole[:, k]).abs().max() < 1e-4
+            for site in heads.sites:  # and each is needed
+                gates = open_gates(site, arch[site.name])
+                for gate in gates.nonzero().flatten().tolist():
+                    masks = arch.masks
+                    masks[site.name] &= to_channels(torch.arange(len(gates)) != gate, [site])
+                    less = arch._with_masks(masks, k)
+                    assert (output(heads, less, images) - whole[:, k]).abs().max() > 1e-2
+        # Distractors are heads that hear the same and write more, where no logit reads.
+        assert heads.decoys[k].n_kept == 2 * len(heads.sites)
+        closed = SubArchitecture.full(heads.sites) - heads.decoys[k]
+        one = SubArchitecture(closed.masks, heads.sites, task=k, means=means)
+        assert (output(heads, one, images) - whole[:, k]).abs().max() < 1e-4
+
+
+def test_planted_heads_are_found(heads: PlantedCircuit) -> None:
+    gates = learn_gates(heads.model, heads.data, [0], Recipe(size=heads.size), heads.sites, seed=0)
+    score = heads.score(gates)
+    assert min(score.mean("precision"), score.mean("recall")) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_heads_of_more_classes_are_found(seed: int) -> None:
+    known = planted_heads(seed=seed)
+    assert recall_of(known) >= 0.95
+    # Activations do not tell them from the louder ones.
+    scores = EnergyScorer(known.model, known.sites)(*known.data)
+    energy = known.score(top_k(scores, known.sites, known.tasks, known.size))
+    assert energy.mean("recall") < 0.7
+
+
+def test_too_few_heads_are_refused() -> None:
+    with pytest.raises(ValueError, match="need 12 heads and neurons in each block"):
+        planted_heads(n_classes=3, n_heads=8)
+    with pytest.raises(ValueError, match="depth must be a whole number from 1"):
+        planted_heads(depth=0)
 
 
 @pytest.mark.slow

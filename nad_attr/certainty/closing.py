@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Source, check_finite
+from nad_attr.gates.channels import gate_of_channel, to_gates
 from nad_attr.learning.engine import Network
 from nad_attr.running.outputs import own_task_output
 from nad_attr.system.rng import seed_of
@@ -165,6 +166,7 @@ class TaskTrial:
             torch.stack(list(values)).to(network.device, network.dtype)
             for values in zip(*states, strict=True)
         )
+        gates = to_gates(gates, network.sites, mean=True)  # the network wants one for a group
         found = []
         with torch.no_grad():
             for part in self._parts(n * len(states)):
@@ -197,6 +199,7 @@ class TaskTrial:
         """
         network = self.network
         gates, constants = (values.to(network.device, network.dtype) for values in state)
+        gates = to_gates(gates, network.sites, mean=True)
         found = []
         with torch.enable_grad():
             for part in self._parts(len(self.own)):
@@ -215,4 +218,7 @@ class TaskTrial:
         output, effects, slopes = (
             torch.cat(parts).double().cpu().numpy() for parts in zip(*found, strict=True)
         )
+        of = gate_of_channel(network.sites)
+        if of is not None:  # each channel has its part of what its group does
+            effects = effects[:, of.numpy()] / np.bincount(of.numpy())[of.numpy()]
         return output, effects, slopes

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from nad_attr._checks import check_count
 from nad_attr.certainty.closing import State, TaskTrial
@@ -17,6 +18,7 @@ from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.testing import NEEDED, Found, compare, examined
 from nad_attr.data.labels import Task, other_images, own_images, tasks_in
 from nad_attr.data.sources import Data, Source, as_source
+from nad_attr.gates.channels import gate_of_channel, n_gates, to_gates
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
@@ -24,6 +26,7 @@ from nad_attr.learning.engine import Replica
 from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session
 from nad_attr.running.options import RunFields, RunOptions, as_options
+from nad_attr.running.workers import Workers, in_order
 from nad_attr.system.rng import seed_of
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ def certainty(
     run: RunOptions | None = None,
     augmented: bool | None = None,
     checks: Checks = "refuse",
+    executor: Workers | None = None,
     **fields: Unpack[RunFields],
 ) -> ChannelCertainty:
     """How sure each kept channel of each task is, and whether the task needs it.
@@ -92,6 +96,8 @@ def certainty(
         run: How to run the network; see :class:`nad_attr.RunOptions`.
         augmented: See :func:`nad_attr.learn_gates`.
         checks: See there.
+        executor: Measures a task with its replicas at a time elsewhere, such as on Ray's workers
+            (:class:`nad_attr.distributed.RayExecutor`): the same for any number of workers.
         **fields: In place of those fields of ``run``.
 
     Returns:
@@ -119,13 +125,6 @@ def certainty(
     """
     if not isinstance(gates, TaskGates):
         raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
-    grouped = next((site for site in gates.sites if site.group_of is not None), None)
-    if grouped is not None:
-        raise ValueError(
-            f"gate site {grouped.name!r} has one gate for several channels ({grouped.units}), and "
-            "certainty closes channels one by one; learn gates at sites without groups, such as "
-            "find_gate_sites(model, images, units='neurons')."
-        )
     recipe = _recipe(gates, recipe)
     check_count(pairs, "pairs")
     check_count(images, "images", least=2)
@@ -135,6 +134,13 @@ def certainty(
             raise ValueError(f"{name} must be a number in (0, 1), got {value!r}.")
     options = as_options(run, **fields)
     tasks = gates.tasks
+    if executor is not None:
+        given: dict[str, Any] = {
+            "recipe": recipe, "pairs": pairs, "images": images, "alternatives": alternatives,
+            "alpha": alpha, "tolerance": tolerance, "seed": seed, "augmented": augmented,
+            "checks": checks,
+        }  # fmt: skip
+        return _by_workers(executor, model, gates, data, held_out, options, given)
     session = Session(
         model,
         data,
@@ -170,6 +176,7 @@ def certainty(
     masks = (own > 0.5).double()
     base, spread = _base(gates, session)
     states = [State(*pair) for pair in zip(masks, base, strict=True)]
+    groups = gate_of_channel(session.sites)
     levels = {"alpha": alpha, "tolerance": tolerance}
     found, testing = [], 0
 
@@ -179,7 +186,7 @@ def certainty(
     with closing("closing channels") as advance:
         for t, task in enumerate(tasks):
             learn, test = trial(task, session.source, "learning"), trial(task, judged, "held out")
-            found.append(examined(learn, test, states[t], spread[t], **levels))
+            found.append(examined(learn, test, states[t], spread[t], groups, **levels))
             testing += learn.passes + test.passes
             advance(1)
 
@@ -213,7 +220,7 @@ def certainty(
         gate=own.numpy(),
         chosen=halves.sum(1).long().numpy(),
         n_pairs=pairs,
-        n_chosen=halves.sum(2).mean(1).numpy(),
+        n_chosen=to_gates(halves, session.sites, mean=True).sum(2).mean(1).numpy(),
         effect=np.stack([one.effect for one in found]),
         p=np.stack([one.p for one in found]),
         q=np.stack([one.q for one in found]),
@@ -233,6 +240,48 @@ def certainty(
     )
 
 
+_Shared: TypeAlias = "tuple[nn.Module, TaskGates, Data, Data, RunOptions, dict[str, Any]]"
+
+
+def _by_workers(
+    executor: Workers,
+    model: nn.Module,
+    gates: TaskGates,
+    data: Data,
+    held_out: Data,
+    options: RunOptions,
+    given: dict[str, Any],
+) -> ChannelCertainty:
+    """The certainty of each task, measured elsewhere, as one."""
+    shared = (model, gates, data, held_out, options, given)
+    with tqdm(total=len(gates), desc="certainty", disable=not options.show_progress) as bar:
+        how: dict[str, Any] = {"begin": _on_worker, "device": options.device, "what": "tasks"}
+        found = in_order(
+            executor.map(_one_task, shared, [[task] for task in gates.tasks], **how),
+            lambda number: bar.update(),
+        )
+    fields = {f.name: [getattr(one, f.name) for one in found] for f in dataclasses.fields(found[0])}
+    joined: dict[str, Any] = {name: values[0] for name, values in fields.items()}
+    for name, axes in ChannelCertainty._AXES.items():
+        values = fields[name]
+        if axes.startswith("T") and values[0] is not None:
+            arrays = isinstance(values[0], np.ndarray)
+            joined[name] = np.concatenate(values) if arrays else sum(values, ())
+    joined["passes"] = {kind: sum(p[kind] for p in fields["passes"]) for kind in joined["passes"]}
+    return ChannelCertainty(**joined)
+
+
+def _on_worker(shared: _Shared, device: torch.device) -> _Shared:
+    *rest, options, given = shared
+    options = dataclasses.replace(options, device=device, show_progress=False)
+    return (*rest, options, given)  # type: ignore[return-value]
+
+
+def _one_task(shared: _Shared, tasks: list[Task]) -> ChannelCertainty:
+    model, gates, data, held_out, options, given = shared
+    return certainty(model, gates.select(tasks), data, held_out, run=options, **given)
+
+
 def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
     """How to learn from halves: as the gates were learned, at the size that they have."""
     found = gates.recipe if recipe is None else recipe
@@ -249,7 +298,7 @@ def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
     if kept == {0}:
         raise ValueError("gates keep no channel: there is nothing to be certain of.")
     if recipe is None and len(kept) == 1:
-        found = dataclasses.replace(found, size=kept.pop() / gates.n_channels)
+        found = dataclasses.replace(found, size=kept.pop() / n_gates(gates.sites))
     return found
 
 

@@ -14,7 +14,7 @@ from nad_attr._display import MOST_ROWS, html_table
 from nad_attr.certainty.bounds import exact_interval, false_selections
 from nad_attr.certainty.testing import CLOSED, LABELS
 from nad_attr.data.labels import Task
-from nad_attr.gates.channels import n_channels, split_sites
+from nad_attr.gates.channels import gate_of_channel, n_channels, n_gates, split_sites
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.sites.site import GateSite
@@ -84,7 +84,7 @@ class ChannelCertainty(Result):
         label: int64 (T, n), number in ``LABELS``; 0 for channels that are not kept.
         skipped: int64 (T,), kept channels that were not closed by themselves.
         groups: For each task the groups of channels that cancel: costly one by one, and without
-            effect together.
+            effect together. An attention head is named by its first channel.
         fidelity: float64 (T,), of the task's sub-architecture on the held-out images.
         other_gates: bool (T, J, n), other sub-architectures that were tried.
         other_lost: float64 (T, J), fidelity that they lose against the task's own.
@@ -225,8 +225,11 @@ class ChannelCertainty(Result):
         return pd.concat(frames, ignore_index=True)
 
     def counts(self, task: object) -> dict[str, int]:
-        """How many kept channels of a task have each label."""
+        """How many kept channels of a task have each label; a group of channels counts once."""
         row = self.label[self.index(task)]
+        gate = gate_of_channel(self.sites)
+        if gate is not None:
+            row = row[np.unique(gate.numpy(), return_index=True)[1]]
         return {name: int((row == k).sum()) for k, name in enumerate(LABELS) if k != CLOSED}
 
     def false_selections(
@@ -244,7 +247,7 @@ class ChannelCertainty(Result):
             ValueError: If ``tau`` is not in (1/2, 1].
         """
         row = self.index(task)
-        n = self.gate.shape[1]
+        n = n_gates(self.sites)
         return false_selections(tau, float(self.n_chosen[row]), n, self.n_pairs, assumption)
 
     def core(self, tau: float = 0.9) -> TaskGates:

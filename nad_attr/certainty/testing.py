@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,19 +66,35 @@ class Found:
 class _Closer:
     """One task's sub-architecture, with the best constant of each channel that may be closed."""
 
-    def __init__(self, learn: TaskTrial, held_out: TaskTrial, base: State, spread: Tensor) -> None:
+    def __init__(
+        self,
+        learn: TaskTrial,
+        held_out: TaskTrial,
+        base: State,
+        spread: Tensor,
+        groups: NDArray[np.int64] | None = None,
+    ) -> None:
         self.learn, self.held_out, self.base = learn, held_out, base
         self.kept = base.gates.nonzero().flatten().numpy()
+        self.groups = groups
         output, effects, slopes = learn.gradients(base)
         residual, weights = output - learn.whole, learn.weights[:, None]
         effects, slopes = effects[:, self.kept], slopes[:, self.kept]
         deviation = spread.double().numpy()[self.kept]
+        summed, n_of = effects, np.ones(1)
+        if groups is not None:
+            # A group goes by its first channel, closes as one, and shares out what it mends.
+            _, first, of, n = np.unique(
+                groups[self.kept], return_index=True, return_inverse=True, return_counts=True
+            )
+            summed, n_of = _together(effects, of)[:, of], n[of].astype(np.float64)
         # The least squares of one number, held near the mean as a normal prior would.
         loss = max(float(learn.weights @ residual**2), 0.01 * learn.variance)
         with np.errstate(divide="ignore", invalid="ignore"):
             pull = loss / (len(residual) * (PRIOR * deviation) ** 2)
-            left = residual[:, None] - effects
+            left = residual[:, None] - summed
             offset = -(weights * slopes * left).sum(0) / ((weights * slopes**2).sum(0) + pull)
+            offset = offset / n_of
         offset = np.where(deviation > 0, np.nan_to_num(offset), 0.0)
         offset = np.clip(offset, -FURTHEST * deviation, FURTHEST * deviation)
         #: What closing each kept channel takes from the output of each learning image.
@@ -85,6 +102,8 @@ class _Closer:
         self.residual = residual
         self.offset = torch.zeros_like(base.constants, dtype=torch.float64)
         self.offset[self.kept] = torch.from_numpy(offset)
+        if groups is not None:
+            self.change, self.kept = _together(self.change, of), self.kept[first]
         self.errors: dict[tuple[int, ...], FloatArray] = {}
         self.before = held_out.outputs([base])[0]
 
@@ -97,6 +116,8 @@ class _Closer:
         """The sub-architecture without some channels, at a share of the way to their constants."""
         gates, constants = self.base.gates.clone(), self.base.constants.clone()
         at = list(channels)
+        if self.groups is not None:
+            at = np.flatnonzero(np.isin(self.groups, self.groups[at])).tolist()
         gates[at] = 0
         constants[at] += (share * self.offset[at]).to(constants.dtype)
         return State(gates, constants)
@@ -121,6 +142,13 @@ class _Closer:
         """Growth of each held-out image's squared error, (groups, images)."""
         start = self.before if before is None else before
         return self.held_out.added(self.outputs(groups), start)
+
+
+def _together(values: FloatArray, of: NDArray[Any]) -> FloatArray:
+    """The sums over the columns of each group: (images, channels) to (images, groups)."""
+    total = np.zeros((int(of.max()) + 1 if len(of) else 0, len(values)))
+    np.add.at(total, of, values.T)
+    return total.T
 
 
 def single(closer: _Closer, found: Found) -> None:
@@ -235,24 +263,27 @@ def examined(
     held_out: TaskTrial,
     base: State,
     spread: Tensor,
+    groups: Tensor | None = None,
     *,
     alpha: float,
     tolerance: float,
 ) -> Found:
-    """Closings of one task: alone, and in groups. :func:`label` adds what others show.
+    """Closings of one task: alone, and in groups. :func:`compare` adds what others show.
 
     Args:
         learn: Learning images.
         held_out: Held-out images.
         base: The sub-architecture.
         spread: (all channels,), how far each one's best constant may be expected.
+        groups: int64 (all channels,), the gate of each, where several channels have one; they are
+            closed together, and all that is found of a group is said of each of its channels.
         alpha: Level of the tests, and of false discoveries.
         tolerance: Loss of fidelity that counts as none.
     """
     n = len(base.gates)
     nan = np.full(n, np.nan)
     found = Found(nan.copy(), nan.copy(), nan.copy(), np.zeros(n, dtype=np.int64))
-    closer = _Closer(learn, held_out, base, spread)
+    closer = _Closer(learn, held_out, base, spread, None if groups is None else groups.numpy())
     error = held_out.weights @ (closer.before - held_out.whole) ** 2
     found.fidelity = float(1 - error / held_out.variance)
     kept = closer.kept
@@ -269,6 +300,10 @@ def examined(
     found.label[[c for c in harmful if c not in cancelled]] = NEEDED  # until another does as well
     found.label[list(cancelled | free)] = NO_EFFECT
     found.label[list(standing)] = REPLACEABLE
+    if closer.groups is not None:
+        _, first, of = np.unique(closer.groups, return_index=True, return_inverse=True)
+        for name in ("effect", "p", "q", "label"):
+            setattr(found, name, getattr(found, name)[first[of]])
     return found
 
 

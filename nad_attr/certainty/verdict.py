@@ -26,12 +26,14 @@ from nad_attr.data.labels import Task, other_images, own_images, tasks_in
 from nad_attr.data.sources import ChosenSource, Data, Source, as_source
 from nad_attr.evaluation.measures import constant_up_to_rounding, spearman
 from nad_attr.evaluation.responses import Responses, answers, as_architectures, tasks_of_rows
+from nad_attr.gates.channels import channels_of, gate_of_channel, n_gates, open_gates, to_channels
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.session import Session
 from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
+from nad_attr.sites.site import GateSite
 from nad_attr.stats.bootstrap import bootstrap_interval, times_drawn
 from nad_attr.stats.p_values import least_p, permutation_p
 from nad_attr.system.rng import seed_of
@@ -204,7 +206,7 @@ def verdict(
         tasks,
         names,
         np.array([arch.n_kept for arch in archs], dtype=np.int64),
-        archs[0].n_channels,
+        n_gates(archs[0].sites),
         np.array(counts, dtype=np.int64),
         level,
         n_random,
@@ -221,10 +223,11 @@ def verdict(
 def _dealt(arch: SubArchitecture, draw: int, seed: int) -> SubArchitecture:
     """Random channels, at each site as many as the sub-architecture keeps there."""
     generator = torch.Generator().manual_seed(seed_of(seed, "verdict", draw, arch.task))
-    masks = {
-        name: mask[torch.randperm(len(mask), generator=generator, device="cpu")]
-        for name, mask in arch.masks.items()
-    }
+    masks = {}
+    for site in arch.sites:
+        gates = open_gates(site, arch[site.name])
+        order = torch.randperm(len(gates), generator=generator, device="cpu")
+        masks[site.name] = to_channels(gates[order], [site])
     return arch._with_masks(masks, arch.task)
 
 
@@ -355,7 +358,7 @@ class _Case:
         self.others = _others(self.task, tasks, source.labels, self.seed)
         n_own, n = int(self.own.sum()), len(self.own)
         self.lacks = ""
-        if arch.n_kept in (0, arch.n_channels):
+        if arch.size in (0, 1):
             self.lacks = f"it keeps {'no' if arch.n_kept == 0 else 'every'} channel"
         elif n_own < 2 or n - n_own < 2:
             self.lacks = (
@@ -367,7 +370,11 @@ class _Case:
         """Run everything that the tests look at; channels one by one for minimality alone."""
         n_tried = len(self.tried)
         closed = [(~arch).with_means(self.closing) for arch in self.tried]
-        names = [(name, c) for name, kept in self.arch.kept.items() for c in kept.tolist()]
+        names = [
+            (site, gate)
+            for site in self.arch.sites
+            for gate in open_gates(site, self.arch[site.name]).nonzero().flatten().tolist()
+        ]
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(len(names), generator=generator, device="cpu")[
             : N_CLOSED * one_by_one
@@ -500,17 +507,17 @@ def _said(holds: object) -> str:
 
 
 def _without(
-    arch: SubArchitecture, which: tuple[str, int], closing: dict[str, Tensor] | None
+    arch: SubArchitecture, which: tuple[GateSite, int], closing: dict[str, Tensor] | None
 ) -> SubArchitecture:
-    """The sub-architecture with one channel less."""
-    name, channel = which
+    """The sub-architecture with one channel, or one group of channels, less."""
+    name, channels = which[0].name, channels_of(which[0], [which[1]])
     masks = {n: mask.clone() for n, mask in arch.masks.items()}
-    masks[name][channel] = False
+    masks[name][channels] = False
     less = arch._with_masks(masks, arch.task)
     if arch.means is None or closing is None:
         return less
     means = {n: value.clone() for n, value in arch.means.items()}
-    means[name][channel] = closing[name][channel].to(means[name])
+    means[name][channels] = closing[name][channels].to(means[name])
     return less.with_means(means, own_constants=arch.own_constants, fitted_on=arch.fitted_on)
 
 
@@ -579,7 +586,11 @@ def _table_of(certainty: ChannelCertainty, arch: SubArchitecture) -> dict[str, N
             f"certainty is of other channels of task {arch.task} than these gates keep; give the "
             "one that was made from these gates."
         )
-    return found
+    gate = gate_of_channel(arch.sites)
+    if gate is None:
+        return found
+    first = np.unique(gate.numpy(), return_index=True)[1]  # one row for a group of channels
+    return {name: column[first] for name, column in found.items()}
 
 
 def _minimal(table: dict[str, NDArray[Any]], level: float) -> _Claim:

@@ -68,7 +68,7 @@ class Verdict(Result):
         tasks: T tasks.
         task_names: Their names.
         n_kept: int64 (T,), kept channels.
-        n_channels: All channels.
+        n_channels: All channels; a group of channels counts once.
         n_images: int64 (T,), held-out images that each task was judged on.
         level: Error rate of each answer.
         n_random: Random architectures that each task was held against.

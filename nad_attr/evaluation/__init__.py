@@ -15,6 +15,7 @@ from nad_attr.evaluation.ablation import (
 )
 from nad_attr.evaluation.controls.planted import PlantedCircuit, PlantedScore, planted
 from nad_attr.evaluation.controls.planted_networks import PLANTED_KINDS
+from nad_attr.evaluation.controls.planted_transformer import planted_heads
 from nad_attr.evaluation.controls.randomisation import (
     cascading_randomisation,
     random_weights,
@@ -187,6 +188,7 @@ __all__ = [
     "parameter_size",
     "partial_rank_correlation",
     "planted",
+    "planted_heads",
     "plot_architecture",
     "plot_curves",
     "plot_overlap",

@@ -175,6 +175,15 @@ def traced(model: nn.Module, inputs: Sequence[Tensor], sites: Sequence[GateSite]
     ) from problem
 
 
+def _without_unit_products(graph: fx.Graph) -> None:
+    """Leave out products with the unit matrix, which gates on attention heads put in."""
+    for node in list(graph.nodes):
+        if op_name(node) == "linear" and op_name(node.args[1]) == "eye":
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
 def _lowered(program: Any) -> Graph:
     """The graph of an exported program, with its tensors as attributes."""
     signature = program.graph_signature
@@ -212,6 +221,7 @@ def _lowered(program: Any) -> Graph:
                 n = node.meta["val"].shape[0]
                 batch = None if isinstance(n, int) else n.node.expr
         made[node].meta = {"val": node.meta.get("val"), "module": _module_of(node)}
+    _without_unit_products(graph)
     return Graph(graph, tensors, parameters, batch)
 
 

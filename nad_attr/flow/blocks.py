@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from nad_attr.data.labels import Task
+from nad_attr.gates.channels import to_gates
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import channel_shape, expand, installed, multiply
 from nad_attr.running.forward import Runner
@@ -25,7 +26,7 @@ from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.site import GateSite
 from nad_attr.sites.tracing import _CONVOLUTION, _PRODUCT
 
-__all__ = ["Blocks", "Gating", "channel_sums", "cut_forward", "products", "whole_gradients"]
+__all__ = ["Blocks", "Gating", "cut_forward", "gate_sums", "products", "whole_gradients"]
 
 #: Elements of a block's output that one batched product may hold on all its vectors.
 _BATCHED = 2**21
@@ -149,15 +150,21 @@ def whole_gradients(
     return {name: (x.detach(), g) for (name, x), g in zip(leaves.items(), grads, strict=True)}
 
 
-def channel_sums(site: GateSite, values: Tensor, leading: int = 0) -> Tensor:
-    """Sums over positions: float64 (leading..., B, C) on the CPU."""
+def gate_sums(site: GateSite, values: Tensor, n_images: int, leading: int = 0) -> Tensor:
+    """Sums over positions, and over the channels of a group: float64 (leading..., B, gates).
+
+    On the CPU. Where windows of the images are on the first axis, an image's are summed as well.
+    """
     ndim = values.ndim - leading
     dim = leading + site.channel_dim % ndim
     moved = values.movedim(dim, leading + 1)
     over = list(range(leading + 2, values.ndim))
     # PyTorch sums by pairs, so that float32 loses nothing that the products had.
     wide = torch.promote_types(values.dtype, torch.float32)
-    return (moved.sum(over, dtype=wide) if over else moved.to(wide)).cpu().double()
+    sums = (moved.sum(over, dtype=wide) if over else moved.to(wide)).cpu().double()
+    if sums.shape[leading] != n_images:
+        sums = sums.unflatten(leading, (n_images, -1)).sum(leading + 1)
+    return to_gates(sums, [site])
 
 
 def products(

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from nad_attr._checks import GatingError
 from nad_attr.flow.blocks import Gating
 from nad_attr.flow.links import OUTPUT
+from nad_attr.gates.channels import channels_of, open_gates, to_channels
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import expand, installed
 from nad_attr.running.forward import chunks
 from nad_attr.sites.site import GateSite, unwrap
 
-__all__ = ["Edges", "Machine", "cut_edges"]
+__all__ = ["Edges", "Machine", "cut_edges", "recentred"]
 
 #: ``{target site: [(source site, source, target), ...]}``
 Edges = Mapping[str, Sequence[tuple[str, int, int]]]
@@ -74,6 +75,10 @@ class Machine:
         self.now = _Now()
         self.inner = False
         self.n_images = -1
+        #: What is added to channels that lack some of their sources: ``{site: (C,)}``.
+        self.offsets: dict[str, Tensor] = {}
+        #: The means that these offsets are to restore; set while they are fitted.
+        self.wanted_means: Mapping[str, Tensor] | None = None
         #: Whether copies of the images go through the whole network, and not from a site on.
         self.from_start = False
         self._gating: Gating | None = None
@@ -100,8 +105,12 @@ class Machine:
         return self.closing(site, x, closed)
 
     def closing(self, site: GateSite, x: Tensor, closed: Tensor) -> Tensor:
-        """The channels of bool (K, C) replaced by their constants, in K copies of the images."""
-        keep = (~closed).repeat_interleave(len(x) // len(closed), 0).to(x.device, x.dtype)
+        """The gates of bool (K, gates) replaced by their constants, in K copies of the images."""
+        keep = (
+            to_channels(~closed, [site])
+            .repeat_interleave(len(x) // len(closed), 0)
+            .to(x.device, x.dtype)
+        )
         above = self.gating(x).above(site, x)
         return x - above * (1 - expand(keep, site, x))
 
@@ -205,7 +214,7 @@ class Machine:
         sources = [self.by_name[name] for name in self.links[target]]
         for numbers in chunks(len(closed), max(1, self.width // self.n_images)):
             masks = {
-                s.name: torch.zeros(len(numbers), s.n_channels, dtype=torch.bool, device="cpu")
+                s.name: torch.zeros(len(numbers), s.n_gates, dtype=torch.bool, device="cpu")
                 for s in sources
             }
             for row, number in enumerate(numbers):
@@ -244,12 +253,20 @@ class Machine:
             columns = list(pieces)
             for numbers, found in self.without(call, target, closed, given):
                 for row, number in enumerate(numbers):
-                    for channel in channels[number]:
+                    for channel in channels_of(site, channels[number]):
                         columns[channel] = found[row].select(axis, channel)
-            open_channels = set(self.architecture.kept[target].tolist())
-            for channel in lacking:
-                if channel not in open_channels:
-                    columns[channel] = pieces[channel]
+            kept = open_gates(site, self.architecture[target])
+            for channel in channels_of(site, [gate for gate in lacking if not kept[gate]]):
+                columns[channel] = pieces[channel]
+            recentred = channels_of(site, [gate for gate in lacking if kept[gate]])
+            if self.wanted_means is not None:
+                offset = torch.zeros(site.n_channels, dtype=made.dtype, device=made.device)
+                for channel in recentred:
+                    offset[channel] = self.wanted_means[target][channel] - columns[channel].mean()
+                self.offsets[target] = offset
+            if target in self.offsets:
+                for channel in recentred:
+                    columns[channel] = columns[channel] + self.offsets[target][channel]
             given[target] = torch.stack(columns, axis)
         return given
 
@@ -262,6 +279,45 @@ class Machine:
 
         with installed(self.model, self.sites, function):
             yield
+
+
+@torch.no_grad()
+def recentred(
+    machine: Machine, call: Callable[[int], Any], edges: Edges, n_images: int
+) -> dict[str, Tensor]:
+    """What to add to each receiver that lacks sources, so that its mean stays as it was.
+
+    Cutting an edge closes a source for one receiver, and what was a little off in each of many
+    edges adds up: receivers shift from site to site, and the output with them. One number for each
+    receiver undoes that; it is fitted site by site, behind the cuts before it.
+
+    Args:
+        machine: Of the sub-architecture.
+        call: Runs the network on the images to fit on.
+        edges: Those that are cut.
+        n_images: How many images these are.
+
+    Returns:
+        ``{site: (C,)}``, zero for channels that lack nothing.
+    """
+    means: dict[str, Tensor] = {}
+
+    def keep(site: GateSite, tensor: Tensor) -> Tensor:
+        x = machine.gating(tensor)(site, tensor)
+        axis = site.channel_dim % x.ndim
+        means[site.name] = x.mean([a for a in range(x.ndim) if a != axis])
+        return x
+
+    machine.n_images = n_images
+    with installed(machine.model, machine.sites, keep):
+        call(1)
+    machine.wanted_means = means
+    try:
+        with machine.hooked():
+            machine.tensors(call, edges)
+    finally:
+        machine.wanted_means = None
+    return dict(machine.offsets)
 
 
 def _copied(value: Any, n_images: int, copies: int) -> Any:
@@ -278,6 +334,7 @@ def cut_edges(
     links: Mapping[str, Sequence[str]],
     edges: Edges,
     width: int = IMAGES,
+    offsets: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Run the network as a sub-architecture with edges cut, inside a ``with`` block.
 
@@ -288,8 +345,10 @@ def cut_edges(
         links: See :func:`nad_attr.sites.finding.site_links`.
         edges: Those that are cut, by the site that they lead to.
         width: Images that go through a block at once, with their copies, at most.
+        offsets: What is added to receivers that lack sources, see :func:`recentred`.
     """
     machine = Machine(model, architecture, sites, links, width)
+    machine.offsets.update(offsets or {})
     output: list[Tensor] = []
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

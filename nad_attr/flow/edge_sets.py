@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from nad_attr.data.labels import other_images, own_images
 from nad_attr.data.sources import Data, Inputs, Source, as_source
 from nad_attr.evaluation.measures import balanced_weights, r_squared, spearman
-from nad_attr.flow.cutting import IMAGES, Machine, cut_edges
+from nad_attr.flow.cutting import IMAGES, Machine, cut_edges, recentred
 from nad_attr.flow.links import OUTPUT, RANKINGS, REST, Edge, TaskFlow, kept_edges
 from nad_attr.flow.measuring import images_of_tasks
 from nad_attr.flow.result import InformationFlow
+from nad_attr.gates.channels import channels_of
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.running.outputs import task_outputs
@@ -128,7 +129,8 @@ def _cut_one_by_one(
         }
         return torch.cat([made[edge[1]] for edge in edges])
     base = machine.run(call, after)
-    axis = machine.by_name[after].channel_dim % base.ndim
+    target = machine.by_name[after]
+    axis = target.channel_dim % base.ndim
     rows: dict[int, list[int]] = {}
     for row, edge in enumerate(edges):
         rows.setdefault(edge[1], []).append(row)
@@ -139,8 +141,8 @@ def _cut_one_by_one(
             for part in chunks(len(own), max(1, machine.width // len(base))):
                 x = base.repeat(len(part), *[1] * (base.ndim - 1)).unflatten(0, (len(part), -1))
                 for place, i in enumerate(part):
-                    channel = edges[own[i]][3]
-                    x[place].select(axis, channel).copy_(without.select(axis, channel))
+                    for channel in channels_of(target, [edges[own[i]][3]]):
+                        x[place].select(axis, channel).copy_(without.select(axis, channel))
                 outputs = machine.run(
                     call, OUTPUT, copies=len(part), placed=(after, x.flatten(0, 1))
                 ).unflatten(0, (len(part), -1))
@@ -219,6 +221,7 @@ def edge_fidelity(
     by: Sequence[str] = RANKINGS,
     n_random: int = 3,
     n_images: int = 64,
+    fit_images: Tensor | tuple[Tensor, ...] | None = None,
     seed: int = 0,
     run: RunOptions | None = None,
 ) -> pd.DataFrame:
@@ -236,6 +239,8 @@ def edge_fidelity(
         by: What edges are ranked by.
         n_random: Draws of random edges.
         n_images: Images, half of them own, at most.
+        fit_images: Those to fit constants of receivers on, as in :meth:`InformationFlow.cut`; not
+            those that are judged by. None: no constants.
         seed: Of all random numbers.
         run: How to run the network; see :func:`edge_drops`.
 
@@ -278,8 +283,13 @@ def edge_fidelity(
             for size in sizes:
                 edges = kept_edges(flow, float(size), by=name, seed=seed_of(seed, draw))
                 cut = found.pairs(edges.cut, flow)
+                offsets = None
+                if fit_images is not None:
+                    fit = (fit_images,) if isinstance(fit_images, Tensor) else fit_images
+                    machine, call = _machine(found, flow, runner, fit, width)
+                    offsets = recentred(machine, call, cut, len(fit[0]))
                 with cut_edges(
-                    runner.model, flow.architecture, found.sites, found.links, cut, width
+                    runner.model, flow.architecture, found.sites, found.links, cut, width, offsets
                 ):
                     alone = answers()
                 rows.append(

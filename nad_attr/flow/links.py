@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nad_attr.data.labels import Task
+from nad_attr.gates.channels import open_gates
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.system.rng import seed_of
 
@@ -26,6 +27,8 @@ Edge = tuple[str, int, str, int]
 @dataclass(frozen=True, eq=False)
 class Link:
     """The flow from the kept channels of one site to those of a site that reads it.
+
+    Where channels are in groups (attention heads), a channel here is a group.
 
     Attributes:
         source_site: Where it comes from.
@@ -65,8 +68,8 @@ class TaskFlow:
         name: What it is called.
         architecture: The sub-architecture that the images ran through.
         links: In forward order.
-        effects: ``{site name: float64 (C,)}``, first-order effect of each channel on the task
-            output, found by a plain backward pass of the whole network.
+        effects: ``{site name: float64 (C,)}``, first-order effect of each channel (or group of
+            them) on the task output, found by a plain backward pass of the whole network.
         n_images: How many images the means are over.
     """
 
@@ -76,6 +79,16 @@ class TaskFlow:
     links: tuple[Link, ...]
     effects: dict[str, Tensor]
     n_images: int
+
+    def open(self, site: str) -> Tensor:
+        """Bool (C,): whether the sub-architecture keeps each channel (or group) of a site."""
+        found = next(s for s in self.architecture.sites if s.name == site)
+        return open_gates(found, self.architecture[site])
+
+    def kept(self, site: str) -> list[int]:
+        """Those that it keeps."""
+        kept: list[int] = self.open(site).nonzero().flatten().tolist()
+        return kept
 
     def outflow(self, site: str) -> Tensor:
         """float64 (C,): all that leaves each channel of a site."""

@@ -16,14 +16,15 @@ from nad_attr.data.sources import Data, Inputs, Source, TensorSource, as_source
 from nad_attr.flow.blocks import (
     Blocks,
     Gating,
-    channel_sums,
     cut_forward,
+    gate_sums,
     products,
     whole_gradients,
 )
 from nad_attr.flow.links import OUTPUT, Link, TaskFlow
 from nad_attr.flow.result import InformationFlow
 from nad_attr.flow.straight import UNKNOWN, straight_flow
+from nad_attr.gates.channels import channels_of, gate_of_channel, open_gates
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
@@ -274,7 +275,8 @@ class _OneTask:
         self.architecture, self.task = architecture, task
         self.gating = Gating(architecture, runner.device)
         self.receivers, self.advance = receivers, advance
-        self.kept = architecture.kept
+        #: Kept channels, or groups of channels, of each site.
+        self.kept = {s.name: open_gates(s, architecture[s.name]).nonzero().flatten() for s in sites}
         self.cost = {"forward": 2, "backward": 1, "straight": 0}
 
     def measure(
@@ -285,7 +287,7 @@ class _OneTask:
         targets[OUTPUT] = torch.zeros(1, dtype=torch.long, device="cpu")
         self.sums = {
             (source, target): {
-                what: torch.zeros(self.by_name[source].n_channels, len(targets[target]) + 1,
+                what: torch.zeros(self.by_name[source].n_gates, len(targets[target]) + 1,
                                   dtype=torch.float64, device="cpu")
                 for what in ("flow", "strength", "gradient")
             }
@@ -309,14 +311,15 @@ class _OneTask:
 
     def _effects(self, batches: Iterator[Inputs], n_images: int) -> dict[str, Tensor]:
         effects = {
-            s.name: torch.zeros(s.n_channels, dtype=torch.float64, device="cpu") for s in self.sites
+            s.name: torch.zeros(s.n_gates, dtype=torch.float64, device="cpu") for s in self.sites
         }
         for inputs in batches:
             found = whole_gradients(self.runner, inputs, self.sites, self.gating, self.task)
             for site in self.sites:
                 x, g = found[site.name]
                 product = g * self.gating.above(site, x)
-                effects[site.name] += channel_sums(site, product).sum(0) / n_images
+                sums = gate_sums(site, product, len(inputs[0]))
+                effects[site.name] += sums.sum(0) / n_images
             self.advance(1)
         return effects
 
@@ -336,22 +339,24 @@ class _OneTask:
         gradients: dict[str, Tensor] = {}
         y = task_outputs(blocks.outputs, [self.task]).sum()
         self._block(y, OUTPUT, None, blocks, above, gradients, targets)
-        n_most = 0
+        passes = [1]
         for site in reversed(self.sites):
             gradient = gradients.get(site.name)
             if gradient is None:  # the output does not depend on it
                 gradient = gradients[site.name] = torch.zeros_like(above[site.name])
             if self.links[site.name]:
-                n_most = max(
-                    n_most,
-                    self._block(
-                        blocks.returned[site.name], site.name, gradient, blocks, above, gradients,
-                        targets,
-                    ),
+                n = self._block(
+                    blocks.returned[site.name], site.name, gradient, blocks, above, gradients,
+                    targets,
                 )  # fmt: skip
+                passes.append(n)
             del blocks.returned[site.name], above[site.name]  # this block's graph may go
             self.advance(1)
-        self.cost["backward"] = max(self.cost["backward"], 1 + max(1, n_most))
+        # Blocks between cuts are passed one by one. Around heads and neurons a product runs through
+        # all that lies before them, which is the whole network at most.
+        inner = any(site.units != "channels" for site in self.sites)
+        n_passes = 1 + (sum(passes) if inner else max(passes))
+        self.cost["backward"] = max(self.cost["backward"], n_passes)
         return gradients
 
     def _block(
@@ -366,14 +371,17 @@ class _OneTask:
     ) -> int:
         """The products of one block: all receivers together, the rest, and each by itself."""
         leaves = {source: blocks.leaves[source] for source in self.links[name]}
+        assert blocks.outputs is not None
+        n_images = len(blocks.outputs)
 
         def add(columns: Sequence[int], got: dict[str, Tensor]) -> None:
             for source, product in got.items():
                 site, sums = self.by_name[source], self.sums[source, name]
-                per_image = channel_sums(site, product * above[source], 1)
+                per_image = gate_sums(site, product * above[source], n_images, 1)
                 sums["flow"][:, columns] += per_image.sum(1).T
                 sums["strength"][:, columns] += per_image.abs().sum(1).T
-                sums["gradient"][:, columns] += channel_sums(site, product, 1).abs().sum(1).T
+                slopes = gate_sums(site, product, n_images, 1)
+                sums["gradient"][:, columns] += slopes.abs().sum(1).T
 
         def pass_on(got: dict[str, Tensor]) -> None:
             for source, product in got.items():
@@ -392,15 +400,16 @@ class _OneTask:
         axis = site.channel_dim % gradient.ndim
         n_rest = len(self.kept[name]) - len(own)
         if n_rest:
-            others = gradient.index_fill(axis, own.to(gradient.device), 0)[None]
+            told = torch.tensor(channels_of(site, own.tolist()), device=gradient.device)
+            others = gradient.index_fill(axis, told, 0)[None]
             for _, got in products(returned, leaves, lambda _: others):
                 add([len(own)], got)
 
         def vectors(numbers: Sequence[int]) -> Tensor:
             vector = gradient.new_zeros((len(numbers), *gradient.shape))
             for row, number in enumerate(numbers):
-                channel = int(own[number])
-                vector[row].select(axis, channel).copy_(gradient.select(axis, channel))
+                for channel in channels_of(site, [int(own[number])]):
+                    vector[row].select(axis, channel).copy_(gradient.select(axis, channel))
             return vector
 
         for columns, got in products(returned, leaves, vectors, len(own)):
@@ -413,15 +422,20 @@ class _OneTask:
         """Add what takes shortcuts; returns whether there are any."""
         found = straight_flow(self.runner, inputs, self.sites, self.gating, self.links, gradients)
         for (source, target), (where, flow) in found.items():
-            own = targets[target]
+            own, reads = targets[target], self.by_name[target]
             # Channels that are not told apart are in the last column; closed ones get nothing.
-            column = torch.full((self.by_name[target].n_channels + 1,), -1, device="cpu")
+            column = torch.full((reads.n_gates,), -1, device="cpu")
             column[self.kept[target]] = len(own)
             column[own] = torch.arange(len(own), device="cpu")
+            gate = gate_of_channel([reads])
+            column = torch.cat([column if gate is None else column[gate], column.new_tensor([-1])])
             at = column[where.clamp_min(-1)]
             rows = ((where >= 0) & (at >= 0)).nonzero().flatten()
-            self.straight[source, target][rows, at[rows]] += flow[rows]
-            self.straight[source, target][where == UNKNOWN] = np.nan
+            gate = gate_of_channel([self.by_name[source]])
+            to = torch.arange(len(where), device="cpu") if gate is None else gate
+            straight = self.straight[source, target]
+            straight.index_put_((to[rows], at[rows]), flow[rows], accumulate=True)
+            straight[to[where == UNKNOWN]] = np.nan
         return bool(found)
 
     def _link(self, source: str, target: str, targets: Tensor, n_images: int) -> Link:

@@ -12,6 +12,8 @@ from nad_attr.flow.links import OUTPUT, REST, TaskFlow
 
 __all__ = ["flow_picture"]
 
+_UNITS = {"heads": "head", "neurons": "neuron"}
+
 
 def nodes_of(n_sites: int) -> int:
     """How many channels of each site are drawn, so that many sites stay readable.
@@ -21,6 +23,11 @@ def nodes_of(n_sites: int) -> int:
         (14, 10, 6)
     """
     return 14 if n_sites <= 6 else 10 if n_sites <= 15 else 6
+
+
+def _unit(flow: TaskFlow, name: str) -> str:
+    site = next(site for site in flow.architecture.sites if site.name == name)
+    return _UNITS.get(site.units, "channel" if site.groups is None else "group")
 
 
 def flow_picture(
@@ -36,7 +43,8 @@ def flow_picture(
             there are channels.
 
     Returns:
-        ``sites`` (names, the last "output"), ``tasks`` (names), ``nodes`` (site's number, channel
+        ``sites`` (names, the last "output"), ``units`` (what a node of each site is: channel, head,
+        neuron or group), ``tasks`` (names), ``nodes`` (site's number, channel
         or -1 for the others, effect on each task, how many channels), ``links`` (task's number,
         two nodes' numbers, flow, straight part), ``drawn`` (for each task, the share of the
         absolute flow between the nodes that its links carry), ``n_images``.
@@ -57,7 +65,7 @@ def flow_picture(
     place: dict[str, Tensor] = {}
     for s, site in enumerate(sites[:-1]):
         effects = torch.stack([flow.effects[site] for flow in flows])
-        kept = torch.stack([flow.architecture[site] for flow in flows])
+        kept = torch.stack([flow.open(site) for flow in flows])
         # Receivers are told apart; a channel that is not is among the others.
         told = torch.ones_like(kept[0])
         for flow in flows:
@@ -65,7 +73,7 @@ def flow_picture(
             if into and into[0].n_rest:
                 own = torch.zeros_like(told)
                 own[into[0].targets] = True
-                told &= own | ~flow.architecture[site]
+                told &= own | ~flow.open(site)
         largest = (effects.abs() * kept).amax(0).masked_fill(~(told & kept.any(0)), -1)
         order = [c for c in largest.argsort(descending=True, stable=True)[:n].tolist()
                  if largest[c] >= 0]  # fmt: skip
@@ -124,6 +132,7 @@ def flow_picture(
         shares.append(shown / size if size else 1.0)
     return {
         "sites": sites,
+        "units": [_unit(flows[0], site) for site in sites[:-1]] + ["output"],
         "tasks": [flow.name for flow in flows],
         "nodes": nodes,
         "links": drawn,

@@ -28,8 +28,9 @@ def plot_flow(
 
     A column for each site, its channels from the largest effect down, all others together at the
     bottom; the area of a node says how large its effect is, the width of a link how much flows
-    (both within their site). Links that speak for the class are drawn through, those that speak
-    against it dashed. Two classes are laid over each other in two colours.
+    (both within their site, links within their class). Links that speak for the class are drawn
+    through, those that speak against it dashed. Two classes are laid over each other in two
+    colours.
 
     Args:
         flow: The flow.
@@ -65,15 +66,16 @@ def plot_flow(
         for s, own in enumerate(rows)
         for place, number in enumerate(own)
     }
-    largest: dict[tuple[int, int], float] = {}
+    # Outputs of two classes have no common unit: each is drawn against its own largest.
+    largest: dict[tuple[int, int, int], float] = {}
     for link in found["links"]:
         ends = nodes[link["from"]], nodes[link["to"]]
-        hop = ends[0]["site"], ends[1]["site"]
+        hop = link["task"], ends[0]["site"], ends[1]["site"]
         # What all other channels carry together would make every single one look thin.
         single = all(end["channel"] >= 0 for end in ends)
         largest[hop] = max(largest.get(hop, 1e-300), abs(link["flow"]) if single else 0.0)
     for link in sorted(found["links"], key=lambda k: abs(k["flow"])):
-        hop = nodes[link["from"]]["site"], nodes[link["to"]]["site"]
+        hop = link["task"], nodes[link["from"]]["site"], nodes[link["to"]]["site"]
         strength = min(1.0, abs(link["flow"]) / largest[hop])
         (x0, y0), (x1, y1) = at[link["from"]], at[link["to"]]
         # Two classes side by side: the second a little lower.

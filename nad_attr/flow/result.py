@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from nad_attr._display import html_table
-from nad_attr.flow.cutting import cut_edges
+from nad_attr.flow.cutting import Machine, cut_edges, recentred
 from nad_attr.flow.links import OUTPUT, REST, TaskFlow, kept_edges
 from nad_attr.flow.stored import StoredFlow, StoredSite
 from nad_attr.sites.site import GateSite
@@ -140,7 +140,8 @@ class InformationFlow(Result):
         """The kept channels of each site.
 
         Columns ``site, channel, effect, inflow, outflow, source``, with two tasks ``task`` before
-        them. ``source`` is what the block before brings by itself: ``effect - inflow``. Channels
+        them. A channel is a group where channels are in groups, as a head's are. ``source`` is what
+        the block before brings by itself: ``effect - inflow``. Channels
         that are not told apart as receivers have no inflow of their own (NaN); the row of channel
         -1 has that of all of them.
         """
@@ -151,7 +152,7 @@ class InformationFlow(Result):
             for site in self.sites:
                 effect, out = flow.effects[site.name], flow.outflow(site.name)
                 inflow, rest = flow.inflow(site.name)
-                kept = flow.architecture.kept[site.name].tolist()
+                kept = flow.kept(site.name)
                 rows += [
                     {
                         **label, "site": site.name, "channel": c, "effect": float(effect[c]),
@@ -173,7 +174,12 @@ class InformationFlow(Result):
         return pd.DataFrame(rows)
 
     def cut(
-        self, model: nn.Module, edges: Any, task: object = None
+        self,
+        model: nn.Module,
+        edges: Any,
+        task: object = None,
+        *,
+        images: Tensor | tuple[Tensor, ...] | None = None,
     ) -> AbstractContextManager[None]:
         """Run the network as the task's sub-architecture with some edges cut.
 
@@ -185,16 +191,33 @@ class InformationFlow(Result):
             edges: Rows of :attr:`edges`, or ``(source site, source, target site, target)``, one or
                 several.
             task: Whose sub-architecture; may be left out if there is one.
+            images: Some to fit on: a constant is added to each channel that lacks a source, so
+                that its mean over them stays what it is without cuts. None: nothing is added.
 
         Raises:
             KeyError: If there is no such task.
             ValueError: If there is no such edge.
         """
         flow = self._one(task)
-        return cut_edges(model, flow.architecture, self.sites, self.links, self.pairs(edges, flow))
+        pairs, offsets = self.pairs(edges, flow), None
+        if images is not None:
+            inputs = (images,) if isinstance(images, Tensor) else tuple(images)
+            machine = Machine(model, flow.architecture, self.sites, self.links)
+
+            def call(copies: int) -> Any:
+                return model(*(x.repeat(copies, *[1] * (x.ndim - 1)) for x in inputs))
+
+            offsets = recentred(machine, call, pairs, len(inputs[0]))
+        return cut_edges(model, flow.architecture, self.sites, self.links, pairs, offsets=offsets)
 
     def keep_edges(
-        self, model: nn.Module, n: int | float, task: object = None, *, by: str = "strength"
+        self,
+        model: nn.Module,
+        n: int | float,
+        task: object = None,
+        *,
+        by: str = "strength",
+        images: Tensor | tuple[Tensor, ...] | None = None,
     ) -> AbstractContextManager[None]:
         """Run the network with the strongest edges between sites alone, all others cut.
 
@@ -203,13 +226,14 @@ class InformationFlow(Result):
             n: How many edges, or their share in (0, 1).
             task: Whose; may be left out if there is one.
             by: "strength" or "flow", "gradient", "random".
+            images: See :meth:`cut`.
 
         Raises:
             KeyError: If there is no such task.
             ValueError: If channels were not told apart as receivers, or there are not so many.
         """
         flow = self._one(task)
-        return self.cut(model, kept_edges(flow, n, by=by).cut, flow.task)
+        return self.cut(model, kept_edges(flow, n, by=by).cut, flow.task, images=images)
 
     def _one(self, task: object) -> TaskFlow:
         if task is not None:
@@ -234,10 +258,10 @@ class InformationFlow(Result):
             edges = [tuple(edges[list(columns)])]
         elif isinstance(edges, tuple) and len(edges) == 4 and isinstance(edges[0], str):
             edges = [edges]
-        widths = {site.name: site.n_channels for site in self.sites} | {OUTPUT: 1}
+        widths = {site.name: site.n_gates for site in self.sites} | {OUTPUT: 1}
         rest = {
             (link.source_site, link.target_site): sorted(
-                set(flow.architecture.kept[link.target_site].tolist()) - set(link.targets.tolist())
+                set(flow.kept(link.target_site)) - set(link.targets.tolist())
             )
             for link in flow.links
             if link.target_site != OUTPUT

@@ -66,7 +66,7 @@ class StoredLink:
     def made(self, arch: SubArchitecture) -> Link:
         """As it was, if its arrays fit the sites."""
         shape = len(self.sources), len(self.targets) + 1
-        widths = {site.name: site.n_channels for site in arch.sites} | {OUTPUT: 1}
+        widths = {site.name: site.n_gates for site in arch.sites} | {OUTPUT: 1}
         for what, numbers, site in (
             ("sources", self.sources, self.source_site),
             ("targets", self.targets, self.target_site),
@@ -122,7 +122,7 @@ class StoredFlow:
             fitted_on=self.fitted_on,
         )
         for site in sites:
-            if self.effects[site.name].shape != (site.n_channels,):
+            if self.effects[site.name].shape != (site.n_gates,):
                 raise ValueError(f"effects do not fit the channels of {site.name!r}")
         effects = {name: _tensor(effect) for name, effect in self.effects.items()}
         links = tuple(link.made(arch) for link in self.links)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from nad_attr.flow.blocks import Gating, channel_sums, cut_forward, products
+from nad_attr.flow.blocks import Gating, cut_forward, gate_sums, products
 from nad_attr.running.forward import Runner
 from nad_attr.sites.site import GateSite
 
@@ -44,6 +45,7 @@ def straight_flow(
     Returns:
         ``{(site, next site): (targets, flow)}`` of the links with a shortcut: int64 (C,), the
         channel of the next site that each channel leads to, ``NONE`` or ``UNKNOWN``; float64 (C,).
+        Of channels, also where these are in groups.
     """
     by_name = {site.name: site for site in sites}
     exact = copy.copy(runner)
@@ -73,7 +75,9 @@ def straight_flow(
             site = by_name[source]
             targets = _targets(site, plain[source][0], numbered[source][0], target.n_channels)
             above = gating.above(site, leaves[source].detach())
-            found[source, name] = targets, channel_sums(site, own[source][0] * above).sum(0)
+            alone = dataclasses.replace(site, groups=None)
+            sums = gate_sums(alone, own[source][0] * above, len(above))
+            found[source, name] = targets, sums.sum(0)
     return found
 
 

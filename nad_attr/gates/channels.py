@@ -62,6 +62,22 @@ def to_gates(channels: Tensor, sites: Sequence[GateSite], *, mean: bool = False)
     return total / numbers.bincount() if mean else total
 
 
+def channels_of(site: GateSite, gates: Sequence[int]) -> list[int]:
+    """The channels of some gates of a site, gate by gate.
+
+    Example:
+        >>> channels_of(GateSite("a", 4, groups=[0, 1, 0, 1]), [1])
+        [1, 3]
+    """
+    group_of = site.group_of
+    if group_of is None:
+        return list(gates)
+    members: dict[int, list[int]] = {}
+    for channel, gate in enumerate(group_of):
+        members.setdefault(gate, []).append(channel)
+    return [channel for gate in gates for channel in members[gate]]
+
+
 def open_gates(site: GateSite, mask: Tensor) -> Tensor:
     """Which gates of a site are open, of a mask over channels: bool (..., C) to (..., gates).
 

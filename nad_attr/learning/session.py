@@ -470,7 +470,7 @@ class Session:
         """
         found = [part[0] for part in self._parts(replicas, [None], None, None, advance)]
         constants = [part.constants for part in found if part.constants is not None]
-        gates = torch.cat([part.gates for part in found]).cpu()
+        gates = to_channels(torch.cat([part.gates for part in found]).cpu(), self.sites)
         return gates, torch.cat(constants).cpu() if constants else None
 
     def _parts(

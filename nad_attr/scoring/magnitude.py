@@ -64,7 +64,12 @@ class MagnitudeScorer(TaskScorer):
         def see(module: nn.Module, output: Tensor) -> None:
             spreads.append(_spread(module, output))
 
-        with torch.no_grad(), _hooked(runner.model, see):
+        # Sites are in place here as well: at some, projections are called that are not otherwise.
+        with (
+            torch.no_grad(),
+            _hooked(runner.model, see),
+            installed(runner.model, self.sites, lambda site, tensor: None),
+        ):
             outputs = runner(inputs)
         check_classes(source.labels, tasks, outputs.shape[1])
         cuts: list[tuple[nn.Module, Tensor]] = []
@@ -132,7 +137,8 @@ class MagnitudeScorer(TaskScorer):
             raise GatingError(
                 f"magnitude has no filters for {missing} of the {site.n_channels} channels of gate "
                 f"site {site.name!r}: no Conv or Linear module makes them one by one (after a "
-                "LayerNorm or attention, each filter reaches all channels). Leave the site out."
+                "LayerNorm or attention, each filter reaches all channels, and "
+                "nn.MultiheadAttention holds its weights itself). Leave the site out."
             )
         return squares.sqrt()
 

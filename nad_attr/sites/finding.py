@@ -251,12 +251,13 @@ def site_links(
     additional_forward_args: object = None,
     forward_func: Callable[..., Any] | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """Which sites each site reads with no other site in between, for sites that are cuts.
+    """Which sites each site reads with no other site in between.
 
     Args:
         model: The network, in eval mode.
         example_inputs: As for :func:`find_gate_sites`.
-        sites: Sites that every path passes, or the cells of a network of cells.
+        sites: Sites that every path passes, the cells of a network of cells, attention heads and
+            hidden neurons.
         additional_forward_args: As for :func:`find_gate_sites`.
         forward_func: As for :func:`find_gate_sites`.
 
@@ -274,20 +275,15 @@ def site_links(
         {'1': (), '3': ('1',), 'output': ('3',)}
     """
     model = _checked_model(model)
-    for site in sites:
-        if site.units != "channels":
-            raise SiteError(
-                f"gate site {site.name!r} holds {site.units}, around which the residual stream "
-                "leads, so what flows through it is not all that flows; take sites of "
-                "find_gate_sites(model, images, units='channels')"
-            )
-    flow, _ = _traced(model, _checked_inputs(example_inputs), additional_forward_args, forward_func)
+    inputs = _checked_inputs(example_inputs)
+    with called_projections(model, [site.name for site in sites if site.at_input]):
+        flow, _ = _traced(model, inputs, additional_forward_args, forward_func)
     cuts = flow.cut_points()
     cells = {call.output for call in _cells(flow, cuts, set())}
     nodes: dict[int, str] = {}
     for site in sites:
         node = _gated_node(flow, _one_call(flow, site.name), site.at_input)
-        if node not in cuts and node not in cells:
+        if node not in cuts and node not in cells and site.units == "channels":
             raise SiteError(
                 f"a path of the data leads around gate site {site.name!r} (a parallel branch), so "
                 f"what flows through it is not all that flows; {_cut_remedy(flow, site.name, cuts)}"

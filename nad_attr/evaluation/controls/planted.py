@@ -29,6 +29,8 @@ from nad_attr.evaluation.controls.planted_networks import (
     scale_logits,
     scattered,
 )
+from nad_attr.evaluation.rows import named_architectures
+from nad_attr.gates.channels import n_gates
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.sites.site import GateSite
@@ -161,7 +163,7 @@ class PlantedCircuit:
         seed: What it was drawn from.
     """
 
-    kind: Kind
+    kind: str
     model: nn.Sequential
     sites: tuple[GateSite, ...]
     data: tuple[Tensor, Tensor]
@@ -224,39 +226,20 @@ class PlantedCircuit:
         self,
         architectures: TaskGates | SubArchitecture | Sequence[SubArchitecture],
         size: float | None,
-    ) -> list[SubArchitecture]:
-        if isinstance(architectures, TaskGates):
-            architectures = architectures.sub_architectures(size)
-        elif size is not None:
-            raise ValueError(
-                "size= goes with TaskGates; sub-architectures have their size already."
-            )
-        if isinstance(architectures, SubArchitecture):
-            architectures = [architectures]
-        if not isinstance(architectures, Sequence) or not all(
-            isinstance(arch, SubArchitecture) for arch in architectures
-        ):
-            raise TypeError(
-                "architectures must be TaskGates or a sequence of SubArchitecture, not "
-                f"{type(architectures).__name__}."
-            )
-        if not architectures:
-            raise ValueError("there is no sub-architecture to score.")
-        found = [arch.task for arch in architectures]
-        for i, arch in enumerate(architectures):
+    ) -> tuple[SubArchitecture, ...]:
+        archs = named_architectures(architectures, size).architectures
+        for i, arch in enumerate(archs):
             if arch.task not in self.tasks:
                 raise ValueError(
                     f"sub-architecture {i} has task {arch.task!r}; this network's tasks are "
                     f"{list(self.tasks)}."
                 )
-            if found.count(arch.task) > 1:
-                raise ValueError(f"task {arch.task} is there twice; score one at a time.")
             if arch.sites != self.sites:
                 raise ValueError(
                     f"sub-architecture {i} has gate sites {[s.name for s in arch.sites]}, the "
                     f"planted circuit {[s.name for s in self.sites]}."
                 )
-        return list(architectures)
+        return archs
 
     def _against_best(self, arch: SubArchitecture) -> tuple[float, float, float, bool, int, float]:
         assert isinstance(arch.task, int)
@@ -277,9 +260,12 @@ class PlantedCircuit:
         )
 
     def __repr__(self) -> str:
+        what = f"{self.sites[0].n_channels} channels"
+        if len({site.n_gates for site in self.sites}) > 1:
+            what = f"{n_gates(self.sites)} gates in all"
         return (
             f"PlantedCircuit({self.kind!r}, {len(self.tasks)} classes, {len(self.sites)} sites of "
-            f"{self.sites[0].n_channels} channels, circuits of {self.circuit[0].n_kept})"
+            f"{what}, circuits of {self.circuit[0].n_kept})"
         )
 
 

@@ -10,16 +10,21 @@ const svgElement = (tag, attributes = {}, ...children) => {
 };
 const signed = (value) => (value === null ? "–" : `${value < 0 ? "−" : "+"}${Number(Math.abs(value).toPrecision(2))}`);
 
+/** What a node of a site is; files of earlier versions do not say. */
+const unitOf = (site) => (FLOW.units || [])[site] || "channel";
+
 function nodeName(node) {
   const { site, channel, n } = FLOW.nodes[node];
   if (site === FLOW.sites.length - 1) return "the output";
-  return channel < 0 ? `${whole(n)} other channels of ${FLOW.sites[site]}` : `channel ${channel} of ${FLOW.sites[site]}`;
+  const unit = unitOf(site);
+  return channel < 0 ? `${whole(n)} other ${unit}s of ${FLOW.sites[site]}` : `${unit} ${channel} of ${FLOW.sites[site]}`;
 }
 
-/** The number of a node's channel among all channels of the page, or nothing. */
+/** The number of a node's channel among all channels of the page, or nothing; groups of channels, as heads are, have none. */
 function channelOf(node) {
   const { site, channel } = FLOW.nodes[node];
   const found = SITES.find(({ name }) => name === FLOW.sites[site]);
+  if (["head", "group"].includes(unitOf(site))) return null;
   return found && channel >= 0 ? found.start + channel : null;
 }
 
@@ -63,14 +68,15 @@ function drawFlow() {
   columns.forEach((column) => column.forEach(({ i }, k) => y.set(i, 16 + (k + (most - column.length) / 2) * row)));
   const links = flowLinks();
   const largest = new Map();
-  const hop = ({ from, to }) => `${FLOW.nodes[from].site} ${FLOW.nodes[to].site}`;
+  // Outputs of two classes have no common unit: each is drawn against its own largest.
+  const hop = ({ task, from, to }) => `${task} ${FLOW.nodes[from].site} ${FLOW.nodes[to].site}`;
   for (const link of links) {
     const single = FLOW.nodes[link.from].channel >= 0 && FLOW.nodes[link.to].channel >= 0;
     largest.set(hop(link), Math.max(largest.get(hop(link)) || 1e-300, single ? Math.abs(link.flow) : 0));
   }
   const lit = flowState.chosen === null ? null : traced(flowState.chosen);
   const litNodes = lit && new Set([flowState.chosen, ...[...lit].flatMap(({ from, to }) => [from, to])]);
-  const picture = svgElement("svg", { width, height, role: "group", "aria-label": `Flow between ${n - 1} sites, ${flowState.tasks.map((t) => FLOW.tasks[t]).join(" and ")}` });
+  const picture = svgElement("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `Flow between ${n - 1} sites, ${flowState.tasks.map((t) => FLOW.tasks[t]).join(" and ")}` });
   const strengthOf = (link) => Math.min(1, Math.abs(link.flow) / largest.get(hop(link)));
   for (const link of [...links].sort((a, b) => strengthOf(a) - strengthOf(b))) {
     const strength = strengthOf(link);
@@ -116,6 +122,9 @@ function drawFlow() {
   const scrolled = place.scrollLeft;
   place.replaceChildren(picture);
   place.scrollLeft = scrolled;
+  const more = byId("flow-more");
+  more.hidden = width <= place.clientWidth;
+  more.textContent = `The picture is wider than the page: ${n - 1} sites. Scroll sideways, or walk through it with the arrow keys.`;
 }
 
 function chooseNode(node, focused = node) {
@@ -130,7 +139,7 @@ function sayFlow() {
   const place = byId("flow-said");
   const node = flowState.chosen;
   if (node === null) {
-    place.replaceChildren(element("p", { class: "quiet" }, "Nothing is traced. The area of a node says how large a channel's effect is, the width of a link how much flows, both within their column."));
+    place.replaceChildren(element("p", { class: "quiet" }, "Nothing is traced. The area of a node says how large a channel's effect is, the width of a link how much flows, both within their column, and links within their class."));
     return;
   }
   const { effect } = FLOW.nodes[node];
