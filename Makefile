@@ -95,8 +95,8 @@ docs-links: $(DOCS_STAMP)  ## check the links of the documentation to other site
 spelling: $(DOCS_STAMP)  ## check the spelling of code and pages
 	$(BIN)/python -m codespell_lib
 
-release-check: $(STAMP)  ## build, install into a clean environment, and run the README there
-	$(BIN)/python scripts/release_check.py $(ARGS)
+release-check:  ## build, install into a clean environment, and run README and command line there
+	$(PYTHON) scripts/release_check.py $(ARGS)
 
 clean:  ## remove caches and build output
 	rm -rf build dist docs/_build docs/reference/pages .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

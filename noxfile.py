@@ -2,6 +2,7 @@
 
     nox                       every environment
     nox -s "tests(oldest)"    one of them; what stands after -- goes to pytest
+    nox -s wheel              the wheel, built, installed into a clean environment and tried there
     nox --envdir FOLDER -R    elsewhere; -R keeps an environment that is there already
 
 Each environment takes about 6 GB; nox finds the interpreters on the PATH (or, with
@@ -48,3 +49,9 @@ def tests(session: nox.Session, requirements: tuple[str, ...]) -> None:
     )
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     session.run("pytest", "-m", "not slow", *session.posargs, env=environment)
+
+
+@nox.session(python=["3.10", "3.13"])
+def wheel(session: nox.Session) -> None:
+    """What ``make release-check`` does: the wheel, the README's code and a verdict, elsewhere."""
+    session.run("python", "scripts/release_check.py", *session.posargs)

@@ -1,4 +1,4 @@
 """The version, in a module of its own so that any other may import it."""
 
 #: The version of this package, as a text.
-__version__ = "0.1.0"
+__version__ = "0.2.0"

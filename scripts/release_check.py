@@ -5,8 +5,8 @@
 Builds sdist and wheel, the wheel from the sdist, so that nothing is missing there. Installs the
 wheel with the extras that the README needs into a new environment outside of this tree, and runs
 there the README's code (with the stand-ins of ``tests/test_docs.py``, for it would download
-weights) and the command line. pip gets its packages from wherever it is configured to. The version
-has to be the same everywhere it stands.
+weights), and the command line from a folder of pictures to a verdict and a page. pip gets its
+packages from wherever it is configured to. The version has to be the same everywhere it stands.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 #: What the README and its tests need beside the library itself.
 EXTRAS = "cli,plot,report"
 BESIDE = ("pytest", "pytest-timeout", "hypothesis", "torchvision", "scikit-learn", "build")
+#: Bytes of the wheel, at most.
+MOST = 1_000_000
 #: Files that an sdist has to hold, so that others can build and test from it.
 IN_SDIST = (
     "pyproject.toml",
@@ -80,7 +82,24 @@ def check_archives(folder: Path) -> tuple[Path, Path]:
     strangers = [n for n in inside if not re.match(r"nad_attr(/|-[^/]+\.dist-info/)", n)]
     if strangers:
         raise SystemExit(f"the wheel holds {', '.join(strangers[:5])}")
+    if wheel.stat().st_size >= MOST:
+        raise SystemExit(f"the wheel has {wheel.stat().st_size:,} bytes, {MOST:,} and more")
     return sdist, wheel
+
+
+#: Makes a folder of pictures as a user has it: a class a folder, sizes that differ.
+PICTURES = """
+import pathlib, random
+from PIL import Image
+random.seed(0)
+for label, colour in enumerate(((200, 60, 60), (60, 200, 60), (60, 60, 200))):
+    folder = pathlib.Path("photos", str(label))
+    folder.mkdir(parents=True)
+    for i in range(12):
+        picture = Image.new("RGB", (40 + i, 48), tuple(c + random.randint(-50, 50) for c in colour))
+        picture.paste((0, 0, 0), (i, i, i + 12, i + 9))
+        picture.save(folder / f"{i}.png")
+"""
 
 
 def main() -> None:
@@ -128,6 +147,14 @@ def main() -> None:
         script = python.with_name("nad-attr")
         run(script, "--version", cwd=folder)
         run(script, "sites", "--model", "torchvision:resnet18:none", cwd=folder)
+
+        say("from a folder of pictures to a verdict and a page")
+        run(python, "-c", PICTURES, cwd=folder)
+        small = ("--resize", "32", "--crop", "32", "--quick")
+        model = ("--model", "torchvision:resnet18:none", "--data", "photos")
+        run(script, "explain", *model, *small, "--out", "report.html", cwd=folder)
+        if "Ten questions" not in (folder / "report.html").read_text(encoding="utf-8"):
+            raise SystemExit("the page lacks its questions")
     finally:
         if not options.keep:
             shutil.rmtree(folder, ignore_errors=True)

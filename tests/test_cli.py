@@ -673,6 +673,17 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
             "2 are chosen",
             ("export", *MINE, "--network", "a.pt2", "--task", "red,blue", "--head", "whole"),
         ),
+        (
+            2,
+            "colour_nets.py would be written beside",
+            ("export", *MINE, "--network", "colour_nets.safetensors", "--task", "red"),
+        ),
+        (
+            2,
+            "--pixels 8 has no effect",
+            ("export", *MINE, "--network", "a.pt2", "--task", "red", "--pixels", "8",
+             "--crop", "16"),
+        ),
         (2, "merge takes two files", ("merge", "gates.h5", "--out", "m.h5")),
         (2, "red.h5 is there already", ("merge", "red.h5", "rest.h5", "--out", "red.h5")),
         (1, "text.h5", ("merge", "red.h5", "text.h5", "--out", "m.h5")),
@@ -692,6 +703,64 @@ def test_wrong_input_is_a_line_and_a_code(
     before = sorted(here.iterdir())
     fails(code, message, *arguments)
     assert sorted(here.iterdir()) == before
+
+
+EXPLAIN = ("explain", *MODEL, "--out", "page.html", "--device", "cpu", "--size", "0.5")
+
+
+@pytest.fixture(scope="module")
+def wrong(place: Path) -> Path:
+    """Folders of pictures as people have them, in which something is wrong."""
+    for name in CLASSES:
+        for kind in ("one", "empty", "texts", "single"):
+            (place / kind / name).mkdir(parents=True)
+        if name != CLASSES[0]:
+            shutil.copytree(place / "train" / name, place / "empty" / name, dirs_exist_ok=True)
+        shutil.copy(place / "train" / name / "0.png", place / "one" / name)
+        (place / "texts" / name / "notes.txt").write_text("no picture")
+        for i in range(6):
+            (place / "single" / name / f"{i}.png").write_text("no picture either")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("there is no folder trian; did you mean train?", ("--data", "trian")),
+        ("holds no folders", ("--data", "val/red")),
+        ("blue holds no images", ("--data", "empty")),
+        ("no class has 4 images (2 to learn from", ("--data", "one", "--store", "g.h5")),
+        ("in texts hold no images", ("--data", "texts")),
+        ("none of the 6 images of class folder single/blue", ("--data", "single")),
+        ("do not fit the model: missing conv.weight", ("--data", "train", "--weights", "other.pt")),
+        ("there is no file none.pt", ("--data", "train", "--weights", "none.pt")),
+        ("write torchvision:resnet50", ("--data", "train", "--model", "resnet50")),
+        ("no module 'colournets'", ("--data", "train", "--model", "colournets:colours")),
+        ("no class 'rde'; did you mean red", ("--data", "train", "--tasks", "rde")),
+        ("text.h5", ("--data", "train", "--store", "text.h5")),
+        ("there is no folder nowhere", ("--data", "train", "--out", "nowhere/page.html")),
+        ("both say how much to run", ("--data", "train", "--quick", "--minutes", "5")),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_anything_is_explained(
+    wrong: Path, message: str, arguments: tuple[str, ...]
+) -> None:
+    before = sorted(wrong.rglob("*"))
+    outcome = invoke(*EXPLAIN, *arguments)
+    fails(outcome.exit_code or -1, message, *EXPLAIN, *arguments)
+    assert sorted(wrong.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_one_command_from_photos_to_a_verdict(here: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    out = tmp_path / "page.html"
+    given = ("--data", "train", "--tasks", "red,blue", "--quick", "--certainty")
+    text = succeeds(*EXPLAIN[:-4], *EXPLAIN[-2:], "--out", out, *given)
+    assert text.index("this will take about") < text.index("Asked: which of 12 channels")
+    assert "red" in text[text.index("Asked") :]
+    assert out.is_file()
+    assert (tmp_path / "gates.h5").is_file()
 
 
 @pytest.mark.slow

@@ -399,6 +399,7 @@ def run_page(page: str, blocks: list[Block], root: Path, monkeypatch: pytest.Mon
     for block in blocks:
         # README and start page read a folder of classes, not one that is split into two.
         flat = block.language == "python" and "ImageFolder(" in block.text
+        flat = flat or "--data photos " in block.text
         monkeypatch.chdir(root / "flat" if flat else root)
         if block.language == "python":
             check_python(block, names)

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from nad_attr import TaskGates
+from nad_attr import ChannelCertainty, Recipe, TaskGates, certainty, learn_gates
+from nad_attr.concepts import dissect
+from nad_attr.evaluation import evaluate, planted
 from nad_attr.learning.ray_executor import RayExecutor, WorkersLostError
 from nad_attr.learning.runs import Progress, learn_to_store
 from tests import killable
@@ -59,7 +63,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> TaskGates:
 def test_tensors_are_not_copied_to_be_packed() -> None:
     """Pickle would hold the images two or three times; they go to Ray's store as they are."""
     import ray
-    import torch
 
     from nad_attr.learning.ray_executor import _packed, _unpacked
 
@@ -75,7 +78,7 @@ def test_tensors_are_not_copied_to_be_packed() -> None:
         "rest": "text",
     }
     means = {"a": torch.arange(3.0)}
-    packed, storages = _packed(ray, given, means)  # type: ignore[arg-type]
+    packed, storages = _packed(ray, (given, means))
     assert len(packed) < 5000 < images.numel() * 4
     n_bytes = sum(4 * x.numel() for x in (images, means["a"])) + 8 * 16 + 2 * 9
     assert sum(storage.nbytes for storage in storages) == n_bytes
@@ -269,3 +272,129 @@ def test_what_is_done_is_saved_when_a_chunk_fails_for_good(
         mark.unlink()
     run()
     assert_same_bits(uninterrupted, TaskGates.load(path))
+
+
+# -- evaluation, dissection and certainty ----------------------------------------------------------
+
+
+class DeadlyTensors(Deadly):
+    """Given images."""
+
+    def __init__(self, x: Tensor, y: Tensor, marks: Path) -> None:
+        super().__init__(marks)
+        self.x, self.y, self.targets = x, y, y.tolist()
+
+
+class DeadlyImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images of a folder of marks, see :class:`Deadly`, with label maps for a dissection."""
+
+    concepts = ("one", "two")
+
+    def __init__(self, marks: Path) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.rand(12, 3, 8, 8, generator=generator)
+        self.maps = torch.randint(0, 2, (12, 8, 8), generator=generator)
+        self.marks, self.driver = marks, os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if os.getpid() != self.driver:
+            for mark in sorted(self.marks.glob(f"{i}-*")):
+                mark.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self.images[i], self.maps[i]
+
+
+def same_fields(one: Any, other: Any) -> None:
+    """All arrays of two results, equal bit by bit."""
+    fields = one._fields()
+    assert fields.keys() == other._fields().keys()
+    for name, value in fields.items():
+        if isinstance(value, np.ndarray):
+            assert value.tobytes() == other._fields()[name].tobytes(), name
+
+
+@needs_ray
+def test_evaluation_is_the_same_for_any_number_of_workers(
+    cluster: Any, uninterrupted: TaskGates, tmp_path: Path
+) -> None:
+    model, marks = killable.network(), tmp_path / "marks"
+    marks.mkdir()
+    data = Deadly(marks)
+    here = evaluate(model, uninterrupted, data, n_random=1)
+    with assert_model_untouched(model):
+        one = evaluate(model, uninterrupted, data, n_random=1, executor=RayExecutor(n_workers=1))
+    for n, image in enumerate((0, 13, 31)):
+        (marks / f"{image}-{n}").touch()
+    executor = RayExecutor(n_workers=2, retries=10)
+    two = evaluate(model, uninterrupted, data, n_random=1, executor=executor)
+    assert executor.lost == 3
+    same_fields(one, two)
+    same_fields(one.random[0], two.random[0])
+    same_fields(one.whole, two.whole)
+    assert one.frame().equals(two.frame())
+    np.testing.assert_allclose(one.table, here.table, rtol=1e-5)
+    np.testing.assert_allclose(one.fidelity, here.fidelity, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(one.dead_fraction, here.dead_fraction)
+
+
+@needs_ray
+def test_dissection_is_the_same_for_any_number_of_workers(cluster: Any, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()]
+        for _ in range(5):  # six sites: two parts
+            layers += [nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 2)).eval()
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    data = DeadlyImages(marks)
+    here = dissect(model, None, data, quantile=0.2)
+    one = dissect(model, None, data, quantile=0.2, executor=RayExecutor(n_workers=1))
+    for n, image in enumerate((3, 7)):
+        (marks / f"{image}-{n}").touch()
+    executor = RayExecutor(n_workers=2, retries=10)
+    two = dissect(model, None, data, quantile=0.2, executor=executor)
+    assert executor.lost == 2
+    assert one.sites == two.sites == here.sites
+    for site in one.sites:
+        for found in (two, here):
+            assert one.iou[site].tobytes() == found.iou[site].tobytes()
+            assert one.thresholds[site].tobytes() == found.thresholds[site].tobytes()
+            assert one.top_images[site].tobytes() == found.top_images[site].tobytes()
+    assert one.info == two.info
+    assert one.info.keys() == here.info.keys()
+    with pytest.raises(ValueError, match="checkpoint"):
+        dissect(model, None, data, checkpoint=tmp_path / "a", executor=executor)
+
+
+@needs_ray
+def test_certainty_is_the_same_for_any_number_of_workers(cluster: Any, tmp_path: Path) -> None:
+    known = planted("plain", n_classes=2, width=24, n_images=40)
+    recipe = Recipe(size=0.3, steps=4, ablation="mean")
+    gates = learn_gates(known.model, known.data, recipe=recipe)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    given: dict[str, Any] = {"pairs": 1, "images": 8, "alternatives": 1}
+    data = DeadlyTensors(*known.data, marks)
+
+    def found(n_workers: int) -> tuple[ChannelCertainty, int]:
+        executor = RayExecutor(n_workers=n_workers, retries=10)
+        run = (known.model, gates, data, known.held_out)
+        return certainty(*run, augmented=False, executor=executor, **given), executor.lost
+
+    one, lost = found(1)
+    assert lost == 0
+    for image in (0, 1):
+        (marks / f"{image}-0").touch()
+    two, lost = found(2)
+    assert lost == 2
+    assert one.tasks == two.tasks == gates.tasks
+    assert one.groups == two.groups
+    assert one.passes == two.passes
+    same_fields(one, two)
+    here = certainty(known.model, gates, known.data, known.held_out, **given)
+    assert (here.chosen == one.chosen).mean() > 0.9
+    np.testing.assert_allclose(one.fidelity, here.fidelity, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
 
 from nad_attr import (
     ChannelCertainty,
@@ -30,6 +33,7 @@ from nad_attr.gates.history import History
 from nad_attr.pictures import class_mosaics
 from nad_attr.report import Report
 from nad_attr.report.contents import Results, contents, not_there, summary
+from nad_attr.report.first import NEWCOMERS
 from nad_attr.report.measuring import evenly, example_rows, responses, sampled
 from nad_attr.report.overlaps import block_means, overlaps_part
 from nad_attr.report.packing import gate_levels, plain, script_json
@@ -827,3 +831,62 @@ def test_certain_and_doubtful_channels_are_told_apart(tmp_path: Path) -> None:
     found = contents(other, results)
     assert found.data["certainty"] is None
     assert any("No certainty: it is of other gates" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_ten_questions_of_a_newcomer_are_answered(known: bool, measured: Report) -> None:
+    """Each has an answer one click away, and what it says it shows is on the page."""
+    report = measured if known else Report(measured.gates)
+    found = report.contents()
+    html = report.html()
+    assert [question.name for question in found.questions] == [name for name, _ in NEWCOMERS]
+    assert len(found.questions) == 10
+    assert list(found.first) == ["Asked", "Answer", "How sure", "Compared with"]
+    for name, question, answer, section in found.questions:
+        item = f'<details id="question-{name}"><summary>{question}</summary><p>'
+        assert item in html
+        assert len(answer) > 40
+        assert html.count(f'id="{section}"') == (1 if section else 0), (name, section)
+    by_name = {question.name: question for question in found.questions}
+    if known:
+        assert all(by_name[name].section for name in ("respond", "place", "feeds", "beside"))
+        assert "Not tested. To add it: nad-attr verdict" in by_name["enough"].answer
+    else:
+        unknown = [q.name for q in found.questions if "nad-attr" in q.answer]
+        assert unknown == ["enough", "needed", "sure", "respond", "place", "feeds"]
+        assert "not known" in found.first["Answer"]
+
+
+def test_places_are_coloured_where_the_channels_speak(tmp_path: Path) -> None:
+    """A network that looks for bright pixels: they are coloured, and nothing else."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, -1.0]).reshape(2, 1, 1, 1))
+    images = torch.zeros(2, 1, 8, 8)
+    images[0, 0, :4, :4] = 1.0
+    images[1, 0, 4:, 4:] = -1.0
+    gates = TaskGates(
+        {"1": torch.tensor([[0.9, 0.1], [0.1, 0.9]])}, [GateSite("1", 2)], [0, 1],
+        task_names=["bright", "dark"],
+    )  # fmt: skip
+    report = Report(gates).measure(model, (images, torch.tensor([0, 1])), parts=["where"])
+    assert [row["task"] for row in report.results.where] == ["bright", "dark"]
+    for row, corner in zip(report.results.where, ((0, 0), (1, 1)), strict=True):
+        ((_, coloured),) = row["images"]
+        data = base64.b64decode(coloured.partition(",")[2])
+        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=float)
+        blue = (pixels[..., 2] - pixels[..., 0])[4:-4, 4:-4]
+        half = len(blue) // 2
+        halves = blue.reshape(2, half, 2, half).mean((1, 3))
+        assert halves.argmax() == 2 * corner[0] + corner[1]
+        assert halves[corner] > 60 > 20 > np.sort(halves.ravel())[-2]
+    assert 'id="where"' in report.html()
+    words = Report(gates).measure(
+        nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2)).eval(),
+        (torch.rand(4, 4), torch.arange(4) % 2),
+        parts=["where"],
+    )
+    assert words.results.where is None
+    assert "the inputs are no images" in words.results.notes[0]

@@ -406,3 +406,39 @@ def test_the_flow_is_traced_by_mouse_and_keyboard(browser: Any, tmp_path: Path) 
     assert ": 2 sites." in found.text("#flow-more")
     assert found.wrong == []
     page.close()
+
+
+def test_a_newcomers_question_is_one_click_from_its_answer(opened: Opened) -> None:
+    from nad_attr.report.first import NEWCOMERS
+
+    page = opened.page
+    assert page.evaluate("document.querySelector('.first').getBoundingClientRect().bottom < 900")
+    for name, question in NEWCOMERS:
+        answer = page.locator(f"#question-{name} p")
+        assert not answer.is_visible()
+        page.get_by_text(question, exact=True).click()
+        assert answer.is_visible()
+        link = page.locator(f"#question-{name} a")
+        if link.count():
+            target = link.get_attribute("href")
+            assert page.locator(target).count() == 1
+    page.click("#question-which a")
+    page.wait_for_timeout(1500)  # it scrolls smoothly
+    assert page.evaluate("document.querySelector('#architecture').getBoundingClientRect().top") < 99
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_cut_off_at_any_width(
+    browser: Any, small: Path, width: int, scheme: str
+) -> None:
+    opened = Opened(browser, small, color_scheme=scheme)
+    opened.page.set_viewport_size({"width": width, "height": 844})
+    assert opened.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    cut = opened.page.evaluate(
+        """() => [...document.querySelectorAll('.first dd, .questions summary, h1, h2')]
+          .filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent)"""
+    )
+    assert cut == []
+    assert opened.wrong == []
+    opened.page.close()

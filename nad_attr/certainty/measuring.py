@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from nad_attr._checks import check_count
 from nad_attr.certainty.closing import State, TaskTrial
@@ -25,6 +26,7 @@ from nad_attr.learning.engine import Replica
 from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session
 from nad_attr.running.options import RunFields, RunOptions, as_options
+from nad_attr.running.workers import Workers, in_order
 from nad_attr.system.rng import seed_of
 
 if TYPE_CHECKING:
@@ -47,15 +49,16 @@ def certainty(
     held_out: Data,
     *,
     recipe: Recipe | None = None,
-    pairs: int = 4,
+    pairs: int = 3,
     images: int = 64,
-    alternatives: int = 2,
+    alternatives: int = 1,
     alpha: float = 0.05,
     tolerance: float = 0.02,
     seed: int = 0,
     run: RunOptions | None = None,
     augmented: bool | None = None,
     checks: Checks = "refuse",
+    executor: Workers | None = None,
     **fields: Unpack[RunFields],
 ) -> ChannelCertainty:
     """How sure each kept channel of each task is, and whether the task needs it.
@@ -81,7 +84,8 @@ def certainty(
         gates: Task gates learned on it.
         data: The images that they were learned from; see :func:`nad_attr.learn_gates`.
         held_out: Images that they were not learned from.
-        recipe: How to learn from halves; None: as the gates were learned.
+        recipe: How to learn from halves; None: as the gates were learned. Where it asks for a
+            fidelity, each task's halves keep the size that its gates have, after 100 steps.
         pairs: Complementary pairs of halves. Each costs two runs of the recipe per task.
         images: Own images, and other ones, to test on, at most.
         alternatives: Sub-architectures to learn for each task that avoid the channels that seem
@@ -93,6 +97,8 @@ def certainty(
         run: How to run the network; see :class:`nad_attr.RunOptions`.
         augmented: See :func:`nad_attr.learn_gates`.
         checks: See there.
+        executor: Measures a task with its replicas at a time elsewhere, such as on Ray's workers
+            (:class:`nad_attr.distributed.RayExecutor`): the same for any number of workers.
         **fields: In place of those fields of ``run``.
 
     Returns:
@@ -120,7 +126,7 @@ def certainty(
     """
     if not isinstance(gates, TaskGates):
         raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
-    recipe = _recipe(gates, recipe)
+    asked, (recipe, sizes) = recipe, _recipe(gates, recipe)
     check_count(pairs, "pairs")
     check_count(images, "images", least=2)
     check_count(alternatives, "alternatives", least=0)
@@ -129,6 +135,13 @@ def certainty(
             raise ValueError(f"{name} must be a number in (0, 1), got {value!r}.")
     options = as_options(run, **fields)
     tasks = gates.tasks
+    if executor is not None:
+        given: dict[str, Any] = {
+            "recipe": asked, "pairs": pairs, "images": images, "alternatives": alternatives,
+            "alpha": alpha, "tolerance": tolerance, "seed": seed, "augmented": augmented,
+            "checks": checks,
+        }  # fmt: skip
+        return _by_workers(executor, model, gates, data, held_out, options, given)
     session = Session(
         model,
         data,
@@ -184,9 +197,7 @@ def certainty(
         for replica in _replicas(session, task, one, pairs, alternatives)
     ]
     per_task = 2 * pairs + alternatives
-    steps = sum(session.n_steps(replica.task) for replica in replicas)
-    with network.bar(steps, "learning from halves", "step") as bar:
-        learned, constants = session.learn_replicas(replicas, bar.update)
+    learned, constants = _learned(session, replicas, [s for s in sizes for _ in range(per_task)])
     others = (learned > 0.5).double().view(len(tasks), per_task, -1)
     instead = base[:, None].expand(-1, per_task, -1)
     if constants is not None:
@@ -228,8 +239,67 @@ def certainty(
     )
 
 
-def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
-    """How to learn from halves: as the gates were learned, at the size that they have."""
+_Shared: TypeAlias = "tuple[nn.Module, TaskGates, Data, Data, RunOptions, dict[str, Any]]"
+
+
+def _by_workers(
+    executor: Workers,
+    model: nn.Module,
+    gates: TaskGates,
+    data: Data,
+    held_out: Data,
+    options: RunOptions,
+    given: dict[str, Any],
+) -> ChannelCertainty:
+    """The certainty of each task, measured elsewhere, as one."""
+    shared = (model, gates, data, held_out, options, given)
+    with tqdm(total=len(gates), desc="certainty", disable=not options.show_progress) as bar:
+        how: dict[str, Any] = {"begin": _on_worker, "device": options.device, "what": "tasks"}
+        found = in_order(
+            executor.map(_one_task, shared, [[task] for task in gates.tasks], **how),
+            lambda number: bar.update(),
+        )
+    fields = {f.name: [getattr(one, f.name) for one in found] for f in dataclasses.fields(found[0])}
+    joined: dict[str, Any] = {name: values[0] for name, values in fields.items()}
+    for name, axes in ChannelCertainty._AXES.items():
+        values = fields[name]
+        if axes.startswith("T") and values[0] is not None:
+            arrays = isinstance(values[0], np.ndarray)
+            joined[name] = np.concatenate(values) if arrays else sum(values, ())
+    joined["passes"] = {kind: sum(p[kind] for p in fields["passes"]) for kind in joined["passes"]}
+    return ChannelCertainty(**joined)
+
+
+def _on_worker(shared: _Shared, device: torch.device) -> _Shared:
+    *rest, options, given = shared
+    options = dataclasses.replace(options, device=device, show_progress=False)
+    return (*rest, options, given)  # type: ignore[return-value]
+
+
+def _one_task(shared: _Shared, tasks: list[Task]) -> ChannelCertainty:
+    model, gates, data, held_out, options, given = shared
+    return certainty(model, gates.select(tasks), data, held_out, run=options, **given)
+
+
+def _learned(
+    session: Session, replicas: Sequence[Replica], sizes: Sequence[float | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Gates of all replicas, and constants if the recipe has them: those of a size together."""
+    rows = [[i for i, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
+    steps = sum(session.n_steps(replica.task) for replica in replicas)
+    with session.network.bar(steps, "learning from halves", "step") as bar:
+        found = [
+            session.learn_replicas([replicas[i] for i in part], bar.update, sizes[part[0]])
+            for part in rows
+        ]
+    back = torch.tensor([i for part in rows for i in part], device="cpu").argsort()
+    constants = [one for _, one in found if one is not None]
+    gates = torch.cat([one for one, _ in found])
+    return gates[back], torch.cat(constants)[back] if constants else None
+
+
+def _recipe(gates: TaskGates, recipe: Recipe | None) -> tuple[Recipe, list[float | None]]:
+    """How to learn from halves: as the gates were learned, and the size that each task has."""
     found = gates.recipe if recipe is None else recipe
     if found is None:
         raise ValueError(
@@ -239,13 +309,16 @@ def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
     if not isinstance(found, Recipe):
         raise TypeError(f"recipe must be a Recipe, not {type(found).__name__}.")
     if isinstance(found, PaperRecipe):
-        return found
-    kept = {arch.n_kept for arch in gates.sub_architectures()}
-    if kept == {0}:
+        return found, [None] * len(gates)
+    kept = [arch.n_kept for arch in gates.sub_architectures()]
+    if not any(kept):
         raise ValueError("gates keep no channel: there is nothing to be certain of.")
-    if recipe is None and len(kept) == 1:
-        found = dataclasses.replace(found, size=kept.pop() / n_gates(gates.sites))
-    return found
+    if found.fidelity is not None:
+        steps = min(found.steps, Recipe().steps)
+        found = dataclasses.replace(found, fidelity=None, size=0.5, steps=steps)
+    elif recipe is not None:
+        return found, [None] * len(gates)
+    return found, [max(n, 1) / n_gates(gates.sites) for n in kept]
 
 
 def _replicas(

@@ -60,6 +60,14 @@ def explain(
     minutes: Annotated[
         float | None, typer.Option(min=0, help="The largest size that takes no longer.")
     ] = None,
+    certainty: Annotated[
+        bool | None,
+        typer.Option(
+            "--certainty/--no-certainty",
+            help="Learn each class again from halves and close its channels one by one. [for as "
+            "many classes as take no longer than all else]",
+        ),
+    ] = None,
     weights: opt.Weights = None,
     model_arg: opt.ModelArg = None,
     labels: opt.LabelTable = None,
@@ -73,9 +81,9 @@ def explain(
     """From a network and a folder of pictures to a verdict and a page, in one command.
 
     Keeps some pictures of each class apart, learns on the others which channels each class needs,
-    judges that on the ones kept apart, measures what flows between channels, and writes the page
-    and the file of the gates. It says first how long that will take. After Ctrl-C or a crash the
-    same command goes on.
+    judges that on the ones kept apart, says how sure each channel is, measures what flows between
+    channels, and writes the page and the file of the gates. It says first how long that will take.
+    After Ctrl-C or a crash the same command goes on.
 
     Examples:
       nad-attr explain --model torchvision:resnet18 --data photos --out report.html
@@ -113,6 +121,7 @@ def explain(
                 recipe=Recipe() if size is None else Recipe(size=size),
                 quick=quick,
                 minutes=minutes,
+                certainty=certainty,
                 seed=work.seed,
                 overwrite=overwrite,
                 task_names=images.names,

@@ -48,6 +48,7 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.network_checks import Checks, check_option, check_outputs
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import FROM_RUN, RunOptions, as_options
+from nad_attr.running.workers import Workers, in_order
 from nad_attr.stats.pairs import overlap_matrix
 from nad_attr.system.rng import seed_of
 
@@ -113,6 +114,7 @@ def evaluate(
     additional_forward_args: Any = FROM_RUN,
     show_progress: bool = FROM_RUN,
     checks: Checks = "refuse",
+    executor: Workers | None = None,
 ) -> Evaluation:
     """Measure sub-architectures on held-out images, with random channels and rivals beside them.
 
@@ -151,6 +153,10 @@ def evaluate(
         checks: What to do if an image's outputs depend on chance or on the other images of its
             batch, which two images show: "refuse", "warn", or "off" for no check. With a
             ``batch_size`` of one there is no other image, and one shows it.
+        executor: Runs blocks of sub-architectures elsewhere, such as on Ray's workers
+            (:class:`nad_attr.distributed.RayExecutor`). Blocks are the same for any number of
+            workers, and so is the result bit for bit; beside a run in this process it may differ
+            in rounding.
 
     Returns:
         The measures. A task without own images in the data gets NaN and a warning.
@@ -222,7 +228,10 @@ def evaluate(
     names = architectures.task_names if isinstance(architectures, TaskGates) else None
     rows = [*archs, *(arch for rival in against.values() for arch in rival)]
     pass_ = _Measuring(runner, tasks, source, threshold, chosen)
-    measured = pass_.all_rows(rows)
+    if executor is None:
+        measured = pass_.all_rows(rows)
+    else:
+        measured = _by_workers(executor, pass_, model, rows)
 
     missing = [task for task, has in zip(tasks, has_own.tolist(), strict=True) if not has]
     if missing:
@@ -363,6 +372,54 @@ def _sizes(
 
 def _array(values: Tensor) -> FloatArray:
     return np.asarray(values.double().cpu().numpy())
+
+
+#: Sub-architectures that a worker measures at a time.
+_BLOCK = 24
+
+_Shared = tuple[nn.Module, RunOptions, tuple[Any, ...]]
+
+
+def _by_workers(
+    executor: Workers, pass_: _Measuring, model: nn.Module, rows: Sequence[SubArchitecture]
+) -> dict[str, FloatArray]:
+    """The measures of all rows, and into ``pass_`` what the whole network answers."""
+    blocks = [
+        (k == 0, [rows[i] for i in block]) for k, block in enumerate(chunks(len(rows), _BLOCK))
+    ]
+    options = pass_.runner.options
+    given = (pass_.tasks, pass_.source, pass_.threshold, pass_.ablation)
+    with pass_.runner.bar(len(blocks), "evaluating", "block") as bar:
+        found = executor.map(
+            _block_measured,
+            (model, options, given),
+            blocks,
+            begin=_on_worker,
+            device=options.device,
+            what="sub-architectures",
+        )
+        parts = in_order(found, lambda number: bar.update())
+    pass_.clean, pass_.clean_threshold, pass_.activity = parts[0][1]
+    return {name: np.concatenate([part[name] for part, _ in parts]) for name in parts[0][0]}
+
+
+def _on_worker(shared: _Shared, device: torch.device) -> tuple[Runner, tuple[Any, ...]]:
+    model, options, given = shared
+    runner = Runner(model, replace(options, device=device, show_progress=False))
+    runner.fit(given[1])
+    return runner, given
+
+
+def _block_measured(
+    state: tuple[Runner, tuple[Any, ...]], block: tuple[bool, list[SubArchitecture]]
+) -> tuple[dict[str, FloatArray], Any]:
+    """The measures of a block; with the first one what the whole network answered."""
+    pass_ = _Measuring(state[0], *state[1])
+    measured = pass_.all_rows(block[1])
+    if not block[0]:
+        return measured, None
+    pass_.activity.to_cpu()
+    return measured, (pass_.clean, pass_.clean_threshold, pass_.activity)
 
 
 class _Measuring:

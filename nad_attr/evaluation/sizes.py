@@ -230,6 +230,12 @@ class Activity:
             rows = self._rows.to(new.device)[:, None].expand_as(new)
             kept[site.name].scatter_reduce_(0, rows, new.to(kept[site.name].dtype), how)
 
+    def to_cpu(self) -> None:
+        """Move what was seen to the CPU, from where another process can take it."""
+        self.low, self.high = ({n: x.cpu() for n, x in d.items()} for d in (self.low, self.high))
+        if self.example is not None:
+            self.example = tuple(x.cpu() for x in self.example)
+
     def firing(self, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """``{site name: bool (T, C)}``: which channels vary over a task's own images.
 

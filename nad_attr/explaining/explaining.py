@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from nad_attr.certainty.measuring import certainty as measure_certainty
+from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict import verdict
 from nad_attr.certainty.verdict_result import Verdict
 from nad_attr.data.labels import Task
@@ -22,13 +24,18 @@ from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.explaining.parts import SIZES, Size, chosen_tasks, split
 from nad_attr.explaining.promise import (
+    CLOSING_IMAGES,
+    N_ALTERNATIVES,
+    N_PAIRS,
     N_RANDOM,
     N_VERDICT,
     STEPS,
     VERDICT_IMAGES,
+    Passes,
     Promise,
     Rates,
     measured_rates,
+    n_certain,
     passes,
     promised,
 )
@@ -58,6 +65,7 @@ def explain(
     recipe: Recipe | None = None,
     quick: bool = False,
     minutes: float | None = None,
+    certainty: bool | None = None,
     seed: int = 0,
     overwrite: bool = False,
     task_names: Mapping[Any, str] | None = None,
@@ -71,8 +79,8 @@ def explain(
 
     Keeps some images apart, learns the gates of each task on the others
     (:func:`nad_attr.learn_to_store`), judges them on those kept apart
-    (:func:`nad_attr.evaluation.evaluate`, :func:`nad_attr.verdict`), measures what flows between
-    channels (:func:`nad_attr.information_flow`), and draws a page
+    (:func:`nad_attr.evaluation.evaluate`, :func:`nad_attr.certainty`, :func:`nad_attr.verdict`),
+    measures what flows between channels (:func:`nad_attr.information_flow`), and draws a page
     (:class:`nad_attr.report.Report`). Before that it times a few passes and says how long all
     will take.
 
@@ -89,6 +97,9 @@ def explain(
         recipe: How gates are learned; None: ``Recipe()``.
         quick: Fewer tasks, steps and images.
         minutes: The largest size that takes no longer than that, by the timed passes.
+        certainty: Whether to say for each kept channel how sure it is and whether it is needed,
+            which makes the verdict say whether other runs find it again; None: for as many tasks
+            as this takes no longer than all else, and for none where it has to be quick.
         seed: Of the split and of everything else.
         overwrite: Replace the store if it is there.
         task_names: ``{class index: name}``; None: the dataset's ``classes``, if it has them.
@@ -146,15 +157,20 @@ def explain(
             "recipe": recipe.to_json(),
             "quick": quick,
             "minutes": minutes,
+            "certainty": certainty,
             "seed": seed,
         }
         begun = work.begun(asked)
+        work.wants_certainty = certainty
         promise = work.plan(recipe, tasks, begun, quick, minutes, page=out is not None)
-        facts = {**(provenance or {}), _ASKED: {"asked": asked, "size": work.size_name}}
+        parts = {"n_left_out": work.n_left_out, "n_learned": len(work.learned.labels)}
+        told = {"asked": asked, "size": work.size_name, "split": parts}
+        facts = {**(provenance or {}), _ASKED: told}
         work.learn(facts, on_progress)
-        evaluation, tested = work.evaluated(), work.tested()
+        evaluation, sure = work.evaluated(), work.certain()
+        tested = work.tested(sure)
         work.measure("flow")
-        work.measure("pictures")
+        work.measure("pictures", "where")
         if out is not None:
             with work.step("page"):
                 Report(file).save(out)
@@ -172,6 +188,7 @@ def explain(
             "" if store is None else str(store),
             "" if out is None else str(out),
             gates,
+            sure,
         )
         result.save(file)
     return result
@@ -213,6 +230,8 @@ class _Work:
         self.learned: ChosenSource
         self.judged: ChosenSource
         self.recipe: Recipe
+        self.wants_certainty: bool | None = None
+        self.sure: list[Task] = []
 
     def begun(self, asked: Mapping[str, Any]) -> str | None:
         """The name of the size that the store was begun with; None: it is not there."""
@@ -282,16 +301,22 @@ class _Work:
             f"learning from {len(self.learned.labels):,} images, judging on "
             f"{len(self.judged.labels):,} others"
         )
+        if len(self.sure) < len(self.tasks) and self.wants_certainty is not False:
+            self.say(
+                f"certainty of {len(self.sure) or 'none'} of the {len(self.tasks)} classes, to "
+                "save time (certainty: of all)"
+            )
         steps = ", ".join(f"{step} {duration(s)}" for step, s in promise.seconds.items())
         self.say(
             f"this will take about {duration(promise.total)} ({promise.n_passes:,} images through "
             f"the network): {steps}"
         )
         if self.size_name == "full" and minutes is None and begun is None:
-            kept = self.tasks, self.n_left_out, self.learned, self.judged, self.recipe
+            kept = vars(self).copy()
             self._prepare("quick", recipe, tasks)
+            self.size_name = "quick"
             faster = self._promise(rates, n_kept, page).total
-            self.tasks, self.n_left_out, self.learned, self.judged, self.recipe = kept
+            vars(self).update(kept)
             if faster < 0.7 * promise.total:
                 self.say(f"a quicker size (quick) would take about {duration(faster)}")
         return promise
@@ -313,12 +338,23 @@ class _Work:
             with GateStore.open(self.file) as store:
                 missing = [task for task in self.tasks if task not in store]
             kept = set(result_names(self.file))
-            groups = {"evaluation": "evaluation", "verdict": "verdict"}
+            groups = {step: step for step in ("evaluation", "certainty", "verdict")}
             groups |= {step: f"report/{step}" for step in ("flow", "pictures")}
             done = {step for step, group in groups.items() if group in kept}
-        every = passes(self.learned, self.judged, self.tasks, self.recipe, n_kept, missing)
-        todo = {s: every[s] for s in STEPS if s not in done and (s != "page" or page)}
-        return promised(todo, rates, fits="fit" in every["verdict"])
+
+        def every(missing: Sequence[Task], certain: Sequence[Task]) -> dict[str, Passes]:
+            return passes(
+                self.learned, self.judged, self.tasks, self.recipe, n_kept, missing, certain
+            )
+
+        self.sure = [] if self.wants_certainty is False else list(self.tasks)
+        if self.wants_certainty is None:
+            n = n_certain(every(self.tasks, self.tasks), len(self.tasks))
+            self.sure = self.tasks[: n if SIZES[self.size_name].certain else 0]
+        counted = every(missing, self.sure)
+        skip = done | (set() if page else {"page"}) | (set() if self.sure else {"certainty"})
+        todo = {step: counted[step] for step in STEPS if step not in skip}
+        return promised(todo, rates, fits="fit" in counted["verdict"])
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -370,7 +406,31 @@ class _Work:
             found.save(self.file, "evaluation")
         return found
 
-    def tested(self) -> Verdict:
+    def certain(self) -> ChannelCertainty | None:
+        """How sure channels are, of some of the tasks; None: of none."""
+        if "certainty" in result_names(self.file):
+            return ChannelCertainty.load(self.file, "certainty")
+        grouped = any(site.group_of is not None for site in self.gates.sites)
+        if not self.sure or grouped:
+            if grouped and self.wants_certainty:
+                self.say("no certainty: a gate of this network is of several channels")
+            return None
+        with self.step("certainty"):
+            found = measure_certainty(
+                self.model,
+                self.gates.select(self.sure),
+                self.learned,
+                self.judged,
+                pairs=N_PAIRS,
+                images=CLOSING_IMAGES,
+                alternatives=N_ALTERNATIVES,
+                seed=self.seed,
+                run=self.run,
+            )
+            found.save(self.file, "certainty")
+        return found
+
+    def tested(self, sure: ChannelCertainty | None) -> Verdict:
         """The verdict."""
         if "verdict" in result_names(self.file):
             return Verdict.load(self.file, "verdict")
@@ -380,6 +440,7 @@ class _Work:
                 self.gates,
                 self.learned,
                 self.judged,
+                certainty=sure,
                 n_random=N_VERDICT,
                 n_images=VERDICT_IMAGES,
                 seed=self.seed,
@@ -388,15 +449,15 @@ class _Work:
             found.save(self.file, "verdict")
         return found
 
-    def measure(self, part: str) -> None:
-        """A part of the page."""
+    def measure(self, part: str, *more: str) -> None:
+        """A part of the page, and what goes with it."""
         if f"report/{part}" in result_names(self.file):
             return
         with self.step(part):
             report = Report(self.file).measure(
                 self.model,
                 self.judged,
-                parts=[part],
+                parts=[part, *more],
                 n_images=len(self.judged.labels),
                 seed=self.seed,
                 run=self.run,

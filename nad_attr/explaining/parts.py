@@ -28,17 +28,20 @@ class Size:
         n_tasks: Tasks, where none are named.
         steps: Steps of learning for each task, at most.
         n_judged: Own images that each task is judged on, at most.
+        certain: Whether channels are learned again and closed one by one, for as many tasks as
+            take no longer than all else.
     """
 
     n_tasks: int
     steps: int
     n_judged: int
+    certain: bool = False
 
 
 #: From the whole size to the smallest that says anything.
 SIZES = {
-    "full": Size(10, 10**9, 50),
-    "large": Size(6, 70, 40),
+    "full": Size(10, 10**9, 50, certain=True),
+    "large": Size(6, 70, 40, certain=True),
     "quick": Size(4, 40, 24),
     "small": Size(2, 30, 12),
     "smallest": Size(1, 20, 8),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from nad_attr.certainty.testing import TRIED
 from nad_attr.certainty.verdict import FIT_STEPS, N_CLOSED
 from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import ChosenSource, Source, TensorSource
@@ -24,12 +25,20 @@ from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
 from nad_attr.system.rng import seed_of
 
-__all__ = ["STEPS", "Promise", "Rates", "measured_rates", "passes", "promised"]
+__all__ = ["STEPS", "Promise", "Rates", "measured_rates", "n_certain", "passes", "promised"]
 
 #: What is done, in this order.
-STEPS = ("learning", "evaluation", "verdict", "flow", "pictures", "page")
+STEPS = ("learning", "evaluation", "certainty", "verdict", "flow", "pictures", "page")
 #: Random draws beside the evaluation and the verdict, and images of a task in the verdict.
 N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
+#: Pairs of halves that each task is learned from again, alternatives, and images of a kind to close
+#: channels on. Per kept channel and image, closings are tried on ``TRIED`` learning images as well;
+#: groups of channels come on top of single ones, which the gradient spares in part: between 0.3 and
+#: 3.5 times as many in all, as three networks had it.
+N_PAIRS, N_ALTERNATIVES, CLOSING_IMAGES = 2, 1, 32
+_CLOSINGS = 2.0
+#: What passes cost, in runs of the network: only to say what is done, so that no clock decides it.
+_COSTS = {"run": 1, "learn": 3, "fit": 3, "back": 2, "read": 0}
 #: Images of the timed passes, sub-architectures that they run through, and tasks that are learned.
 _IMAGES, _ROWS, _TASKS = 16, 8, 3
 #: Images that timed learning draws from, and steps that are timed after those that close nothing.
@@ -97,6 +106,7 @@ def passes(
     recipe: Recipe,
     n_kept: int,
     missing: Sequence[Task],
+    certain: Sequence[Task] = (),
 ) -> dict[str, Passes]:
     """Images that each step runs: see :class:`Promise`.
 
@@ -107,6 +117,7 @@ def passes(
         recipe: How they are learned.
         n_kept: Channels that each keeps.
         missing: Those that are still to learn.
+        certain: Those whose channels are learned again and closed one by one.
     """
     n, n_learned, n_tasks = len(judged.labels), len(learned.labels), len(tasks)
     own, other = (
@@ -116,8 +127,13 @@ def passes(
     paper, optimal = isinstance(recipe, PaperRecipe), recipe.ablation == "optimal"
     means = 0 if recipe.ablation == "zero" else min(MEAN_IMAGES, n_learned)
 
-    def of_steps(steps: int, which: Sequence[Task], constants: bool) -> tuple[int, int]:
-        """Images that pass through the gated network and back, and through the whole network."""
+    def of_steps(
+        steps: int, which: Sequence[Task], constants: bool, times: int = 1
+    ) -> tuple[int, int]:
+        """Images that pass through the gated network and back, and through the whole network.
+
+        Whole outputs are computed once, however many ``times`` the same tasks are learned.
+        """
         half = recipe.images_per_step // 2
         each = {t: min(own[t], recipe.images_per_step - half) + min(other[t], half) for t in which}
         gated = sum(steps * images for images in each.values())
@@ -126,9 +142,10 @@ def passes(
             fewer = min(own[task], other[task])
             share = round(KEPT_SHARE * fewer) if fewer >= MIN_TO_KEEP else own[task]
             kept += 2 * min(MAX_KEPT, share)
-        first = sum(min(own[t], steps * half) for t in which)
-        first += min(n_learned - min(first, n_learned), steps * half * len(which))
-        return gated, min(first, n_learned) + kept * (1 + len(SHARES_TRIED))
+        most = times * steps * half
+        first = sum(min(own[t], most) for t in which)
+        first += min(n_learned - min(first, n_learned), most * len(which))
+        return times * gated, min(first, n_learned) + times * kept * (1 + len(SHARES_TRIED))
 
     found: dict[str, Passes] = {}
     if paper:
@@ -138,8 +155,10 @@ def passes(
         gated, beside = of_steps(recipe.steps, missing, optimal)
     found["learning"] = {"learn": gated, "run": means + beside, "read": means + gated}
     found["evaluation"] = {"run": n * (1 + n_tasks * (1 + N_RANDOM)), "read": n}
-    # Closed at zero, the gates as given and as compared are one network, which runs once.
-    rows = 2 + 2 * (1 + N_VERDICT) + min(N_CLOSED, n_kept) - (recipe.ablation == "zero")
+    # Closed at zero, the gates as given and as compared are one network, which runs once; certainty
+    # has closed the channels one by one.
+    rows = 2 + 2 * (1 + N_VERDICT) - (recipe.ablation == "zero")
+    one_by_one = min(N_CLOSED, n_kept)
     each_judged = [
         min(VERDICT_IMAGES, own_n + other_n)
         for own_n, other_n in zip(
@@ -149,15 +168,34 @@ def passes(
         )
     ]
     each_learned = [min(VERDICT_IMAGES, own[task] + other[task]) for task in tasks]
+    again = 2 * N_PAIRS + N_ALTERNATIVES
+    if paper:
+        gated = beside = again * sum(recipe.epochs * own[task] for task in certain) // 2  # type: ignore[attr-defined]
+    else:
+        gated, beside = of_steps(recipe.steps, certain, optimal, again)
+    most = CLOSING_IMAGES
+    judged_own = own_images(judged.labels, tasks).sum(1).tolist()
+    closings = 0
+    for task, own_n in zip(tasks, judged_own, strict=True):
+        if task in certain:
+            held = min(most, own_n) + min(most, n - own_n)
+            seen = min(most, own[task]) + min(most, other[task])
+            tried = 2 * min(TRIED, seen)
+            closings += round(_CLOSINGS * n_kept * (held + tried)) + 3 * seen + (again + 2) * held
+    found["certainty"] = {"learn": gated, "run": means + beside + closings, "read": gated}
     found["verdict"] = {
-        "run": rows * sum(each_judged) + 2 * sum(each_learned),
+        "run": sum(
+            (rows + one_by_one * (task not in certain)) * n_judged
+            for task, n_judged in zip(tasks, each_judged, strict=True)
+        )
+        + 2 * sum(each_learned),
         "read": sum(each_judged) + sum(each_learned),
     }
     if optimal and not paper:
-        gated, beside = of_steps(FIT_STEPS, tasks, True)
-        found["verdict"]["fit"] = (1 + N_VERDICT) * gated
-        found["verdict"]["run"] += (1 + N_VERDICT) * beside + means
-        found["verdict"]["read"] += (1 + N_VERDICT) * gated + means
+        gated, beside = of_steps(FIT_STEPS, tasks, True, 1 + N_VERDICT)
+        found["verdict"]["fit"] = gated
+        found["verdict"]["run"] += beside + means
+        found["verdict"]["read"] += gated + means
     shown = own_images(judged.labels, list(tasks)[:FLOW_TASKS]).sum(1).clamp(max=FLOW_IMAGES)
     images = int(shown.sum())
     found["flow"] = {"run": 3 * images, "back": (FLOW_RECEIVERS + 3) * images, "read": n}
@@ -166,10 +204,22 @@ def passes(
     return found
 
 
+def n_certain(every: Mapping[str, Passes], n_tasks: int) -> int:
+    """Of how many tasks certainty costs no more than all else does, by counted passes.
+
+    Example:
+        >>> n_certain({"learning": {"learn": 100}, "certainty": {"run": 500, "learn": 100}}, 8)
+        3
+    """
+    costs = {s: sum(_COSTS[kind] * n for kind, n in kinds.items()) for s, kinds in every.items()}
+    of_all = costs.pop("certainty")
+    return min(n_tasks, n_tasks * sum(costs.values()) // max(1, of_all))
+
+
 def promised(todo: Mapping[str, Passes], rates: Rates, *, fits: bool) -> Promise:
     """The seconds of the steps that are to do."""
     seconds = {step: _BEGIN + rates.seconds(kinds) for step, kinds in todo.items()}
-    for step in ("learning", *(("verdict",) if fits else ())):
+    for step in ("learning", "certainty", *(("verdict",) if fits else ())):
         if step in seconds:
             seconds[step] += rates.setup
     if "page" in seconds:
@@ -233,8 +283,16 @@ def measured_rates(
         fitting = Session(
             model, pool, some, replace(recipe, steps=FIT_STEPS), session.sites, seed=seed, run=run
         )
+        # The second passes' worth of them: what the whole network says of the images is known then,
+        # as it is for nearly all of the verdict's many fits.
+        some = [some[i % len(some)] for i in range(fitting.width)]
         masked = [_random(session.sites, n_kept, task, seed) for task in some]
-        fit = _pace(lambda step: fitting.fit(masked, advance=step), len(some), 1, clock)
+        fit = _pace(
+            lambda step: fitting.fit([*masked, *masked], advance=step),
+            len(some),
+            FIT_STEPS + 1,
+            clock,
+        )
     each = recipe.images_per_step
     numbers = list(range(min(_IMAGES, len(pool.labels))))
     began = clock()

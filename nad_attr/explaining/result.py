@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
+from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict_result import Verdict
 from nad_attr.data.labels import Task
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.report.first import first_lines
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation"]
 
-#: Names that a sentence lists at most.
-_NAMES = 4
+#: What has a place of its own in the store.
+_APART = ("gates", "certainty")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +44,7 @@ class Explanation(Result):
         store: The file of the gates; empty: none was kept.
         page: The page; empty: none was written.
         gates: The gates; not saved with the result, for they are in ``store``.
+        certainty: How sure each kept channel is, of some of the tasks; likewise.
 
     Example:
         >>> import torch
@@ -68,15 +68,16 @@ class Explanation(Result):
     store: str = ""
     page: str = ""
     gates: TaskGates | None = field(default=None, repr=False)
+    certainty: ChannelCertainty | None = field(default=None, repr=False)
 
     _AXES: ClassVar[Mapping[str, str]] = {"tasks": "T", "task_names": "T"}
 
     @classmethod
     def _types(cls) -> dict[str, Any]:
-        return {name: kind for name, kind in super()._types().items() if name != "gates"}
+        return {name: kind for name, kind in super()._types().items() if name not in _APART}
 
     def _fields(self) -> dict[str, Any]:
-        return {name: value for name, value in super()._fields().items() if name != "gates"}
+        return {name: value for name, value in super()._fields().items() if name not in _APART}
 
     def frame(self) -> pd.DataFrame:
         """The verdict's table: one row per task and question.
@@ -88,50 +89,25 @@ class Explanation(Result):
 
     def lines(self) -> list[str]:
         """Five lines: question, answer, certainty, comparison, and next step."""
-        verdict, evaluation = self.verdict, self.evaluation
-        n = len(self.tasks)
-        listed = ", ".join(self.task_names[:_NAMES])
-        listed += f" and {n - _NAMES} more" if n > _NAMES else ""
-        left = f"; {self.n_left_out:,} more left out" if self.n_left_out else ""
-        kept = float(np.mean(verdict.n_kept))
-        counts = []
-        for question, text in (
-            ("sufficient", "suffice"),
-            ("necessary", "are needed"),
-            ("specific", "are specific to the class"),
-            ("minimal", "are hardly too many"),
-            ("stable", "are found again"),
-        ):
-            given = [row for row in map(lambda t: verdict.answer(t, question), self.tasks)]
-            asked = [answer for answer in given if answer != "not asked"]
-            if asked:
-                counts.append(f"{text} for {asked.count('holds')} of {len(asked)}")
-        beside = [draw.mean("own_auc") for draw in evaluation.random]
-        random = f"random channels {number(float(np.mean(beside)))}, " if beside else ""
-        low, high = evaluation.interval("own_auc")
-        apart = [t for t in self.task_names if verdict.held_out_sentences(t)]
-        place = self.page or self.store
+        verdict = self.verdict
+        lines = first_lines(
+            self.task_names,
+            verdict.n_kept.tolist(),
+            verdict.n_channels,
+            self.evaluation,
+            verdict,
+            self.certainty,
+            n_left_out=self.n_left_out,
+            n_learned=self.n_learned,
+        )
         again = next(
-            (task for task, row in zip(self.task_names, verdict.answers, strict=True)
-             if "does not" in row), None
-        )  # fmt: skip
+            (t for t, row in zip(self.tasks, verdict.answers, strict=True) if "does not" in row),
+            None,
+        )
         worst = f" First look: {verdict.sentence(again)}" if again is not None else ""
-        return [
-            f"Asked: which of {verdict.n_channels:,} channels does the network need for "
-            f"{'one class' if n == 1 else f'{n} classes'} ({listed}{left})?",
-            f"Answer: about {kept:,.0f} channels each ({100 * kept / verdict.n_channels:.0f} %), "
-            f"which {', '.join(counts) or 'nothing could be asked of'}.",
-            f"How sure: judged on {self.n_judged:,} images kept apart from the {self.n_learned:,} "
-            f"learned from; each answer is wrong by chance in at most {100 * verdict.level:g} % of "
-            "cases"
-            + (f"; on images learned from it looks better for {len(apart)} of {n}." if apart
-               else "."),
-            f"Compared with: own AUC {number(evaluation.mean('own_auc'))} (95 %: {number(low)} to "
-            f"{number(high)}), {random}whole network "
-            f"{number(evaluation.whole.mean('own_auc'))} (1: tells the class's images from all "
-            "others, 0.5: guesses).",
-            (f"See: {place}." if place else "See: verdict.summary().") + worst,
-        ]  # fmt: skip
+        place = self.page or self.store
+        see = f"{place}." if place else "verdict.summary()."
+        return [f"{name}: {text}" for name, text in {**lines, "See": see + worst}.items()]
 
     def summary(self) -> str:
         """The five lines, see :meth:`lines`."""

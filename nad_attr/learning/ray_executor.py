@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import reduce
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -164,8 +164,56 @@ class RayExecutor:
             TypeError: If network or data cannot be sent to other processes.
             WorkersLostError: If a chunk loses its worker more often than ``retries``.
         """
+        found = self.map(
+            _learn_chunk,
+            (session, means),
+            [list(part) for part in parts],
+            begin=_placed,
+            device=device,
+            idle=lambda: advance(0),
+            what="tasks",
+        )
+        for number, gates in found:
+            advance(sum(session.n_steps(task) for task in parts[number]))
+            yield gates
+
+    def map(
+        self,
+        call: Callable[[Any, Any], Any],
+        shared: Any,
+        items: Sequence[Any],
+        *,
+        begin: Callable[[Any, torch.device], Any] | None = None,
+        device: str | torch.device | None = None,
+        idle: Callable[[], object] = lambda: None,
+        what: str = "work",
+    ) -> Iterator[tuple[int, Any]]:
+        """``call(shared, item)`` for each item on the workers, in the order they get done.
+
+        A lost worker's item is given to another, so a call's result must be a function of its
+        arguments alone.
+
+        Args:
+            call: A function of a module, which workers can import.
+            shared: Sent once; each worker process unpacks it once.
+            items: What differs from call to call.
+            begin: ``begin(shared, device)``, once in each worker process: what takes the place of
+                ``shared`` there.
+            device: Where the workers run; None: on their GPU if they have one, else their CPU.
+            idle: Called about once in a second.
+            what: An item is some of it, for messages.
+
+        Yields:
+            An item's number, and its result.
+
+        Raises:
+            ConnectionError: If there is no such cluster.
+            ImportError: If ray is not installed.
+            TypeError: If ``shared`` cannot be sent to other processes.
+            WorkersLostError: If an item loses its worker more often than ``retries``.
+        """
         self.lost = 0
-        if not parts:
+        if not items:
             return
         ray = _ray()
         lost_errors = (
@@ -174,75 +222,66 @@ class RayExecutor:
             ray.exceptions.ObjectLostError,
             ray.exceptions.OutOfMemoryError,
         )
-        packed, storages = _packed(ray, session, means)
+        packed, storages = _packed(ray, shared)
         cpus = self.cpus_per_worker
         if cpus is None:
             cpus = 1 if self.gpus_per_worker else torch.get_num_threads()
         with self._cluster(ray, cpus):
-            self._check_room(ray, cpus, len(parts))
+            self._check_room(ray, cpus, len(items))
             # In a list they are handed on as references; each process fetches them when it must.
-            session_at = [ray.put(packed), *map(ray.put, storages)]
+            shared_at = [ray.put(packed), *map(ray.put, storages)]
             del packed, storages
-            key = uuid.uuid4().hex
-            settings = _settings()
+            how = (uuid.uuid4().hex, call, begin, str(self._worker_device(device)), _settings())
             # Lost workers are counted and tried again here and not by Ray, which would do it
             # without a word and, for a result that is lost later, not at all.
-            remote = ray.remote(_learn_chunk).options(
+            remote = ray.remote(_work).options(
                 num_cpus=cpus,
                 num_gpus=self.gpus_per_worker,
                 max_retries=0,
                 name="nad_attr chunk",
             )
-            where = str(self._worker_device(device))
-            waiting = deque(range(len(parts)))
+            waiting = deque(range(len(items)))
             running: dict[Any, int] = {}
             lost: Counter[int] = Counter()
-            limit = self.n_workers or len(parts)
+            limit = self.n_workers or len(items)
 
-            def result(ref: Any) -> TaskGates | None:
+            def result(ref: Any) -> list[tuple[int, Any]]:
                 number = running.pop(ref)
                 try:
-                    gates: TaskGates = ray.get(ref)
+                    return [(number, ray.get(ref))]
                 except lost_errors as error:
                     self.lost += 1
                     lost[number] += 1
                     if lost[number] > self.retries:
                         raise WorkersLostError(
-                            f"the chunk of tasks {_shown(parts[number])} lost its worker "
+                            f"the chunk of {what} {_shown(items[number])} lost its worker "
                             f"{lost[number]} times, the last time by: {_first_line(error)} If "
                             "memory is short, use fewer workers, a smaller batch_size or a "
                             "smaller chunk_size. What is done is saved: resume."
                         ) from error
                     waiting.append(number)
-                    return None
+                    return []
                 except ray.exceptions.RayTaskError as error:
-                    # What went wrong in learning, as it would have been raised here.
+                    # What went wrong on the worker, as it would have been raised here.
                     cause = getattr(error, "cause", None)
                     raise (cause if isinstance(cause, Exception) else error) from error
-                advance(sum(session.n_steps(task) for task in parts[number]))
-                return gates
 
             try:
                 while waiting or running:
                     while waiting and len(running) < limit:
                         number = waiting.popleft()
-                        ref = remote.remote(key, session_at, list(parts[number]), where, settings)
-                        running[ref] = number
+                        running[remote.remote(shared_at, items[number], *how)] = number
                     # With a limit, so that Ctrl-C is heard and the bar's clock goes on.
                     ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
-                    advance(0)
+                    idle()
                     for ref in ready:
-                        gates = result(ref)
-                        if gates is not None:
-                            yield gates
+                        yield from result(ref)
             except KeyboardInterrupt:
                 # What came in meanwhile is handed on before the run ends.
                 if running:
                     ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
                     for ref in ready:
-                        gates = result(ref)
-                        if gates is not None:
-                            yield gates
+                        yield from result(ref)
                 raise
             finally:
                 for ref in running:
@@ -346,8 +385,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _shown(tasks: Sequence[Task]) -> str:
-    return ", ".join(map(str, tasks[:5])) + (" ..." if len(tasks) > 5 else "")
+def _shown(item: Any) -> str:
+    parts = item if isinstance(item, (list, tuple)) else [item]
+    return ", ".join(f"{part!s:.40}" for part in parts[:5]) + (" ..." if len(parts) > 5 else "")
 
 
 def _first_line(error: BaseException) -> str:
@@ -355,9 +395,7 @@ def _first_line(error: BaseException) -> str:
     return line if line.endswith(".") else f"{line}."
 
 
-def _packed(
-    ray: Any, session: Session, means: Mapping[str, Tensor] | None
-) -> tuple[bytes, list[npt.NDArray[np.uint8]]]:
+def _packed(ray: Any, shared: Any) -> tuple[bytes, list[npt.NDArray[np.uint8]]]:
     """What workers need, and beside it the numbers of its tensors, which are not copied here.
 
     The images can be most of this process's memory; pickle would hold them two or three times.
@@ -383,7 +421,7 @@ def _packed(
 
     file = io.BytesIO()
     try:
-        Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump((session, means))
+        Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(shared)
         return file.getvalue(), storages
     except Exception as error:
         raise TypeError(
@@ -457,17 +495,19 @@ def _settings() -> dict[str, Any]:
 # -- on the worker ---------------------------------------------------------------------------------
 
 #: What this process has unpacked, by run: the last one only.
-_UNPACKED: dict[str, tuple[Session, Mapping[str, Tensor] | None]] = {}
+_UNPACKED: dict[str, Any] = {}
 
 
-def _learn_chunk(
+def _work(
+    shared_at: Sequence[Any],
+    item: Any,
     key: str,
-    session_at: Sequence[Any],
-    part: Sequence[Task],
+    call: Callable[[Any, Any], Any],
+    begin: Callable[[Any, torch.device], Any] | None,
     device: str,
     settings: Mapping[str, Any],
-) -> TaskGates:
-    """Learn one chunk in a worker process."""
+) -> Any:
+    """One item's result, in a worker process."""
     import ray
 
     if key not in _UNPACKED:
@@ -477,11 +517,23 @@ def _learn_chunk(
         torch.use_deterministic_algorithms(
             settings["deterministic"], warn_only=settings["warn_only"]
         )
-        packed, *storages = ray.get(list(session_at))
-        session, means = _unpacked(packed, storages)
-        # This process's own copy, and a forward_func refers to the very same network.
-        session.network.model.to(device)
-        session.network.device = torch.device(device)
-        _UNPACKED[key] = session, means
-    session, means = _UNPACKED[key]
+        packed, *storages = ray.get(list(shared_at))
+        shared = _unpacked(packed, storages)
+        _UNPACKED[key] = shared if begin is None else begin(shared, torch.device(device))
+    return call(_UNPACKED[key], item)
+
+
+_Learning: TypeAlias = "tuple[Session, Mapping[str, Tensor] | None]"
+
+
+def _placed(shared: _Learning, device: torch.device) -> _Learning:
+    """This process's own copy, and a forward_func refers to the very same network."""
+    network = shared[0].network
+    network.model.to(device)
+    network.device = device
+    return shared
+
+
+def _learn_chunk(shared: _Learning, part: Sequence[Task]) -> TaskGates:
+    session, means = shared
     return session.learn(part, means=means)

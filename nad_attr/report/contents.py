@@ -13,14 +13,15 @@ import numpy as np
 import torch
 
 from nad_attr._version import __version__
-from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict_result import Verdict
 from nad_attr.evaluation.result import Evaluation
 from nad_attr.gates.channels import n_gates
 from nad_attr.gates.task_gates import TaskGates
+from nad_attr.report.first import Question, first_lines, newcomers_questions
 from nad_attr.report.overlaps import overlaps_part
 from nad_attr.report.packing import MAX_GATES_OF_EIGHT_BITS, gate_levels, text64
 from nad_attr.report.parts import SHOWN, certainty_part, evaluation_part, history_part
+from nad_attr.report.results import Results
 
 __all__ = ["BROKEN", "Contents", "Results", "check_parts", "contents", "not_there", "summary"]
 
@@ -29,48 +30,17 @@ __all__ = ["BROKEN", "Contents", "Results", "check_parts", "contents", "not_ther
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
-@dataclass
-class Results:
-    """All results that a page can show with the gates; None is not there.
-
-    Attributes:
-        evaluation: See :class:`nad_attr.evaluation.Evaluation`.
-        evaluation_from: What it is called.
-        certainty: See :class:`nad_attr.ChannelCertainty`.
-        verdict: See :func:`nad_attr.verdict`.
-        curves: See :func:`nad_attr.report.parts.curves_part`.
-        mosaics: See :func:`nad_attr.report.parts.mosaics_part`.
-        errors: See :func:`nad_attr.report.parts.errors_part`.
-        flow: See :func:`nad_attr.report.parts.flow_part`.
-        pictures: See :func:`nad_attr.report.measuring.pictures_part`.
-        export: Classes' networks by themselves, see :func:`nad_attr.report.measuring.export_part`.
-        units: Concepts of units, see :func:`nad_attr.report.concepts.units_part`.
-        statistics: Named tables, see :func:`nad_attr.report.parts.frame_part`.
-        notes: What could not be shown, and why.
-    """
-
-    evaluation: Evaluation | None = None
-    evaluation_from: str = ""
-    certainty: ChannelCertainty | None = None
-    verdict: Verdict | None = None
-    curves: list[dict[str, Any]] | None = None
-    mosaics: dict[str, Any] | None = None
-    errors: dict[str, Any] | None = None
-    flow: dict[str, Any] | None = None
-    pictures: dict[str, Any] | None = None
-    export: dict[str, Any] | None = None
-    units: dict[str, Any] | None = None
-    statistics: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class Contents:
     """A page's contents.
 
     Attributes:
         title: Of the page.
-        sentences: The summary.
+        first: What was asked, the answer, how sure, compared with what.
+        questions: What a newcomer asks, answered.
+        sentences: The numbers in sentences.
+        verdict: Answers to each question, a row for each class.
+        where: See :func:`nad_attr.report.where.where_part`.
         facts: (name, value) of where everything comes from.
         missing: (what is not there, how to get it).
         data: For the page's program, as JSON can hold it.
@@ -80,7 +50,11 @@ class Contents:
     """
 
     title: str
+    first: dict[str, str]
+    questions: list[Question]
     sentences: list[str]
+    verdict: list[list[str]]
+    where: list[dict[str, Any]]
     facts: list[tuple[str, str]]
     missing: list[tuple[str, str]]
     data: dict[str, Any]
@@ -132,11 +106,14 @@ def contents(
         except BROKEN as error:
             results.notes.append(f"No certainty: {error}.")
             results.certainty = None
+    answers: list[list[str]] = []
     if results.verdict is not None:
         try:
             sentences = [*sentences, *_of_verdict(results.verdict)]
+            answers = _answers(results.verdict)
         except BROKEN as error:
             results.notes.append(f"No verdict: it cannot be shown ({error!r:.200}).")
+            results.verdict = None
     made = title or _network(origin) or file or "sub-architectures"
     data = {
         "title": made,
@@ -158,11 +135,31 @@ def contents(
         "export": results.export,
         "units": results.units,
     }
+    facts = _facts(gates, origin, file, results, bits)
+    kept = torch.cat(list(masks.values()), dim=1).sum(1).tolist()
+    told = origin.get("explain")
+    split = told.get("split") if isinstance(told, dict) else None
+    split = split if isinstance(split, dict) else {}
+    first = first_lines(
+        names,
+        kept,
+        gates.n_channels,
+        results.evaluation,
+        results.verdict,
+        results.certainty,
+        **{key: n for key, n in split.items() if key in _SPLIT and isinstance(n, int)},
+    )
+    file = file or "GATES.h5"
+    lacking = not_there(gates, results, file)
     return Contents(
         made,
+        first,
+        newcomers_questions(gates, results, first, _how(file)),
         sentences,
-        _facts(gates, origin, file, results, bits),
-        not_there(gates, results, file or "GATES.h5"),
+        answers,
+        results.where or [],
+        facts,
+        lacking,
         data,
         [text64(row) for row in levels],
         results.statistics,
@@ -259,8 +256,33 @@ def summary(gates: TaskGates, evaluation: Evaluation | None, file: str | None = 
     return [first, second, third, *evaluation.held_out_sentences()]
 
 
-#: Tasks whose verdict is on the first screen.
-_JUDGED = 12
+#: Tasks whose verdict is told in sentences, and in the table, at most.
+_JUDGED, _ANSWERED = 12, 200
+#: What ``explain`` tells of how it split the images.
+_SPLIT = ("n_left_out", "n_learned")
+
+
+def _answers(verdict: Verdict) -> list[list[str]]:
+    """The name of each class, and yes, no or nothing for each of the verdict's questions."""
+    words = {"holds": "yes", "does not": "not shown", "not asked": "–"}
+    return [
+        [name, f"{int(kept):,}", *(words[answer] for answer in row)]
+        for name, kept, row in zip(
+            verdict.task_names[:_ANSWERED], verdict.n_kept, verdict.answers, strict=False
+        )
+    ]
+
+
+def _how(file: str) -> dict[str, str]:
+    """How to add what a newcomer's question asks for."""
+    measured = f"To add it: nad-attr report {file} --data HELD_OUT"
+    tests = f"nad-attr verdict {file} --held-out HELD_OUT --out {file}"
+    sure = f"nad-attr certainty {file} --held-out HELD_OUT --out {file}"
+    return {
+        **dict.fromkeys(("pictures", "where", "flow"), measured),
+        "verdict": f"To add it: {tests}",
+        "certainty": f"to add it: {sure}",
+    }
 
 
 def _of_verdict(verdict: Verdict) -> list[str]:
@@ -356,6 +378,8 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
         found.append(("what flows between channels", measured))
     if results.pictures is None:
         found.append(("pictures of what channels respond to", measured))
+    if results.where is None:
+        found.append(("where in the image the kept channels speak for the class", measured))
     if results.export is None:
         found.append(("what a class's network alone costs", measured))
     if results.units is None:

@@ -33,6 +33,7 @@ from nad_attr.report.contents import Results
 from nad_attr.report.packing import plain, text64
 from nad_attr.report.parts import curves_part, errors_part, flow_part, mosaics_part
 from nad_attr.report.pictures import Album, array_picture, encoded
+from nad_attr.report.where import where_part
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.stats.pairs import overlap_matrix
@@ -41,7 +42,7 @@ from nad_attr.system.rng import seed_of
 __all__ = ["PARTS", "Sample", "measure", "sampled"]
 
 #: What can be measured.
-PARTS = ("evaluation", "curves", "mosaics", "errors", "flow", "pictures", "export")
+PARTS = ("evaluation", "curves", "mosaics", "errors", "flow", "pictures", "where", "export")
 
 #: Sizes of the keep and ablate curves; tasks and images that they are measured on at most.
 _SIZES = (0.05, 0.1, 0.2, 0.4, 0.7)
@@ -209,6 +210,13 @@ def measure(
     if "errors" in parts and calls is not None and len(gates) >= 3:
         results.errors = attempt(
             "errors", lambda: _errors(model, gates, sample, calls, album, options)
+        )
+    if "where" in parts:
+        results.where = attempt(
+            "places",
+            lambda: where_part(
+                model, gates, sample.inputs, sample.labels, album, sample.numbers, run
+            ),
         )
     if "export" in parts:
         results.export = attempt(

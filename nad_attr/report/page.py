@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from nad_attr.certainty.verdict_result import QUESTIONS
 from nad_attr.report.contents import BROKEN, Contents
 from nad_attr.report.packing import script_json
 from nad_attr.system.safe_text import shown
@@ -73,7 +74,7 @@ def page(found: Contents) -> str:
         ImportError: If plotly is missing.
     """
     program, plotly = _program(), _plotly()
-    body, data = _sections(found)
+    pictures, body, data = _sections(found)
     # The tiles show what the section of the measures shows.
     tiles = _tiles(data["evaluation"])
     policy = (
@@ -84,7 +85,12 @@ def page(found: Contents) -> str:
         "POLICY": escape(policy),
         "TITLE": escape(found.title),
         "STYLE": _asset("report.css"),
-        "SUMMARY": "".join(f"<p>{escape(text)}</p>" for text in found.sentences),
+        "FIRST": "".join(
+            f"<div><dt>{escape(name)}</dt><dd>{escape(text[:1].upper() + text[1:])}</dd></div>"
+            for name, text in found.first.items()
+        ),
+        "QUESTIONS": _questions(found),
+        "PICTURES": pictures,
         "TILES": tiles,
         "BODY": body,
         "DATA": script_json({**data, "mosaics": _without_pictures(data["mosaics"])}),
@@ -164,6 +170,8 @@ def _table(
 _SENTENCES = 4
 #: What sections are called in the row of links.
 _SHORT = {
+    "numbers": "Answers",
+    "where": "Where",
     "measured": "Measures",
     "depth": "Depth",
     "overlap": "Overlap",
@@ -192,14 +200,69 @@ def _chart(name: str, label: str) -> str:
     return f'<figure class="chart" id="chart-{name}" {about}></figure>'
 
 
-def _sections(found: Contents) -> tuple[str, dict[str, Any]]:
-    """All sections, and the page's data without what could not be shown.
+def _questions(found: Contents) -> str:
+    """What a newcomer asks; a click opens the answer, which links to where it is shown."""
+    items = []
+    for name, question, answer, section in found.questions:
+        link = f' <a href="#{section}">Show it</a>' if section else ""
+        items.append(
+            f'<details id="question-{name}"><summary>{escape(question)}</summary>'
+            f"<p>{escape(answer)}{link}</p></details>"
+        )
+    return "".join(items)
+
+
+def _numbers_section(found: Contents) -> str:
+    """The verdict's answers as a table, and all numbers in sentences."""
+    header = ["class", "kept channels", *(f"{question}?" for question in QUESTIONS)]
+    table = _table(
+        header, found.verdict, label="The verdict on each class", left=(0, 2, 3, 4, 5, 6)
+    )
+    said = "".join(f"<p>{escape(text)}</p>" for text in found.sentences)
+    return _section(
+        "numbers",
+        "The answers in numbers",
+        (table if found.verdict else "") + f'<div class="summary">{said}</div>',
+        "Each answer is a test beside random choices of as many channels. Sufficient: with all "
+        "else closed the output stays. Necessary: without them it breaks. Specific: other classes "
+        "are spared. Minimal: hardly any is superfluous. Stable: other runs find them again."
+        if found.verdict
+        else "",
+    )
+
+
+def _where(part: Sequence[dict[str, Any]]) -> str:
+    """The section of the coloured pictures."""
+    figures = []
+    for row in part:
+        name = escape(row["task"])
+        images = "".join(
+            f'<img src="{plain}" alt="An image of {name}">'
+            f'<img src="{coloured}" alt="The same, coloured">'
+            for plain, coloured in row["images"]
+        )
+        figures.append(
+            f'<figure class="where"><figcaption>{name}</figcaption><div>{images}</div></figure>'
+        )
+    return _section(
+        "where",
+        "Where in the image",
+        f'<div class="wheres">{"".join(figures)}</div>',
+        "Images that the gates were not learned from, and the same with the places coloured where "
+        "the kept channels speak for the class, to first order, at the last layer that has places "
+        f"({escape(str(part[0]['site']))}).",
+    )
+
+
+def _sections(found: Contents) -> tuple[str, str, dict[str, Any]]:
+    """Sections of pictures, all others, and the page's data without what could not be shown.
 
     Results come from files, and a page has more to say than each of them: one that is malformed is
     left out, with a note.
     """
     data, notes = dict(found.data), list(found.notes)
-    parts = []
+    parts: list[str] = []
+    first: list[str] = []
 
     def add(what: str, build: Callable[[], str], *keys: str) -> None:
         try:
@@ -208,6 +271,21 @@ def _sections(found: Contents) -> tuple[str, dict[str, Any]]:
             notes.append(f"No {what}: it cannot be shown ({error!r:.200}).")
             data.update(dict.fromkeys(keys))
 
+    if data["pictures"] is not None or data["units"] is not None:
+        first.append(
+            _section(
+                "channels",
+                "Kept channels",
+                '<div id="channel-cards"></div>',
+                "The channels that the class keeps, highest gates first, with the images that "
+                "they respond to most and their best concept, as far as these are known.",
+            )
+        )
+    if found.where:
+        first.append(_where(found.where))
+    if data["flow"] is not None:
+        first.append(_flow(data["flow"]))
+    parts.append(_numbers_section(found))
     if data["evaluation"] is not None:
         add("evaluation", lambda: _measured(data["evaluation"]), "evaluation")
     parts.append(
@@ -219,8 +297,6 @@ def _sections(found: Contents) -> tuple[str, dict[str, Any]]:
             "80 % of them, and the classes chosen above.",
         )
     )
-    if data["flow"] is not None:
-        parts.append(_flow(data["flow"]))
     if data["overlaps"] is not None:
         parts.append(_overlaps(data["overlaps"]))
     if data["curves"]:
@@ -229,16 +305,6 @@ def _sections(found: Contents) -> tuple[str, dict[str, Any]]:
         add("mosaics", lambda: _mosaic_part(data["mosaics"]), "mosaics")
     if data["errors"]:
         add("errors", lambda: _errors(data["errors"]), "errors")
-    if data["pictures"] is not None or data["units"] is not None:
-        parts.append(
-            _section(
-                "channels",
-                "Kept channels",
-                '<div id="channel-cards"></div>',
-                "The channels of the class chosen above, highest gates first, with the images that "
-                "they respond to most and their best concept, as far as these are known.",
-            )
-        )
     if data["export"]:
         parts.append(_export(data["export"]))
     for number, (name, table) in enumerate(found.statistics.items()):
@@ -253,7 +319,7 @@ def _sections(found: Contents) -> tuple[str, dict[str, Any]]:
             )
         )
     parts.append(_provenance(found, notes))
-    return "".join(parts), data
+    return "".join(first), "".join(parts), data
 
 
 def _curves(curves: Sequence[dict[str, Any]]) -> str:

@@ -61,9 +61,12 @@ def tensor_picture(value: Tensor, low: float, high: float) -> Image:
     return image
 
 
-def encoded(picture: Image, side: int) -> str:
-    """A picture as a data URI, with at most ``side`` pixels on its longer side."""
+def encoded(picture: Image, side: int, *, grow: bool = False) -> str:
+    """A picture as a data URI, with at most ``side`` pixels on its longer side; grown to it."""
     picture = picture.convert("RGB")
+    if grow and max(picture.size) < side:
+        ratio = side / max(picture.size)
+        picture = picture.resize((round(picture.width * ratio), round(picture.height * ratio)))
     picture.thumbnail((side, side))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=82)
@@ -113,9 +116,9 @@ class Album:
             try:
                 picture = read_image(data.path(numbers[image]))
             except ValueError:  # another image took its place
-                picture = self._of_tensor(image)
+                picture = self.of_tensor(image)
         else:
-            picture = self._of_tensor(image)
+            picture = self.of_tensor(image)
         return encoded(picture, self._side)
 
     def _input(self, image: int) -> Tensor:
@@ -123,7 +126,8 @@ class Album:
         (inputs,) = self._source.batches(draw)
         return inputs[0][0]
 
-    def _of_tensor(self, image: int) -> Image:
+    def of_tensor(self, image: int) -> Image:
+        """What the network is given of an image of the source."""
         value = self._input(image)
         if self._range is None:
             n = len(self._source.labels)

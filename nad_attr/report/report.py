@@ -186,8 +186,8 @@ class Report:
         Args:
             model: The network, in eval mode; unchanged afterwards.
             data: Images with labels that the gates were not learned on.
-            parts: Of "evaluation", "curves", "mosaics", "errors", "flow", "pictures", "export";
-                None: those that are not known yet.
+            parts: Of "evaluation", "curves", "mosaics", "errors", "flow", "pictures", "where",
+                "export"; None: those that are not known yet.
             rivals: ``{name: sub-architectures}`` of other methods, for the evaluation, which is
                 measured anew then.
             n_images: At most.

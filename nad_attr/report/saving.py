@@ -32,6 +32,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "pictures": ("album",),
     "export": ("rows", "stays_whole"),
 }
+_KEPT = ("curves", "mosaics", "errors", "flow", "pictures", "where", "export")
 _CURVE = ("name", "measure", "sizes", "full", "empty", "delta", "keep", "ablate", "n_images")
 _COST = ("parameters", "multiply_adds", "seconds")
 _EXAMPLE = ("mosaic", "coloured", "tasks", "shares")
@@ -53,7 +54,7 @@ def keep_results(path: Path, results: Results) -> list[str]:
     if results.evaluation is not None and results.evaluation_from == "for this report":
         results.evaluation.save(path, "evaluation")
         written.append("evaluation")
-    for name in ("curves", "mosaics", "errors", "flow", "pictures", "export"):
+    for name in _KEPT:
         part = getattr(results, name)
         if part is None:
             continue
@@ -117,7 +118,7 @@ def found_results(
             results.verdict = Verdict.load(path)
         except BROKEN as error:
             results.notes.append(f"No verdict: {error}")
-    for name in ("curves", "mosaics", "errors", "flow", "pictures", "export"):
+    for name in _KEPT:
         group = f"report/{name}"
         if group in names:
             try:
@@ -157,6 +158,12 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
     if name == "curves":
         for curve in found:
             check_parts(curve, _CURVE)
+        return found
+    if name == "where":
+        for row in found if isinstance(found, list) else [{}]:
+            check_parts(row, ("task", "site", "images"))
+            if not all(is_picture(picture) for pair in row["images"] for picture in pair):
+                raise ValueError("a picture in it is none")
         return found
     if not isinstance(found, dict):
         raise ValueError("it is not a table")

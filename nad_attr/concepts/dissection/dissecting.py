@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from nad_attr.data.sources import Inputs
 from nad_attr.gating.hooks import channel_shape, installed
 from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
+from nad_attr.running.workers import Workers, in_order
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite
 from nad_attr.sites.tracing import tensors_in
@@ -77,6 +79,7 @@ def dissect(
     scratch_bytes: int | None = None,
     checkpoint: str | PathLike[str] | None = None,
     checkpoint_every: int = 256,
+    executor: Workers | None = None,
 ) -> UnitConcepts:
     """Measure the IoU of every unit at every site with every concept.
 
@@ -129,6 +132,9 @@ def dissect(
         checkpoint: A file that an interrupted dissection goes on from. It is written to now and
             then, and removed at the end.
         checkpoint_every: Images between two states of it.
+        executor: Dissects a few sites at a time elsewhere, such as on Ray's workers
+            (:class:`nad_attr.distributed.RayExecutor`), each of which goes through the images. The
+            result is the same for any number of workers.
 
     Returns:
         IoUs, thresholds and top images. A concept that no image shows has IoU NaN.
@@ -177,6 +183,17 @@ def dissect(
     if scratch_bytes < 0:
         raise ValueError(f"scratch_bytes must be 0 or more, not {scratch_bytes!r}.")
     job.begin(sites)
+    if executor is not None:
+        if checkpoint is not None:
+            raise ValueError("checkpoint is of a dissection in this process; leave executor out.")
+        given = {
+            "quantile": quantile, "concepts": concepts, "exact": exact,
+            "ignore_index": ignore_index, "unlabelled": unlabelled,
+            "iou_threshold": iou_threshold, "n_bins": n_bins, "n_top": n_top,
+            "n_images": n_images, "seed": seed, "n_workers": n_workers,
+            "scratch_bytes": scratch_bytes,
+        }  # fmt: skip
+        return _by_workers(executor, model, data, job.sites, job.runner, given)
     with ExitStack() as stack, torch.no_grad():
         saved = None
         if checkpoint is not None:
@@ -190,6 +207,61 @@ def dissect(
         if saved is not None:
             saved.remove()
     return job.result(iou_threshold)
+
+
+#: Sites that a worker dissects at a time.
+_SITES = 4
+_Shared: TypeAlias = "tuple[nn.Module, Any, RunOptions, dict[str, Any]]"
+
+
+def _by_workers(
+    executor: Workers,
+    model: nn.Module,
+    data: Any,
+    sites: Sequence[GateSite],
+    runner: Runner,
+    given: dict[str, Any],
+) -> UnitConcepts:
+    """A dissection whose sites are dissected elsewhere."""
+    parts = [list(sites[i : i + _SITES]) for i in range(0, len(sites), _SITES)]
+    device = runner.options.device
+    with runner.bar(len(parts), "dissecting", "part") as bar:
+        shared = (model, data, runner.options, given)
+        found = in_order(
+            executor.map(
+                _sites_dissected, shared, parts, begin=_on_worker, device=device, what="sites"
+            ),
+            lambda number: bar.update(),
+        )
+    info = dict(found[0].info)
+    for name in ("threshold_error", "never_active"):
+        info[name] = {site: n for part in found for site, n in part.info[name].items()}
+    info["state_bytes"] = sum(part.info["state_bytes"] for part in found)
+
+    def joined(name: str) -> dict[str, Any]:
+        return {s: x for part in found for s, x in (getattr(part, name) or {}).items()}
+
+    first = found[0]
+    return UnitConcepts(
+        joined("iou"),
+        first.concepts,
+        source=first.source,
+        quantile=first.quantile,
+        thresholds=joined("thresholds"),
+        top_images=joined("top_images"),
+        iou_threshold=first.iou_threshold,
+        info=info,
+    )
+
+
+def _on_worker(shared: _Shared, device: torch.device) -> _Shared:
+    model, data, options, given = shared
+    return model, data, replace(options, device=device, show_progress=False), given
+
+
+def _sites_dissected(shared: _Shared, part: list[GateSite]) -> UnitConcepts:
+    model, data, options, given = shared
+    return dissect(model, part, data, run=options, **given)
 
 
 def site_maps(site: GateSite, tensor: Tensor) -> Tensor:

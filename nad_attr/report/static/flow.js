@@ -76,7 +76,7 @@ function drawFlow() {
   }
   const lit = flowState.chosen === null ? null : traced(flowState.chosen);
   const litNodes = lit && new Set([flowState.chosen, ...[...lit].flatMap(({ from, to }) => [from, to])]);
-  const picture = svgElement("svg", { width, height, role: "group", "aria-label": `Flow between ${n - 1} sites, ${flowState.tasks.map((t) => FLOW.tasks[t]).join(" and ")}` });
+  const picture = svgElement("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": `Flow between ${n - 1} sites, ${flowState.tasks.map((t) => FLOW.tasks[t]).join(" and ")}` });
   const strengthOf = (link) => Math.min(1, Math.abs(link.flow) / largest.get(hop(link)));
   for (const link of [...links].sort((a, b) => strengthOf(a) - strengthOf(b))) {
     const strength = strengthOf(link);

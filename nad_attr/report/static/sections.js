@@ -57,8 +57,12 @@ function cards() {
     // What lies deepest is nearest to the class.
     cardSite = String(SITES.length - 1);
     select.value = cardSite;
-    place.append(element("label", { class: "inline" }, "Site ", select), element("p", { class: "quiet" }), element("div", { class: "cards" }), element("div", { class: "more" }));
+    const task = element("select", { id: "card-task", onchange: () => choose(Number(task.value), state.b) });
+    TASKS.forEach((name, t) => task.append(element("option", { value: t }, cut(name, 40))));
+    const chosen = element("label", { class: "inline" }, "Class ", task);
+    place.append(element("div", { class: "row" }, chosen, element("label", { class: "inline" }, "Site ", select)), element("p", { class: "quiet" }), element("div", { class: "cards" }), element("div", { class: "more" }));
   }
+  byId("card-task").value = state.a;
   const row = levels(state.a);
   const sites = cardSite === "" ? SITES.map((_, s) => s) : [Number(cardSite)];
   const kept = [];

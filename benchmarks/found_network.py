@@ -1,0 +1,111 @@
+"""A network and pictures that nobody here made, through ``explain``.
+
+    pip install --no-deps digit-recognizer-py scikit-learn
+    python -m benchmarks.found_network --out found --json benchmarks/results/found_network.json
+
+The network is the CNN of ``digit-recognizer-py`` (MIT), trained by its author on MNIST; its weights
+(1.5 MB) lie in the package. The pictures are the 1,797 digits of scikit-learn (UCI's optical
+recognition of handwritten digits, CC BY 4.0): other writers and 8 x 8 pixels, here drawn 20 x 20 on
+28 x 28, as MNIST stands. The network never saw them, nor any of that kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["main", "transform", "write_pictures"]
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def transform() -> Callable[[Any], Tensor]:
+    """What the package does to a picture before its network sees it."""
+    from torchvision import transforms
+
+    steps = [transforms.Grayscale(), transforms.ToTensor(), transforms.Normalize(0.1307, 0.3081)]
+    made: Callable[[Any], Tensor] = transforms.Compose(steps)
+    return made
+
+
+def write_pictures(folder: Path, n: int | None = None) -> int:
+    """The digits as a folder of pictures for each class; how many.
+
+    Args:
+        folder: Where to.
+        n: Of each class, at most; None: all.
+    """
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    counts = [0] * 10
+    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        if n is not None and counts[label] >= n:
+            continue
+        counts[label] += 1
+        small = Image.fromarray((pixels / 16 * 255).astype("uint8"))
+        picture = Image.new("L", (28, 28))
+        picture.paste(small.resize((20, 20), Image.Resampling.BICUBIC), (4, 4))
+        # Sorted folders are in the order of the network's outputs.
+        where = folder / f"{label} {NAMES[label]}"
+        where.mkdir(parents=True, exist_ok=True)
+        picture.save(where / f"{number:04}.png")
+    return sum(counts)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("found"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args(argv)
+    import digit_recognizer
+
+    from nad_attr import Explanation
+    from nad_attr.data.images import ImageFolderData
+
+    n = write_pictures(args.out / "digits")
+    weights = Path(digit_recognizer.__file__).parent / "models" / "handwriting_model.pth"
+    options = ["--model", "digit_recognizer:CNN", "--weights", str(weights), "--transform"]
+    options += ["benchmarks.found_network:transform", "--data", str(args.out / "digits")]
+    options += ["--out", str(args.out / "report.html"), "--overwrite"]
+    options += ["--quick"] * args.quick
+    subprocess.run([sys.executable, "-m", "nad_attr.cli", "explain", *options], check=True)
+
+    found = Explanation.load(args.out / "gates.h5")
+    network = digit_recognizer.CNN().eval()
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    data = ImageFolderData(args.out / "digits", transform())
+    right = 0
+    with torch.no_grad():
+        for start in range(0, len(data), 256):
+            items = [data[i] for i in range(start, min(len(data), start + 256))]
+            called = network(torch.stack([item[0] for item in items])).argmax(1)
+            right += int((called == torch.tensor([item[1] for item in items])).sum())
+    row = {
+        "network": f"digit-recognizer-py {digit_recognizer.__version__}, CNN",
+        "images": n,
+        "accuracy": right / len(data),
+        "lines": found.summary().replace(str(args.out), "found").splitlines(),
+        "answers": dict(zip(found.task_names, found.verdict.answers, strict=True)),
+        "promised": sum(found.promised.values()),
+        "taken": sum(found.taken.values()),
+    }
+    if args.json:
+        args.json.write_text(json.dumps(row, indent=1) + "\n")
+    print(json.dumps(row, indent=1))
+    return row
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Where in its images a class's kept channels speak for it: some pictures, coloured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nad_attr.data.labels import own_images
+from nad_attr.gates.task_gates import TaskGates
+from nad_attr.pictures.evidence import evidence_maps
+from nad_attr.report.pictures import Album, array_picture, encoded
+from nad_attr.running.forward import Runner
+from nad_attr.running.options import RunOptions
+
+__all__ = ["where_part"]
+
+#: Tasks, images of each, pixels of a picture's side.
+_TASKS, _IMAGES, _SIDE = 8, 3, 104
+#: Blue, and how much of the grey picture is seen under it.
+_COLOUR, _UNDER = np.array([0.0, 0.45, 0.7]), 0.55
+
+
+def where_part(
+    model: nn.Module,
+    gates: TaskGates,
+    inputs: tuple[torch.Tensor, ...],
+    labels: torch.Tensor,
+    album: Album,
+    numbers: list[int],
+    run: RunOptions | None = None,
+) -> list[dict[str, Any]]:
+    """Pictures of some tasks, plain and with what speaks for the task coloured.
+
+    To first order, what the output would lose without the kept channels at a place, at the last
+    gate site that has places; what speaks against the task is left out.
+
+    Args:
+        model: The network, in eval mode; unchanged afterwards.
+        gates: The gates.
+        inputs: Of N images, (N, C, H, W) the first.
+        labels: Theirs.
+        album: Makes pictures.
+        numbers: Of the images in the album's source.
+        run: How to run the network.
+
+    Returns:
+        For each task ``task``, ``site`` and ``images``, each a pair of data URIs.
+
+    Raises:
+        ValueError: If the inputs are no images, or no site has positions.
+    """
+    if len(inputs) != 1 or inputs[0].ndim != 4 or inputs[0].shape[1] not in (1, 3):
+        raise ValueError("the inputs are no images, so there are no places to show.")
+    runner = Runner(model, run, batch_size=_IMAGES)
+    own = own_images(labels, gates.tasks)
+    found: list[dict[str, Any]] = []
+    for arch, mask, name in zip(
+        gates.sub_architectures(), own, gates.task_names or map(str, gates.tasks), strict=True
+    ):
+        rows = mask.nonzero().flatten()[:_IMAGES]
+        if arch.task is None or not len(rows) or len(found) == _TASKS:
+            continue
+        (x,) = runner.to_device((inputs[0][rows],))
+        maps = evidence_maps(runner, arch, arch.task, x, arch.masks)
+        wide = [site for site, values in maps.maps.items() if min(values.shape[1:]) > 2]
+        if not wide:
+            raise ValueError("no gate site has positions to look at.")
+        values = maps.maps[wide[-1]].clamp(min=0)[:, None]
+        values = F.interpolate(values, x.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        images = []
+        for row, heat in zip(rows.tolist(), values.numpy(), strict=True):
+            picture = album.of_tensor(numbers[row])
+            pixels = np.asarray(picture, dtype=np.float64) / 255
+            grey = (1 - _UNDER + _UNDER * pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
+            share = (heat / max(float(heat.max()), 1e-12))[..., None]
+            coloured = grey * (1 - 0.85 * share) + _COLOUR * 0.85 * share
+            images.append(
+                [
+                    encoded(picture, _SIDE, grow=True),
+                    encoded(array_picture(coloured), _SIDE, grow=True),
+                ]
+            )
+        found.append({"task": str(name), "site": wide[-1], "images": images})
+    if not found:
+        raise ValueError("there is no image of any task.")
+    return found
