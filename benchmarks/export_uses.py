@@ -1,19 +1,24 @@
-"""What an exported network is good for: a detector of one class, and a network without one.
+"""What exported networks are good for: detecting one class, telling several apart, forgetting one.
 
-On CIFAR-10 and ResNet-20 (``--shared``; skipped where they are absent), gates of all ten classes.
+On CIFAR-10 (``--shared``; skipped where it is absent), with the default recipe's gates.
 
 *Detector*: the 40 % network of a class against rivals that are cut until their multiply-adds are
 the same: channels by NeuronMCT and at random, and networks whose widths Torch-Pruning prunes in one
-shot, by magnitude or by a Taylor score of the class. Every rival may do what ours may: closed
-channels at their means, or, for pruned widths, BatchNorm statistics estimated anew on the same
-training images. Measured on held-out images: AUC of the class's output, and balanced accuracy above
-a threshold that is fitted on training images.
+shot, by magnitude or by a Taylor score of the class. Every rival may do what ours may, on the same
+images with as many steps: closed channels get their best constants; pruned networks get BatchNorm
+statistics estimated anew, or their BatchNorm biases fitted to keep the class's output (a bias is to
+a pruned network what a constant is to a masked one). Measured on held-out images: AUC of the
+class's output, and balanced accuracy above a threshold that is fitted on training images.
+
+*Together*: three classes' networks as one, by ``combine``: accuracy among the three on held-out
+images. Then six classes' random channels side by side, and the weakest class replaced by ours.
 
 *Forgetting*: the channels that only one class keeps are closed, and the same number of others:
 those of NeuronMCT by the same rule, the class's highest by NeuronMCT, random ones. ``output only``
 is the network with the class's output struck out.
 
     python -m benchmarks.export_uses --shared ../shared
+    python -m benchmarks.export_uses --shared ../shared --pair densenet/cifar10
 """
 
 from __future__ import annotations
@@ -22,25 +27,29 @@ import argparse
 import copy
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from benchmarks.cifar import SharedMissingError, load_resnet
+from benchmarks.cifar import SharedMissingError
 from benchmarks.image_data import load_images, per_class
-from nad_attr import Recipe, TaskGates, learn_gates
-from nad_attr.evaluation import NeuronMCTScorer
+from benchmarks.networks import load_network
+from nad_attr import Recipe, TaskGates, fit_constants, learn_gates
+from nad_attr.evaluation import NeuronMCTScorer, top_k
 from nad_attr.evaluation.measures import auc
+from nad_attr.export import combine
 from nad_attr.export.exporting import cut
 from nad_attr.export.forgetting import forget
 from nad_attr.export.tracing import Graph, traced
 from nad_attr.gates.channels import top_k_masks
 from nad_attr.gates.sub_architecture import SubArchitecture
 
+PARTS = ("forgetting", "detectors", "together")
 RESULTS = Path(__file__).parent / "results" / "export_uses.json"
 
 
@@ -81,16 +90,16 @@ def detector(train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> d
     }
 
 
-def matched(make: Callable[[float], nn.Module], target: int, images: Tensor) -> nn.Module:
-    """The network of the share kept at which the multiply-adds are nearest to a target."""
+def matched(make: Callable[[float], Any], cost: Callable[[Any], int], target: int) -> Any:
+    """What is made with the share kept at which the multiply-adds are nearest to a target."""
     low, high, best = 0.02, 1.0, None
     for _ in range(7):
         share = (low + high) / 2
         made = make(share)
-        cost = multiply_adds(made, images)
-        if best is None or abs(cost - target) < abs(best[0] - target):
-            best = cost, made
-        low, high = (share, high) if cost < target else (low, share)
+        found = cost(made)
+        if best is None or abs(found - target) < abs(best[0] - target):
+            best = found, made
+        low, high = (share, high) if found < target else (low, share)
     assert best is not None
     return best[1]
 
@@ -115,7 +124,7 @@ def pruned(
         global_pruning=True,
         pruning_ratio=1 - share,
         max_pruning_ratio=0.98,
-        ignored_layers=[network.linear],
+        ignored_layers=[m for m in network.modules() if isinstance(m, nn.Linear)],
     )
     pruner.step()
     return network.requires_grad_(False)
@@ -133,6 +142,32 @@ def normalised_anew(model: nn.Module, images: Tensor) -> nn.Module:
     return network.eval()
 
 
+def biases_fitted(
+    model: nn.Module, wanted: Tensor, images: Tensor, own: Tensor, task: int, seed: int
+) -> nn.Module:
+    """A copy whose BatchNorm biases keep a task output best; steps and images as for constants."""
+    network = copy.deepcopy(model).requires_grad_(False)
+    biases = [m.bias for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    recipe, generator = Recipe(), torch.Generator().manual_seed(seed)
+    for bias in biases:
+        bias.requires_grad_(True)
+    optimiser = torch.optim.Adam(biases, 0.05)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, recipe.steps)
+    sets = own.nonzero().flatten(), (~own).nonzero().flatten()
+    for _ in range(recipe.steps):
+        at = torch.cat(
+            [
+                part[torch.randint(len(part), (recipe.images_per_step // 2,), generator=generator)]
+                for part in sets
+            ]
+        )
+        optimiser.zero_grad()
+        F.mse_loss(network(images[at])[:, task], wanted[at]).backward()
+        optimiser.step()
+        schedule.step()
+    return network.requires_grad_(False)
+
+
 def detectors(
     model: nn.Module,
     gates: TaskGates,
@@ -144,40 +179,59 @@ def detectors(
 ) -> dict[str, Any]:
     """Every method's detector of every class, at equal multiply-adds."""
     x, y = train
-    scores = NeuronMCTScorer(model, gates.sites)(x, y, tasks=gates.tasks)
+    tasks = [task for task in gates.tasks[:n_tasks] if isinstance(task, int)]
+    scores = NeuronMCTScorer(model, gates.sites)(x, y, tasks=tasks)
     generator = torch.Generator().manual_seed(seed)
+    clean = outputs(model, x)
+
+    def network(arch: SubArchitecture) -> nn.Module:
+        return cut(arch, model, (x[:1],), graph, [arch.task], check=False)  # type: ignore[list-item]
+
+    def cost(made: SubArchitecture | nn.Module) -> int:
+        return multiply_adds(network(made) if isinstance(made, SubArchitecture) else made, x)
+
+    ours = [gates.sub_architecture(task) for task in tasks]
+    targets = [cost(arch) for arch in ours]
+    archs = {"ours": ours}
+    for name in ("NeuronMCT", "random"):
+        found = []
+        for row, (task, target) in enumerate(zip(tasks, targets, strict=True)):
+            values = {
+                s.name: torch.rand(s.n_channels, generator=generator)
+                if name == "random"
+                else torch.as_tensor(scores[s.name][row])
+                for s in gates.sites
+            }
+
+            def of(
+                share: float, task: int = task, values: dict[str, Tensor] = values
+            ) -> SubArchitecture:
+                masks = top_k_masks(values, gates.sites, max(1, round(share * gates.n_channels)))
+                return SubArchitecture(masks, gates.sites, task=task, means=gates.means)
+
+            found.append(matched(of, cost, target))
+        archs[name + ", at the mean"] = found
+        archs[name] = fit_constants(model, found, train, seed=seed)
     rows: dict[str, list[dict[str, float]]] = {}
-    for row, task in enumerate(gates.tasks[:n_tasks]):
-        assert isinstance(task, int)
-        ours = gates.sub_architecture(task)
-        small = cut(ours, model, (x[:1],), graph, [task], check=False)
-        target = multiply_adds(small, x)
-        noise = {s.name: torch.rand(s.n_channels, generator=generator) for s in gates.sites}
-        ranked = {s.name: torch.as_tensor(scores[s.name][row]) for s in gates.sites}
-
-        def of(values: dict[str, Tensor], share: float, task: int = task) -> nn.Module:
-            k = max(1, round(share * gates.n_channels))
-            masks = top_k_masks(values, gates.sites, k)
-            arch = SubArchitecture(masks, gates.sites, task=task, means=gates.means)
-            return cut(arch, model, (x[:1],), graph, [task], check=False)
-
-        made = {
-            "ours": small,
-            "NeuronMCT": matched(lambda share, v=ranked: of(v, share), target, x),
-            "random": matched(lambda share, v=noise: of(v, share), target, x),
-            "whole network": model,
-        }
+    for row, (task, target) in enumerate(zip(tasks, targets, strict=True)):
+        made = {name: network(of_method[row]) for name, of_method in archs.items()}
+        made["whole network"] = model
         for name, of_task in (("magnitude", None), ("Taylor", task)):
-            narrow = matched(lambda share, t=of_task: pruned(model, share, x, y, t), target, x)
+            narrow = matched(
+                lambda share, of_task=of_task: pruned(model, share, x, y, of_task), cost, target
+            )
             made[f"pruned by {name}"] = narrow
-            made[f"pruned by {name}, BatchNorm anew"] = normalised_anew(narrow, x)
-        for name, network in made.items():
-            answers = [outputs(network, images) for images in (x, held_out[0])]
+            made[f"pruned by {name}, BatchNorm anew"] = again = normalised_anew(narrow, x)
+            made[f"pruned by {name}, biases fitted"] = biases_fitted(
+                again, clean[:, task], x, y == task, task, seed
+            )
+        for name, one in made.items():
+            answers = [outputs(one, images) for images in (x, held_out[0])]
             column = [a[:, 0] if a.shape[1] == 1 else a[:, task] for a in answers]
-            found = detector((column[0], y == task), (column[1], held_out[1] == task))
-            found["multiply_adds"] = multiply_adds(network, x)
-            found["parameters"] = sum(p.numel() for p in network.parameters())
-            rows.setdefault(name, []).append(found)
+            measured = detector((column[0], y == task), (column[1], held_out[1] == task))
+            measured["multiply_adds"] = multiply_adds(one, x)
+            measured["parameters"] = sum(p.numel() for p in one.parameters())
+            rows.setdefault(name, []).append(measured)
         print(task, {n: round(r[-1]["auc"], 3) for n, r in rows.items()}, flush=True)
     return {
         name: {
@@ -186,6 +240,57 @@ def detectors(
         }
         for name, of_method in rows.items()
     }
+
+
+def together(
+    model: nn.Module,
+    methods: dict[str, dict[int, SubArchitecture]],
+    train: Any,
+    held_out: Any,
+    triples: Sequence[tuple[int, ...]],
+) -> dict[str, Any]:
+    """Accuracy among the classes of a combined network, and one class's part replaced."""
+    x, y = held_out
+    clean = outputs(model, x)
+
+    def accuracy(logits: Tensor, classes: Sequence[int]) -> list[float]:
+        """Of each class."""
+        found = logits.argmax(1)
+        return [float((found[y == c] == i).float().mean()) for i, c in enumerate(classes)]
+
+    whole = [accuracy(clean[:, list(classes)], classes) for classes in triples]
+    rows: dict[str, Any] = {"whole network": {"accuracy": float(np.mean(whole))}}
+    for name, archs in methods.items():
+        for how in ("union", "side by side"):
+            for calibration in (None, train):
+                found, shares = [], []
+                for classes in triples:
+                    parts = {c: archs[c] for c in classes}
+                    both = combine(parts, model, x[:1], how=how, calibration=calibration)  # type: ignore[arg-type]
+                    found += accuracy(outputs(both, x), classes)
+                    shares.append(multiply_adds(both, x) / multiply_adds(model, x))
+                key = f"{name}, {how}" + ", calibrated" * (calibration is not None)
+                rows[key] = {
+                    "accuracy": float(np.mean(found)),
+                    "multiply_adds": float(np.mean(shares)),
+                }
+    parts = dict(methods["random"])
+    every = tuple(parts)
+
+    def all_of_them() -> list[float]:
+        both = combine(parts, model, x[:1], how="side by side", calibration=train)  # type: ignore[arg-type]
+        return accuracy(outputs(both, x), every)
+
+    before = all_of_them()
+    weak = int(np.argmin(before))
+    parts[every[weak]] = methods["ours"][every[weak]]
+    after = all_of_them()
+    rows["random parts, the weakest replaced by ours"] = {
+        "class": every[weak],
+        "its accuracy": [before[weak], after[weak]],
+        "all classes": [float(np.mean(before)), float(np.mean(after))],
+    }
+    return rows
 
 
 def forgotten(
@@ -231,10 +336,15 @@ def forgotten(
         struck = clean.clone()
         struck[:, task] = -torch.inf
         add("output only", task, struck, 0)
-        ours = forget(model, gates, task, shared_by=shared_by)
-        with ours.architecture.applied(model):
-            add("ours", task, outputs(model, x), ours.n_closed)
-        n = ours.n_closed
+        try:
+            ours = forget(model, gates, task, shared_by=shared_by)
+        except ValueError:  # no channel is its own: nothing to close
+            n, answers = 0, clean
+        else:
+            n = ours.n_closed
+            with ours.architecture.applied(model):
+                answers = outputs(model, x)
+        add("ours", task, answers, n)
         ranked = {s.name: torch.as_tensor(scores[s.name][row]).float() for s in gates.sites}
         # Own to the class by the same rule, the highest scores first until as many are closed.
         alone = {}
@@ -258,44 +368,72 @@ def main() -> None:
     """Learns gates, measures, writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--pair", default="resnet20/cifar10", help="see benchmarks.networks")
     parser.add_argument("--size", type=float, default=0.4)
     parser.add_argument("--images", type=int, default=100, help="of each class, to learn from")
     parser.add_argument("--held-out", type=int, default=300, help="images of each class")
-    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--detectors", type=int, default=5, help="of how many classes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="these only")
+    parser.add_argument("--gates", type=Path, help="file of gates; written if it is not there")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     try:
-        model = load_resnet(20, args.shared / "models" / "cifar10_resnet20.pt").eval()
-        data = load_images("cifar10", args.shared)
+        data = load_images(args.pair.partition("/")[2], args.shared)
+        model = load_network(args.pair, data, args.shared).eval()
     except SharedMissingError as error:
         print(f"skipped: {error}")
         return
     train = per_class(data.train, args.images, args.seed)
     held_out = per_class(data.held_out, args.held_out, args.seed)
-    gates = learn_gates(
-        model,
-        train,
-        list(range(10)),
-        Recipe(size=args.size, ablation="mean", steps=args.steps),
-        seed=args.seed,
-        show_progress=True,
-    )
+    tasks = list(range(len(data.classes)))
+    recipe = Recipe(size=args.size)
+    if args.gates is not None and args.gates.exists():
+        gates = TaskGates.load(args.gates)
+    else:
+        gates = learn_gates(model, train, tasks, recipe, seed=args.seed, show_progress=True)
+        if args.gates is not None:
+            gates.save(args.gates)
     graph = traced(model, (train[0][:1],), gates.sites)
-    found = {
-        "command": "python -m benchmarks.export_uses",
-        "settings": {k: v for k, v in vars(args).items() if k not in ("shared", "output")},
-        "forgetting": {
-            str(n): forgotten(model, gates, train, held_out, n, args.seed) for n in (0, 2)
-        },
+    settings = {
+        k: v for k, v in vars(args).items() if k not in ("shared", "output", "gates", "parts")
     }
-    print(json.dumps(found["forgetting"], indent=1), flush=True)
-    args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    found["detectors"] = detectors(model, gates, graph, train, held_out, args.seed, args.detectors)
-    args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({n: r["mean"] for n, r in found["detectors"].items()}, indent=1))
+
+    def keep(name: str, rows: Any) -> None:
+        every = json.loads(args.output.read_text()) if args.output.exists() else {}
+        every["command"] = "python -m benchmarks.export_uses"
+        found = every.setdefault(args.pair, {})
+        found["settings"] = settings | {"recipe": str(recipe)}
+        found[name] = rows
+        args.output.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+        short = {n: r.get("mean", r) for n, r in rows.items()}
+        print(name, json.dumps(short, indent=1), flush=True)
+
+    if "forgetting" in args.parts:
+        rows = {
+            f"{method}, shared by {n}": row
+            for n in (0, 2)
+            for method, row in forgotten(model, gates, train, held_out, n, args.seed).items()
+        }
+        keep("forgetting", rows)
+    if "detectors" in args.parts:
+        n = args.detectors
+        keep("detectors", detectors(model, gates, graph, train, held_out, args.seed, n))
+    if "together" in args.parts:
+        triples = [(0, 1, 2), (3, 5, 7)]
+        classes = [task for triple in triples for task in triple]
+        scores = NeuronMCTScorer(model, gates.sites)(*train, tasks=classes)
+        generator = torch.Generator().manual_seed(args.seed)
+        noise = {
+            s.name: torch.rand(len(classes), s.n_channels, generator=generator) for s in gates.sites
+        }
+        methods = {"ours": {task: gates.sub_architecture(task) for task in classes}}
+        for name, values in (("NeuronMCT", scores), ("random", noise)):
+            archs = top_k(values, gates.sites, classes, args.size)
+            fitted = fit_constants(model, archs, train, seed=args.seed)
+            methods[name] = dict(zip(classes, fitted, strict=True))
+        keep("together", together(model, methods, train, held_out, triples))
 
 
 if __name__ == "__main__":

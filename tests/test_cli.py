@@ -673,6 +673,17 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
             "2 are chosen",
             ("export", *MINE, "--network", "a.pt2", "--task", "red,blue", "--head", "whole"),
         ),
+        (
+            2,
+            "colour_nets.py would be written beside",
+            ("export", *MINE, "--network", "colour_nets.safetensors", "--task", "red"),
+        ),
+        (
+            2,
+            "--pixels 8 has no effect",
+            ("export", *MINE, "--network", "a.pt2", "--task", "red", "--pixels", "8",
+             "--crop", "16"),
+        ),
         (2, "merge takes two files", ("merge", "gates.h5", "--out", "m.h5")),
         (2, "red.h5 is there already", ("merge", "red.h5", "rest.h5", "--out", "red.h5")),
         (1, "text.h5", ("merge", "red.h5", "text.h5", "--out", "m.h5")),

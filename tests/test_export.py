@@ -10,11 +10,12 @@ import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -198,19 +199,28 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a.detach() - b).abs().max() / b.abs().max().clamp(min=1e-9))
 
 
+def corners(test: Callable[..., None]) -> Callable[..., None]:
+    """One channel kept and all, on every kind of network, whatever else is drawn."""
+    for kind in KINDS:
+        for share in ("one", "all"):
+            test = example(kind=kind, mask_seed=1, share=share, used=1.0, closed="constants")(test)
+    return test
+
+
+@corners
 @given(
     kind=st.sampled_from(sorted(KINDS)),
-    seed=st.integers(0, 1),
     mask_seed=st.integers(0, 10**6),
     share=st.sampled_from([0.2, 0.5, 0.9, "one", "all", "none"]),
     used=st.sampled_from([0.3, 1.0]),
     closed=st.sampled_from(["zero", "constants"]),
 )
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 def test_any_masks_of_any_network(
-    kind: str, seed: int, mask_seed: int, share: float | str, used: float, closed: str
+    kind: str, mask_seed: int, share: float | str, used: float, closed: str
 ) -> None:
-    model, sites, graph = random_network(kind, seed)
+    # Dense and attention networks are of one shape; each trace takes a second.
+    model, sites, graph = random_network(kind, mask_seed % 2 * (kind not in ("Dense", "Attention")))
     generator = torch.Generator().manual_seed(mask_seed)
     masks, constants = {}, {}
     for site in sites:
@@ -416,7 +426,7 @@ def test_bad_input_is_named() -> None:
 
 def test_files_run_without_this_library(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
-    model = build(TinyResNet)
+    model = build(TinyCNN)
     arch, x = half(model), images(4)
     small = arch.export(model, x)
     with arch.applied(model), torch.no_grad():
@@ -441,8 +451,16 @@ assert "nad_attr" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     content = json.loads((tmp_path / "b.safetensors.json").read_text())
-    assert content["sites"]["layer1.0"] == [0, 2]
+    assert content["sites"]["relu1"] == [0, 2, 4]
     assert content["format"] == "safetensors"
+    save(small, tmp_path / "b.safetensors", x)  # its own files are replaced
+    (tmp_path / "mine.py").write_text("import torch\n")
+    with pytest.raises(FileExistsError, match=r"mine.py would be written beside"):
+        save(small, tmp_path / "mine.safetensors", x)
+    assert (tmp_path / "mine.py").read_text() == "import torch\n"
+    (tmp_path / "a.onnx.json").write_text("[1]")
+    with pytest.raises(FileExistsError, match=r"a.onnx.json .* is not replaced"):
+        save(small, tmp_path / "a.onnx", x)
     with pytest.raises(ValueError, match="none of the endings"):
         save(small, tmp_path / "c.bin", x)
     with pytest.raises(ValueError, match="no folder"):
@@ -453,7 +471,7 @@ assert "nad_attr" not in sys.modules
 @pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnxscript")
 def test_onnx(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    model = build(TinyResNet).float()
+    model = build(TinyCNN).float()
     arch, x = half(model), images(4).float()
     save(arch.export(model, x), tmp_path / "a.onnx", x)
     with arch.applied(model), torch.no_grad():
@@ -482,7 +500,7 @@ def two_tasks(model: nn.Module) -> dict[int, SubArchitecture]:
 
 
 def test_side_by_side_is_each_tasks_own_network() -> None:
-    model, x = build(TinyResNet), images(4)
+    model, x = build(TinyCNN), images(4)
     archs = two_tasks(model)
     both = combine(archs, model, x, how="side by side")
     with torch.no_grad():
@@ -493,12 +511,37 @@ def test_side_by_side_is_each_tasks_own_network() -> None:
     assert b"nad_attr" not in pickle.dumps(both)
 
 
+def test_a_part_of_another_network_stands_beside_those_of_one() -> None:
+    model, other, x = build(TinyCNN), build(TinyCNN, 1), images(4)
+    arch = two_tasks(model)[0]
+    theirs = two_tasks(other)[2].export(other, x, head="task")
+    both = combine({0: arch, 2: theirs}, model, x, how="side by side")
+    with arch.applied(model), torch.no_grad():
+        assert torch.allclose(both(x)[:, :1], model(x)[:, :1])
+        assert torch.allclose(both(x)[:, 1:], theirs(x))
+    made = summary(both)
+    assert made.sites["part1.relu1"] == summary(theirs).sites["relu1"]
+    assert made.whole.parameters == 2 * summary(theirs).whole.parameters
+    alone = combine({2: theirs}, model, x, how="side by side")
+    assert torch.equal(alone(x), theirs(x))
+    theirs.get_parameter("conv2.weight").data.zero_()  # its own weights, not ours
+    assert not torch.equal(alone(x), theirs(x))
+    with pytest.raises(ValueError, match="side by side"):
+        combine({0: arch, 2: theirs}, model, x)
+    with pytest.raises(ValueError, match="export it with images of that size"):
+        combine({2: theirs}, model, x[..., :4], how="side by side")
+    with pytest.raises(ValueError, match="no summary"):
+        combine({2: nn.Linear(2, 1)}, model, x, how="side by side")
+    with pytest.raises(TypeError, match="at least one task"):
+        combine({}, model, x)
+
+
 def test_union_keeps_what_any_task_needs() -> None:
-    model, x = build(TinyResNet), images(4)
+    model, x = build(TinyCNN), images(4)
     archs = two_tasks(model)
     union = united(archs)
-    assert torch.equal(union["layer2.0"], archs[0]["layer2.0"] | archs[2]["layer2.0"])
-    assert float(union.means["layer2.0"][0]) == pytest.approx(0.1)
+    assert torch.equal(union["relu2"], archs[0]["relu2"] | archs[2]["relu2"])
+    assert float(union.means["relu2"][0]) == pytest.approx(0.1)
     with union.applied(model), torch.no_grad():
         expected = model(x)[:, [0, 2]]
     assert torch.allclose(combine(archs, model, x)(x), expected)

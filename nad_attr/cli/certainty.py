@@ -47,13 +47,13 @@ def certainty(
     tasks: opt.Tasks = None,
     pairs: Annotated[
         int, typer.Option(min=1, help="Pairs of halves of the images to learn from.")
-    ] = 4,
+    ] = 3,
     n_images: Annotated[
         int, typer.Option("--images", min=2, help="Own images, and others, to test on, at most.")
     ] = 64,
     alternatives: Annotated[
         int, typer.Option(min=0, help="Sub-architectures to learn that avoid what seems needed.")
-    ] = 2,
+    ] = 1,
     alpha: Annotated[float, typer.Option(help="False discovery rate.")] = 0.05,
     tolerance: Annotated[float, typer.Option(help="Loss of fidelity that counts as none.")] = 0.02,
     allow_empty: opt.AllowEmpty = False,

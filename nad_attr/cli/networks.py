@@ -13,7 +13,7 @@ from nad_attr.cli.messages import UsageError, say
 from nad_attr.cli.opening import Opened
 from nad_attr.export.combining import combine
 from nad_attr.export.costs import Summary, latency, summary
-from nad_attr.export.files import FORMATS, save
+from nad_attr.export.files import FORMATS, check_target, save
 from nad_attr.gates.task_gates import TaskGates
 
 __all__ = ["check_network", "write_network"]
@@ -50,6 +50,10 @@ def check_network(
     check_apart(path, gates, "is the file of the gates")
     for other in others:
         check_apart(path, other, "is written as well")
+    try:
+        check_target(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
 
 
 def check_apart(path: Path, other: Path | None, what: str) -> None:
@@ -64,12 +68,22 @@ def check_apart(path: Path, other: Path | None, what: str) -> None:
         raise UsageError(f"{other} {what}; give --network another name.")
 
 
-def image_like(opened: Opened, pixels: int) -> Tensor:
-    """One image as the network's transform hands it over."""
+def image_like(opened: Opened, pixels: int | None) -> Tensor:
+    """One image as the network's transform hands it over.
+
+    Raises:
+        UsageError: If the transform makes images of another size than was asked for.
+    """
     from PIL import Image
 
-    made = opened.transform.function(Image.new("RGB", (pixels, pixels)))
-    return torch.as_tensor(made, device="cpu")[None]
+    side = pixels or 224
+    made = torch.as_tensor(opened.transform.function(Image.new("RGB", (side, side))), device="cpu")
+    if pixels is not None and tuple(made.shape[-2:]) != (pixels, pixels):
+        raise UsageError(
+            f"--pixels {pixels} has no effect, because the transform makes images of "
+            f"{made.shape[-2]} x {made.shape[-1]}: --resize {pixels} --crop {pixels} changes that."
+        )
+    return made[None]
 
 
 def write_network(
@@ -79,7 +93,7 @@ def write_network(
     *,
     size: float | None,
     head: Any,
-    pixels: int,
+    pixels: int | None,
     merge_bn: bool,
     how: Any,
     quiet: bool,

@@ -206,9 +206,9 @@ def export(
         ),
     ] = False,
     pixels: Annotated[
-        int,
-        typer.Option(min=1, help="Side of --network's images, where no transform sets it."),
-    ] = 224,
+        int | None,
+        typer.Option(min=1, help="Side of --network's images, where no transform sets it: 224."),
+    ] = None,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
     *,

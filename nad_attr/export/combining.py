@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import reduce
 from typing import Literal
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from nad_attr.data.labels import Task, as_task
-from nad_attr.export.costs import Cost, Summary, keep_summary, summary
+from nad_attr.export.costs import Cost, Summary, keep_summary, summary, total
 from nad_attr.export.exporting import cut
 from nad_attr.export.tracing import aten, traced
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -70,7 +71,7 @@ def _checked(archs: Mapping[Task, SubArchitecture]) -> dict[Task, SubArchitectur
 
 
 def combine(
-    archs: Mapping[Task, SubArchitecture],
+    archs: Mapping[Task, SubArchitecture | nn.Module],
     model: nn.Module,
     example_inputs: Tensor | tuple[Tensor, ...],
     *,
@@ -82,13 +83,14 @@ def combine(
     """One network of several classes' sub-architectures, that tells these classes apart.
 
     Reuse one class's part of a network in another, put a class beside those a network has, or
-    replace a weak one: give the sub-architectures that are wanted, each from where it is best. The
-    parts must be of one network; to put parts of several networks together, export each.
+    replace a weak one: give the sub-architectures that are wanted, each from where it is best. A
+    part of another network is given as it was exported there (``head="task"``).
 
     Args:
-        archs: ``{task: sub-architecture}``, of the same sites. The outputs are in this order; a
-            group of classes has the logsumexp of theirs.
-        model: The network that they are parts of; unchanged.
+        archs: ``{task: sub-architecture}``, of the same sites; side by side also ``{task: module}``
+            of an exported network, of which all outputs count for the task. The outputs are in this
+            order; a group of classes has the logsumexp of theirs.
+        model: The network that the sub-architectures are parts of; unchanged.
         example_inputs: What it is called with.
         how: ``"union"``: one network of all channels that any task needs; ``"side by side"``: each
             task's own network, of which each gives its own output.
@@ -116,25 +118,48 @@ def combine(
         >>> both(torch.zeros(5, 4)).shape, summary(both).outputs
         (torch.Size([5, 2]), (0, 2))
     """
-    archs = _checked(archs)
     if how not in ("union", "side by side"):
         raise ValueError(f"how must be 'union' or 'side by side', got {how!r}.")
+    given = archs if isinstance(archs, Mapping) else {}
+    exported = {as_task(task): m for task, m in given.items() if isinstance(m, nn.Module)}
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    check_eval(model)
-    sites = next(iter(archs.values())).sites
-    network = traced(model, inputs, sites)
-    groups = [(task,) if isinstance(task, int) else task for task in archs]
+    own: dict[Task, SubArchitecture] = {}
+    if not exported or len(exported) < len(given):
+        own = _checked({t: a for t, a in given.items() if not isinstance(a, nn.Module)})
+    if exported and how == "union":
+        raise ValueError(
+            "exported networks are put together with how='side by side': a union is of the "
+            "channels of one network."
+        )
+    for task, module in exported.items():
+        shapes = tuple(tuple(x.shape[1:]) for x in inputs)
+        if summary(module).input_shapes != shapes:
+            raise ValueError(
+                f"the network of task {task} takes inputs of {summary(module).input_shapes}, not "
+                f"{shapes}: export it with images of that size."
+            )
+    tasks = [as_task(task) for task in given]
+    groups = [(task,) if isinstance(task, int) else task for task in tasks]
     columns = [column for group in groups for column in group]
+    parts: list[fx.GraphModule] = []
+    if own:
+        check_eval(model)
+        network = traced(model, inputs, next(iter(own.values())).sites)
     if how == "union":
-        parts = [cut(united(archs), model, inputs, network, columns, merge_bn)]
+        parts = [cut(united(own), model, inputs, network, columns, merge_bn)]
+        widths = [len(group) for group in groups]
     else:
-        parts = [
-            cut(arch, model, inputs, network, list(group), merge_bn)
-            for arch, group in zip(archs.values(), groups, strict=True)
-        ]
+        for task, group in zip(tasks, groups, strict=True):
+            if task in own:
+                parts.append(cut(own[task], model, inputs, network, list(group), merge_bn))
+            else:
+                module = copy.deepcopy(exported[task])
+                assert isinstance(module, fx.GraphModule)  # it has a summary
+                parts.append(module)
+        widths = [len(summary(part).outputs) for part in parts]
     n = len(groups)
-    combined = _joined(parts, [len(group) for group in groups], len(inputs), inputs[0])
-    made = _summary(parts, tuple(columns))
+    combined = _joined(parts, widths, len(inputs), inputs[0])
+    made = _summary(parts, tuple(columns), [task in exported for task in tasks])
     keep_summary(combined, made)
     if calibration is not None:
         images, labels = calibration
@@ -178,12 +203,16 @@ def _joined(
     return fx.GraphModule(root, graph).eval()
 
 
-def _summary(parts: list[fx.GraphModule], columns: tuple[int, ...]) -> Summary:
+def _summary(parts: list[fx.GraphModule], columns: tuple[int, ...], foreign: list[bool]) -> Summary:
+    """Of all parts; sites of parts of other networks (foreign) are named after the part, too."""
     each = [summary(part) for part in parts]
-    sites = {
-        name: sorted({channel for one in each for channel in one.sites[name]})
-        for name in each[0].sites
-    }
+    sites: dict[str, list[int]] = {}
+    for i, (one, other) in enumerate(zip(each, foreign, strict=False)):
+        for name, channels in one.sites.items():
+            key = f"part{i}.{name}" if other else name
+            sites[key] = sorted({*sites.get(key, ()), *channels})
+    wholes = [one.whole for one, other in zip(each, foreign, strict=False) if other]
+    wholes += [one.whole for one, other in zip(each, foreign, strict=False) if not other][:1]
     tensors = {
         f"part{i}.{name}": origin
         for i, one in enumerate(each)
@@ -192,7 +221,7 @@ def _summary(parts: list[fx.GraphModule], columns: tuple[int, ...]) -> Summary:
     return Summary(
         task=None,
         outputs=columns,
-        whole=each[0].whole,
+        whole=total(wholes),
         smaller=Cost(
             sum(one.smaller.parameters for one in each),
             sum(one.smaller.multiply_adds for one in each),

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from nad_attr.export.costs import summary
-from nad_attr.system.files import replacing, write_text
+from nad_attr.system.files import check_output, replacing, write_text
 
-__all__ = ["FORMATS", "save"]
+__all__ = ["FORMATS", "check_target", "save"]
 
+#: How the files beside a network begin; nothing else is replaced by them.
+_BEGINS = {".json": '{\n "format": ', ".py": '"""A smaller network, written by nad_attr;'}
 _SOURCE = '''"""A smaller network, written by nad_attr; it needs PyTorch alone.
 
     network = Network()
@@ -75,18 +77,14 @@ def save(
         The files that were written.
 
     Raises:
+        FileExistsError: If a file of another kind is there, or beside it.
         ImportError: If a package for this kind of file is missing.
         ValueError: If the ending is another one, or the folder is not there.
     """
     path = Path(path)
     made = summary(module)
-    write = FORMATS.get(path.suffix)
-    if write is None:
-        raise ValueError(
-            f"{path.name} has none of the endings {', '.join(FORMATS)}, which say what to write."
-        )
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to write {path.name} into.")
+    check_target(path)
+    write = FORMATS[path.suffix]
     assert isinstance(module, fx.GraphModule)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     inputs = tuple(x[:1].detach() for x in inputs)
@@ -103,6 +101,32 @@ def save(
             with replacing(path.parent / name) as target:
                 os.replace(scratch / name, target)
     return [path.parent / name for name in names]
+
+
+def check_target(path: Path) -> None:
+    """Refuse a place where :func:`save` cannot write, or where something would be lost.
+
+    Raises:
+        FileExistsError: If a file of another kind is there, or beside it.
+        ValueError: If the ending is none of a network's, or the folder is not there.
+    """
+    if path.suffix not in FORMATS:
+        raise ValueError(
+            f"{path.name} has none of the endings {', '.join(FORMATS)}, which say what to write."
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} into.")
+    check_output(path, "archive" if path.suffix == ".pt2" else "data")
+    beside = [path.with_name(f"{path.name}.json")]
+    if path.suffix == ".safetensors":
+        beside.append(path.with_suffix(".py"))
+    for file in beside:
+        begins = _BEGINS[file.suffix].encode()
+        if file.exists() and file.read_bytes()[: len(begins)] not in (b"", begins):
+            raise FileExistsError(
+                f"{file} would be written beside {path.name}, is there already, and is another "
+                "file: it is not replaced. Give the network another name."
+            )
 
 
 def _program(

@@ -282,7 +282,8 @@ def site_links(
     cells = {call.output for call in _cells(flow, cuts, set())}
     nodes: dict[int, str] = {}
     for site in sites:
-        node = _gated_node(flow, _one_call(flow, site.name), site.at_input)
+        call, inner = _one_call(flow, site.name), site.units != "channels"
+        node = _gated_node(flow, call, site.at_input, windows=inner)
         if node not in cuts and node not in cells and site.units == "channels":
             raise SiteError(
                 f"a path of the data leads around gate site {site.name!r} (a parallel branch), so "
