@@ -60,6 +60,7 @@ from nad_attr import (
 from nad_attr.evaluation import SCORERS, ChannelScorer, RandomScorer, best_variants, top_k
 from nad_attr.evaluation.sweeps.grid import measure_grid
 from nad_attr.stats.bootstrap import bootstrap_interval
+from nad_attr.stats.tables import nan_mean
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "disentanglement"
 SIZES = (0.8, 0.4, 0.2, 0.1, 0.05)
@@ -436,7 +437,7 @@ def print_paired(pair: str, rows: list[dict[str, Any]]) -> None:
                         [cells[s][m] for s in both], dtype=float
                     )
                     low, high = bootstrap_interval(lead)
-                    text += f" {np.nanmean(lead):+.3f} ({low:+.3f} to {high:+.3f})"
+                    text += f" {nan_mean(nan_mean(lead)):+.3f} ({low:+.3f} to {high:+.3f})"
             print(text)
 
 
