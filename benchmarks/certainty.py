@@ -64,18 +64,21 @@ N_NULL, NULL_IMAGES = 8, 256
 def of_planted(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
     """One row for each network."""
     for seed in range(args.networks):
-        for kind in PLANTED_KINDS:
+        for kind in args.kinds:
 
             def row(kind: Any = kind, seed: int = seed) -> Row:
                 known = planted(kind, n_classes=2, width=16, circuit_width=3, seed=seed)
                 ablation = "mean" if "mean" in known.ablations else known.ablations[0]
-                recipe = Recipe(size=FACTOR * known.size, ablation=ablation, steps=40)
+                # Fewer steps keep parts of both copies.
+                steps = 100 if kind == "redundant" else 40
+                recipe = Recipe(size=FACTOR * known.size, ablation=ablation, steps=steps)
                 gates = learn_gates(
                     known.model, known.data, [0], recipe, known.sites, seed=seed, run=RUN
                 )
                 found = certainty(
-                    known.model, gates, known.data, known.held_out, pairs=2, seed=seed, run=RUN
-                )
+                    known.model, gates, known.data, known.held_out, pairs=2, alternatives=2,
+                    seed=seed, run=RUN,
+                )  # fmt: skip
                 copies = [
                     torch.cat([copy[s.name] for s in known.sites]).numpy()
                     for copy in known.alternatives[0]
@@ -303,6 +306,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--report", action="store_true", help="the tables alone")
     parser.add_argument("--networks", type=int, default=100, help="planted, of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=PLANTED_KINDS, default=PLANTED_KINDS)
     parser.add_argument("--pairs", nargs="*", default=["digits/digits", "resnet20/cifar10"])
     parser.add_argument("--halves", nargs="+", type=int, default=[4, 16], help="pairs of halves")
     parser.add_argument("--tasks", type=int, default=4)

@@ -910,6 +910,21 @@ def test_labels_from_a_table(here: Path, kind: str) -> None:
     assert "taylor" in Path("labels.html").read_text().lower()
     bare = (*given, "--trust-file")
     fails(1, "--train-labels TABLE.csv", "compare", out, "--with", "taylor", *bare)
+    task = "red" if kind == "one" else "redness" if kind == "target" else 0
+    text = succeeds("flow", out, *given, "--trust-file", "--task", task)
+    assert "image" in text, text
+    held_out = ("--held-out", "val", "--held-out-labels", here / f"{kind}.csv", "--trust-file")
+    few = ("--pairs", 1, "--alternatives", 0, "--images", 4, "--tasks", task)
+    text = succeeds("certainty", out, *few, *given, *held_out)
+    assert "needed" in text, text
+    fails(1, "--data FOLDER --labels TABLE.csv", "certainty", out, *held_out)
+    if kind in ("several", "target"):
+        text = succeeds("verdict", out, "--tasks", task, "--images", 4, *given, *held_out)
+        assert "does not" in text or "holds" in text, text
+        fails(1, "--data FOLDER --labels TABLE.csv", "verdict", out, *held_out)
+    if kind == "target":
+        quick = ("--quick", "--out", "explained.html", "--overwrite", "--tasks", task)
+        assert "explained.html" in succeeds("explain", "--model", model, *given, *plain, *quick)
 
 
 def test_tables_that_do_not_fit_are_named(here: Path) -> None:

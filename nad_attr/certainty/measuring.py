@@ -49,9 +49,9 @@ def certainty(
     held_out: Data,
     *,
     recipe: Recipe | None = None,
-    pairs: int = 4,
+    pairs: int = 3,
     images: int = 64,
-    alternatives: int = 2,
+    alternatives: int = 1,
     alpha: float = 0.05,
     tolerance: float = 0.02,
     seed: int = 0,
@@ -84,7 +84,8 @@ def certainty(
         gates: Task gates learned on it.
         data: The images that they were learned from; see :func:`nad_attr.learn_gates`.
         held_out: Images that they were not learned from.
-        recipe: How to learn from halves; None: as the gates were learned.
+        recipe: How to learn from halves; None: as the gates were learned. Where it asks for a
+            fidelity, each task's halves keep the size that its gates have, after 100 steps.
         pairs: Complementary pairs of halves. Each costs two runs of the recipe per task.
         images: Own images, and other ones, to test on, at most.
         alternatives: Sub-architectures to learn for each task that avoid the channels that seem
@@ -125,7 +126,7 @@ def certainty(
     """
     if not isinstance(gates, TaskGates):
         raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
-    recipe = _recipe(gates, recipe)
+    asked, (recipe, sizes) = recipe, _recipe(gates, recipe)
     check_count(pairs, "pairs")
     check_count(images, "images", least=2)
     check_count(alternatives, "alternatives", least=0)
@@ -136,7 +137,7 @@ def certainty(
     tasks = gates.tasks
     if executor is not None:
         given: dict[str, Any] = {
-            "recipe": recipe, "pairs": pairs, "images": images, "alternatives": alternatives,
+            "recipe": asked, "pairs": pairs, "images": images, "alternatives": alternatives,
             "alpha": alpha, "tolerance": tolerance, "seed": seed, "augmented": augmented,
             "checks": checks,
         }  # fmt: skip
@@ -196,9 +197,7 @@ def certainty(
         for replica in _replicas(session, task, one, pairs, alternatives)
     ]
     per_task = 2 * pairs + alternatives
-    steps = sum(session.n_steps(replica.task) for replica in replicas)
-    with network.bar(steps, "learning from halves", "step") as bar:
-        learned, constants = session.learn_replicas(replicas, bar.update)
+    learned, constants = _learned(session, replicas, [s for s in sizes for _ in range(per_task)])
     others = (learned > 0.5).double().view(len(tasks), per_task, -1)
     instead = base[:, None].expand(-1, per_task, -1)
     if constants is not None:
@@ -282,8 +281,25 @@ def _one_task(shared: _Shared, tasks: list[Task]) -> ChannelCertainty:
     return certainty(model, gates.select(tasks), data, held_out, run=options, **given)
 
 
-def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
-    """How to learn from halves: as the gates were learned, at the size that they have."""
+def _learned(
+    session: Session, replicas: Sequence[Replica], sizes: Sequence[float | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Gates of all replicas, and constants if the recipe has them: those of a size together."""
+    rows = [[i for i, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)]
+    steps = sum(session.n_steps(replica.task) for replica in replicas)
+    with session.network.bar(steps, "learning from halves", "step") as bar:
+        found = [
+            session.learn_replicas([replicas[i] for i in part], bar.update, sizes[part[0]])
+            for part in rows
+        ]
+    back = torch.tensor([i for part in rows for i in part], device="cpu").argsort()
+    constants = [one for _, one in found if one is not None]
+    gates = torch.cat([one for one, _ in found])
+    return gates[back], torch.cat(constants)[back] if constants else None
+
+
+def _recipe(gates: TaskGates, recipe: Recipe | None) -> tuple[Recipe, list[float | None]]:
+    """How to learn from halves: as the gates were learned, and the size that each task has."""
     found = gates.recipe if recipe is None else recipe
     if found is None:
         raise ValueError(
@@ -293,13 +309,16 @@ def _recipe(gates: TaskGates, recipe: Recipe | None) -> Recipe:
     if not isinstance(found, Recipe):
         raise TypeError(f"recipe must be a Recipe, not {type(found).__name__}.")
     if isinstance(found, PaperRecipe):
-        return found
-    kept = {arch.n_kept for arch in gates.sub_architectures()}
-    if kept == {0}:
+        return found, [None] * len(gates)
+    kept = [arch.n_kept for arch in gates.sub_architectures()]
+    if not any(kept):
         raise ValueError("gates keep no channel: there is nothing to be certain of.")
-    if recipe is None and len(kept) == 1:
-        found = dataclasses.replace(found, size=kept.pop() / n_gates(gates.sites))
-    return found
+    if found.fidelity is not None:
+        steps = min(found.steps, Recipe().steps)
+        found = dataclasses.replace(found, fidelity=None, size=0.5, steps=steps)
+    elif recipe is not None:
+        return found, [None] * len(gates)
+    return found, [max(n, 1) / n_gates(gates.sites) for n in kept]
 
 
 def _replicas(

@@ -457,18 +457,22 @@ class Session:
             warnings.warn(found, stacklevel=5)
 
     def learn_replicas(
-        self, replicas: Sequence[Replica], advance: Callable[[int], object] = lambda n: None
+        self,
+        replicas: Sequence[Replica],
+        advance: Callable[[int], object] = lambda n: None,
+        size: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Learn tasks again: from some of the images, or with a price on channels.
 
         Args:
             replicas: R of them, side by side in shared passes as tasks are.
             advance: Called with a number of steps that are done.
+            size: What they keep; None: as the recipe says.
 
         Returns:
             Gates (R, all channels), and the constants of closed channels if the recipe has them.
         """
-        found = [part[0] for part in self._parts(replicas, [None], None, None, advance)]
+        found = [part[0] for part in self._parts(replicas, [size], None, None, advance)]
         constants = [part.constants for part in found if part.constants is not None]
         gates = to_channels(torch.cat([part.gates for part in found]).cpu(), self.sites)
         return gates, torch.cat(constants).cpu() if constants else None
