@@ -250,15 +250,17 @@ def together(
     triples: Sequence[tuple[int, ...]],
 ) -> dict[str, Any]:
     """Accuracy among the classes of a combined network, and one class's part replaced."""
-    x, y = held_out
-    clean = outputs(model, x)
 
-    def accuracy(logits: Tensor, classes: Sequence[int]) -> list[float]:
-        """Of each class."""
-        found = logits.argmax(1)
-        return [float((found[y == c] == i).float().mean()) for i, c in enumerate(classes)]
+    def accuracy(
+        network: nn.Module, classes: Sequence[int], columns: Sequence[int] | slice = slice(None)
+    ) -> list[float]:
+        """Of each class, among these."""
+        parts = [held_out[0][held_out[1] == c] for c in classes]
+        found = outputs(network, torch.cat(parts))[:, columns].argmax(1).split([*map(len, parts)])
+        return [float((f == i).float().mean()) for i, f in enumerate(found)]
 
-    whole = [accuracy(clean[:, list(classes)], classes) for classes in triples]
+    x = train[0]
+    whole = [accuracy(model, classes, list(classes)) for classes in triples]
     rows: dict[str, Any] = {"whole network": {"accuracy": float(np.mean(whole))}}
     for name, archs in methods.items():
         for how in ("union", "side by side"):
@@ -267,7 +269,7 @@ def together(
                 for classes in triples:
                     parts = {c: archs[c] for c in classes}
                     both = combine(parts, model, x[:1], how=how, calibration=calibration)  # type: ignore[arg-type]
-                    found += accuracy(outputs(both, x), classes)
+                    found += accuracy(both, classes)
                     shares.append(multiply_adds(both, x) / multiply_adds(model, x))
                 key = f"{name}, {how}" + ", calibrated" * (calibration is not None)
                 rows[key] = {
@@ -279,7 +281,7 @@ def together(
 
     def all_of_them() -> list[float]:
         both = combine(parts, model, x[:1], how="side by side", calibration=train)  # type: ignore[arg-type]
-        return accuracy(outputs(both, x), every)
+        return accuracy(both, every)
 
     before = all_of_them()
     weak = int(np.argmin(before))
@@ -404,8 +406,7 @@ def main() -> None:
         every = json.loads(args.output.read_text()) if args.output.exists() else {}
         every["command"] = "python -m benchmarks.export_uses"
         found = every.setdefault(args.pair, {})
-        found["settings"] = settings | {"recipe": str(recipe)}
-        found[name] = rows
+        found[name] = {"settings": settings | {"recipe": str(recipe)}, **rows}
         args.output.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
         short = {n: r.get("mean", r) for n, r in rows.items()}
         print(name, json.dumps(short, indent=1), flush=True)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.units --seeds 0 1 2
 
-For each seed a small vision transformer (torchvision's, three blocks of four heads, 32 channels) is
-trained on scikit-learn's digits. Sub-architectures of two digits are learned with the default
+For each seed a small vision transformer (three blocks of four heads, 32 channels) is trained on
+scikit-learn's digits. Sub-architectures of two digits are learned with the default
 recipe, of heads and hidden neurons and of channels of the residual stream, at equal share of the
 blocks' parameters, and judged on held-out digits beside random ones of the same units.
 
@@ -11,8 +11,8 @@ What a head takes with it: its rows of the query, key and value projections, and
 output projection; a neuron its row of the first layer and its column of the second. Channels of the
 stream are counted as if a closed one took all weights along that touch it between its site and the
 next. No network can be cut so far, because attention and MLP write to it again; what
-``SubArchitecture.cost`` says an exported network really holds stands beside it. Both kinds get
-their constants fitted once more at the end, as heads and neurons are cut from a ranking.
+``SubArchitecture.cost`` says an exported network really holds stands beside it. Heads
+and neurons are cut at the same share each; all get their constants fitted at the end.
 
 Writes ``benchmarks/results/units.json``.
 """
@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.cifar import default_cache
+from benchmarks.flow import SmallViT, TokenBlock
 from nad_attr import (
     GateSite,
     Recipe,
@@ -40,11 +42,11 @@ from nad_attr import (
     learn_gates,
 )
 from nad_attr.evaluation import evaluate
-from nad_attr.gates.channels import n_gates, open_gates
-from nad_attr.system.files import write_text
+from nad_attr.gates.channels import n_gates, open_gates, to_channels, top_k_masks
+from nad_attr.system.files import replacing, write_text
 
 RESULTS = Path(__file__).parent / "results" / "units.json"
-WIDTH, HEADS, HIDDEN, BLOCKS = 32, 4, 64, 3
+WIDTH, HEADS, BLOCKS, EPOCHS = 32, 4, 3, 10
 KINDS: dict[str, tuple[str, ...]] = {
     "heads and neurons": ("heads", "neurons"),
     "channels": ("channels",),
@@ -58,27 +60,41 @@ def digits(seed: int) -> tuple[Pair, Pair]:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
+    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(found.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     images, labels = images[order], labels[order]
     return (images[:1200], labels[:1200]), (images[1200:], labels[1200:])
 
 
-def trained(train: Pair, seed: int) -> nn.Module:
-    """The transformer of the tutorial."""
-    from torchvision.models import VisionTransformer
+class DigitViT(SmallViT):
+    """The transformer of :mod:`benchmarks.flow`, for images of 8 x 8 pixels."""
 
+    def __init__(self) -> None:
+        super().__init__(10, width=WIDTH)
+        self.patches = nn.Conv2d(1, WIDTH, 2, stride=2)
+        self.places = nn.Parameter(torch.randn(1, 16, WIDTH) * 0.02)
+        self.blocks = nn.Sequential(*(TokenBlock(WIDTH, HEADS) for _ in range(BLOCKS)))
+
+
+def trained(train: Pair, seed: int) -> nn.Module:
+    """The network of a seed, from the cache folder if it is there."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = VisionTransformer(8, 2, BLOCKS, HEADS, WIDTH, HIDDEN, num_classes=10)
+        model = DigitViT()
+        path = default_cache() / f"digits_vit_{seed}_{EPOCHS}.pt"
+        if path.is_file():
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            return model.eval()
         optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        for _ in range(10):
+        for _ in range(EPOCHS):
             for batch in torch.randperm(len(train[1])).split(50):
                 loss = F.cross_entropy(model(train[0][batch]), train[1][batch])
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
+    with replacing(path) as part:
+        torch.save(model.state_dict(), part)
     return model.eval()
 
 
@@ -97,14 +113,20 @@ def share(arch: SubArchitecture) -> float:
 
 
 def cut(gates: TaskGates, task: int, target: float) -> SubArchitecture:
-    """The top of a task's ranking that holds no more than a share of the parameters."""
-    found = [
-        arch
-        for k in range(1, n_gates(gates.sites) + 1)
-        if share(arch := gates.select([task]).sub_architectures(k / n_gates(gates.sites))[0])
-        <= target + 1e-9
-    ]
-    return found[-1]
+    """The top of a task's ranking: of heads, of neurons and of channels each the same share."""
+    own, n = gates.select([task]), n_gates(gates.sites)
+    # The number of gates at which each gate comes in.
+    ranks = {site.name: torch.full((site.n_gates,), n + 1) for site in gates.sites}
+    for k in range(n, 0, -1):
+        arch = own.sub_architectures(k / n)[0]
+        for site in gates.sites:
+            ranks[site.name][open_gates(site, arch[site.name])] = k
+    masks: dict[str, Tensor] = {}
+    for kind in {site.units for site in gates.sites}:
+        sites = [site for site in gates.sites if site.units == kind]
+        scores = {s.name: to_channels(-ranks[s.name].double(), [s]) for s in sites}
+        masks |= top_k_masks(scores, sites, round(target * n_gates(sites)))
+    return own.sub_architecture(task)._with_masks(masks, task)
 
 
 def rows_of(

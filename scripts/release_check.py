@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import venv
 import zipfile
 from pathlib import Path
@@ -42,9 +43,12 @@ IN_SDIST = (
 )
 
 
+BEGAN = time.monotonic()
+
+
 def say(text: str) -> None:
-    """One step."""
-    print(f"-- {text}", flush=True)
+    """One step, and the seconds so far."""
+    print(f"-- {time.monotonic() - BEGAN:4.0f} s: {text}", flush=True)
 
 
 def run(*command: str | Path, cwd: Path) -> None:

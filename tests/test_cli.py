@@ -910,6 +910,21 @@ def test_labels_from_a_table(here: Path, kind: str) -> None:
     assert "taylor" in Path("labels.html").read_text().lower()
     bare = (*given, "--trust-file")
     fails(1, "--train-labels TABLE.csv", "compare", out, "--with", "taylor", *bare)
+    task = "red" if kind == "one" else "redness" if kind == "target" else 0
+    text = succeeds("flow", out, *given, "--trust-file", "--task", task)
+    assert "image" in text, text
+    held_out = ("--held-out", "val", "--held-out-labels", here / f"{kind}.csv", "--trust-file")
+    few = ("--pairs", 1, "--alternatives", 0, "--images", 4, "--tasks", task)
+    text = succeeds("certainty", out, *few, *given, *held_out)
+    assert "needed" in text, text
+    fails(1, "--data FOLDER --labels TABLE.csv", "certainty", out, *held_out)
+    if kind in ("several", "target"):
+        text = succeeds("verdict", out, "--tasks", task, "--images", 4, *given, *held_out)
+        assert "does not" in text or "holds" in text, text
+        fails(1, "--data FOLDER --labels TABLE.csv", "verdict", out, *held_out)
+    if kind == "target":
+        quick = ("--quick", "--out", "explained.html", "--overwrite", "--tasks", task)
+        assert "explained.html" in succeeds("explain", "--model", model, *given, *plain, *quick)
 
 
 def test_tables_that_do_not_fit_are_named(here: Path) -> None:
@@ -936,6 +951,24 @@ def test_class_folders_of_a_network_of_one_output(here: Path) -> None:
     succeeds("learn", *given, "--out", "folders.h5", "--steps", 3)
     with GateStore.open("folders.h5") as store:
         assert (tuple(store.tasks), tuple(store.task_names or ())) == ((0,), ("yes",))
+
+
+def test_outputs_that_are_no_scores_are_named_on_the_command_line(here: Path) -> None:
+    (here / "other_nets.py").write_text(
+        "import colour_nets\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, last):\n"
+        "        super().__init__()\n"
+        "        self.net, self.last = colour_nets.colours(), last\n"
+        "    def forward(self, x):\n"
+        "        return self.last(self.net(x))\n"
+        "def classes(): return Net(lambda y: y.argmax(1)).eval()\n"
+        "def boxes(): return Net(lambda y: [{'boxes': y, 'labels': y}]).eval()\n"
+    )
+    given = ("--data", "val", "--resize", 8, "--crop", 8, "--out", "never.h5")
+    fails(1, "class indices from argmax", "learn", "--model", "other_nets:classes", *given)
+    fails(1, "as detection models do", "learn", "--model", "other_nets:boxes", *given)
+    assert not Path("never.h5").exists()
 
 
 def test_pictures_of_several_sizes_are_seen_before_learning(here: Path) -> None:

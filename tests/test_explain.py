@@ -122,6 +122,12 @@ def test_parts_are_apart_and_seeded(n_classes: int) -> None:
 def test_few_and_several_labels() -> None:
     parts = split(torch.tensor([0] * 4 + [1] * 4), [0, 1], 50, seed=0)
     assert (len(parts.learned), len(parts.judged)) == (4, 4)
+    # Groups of classes with one image each are split as groups, and so are all other classes.
+    group, others = (*range(30),), torch.arange(30, 100)
+    one_each = torch.cat([torch.arange(30), others])
+    parts = split(one_each, [group], 50, seed=0)
+    assert [int((part < 30).sum()) for part in (parts.learned, parts.judged)] == [21, 9]
+    assert [int((part >= 30).sum()) for part in (parts.learned, parts.judged)] == [49, 21]
     several = torch.tensor([[1, 0], [1, 1], [0, 1], [0, 0]]).repeat(6, 1)
     assert len(split(several, [0, 1], 50, seed=0).judged) == 8
 

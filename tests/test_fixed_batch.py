@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
+from captum.attr import DeepLift, IntegratedGradients, NoiseTunnel, Saliency
 from torch import Tensor, nn
 
 from nad_attr import (
@@ -19,11 +24,19 @@ from nad_attr import (
     gated,
     learn_gates,
 )
+from nad_attr.bridges.captum import GatedAttribution, infidelity
+from nad_attr.bridges.crp import compare_with_condition
+from nad_attr.bridges.quantus import SubArchitectureExplainer
+from nad_attr.bridges.virelay import export_virelay
+from nad_attr.bridges.zennit import SubArchitectureAttributor, named_composite, whole_network
+from nad_attr.certainty import certainty, verdict
+from nad_attr.concepts.dissection.dissecting import dissect
 from nad_attr.data.sources import as_source
-from nad_attr.evaluation import evaluate, site_costs
+from nad_attr.evaluation import errors, evaluate, mosaics, site_costs
 from nad_attr.evaluation.rivals import SCORERS
-from nad_attr.export import ExportError
-from nad_attr.pictures import heat_maps
+from nad_attr.export import save, summary
+from nad_attr.flow import edge_fidelity, information_flow
+from nad_attr.pictures import contrast_maps, heat_maps, top_images
 from nad_attr.running import Runner
 from tests.helpers import assert_model_untouched
 
@@ -42,7 +55,7 @@ class Fixed(nn.Module):
         self.head = nn.Linear(6 * 36, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x).view(self.n or len(x), -1))
+        return self.head(self.body(x).view(self.n or x.shape[0], -1))
 
 
 def made(n: int) -> Fixed:
@@ -73,12 +86,22 @@ def test_gates_and_measures_are_those_of_a_network_that_takes_any_batch(n: int) 
     assert measured.summary() == measured2.summary()
 
 
+#: Few steps where the default takes many.
+FEW: dict[str, dict[str, Any]] = {
+    "lrp": {"canonizers": []},
+    **{name: {"passes": 120} for name in ("coar", "hard_concrete", "ugs", "iterative")},
+    "layer_integrated_gradients": {"n_steps": 5},
+    "layer_conductance": {"n_steps": 5},
+    "internal_influence": {"n_steps": 5},
+}
+
+
 @pytest.mark.parametrize("name", [name for name in SCORERS if name != "cdrp"])
 def test_scores_are_those_of_a_network_that_takes_any_batch(name: str) -> None:
     fixed, free = made(8), made(0)
     sites = find_gate_sites(fixed, IMAGES[:3])
     assert sites == find_gate_sites(free, IMAGES[:3])
-    kwargs: dict[str, Any] = {"canonizers": []} if name == "lrp" else {}
+    kwargs = FEW.get(name, {})
     ours = SCORERS[name](fixed, sites, **kwargs)(IMAGES, LABELS)
     theirs = SCORERS[name](free, sites, **kwargs)(IMAGES, LABELS)
     for site in sites:
@@ -138,7 +161,157 @@ def test_what_cannot_be_filled_up_says_why() -> None:
     with pytest.raises(GatingError, match=r"twice in one pass.*batches of 1 image only"):
         SCORERS["layer_deep_lift"](one, find_gate_sites(one, IMAGES[:1]))(IMAGES, LABELS)
     arch = SubArchitecture.full(find_gate_sites(fixed, IMAGES[:2]))
-    with pytest.raises(ExportError, match=r"batches of 8 images only.*x\.shape\[0\]"):
-        arch.export(fixed, IMAGES[:2])
+    with pytest.raises(ValueError, match=r"batches of 8 images only.*wants 10 in one pass"):
+        GatedAttribution(DeepLift(fixed), arch).attribute(IMAGES[:5], target=1)
     with pytest.raises(SiteError, match="cannot be run on example_inputs"):
         find_gate_sites(fixed, IMAGES[:, :2])
+
+
+def _odd(sites: Any, task: int = 0) -> SubArchitecture:
+    kept = {site.name: torch.arange(site.n_channels) % 2 == task % 2 for site in sites}
+    return SubArchitecture(kept, sites, task=task).with_means(None)
+
+
+def _flow(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+    flow = information_flow(net, arch, (IMAGES, LABELS))
+    cut = edge_fidelity(flow, net, (IMAGES, LABELS), sizes=(0.5,))
+    return flow.frame().round(6).to_csv(), cut.round(6).to_csv()
+
+
+def _gated(method: Callable[[nn.Module], Any], **kwargs: Any) -> Callable[..., Tensor]:
+    def attribution(net: Fixed, arch: SubArchitecture, folder: Path) -> Tensor:
+        found: Tensor = GatedAttribution(method(net), arch).attribute(
+            IMAGES[:4], target=1, **kwargs
+        )
+        return found
+
+    return attribution
+
+
+def _infidelity(net: Fixed, arch: SubArchitecture, folder: Path) -> Tensor:
+    return infidelity(GatedAttribution(Saliency(net), arch), IMAGES[:5], target=1)
+
+
+def _zennit(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+    with SubArchitectureAttributor(net, arch, "epsilon_plus") as attributor:
+        many = attributor(IMAGES[:11], LABELS[:11])
+        few = attributor(IMAGES[:3], 1)
+    return [*many, *few, whole_network(net, IMAGES[:9], 1, named_composite("epsilon_plus"))]
+
+
+def _crp(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+    found = compare_with_condition(net, arch, IMAGES[:5], 1)
+    return [found.whole, found.condition, found.gated]
+
+
+def _quantus(name: str) -> Callable[..., Any]:
+    def explained(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+        explain = SubArchitectureExplainer(arch, name)
+        return torch.tensor(explain(net, IMAGES[:5].numpy(), LABELS[:5].numpy()))
+
+    return explained
+
+
+def _virelay(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+    path = folder / str(net.n)
+    export_virelay(net, [arch], (IMAGES, LABELS * 0), path)
+    with h5py.File(next(path.rglob("*attribution*.h5"))) as file:
+        return torch.tensor(file["attribution"][:])
+
+
+def _dissected(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+    pixels = torch.randint(0, 3, (21, 8, 8), generator=torch.Generator().manual_seed(1))
+    found = dissect(net, list(arch.sites), (IMAGES, pixels), concepts=["a", "b", "c"])
+    return found.frame().round(6).to_csv()
+
+
+def _four(net: Fixed, arch: SubArchitecture) -> tuple[nn.Module, list[SubArchitecture]]:
+    """Four classes: the third output stands for two."""
+    return _Four(net), [
+        SubArchitecture({s.name: one[s.name[4:]] for s in sites}, sites, task=task)
+        for task in range(4)
+        for one in [_odd(arch.sites, task)]
+        for sites in [[replace(s, name=f"net.{s.name}") for s in one.sites]]
+    ]
+
+
+class _Four(nn.Module):
+    def __init__(self, net: Fixed) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)[:, [0, 1, 2, 2]]
+
+
+def _mosaics(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+    four, archs = _four(net, arch)
+    return mosaics(four.eval(), archs, (IMAGES, torch.arange(21) % 4), n=12).summary()
+
+
+def _errors(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+    archs = [_odd(arch.sites, task) for task in range(3)]
+    return errors(net, archs, (IMAGES, LABELS)).summary()
+
+
+def _pictures(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+    archs = [arch, _odd(arch.sites, 1)]
+    maps = contrast_maps(net, archs, IMAGES[:3])
+    return str(maps), str(top_images(net, arch, (IMAGES, LABELS)))
+
+
+def _certainty(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+    run = RunOptions(batch_size=8)
+    gates = learn_gates(made(0), (IMAGES, LABELS), tasks=[0], recipe=QUICK, run=run)
+    data = (IMAGES, LABELS)
+    sure = certainty(net, gates, data, data, pairs=1, alternatives=0, images=8)
+    said = verdict(net, gates, data, data, n_images=4)
+    return sure.frame().round(5).to_csv(), said.summary()
+
+
+def _exported(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
+    smaller = arch.export(net, IMAGES[:3])
+    path = save(smaller, folder / f"{net.n}.pt2", IMAGES[:1])[0]
+    loaded = torch.export.load(path).module()
+    with torch.no_grad():
+        return [
+            smaller(IMAGES[:8]),
+            loaded(IMAGES[:8]),
+            torch.tensor(summary(smaller).smaller.multiply_adds),
+        ]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _flow,
+        _gated(Saliency),
+        _gated(DeepLift),
+        _gated(IntegratedGradients, n_steps=5),
+        _gated(lambda net: NoiseTunnel(Saliency(net)), nt_samples=3),
+        _infidelity,
+        _zennit,
+        _crp,
+        _quantus("gradient"),
+        _quantus("lrp"),
+        _quantus("integrated_gradients"),
+        _virelay,
+        _dissected,
+        _mosaics,
+        _errors,
+        _pictures,
+        _certainty,
+        _exported,
+    ],
+)
+def test_whatever_asks_a_network_takes_one_of_a_fixed_batch_size(
+    use: Callable[[Fixed, SubArchitecture, Path], Any], tmp_path: Path
+) -> None:
+    fixed, free = made(8), made(0)
+    with assert_model_untouched(fixed):
+        ours = use(fixed, _odd(find_gate_sites(free, IMAGES[:1])), tmp_path)
+    theirs = use(free, _odd(find_gate_sites(free, IMAGES[:1])), tmp_path)
+    if isinstance(ours, (Tensor, list)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    else:
+        assert ours == theirs

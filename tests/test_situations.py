@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from nad_attr import (
     GatingError,
@@ -291,6 +291,32 @@ def test_data_of_other_kinds_learn_the_same_gates(
 # ---------------------------------------------------------------------------------------------
 # The user's own code, and files
 # ---------------------------------------------------------------------------------------------
+
+
+class Spawned(torch.utils.data.Dataset[Any]):
+    def __init__(self, n_parts: int) -> None:
+        self.transform = lambda x: x  # cannot be sent to another process
+        self.n_parts = n_parts
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Any:
+        return (torch.rand(3, 8, 8), i % 3, f"{i}.png")[: self.n_parts]
+
+
+def test_rows_of_three_and_workers_that_cannot_be_started_are_told_what_to_do(
+    net: nn.Module, data: tuple[Tensor, Tensor]
+) -> None:
+    with pytest.raises(TypeError, match=r"list of 3.*row\[0\], row\[1\]"):
+        learn_gates(net, Spawned(3), recipe=QUICK)
+    loader = DataLoader(Spawned(2), 2, num_workers=1, multiprocessing_context="spawn")
+    with pytest.raises(ValueError, match=r"Spawned.*lambda.*num_workers=0"):
+        learn_gates(net, loader, recipe=QUICK)
+    x, y = data
+    three = [(x[i], int(y[i]), f"{i}.png") for i in range(len(x))]
+    pairs = learn_gates(net, [(row[0], row[1]) for row in three], recipe=QUICK)
+    assert pairs == learn_gates(net, data, recipe=QUICK)
 
 
 def test_errors_in_the_users_code_come_with_file_line_and_whole_message(

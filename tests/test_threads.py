@@ -6,12 +6,17 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
+from captum.attr import LRP, DeepLift, GuidedBackprop, LayerIntegratedGradients
+from captum.attr._utils.lrp_rules import EpsilonRule, GammaRule
 from torch import Tensor, nn
 
 from nad_attr import GatingError, Recipe, SubArchitecture, find_gate_sites, learn_gates, recorded
+from nad_attr.bridges.captum import GatedAttribution
+from nad_attr.bridges.zennit import SubArchitectureAttributor, named_composite, whole_network
 from nad_attr.evaluation import SCORERS, site_costs
 from tests import helpers
 
@@ -165,3 +170,136 @@ def test_rivals_and_costs_do_not_see_the_passes_of_other_threads(net: nn.Module,
     handle.remove()
     assert intrusions
     assert all(torch.equal(alone[name], together[name]) for name in alone)
+
+
+class Plain(nn.Sequential):
+    """What all methods of Captum and Zennit can explain."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64, 3),
+        )
+
+
+def _captum(method: Callable[[nn.Module], Any]) -> Callable[[nn.Module, SubArchitecture], Any]:
+    def attribute(net: nn.Module, arch: SubArchitecture) -> Any:
+        x, _ = helpers.labelled_images(2)
+        return GatedAttribution(method(net), arch).attribute(x, target=1)
+
+    return attribute
+
+
+def _gamma(net: nn.Module) -> LRP:
+    for layer in (net[0], net[3], net[6]):
+        layer.rule = GammaRule()
+    net[5].rule = EpsilonRule()
+    return LRP(net)
+
+
+def _scores(name: str) -> Callable[[nn.Module, SubArchitecture], Any]:
+    def score(net: nn.Module, arch: SubArchitecture) -> Any:
+        return SCORERS[name](net, arch.sites)(*helpers.labelled_images(6))["2"]
+
+    return score
+
+
+def _heat_map(net: nn.Module, arch: SubArchitecture) -> Any:
+    x, _ = helpers.labelled_images(2)
+    with SubArchitectureAttributor(net, arch, "epsilon_plus") as attributor:
+        return attributor(x, 1)[1]
+
+
+def _whole(net: nn.Module, arch: SubArchitecture) -> Any:
+    x, _ = helpers.labelled_images(2)
+    return whole_network(net, x, 1, named_composite("epsilon_gamma_box", low=-3.0, high=3.0))
+
+
+@pytest.mark.parametrize(
+    "explain",
+    [
+        _captum(DeepLift),
+        _captum(GuidedBackprop),
+        _captum(_gamma),
+        _captum(lambda net: LayerIntegratedGradients(net, net[3])),
+        _scores("layer_deep_lift"),
+        _scores("layer_conductance"),
+        _scores("lrp"),
+        _scores("relp"),
+        _heat_map,
+        _whole,
+    ],
+)
+def test_other_threads_do_not_meet_the_hooks_and_weights_of_captum_and_zennit(
+    explain: Callable[[nn.Module, SubArchitecture], Any],
+) -> None:
+    net = helpers.build(Plain)
+    x, _ = helpers.labelled_images(3)
+    sites = find_gate_sites(net, x[:1], layers=["2", "4"])
+    arch = SubArchitecture({s.name: torch.arange(s.n_channels) % 2 == 0 for s in sites}, sites)
+    arch = arch.with_means(None)
+
+    def seen() -> list[Tensor]:
+        given = x.clone().requires_grad_()
+        out = net(given)
+        return [out.detach(), *torch.autograd.grad(out[:, 1].sum(), [given])]
+
+    clean, alone = seen(), explain(net, arch)
+    main, met = threading.get_ident(), []
+
+    def meet(_: object = None) -> None:
+        if threading.get_ident() == main:
+            with ThreadPoolExecutor(1) as pool:
+                met.append(all(map(torch.equal, pool.submit(seen).result(), clean)))
+
+    def in_the_middle(module: nn.Module, args: object, output: Tensor) -> None:
+        meet()
+        if output.requires_grad and threading.get_ident() == main:
+            output.register_hook(meet)
+
+    handle = net[3].register_forward_hook(in_the_middle)
+    with helpers.assert_model_untouched(net):
+        together = explain(net, arch)
+    handle.remove()
+    assert len(met) > 1
+    assert all(met)
+    assert torch.equal(alone, together)
+
+
+def test_two_threads_explain_one_network_with_captum() -> None:
+    net = helpers.build(Plain)
+    x, _ = helpers.labelled_images(3)
+    arch = SubArchitecture.full(find_gate_sites(net, x[:1], layers=["2", "4"]))
+
+    def explain(target: int) -> Tensor:
+        result: Tensor = GatedAttribution(DeepLift(net), arch).attribute(x, target=target)
+        return result
+
+    alone = [explain(i) for i in range(3)]
+    plain = nn.Module.register_forward_hook
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(explain, [0, 1, 2] * 5))
+    assert all(map(torch.equal, found, alone * 5))
+    assert nn.Module.register_forward_hook is plain
+
+
+def test_hooks_of_ones_own_stay_while_captum_is_at_work(net: nn.Module) -> None:
+    x, _ = helpers.labelled_images(2)
+    arch = SubArchitecture.full(find_gate_sites(net, x[:1]))
+    other, kept = helpers.build(helpers.TinyCNN), []
+
+    class Rude(GuidedBackprop):
+        def attribute(self, *args: Any, **kwargs: Any) -> Any:
+            net._modules["conv1"]._forward_hooks.clear()
+            kept.append(other.register_forward_hook(lambda m, a, o: None))
+            return super().attribute(*args, **kwargs)
+
+    handle = net.get_submodule("conv1").register_forward_hook(lambda m, a, o: None)
+    GatedAttribution(Rude(net), arch).attribute(x, target=1)
+    assert handle.id in net.get_submodule("conv1")._forward_hooks
+    assert kept[0].id in other._forward_hooks

@@ -218,6 +218,11 @@ def test_closed_heads_and_neurons_are_columns_zeroed_by_hand(family: str) -> Non
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     found = information_flow(net, SubArchitecture.full(sites), x, tasks=0, receivers=2)
     assert max(found.conservation.values()) < 1e-9
+    site = heads[-1]
+    edges = found.edges.query(f"source_site == '{site.name}' and source == 0")
+    closed = to_channels(torch.arange(site.n_gates) == 0, [site])
+    with torch.no_grad(), found.cut(net, edges):
+        assert torch.allclose(net(x), edited(net, site, closed)(x), atol=1e-10)
 
 
 def test_units_beside_channels_are_in_forward_order() -> None:

@@ -7,6 +7,7 @@ and tidies up what Captum leaves on a network.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from captum import metrics
-from captum.attr import Attribution, LayerAttribution
+from captum.attr import LRP, Attribution, Deconvolution, DeepLift, LayerAttribution
 from captum.log import log_usage
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +24,8 @@ from nad_attr.data.labels import Task
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import check_eval, gated, gates_and_sites, site_modules
-from nad_attr.gating.restore import restored
+from nad_attr.gating.restore import own_copy, restored
+from nad_attr.running.forward import any_batch
 from nad_attr.sites.site import GateSite
 from nad_attr.system.rng import isolated_rng
 
@@ -116,8 +118,11 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Run the network under the gates inside a ``with`` block."""
-        with gated(self.model, self.gates, sites=self.sites, means=self.means):
+        with self._on(self.model):
             yield
+
+    def _on(self, model: nn.Module) -> AbstractContextManager[None]:
+        return gated(model, self.gates, sites=self.sites, means=self.means)
 
     @log_usage(part_of_slo=True)  # type: ignore[untyped-decorator]
     def attribute(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,9 +141,17 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
         """
         items = inputs if isinstance(inputs, tuple) else (inputs,)
         wanted = [(x, x.requires_grad) for x in items if isinstance(x, Tensor) and x.is_leaf]
+        model, method = self.model, self.method
+        inner = getattr(method, "attribution_method", method)
+        if isinstance(inner, LRP) and isinstance(inner.forward_func, nn.Module):
+            model, method = own_copy(model, method)  # some of its rules change weights
         try:
-            with isolated_rng(self.seed), restored(self.model), self.applied():
-                return self.method.attribute(inputs, *args, **kwargs)
+            if all(isinstance(x, Tensor) for x in items) and model is _network(method):
+                one_pass = isinstance(inner, (DeepLift, LRP, Deconvolution))
+                batched = any_batch(model, items, self.model, one_pass=one_pass)
+                method = method if batched is model else _with_network(method, batched)
+            with isolated_rng(self.seed), restored(model), self._on(model):
+                return method.attribute(inputs, *args, **kwargs)
         finally:
             for tensor, flag in wanted:  # Captum switches it on, and back unless it fails
                 tensor.requires_grad_(flag)
@@ -172,6 +185,17 @@ def _network(method: Any) -> Any:
         if isinstance(candidate, nn.Module):
             return candidate
     return None
+
+
+def _with_network(method: Any, network: nn.Module) -> Any:
+    """A copy of a Captum method that calls another network."""
+    method = copy.copy(method)
+    if hasattr(method, "attribution_method"):
+        method.attribution_method = _with_network(method.attribution_method, network)
+    for name in ("model", "forward_func"):
+        if isinstance(getattr(method, name, None), nn.Module):
+            setattr(method, name, network)
+    return method
 
 
 def _restored(model: nn.Module | None) -> AbstractContextManager[None]:
@@ -266,9 +290,12 @@ def infidelity(
     if attributions.shape != inputs.shape:
         attributions = input_shaped(attributions, inputs)
     inside = method.applied() if isinstance(method, GatedAttribution) else nullcontext()
+    function = method.forward_func
+    if isinstance(function, nn.Module) and isinstance(inputs, Tensor):
+        function = any_batch(function, (inputs,))
     with isolated_rng(seed), _restored(model), inside:
         result: Tensor = metrics.infidelity(
-            method.forward_func,
+            function,
             gaussian_perturbation() if perturb_func is None else perturb_func,
             inputs,
             attributions.detach(),

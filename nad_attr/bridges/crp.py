@@ -180,7 +180,7 @@ def compare_with_condition(
     whole = SubArchitectureAttributor(model, GateCanonizer(full), composite)
     with whole:
         output, everything = whole(images, explained)
-        with relevance_masked(model, arch):
+        with relevance_masked(whole.model, arch):
             _, condition = whole(images, explained)
     gated_output, gated = SubArchitectureAttributor(model, arch, composite)(images, explained)
     index = tensor_of(explained).to(output.device).flatten().expand(len(output))[:, None]

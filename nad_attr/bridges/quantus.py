@@ -19,7 +19,7 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import gated
 from nad_attr.gating.restore import Explained, restored
-from nad_attr.running.forward import Runner
+from nad_attr.running.forward import Filled, Runner
 from nad_attr.running.options import FROM_RUN, RunOptions, as_options
 from nad_attr.system.rng import isolated_rng, seed_of
 
@@ -250,6 +250,8 @@ class SubArchitectureExplainer:
         assert function is not None
         inside = nullcontext() if gates is None else gated(model, gates[0], tasks=gates[1])
         network = model if runner.plain else Explained(model, lambda *inputs: runner(tuple(inputs)))
+        if runner.fixed_batch is not None:
+            network = Filled(network, runner.fixed_batch)
         parts = []
         with restored(model), inside:
             # Image by image, each with the same seed: what is drawn for one must not depend on the

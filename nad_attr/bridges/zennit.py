@@ -29,7 +29,8 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.foreign_hooks import relevance_rules
 from nad_attr.gating.hooks import check_eval, gated, gates_and_sites, site_modules
-from nad_attr.gating.restore import restored
+from nad_attr.gating.restore import own_copy, restored
+from nad_attr.running.forward import any_batch
 from nad_attr.scoring.zennit_scorers import LRPScorer, check_weights, composite_named
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, unwrap
@@ -293,7 +294,9 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
     registers the composite with the gates in it, checks with the first images that the composite's
     canonizers leave the gated network's outputs as they are, runs the inner attributor, and leaves
     the network as it was, also after an exception (Zennit 1.0's merging canonizer leaves traces of
-    its own).
+    its own). It works on a copy of the network that shares its weights (``model`` in a ``with``
+    block), so that other threads see the network unchanged; on the network itself, if it cannot be
+    copied.
 
     With a composite of relevance rules, conserving rules, no biases and closed channels at zero,
     the relevance of an image sums to its gated output. With biases, or closed channels at their
@@ -390,6 +393,9 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
             raise RuntimeError("this attributor is in use already; make another one.")
         check_eval(self.model)
         with ExitStack() as stack:
+            stack.callback(self._run_on, self.model)
+            self._given = self.model
+            self._run_on(own_copy(self.model))  # its canonizers and rules change weights
             stack.enter_context(restored(self.model))
             stack.callback(self.composite.remove)
             try:
@@ -403,6 +409,9 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
             self._stack = stack.pop_all()
         self._checked = len(self.composite.canonizers) == 1
         return self
+
+    def _run_on(self, model: nn.Module) -> None:
+        self.model = self.inner.model = model
 
     def __exit__(self, *error: object) -> Literal[False]:
         """Remove the composite and put back whatever it changed."""
@@ -452,6 +461,10 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         return output, relevance
 
     def _attribute(self, input: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+        self.inner.model = any_batch(self.model, (input,), self._given, one_pass=True)
+        return _in_parts(self._attribute_part, self.inner.model, input, target)
+
+    def _attribute_part(self, input: Tensor, target: Any) -> tuple[Tensor, Tensor]:
         if not self._checked:
             self._check(input)
             self._checked = True
@@ -463,14 +476,14 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         with torch.no_grad():
             try:
                 with unchanged(self.model):
-                    after = self.model(input)
+                    after = self.inner.model(input)
             except GatingError:
                 raise
             except RuntimeError as error:
                 raise GatingError(_CHANGED.format(f"fail on this network ({error})")) from error
             self.composite.remove()
             with unchanged(self.model), Composite(canonizers=[self.gates]).context(self.model):
-                before = self.model(input)
+                before = self.inner.model(input)
             self.composite.register(self.model)
         spread = (before - before.mean()).abs().max() + before.abs().max()
         if not bool((after - before).abs().max() <= _TOLERANCE * spread):
@@ -492,6 +505,25 @@ def _with_gates(composite: Any, gates: GateCanonizer, canonizers: Sequence[Any] 
     new.handles = RemovableHandleList()
     new.hook_refs = weakref.WeakSet()
     return new
+
+
+def _in_parts(
+    attribute: Callable[[Tensor, Any], tuple[Tensor, Tensor]],
+    network: nn.Module,
+    images: Tensor,
+    target: Any,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and attributions, of as many images at a time as the network takes."""
+    size, n = getattr(network, "size", None), len(images)
+    if size is None or n <= size or (callable(target) and not isinstance(target, Tensor)):
+        return attribute(images, target)
+    each = not isinstance(target, int) and np.ndim(target) > 0 and len(target) == n
+    parts = [
+        attribute(images[i : i + size], target[i : i + size] if each else target)
+        for i in range(0, n, size)
+    ]
+    outputs, relevances = zip(*parts, strict=True)
+    return torch.cat(outputs), torch.cat(relevances)
 
 
 def _start(target: Any, n_images: int, from_output: bool) -> Callable[[Tensor], Tensor]:
@@ -567,12 +599,18 @@ def whole_network(model: nn.Module, images: Tensor, target: Target, composite: C
         tensor([[0., 3.]])
     """
     check_eval(model)
-    with restored(model), composite.context(model), torch.enable_grad():
-        if relevance_rules(model):
-            check_weights(model)
-        start = _start(target, len(images), bool(relevance_rules(model)))
-        relevance: Tensor = Gradient(model)(images, start)[1]
-    return relevance
+    copied = own_copy(model)
+    network = any_batch(copied, (images,), model, one_pass=True)
+    with restored(copied), composite.context(copied), torch.enable_grad():
+        if relevance_rules(copied):
+            check_weights(copied)
+        by_rules = bool(relevance_rules(copied))
+
+        def attribute(part: Tensor, goal: Any) -> tuple[Tensor, Tensor]:
+            output, relevance = Gradient(network)(part, _start(goal, len(part), by_rules))
+            return output, relevance
+
+        return _in_parts(attribute, network, images, target)[1]
 
 
 def heatmap_image(

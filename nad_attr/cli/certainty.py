@@ -56,6 +56,8 @@ def certainty(
     ] = 1,
     alpha: Annotated[float, typer.Option(help="False discovery rate.")] = 0.05,
     tolerance: Annotated[float, typer.Option(help="Loss of fidelity that counts as none.")] = 0.02,
+    labels: opt.LabelTable = None,
+    held_out_labels: opt.HeldOutLabelTable = None,
     allow_empty: opt.AllowEmpty = False,
     amp: opt.Amp = False,
     checks: opt.Checks = opt.ChecksName.refuse,
@@ -74,18 +76,30 @@ def certainty(
       nad-attr certainty gates.h5 --held-out photos/val --tasks cat --pairs 16 --out gates.h5
     """
     with guarded(work.debug, stopped=lambda: "Nothing was measured to the end."):
-        check_result(out, gates, [network.weights, work.class_index, data, held_out], csv=True)
+        read = [network.weights, work.class_index, data, held_out, labels, held_out_labels]
+        check_result(out, gates, read, csv=True)
         run = run_options(work, amp=amp)
-        check_folder(held_out)
+        check_folder(held_out, held_out_labels)
         learned, provenance = opened_gates(gates, tasks)
         name = training_name(
-            data, provenance, network.trust_file, "name the images that the gates were learned on"
+            data,
+            provenance,
+            network.trust_file,
+            "name the images that the gates were learned on",
+            "--data",
+            labels=held_out_labels,
+            train_labels=labels,
         )
         opened = rebuilt(provenance, network, quiet=work.quiet)
 
         def images_of(which: str, other: bool) -> LoadedData:
             return open_images(
-                which, opened, held_out=other, allow_empty=allow_empty, **work.reading()
+                which,
+                opened,
+                held_out=other,
+                allow_empty=allow_empty,
+                labels=held_out_labels if other else labels,
+                **work.reading(),
             )
 
         images, others = images_of(name, False), images_of(held_out, True)

@@ -459,7 +459,8 @@ def training_name(
     """
     said = provenance.get("data")
     if train_data is None and labels and not train_labels:
-        raise SpecError(f"{why} with --train-data FOLDER --train-labels TABLE.csv.")
+        tables = {"--train-data": "--train-labels", "--data": "--labels"}
+        raise SpecError(f"{why} with {option} FOLDER {tables[option]} TABLE.csv.")
     if train_data is not None:
         return train_data
     if not isinstance(said, str):

@@ -58,6 +58,10 @@ TrainLabelTable: TypeAlias = Annotated[
     Path | None,
     typer.Option("--train-labels", help="The same for --train-data."),
 ]
+HeldOutLabelTable: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--held-out-labels", help="The same for --held-out."),
+]
 AllowEmpty: TypeAlias = Annotated[
     bool, typer.Option("--allow-empty", help="Accept class folders without images.")
 ]

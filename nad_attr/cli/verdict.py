@@ -59,6 +59,8 @@ def verdict(
     n_images: Annotated[
         int, typer.Option("--images", min=4, help="Held-out images for each class, at most.")
     ] = 200,
+    labels: opt.LabelTable = None,
+    held_out_labels: opt.HeldOutLabelTable = None,
     *,
     network: opt.NetworkOptions,
     work: opt.WorkOptions,
@@ -76,17 +78,28 @@ def verdict(
     with guarded(work.debug, stopped=lambda: "No verdict was reached."):
         check_size(size)
         others = [Path(name) for name in replica or ()]
-        read = [network.weights, work.class_index, held_out, data, *others]
+        tables = [labels, held_out_labels]
+        read = [network.weights, work.class_index, held_out, data, *tables, *others]
         check_result(out, gates, read, csv=False)
         run = run_options(work)
-        check_folder(held_out)
+        check_folder(held_out, held_out_labels)
         learned, provenance = opened_gates(gates, tasks)
         replicas = [opened_gates(path, tasks)[0] for path in others]
         opened = rebuilt(provenance, network, quiet=work.quiet)
-        images = open_images(held_out, opened, held_out=True, **work.reading())
+        images = open_images(
+            held_out, opened, held_out=True, labels=held_out_labels, **work.reading()
+        )
         why = "name the images that the gates were learned from"
-        name = training_name(data, provenance, network.trust_file, why, "--data")
-        training = open_images(name, opened, **work.reading())
+        name = training_name(
+            data,
+            provenance,
+            network.trust_file,
+            why,
+            "--data",
+            labels=held_out_labels,
+            train_labels=labels,
+        )
+        training = open_images(name, opened, labels=labels, **work.reading())
         sure = None
         if size is None and ChannelCertainty._kind() in result_names(gates):
             found = ChannelCertainty.load(gates)

@@ -8,6 +8,8 @@ the caller's random numbers nor the number of loader workers change.
 from __future__ import annotations
 
 import copy
+import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -142,7 +144,8 @@ def _parts(batch: Any) -> _Parts:
         length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise TypeError(
             f"the dataset must yield (input, label) pairs or rows with a label; got "
-            f"{type(batch).__name__}{length}. Wrap it in one that does."
+            f"{type(batch).__name__}{length}. Give a list or a Dataset of row[0], row[1], without "
+            "the rest of each row; several inputs go together: (row[0], row[1]), row[2]."
         )
     return _Parts(batch[0], batch[1], fields_of(batch[0]))
 
@@ -468,6 +471,14 @@ class DatasetSource:
     def _collated(loader: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from loader
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            if not re.match(r"(Can't|cannot) pickle|Can't get local", str(error)):
+                raise
+            raise ValueError(
+                f"the loader's workers cannot be started: {error}. What the dataset has must be "
+                "defined in a module by name (no lambda, no local class); or give the loader "
+                "num_workers=0."
+            ) from error
         except RuntimeError as error:
             if "stack expects each tensor to be equal size" not in str(error):
                 raise

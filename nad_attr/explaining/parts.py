@@ -123,16 +123,21 @@ def split(labels: Tensor, tasks: Sequence[Task], n_judged: int, seed: int) -> Pa
         (30, 10, set())
     """
     known, places = patterns(labels)
-    of_task = own_images(known, tasks).any(0)
+    of_tasks = own_images(known, tasks).T.tolist()
+    counts = places.bincount(minlength=len(known)).tolist()
+    # Classes of few images that count for the same tasks are split together.
+    pools: dict[object, list[int]] = {}
+    for place, (row, n) in enumerate(zip(of_tasks, counts, strict=True)):
+        pools.setdefault(place if n >= FEWEST else tuple(row), []).append(place)
     turns: list[tuple[int, int, int]] = []
     judged: list[int] = []
-    for place in range(len(known)):
-        numbers = (places == place).nonzero().flatten()
-        n = len(numbers)
+    for pool in pools.values():
+        numbers = torch.isin(places, torch.tensor(pool, device="cpu")).nonzero().flatten()
+        n, place = len(numbers), pool[0]
         generator = torch.Generator().manual_seed(seed_of(seed, "explain", n, place))
         order = numbers[torch.randperm(n, generator=generator, device="cpu")].tolist()
         apart = max(round(SHARE_JUDGED * n), min(LEAST, n // 2))
-        if bool(of_task[place]):
+        if any(of_tasks[place]):
             judged += order[: min(apart, n_judged)]
         else:
             turns += [(turn, place, number) for turn, number in enumerate(order[:apart])]

@@ -36,7 +36,7 @@ N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
 #: groups of channels come on top of single ones, which the gradient spares in part: between 0.3 and
 #: 3.5 times as many in all, as three networks had it.
 N_PAIRS, N_ALTERNATIVES, CLOSING_IMAGES = 2, 1, 32
-_CLOSINGS = 2.0
+_CLOSINGS = 2.8
 #: What passes cost, in runs of the network: only to say what is done, so that no clock decides it.
 _COSTS = {"run": 1, "learn": 3, "fit": 3, "back": 2, "read": 0}
 #: Images of the timed passes, sub-architectures that they run through, and tasks that are learned.

@@ -233,6 +233,7 @@ def _summary(parts: list[fx.GraphModule], columns: tuple[int, ...], foreign: lis
         input_shapes=each[0].input_shapes,
         one_image=each[0].one_image,
         difference=max((one.difference or 0.0) for one in each),
+        n_images=each[0].n_images,
     )
 
 

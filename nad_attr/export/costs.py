@@ -67,9 +67,10 @@ class Summary:
         tensors: For each tensor of the state dict that is cut from one of the network: ``of``, its
             name there, ``rows`` and ``columns`` (axes 0 and 1), the channels that are kept.
         input_shapes: Of one image. The batch is free unless ``one_image``.
-        one_image: Whether it takes one image at a time, as the network's own code does.
+        one_image: Whether it takes one number of images alone, as the network's own code does.
         difference: Largest difference to the gated network, over the largest output; None: not
             compared.
+        n_images: With ``one_image``: that number.
     """
 
     task: Any
@@ -83,6 +84,7 @@ class Summary:
     input_shapes: tuple[tuple[int, ...], ...]
     one_image: bool
     difference: float | None
+    n_images: int = 1
 
     @property
     def stays_whole(self) -> tuple[str, ...]:
@@ -127,8 +129,11 @@ class Summary:
                 f"as constants: {some}"
             )
         if self.one_image:
+            number = (
+                "one image      " if self.n_images == 1 else f"{self.n_images} images".ljust(15)
+            )
             lines.append(
-                "one image       the network's own code fixes how many images there are, as len(x) "
+                f"{number} the network's own code fixes how many images there are, as len(x) "
                 "or x.view(1, ...) does; x.shape[0] does not"
             )
         return "\n".join(lines)
@@ -199,12 +204,15 @@ class _Counted(fx.Interpreter):
         return result
 
 
-def node_costs(module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.Node, Cost]:
-    """The cost of each node, by a pass on tensors without values."""
+def node_costs(
+    module: fx.GraphModule, inputs: Sequence[Tensor], n_images: int = 1
+) -> dict[fx.Node, Cost]:
+    """The cost of each node for an image, by a pass of so many on tensors without values."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     counted = _Counted(module)
     with torch.no_grad(), mode, counted.counter:
-        counted.run(*(mode.from_tensor(x[:1]) for x in inputs))
+        given = (x[:1].expand(n_images, *x.shape[1:]).contiguous() for x in inputs)
+        counted.run(*map(mode.from_tensor, given))
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     costs: dict[fx.Node, Cost] = {}
     for node in module.graph.nodes:
@@ -212,7 +220,7 @@ def node_costs(module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[fx.Node
         for source in node.all_input_nodes:
             if source.op == "get_attr" and source.target in state:
                 n_parameters += state.pop(source.target).numel()
-        costs[node] = Cost(n_parameters, counted.counts.get(node, 0))
+        costs[node] = Cost(n_parameters, counted.counts.get(node, 0) // n_images)
     return costs
 
 

@@ -85,7 +85,7 @@ def cut(
     for column in columns or ():
         if not 0 <= column < n_outputs:
             raise ValueError(f"the network has outputs 0 to {n_outputs - 1}, not {column}.")
-    whole_costs = node_costs(network.module(), inputs)
+    whole_costs = node_costs(network.module(), inputs, _passed(network))
     if merge_bn:
         merge_batchnorm(network)
     _, sites, means = arch._gating(None)
@@ -111,7 +111,7 @@ def _compared(
     columns: list[int] | None,
 ) -> float:
     """The largest difference to the gated network, on the images and noise around them."""
-    n = 1 if network.batch is None else 3
+    n = network.n_images if network.batch is None else 3
     generator = torch.Generator().manual_seed(0)
     given = []
     for x in inputs:
@@ -167,7 +167,7 @@ def _summary(
     names.append("output")
     block_of.update((n.name, "output") for n in waiting)
 
-    smaller = node_costs(module, inputs)
+    smaller = node_costs(module, inputs, _passed(network))
     source = {new.name: old.name for new, old in writer.source.items()}
     parts: dict[str, tuple[list[Cost], list[Cost]]] = {name: ([], []) for name in names}
     for node, cost in whole.items():
@@ -198,4 +198,10 @@ def _summary(
         input_shapes=tuple(tuple(x.shape[1:]) for x in inputs),
         one_image=network.batch is None,
         difference=difference,
+        n_images=_passed(network),
     )
+
+
+def _passed(network: Graph) -> int:
+    """The only number of images in a pass; one, where it is free."""
+    return network.n_images if network.batch is None else 1

@@ -88,8 +88,8 @@ def save(
     assert isinstance(module, fx.GraphModule)
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     inputs = tuple(x[:1].detach() for x in inputs)
-    if not made.one_image:
-        inputs = tuple(torch.cat([x, x]) for x in inputs)
+    n = made.n_images if made.one_image else 2
+    inputs = tuple(x.expand(n, *x.shape[1:]).contiguous() for x in inputs)
     content = {"format": path.suffix[1:], **made.as_dict()}
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         scratch = Path(folder)

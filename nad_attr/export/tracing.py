@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from nad_attr._checks import GatingError
 from nad_attr.gating.hooks import installed
-from nad_attr.sites.finding import fixed_batch_size
+from nad_attr.running.forward import Runner
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.sites.tracing import main_output, no_attention_fast_path
@@ -57,7 +57,8 @@ class Graph:
         graph: Placeholders are the network's inputs, ``get_attr`` nodes its tensors.
         tensors: Parameters, buffers and constants by name, the network's own.
         parameters: Which of them are parameters.
-        batch: The symbol of the batch; None if the graph is for one image at a time.
+        batch: The symbol of the batch; None if the graph is for a number of images alone.
+        n_images: That number.
     """
 
     graph: fx.Graph
@@ -65,6 +66,7 @@ class Graph:
     parameters: set[str]
     batch: Any
     modules: dict[fx.Node, str] = field(default_factory=dict)
+    n_images: int = 1
 
     def shape(self, node: fx.Node, batch: int) -> tuple[int, ...]:
         """Shape of a node's tensor for a number of images."""
@@ -139,10 +141,14 @@ def traced(model: nn.Module, inputs: Sequence[Tensor], sites: Sequence[GateSite]
     model = unwrap(model)
     number = {site.name: i for i, site in enumerate(sites)}
     problem: Exception | None = None
-    for n_images in (2, 1):
+    runner = Runner(model)
+    runner.find_batch_size(tuple(inputs))
+    fixed = runner.fixed_batch  # it stays so
+    for n_images in (2, 1) if fixed is None else (fixed,):
         given = tuple(x[:1].expand(n_images, *x.shape[1:]).contiguous() for x in inputs)
         # The inputs of *inputs are one argument for torch.export.
-        shapes = (tuple({0: torch.export.Dim.DYNAMIC} for _ in given),) if n_images == 2 else None
+        free = n_images == 2 and fixed is None
+        shapes = (tuple({0: torch.export.Dim.DYNAMIC} for _ in given),) if free else None
         try:
             with ExitStack() as stack:
                 stack.enter_context(unchanged(model))
@@ -155,18 +161,11 @@ def traced(model: nn.Module, inputs: Sequence[Tensor], sites: Sequence[GateSite]
                 program = torch.export.export(
                     _Main(model), given, dynamic_shapes=shapes, strict=False
                 ).run_decompositions({})
-            return _normal_form(_lowered(program))
+            return _normal_form(replace(_lowered(program), n_images=n_images))
         except (GatingError, ExportError):
             raise
         except Exception as error:
             problem = error
-    size = fixed_batch_size(model, tuple(given), error=str(problem))
-    if size is not None:
-        raise ExportError(
-            f"the network takes batches of {size} images only, a size that is fixed in its forward "
-            "pass, and a smaller network has to take any: write x.shape[0] or -1 in place of the "
-            "number in forward."
-        ) from problem
     raise ExportError(
         "torch.export cannot write this network as a graph of operators, because its forward pass "
         "does what depends on the images' values or is not PyTorch "

@@ -9,6 +9,7 @@ open one, save what the ablation value contributed.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import weakref
 from collections import OrderedDict
@@ -31,9 +32,14 @@ def _is_lrp(owner: object) -> bool:
     return _is_instance(owner, "captum.attr._utils.lrp_rules", "PropagationRule")
 
 
+def _whose(hook: Any) -> object:
+    """The object whose method a hook is, also where it acts for an owner alone."""
+    return getattr(inspect.unwrap(hook), "__self__", None)
+
+
 def _rewrites(hook: Any) -> bool:
     """Whether a forward hook is there to rewrite what its module hands down."""
-    owner = getattr(hook, "__self__", None)
+    owner = _whose(hook)
     if _is_instance(owner, "zennit.core", "Hook") or _is_lrp(owner):
         return True
     # Captum's own backward hooks are closures that watch a module's output.
@@ -84,7 +90,7 @@ def relevance_rules(model: nn.Module) -> list[Callable[[], bool]]:
     found: list[Callable[[], bool]] = []
     for module in model.modules():
         for hook in module._forward_hooks.values():
-            owner = getattr(hook, "__self__", None)
+            owner = _whose(hook)
             if _is_instance(owner, "zennit.core", "BasicHook"):
                 found.append(_Active(owner))
             elif _is_lrp(owner):
@@ -100,7 +106,7 @@ def changes_weights(model: nn.Module) -> bool:
     """
     for module in model.modules():
         for hook in module._forward_hooks.values():
-            owner = getattr(hook, "__self__", None)
+            owner = _whose(hook)
             if _is_lrp(owner) and not _is_instance(
                 owner, "captum.attr._utils.lrp_rules", "EpsilonRule"
             ):

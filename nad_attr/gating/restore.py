@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,9 +14,9 @@ from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.projections import called_projections
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.system.rng import isolated_rng
-from nad_attr.system.threads import owned
+from nad_attr.system.threads import alone, guarded, is_owned, owned
 
-__all__ = ["Explained", "flowing_copies", "restored", "untouched"]
+__all__ = ["Explained", "flowing_copies", "own_copy", "restored", "untouched"]
 
 
 @contextmanager
@@ -33,17 +34,69 @@ def restored(model: nn.Module) -> Iterator[None]:
     """Undo all changes of a network's modules at the end, also after an exception.
 
     Hooks that were left behind, attributes that were added (as Captum's DeepLift and Zennit's
-    canonizers do), parameters that were exchanged.
+    canonizers do), parameters that were exchanged. Hooks that are put on inside act in this thread
+    alone; another thread that comes here with the same network waits.
     """
-    # Zennit's canonizers exchange what a parameter holds, and do not put it back when they fail.
-    contents = [(parameter, parameter.data) for parameter in unwrap(model).parameters()]
+    root = unwrap(model)
+    with alone(root):
+        # Zennit's canonizers exchange what a parameter holds; when they fail, it stays.
+        contents = [(parameter, parameter.data) for parameter in root.parameters()]
+        hooks = [
+            (table, dict(table))
+            for module in root.modules()
+            for key, table in vars(module).items()
+            if "hook" in key and table and isinstance(table, dict)
+        ]
+        try:
+            with unchanged(root, foreign=True), guarded(root):
+                yield
+        finally:
+            for tensor, content in contents:
+                if tensor.data_ptr() != content.data_ptr() or tensor.shape != content.shape:
+                    tensor.data = content
+            # The user's own: those of other threads come and go.
+            lost = {
+                key
+                for table, kept in hooks
+                for key, hook in kept.items()
+                if key not in table and callable(hook) and not is_owned(hook)
+            }
+            for table, kept in hooks:
+                if not lost.isdisjoint(kept):
+                    later = {k: v for k, v in table.items() if k not in kept}
+                    here = {k: v for k, v in kept.items() if k in table or k in lost}
+                    table.clear()
+                    table.update(here | later)
+
+
+def own_copy(model: nn.Module, user: Any = None) -> Any:
+    """A copy for one thread that changes weights for a while, as Zennit and Captum's LRP do.
+
+    Its modules and parameters are others, and hold the very same numbers in the same memory.
+
+    Args:
+        model: The network.
+        user: An object that has the network, to be copied with it.
+
+    Returns:
+        The copy, and that of the object if there is one; the very same where they cannot be copied.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> copied = own_copy(net)
+        >>> copied.weight.data = copied.weight.data * 2
+        >>> torch.equal(copied.weight, 2 * net.weight)
+        True
+    """
+    wanted = model if user is None else (model, user)
     try:
-        with unchanged(unwrap(model), hooks=True):
-            yield
-    finally:
-        for tensor, content in contents:
-            if tensor.data_ptr() != content.data_ptr() or tensor.shape != content.shape:
-                tensor.data = content
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()
+        }
+        memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}
+        return copy.deepcopy(wanted, memo)
+    except Exception:  # a lock or a graph on a module, a module of another language
+        return wanted
 
 
 @contextmanager

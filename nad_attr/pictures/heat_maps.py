@@ -15,7 +15,7 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
 from nad_attr.gating.restore import Explained, untouched
-from nad_attr.running.forward import Runner, chunks
+from nad_attr.running.forward import Filled, Runner, chunks
 from nad_attr.running.options import RunOptions
 
 __all__ = ["HeatMapMethod", "class_architectures", "gradient_times_input", "heat_maps"]
@@ -129,11 +129,12 @@ def explained(runner: Runner, arch: SubArchitecture | None) -> Iterator[nn.Modul
         if arch is not None:
             stack.enter_context(arch.applied(runner.model))
         # The network itself where that will do: methods look for its layers by name or type.
-        yield (
+        network = (
             runner.model
             if runner.plain
             else Explained(runner.model, lambda *inputs: runner(tuple(inputs)))
         )
+        yield network if runner.fixed_batch is None else Filled(network, runner.fixed_batch)
 
 
 def run_method(

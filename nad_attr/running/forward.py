@@ -29,11 +29,14 @@ from nad_attr.system.threads import stranger
 
 __all__ = [
     "MAX_FOUND_BATCH",
+    "Filled",
     "Runner",
+    "any_batch",
     "check_classes",
     "chunks",
     "cumulative",
     "sent",
+    "what_came",
 ]
 
 #: Images in a batch, at most, where the size is found: more are hardly faster.
@@ -141,7 +144,7 @@ def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
         ) from error
 
 
-def _what(outputs: object) -> str:
+def what_came(outputs: object) -> str:
     """What a network returned in place of outputs, and what to do."""
     if isinstance(outputs, Tensor):
         if outputs.is_complex():
@@ -362,7 +365,7 @@ class Runner:
         """
         outputs = self.run(inputs)
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-            raise TypeError(f"the network returned {_what(outputs)}")
+            raise TypeError(f"the network returned {what_came(outputs)}")
         if outputs.ndim == 1 and len(outputs) == len(inputs[0]):
             outputs = outputs[:, None]
         if outputs.ndim != 2 or len(outputs) != len(inputs[0]):
@@ -434,3 +437,65 @@ class Runner:
 def repeated(image: Inputs, n: int) -> Inputs:
     """A batch of the first image ``n`` times."""
     return tuple(x[:1].expand(n, *x.shape[1:]).contiguous() for x in image)
+
+
+class Filled(nn.Module):
+    """A network whose batch size is fixed, as one that takes any, for other libraries.
+
+    Args:
+        network: Takes batches of one size only.
+        size: That size.
+        one_pass: Refuse more images than that, for methods that keep what they see in a pass on the
+            network's modules.
+
+    Example:
+        >>> class Fixed(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x.view(4, 2))
+        >>> Filled(Fixed(2, 3), 4)(torch.ones(5, 2)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, network: nn.Module, size: int, one_pass: bool = False) -> None:
+        super().__init__()
+        self.network, self.size, self.one_pass = network, size, one_pass
+        self.training = False  # its own flag only: eval() would reach into the network
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """The network's outputs for any number of images."""
+        n = len(inputs[0])
+        if self.one_pass and n > self.size:
+            raise ValueError(
+                f"the network takes batches of {self.size} images only, and this wants {n} in one "
+                "pass (images and baselines together): explain fewer at a time, or write "
+                "x.shape[0] or -1 in place of the number in forward."
+            )
+        parts = []
+        for images in chunks(n, self.size):
+            rows = [min(i, n - 1) for i in range(images.start, images.start + self.size)]
+            with filled_batch(len(images)):
+                outputs = self.network(
+                    *(
+                        x[rows] if isinstance(x, Tensor) and x.ndim and len(x) == n else x
+                        for x in inputs
+                    )
+                )
+            parts.append(outputs[: len(images)])
+        return torch.cat(parts)
+
+
+def any_batch(
+    model: nn.Module, inputs: Inputs, asked: nn.Module | None = None, *, one_pass: bool = False
+) -> nn.Module:
+    """A network to be called with any number of images: itself, if its batch size is not fixed.
+
+    Args:
+        model: The network.
+        inputs: An image or more.
+        asked: The network that is asked, for a copy of it; answers are kept.
+        one_pass: See :class:`Filled`.
+    """
+    runner = Runner(model if asked is None else asked)
+    runner.find_batch_size(inputs)
+    size = runner.fixed_batch
+    return model if size is None else Filled(model, size, one_pass)

@@ -22,8 +22,9 @@ from nad_attr.data.labels import Task, as_task, other_images, own_images, tasks_
 from nad_attr.data.sources import Draw, Inputs, Source, TensorSource, as_source
 from nad_attr.gates.channels import to_channels, to_gates
 from nad_attr.gating.hooks import channel_shape, frozen, installed, site_modules
+from nad_attr.gating.restore import own_copy
 from nad_attr.running.forward import Runner, check_classes, chunks
-from nad_attr.running.options import RunOptions
+from nad_attr.running.options import RunOptions, as_options
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.site import GateSite, check_sites
 from nad_attr.system.rng import seed_of
@@ -194,6 +195,8 @@ class ChannelScorer(ABC):
     has_sign: ClassVar[bool] = False
     #: Whether that sign is kept.
     signed: bool = False
+    #: Whether it changes weights for a while, so that it needs a network of its own.
+    changes_weights: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, sites: Sequence[GateSite]) -> None:
         self.model = model
@@ -319,7 +322,8 @@ class ChannelScorer(ABC):
         run: RunOptions | None,
         dtype: torch.dtype,
     ) -> Variants:
-        runner = Runner(self.model, run)
+        private = self.changes_weights and as_options(run).forward_func is None
+        runner = Runner(own_copy(self.model) if private else self.model, run)
         # A caller's inference mode would leave nothing to differentiate.
         with torch.inference_mode(False), torch.enable_grad(), frozen(runner.model):
             source: Source = (

@@ -73,6 +73,7 @@ class LRPScorer(ChannelScorer):
 
     task_specific = True
     has_sign = True
+    changes_weights = True
 
     def __init__(
         self,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-__all__ = ["NetworkCheckWarning"]
+__all__ = ["ELSEWHERE", "NetworkCheckWarning"]
 
 
 class NetworkCheckWarning(UserWarning):
     """What is learned about this network may not be true of it; the message says why."""
 
 
-# Coverage
+#: How sites are named where it is not done by ``layers=``.
+ELSEWHERE = " (sites= for learning, --layer on the command line)"
 
 
 def poor_coverage(
@@ -38,7 +39,7 @@ def poor_coverage(
         text = f"no site covers the {n} of {n_operators} layers between {where}"
         if inside and not repeated:
             few = [inside[i * len(inside) // 6] for i in range(6)] if len(inside) > 6 else inside
-            text += f"; name some of them, such as layers={list(dict.fromkeys(few))}"
+            text += f"; name some of them, such as layers={list(dict.fromkeys(few))}{ELSEWHERE}"
         elif repeated:
             name, times = next(iter(repeated.items()))
             text += (
@@ -51,6 +52,6 @@ def poor_coverage(
         parts.append(
             f"the network looks at values and did not call {', '.join(map(repr, not_called[:4]))}"
             f"{' and others' if len(not_called) > 4 else ''} for this image: the sites are those "
-            "of one path. Name modules that every image passes, with layers="
+            f"of one path. Name modules that every image passes, with layers={ELSEWHERE}"
         )
     return None if not parts else "the gate sites cover little of the network: " + ". ".join(parts)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr.sites.calling import Fields, call_with
-from nad_attr.sites.coverage import NetworkCheckWarning, poor_coverage
+from nad_attr.sites.coverage import ELSEWHERE, NetworkCheckWarning, poor_coverage
 from nad_attr.sites.dataflow import FLOAT, Flow, canonical_axis, channel_axis
 from nad_attr.sites.projections import called_projections
 from nad_attr.sites.site import UNITS, GateSite, SiteError, resolve_name, unwrap
@@ -282,7 +282,8 @@ def site_links(
     cells = {call.output for call in _cells(flow, cuts, set())}
     nodes: dict[int, str] = {}
     for site in sites:
-        node = _gated_node(flow, _one_call(flow, site.name), site.at_input)
+        call, inner = _one_call(flow, site.name), site.units != "channels"
+        node = _gated_node(flow, call, site.at_input, windows=inner)
         if node not in cuts and node not in cells and site.units == "channels":
             raise SiteError(
                 f"a path of the data leads around gate site {site.name!r} (a parallel branch), so "
@@ -557,7 +558,7 @@ def _found_sites(
     if not flow.path and not flow.int8:
         raise SiteError(
             "the output does not depend on the inputs by PyTorch operators, so no site can be "
-            "found; name the layers yourself with layers="
+            f"found; name the layers yourself, with layers={ELSEWHERE}"
         )
     calls_at: dict[int, list[Call]] = {}
     for call in flow.gateable():
@@ -588,7 +589,7 @@ def _found_sites(
             "no gate site found: no module returns a hidden tensor on which all of the output "
             "depends"
             + ("" if vectors else " and which has positions (vectors=False)")
-            + "; name the layers yourself with layers="
+            + f"; name the layers yourself, with layers={ELSEWHERE}"
         )
     _check_names(channel_dim, [site.name for site in sites])
     return sites

@@ -116,7 +116,6 @@ class Kept:
         model: The network.
         copies: Where copies of its tensors are kept from one time to the next; None: nowhere. What
             an earlier pass has left on them is put back first.
-        hooks: Hooks are put back too.
 
     Example:
         >>> net = nn.BatchNorm1d(2)  # in train mode
@@ -127,7 +126,7 @@ class Kept:
         (tensor([0., 0.]), tensor(0))
     """
 
-    def __init__(self, model: nn.Module, copies: Copies | None = None, hooks: bool = False) -> None:
+    def __init__(self, model: nn.Module, copies: Copies | None = None) -> None:
         self._copies = Copies() if copies is None else copies
         if self._copies.pending is not None:
             self._copies.pending._finish()
@@ -141,7 +140,7 @@ class Kept:
             kept = dict(attributes)
             self._modules.append((attributes, kept))
             own: Iterable[tuple[str, Any]] = kept.items()
-            if not hooks and [*islice(kept, len(_BASE))] == _BASE:  # nearly always
+            if [*islice(kept, len(_BASE))] == _BASE:  # nearly always
                 own = islice(own, len(_BASE), None)
                 for table in (module._parameters, module._modules):
                     self._containers.append((table, table.copy() if table else _EMPTY))
@@ -151,9 +150,9 @@ class Kept:
                     self._containers.append((module._buffers, _EMPTY))
             for key, value in own:
                 kind = type(value)
-                if kind in _PLAIN or (key in _HOOKS and not hooks):
+                if kind in _PLAIN or key in _HOOKS:
                     continue
-                if key in _TABLES or key in _HOOKS:
+                if key in _TABLES:
                     if kind in _DICTS:
                         self._containers.append((value, dict(value)))
                 else:
@@ -246,7 +245,7 @@ class Kept:
 
 
 @contextmanager
-def unchanged(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
+def unchanged(model: nn.Module, *, foreign: bool = False) -> Iterator[None]:
     """Put back what forward passes inside leave on a network's modules, also after an exception.
 
     Buffers and other tensors (values, memory, strides, the very objects), attributes such as
@@ -256,7 +255,7 @@ def unchanged(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
 
     Args:
         model: The network.
-        hooks: Put hooks back as well: for other libraries, which may leave some.
+        foreign: For other libraries, which keep things on modules from one pass to the next.
 
     Example:
         >>> class Counting(nn.Identity):
@@ -272,11 +271,11 @@ def unchanged(model: nn.Module, *, hooks: bool = False) -> Iterator[None]:
         >>> net.calls
         0
     """
-    kept = Kept(model, hooks=hooks)
-    _FOREIGN[0] += hooks
+    kept = Kept(model)
+    _FOREIGN[0] += foreign
     try:
         yield
     finally:
-        _FOREIGN[0] -= hooks
+        _FOREIGN[0] -= foreign
         kept.restore()
         _EPOCH[0] += 1

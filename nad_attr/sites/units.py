@@ -199,7 +199,7 @@ def check_rows(
         if not near or len(value) % 2:
             raise SiteError(
                 f"at {name!r} the windows of an image do not lie side by side on the first axis, "
-                "so gates cannot be told from image to image; name other sites with layers="
+                "so gates cannot be told from image to image; name other sites, with layers="
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Owner", "owned", "stranger"]
+__all__ = ["Owner", "alone", "guarded", "is_owned", "owned", "stranger"]
 
 _ENTERED: contextvars.ContextVar[tuple[Owner, ...]] = contextvars.ContextVar("entered", default=())
 _STRANGER: contextvars.ContextVar[bool] = contextvars.ContextVar("stranger", default=False)
@@ -63,12 +64,20 @@ class Owner:
 
     def only(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The same hook, for the owner's passes alone; in any other it leaves all as it is."""
+        if is_owned(hook):
+            return hook
 
         @wraps(hook)
         def mine(module: nn.Module, *args: Any) -> Any:
             return hook(module, *args) if self.acts(module) else None
 
+        setattr(mine, "is_owned", True)  # noqa: B010
         return mine
+
+
+def is_owned(hook: object) -> bool:
+    """Whether a hook acts for an owner alone."""
+    return getattr(hook, "is_owned", False) is True
 
 
 @contextmanager
@@ -92,3 +101,72 @@ def owned() -> Iterator[Owner]:
     finally:
         # Not reset by a token: the end may come in another context than the beginning.
         _ENTERED.set(tuple(other for other in _ENTERED.get() if other is not owner))
+
+
+#: How hooks get on a module.
+_REGISTERS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "register_backward_hook",
+)
+_COUNTING = threading.Lock()
+_PLAIN: dict[str, Callable[..., Any]] = {}
+_GUARDS = [0]
+#: Whose hooks on which modules, and their handles; the innermost last.
+_GUARD: contextvars.ContextVar[tuple[tuple[Owner, frozenset[int], list[Any]], ...]]
+_GUARD = contextvars.ContextVar("guard", default=())
+
+
+def _guarding(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(plain)
+    def register(module: nn.Module, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for owner, modules, handles in reversed(_GUARD.get()):
+            if id(module) in modules:
+                handles.append(plain(module, owner.only(hook), *args, **kwargs))
+                return handles[-1]
+        return plain(module, hook, *args, **kwargs)
+
+    return register
+
+
+@contextmanager
+def guarded(model: nn.Module) -> Iterator[None]:
+    """Hooks that another library puts on a network inside are this thread's, and gone at the end.
+
+    Captum and Zennit know no threads: their hooks would see, and change, the passes of all.
+    """
+    with owned() as owner:
+        guard = owner, frozenset(map(id, model.modules())), list[Any]()
+        with _COUNTING:
+            _GUARDS[0] += 1
+            if _GUARDS[0] == 1:
+                _PLAIN.update((name, getattr(nn.Module, name)) for name in _REGISTERS)
+                for name, plain in _PLAIN.items():
+                    setattr(nn.Module, name, _guarding(plain))
+        _GUARD.set((*_GUARD.get(), guard))
+        try:
+            yield
+        finally:
+            _GUARD.set(tuple(other for other in _GUARD.get() if other is not guard))
+            with _COUNTING:
+                _GUARDS[0] -= 1
+                if _GUARDS[0] == 0:
+                    for name, plain in _PLAIN.items():
+                        setattr(nn.Module, name, plain)
+            for handle in guard[2]:
+                handle.remove()
+
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock]
+_LOCKS = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """One thread at a time: for libraries that keep what they need on the network's modules."""
+    with _COUNTING:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock:
+        yield
