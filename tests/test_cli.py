@@ -953,6 +953,24 @@ def test_class_folders_of_a_network_of_one_output(here: Path) -> None:
         assert (tuple(store.tasks), tuple(store.task_names or ())) == ((0,), ("yes",))
 
 
+def test_outputs_that_are_no_scores_are_named_on_the_command_line(here: Path) -> None:
+    (here / "other_nets.py").write_text(
+        "import colour_nets\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, last):\n"
+        "        super().__init__()\n"
+        "        self.net, self.last = colour_nets.colours(), last\n"
+        "    def forward(self, x):\n"
+        "        return self.last(self.net(x))\n"
+        "def classes(): return Net(lambda y: y.argmax(1)).eval()\n"
+        "def boxes(): return Net(lambda y: [{'boxes': y, 'labels': y}]).eval()\n"
+    )
+    given = ("--data", "val", "--resize", 8, "--crop", 8, "--out", "never.h5")
+    fails(1, "class indices from argmax", "learn", "--model", "other_nets:classes", *given)
+    fails(1, "as detection models do", "learn", "--model", "other_nets:boxes", *given)
+    assert not Path("never.h5").exists()
+
+
 def test_pictures_of_several_sizes_are_seen_before_learning(here: Path) -> None:
     for name in CLASSES:
         (here / "sizes" / name).mkdir(parents=True)

@@ -116,6 +116,15 @@ def test_the_metric_leaves_what_no_constant_explains() -> None:
         assert float(part._square[row, 1]) == pytest.approx(alone, rel=1e-10)
 
 
+def test_probes_see_what_the_metric_sees() -> None:
+    model, _, shares = filled()
+    metric = model.metric(shares, torch.tensor([0.7, 3.0]).double())
+    seen = metric.probes(20_000) @ model.effects
+    expected = metric(model.effects).square().sum(1)
+    torch.testing.assert_close(seen.square().sum(1), expected, rtol=0.05, atol=0.0)
+    assert torch.equal(metric.probes(4), metric.probes(4))
+
+
 def test_roots_are_found_though_rounding_says_that_there_are_none() -> None:
     good = torch.tensor([[4.0, 2.0], [2.0, 5.0]])
     spoiled = torch.tensor([[1e6, 1e6 + 0.5], [1e6 + 0.5, 1e6]])  # smaller eigenvalue: -0.5

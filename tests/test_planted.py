@@ -505,10 +505,7 @@ def test_cancelling_channels_are_seen_through(cancelling: tuple[float, float]) -
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(
-            "redundant",
-            marks=pytest.mark.xfail(strict=True, reason="with best constants recall is .75"),
-        ),
+        "redundant",
         "cancelling",
         "distractors",
     ],

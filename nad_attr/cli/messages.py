@@ -18,7 +18,7 @@ import typer
 from nad_attr.cli.stopping import stop_at_once
 from nad_attr.stats.tables import duration as duration
 from nad_attr.system.files import written
-from nad_attr.system.safe_text import cell, shown
+from nad_attr.system.safe_text import cell, shortened, shown
 
 if TYPE_CHECKING:
     import pandas
@@ -187,19 +187,6 @@ def print_table(
 
 #: Letters that a name in a table keeps, however many numbers stand beside it.
 SHORTEST_NAME = 24
-
-
-def shortened(name: str, longest: int) -> str:
-    """A name of at most so many letters: the middle gives way, for endings tell names apart.
-
-    Example:
-        >>> shortened("black_footed_albatross", 12), shortened("cat", 12)
-        ('black…atross', 'cat')
-    """
-    if len(name) <= longest:
-        return name
-    head = (longest - 1) // 2
-    return f"{name[:head]}…{name[len(name) - (longest - 1 - head) :]}"
 
 
 def counted(n: int, what: str) -> str:

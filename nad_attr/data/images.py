@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from nad_attr.data.sources import started
 from nad_attr.system.processes import check_processes
 from nad_attr.system.safe_files import NotAFileError, check_file
-from nad_attr.system.safe_text import shown
+from nad_attr.system.safe_text import shortened, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -583,7 +583,7 @@ class ClassMapping:
     how: str
 
     def __str__(self) -> str:
-        items = [f"{shown(folder)} = {index}" for folder, index in self.index.items()]
+        items = [f"{shortened(shown(name), 40)} = {index}" for name, index in self.index.items()]
         if len(items) > 6:
             items = [*items[:3], "...", items[-1]]
         folders = "1 class folder" if len(self.index) == 1 else f"{len(self.index):,} class folders"

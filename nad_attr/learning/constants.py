@@ -74,6 +74,8 @@ FLOOR = 0.01
 #: Shares of the largest number on the diagonal that are added where rounding leaves no root, in
 #: units of a number's rounding.
 ADDED_WHERE_ROUNDED = (30.0, 30_000.0)
+#: Random projections by which candidates are chosen.
+N_PROBES = 16
 #: Channels, at most, whose correlations say how much of all is noise.
 MAX_CORRELATED = 512
 #: Share of a task's images that are kept apart, and how many of each kind at most; with fewer
@@ -146,6 +148,15 @@ class Metric(NamedTuple):
         """Values of images (R, M, k), so that a sum of their squares is P's."""
         seen: Tensor = torch.linalg.solve_triangular(self.root, values * self.weight, upper=False)
         return seen
+
+    def probes(self, n: int) -> Tensor:
+        """Random combinations of images, (R, n, M): sums of their squares are P's, nearly."""
+        rows, m = self.root.shape[:2]
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (m, n), generator=generator, device="cpu").to(self.root.dtype)
+        signs = sent((2 * signs - 1) / n**0.5, self.root.device).expand(rows, -1, -1)
+        found: Tensor = torch.linalg.solve_triangular(self.root.mT, signs, upper=True)
+        return (found * self.weight).mT
 
     def twice(self, values: Tensor) -> Tensor:
         """P times values of images: (R, M) to (R, M)."""
@@ -278,8 +289,9 @@ class ConstantModel:
     ) -> tuple[Tensor, int] | None:
         """As :meth:`QuadraticModel.candidates`, without seeing all channels in the metric.
 
-        What flips do to the loss is taken as it is, what each does by itself as if nothing but
-        its own constant could make it good: no less than it is.
+        What flips do to the loss is taken as it is; each channel's own squared effect is estimated
+        from a few random projections of the images (Johnson and Lindenstrauss 1984): exact, it
+        would take a solution for every channel.
 
         Args:
             metric: See :meth:`quadratic`.
@@ -291,16 +303,11 @@ class ConstantModel:
         """
         if self.gates.shape[1] < MIN_CHANNELS_TO_NARROW:
             return None
-        share = metric.weight[:, :, 0].square()
-        square, both, slope_square = (torch.zeros_like(self.gates) for _ in range(3))
-        for at in self._blocks:
-            effects, slopes = (
-                held[:, at].to(residuals.dtype) for held in (self.effects, self.slopes)
-            )
-            part = share[:, None, at]
-            square += torch.bmm(part, effects.square())[:, 0]
-            both += torch.bmm(part, effects * slopes)[:, 0]
-            slope_square += torch.bmm(part, slopes.square())[:, 0]
+        probes = metric.probes(N_PROBES)
+        effects, slopes = (self._combined(name, probes) for name in ("effects", "slopes"))
+        square, both, slope_square = (
+            (a * b).sum(1) for a, b in ((effects, effects), (effects, slopes), (slopes, slopes))
+        )
         own = both.square() / (1 / metric.freedom[:, None] + slope_square) * self.gates
         scout = QuadraticModel(self.gates, 1, trust, shrink=shrink)
         scout.prices = prices
@@ -356,9 +363,13 @@ class ConstantModel:
 
     def _over(self, name: str, values: Tensor) -> Tensor:
         """Sum over images: (R, M) to (R, n)."""
-        total = torch.zeros_like(self.gates)
+        return self._combined(name, values[:, None])[:, 0]
+
+    def _combined(self, name: str, values: Tensor) -> Tensor:
+        """Several such sums: (R, k, M) to (R, k, n)."""
+        total = values.new_zeros(*values.shape[:2], self.gates.shape[1])
         for at, part in zip(self._blocks, self._parts(name), strict=True):
-            total += torch.bmm(values[:, None, at], part)[:, 0]
+            total += torch.bmm(values[:, :, at], part)
         return total
 
 

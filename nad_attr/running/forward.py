@@ -36,6 +36,7 @@ __all__ = [
     "chunks",
     "cumulative",
     "sent",
+    "what_came",
 ]
 
 #: Images in a batch, at most, where the size is found: more are hardly faster.
@@ -143,7 +144,7 @@ def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
         ) from error
 
 
-def _what(outputs: object) -> str:
+def what_came(outputs: object) -> str:
     """What a network returned in place of outputs, and what to do."""
     if isinstance(outputs, Tensor):
         if outputs.is_complex():
@@ -364,7 +365,7 @@ class Runner:
         """
         outputs = self.run(inputs)
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-            raise TypeError(f"the network returned {_what(outputs)}")
+            raise TypeError(f"the network returned {what_came(outputs)}")
         if outputs.ndim == 1 and len(outputs) == len(inputs[0]):
             outputs = outputs[:, None]
         if outputs.ndim != 2 or len(outputs) != len(inputs[0]):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nad_attr.running.forward import what_came
 from nad_attr.sites.finding import fixed_batch_size
 from nad_attr.sites.preserving import unchanged
 from nad_attr.specs.names import SpecError, call, first_line, near, need
@@ -327,7 +328,8 @@ def _network_inside(
     notes.append(f"names in {path.name} were taken without their prefix {prefix!r}.")
     if rest:
         listed = ", ".join(rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
-        notes.append(f"{listed} in {path.name} are beside the network and were left out.")
+        be, past = ("is", "was") if len(rest) == 1 else ("are", "were")
+        notes.append(f"{listed} in {path.name} {be} beside the network and {past} left out.")
     return {key[len(prefix) :]: v for key, v in state.items() if key.startswith(prefix)}
 
 
@@ -411,12 +413,16 @@ def n_outputs(model: nn.Module, inputs: Tensor) -> int:
             f"the model does not take inputs of shape {tuple(inputs.shape)}: {first_line(error)}. "
             "Check --resize, --crop or --transform."
         ) from error
-    if isinstance(outputs, Tensor) and outputs.ndim == 1 and len(outputs) == len(inputs):
-        return 1
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
-        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        what = what_came(outputs).replace("give a forward_func", "wrap it in a module")
         raise SpecError(
-            f"the model returns {shape} for one image, not a tensor (images, classes); wrap it in "
-            "a module that does."
+            f"the model returns {what.replace('Give a forward_func', 'Wrap it in one')}"
+        )
+    if outputs.ndim == 1 and len(outputs) == len(inputs):
+        return 1
+    if outputs.ndim != 2:
+        raise SpecError(
+            f"the model returns {tuple(outputs.shape)} for one image, not a tensor (images, "
+            "classes); wrap it in a module that does."
         )
     return outputs.shape[1]

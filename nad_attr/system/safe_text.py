@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-__all__ = ["cell", "members", "shown"]
+__all__ = ["cell", "members", "shortened", "shown"]
 
 V = TypeVar("V")
 
@@ -85,3 +85,16 @@ def members(arrays: Mapping[str, V]) -> dict[str, V]:
             tried = f"{safe}~{number}"
         found[tried] = value
     return found
+
+
+def shortened(name: str, longest: int) -> str:
+    """A name of at most so many letters: the middle gives way, for endings tell names apart.
+
+    Example:
+        >>> shortened("black_footed_albatross", 12), shortened("cat", 12)
+        ('black…atross', 'cat')
+    """
+    if len(name) <= longest:
+        return name
+    head = (longest - 1) // 2
+    return f"{name[:head]}…{name[len(name) - (longest - 1 - head) :]}"
