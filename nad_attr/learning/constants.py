@@ -155,7 +155,7 @@ class Metric(NamedTuple):
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (m, n), generator=generator, device="cpu").to(self.root.dtype)
         signs = sent((2 * signs - 1) / n**0.5, self.root.device).expand(rows, -1, -1)
-        found = torch.linalg.solve_triangular(self.root.mT, signs, upper=True)
+        found: Tensor = torch.linalg.solve_triangular(self.root.mT, signs, upper=True)
         return (found * self.weight).mT
 
     def twice(self, values: Tensor) -> Tensor:
