@@ -134,7 +134,7 @@ def test_nothing_is_left() -> None:
             raise ArithmeticError
         with pytest.raises(GatingError), relevance_masked(model, arch()):
             pass  # not run
-        with pytest.raises(ValueError, match="no class"):
+        with pytest.raises(ValueError, match="not a class"):
             compare_with_condition(model, arch(), x, 3)
         with pytest.raises(ValueError, match="no target"):
             compare_with_condition(model, arch(None), x)
