@@ -183,11 +183,14 @@ def of_pair(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]
                         fitted = [
                             one for arch in (core, cut) for one in fit_constants(model, arch, data)
                         ]
-                        judged = evaluate(model, fitted, held_out, n_random=0, checks="off")
+                        judged = [
+                            evaluate(model, one, held_out, n_random=0, checks="off")
+                            for one in fitted
+                        ]
                         cores[f"{tau:g}"] = {
                             "size": core.size, "kappa": kappa_of(*masks),
-                            "own_auc": judged.own_auc.tolist(),
-                            "fidelity": judged.fidelity.tolist(),
+                            "own_auc": [one.mean("own_auc") for one in judged],
+                            "fidelity": [one.mean("fidelity") for one in judged],
                             "bound": found[0].false_selections(tau, task) if tau > 0.5 else None,
                         }  # fmt: skip
                     return {

@@ -26,6 +26,7 @@ _COLUMNS = (
     ("own_auc", "own AUC"),
     ("other_auc", "other AUC"),
     ("fidelity", "fidelity"),
+    ("target_r2", "R² of targets"),
     ("recall", "recall"),
     ("fpr", "FPR"),
     ("ba", "BA"),

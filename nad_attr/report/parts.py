@@ -42,6 +42,7 @@ SHOWN = {
     "own_auc": "own AUC",
     "other_auc": "other AUC",
     "fidelity": "fidelity",
+    "target_r2": "R² of targets",
     "recall": "recall",
     "fpr": "FPR",
     "ba": "BA",
