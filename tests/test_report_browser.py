@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from nad_attr import GateSite, TaskGates, information_flow
+from nad_attr import GateSite, Labels, Recipe, TaskGates, information_flow, learn_gates
 from nad_attr.concepts import Concept, UnitConcepts
-from nad_attr.evaluation import Evaluation
+from nad_attr.evaluation import Evaluation, evaluate
 from nad_attr.flow.picture import flow_picture
 from nad_attr.gates.history import History
 from nad_attr.report import Report
@@ -440,5 +440,38 @@ def test_nothing_is_cut_off_at_any_width(
           .filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent)"""
     )
     assert cut == []
+    assert opened.wrong == []
+    opened.page.close()
+
+
+@pytest.mark.parametrize("kind", ["classes", "several labels", "regression"])
+def test_measures_can_be_read_on_a_phone(browser: Any, tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+    images, drawn = torch.rand(40, 4), torch.rand(40, 3)
+    labels = {
+        "classes": torch.arange(40) % 3,
+        "several labels": Labels((drawn < 0.5).float()),
+        "regression": Labels(drawn),
+    }[kind]
+    gates = learn_gates(net, (images, labels), recipe=Recipe(steps=2, images_per_step=8))
+    result = evaluate(net, gates, (images, labels), n_random=2)
+    opened = Opened(browser, Report(gates, evaluation=result).save(tmp_path / "phone.html"))
+    opened.page.set_viewport_size({"width": 390, "height": 844})
+    assert opened.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    # Scrolled to its end, each number is beside the name of its row and below that of its column.
+    apart = opened.page.evaluate(
+        """() => [...document.querySelectorAll('.scroll')].filter((e) => e.querySelector('tbody th'))
+          .map((box) => { box.scrollLeft = box.scrollWidth;
+            const name = box.querySelector('tbody th').getBoundingClientRect();
+            const last = box.querySelector('tbody tr').lastElementChild.getBoundingClientRect();
+            return [name.left - box.getBoundingClientRect().left, last.left - name.right,
+                    last.right - window.innerWidth]; })"""
+    )
+    assert apart
+    for name, between, over in apart:
+        assert abs(name) < 2
+        assert between > -1
+        assert over < 1
     assert opened.wrong == []
     opened.page.close()
