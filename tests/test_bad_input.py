@@ -494,8 +494,12 @@ cases(
             ValueError,
             "real",
         ),
-        "gates are text": (lambda c: run_mapping(c, relu1="open"), TypeError, "relu1.*no tensor"),
-        "gates are None": (lambda c: run_mapping(c, relu1=None), TypeError, "relu1.*no tensor"),
+        "gates are text": (
+            lambda c: run_mapping(c, relu1="open"),
+            TypeError,
+            "relu1.*not a tensor",
+        ),
+        "gates are None": (lambda c: run_mapping(c, relu1=None), TypeError, "relu1.*not a tensor"),
         "gates for other images": (
             lambda c: run_mapping(c, relu1=torch.ones(5, 6)),
             GatingError,

@@ -923,7 +923,7 @@ def test_labels_from_a_table(here: Path, kind: str) -> None:
         assert "does not" in text or "holds" in text, text
         fails(1, "--data FOLDER --labels TABLE.csv", "verdict", out, *held_out)
     if kind == "target":
-        quick = ("--quick", "--out", "explained.html", "--overwrite", "--tasks", task)
+        quick = ("--quick", "--out", "explained.html", "--store", "explained.h5", "--tasks", task)
         assert "explained.html" in succeeds("explain", "--model", model, *given, *plain, *quick)
 
 
@@ -1020,23 +1020,25 @@ def test_main_leaves_the_handler_of_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> N
 # explain
 # ---------------------------------------------------------------------------------------------
 
-EXPLAIN = ("explain", *MODEL, "--data", "train", "--device", "cpu")
+EXPLAIN_TRAIN = ("explain", *MODEL, "--data", "train", "--device", "cpu")
 
 
 @pytest.mark.slow
 def test_explain_goes_from_photos_to_a_verdict(tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     page = tmp_path / "report.html"
-    text = succeeds(*EXPLAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
+    text = succeeds(*EXPLAIN_TRAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
     for said in ("this will take about", "learning from", "Asked: which of 12 channels", "See: "):
         assert said in text, text
     assert len([line for line in text.splitlines() if line.startswith("Answer: ")]) == 1
     assert GateStore.open(tmp_path / "gates.h5").task_names == ("blue", "red")
     assert "verdict" in page.read_text()
-    again = succeeds(*EXPLAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
+    again = succeeds(*EXPLAIN_TRAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
     assert "verdict ..." not in again
-    fails(1, "begun with minutes 60.0, not None", *EXPLAIN, "--out", page, "--tasks", "red,blue")
-    fails(1, "was not begun by explain", *EXPLAIN, "--store", "gates.h5", "--out", page)
+    fails(
+        1, "begun with minutes 60.0, not None", *EXPLAIN_TRAIN, "--out", page, "--tasks", "red,blue"
+    )
+    fails(1, "was not begun by explain", *EXPLAIN_TRAIN, "--store", "gates.h5", "--out", page)
 
 
 @pytest.mark.parametrize(
@@ -1048,7 +1050,7 @@ def test_explain_goes_from_photos_to_a_verdict(tmp_path: Path) -> None:
         (2, "there is no folder", ("--out", "no/where/report.html")),
         (2, "--quick and --minutes", ("--quick", "--minutes", "3")),
         (2, "--size takes a share", ("--size", "40")),
-        (1, "--class-index", ("--data", "one")),
+        (1, "--class-index", ("--data", "alone")),
         (1, "not a tensor (images, classes)", ("--model", "colour_nets:maps")),
         (1, "4 are the least", ("--data", "few", "--tasks", "red")),
     ],
@@ -1056,8 +1058,8 @@ def test_explain_goes_from_photos_to_a_verdict(tmp_path: Path) -> None:
 def test_explain_says_in_a_line_what_is_wrong(
     code: int, message: str, more: tuple[str, ...], place: Path, tmp_path: Path
 ) -> None:
-    if more[-1] == "one" or "few" in more:
-        for name, n in {"one": (("red", 5),), "few": (("blue", 5), ("green", 5), ("red", 2))}[
+    if more[-1] == "alone" or "few" in more:
+        for name, n in {"alone": (("red", 5),), "few": (("blue", 5), ("green", 5), ("red", 2))}[
             more[1]
         ]:
             for i in range(n):
@@ -1065,4 +1067,4 @@ def test_explain_says_in_a_line_what_is_wrong(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes((place / "train" / name / f"{i}.png").read_bytes())
     page = () if "--out" in more else ("--out", tmp_path / "report.html")
-    fails(code, message, *EXPLAIN, *page, *more)
+    fails(code, message, *EXPLAIN_TRAIN, *page, *more)

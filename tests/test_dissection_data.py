@@ -197,7 +197,7 @@ def test_index_masks_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ConceptDataError, match="one number for each pixel"):
         MaskData(tmp_path, CAMVID)[1]
     (tmp_path / "images" / "0.jpg").write_bytes(b"nothing")
-    with pytest.raises(ConceptDataError, match="no image"):
+    with pytest.raises(ConceptDataError, match="not a readable image"):
         MaskData(tmp_path, CAMVID, ignore_index=11)[0]
 
 

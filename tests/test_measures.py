@@ -736,7 +736,8 @@ def test_summary(result: Evaluation) -> None:
     assert "FPR" in lines[1]
     assert "own AUC" in lines[1]
     assert any(line.startswith("(0, 1)") for line in lines)
-    assert lines[-1].startswith("whole network")
+    assert lines[-2].startswith("whole network")
+    assert lines[-1] == "closed channels: zero"
     assert max(map(len, lines)) <= 100
     assert f"{result.mean('own_auc'):.3f}" in text
     assert "Evaluation(3 tasks, 11 images" in repr(result)

@@ -25,6 +25,8 @@ from tests import killable
 from tests.helpers import assert_model_untouched
 
 pytestmark = pytest.mark.slow
+# Ray's workers give way to all other programs otherwise, and seem to hang on a busy machine.
+os.environ.setdefault("RAY_worker_niceness", "0")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is missing")
 
 

@@ -624,7 +624,7 @@ def test_kept_results_come_back(tmp_path: Path, measured: Report) -> None:
     written = report.keep()
     assert written == [
         "evaluation", "report/curves", "report/errors", "report/flow", "report/pictures",
-        "report/export",
+        "report/where", "report/export",
     ]  # fmt: skip
     again = Report(path)
     assert again.results.pictures == measured.results.pictures

@@ -461,8 +461,9 @@ def test_measures_can_be_read_on_a_phone(browser: Any, tmp_path: Path, kind: str
     assert opened.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     # Scrolled to its end, each number is beside the name of its row and below that of its column.
     apart = opened.page.evaluate(
-        """() => [...document.querySelectorAll('.scroll')].filter((e) => e.querySelector('tbody th'))
-          .map((box) => { box.scrollLeft = box.scrollWidth;
+        """() => [...document.querySelectorAll('.scroll')]
+          .filter((e) => e.querySelector('tbody th')).map((box) => {
+            box.scrollLeft = box.scrollWidth;
             const name = box.querySelector('tbody th').getBoundingClientRect();
             const last = box.querySelector('tbody tr').lastElementChild.getBoundingClientRect();
             return [name.left - box.getBoundingClientRect().left, last.left - name.right,

@@ -139,22 +139,22 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
         Raises:
             GatingError: See the class.
         """
-        items = inputs if isinstance(inputs, tuple) else (inputs,)
-        wanted = [(x, x.requires_grad) for x in items if isinstance(x, Tensor) and x.is_leaf]
+        # Captum switches gradients of its inputs on for a while, which other threads would see.
+        items = tuple(
+            x.detach() if isinstance(x, Tensor) and not x.requires_grad else x
+            for x in (inputs if isinstance(inputs, tuple) else (inputs,))
+        )
+        inputs = items if isinstance(inputs, tuple) else items[0]
         model, method = self.model, self.method
         inner = getattr(method, "attribution_method", method)
         if isinstance(inner, LRP) and isinstance(inner.forward_func, nn.Module):
             model, method = own_copy(model, method)  # some of its rules change weights
-        try:
-            if all(isinstance(x, Tensor) for x in items) and model is _network(method):
-                one_pass = isinstance(inner, (DeepLift, LRP, Deconvolution))
-                batched = any_batch(model, items, self.model, one_pass=one_pass)
-                method = method if batched is model else _with_network(method, batched)
-            with isolated_rng(self.seed), restored(model), self._on(model):
-                return method.attribute(inputs, *args, **kwargs)
-        finally:
-            for tensor, flag in wanted:  # Captum switches it on, and back unless it fails
-                tensor.requires_grad_(flag)
+        if all(isinstance(x, Tensor) for x in items) and model is _network(method):
+            one_pass = isinstance(inner, (DeepLift, LRP, Deconvolution))
+            batched = any_batch(model, items, self.model, one_pass=one_pass)
+            method = method if batched is model else _with_network(method, batched)
+        with isolated_rng(self.seed), restored(model), self._on(model):
+            return method.attribute(inputs, *args, **kwargs)
 
     @property
     def multiplies_by_inputs(self) -> bool:

@@ -114,7 +114,7 @@ class History(Result, Mapping[str, npt.NDArray[np.float32]]):
         return cls(fields["curves"])
 
     def plot(self) -> Figure:
-        """One panel per quantity, one line per task, the mean in black.
+        """One panel per quantity that has a curve, one line per task, the mean in black.
 
         Returns:
             A matplotlib figure, not shown.
@@ -126,9 +126,13 @@ class History(Result, Mapping[str, npt.NDArray[np.float32]]):
             from matplotlib.figure import Figure
         except ImportError:
             raise ImportError("plotting needs matplotlib: pip install 'nad-attr[plot]'") from None
-        figure = Figure(figsize=(4 * max(1, len(self)), 3), layout="constrained")
-        for i, (name, curve) in enumerate(self._curves.items()):
-            axes = figure.add_subplot(1, len(self), i + 1)
+        # What is known at the end alone is a point, and no curve.
+        shown = {
+            k: v for k, v in self._curves.items() if np.isfinite(v).any(1).sum() > (len(v) > 1)
+        }
+        figure = Figure(figsize=(4 * max(1, len(shown)), 3), layout="constrained")
+        for i, (name, curve) in enumerate(shown.items()):
+            axes = figure.add_subplot(1, len(shown), i + 1)
             axes.plot(curve, color="0.75", linewidth=0.8)
             # A column of NaN (a task without steps) must not turn the mean into a warning.
             seen = np.isfinite(curve)

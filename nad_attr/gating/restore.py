@@ -82,6 +82,7 @@ def own_copy(model: nn.Module, user: Any = None) -> Any:
         The copy, and that of the object if there is one; the very same where they cannot be copied.
 
     Example:
+        >>> import torch
         >>> net = nn.Linear(2, 2)
         >>> copied = own_copy(net)
         >>> copied.weight.data = copied.weight.data * 2

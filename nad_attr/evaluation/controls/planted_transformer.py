@@ -140,7 +140,7 @@ def planted_heads(
     Example:
         >>> known = planted_heads(n_classes=2, circuit_width=1, n_heads=8, hidden=8, n_images=20)
         >>> known
-        PlantedCircuit('heads', 2 classes, 4 sites of 32 gates in all, circuits of 4)
+        PlantedCircuit('heads', 2 classes, 4 sites of 32 channels, circuits of 4)
     """
     for name, value, least in (
         ("n_classes", n_classes, 2),
