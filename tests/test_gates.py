@@ -315,8 +315,10 @@ def test_history() -> None:
 
 def test_history_can_be_drawn() -> None:
     pytest.importorskip("matplotlib")
-    figure = History({"loss": [[1.0, 2.0], [3.0, np.nan]], "size": np.full((2, 2), np.nan)}).plot()
-    assert [axes.get_title() for axes in figure.axes] == ["loss", "size"]
+    size, last = [[np.nan, 1.0], [np.nan, 0.5]], [[np.nan] * 2, [0.9, 0.8]]
+    curves = {"loss": [[1.0, 2.0], [3.0, np.nan]], "size": size, "fidelity_apart": last}
+    figure = History(curves | {"highest_apart": np.full((2, 2), np.nan)}).plot()
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "size"]  # the rest are no curves
     assert [len(axes.lines) for axes in figure.axes] == [3, 3]
     assert figure.axes[0].lines[-1].get_ydata().tolist() == [1.5, 3.0]
 
