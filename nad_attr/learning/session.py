@@ -492,23 +492,9 @@ class Session:
             means = self.means() if means is None else means
             if means is not None:
                 network.set_means(means)
-            source, turned = self.mirrored(
-                [task.task if isinstance(task, Replica) else task for task in tasks]
-            )
-            clean = CleanOutputs(network, source)
-            for part in chunks(len(tasks), self.width):
-                rows = slice(part.start, part.stop)
-                chunk = Chunk(
-                    network,
-                    source,
-                    tasks[rows],
-                    self.seed,
-                    clean=clean,
-                    advance=advance,
-                    mirrored=turned[rows],
-                )
+            for rows, chunk in self._chunks(tasks, advance):
                 if isinstance(recipe, PaperRecipe):
-                    first = None if start is None else start[list(part)]
+                    first = None if start is None else start[rows]
                     parts.append([learn_paper(chunk, recipe, first)])
                 else:
                     asked = [recipe.size if size is None else size for size in sizes]
@@ -535,19 +521,7 @@ class Session:
         with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
             if means is not None:
                 network.set_means(means)
-            source, turned = self.mirrored(tasks)
-            clean = CleanOutputs(network, source)
-            for part in chunks(len(archs), self.width):
-                rows = slice(part.start, part.stop)
-                chunk = Chunk(
-                    network,
-                    source,
-                    tasks[rows],
-                    self.seed,
-                    clean=clean,
-                    advance=advance,
-                    mirrored=turned[rows],
-                )
+            for rows, chunk in self._chunks(tasks, advance):
                 (found,) = self._chosen(chunk, [1.0], masks[rows])
                 assert found.constants is not None
                 constants = split_sites(found.constants.cpu(), self.sites)
@@ -560,6 +534,29 @@ class Session:
                     for i, arch in enumerate(archs[rows])
                 ]
         return result
+
+    def _chunks(
+        self, tasks: Sequence[Task | Replica], advance: Callable[[int], object]
+    ) -> Iterator[tuple[slice, Chunk]]:
+        """As many tasks at a time as go side by side, and where they stand in the list."""
+        source, turned = self.mirrored(
+            [task.task if isinstance(task, Replica) else task for task in tasks]
+        )
+        clean = CleanOutputs(self.network, source)
+        for part in chunks(len(tasks), self.width):
+            rows = slice(part.start, part.stop)
+            yield (
+                rows,
+                Chunk(
+                    self.network,
+                    source,
+                    tasks[rows],
+                    self.seed,
+                    clean=clean,
+                    advance=advance,
+                    mirrored=turned[rows],
+                ),
+            )
 
     @torch.no_grad()
     def mirrored(self, tasks: Sequence[Task]) -> tuple[Source, list[bool]]:
