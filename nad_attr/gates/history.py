@@ -128,7 +128,9 @@ class History(Result, Mapping[str, npt.NDArray[np.float32]]):
             raise ImportError("plotting needs matplotlib: pip install 'nad-attr[plot]'") from None
         # What is known at the end alone is a point, and no curve.
         shown = {
-            k: v for k, v in self._curves.items() if np.isfinite(v).any(1).sum() > (len(v) > 1)
+            name: curve
+            for name, curve in self._curves.items()
+            if np.isfinite(curve).any(axis=1).sum() >= min(2, len(curve))
         }
         figure = Figure(figsize=(4 * max(1, len(shown)), 3), layout="constrained")
         for i, (name, curve) in enumerate(shown.items()):
