@@ -237,7 +237,7 @@ def agreements(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     }
 
 
-def edges(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def edges(args: argparse.Namespace, constants: bool = False) -> Iterator[dict[str, Any]]:
     """Fidelity of sub-architectures of edges, on held-out images, at equal numbers of edges."""
     for name, model, _, (x, y), judged in _opened(args):
         for task in args.tasks:
@@ -245,9 +245,17 @@ def edges(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             # Own and other images, as fidelity is judged on both.
             both = torch.cat([x[y == task][:12], x[y != task][:12]])
             found = information_flow(model, arch, both, tasks=task, receivers=None)
-            table = edge_fidelity(found, model, judged, sizes=(0.3, 0.6), n_random=2, n_images=24)
+            table = edge_fidelity(
+                found, model, judged, sizes=(0.3, 0.6), n_random=2, n_images=24,
+                fit_images=both if constants else None,
+            )  # fmt: skip
             for row in table.to_dict("records"):
                 yield {"network": name, "kind": kind_of(name), "task": task, **row}
+
+
+def edges_with_constants(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same, and each channel that lacks a source has a constant, whatever ranked the edges."""
+    return edges(args, constants=True)
 
 
 def shape(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -291,6 +299,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "cost": cost,
     "agreement": agreements,
     "edges": edges,
+    "edges_with_constants": edges_with_constants,
     "shape": shape,
     "lite0": lite0,
 }
@@ -314,7 +323,7 @@ def summary(part: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             for size in sorted({row.get("size") for row in own}, key=str)
             if (values := [row["spearman"] for row in own if row.get("size") == size])
         }
-    if part == "edges":
+    if part.startswith("edges"):
         return {
             f"{rival} at {size:g}": _paired(rows, rival, size)
             for rival in ("random", "gradient", "flow")
