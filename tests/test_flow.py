@@ -533,6 +533,12 @@ def test_receivers_keep_their_means_where_images_are_given() -> None:
 
     assert moved(None) > 1e-3
     assert moved(x) < 1e-9
+    longer, y = made(ReLUNet)  # behind the only cut is a site to which all edges stay
+    long = information_flow(longer, half(longer, y), y, receivers=None)
+    first, second, third = (site.name for site in long.sites)
+    edge = long.edges.query(f"source_site == '{first}' and target_site == '{second}'").iloc[0]
+    with torch.no_grad(), long.cut(longer, edge, images=y):
+        assert longer(y).isfinite().all()
     judged = x, torch.arange(len(x)) % 2
     plain, fitted = (
         edge_fidelity(found, model, judged, sizes=(0.3,), n_random=1, fit_images=images)
