@@ -247,13 +247,16 @@ def standing_in(
         q = benjamini_hochberg(compared(more, own).p)
         return [c for c, small in zip(resisting, q <= alpha, strict=True) if small]
 
-    closed, resisting = eliminate(harmless)
-    standing = needing(closed, resisting)
+    # What may do harm alone will not be shown to do none among others: nothing is tried for that.
+    alone = [c for c in harmless if (c,) not in closer.errors or no_harm((c,))]
+    doubtful = [c for c in harmless if c not in set(alone)]
+    closed, resisting = eliminate(alone)
+    standing = needing(closed, resisting + doubtful)
     free = set(closed)
     if standing:
         # Close these first, and those that they stood in for become the ones that matter.
-        rest = [c for c in harmless if c not in standing]
-        closed, resisting = eliminate([*standing, *rest])
+        first = [c for c in standing if c in set(alone)]
+        closed, resisting = eliminate([*first, *(c for c in alone if c not in standing)])
         standing += needing(closed, resisting)
     return set(standing), free - set(standing)
 
