@@ -227,7 +227,7 @@ def agreements(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 arch = architecture(model, (x, y), task, size)
                 images = x[y == task][:16]
                 found = information_flow(model, arch, images, tasks=task, receivers=None)
-                for row in agreement(found, model, images, n_edges=args.edges).to_dict("records"):
+                for row in agreement(model, found, images, n_edges=args.edges).to_dict("records"):
                     yield {
                         "network": name,
                         "kind": kind_of(name),
@@ -245,7 +245,7 @@ def edges(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             # Own and other images, as fidelity is judged on both.
             both = torch.cat([x[y == task][:12], x[y != task][:12]])
             found = information_flow(model, arch, both, tasks=task, receivers=None)
-            table = edge_fidelity(found, model, judged, sizes=(0.3, 0.6), n_random=2, n_images=24)
+            table = edge_fidelity(model, found, judged, sizes=(0.3, 0.6), n_random=2, n_images=24)
             for row in table.to_dict("records"):
                 yield {"network": name, "kind": kind_of(name), "task": task, **row}
 
@@ -282,7 +282,7 @@ def lite0(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     whole = SubArchitecture.full(sites).with_means(means)
     for task, image in list(zip(labels, images, strict=True))[: args.photos]:
         found = information_flow(model, whole, image[None], tasks=task, receivers=24)
-        for row in agreement(found, model, image[None], n_edges=args.edges).to_dict("records"):
+        for row in agreement(model, found, image[None], n_edges=args.edges).to_dict("records"):
             yield {"network": "lite0", "kind": "residual", "task": task, **row}
 
 

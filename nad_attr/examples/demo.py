@@ -334,7 +334,7 @@ def random_crops(
 
 @torch.no_grad()
 def choose_classes(
-    model: nn.Module, photos: Sequence[Photo], n: int, *, size: int = IMAGE_SIZE
+    model: nn.Module, photos: Sequence[Photo], n: int = N_CLASSES, *, size: int = IMAGE_SIZE
 ) -> dict[str, int]:
     """Classes whose photos the network gets right, spread evenly over the photos' order.
 
@@ -480,7 +480,7 @@ def run_demo(
 
 @torch.no_grad()
 def strongest_channels(
-    model: nn.Module, gates: TaskGates, image: Tensor, task: int, n: int = 7
+    model: nn.Module, gates: TaskGates, task: int, image: Tensor, n: int = 7
 ) -> list[StrongChannel]:
     """The strongest kept channel of a task at each of some sites, for one image.
 
@@ -490,8 +490,8 @@ def strongest_channels(
     Args:
         model: The network, in eval mode.
         gates: The task gates.
-        image: (3, S, S), as the network takes it.
         task: Class index.
+        image: (3, S, S), as the network takes it.
         n: Channels, at most; sites that have positions and keep a channel can give one each.
 
     Returns:
@@ -548,7 +548,7 @@ def draw_photo(
     whole = model(image.to(device)).softmax(1)[0, photo.label]
     with gates.sub_architecture(photo.label).applied(model):
         part = model(image.to(device)).softmax(1)[0, photo.label]
-    channels = strongest_channels(model, gates, image[0], photo.label, n)
+    channels = strongest_channels(model, gates, photo.label, image[0], n)
 
     columns = 4
     lines = math.ceil((1 + len(channels)) / columns)

@@ -274,7 +274,7 @@ class SubArchitecture:
         """
         from nad_attr.export.exporting import export
 
-        return export(self, model, example_inputs, head=head, merge_bn=merge_bn, check=check)
+        return export(model, self, example_inputs, head=head, merge_bn=merge_bn, check=check)
 
     def cost(
         self, model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], **options: Any

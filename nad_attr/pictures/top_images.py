@@ -128,8 +128,8 @@ class TopImages:
         from nad_attr.pictures.figures import draw_top_images
 
         return draw_top_images(
-            self,
             model,
+            self,
             data,
             site=site,
             channels=channels,
@@ -143,9 +143,9 @@ class TopImages:
     def maps(
         self,
         model: nn.Module,
-        data: Data,
         site: str,
         channel: int,
+        data: Data,
         *,
         run: RunOptions | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -153,9 +153,9 @@ class TopImages:
 
         Args:
             model: The network.
-            data: The data that the images were found in.
             site: The site, one with positions.
             channel: The channel.
+            data: The data that the images were found in.
             run: How to run the network; see :class:`nad_attr.RunOptions`.
 
         Returns:
