@@ -70,7 +70,9 @@ LATE_UPWARD = {
     for method in ("save", "load")
 } | {("stats.results", f"Result.{method}", "store") for method in ("save", "load")}
 LATE_UPWARD |= {
+    ("stats.results", "Result.plot", "plots.style"),
     ("stats.tests", "Statistic.plot", "plots.style"),
+    ("gates.task_gates", "TaskGates.plot", "evaluation.figures.gates"),
     ("gates.sub_architecture", "SubArchitecture.export", "export.exporting"),
     ("gates.sub_architecture", "SubArchitecture.cost", "export.costs"),
 }

@@ -30,10 +30,12 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import recorded
 from nad_attr.learning.api import learn_gates
 from nad_attr.running.options import RunOptions
+from nad_attr.stats.results import Result
 from nad_attr.system.files import check_output, replacing, write_text
 from nad_attr.system.rng import seed_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -128,7 +130,7 @@ class StrongChannel:
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class DemoResult(Result):
     """What :func:`run_demo` found, and where it wrote it.
 
     Attributes:
@@ -146,9 +148,19 @@ class DemoResult:
     files: dict[str, Path]
     seconds: float
 
-    def table(self) -> str:
+    def frame(self) -> pd.DataFrame:
+        """The measures; see :meth:`nad_attr.evaluation.Evaluation.frame`."""
+        return self.evaluation.frame()
+
+    def summary(self) -> str:
         """The measures as plain text: classes, their mean, random channels and whole network."""
         return self.evaluation.summary()
+
+    table = summary
+
+    def plot(self, measure: str = "own_auc", axes: Any = None) -> Figure:
+        """One measure of each class; see :meth:`nad_attr.evaluation.Evaluation.plot`."""
+        return self.evaluation.plot(measure, axes)
 
     def code(self) -> str:
         """Lines of Python that load the gates and run the network as one sub-architecture."""

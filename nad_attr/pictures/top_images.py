@@ -20,6 +20,7 @@ from nad_attr.pictures.pixels import ToPixels
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ Pool = Literal["max", "mean"]
 
 
 @dataclass(frozen=True, eq=False)
-class TopImages:
+class TopImages(Result):
     """For each channel that was looked at, the images with its highest activations.
 
     Attributes:
@@ -88,6 +89,23 @@ class TopImages:
         order = scores.argsort(descending=True, stable=True)[:n]
         channels: list[int] = self.channels[site][order].tolist()
         return channels
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "site": site,
+                "channel": str(channel),
+                "image": str(image),
+                "value": value,
+                "selectivity": float(self.selectivity[site][row]),
+            }
+            for site, channels in self.channels.items()
+            for row, channel in enumerate(channels.tolist())
+            for image, value in zip(
+                self.images[site][row].tolist(), self.values[site][row].tolist(), strict=True
+            )
+            if image >= 0
+        ]
 
     def plot(
         self,
