@@ -1,6 +1,6 @@
 """Whether what is learned about a network can be true of it: checked on the network itself, first.
 
-Three things that learning takes for granted, and that a network may break without any error:
+Learning assumes three things that a network may break without any error:
 
 - an image's outputs are a function of the image alone (:func:`check_outputs`): not of chance, nor
   of the other images of the batch;
