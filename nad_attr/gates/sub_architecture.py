@@ -24,7 +24,7 @@ from nad_attr.gates.channels import (
 )
 from nad_attr.gating.hooks import gated
 from nad_attr.sites.site import GateSite
-from nad_attr.stats.results import Result, is_json, own_file
+from nad_attr.stats.results import Result
 
 __all__ = ["SubArchitecture"]
 
@@ -71,6 +71,7 @@ class SubArchitecture(Result):
     of :meth:`TaskGates.sub_architectures`, share their means: they are not to be written to.
     """
 
+    _ALONE = True
     __slots__ = ("_masks", "fitted_on", "means", "own_constants", "sites", "task")
 
     def __init__(
@@ -538,34 +539,13 @@ class SubArchitecture(Result):
     def _of_fields(cls, fields: dict[str, Any]) -> SubArchitecture:
         return cls(**fields)
 
-    def save(self, path: str | PathLike[str], group: str | None = None) -> None:
-        """Write to an HDF5 file, see :mod:`nad_attr.store`.
-
-        Args:
-            path: The file; one that ends in ".json" gets :meth:`to_dict`.
-            group: None: a sub-architecture is the file itself.
-
-        Raises:
-            ValueError: If a group is named.
-        """
-        if is_json(path):
-            return super().save(path)
-        own_file(group, path)
+    def _save_hdf5(self, path: str | PathLike[str], group: str | None) -> None:
         from nad_attr.store import write_sub_architecture
 
         write_sub_architecture(self, path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], group: str | None = None) -> SubArchitecture:
-        """Read from a file written by :meth:`save`; no code in the file is ever run.
-
-        Raises:
-            GateStoreError: If the file is not such a file.
-            ValueError: If a JSON file holds no sub-architecture, or a group is named.
-        """
-        if is_json(path):
-            return super().load(path)
-        own_file(group, path)
+    def _load_hdf5(cls, path: str | PathLike[str], group: str | None) -> SubArchitecture:
         from nad_attr.store import read_sub_architecture
 
         return read_sub_architecture(path)

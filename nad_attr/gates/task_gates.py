@@ -17,7 +17,7 @@ from nad_attr.gates.history import History
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture, fitting, same_tensors
 from nad_attr.sites.site import GateSite
-from nad_attr.stats.results import Result, is_json, own_file
+from nad_attr.stats.results import Result
 from nad_attr.stats.tables import table
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ class TaskGates(Result):
     Two are equal if they do the same: if sites, tasks, gates, logits and means are. What the tasks
     are called and how they were learned (recipe, history, info) plays no part.
     """
+
+    _ALONE = True
 
     def __init__(
         self,
@@ -444,34 +446,13 @@ class TaskGates(Result):
         text = fields["recipe"]
         return cls(**{**fields, "recipe": None if text is None else Recipe.from_json(text)})
 
-    def save(self, path: str | PathLike[str], group: str | None = None) -> None:
-        """Write to an HDF5 file (any HDF5 tool opens it), see :mod:`nad_attr.store`.
-
-        Args:
-            path: The file; one that ends in ".json" gets :meth:`to_dict`.
-            group: None: gates are the file itself.
-
-        Raises:
-            ValueError: If a group is named.
-        """
-        if is_json(path):
-            return super().save(path)
-        own_file(group, path)
+    def _save_hdf5(self, path: str | PathLike[str], group: str | None) -> None:
         from nad_attr.store import write_task_gates
 
         write_task_gates(self, path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], group: str | None = None) -> TaskGates:
-        """Read from a file written by :meth:`save`; no code in the file is ever run.
-
-        Raises:
-            GateStoreError: If the file is not such a file.
-            ValueError: If a JSON file holds no gates, or a group is named.
-        """
-        if is_json(path):
-            return super().load(path)
-        own_file(group, path)
+    def _load_hdf5(cls, path: str | PathLike[str], group: str | None) -> TaskGates:
         from nad_attr.store import read_task_gates
 
         return read_task_gates(path)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from typing_extensions import Self
 
-__all__ = ["Result", "decoded", "is_json", "own_file"]
+__all__ = ["Result", "decoded", "is_json"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -73,6 +73,8 @@ class Result:
 
     #: Axes of the fields, such as ``"T S"``: the same letter is the same length everywhere.
     _AXES: ClassVar[Mapping[str, str]] = {}
+    #: Whether an HDF5 file holds one of them and nothing else, in no group.
+    _ALONE: ClassVar[bool] = False
     __slots__ = ()
 
     def frame(self) -> pd.DataFrame:
@@ -128,10 +130,20 @@ class Result:
         Raises:
             GateStoreError: If the HDF5 file cannot be written, or is not one of nad_attr.
             OSError: If the JSON file cannot be written, or would replace something else.
+            ValueError: If a group is named for gates, which have a file of their own.
         """
         if is_json(path):
             write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-            return
+        else:
+            self._check_group(path, group)
+            self._save_hdf5(path, group)
+
+    @classmethod
+    def _check_group(cls, path: str | PathLike[str], group: str | None) -> None:
+        if cls._ALONE and group is not None:
+            raise ValueError(f"{fspath(path)} holds nothing else: leave out group={group!r}.")
+
+    def _save_hdf5(self, path: str | PathLike[str], group: str | None) -> None:
         from nad_attr.store import write_result
 
         arrays, attributes = self._stored()
@@ -153,6 +165,11 @@ class Result:
         """
         if is_json(path):
             return cls._of_json(path)
+        cls._check_group(path, group)
+        return cls._load_hdf5(path, group)
+
+    @classmethod
+    def _load_hdf5(cls, path: str | PathLike[str], group: str | None) -> Self:
         from nad_attr.store import GateStoreError, read_result
 
         group = group or cls._kind()
@@ -237,16 +254,6 @@ class Result:
     @classmethod
     def _kind(cls) -> str:
         return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
-
-
-def own_file(group: str | None, path: str | PathLike[str]) -> None:
-    """Refuse the name of a group for what is a file of its own.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    if group is not None:
-        raise ValueError(f"{fspath(path)} holds this alone: leave out group={group!r}.")
 
 
 def is_json(path: str | PathLike[str]) -> bool:
