@@ -58,7 +58,6 @@ def sites_of(model: nn.Module, images: Tensor, units: str) -> list[GateSite]:
         "channels+heads+neurons",
         "groups",
         pytest.param("heads", marks=pytest.mark.slow),
-        pytest.param("heads+neurons", marks=pytest.mark.slow),
     ],
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
