@@ -449,9 +449,8 @@ def test_planted_heads_are_found(heads: PlantedCircuit) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_planted_heads_of_more_classes_are_found(seed: int) -> None:
-    known = planted_heads(seed=seed)
+def test_planted_heads_of_more_classes_are_found() -> None:
+    known = planted_heads()
     assert recall_of(known) >= 0.95
     # Activations do not tell them from the louder ones.
     scores = EnergyScorer(known.model, known.sites)(*known.data)
