@@ -46,7 +46,7 @@ _TIMED, _WORTH = 5, 0.5
 #: Images that timed learning draws from, and steps that are timed after those that close nothing.
 _POOL, _STEPS = 64, 4
 #: Seconds that each step takes whatever the network, and the page on top.
-_BEGIN, _PAGE = 0.2, 0.5
+_BEGIN, _PAGE = 0.2, 0.1
 
 Passes = dict[str, int]
 
