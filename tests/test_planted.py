@@ -390,9 +390,9 @@ def test_arguments_that_make_no_sense(arguments: dict[str, object], words: str) 
 STEPS = 40
 
 
-def recall_of(known: PlantedCircuit) -> float:
+def recall_of(known: PlantedCircuit, steps: int = STEPS) -> float:
     """Of fewer steps than the default, asked for the circuits' size: then precision is the same."""
-    recipe = Recipe(size=known.size, steps=STEPS)
+    recipe = Recipe(size=known.size, steps=steps)
     gates = learn_gates(known.model, known.data, recipe=recipe, sites=known.sites, seed=0)
     score = known.score(gates)
     assert np.array_equal(score.precision, score.recall)
@@ -480,7 +480,7 @@ def test_circuits_are_found(kind: str) -> None:
 def test_circuits_are_found_that_scores_miss(kind: str) -> None:
     # Precision and recall are against the best copy: one, then, is found as a whole.
     known = planted(kind, n_classes=2, width=32)
-    assert recall_of(known) == 1.0
+    assert recall_of(known, 100) == 1.0
     assert best_rival(known) < 0.95
 
 
@@ -531,5 +531,5 @@ def test_candidates_alone_are_enough(kind: str, monkeypatch: pytest.MonkeyPatch)
     }.items():
         monkeypatch.setattr(selection, name, value)
     monkeypatch.setattr(constants, "MIN_CHANNELS_TO_NARROW", 1)
-    assert recall_of(known) >= 0.95
+    assert recall_of(known, 100 if kind == "redundant" else STEPS) >= 0.95
     assert sum(narrowed) > len(narrowed) / 2
