@@ -245,7 +245,7 @@ def test_strongest_channel_is_the_photos_colour() -> None:
     gates = TaskGates({s.name: full.gates()[s.name][None] for s in sites}, sites, [1])
     image = torch.zeros(3, 4, 4)
     image[1, 2, 3] = 1.0
-    found = strongest_channels(model, gates, image, 1)
+    found = strongest_channels(model, gates, 1, image)
     assert [(c.site, c.channel, c.gate) for c in found] == [("relu", 1, 1.0), ("relu2", 1, 1.0)]
     assert torch.equal(found[0].map, image[1])
 
@@ -254,7 +254,7 @@ def test_closed_channels_are_not_shown() -> None:
     model = Colours().eval()
     sites = nad_attr.find_gate_sites(model, torch.zeros(2, 3, 4, 4), layers=["relu", "relu2"])
     gates = TaskGates({"relu": torch.zeros(1, 6), "relu2": torch.ones(1, 6)}, sites, [1])
-    found = strongest_channels(model, gates, torch.ones(3, 4, 4), 1)
+    found = strongest_channels(model, gates, 1, torch.ones(3, 4, 4))
     assert [c.site for c in found] == ["relu2"]
 
 
@@ -268,8 +268,8 @@ def test_photo_figure_has_one_panel_per_channel(
         strongest_channels(
             colours,
             result.gates,
-            center_crops(colour_photos[1:2], size=PIXELS)[0][0],
             1,
+            center_crops(colour_photos[1:2], size=PIXELS)[0][0],
         )
     )
 

@@ -224,7 +224,7 @@ def evaluate(
         half = runner.amp is not None or any(
             p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()
         )
-        check_outputs(runner, runner.model, images, checks=check_option(checks), half=half)
+        check_outputs(runner.model, runner, images, checks=check_option(checks), half=half)
     names = architectures.task_names if isinstance(architectures, TaskGates) else None
     rows = [*archs, *(arch for rival in against.values() for arch in rival)]
     pass_ = _Measuring(runner, tasks, source, threshold, chosen)
