@@ -3,6 +3,7 @@
     python -m benchmarks.flow --parts conservation cost      # any machine: random weights
     python -m benchmarks.flow --parts agreement edges shape  # small networks, trained here
     python -m benchmarks.flow --parts lite0                  # EfficientNet-Lite0, real photos
+    python -m benchmarks.flow --parts causes                 # of the lowest agreements known
 
 Writes ``benchmarks/results/flow.json``, one part at a time; times are CPU seconds of one thread.
 The networks of ``agreement``, ``edges`` and ``shape`` are those of ``benchmarks.networks`` and a
@@ -38,7 +39,10 @@ from nad_attr import (
     paper_sites,
 )
 from nad_attr.evaluation import SCORERS, top_k
+from nad_attr.evaluation.measures import spearman
+from nad_attr.flow import edge_drops
 from nad_attr.flow.edge_sets import agreement, edge_fidelity
+from nad_attr.flow.links import OUTPUT
 from nad_attr.flow.shape import flow_shape, flow_sharing, parting_depth
 from nad_attr.gating.means import channel_means
 from nad_attr.stats.bootstrap import bootstrap_means, interval_of
@@ -237,7 +241,7 @@ def agreements(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     }
 
 
-def edges(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def edges(args: argparse.Namespace, constants: bool = False) -> Iterator[dict[str, Any]]:
     """Fidelity of sub-architectures of edges, on held-out images, at equal numbers of edges."""
     for name, model, _, (x, y), judged in _opened(args):
         for task in args.tasks:
@@ -245,9 +249,17 @@ def edges(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             # Own and other images, as fidelity is judged on both.
             both = torch.cat([x[y == task][:12], x[y != task][:12]])
             found = information_flow(model, arch, both, tasks=task, receivers=None)
-            table = edge_fidelity(model, found, judged, sizes=(0.3, 0.6), n_random=2, n_images=24)
+            table = edge_fidelity(
+                model, found, judged, sizes=(0.3, 0.6), n_random=2, n_images=24,
+                fit_images=both if constants else None,
+            )  # fmt: skip
             for row in table.to_dict("records"):
                 yield {"network": name, "kind": kind_of(name), "task": task, **row}
+
+
+def edges_with_constants(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same, and each channel that lacks a source has a constant, whatever ranked the edges."""
+    return edges(args, constants=True)
 
 
 def shape(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -269,8 +281,8 @@ def shape(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def lite0(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """EfficientNet-Lite0 with its ImageNet weights, the photos of foolbox: agreement per link."""
+def _lite0() -> tuple[nn.Module, dict[int, Tensor], SubArchitecture]:
+    """EfficientNet-Lite0, photos by their class, and the whole network with means."""
     from nad_attr.examples.demo import load_lite0, load_photos
 
     model = load_lite0()
@@ -279,11 +291,76 @@ def lite0(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     images = (torch.cat(small) - 127) / 128
     sites = find_gate_sites(model, images[:1])
     means = channel_means(model, sites, [(images,)])
-    whole = SubArchitecture.full(sites).with_means(means)
-    for task, image in list(zip(labels, images, strict=True))[: args.photos]:
-        found = information_flow(model, whole, image[None], tasks=task, receivers=24)
-        for row in agreement(model, found, image[None], n_edges=args.edges).to_dict("records"):
+    by_class = {label: image[None] for label, image in zip(labels, images, strict=True)}
+    return model, by_class, SubArchitecture.full(sites).with_means(means)
+
+
+def lite0(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """EfficientNet-Lite0 with its ImageNet weights, the photos of foolbox: agreement per link."""
+    model, photos, whole = _lite0()
+    for task, image in list(photos.items())[: args.photos]:
+        found = information_flow(model, whole, image, tasks=task, receivers=24)
+        for row in agreement(model, found, image, n_edges=args.edges).to_dict("records"):
             yield {"network": "lite0", "kind": "residual", "task": task, **row}
+
+
+def causes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Why cutting does not do what the flow says, at the links where they agree least.
+
+    In float64, so that a small share of an edge can be cut: of all of the network that must do
+    what the flow says; with the real block, and only behind it a small share, it says whether the
+    block bends; the cut itself adds what the network behind it does.
+    """
+    known = json.loads(args.known.read_text())
+    rows = [r for part in ("agreement", "lite0") for r in known.get(part, {}).get("rows", [])]
+    for name in args.only or (*SMALL, "lite0"):
+        own = [r for r in rows if r["network"] == name and r["target_site"] != OUTPUT]
+        low = sorted(own, key=lambda r: r["spearman"])[: args.lowest]
+        if name == "lite0":
+            model, photos, whole = _lite0()
+        else:
+            data = load_images("cifar10", args.shared, cache=args.cache)
+            model, learning = (
+                network(name, data, args.shared, args.cache),
+                per_class(data.train, 32, 1),
+            )
+        archs = [
+            whole if name == "lite0" else architecture(model, learning, r["task"], r["size"])
+            for r in low
+        ]
+        model = model.double()
+        for row, arch in zip(low, archs, strict=True):
+            task, ends = row["task"], (row["source_site"], row["target_site"])
+            x, y = (photos[task], None) if name == "lite0" else learning
+            images = (x if y is None else x[y == task][:8]).double()
+            receivers = 24 if name == "lite0" else None
+            found = information_flow(model, arch, images, tasks=task, receivers=receivers)
+            link = next(k for k in found.flows[0].links if (k.source_site, k.target_site) == ends)
+            told = [(i, j) for i in range(len(link.sources)) for j in range(len(link.targets))]
+            order = np.random.default_rng(0).permutation(len(told))[: args.edges]
+            chosen = [told[k] for k in order]
+            edges = [(ends[0], int(link.sources[i]), ends[1], int(link.targets[j]))
+                     for i, j in chosen]  # fmt: skip
+            flow = torch.stack([link.flow[i, j] for i, j in chosen])
+            falls = {
+                "cut": edge_drops(model, found, edges, images),
+                "block": edge_drops(model, found, edges, images, share=(1.0, 1e-4)),
+                "linear": edge_drops(model, found, edges, images, share=(1e-4, 1e-4)),
+            }
+            ordered = flow.abs().sort(descending=True).values.cumsum(0)
+            strong = flow.abs().argsort(descending=True)[
+                : int((ordered < 0.95 * ordered[-1]).sum()) + 1
+            ]
+            cut = falls["cut"]
+            yield {
+                "network": name, "size": row.get("size"), "task": task,
+                "source_site": ends[0], "target_site": ends[1], "n_edges": len(edges),
+                "before": row["spearman"], "before_edges": row["n_edges"],
+                **{key: float(spearman(flow, fall)) for key, fall in falls.items()},
+                "pearson": float(torch.corrcoef(torch.stack([flow, cut]))[0, 1]),
+                "linear_error": float((falls["linear"] - flow).abs().max() / flow.abs().max()),
+                "strong_edges": len(strong), "strong": float(spearman(flow[strong], cut[strong])),
+            }  # fmt: skip
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
@@ -291,8 +368,10 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "cost": cost,
     "agreement": agreements,
     "edges": edges,
+    "edges_with_constants": edges_with_constants,
     "shape": shape,
     "lite0": lite0,
+    "causes": causes,
 }
 
 
@@ -314,7 +393,7 @@ def summary(part: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             for size in sorted({row.get("size") for row in own}, key=str)
             if (values := [row["spearman"] for row in own if row.get("size") == size])
         }
-    if part == "edges":
+    if part.startswith("edges"):
         return {
             f"{rival} at {size:g}": _paired(rows, rival, size)
             for rival in ("random", "gradient", "flow")
@@ -337,6 +416,14 @@ def summary(part: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             for name, own in by.items()
             if (shapes := [r for r in own if r["of"] == "shape"])
             and (sharing := [r for r in own if r["of"] == "sharing"])
+        }
+    if part == "causes":
+        return {
+            name: {
+                key: [round(row[key], 3) for row in own]
+                for key in ("before", "cut", "block", "linear", "strong")
+            }
+            for name, own in by.items()
         }
     return {"worst_outflow_error": max(row["outflow_error"] for row in rows)}
 
@@ -377,6 +464,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=32, help="of cost")
     parser.add_argument("--edges", type=int, default=40, help="of each link, of agreement")
     parser.add_argument("--photos", type=int, default=4, help="of lite0")
+    parser.add_argument("--lowest", type=int, default=2, help="links of each network, of causes")
+    parser.add_argument("--known", type=Path, default=RESULTS, help="agreements, for causes")
     parser.add_argument("--json", type=Path, default=RESULTS)
     add_shared_arguments(parser)
     args = parser.parse_args(argv)

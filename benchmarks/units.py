@@ -12,7 +12,9 @@ output projection; a neuron its row of the first layer and its column of the sec
 stream are counted as if a closed one took all weights along that touch it between its site and the
 next. No network can be cut so far, because attention and MLP write to it again; what
 ``SubArchitecture.cost`` says an exported network really holds stands beside it. Heads
-and neurons are cut at the same share each; all get their constants fitted at the end.
+and neurons are cut at the same share each; all get their constants fitted at the end. A last
+comparison is by what is really held: channels against the heads and neurons whose exported network
+is no larger.
 
 Writes ``benchmarks/results/units.json``.
 """
@@ -51,6 +53,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "heads and neurons": ("heads", "neurons"),
     "channels": ("channels",),
 }
+KIND = "heads and neurons"
 
 Pair = tuple[Tensor, Tensor]
 
@@ -178,21 +181,35 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                              "rank_fidelity", "random_own_auc", "random_fidelity")
                 if (values := [r[name] for r in own if r[name] is not None])
             }  # fmt: skip
-        for measure in ("own_auc", "fidelity"):
-            by_seed = []
-            if not all(kind in found and found[kind] for kind in KINDS):
-                continue
-            for seed in sorted({r["seed"] for r in at}):
-                inner, stream = (
-                    np.mean([r[measure] for r in at if (r["seed"], r["units"]) == (seed, kind)])
-                    for kind in KINDS
-                )
-                by_seed.append(inner - stream)
-            found[f"{measure}, heads and neurons minus channels, by seed"] = [
-                round(float(d), 3) for d in by_seed
-            ]
+        pair = ((KIND, size), ("channels", size))
+        found |= differences(rows, *pair)
         result[f"{size:g}"] = found
+    # At what a network that is cut out really holds: the most that holds less than the channels.
+    for size in sorted({row["size"] for row in rows}, reverse=True):
+        limit = result[f"{size:g}"].get("channels", {}).get("exported", 0.0)
+        fitting = [k for k, v in result.items() if v.get(KIND, {}).get("exported", 1) <= limit]
+        if fitting:
+            larger = max(float(k) for k in fitting)
+            result[f"channels at {size:g}, {KIND} at {larger:g}, by what is exported"] = (
+                differences(rows, (KIND, larger), ("channels", size))
+            )
     return result
+
+
+def differences(
+    rows: list[dict[str, Any]], one: tuple[str, float], other: tuple[str, float]
+) -> dict[str, list[float]]:
+    """By seed, what one kind of units at its size has over another kind at its size."""
+    found: dict[str, list[float]] = {}
+    for seed in sorted({row["seed"] for row in rows}):
+        at = [[r for r in rows if (r["seed"], r["units"], r["size"]) == (seed, *k)]
+              for k in (one, other)]  # fmt: skip
+        if all(at):
+            for measure in ("own_auc", "fidelity"):
+                inner, stream = (float(np.mean([r[measure] for r in part])) for part in at)
+                key = f"{measure}, heads and neurons minus channels, by seed"
+                found.setdefault(key, []).append(round(inner - stream, 3))
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
+import re
 import sys
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from torch import nn
 
 from nad_attr.evaluation.figures.curves import plot_curves
 from nad_attr.evaluation.sweeps.curves import Curves, curves
+from nad_attr.flow.plot import _COLOURS
 from nad_attr.plots import style as figures
 from nad_attr.sites.site import GateSite
 from tests.test_size_sweep import made
@@ -75,36 +79,88 @@ def test_line_styles_can_be_told_apart() -> None:
     assert styles["random"]["color"] == figures.GREY
 
 
-def test_palette_is_visible_on_white_and_apart() -> None:
-    from matplotlib.colors import to_rgb
-
-    def linear(colour: str) -> np.ndarray:
-        rgb = np.array(to_rgb(colour))
-        return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-
-    # Machado, Oliveira and Fernandes 2009, severity 1: protanopia, deuteranopia.
-    seen = {
-        "normal": np.eye(3),
-        "protanopia": [
+#: Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
+EYES = {
+    "normal": np.eye(3),
+    "protanopia": np.array(
+        [
             [0.152286, 1.052583, -0.204868],
             [0.114503, 0.786281, 0.099216],
             [-0.003882, -0.048116, 1.051998],
-        ],
-        "deuteranopia": [
+        ]
+    ),
+    "deuteranopia": np.array(
+        [
             [0.367322, 0.860646, -0.227968],
             [0.280085, 0.672501, 0.047413],
             [-0.011820, 0.042940, 0.968881],
-        ],
-    }
+        ]
+    ),
+    "tritanopia": np.array(
+        [
+            [1.255528, -0.076749, -0.178779],
+            [-0.078411, 0.930809, 0.147602],
+            [0.004733, 0.691367, 0.303900],
+        ]
+    ),
+}
+
+
+def linear(colour: str) -> np.ndarray:
+    from matplotlib.colors import to_rgb
+
+    rgb = np.array(to_rgb(colour))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def seen(colour: str, eyes: str) -> np.ndarray:
+    """CIE Lab under D65 of what such eyes see."""
+    xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    ) @ np.clip(EYES[eyes] @ linear(colour), 0, 1)
+    x, y, z = (
+        v ** (1 / 3) if v > 0.008856 else 7.787 * v + 16 / 116 for v in xyz / [0.9505, 1.0, 1.0890]
+    )
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_seen_colours_are_those_worked_out_by_others() -> None:
+    # CIE Lab of sRGB's primaries, as in Lindbloom's tables (D65).
+    for colour, lab in {
+        "#FF0000": (53.24, 80.09, 67.20),
+        "#0000FF": (32.30, 79.19, -107.86),
+    }.items():
+        np.testing.assert_allclose(seen(colour, "normal"), lab, atol=0.1)
+    # The confusions that give the deficiencies their names.
+    for one, other, eyes in (("#D00000", "#606000", "deuteranopia"),):
+        apart = [np.linalg.norm(seen(one, e) - seen(other, e)) for e in ("normal", eyes)]
+        assert apart[1] < apart[0] / 2
+
+
+def test_palette_is_visible_on_white_and_apart() -> None:
     for colour in (*figures.PALETTE, figures.GREY):
         luminance = linear(colour) @ [0.2126, 0.7152, 0.0722]
         assert 1.05 / (luminance + 0.05) > 2  # contrast to white
-    for matrix in seen.values():
-        colours = [
-            np.clip(np.array(matrix) @ linear(c), 0, 1) ** (1 / 2.2) for c in figures.PALETTE
-        ]
+    for eyes in EYES:
+        colours = [seen(c, eyes) for c in figures.PALETTE]
         for i, a in enumerate(colours):
-            assert all(np.linalg.norm(a - b) > 0.1 for b in colours[i + 1 :])
+            assert all(np.linalg.norm(a - b) > 8 for b in colours[i + 1 :])
+
+
+def test_colours_of_a_flow_are_apart_for_all_eyes() -> None:
+    """Two classes, and what is chosen, on the page and in the figure; signs are dashes."""
+    style = (resources.files("nad_attr.report") / "static" / "report.css").read_text()
+    themes = [dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})\b", rules))
+              for rules in re.findall(r"\{([^{}]*--a: [^{}]*)\}", style)]  # fmt: skip
+    assert len(themes) == 4  # light, dark by the system, dark by choice, paper
+    sets = [
+        ([*_COLOURS], "#ffffff"),
+        *([[t["a"], t["b"], t["both"]], t.get("card", "#ffffff")] for t in themes),
+    ]
+    for colours, ground in sets:
+        for eyes in EYES:
+            for one, other in itertools.combinations([*colours, ground], 2):
+                assert np.linalg.norm(seen(one, eyes) - seen(other, eyes)) > 30, (one, other, eyes)
 
 
 def test_line_leaves_nan_out() -> None:

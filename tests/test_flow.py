@@ -452,6 +452,22 @@ def test_single_edges_cut_side_by_side_are_those_cut_alone(net: tuple[type[nn.Mo
                 assert float(base - model(x)[:, 1].mean()) == pytest.approx(float(drop), abs=1e-10)
 
 
+@pytest.mark.parametrize("net", NETS, ids=lambda n: n[0].__name__)
+def test_a_small_share_of_an_edge_cut_does_what_its_flow_says(net: tuple[type[nn.Module]]) -> None:
+    model, x = made(*net)
+    found = information_flow(model, half(model, x), x, receivers=None)
+    edges = list(found.edges.iloc[:, :4].itertuples(index=False, name=None))
+    drops = edge_drops(model, found, edges, x, share=(1e-4, 1e-4))
+    torch.testing.assert_close(drops, torch.tensor(found.edges.flow), rtol=5e-3, atol=1e-6)
+    cut = edge_drops(model, found, edges, x)
+    half_way = edge_drops(model, found, edges, x, share=(1.0, 1e-6))
+    if any(isinstance(m, nn.ReLU) for m in model.modules()):
+        assert not torch.allclose(cut, drops)
+        assert not torch.allclose(half_way, drops)
+    with pytest.raises(ValueError, match=r"share must be a number in \(0, 1\]"):
+        edge_drops(model, found, edges, x, share=0)
+
+
 def test_flow_is_what_cutting_does_where_all_is_linear() -> None:
     class Linear(ReLUNet):
         def __init__(self) -> None:
@@ -518,6 +534,12 @@ def test_receivers_keep_their_means_where_images_are_given() -> None:
 
     assert moved(None) > 1e-3
     assert moved(x) < 1e-9
+    longer, y = made(ReLUNet)  # behind the only cut is a site to which all edges stay
+    long = information_flow(longer, half(longer, y), y, receivers=None)
+    first, second, _ = (site.name for site in long.sites)
+    edge = long.edges.query(f"source_site == '{first}' and target_site == '{second}'").iloc[0]
+    with torch.no_grad(), long.cut(longer, edge, images=y):
+        assert longer(y).isfinite().all()
     judged = x, torch.arange(len(x)) % 2
     plain, fitted = (
         edge_fidelity(model, found, judged, sizes=(0.3,), n_random=1, fit_images=images)

@@ -79,6 +79,8 @@ class Machine:
         self.offsets: dict[str, Tensor] = {}
         #: The means that these offsets are to restore; set while they are fitted.
         self.wanted_means: Mapping[str, Tensor] | None = None
+        #: The share of what closed channels hold above their constants that is taken away.
+        self.share = 1.0
         #: Whether copies of the images go through the whole network, and not from a site on.
         self.from_start = False
         self._gating: Gating | None = None
@@ -112,7 +114,7 @@ class Machine:
             .to(x.device, x.dtype)
         )
         above = self.gating(x).above(site, x)
-        return x - above * (1 - expand(keep, site, x))
+        return x - self.share * above * (1 - expand(keep, site, x))
 
     def run(
         self,
@@ -212,6 +214,12 @@ class Machine:
             Numbers of sets, and (len(numbers), B, ...) of the target site.
         """
         sources = [self.by_name[name] for name in self.links[target]]
+        if len(sources) > 1:
+            # One source may read another: closed there, it is still untouched here.
+            given = dict(given)
+            for site in sources:
+                if site.name not in given:
+                    given[site.name] = self.run(call, site.name, given=given)
         for numbers in chunks(len(closed), max(1, self.width // self.n_images)):
             masks = {
                 s.name: torch.zeros(len(numbers), s.n_gates, dtype=torch.bool, device="cpu")
@@ -314,7 +322,9 @@ def recentred(
     machine.wanted_means = means
     try:
         with machine.hooked():
-            machine.tensors(call, edges)
+            given = machine.tensors(call, edges)
+            given.pop(OUTPUT, None)
+            machine.run(call, OUTPUT, given=given)  # so that sites behind the last cut fire, too
     finally:
         machine.wanted_means = None
     return dict(machine.offsets)

@@ -53,9 +53,13 @@ def edge_drops(
     images: Data | Tensor | tuple[Tensor, ...],
     task: object = None,
     *,
+    share: float | tuple[float, float] = 1.0,
     run: RunOptions | None = None,
 ) -> Tensor:
     """How far the task output falls when each edge is cut by itself.
+
+    With a small ``share`` it is what the derivative says, that is, the flow: where cutting does
+    something else, ``share`` tells whether the block bends, or the network behind it.
 
     Args:
         model: The network; unchanged afterwards.
@@ -64,6 +68,9 @@ def edge_drops(
         images: All of a tensor's, or of a tuple of input tensors; of images with labels the task's
             own.
         task: Whose; may be left out if there is one.
+        share: How much of the source is taken away, in (0, 1], and how much of what the receiver
+            loses by it; one number is for the source alone. Falls are divided by both. (1, 0.01)
+            is the real block with the rest of the network made linear; 0.01 is all of it.
         run: How to run the network; see :class:`nad_attr.RunOptions`. ``batch_size`` counts the
             copies of the images in which different edges are cut; None: 256.
 
@@ -72,12 +79,15 @@ def edge_drops(
 
     Raises:
         KeyError: If there is no such task.
-        ValueError: If there is no such edge, or no image.
+        ValueError: If there is no such edge, or no image, or ``share`` is out of range.
     """
     flow = found._one(task)
+    shares = share if isinstance(share, tuple) else (share, 1.0)
+    if len(shares) != 2 or not all(0 < value <= 1 for value in shares):
+        raise ValueError(f"share must be a number in (0, 1], or two of them, got {share!r}.")
     runner = Runner(model, run, batch_size=IMAGES)
     source, (numbers,) = images_of_tasks(runner, images, [flow.task])
-    return _drops(found, flow, runner, source, numbers, edges)
+    return _drops(found, flow, runner, source, numbers, edges, shares)
 
 
 @torch.no_grad()
@@ -88,6 +98,7 @@ def _drops(
     source: Source,
     images: Sequence[int],
     edges: Sequence[Edge],
+    shares: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     found.pairs(edges, flow)  # refuses what is not an edge
     if any(target == REST for *_, target in edges):
@@ -103,19 +114,22 @@ def _drops(
     batches = [[images[i] for i in part] for part in chunks(len(images), min(width, _IMAGES))]
     for inputs in runner.draw(source, batches, "cutting edges"):
         machine, call = _machine(found, flow, runner, inputs, width)
+        machine.share = shares[0]
         with machine.hooked():
             base = machine.run(lambda _, x=inputs: runner(x), OUTPUT)  # type: ignore[misc]
             whole = task_outputs(base, [flow.task])[:, 0].cpu().double()
             for (site, after), numbers in hops.items():
-                outputs = _cut_one_by_one(machine, call, site, after, [edges[i] for i in numbers])
+                own = [edges[i] for i in numbers]
+                received = 1.0 if after == OUTPUT else shares[1]
+                outputs = _cut_one_by_one(machine, call, site, after, own, received)
                 alone = task_outputs(outputs, [flow.task])[:, 0].cpu().double()
                 fallen = whole.sum() - alone.reshape(len(numbers), -1).sum(1)
-                drops[numbers] += fallen / len(images)
+                drops[numbers] += fallen / (len(images) * shares[0] * received)
     return drops
 
 
 def _cut_one_by_one(
-    machine: Machine, call: Any, site: str, after: str, edges: Sequence[Edge]
+    machine: Machine, call: Any, site: str, after: str, edges: Sequence[Edge], received: float
 ) -> Tensor:
     """The outputs with each edge cut: (edges * B, K)."""
     sources = sorted({edge[1] for edge in edges})
@@ -142,7 +156,9 @@ def _cut_one_by_one(
                 x = base.repeat(len(part), *[1] * (base.ndim - 1)).unflatten(0, (len(part), -1))
                 for place, i in enumerate(part):
                     for channel in channels_of(target, [edges[own[i]][3]]):
-                        x[place].select(axis, channel).copy_(without.select(axis, channel))
+                        x[place].select(axis, channel).lerp_(
+                            without.select(axis, channel), received
+                        )
                 outputs = machine.run(
                     call, OUTPUT, copies=len(part), placed=(after, x.flatten(0, 1))
                 ).unflatten(0, (len(part), -1))
