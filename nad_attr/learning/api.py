@@ -79,6 +79,7 @@ def learn_gates(
             ValueError, if ``checks`` find that what is learned would not be true.
 
     Example:
+        >>> import torch
         >>> generator = torch.Generator().manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
         >>> x = torch.randn(20, 4, generator=generator)
@@ -143,6 +144,7 @@ def learn_sizes(
             more than steps, or the recipe is the paper's.
 
     Example:
+        >>> import torch
         >>> generator = torch.Generator().manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
         >>> x = torch.randn(20, 4, generator=generator)
