@@ -164,7 +164,8 @@ class GPUCheck:
             torch.cuda.reset_peak_memory_stats(self.device)
         session = Session(model, (images, labels), [0, 1], recipe, sites, run=run, checks="off")
         row: Row = {"model": name, "learning": session.batch_size, "width": session.width}
-        session.learn_replicas([Replica(0, seed) for seed in range(session.width)])
+        full = min(session.width, 3) if self.args.small else session.width
+        session.learn_replicas([Replica(0, seed) for seed in range(full)])
         if self.cuda:
             row["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         row["evaluation"] = Runner(model, run).images_per_pass((images[:1].to(self.device),))
