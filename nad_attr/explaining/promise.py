@@ -32,11 +32,10 @@ STEPS = ("learning", "evaluation", "certainty", "verdict", "flow", "pictures", "
 #: Random draws beside the evaluation and the verdict, and images of a task in the verdict.
 N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
 #: Pairs of halves that each task is learned from again, alternatives, and images of a kind to close
-#: channels on. For each kept channel this many closings, alone and in groups, each of which tries
-#: ``TRIED`` learning images twice: 1.5 to 4 for tasks of trained networks and of noise, fewer
-#: where most channels do nothing.
+#: channels on. For each kept channel two constants on ``TRIED`` learning images, and this many
+#: closings, alone and in groups, of held-out ones: fewer where most channels do nothing.
 N_PAIRS, N_ALTERNATIVES, CLOSING_IMAGES = 2, 1, 32
-_CLOSINGS = 2.6
+_CLOSINGS = 1.9
 #: What passes cost, in runs of the network: only to say what is done, so that no clock decides it.
 _COSTS = {"run": 1, "learn": 3, "fit": 3, "back": 2, "read": 0}
 #: Images of the timed passes, sub-architectures that they run through, and tasks that are learned.
@@ -184,7 +183,7 @@ def passes(
             held = min(most, own_n) + min(most, n - own_n)
             seen = min(most, own[task]) + min(most, other[task])
             tried = 2 * min(TRIED, seen)
-            closings += round(_CLOSINGS * n_kept * (held + tried)) + 3 * seen + (again + 2) * held
+            closings += round(n_kept * (_CLOSINGS * held + tried)) + 3 * seen + (again + 2) * held
     again_means = means * len(certain)
     found["certainty"] = {
         "learn": gated,
