@@ -79,6 +79,7 @@ class Opened:
 
     def __init__(self, browser: Any, file: Path | str, height: int = 900, **options: Any) -> None:
         self.page = browser.new_page(viewport={"width": 1280, "height": height}, **options)
+        self.page.set_default_timeout(200_000)  # the machine may be busy
         self.wrong: list[str] = []
         self.asked: list[str] = []
         self.page.on("console", self._said)
@@ -205,12 +206,13 @@ def test_canvas_shows_the_gates(opened: Opened) -> None:
 def test_hover_tells_channel_gate_and_concept(opened: Opened) -> None:
     box = opened.page.query_selector("#canvas").bounding_box()
     opened.page.mouse.move(box["x"] + 6, box["y"] + 6)
+    opened.page.wait_for_selector("#tip", state="visible")
     tip = opened.text("#tip")
     assert "relu, channel 0" in tip
     assert "gate 0." in tip
     assert "wheel (part), IoU 0.200" in tip
     opened.page.mouse.move(box["x"] + 6, box["y"] - 200)
-    assert not opened.page.is_visible("#tip")
+    opened.page.wait_for_selector("#tip", state="hidden")
 
 
 def test_search(opened: Opened) -> None:
@@ -254,6 +256,7 @@ def test_two_classes_are_compared_as_python_does(opened: Opened) -> None:
         a.overlap(b, chance_corrected=True), abs=0.0006
     )
     opened.page.click("summary")
+    opened.page.wait_for_selector("#site-table tbody tr", state="visible")
     cells = opened.page.query_selector_all("#site-table tbody tr")[1].inner_text().split()
     name = SITES[1].name
     assert cells[:5] == [
