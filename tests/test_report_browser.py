@@ -204,13 +204,14 @@ def test_canvas_shows_the_gates(opened: Opened) -> None:
 
 
 def test_hover_tells_channel_gate_and_concept(opened: Opened) -> None:
-    box = opened.page.query_selector("#canvas").bounding_box()
-    opened.page.mouse.move(box["x"] + 6, box["y"] + 6)
+    # Charts that are drawn later move the canvas: hovering waits until it stands still.
+    opened.page.hover("#canvas", position={"x": 6, "y": 6})
     opened.page.wait_for_selector("#tip", state="visible")
     tip = opened.text("#tip")
     assert "relu, channel 0" in tip
     assert "gate 0." in tip
     assert "wheel (part), IoU 0.200" in tip
+    box = opened.page.query_selector("#canvas").bounding_box()
     opened.page.mouse.move(box["x"] + 6, box["y"] - 200)
     opened.page.wait_for_selector("#tip", state="hidden")
 
