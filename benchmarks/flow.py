@@ -481,8 +481,9 @@ def main(argv: list[str] | None = None) -> None:
         # Read again: another part may have been written meanwhile.
         known = json.loads(args.json.read_text()) if args.json.is_file() else {}
         if args.only:
+            made = {*args.only, *(r["network"] for r in rows)}
             others = known.get(part, {}).get("rows", [])
-            rows = [r for r in others if r["network"] not in args.only] + rows
+            rows = [r for r in others if r["network"] not in made] + rows
         known[part] = {"summary": summary(part, rows), "rows": rows}
         write_text(args.json, json.dumps(_rounded(known), indent=1) + "\n")
         print(json.dumps(known[part]["summary"], indent=1), flush=True)
