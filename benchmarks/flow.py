@@ -423,7 +423,7 @@ def summary(part: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if part == "causes":
         return {
             name: {
-                key: [round(row[key], 3) for row in own]
+                key: [round(row.get(key, math.nan), 3) for row in own]
                 for key in ("before", "those_edges", "cut", "block", "linear", "strong")
             }
             for name, own in by.items()
