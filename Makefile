@@ -14,7 +14,7 @@ export OMP_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint format typecheck pytest quick slow-list test test-matrix demo docs docs-links spelling release-check clean distclean
+.PHONY: help venv lint format typecheck pytest quick slow-list test test-matrix demo docs docs-links spelling browser release-check clean distclean
 
 # An environment that stands is kept, so an interpreter that was asked for by name has to be its own.
 ifneq ($(origin PYTHON),file)
@@ -94,6 +94,12 @@ docs-links: $(DOCS_STAMP)  ## check the links of the documentation to other site
 
 spelling: $(DOCS_STAMP)  ## check the spelling of code and pages
 	$(BIN)/python -m codespell_lib
+
+# No browser is downloaded: the one on the PATH is used.
+browser: $(STAMP)  ## try the report's pages in the Chromium that is installed; ARGS= goes to pytest
+	@command -v chromium chromium-browser chrome >/dev/null || { echo "there is no Chromium on the PATH" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'playwright>=1.45'
+	$(BIN)/python -m pytest tests/test_report_browser.py $(ARGS)
 
 release-check:  ## build, install into a clean environment, and run README and command line there
 	$(PYTHON) scripts/release_check.py $(ARGS)

@@ -279,7 +279,7 @@ def pictures(model: nn.Module, units: UnitConcepts, data: InMemory, out: Path) -
                 best[concept] = (float(iou[unit]), site, int(unit))
     for concept, (_, site, unit) in sorted(best.items(), key=lambda item: -item[1][0])[:6]:
         figure = draw_unit(
-            model, units, data, site, unit, to_rgb=lambda image: (image * 128 + 127) / 255
+            model, units, site, unit, data, to_rgb=lambda image: (image * 128 + 127) / 255
         )
         figure.savefig(out / f"unit_{units.concepts[concept].name}.png", dpi=90)
 

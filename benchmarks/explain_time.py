@@ -1,12 +1,14 @@
 """How long ``explain`` said it would take, and how long it took.
 
     python -m benchmarks.explain_time --json benchmarks/results/explain_time.json
+    python -m benchmarks.explain_time --full --tasks 2 --json benchmarks/results/explain_time.json
     python -m benchmarks.explain_time --networks cnn --clock wall
 
-Networks: *cnn*, a small one with random weights and noise; *resnet20*, trained on CIFAR-10, with
-its photos; *lite0*, EfficientNet-Lite0 with photos of ImageNet, whose tasks are groups of classes.
-The last two need what lies beside the repository (``--shared``); without it they are left out, and
-that is said.
+Networks: *cnn*, a small one with random weights and noise; *digits*, that of
+``digit-recognizer-py`` with scikit-learn's digits (:mod:`benchmarks.found_network`); *resnet20*,
+trained on CIFAR-10, with its photos; *lite0*, EfficientNet-Lite0 with photos of ImageNet, whose
+tasks are groups of classes. The last two need what lies beside the repository (``--shared``), and
+the second two packages; what is missing is left out, and that is said.
 
 The clock counts seconds of this process (``cpu``), for machines on which other programs run beside;
 with one thread and nothing beside they are the seconds of a wall clock.
@@ -27,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import lite0_data
+from benchmarks import found_network, lite0_data
 from benchmarks.cifar import SharedMissingError, add_shared_arguments, load_cifar10, load_resnet
 from benchmarks.image_data import per_class
 from nad_attr import Recipe, explain
@@ -64,7 +66,14 @@ def _lite0(shared: Path) -> Given:
     return model, (torch.cat([x, more]), torch.cat([y, labels])), groups[:2]
 
 
-NETWORKS = {"cnn": _cnn, "resnet20": _resnet20, "lite0": _lite0}
+def _digits(shared: Path) -> Given:
+    with tempfile.TemporaryDirectory() as folder:
+        found_network.write_pictures(Path(folder))
+        model, images, labels = found_network.load(Path(folder))
+    return model, (images, labels), None
+
+
+NETWORKS = {"cnn": _cnn, "digits": _digits, "resnet20": _resnet20, "lite0": _lite0}
 
 
 def measured(name: str, given: Given, clock: str, **changes: Any) -> dict[str, Any]:
@@ -85,6 +94,7 @@ def measured(name: str, given: Given, clock: str, **changes: Any) -> dict[str, A
         "network": name,
         "options": {key: str(value) for key, value in changes.items()},
         "tasks": len(found.tasks),
+        "certain": len(found.certainty.tasks) if found.certainty else 0,
         "channels": found.verdict.n_channels,
         "images": found.n_learned + found.n_judged,
         "promised": promised,
@@ -103,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--steps", type=int, help="of learning; None: as the size says")
     parser.add_argument("--full", action="store_true", help="the whole size, not the quick one")
     parser.add_argument("--certainty", action="store_true", help="of all tasks")
+    parser.add_argument(
+        "--tasks", type=int, help="explain the first so many; None: as explain does"
+    )
     parser.add_argument("--json", type=Path)
     add_shared_arguments(parser)
     args = parser.parse_args(argv)
@@ -118,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         except (SharedMissingError, ImportError) as missing:
             print(f"skipped: {name} ({missing})", file=sys.stderr, flush=True)
             continue
+        if args.tasks:
+            tasks = given[2] or sorted(set(given[1][1].tolist()))
+            given = (*given[:2], list(tasks)[: args.tasks])
         rows.append(measured(name, given, args.clock, **changes))
         row = rows[-1]
         print(
@@ -128,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         )
     if args.json:
         known = json.loads(args.json.read_text()) if args.json.is_file() else {"rows": []}
-        key = ("network", "options", "clock")
+        key = ("network", "options", "tasks", "clock")
         new = [[row[k] for k in key] for row in rows]
         kept = [row for row in known["rows"] if [row.get(k) for k in key] not in new]
         found = {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -164,7 +164,7 @@ def measured(name: str, seed: int) -> dict[str, Any]:
     masks = chosen(sites, seed)
     constants = constants_of(model, images, sites, seed)
     archs = {c: SubArchitecture(masks, sites, means=values) for c, values in constants.items()}
-    traced_network = traced(model, (images[:1],), sites)
+    traced_network = traced(model, sites, (images[:1],))
     row: dict[str, Any] = {"pixels": images.shape[-1], "sites": len(sites)}
     exact = {closed: outputs(model, arch, images) for closed, arch in archs.items()}
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).double()

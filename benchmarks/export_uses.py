@@ -268,7 +268,7 @@ def together(
                 found, shares = [], []
                 for classes in triples:
                     parts = {c: archs[c] for c in classes}
-                    both = combine(parts, model, x[:1], how=how, calibration=calibration)  # type: ignore[arg-type]
+                    both = combine(model, parts, x[:1], how=how, calibration=calibration)  # type: ignore[arg-type]
                     found += accuracy(both, classes)
                     shares.append(multiply_adds(both, x) / multiply_adds(model, x))
                 key = f"{name}, {how}" + ", calibrated" * (calibration is not None)
@@ -280,7 +280,7 @@ def together(
     every = tuple(parts)
 
     def all_of_them() -> list[float]:
-        both = combine(parts, model, x[:1], how="side by side", calibration=train)  # type: ignore[arg-type]
+        both = combine(model, parts, x[:1], how="side by side", calibration=train)  # type: ignore[arg-type]
         return accuracy(both, every)
 
     before = all_of_them()
@@ -397,7 +397,7 @@ def main() -> None:
         gates = learn_gates(model, train, tasks, recipe, seed=args.seed, show_progress=True)
         if args.gates is not None:
             gates.save(args.gates)
-    graph = traced(model, (train[0][:1],), gates.sites)
+    graph = traced(model, gates.sites, (train[0][:1],))
     settings = {
         k: v for k, v in vars(args).items() if k not in ("shared", "output", "gates", "parts")
     }

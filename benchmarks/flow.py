@@ -232,7 +232,7 @@ def agreements(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 arch = architecture(model, (x, y), task, size)
                 images = x[y == task][:16]
                 found = information_flow(model, arch, images, tasks=task, receivers=None)
-                for row in agreement(found, model, images, n_edges=args.edges).to_dict("records"):
+                for row in agreement(model, found, images, n_edges=args.edges).to_dict("records"):
                     yield {
                         "network": name,
                         "kind": kind_of(name),
@@ -251,7 +251,7 @@ def edges(args: argparse.Namespace, constants: bool = False) -> Iterator[dict[st
             both = torch.cat([x[y == task][:12], x[y != task][:12]])
             found = information_flow(model, arch, both, tasks=task, receivers=None)
             table = edge_fidelity(
-                found, model, judged, sizes=(0.3, 0.6), n_random=2, n_images=24,
+                model, found, judged, sizes=(0.3, 0.6), n_random=2, n_images=24,
                 fit_images=both if constants else None,
             )  # fmt: skip
             for row in table.to_dict("records"):
@@ -301,7 +301,7 @@ def lite0(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model, photos, whole = _lite0()
     for task, image in list(photos.items())[: args.photos]:
         found = information_flow(model, whole, image, tasks=task, receivers=24)
-        for row in agreement(found, model, image, n_edges=args.edges).to_dict("records"):
+        for row in agreement(model, found, image, n_edges=args.edges).to_dict("records"):
             yield {"network": "lite0", "kind": "residual", "task": task, **row}
 
 
@@ -345,9 +345,9 @@ def causes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                      for i, j in chosen]  # fmt: skip
             flow = torch.stack([link.flow[i, j] for i, j in chosen])
             falls = {
-                "cut": edge_drops(found, model, images, edges),
-                "block": edge_drops(found, model, images, edges, share=(1.0, 1e-4)),
-                "linear": edge_drops(found, model, images, edges, share=(1e-4, 1e-4)),
+                "cut": edge_drops(model, found, edges, images),
+                "block": edge_drops(model, found, edges, images, share=(1.0, 1e-4)),
+                "linear": edge_drops(model, found, edges, images, share=(1e-4, 1e-4)),
             }
             ordered = flow.abs().sort(descending=True).values.cumsum(0)
             strong = flow.abs().argsort(descending=True)[

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["main", "transform", "write_pictures"]
 
@@ -62,6 +62,26 @@ def write_pictures(folder: Path, n: int | None = None) -> int:
     return sum(counts)
 
 
+def weights() -> Path:
+    """Where the package keeps its network's weights."""
+    import digit_recognizer
+
+    return Path(digit_recognizer.__file__).parent / "models" / "handwriting_model.pth"
+
+
+def load(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network, and the pictures that :func:`write_pictures` wrote, with their labels."""
+    import digit_recognizer
+
+    from nad_attr.data.images import ImageFolderData
+
+    network: nn.Module = digit_recognizer.CNN().eval()
+    network.load_state_dict(torch.load(weights(), map_location="cpu", weights_only=True))
+    data = ImageFolderData(folder, transform())
+    images, labels = zip(*(data[i][:2] for i in range(len(data))), strict=True)
+    return network, torch.stack(images), torch.tensor(labels)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -72,30 +92,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     import digit_recognizer
 
     from nad_attr import Explanation
-    from nad_attr.data.images import ImageFolderData
 
     n = write_pictures(args.out / "digits")
-    weights = Path(digit_recognizer.__file__).parent / "models" / "handwriting_model.pth"
-    options = ["--model", "digit_recognizer:CNN", "--weights", str(weights), "--transform"]
+    options = ["--model", "digit_recognizer:CNN", "--weights", str(weights()), "--transform"]
     options += ["benchmarks.found_network:transform", "--data", str(args.out / "digits")]
     options += ["--out", str(args.out / "report.html"), "--overwrite"]
     options += ["--quick"] * args.quick
     subprocess.run([sys.executable, "-m", "nad_attr.cli", "explain", *options], check=True)
 
     found = Explanation.load(args.out / "gates.h5")
-    network = digit_recognizer.CNN().eval()
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    data = ImageFolderData(args.out / "digits", transform())
-    right = 0
+    network, images, labels = load(args.out / "digits")
     with torch.no_grad():
-        for start in range(0, len(data), 256):
-            items = [data[i] for i in range(start, min(len(data), start + 256))]
-            called = network(torch.stack([item[0] for item in items])).argmax(1)
-            right += int((called == torch.tensor([item[1] for item in items])).sum())
+        called = torch.cat([network(x).argmax(1) for x in images.split(256)])
     row = {
         "network": f"digit-recognizer-py {digit_recognizer.__version__}, CNN",
         "images": n,
-        "accuracy": right / len(data),
+        "accuracy": float((called == labels).double().mean()),
         "lines": found.summary().replace(str(args.out), "found").splitlines(),
         "answers": dict(zip(found.task_names, found.verdict.answers, strict=True)),
         "promised": sum(found.promised.values()),

@@ -5,8 +5,9 @@ r"""Every claim about GPUs, checked by one command on one large GPU, in less tha
     python -m benchmarks.gpu_check --device cpu --parts projection --assume 2500 \
         --rates benchmarks/results/speed.json                    # no GPU needed
 
-Parts, in this order. Each is written as soon as it is done, one that would begin after
-``--minutes`` is left out, and one that fails is named with its error, after which the rest goes on:
+Parts, in this order; those of several networks are as many parts. Each is printed and written as
+soon as it is done, one that would begin after ``--minutes`` is left out, and one that fails is
+named with its error, after which the rest goes on:
 
 - *tests*: the tests marked ``gpu``.
 - *steps*: a step of the default recipe over the bare passes of the same batch, and the released
@@ -15,17 +16,19 @@ Parts, in this order. Each is written as soon as it is done, one that would begi
 - *projection*: hours for 1,000 classes from these rates, and with 20 replicas of each. Worked out,
   not measured.
 - *batches*: the batch sizes that "auto" finds for learning and for evaluation, and the memory that
-  learning then takes.
+  learning takes with such a batch full.
 - *replicas*: images a second where certainty learns a task from many halves side by side, beside
   one task alone.
 
-Exit status 1 if a test failed or a part did.
+Exit status 1 if a test failed or a part did. Where a command may run for ten minutes only, give
+``--minutes 8``: by the number of passes, a large GPU needs about four.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import subprocess
 import sys
@@ -47,6 +50,10 @@ __all__ = ["PARTS", "main"]
 
 NETWORKS = ("resnet50", "vgg16", "densenet121", "vit_b_16")
 PARTS = ("tests", "steps", "projection", "batches", "replicas")
+#: Parts that are run for each network, and the one that is run for the first.
+OF_NETWORKS, OF_FIRST = ("steps", "batches"), "replicas"
+#: Seconds after which the tests are given up.
+TEST_SECONDS = 240
 #: Replicas of a task that certainty learns by default, and steps that are timed.
 REPLICAS, STEPS = 19, 8
 #: Replicas of each class in the projection.
@@ -76,34 +83,35 @@ class GPUCheck:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
         root = Path(__file__).resolve().parents[1]
         done = subprocess.run(
-            [*command, *self.args.tests], cwd=root, capture_output=True, text=True, timeout=400
+            [*command, *self.args.tests],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=TEST_SECONDS,
         )
         said = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-300:]
         return {"passed": done.returncode == 0, "said": said}
 
-    def steps(self) -> list[Row]:
+    def steps(self, name: str) -> Row:
         """Our step and the released loop's over the bare passes."""
-        rows = []
-        for name in self.args.models:
-            given: dict[str, Any] = {
-                "recipe": "constants", "batch": self.batch, "tasks": 10, "device": self.device,
-                "image_size": self.pixels, "amp": True, "channels_last": True,
-                "repeats": 1 if self.args.small else 3,
-            }  # fmt: skip
-            row = learning_cost.measure(name, **given)
-            kept = ("model", "batch", "dtype", "time_ratio", "kept_ratio", "memory_ratio")
-            found: Row = {key: row[key] for key in kept}
-            found["images_per_second"] = row["batch"] / row["step_seconds"]
-            found["bare_images_per_second"] = row["batch"] / row["bare_seconds"]
-            found["step_mb"], found["bare_mb"] = row["step_memory"] / 1e6, row["bare_memory"] / 1e6
-            self.speed.args.models = [name]
-            self.speed.released()
-            released = self.speed.rows["released"][-1]
-            found["released_ratio"] = released["time_ratio"]
-            found["released_seconds_per_image"] = released["seconds_per_image"]
-            rows.append(found)
-            self._free()
-        return rows
+        given: dict[str, Any] = {
+            "recipe": "constants", "batch": self.batch, "tasks": 10, "device": self.device,
+            "image_size": self.pixels, "amp": True, "channels_last": True,
+            "repeats": 1 if self.args.small else 3,
+        }  # fmt: skip
+        row = learning_cost.measure(name, **given)
+        kept = ("model", "batch", "dtype", "time_ratio", "kept_ratio", "memory_ratio")
+        found: Row = {key: row[key] for key in kept}
+        found["images_per_second"] = row["batch"] / row["step_seconds"]
+        found["bare_images_per_second"] = row["batch"] / row["bare_seconds"]
+        found["step_mb"], found["bare_mb"] = row["step_memory"] / 1e6, row["bare_memory"] / 1e6
+        self._free()
+        self.speed.args.models = [name]
+        self.speed.released()
+        released = self.speed.rows["released"][-1]
+        found["released_ratio"] = released["time_ratio"]
+        found["released_seconds_per_image"] = released["seconds_per_image"]
+        return found
 
     def projection(self) -> list[Row]:
         """PROJECTION: hours for 1,000 ImageNet classes, alone and with 20 replicas of each."""
@@ -144,50 +152,41 @@ class GPUCheck:
             for model, kind, rate, slow in rates
         ]
 
-    def batches(self) -> list[Row]:
-        """What "auto" finds, and the memory that is then taken."""
-        rows = []
-        for name in self.args.models:
-            model, sites, images = self._network(name)
-            run = RunOptions(
-                batch_size="auto", amp=True, memory_limit="400MB" if self.args.small else None
-            )
-            labels = torch.arange(len(images)) % 2
-            recipe = Recipe(steps=2 if self.args.small else STEPS)
-            if self.cuda:
-                torch.cuda.reset_peak_memory_stats(self.device)
-            session = Session(model, (images, labels), [0, 1], recipe, sites, run=run, checks="off")
-            session.learn([0])
-            row: Row = {"model": name, "learning": session.batch_size}
-            if self.cuda:
-                row["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            row["evaluation"] = Runner(model, run).images_per_pass((images[:1].to(self.device),))
-            rows.append(row)
-            del session
-            self._free()
-        return rows
+    def batches(self, name: str) -> Row:
+        """What "auto" finds, and the memory that is taken where learning fills such a batch."""
+        model, sites, images = self._network(name)
+        run = RunOptions(
+            batch_size="auto", amp=True, memory_limit="400MB" if self.args.small else None
+        )
+        labels = torch.arange(len(images)) % 2
+        recipe = Recipe(steps=2 if self.args.small else STEPS)
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        session = Session(model, (images, labels), [0, 1], recipe, sites, run=run, checks="off")
+        row: Row = {"model": name, "learning": session.batch_size, "width": session.width}
+        session.learn_replicas([Replica(0, seed) for seed in range(session.width)])
+        if self.cuda:
+            row["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        row["evaluation"] = Runner(model, run).images_per_pass((images[:1].to(self.device),))
+        return row
 
-    def replicas(self) -> list[Row]:
+    def replicas(self, name: str) -> Row:
         """Learning one task alone, and many replicas of it side by side."""
-        rows = []
         n = 3 if self.args.small else REPLICAS
-        for name in self.args.models[:1]:
-            model, sites, images = self._network(name)
-            recipe = Recipe(steps=2 if self.args.small else STEPS)
-            given = (images, torch.arange(len(images)) % 2)
-            width = recipe.images_per_step * n
-            run = RunOptions(batch_size=min(width, 4 * self.batch), amp=True)
-            session = Session(model, given, [0], recipe, sites, run=run, checks="off")
-            row: Row = {"model": name, "replicas": n, "batch": session.batch_size}
-            session.learn([0])  # warm
-            for what, replicas in (("alone", 1), ("side_by_side", n)):
-                began = self._now()
-                session.learn_replicas([Replica(0, seed) for seed in range(replicas)])
-                images_run = replicas * recipe.steps * recipe.images_per_step
-                row[f"{what}_images_per_second"] = images_run / (self._now() - began)
-            rows.append(row)
-            self._free()
-        return rows
+        model, sites, images = self._network(name)
+        recipe = Recipe(steps=2 if self.args.small else STEPS)
+        given = (images, torch.arange(len(images)) % 2)
+        width = recipe.images_per_step * n
+        run = RunOptions(batch_size=min(width, 4 * self.batch), amp=True)
+        session = Session(model, given, [0], recipe, sites, run=run, checks="off")
+        row: Row = {"model": name, "replicas": n, "batch": session.batch_size}
+        session.learn([0])  # warm
+        for what, replicas in (("alone", 1), ("side_by_side", n)):
+            began = self._now()
+            session.learn_replicas([Replica(0, seed) for seed in range(replicas)])
+            images_run = replicas * recipe.steps * recipe.images_per_step
+            row[f"{what}_images_per_second"] = images_run / (self._now() - began)
+        return row
 
     def _network(self, name: str) -> tuple[nn.Module, list[GateSite], Tensor]:
         model, sites = learning_cost.MODELS[name]()
@@ -203,6 +202,7 @@ class GPUCheck:
         return time.perf_counter()
 
     def _free(self) -> None:
+        gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
 
@@ -241,25 +241,34 @@ def main(argv: Sequence[str] | None = None, clock: Callable[[], float] = time.mo
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "small": args.small,
     }
-    left_out, failed = [], {}
+    left_out: list[str] = []
+    failed: dict[str, str] = {}
     for part in args.parts:
-        if clock() - began > 60 * args.minutes:
-            left_out.append(part)
-            continue
-        try:
-            check.rows[part] = getattr(check, part)()
-        except Exception as error:  # the machine is dear: the other parts go on
-            failed[part] = f"{type(error).__name__}: {error}"[:500]
-        minutes = round((clock() - began) / 60, 2)
-        result = {**about, "minutes": minutes, "left_out": left_out, "failed": failed, **check.rows}
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
-        found = check.rows.get(part, failed.get(part))
-        text = speed.table(found) if isinstance(found, list) else found
-        print(f"\n{part} ({minutes} minutes)\n{text}", flush=True)
-    for part in left_out:
-        print(f"left out, for want of time: {part}")
+        of = {OF_FIRST: args.models[:1], **dict.fromkeys(OF_NETWORKS, args.models)}
+        for name in of.get(part, [""]):
+            what = f"{part} {name}".strip()
+            if clock() - began > 60 * args.minutes:
+                left_out.append(what)
+                continue
+            try:
+                found = getattr(check, part)(*([name] if name else []))
+                if name:
+                    check.rows.setdefault(part, []).append(found)
+                else:
+                    check.rows[part] = found
+            except Exception as error:  # the machine is dear: the other parts go on
+                found = failed[what] = f"{type(error).__name__}: {error}"[:500]
+            check._free()
+            minutes = round((clock() - began) / 60, 2)
+            told = {"minutes": minutes, "left_out": left_out, "failed": failed}
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps({**about, **told, **check.rows}, indent=1) + "\n")
+            rows = [found] if name and isinstance(found, dict) else found
+            text = speed.table(rows) if isinstance(rows, list) else rows
+            print(f"\n{what} ({minutes} minutes)\n{text}", flush=True)
+    for what in left_out:
+        print(f"left out, for want of time: {what}")
     return int(bool(failed) or not check.rows.get("tests", {"passed": True})["passed"])
 
 

@@ -2,7 +2,7 @@
 
 Five of Quantus's categories, on the same images and the same network: faithfulness, robustness,
 localisation (where there are masks), randomisation, complexity. Quantus asks the **whole** network
-for its outputs, so faithfulness here says how well a heat-map foretells the whole network, be it
+for its outputs, so faithfulness here says how well a heat-map predicts the whole network, be it
 through the sub-architecture or not. Needs the extras ``quantus`` and, for LRP, ``zennit``::
 
     table = quantus_table(model, images, labels, task_gates, masks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -17,6 +18,10 @@ from tests import helpers
 
 # The networks are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
+
+# What collecting the tests imports lives until the end: looking at it for garbage again and again
+# would take a quarter of that time, and then some in every test.
+gc.disable()
 
 # A shell starts what runs in its background deaf to Ctrl-C, and some tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -60,6 +65,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--slow-list"):
         slow = [n for n, s in _spent.items() if max(s) > MOST_OF_ONE or sum(s) > MOST_OF_ALL]
         SLOW.write_text("\n".join(sorted(slow)) + "\n", encoding="utf-8")
+
+
+def pytest_collection_finish() -> None:
+    """From here on only what tests make is looked at for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from nad_attr.gates.recipe import Recipe
 
 N_CLASSES = 3
 IMAGE_SHAPE = (3, 8, 8)
@@ -281,3 +285,22 @@ def assert_model_untouched(model: nn.Module, *tensors: Tensor) -> Iterator[None]
         changed += [f"{key} (new)" for key in after if key not in before]
         # Raised here, this hides an exception of the block, which stays visible as its context.
         assert not changed, "not as it was before: " + "; ".join(changed)
+
+
+def learn_briefly(patch: pytest.MonkeyPatch, steps: int = 4, images_per_step: int = 20) -> None:
+    """Give every recipe of the default kind few steps, and images in each at most."""
+    check = Recipe._check
+
+    def brief(self: Any) -> None:
+        check(self)
+        if isinstance(self, Recipe):
+            object.__setattr__(self, "steps", min(self.steps, steps))
+            object.__setattr__(self, "images_per_step", min(self.images_per_step, images_per_step))
+
+    patch.setattr(Recipe, "_check", brief)
+
+
+def fit_briefly(patch: pytest.MonkeyPatch) -> None:
+    """Fit constants for a verdict in one step: for tests that do not look at how good they are."""
+    for module in ("nad_attr.certainty.verdict", "nad_attr.explaining.promise"):
+        patch.setattr(importlib.import_module(module), "FIT_STEPS", 1)

@@ -447,7 +447,7 @@ def test_what_cannot_work_is_refused() -> None:
 
 
 class Linear(nn.Module):
-    """relu(x) w, whose gradient foretells every perturbation that changes no sign."""
+    """relu(x) w, whose gradient predicts every perturbation that changes no sign."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from nad_attr import ChannelCertainty, Recipe, TaskGates, Verdict, cli
 from nad_attr.evaluation import Evaluation
 from nad_attr.learning import runs
 from nad_attr.store import GateStore, read_result
+from tests.helpers import fit_briefly
 
 Image = pytest.importorskip("PIL.Image")
 typer_testing = pytest.importorskip("typer.testing")
@@ -318,11 +319,13 @@ def test_the_published_recipe(here: Path) -> None:
     assert (recipe.beta, recipe.epochs) == (0.5, 2)
 
 
-def test_a_verdict_and_its_place_in_the_report(here: Path) -> None:
+def test_a_verdict_and_its_place_in_the_report(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("plotly")
+    fit_briefly(monkeypatch)
     (here / "judged.h5").write_bytes((here / "gates.h5").read_bytes())
     (here / "other.h5").write_bytes((here / "gates.h5").read_bytes())
-    mine = ("judged.h5", "--trust-file", "--held-out", "val", "--tasks", "red,blue")
+    red = ("judged.h5", "--trust-file", "--held-out", "val", "--tasks", "red")
+    mine = (*red[:-1], "red,blue")
     text = succeeds(
         *("verdict", *mine, "--images", "10", "--replica", "other.h5", "--out", "judged.h5")
     )
@@ -331,7 +334,7 @@ def test_a_verdict_and_its_place_in_the_report(here: Path) -> None:
     found = Verdict.load("judged.h5")
     assert set(found.task_names) == {"red", "blue"}
     assert found.value[:, 4].tolist() == [1, 1]
-    succeeds("verdict", *mine, "--images", "10", "--out", "verdict.json", "-q")
+    succeeds("verdict", *red, "--images", "10", "--out", "verdict.json", "-q")
     assert Verdict.load("verdict.json").answer("red", "stable") == "not asked"
     succeeds("report", "judged.h5", "--out", "judged.html", "-q")
     page = (here / "judged.html").read_text()
@@ -341,7 +344,7 @@ def test_a_verdict_and_its_place_in_the_report(here: Path) -> None:
     gates = TaskGates.load("judged.h5")
     sure = nad_attr.certainty(made, gates, data, data, pairs=1, alternatives=0)
     sure.save("judged.h5")
-    succeeds("verdict", *mine, "--images", "10", "--out", "verdict.json", "-q")
+    succeeds("verdict", *red, "--images", "10", "--out", "verdict.json", "-q")
     needed = (sure.table("red")["label"] == "needed").mean()
     judged = Verdict.load("verdict.json")
     assert judged.value[judged.index("red"), 3] == pytest.approx(needed)
@@ -752,10 +755,13 @@ def test_what_is_wrong_is_said_before_anything_is_explained(
 
 
 @pytest.mark.slow
-def test_one_command_from_photos_to_a_verdict(here: Path, tmp_path: Path) -> None:
+def test_one_command_from_photos_to_a_verdict(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("plotly")
+    fit_briefly(monkeypatch)
     out = tmp_path / "page.html"
-    given = ("--data", "train", "--tasks", "red,blue", "--quick", "--certainty")
+    given = ("--data", "train", "--tasks", "red", "--quick", "--certainty")
     text = succeeds(*EXPLAIN[:-4], *EXPLAIN[-2:], "--out", out, *given)
     assert text.index("this will take about") < text.index("Asked: which of 12 channels")
     assert "red" in text[text.index("Asked") :]
@@ -875,7 +881,8 @@ def files_of(split: str) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("kind", ["classes", "names", "several", "one", "target"])
-def test_labels_from_a_table(here: Path, kind: str) -> None:
+def test_labels_from_a_table(here: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit_briefly(monkeypatch)
     files = files_of("val")
     rows: list[list[object]] = {
         "classes": [["file", "class"], *([f, k] for f, k in files)],
@@ -1024,8 +1031,11 @@ EXPLAIN_TRAIN = ("explain", *MODEL, "--data", "train", "--device", "cpu")
 
 
 @pytest.mark.slow
-def test_explain_goes_from_photos_to_a_verdict(tmp_path: Path) -> None:
+def test_explain_goes_from_photos_to_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("plotly")
+    fit_briefly(monkeypatch)
     page = tmp_path / "report.html"
     text = succeeds(*EXPLAIN_TRAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
     for said in ("this will take about", "learning from", "Asked: which of 12 channels", "See: "):

@@ -147,7 +147,11 @@ def test_run_writes_what_it_says(result: DemoResult) -> None:
     assert all(path.stat().st_size > 0 for path in result.files.values())
     assert sorted(path.name for path in result.out.iterdir()) == sorted(result.files)
     assert TaskGates.load(result.files["gates.h5"]) == result.gates
-    assert result.files["table.txt"].read_text() == result.table() + "\n"
+    table = result.files["table.txt"].read_text()
+    assert table.startswith(result.table() + "\n")
+    # Where the numbers stand, it is said what they are measured on.
+    assert "measured on other crops of the" in table
+    assert "no test on new photos" in result.files["table.json"].read_text()
     content = json.loads(result.files["table.json"].read_text())
     assert set(content["evaluation"]["rivals"]) == {"Taylor"}
     assert len(content["evaluation"]["random"]) == 3
@@ -241,7 +245,7 @@ def test_strongest_channel_is_the_photos_colour() -> None:
     gates = TaskGates({s.name: full.gates()[s.name][None] for s in sites}, sites, [1])
     image = torch.zeros(3, 4, 4)
     image[1, 2, 3] = 1.0
-    found = strongest_channels(model, gates, image, 1)
+    found = strongest_channels(model, gates, 1, image)
     assert [(c.site, c.channel, c.gate) for c in found] == [("relu", 1, 1.0), ("relu2", 1, 1.0)]
     assert torch.equal(found[0].map, image[1])
 
@@ -250,7 +254,7 @@ def test_closed_channels_are_not_shown() -> None:
     model = Colours().eval()
     sites = nad_attr.find_gate_sites(model, torch.zeros(2, 3, 4, 4), layers=["relu", "relu2"])
     gates = TaskGates({"relu": torch.zeros(1, 6), "relu2": torch.ones(1, 6)}, sites, [1])
-    found = strongest_channels(model, gates, torch.ones(3, 4, 4), 1)
+    found = strongest_channels(model, gates, 1, torch.ones(3, 4, 4))
     assert [c.site for c in found] == ["relu2"]
 
 
@@ -264,8 +268,8 @@ def test_photo_figure_has_one_panel_per_channel(
         strongest_channels(
             colours,
             result.gates,
-            center_crops(colour_photos[1:2], size=PIXELS)[0][0],
             1,
+            center_crops(colour_photos[1:2], size=PIXELS)[0][0],
         )
     )
 

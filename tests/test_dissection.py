@@ -520,7 +520,7 @@ def test_of_a_loader_only_what_it_has_chosen_is_used() -> None:
     )
     for site in sites:
         np.testing.assert_array_equal(found.iou[site.name], expected.iou[site.name])
-    assert {n for (n, _, _) in unit_masks(net, found, loader, sites[0], 0)} <= {1, 2, 4}
+    assert {n for (n, _, _) in unit_masks(net, found, sites[0], 0, loader)} <= {1, 2, 4}
 
 
 @pytest.mark.slow
@@ -585,7 +585,7 @@ def test_top_images_are_those_with_the_highest_activations() -> None:
         expected = sorted(range(9), key=lambda i: (-float(highest[i, unit]), i))[:3]
         assert units.top_images["relu2"][unit].tolist() == expected
     with assert_model_untouched(model, x):
-        found = unit_masks(model, units, (x, labels(9)), "relu2", 1, n=2)
+        found = unit_masks(model, units, "relu2", 1, (x, labels(9)), n=2)
     up = F.interpolate(
         activations_of(model, [GateSite("relu2", 8)], x)["relu2"][:, 1:2], (8, 8), mode="bilinear"
     )
@@ -593,7 +593,7 @@ def test_top_images_are_those_with_the_highest_activations() -> None:
         assert torch.equal(image, x[number])
         assert torch.equal(mask, up[number, 0] > units.thresholds["relu2"][1])
     pytest.importorskip("matplotlib")
-    assert len(draw_unit(model, units, (x, labels(9)), "relu2", 1, n=2).axes) == 2
+    assert len(draw_unit(model, units, "relu2", 1, (x, labels(9)), n=2).axes) == 2
 
 
 # -- bad input -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +31,8 @@ from torch import nn
 
 import nad_attr
 from nad_attr import Recipe, cli, learn_gates
+from nad_attr.explaining.parts import SIZES
+from tests.helpers import fit_briefly, learn_briefly
 from tests.stores import make_gates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,8 +177,6 @@ def cifar_resnet20(num_classes=10):
 
 small = net = cifar_resnet20
 '''
-#: At most so many steps of learning: what is learned is not looked at here.
-STEPS = 4
 
 
 def small_network(num_classes: int = 10) -> nn.Module:
@@ -268,14 +268,11 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         true_init(self, **{**options, "crop_size": 32, "resize_size": 32})
 
     monkeypatch.setattr(kind, "__init__", small_images)
-    true_check = Recipe._check
-
-    def short(self: Any) -> None:
-        true_check(self)
-        if isinstance(self, Recipe):
-            object.__setattr__(self, "steps", min(self.steps, STEPS))
-
-    monkeypatch.setattr(Recipe, "_check", short)
+    # What is learned is not looked at here.
+    learn_briefly(monkeypatch, steps=4, images_per_step=4)
+    fit_briefly(monkeypatch)
+    for name, size in SIZES.items():
+        monkeypatch.setitem(SIZES, name, replace(size, n_tasks=2, n_judged=8))
     monkeypatch.setenv("COLUMNS", "100")
 
 
@@ -353,13 +350,22 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
 
 
+#: Commands that explain, of all pages so far. README and start page have the same one, and each
+#: takes seconds; no page goes on from what they write.
+EXPLAINED: set[tuple[str, str]] = set()
+
+
 def check_command(command: str, shown: str, where: str) -> None:
     """Run a command of a page, or check what can be checked of it."""
     words = shlex.split(command, comments=True)
     if words[0] == "nad-attr":
         if words[1] == "demo":  # minutes: tests/test_demo.py runs it
             return
+        if (command, shown) in EXPLAINED:
+            return
         run_nad_attr(command, shown, where)
+        if words[1] == "explain":
+            EXPLAINED.add((command, shown))
     elif words[0] == "make":
         wanted = [word for word in words[1:] if "=" not in word]
         assert set(wanted) <= targets(), f"{where}: no such target: {command}"

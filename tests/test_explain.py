@@ -18,7 +18,7 @@ from nad_attr.data.sources import ChosenSource, as_source
 from nad_attr.evaluation import Evaluation
 from nad_attr.explaining import explaining
 from nad_attr.explaining.parts import SIZES, chosen_tasks, split
-from nad_attr.explaining.promise import Rates, n_certain, passes, promised
+from nad_attr.explaining.promise import Rates, cost, n_certain, passes, promised
 from nad_attr.store import GateStoreError, result_names
 from tests.helpers import assert_model_untouched
 
@@ -215,8 +215,8 @@ def test_minutes_choose_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_certainty_takes_no_longer_than_all_else() -> None:
     """By counted passes, which are the same on every machine."""
     rest = {"learning": {"learn": 100}, "verdict": {"run": 300}}
-    for cost, n in ((60, 8), (600, 8), (1200, 4), (48_000, 0)):
-        assert n_certain({**rest, "certainty": {"run": cost}}, 8) == n
+    for runs, n in ((60, 8), (600, 8), (1200, 4), (48_000, 0)):
+        assert n_certain({**rest, "certainty": {"run": runs}}, 8) == n
 
 
 # ---------------------------------------------------------------------------------------------
@@ -296,3 +296,50 @@ def test_other_arguments_are_named(
     with pytest.raises(StopError):
         explain(model, data(), **given, quick=True, overwrite=True)
     assert not store.exists()
+
+
+def test_certainty_goes_on_with_the_next_task(
+    tmp_path: Path, explained: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, images = Counting().eval(), data()
+    given: dict[str, Any] = {"recipe": QUICK, "tasks": TWO, "certainty": True}
+    given |= {"store": tmp_path / "gates.h5", "run": RunOptions(batch_size=16)}
+    given["task_names"] = NAMES
+    measure, seen = explaining.measure_certainty, []
+
+    def once(model: nn.Module, gates: TaskGates, *args: Any, **kwargs: Any) -> Any:
+        if seen:
+            raise StopError
+        seen.append(gates.tasks)
+        return measure(model, gates, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(explaining, "measure_certainty", once)
+        with pytest.raises(StopError):
+            explain(model, images, **given)
+    assert seen == [(0,)]
+    assert "certainty" in result_names(given["store"])
+    found = explain(model, images, **given)
+    assert found.certainty is not None
+    assert explained.certainty is not None
+    assert found.certainty.to_dict() == explained.certainty.to_dict()
+    assert "certainty" in found.promised
+    once_more = explain(model, images, **given)
+    assert list(once_more.taken) == ["learning", "pictures"]
+
+
+def test_certainty_of_as_many_tasks_as_are_paid_for(
+    explained: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What closings cost shows when they are done; passes decide, and no clock."""
+    sure = explained.certainty
+    assert sure is not None
+    work = object.__new__(explaining._Work)
+    work.tasks, work.wants_certainty = [*TWO, 1], None
+    spent = cost({"learn": sure.passes["learning"], "run": sure.passes["testing"]})
+    for affordable, left in ((spent, []), (1.5 * spent, [1]), (2 * spent, [1])):
+        work.affordable = int(affordable)
+        assert work.unsure(sure) == left
+    work.affordable, work.wants_certainty = 0, True
+    assert work.unsure(sure) == [1]
+    assert work.unsure(None) == work.tasks

@@ -192,7 +192,7 @@ def random_network(kind: str, seed: int) -> tuple[nn.Module, list[GateSite], Gra
     once = {id(v[0]): n for n, v in reversed(calls.items()) if len(v) == 1}
     names = [n for n, v in calls.items() if isinstance(v[0], Tensor) and n in once.values()]
     seen = find_gate_sites(model, x, layers=names)
-    return model, seen, traced(model, (x,), seen)
+    return model, seen, traced(model, seen, (x,))
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -502,7 +502,7 @@ def two_tasks(model: nn.Module) -> dict[int, SubArchitecture]:
 def test_side_by_side_is_each_tasks_own_network() -> None:
     model, x = build(TinyCNN), images(4)
     archs = two_tasks(model)
-    both = combine(archs, model, x, how="side by side")
+    both = combine(model, archs, x, how="side by side")
     with torch.no_grad():
         for i, (task, arch) in enumerate(archs.items()):
             with arch.applied(model):
@@ -515,25 +515,25 @@ def test_a_part_of_another_network_stands_beside_those_of_one() -> None:
     model, other, x = build(TinyCNN), build(TinyCNN, 1), images(4)
     arch = two_tasks(model)[0]
     theirs = two_tasks(other)[2].export(other, x, head="task")
-    both = combine({0: arch, 2: theirs}, model, x, how="side by side")
+    both = combine(model, {0: arch, 2: theirs}, x, how="side by side")
     with arch.applied(model), torch.no_grad():
         assert torch.allclose(both(x)[:, :1], model(x)[:, :1])
         assert torch.allclose(both(x)[:, 1:], theirs(x))
     made = summary(both)
     assert made.sites["part1.relu1"] == summary(theirs).sites["relu1"]
     assert made.whole.parameters == 2 * summary(theirs).whole.parameters
-    alone = combine({2: theirs}, model, x, how="side by side")
+    alone = combine(model, {2: theirs}, x, how="side by side")
     assert torch.equal(alone(x), theirs(x))
     theirs.get_parameter("conv2.weight").data.zero_()  # its own weights, not ours
     assert not torch.equal(alone(x), theirs(x))
     with pytest.raises(ValueError, match="side by side"):
-        combine({0: arch, 2: theirs}, model, x)
+        combine(model, {0: arch, 2: theirs}, x)
     with pytest.raises(ValueError, match="export it with images of that size"):
-        combine({2: theirs}, model, x[..., :4], how="side by side")
+        combine(model, {2: theirs}, x[..., :4], how="side by side")
     with pytest.raises(ValueError, match="no summary"):
-        combine({2: nn.Linear(2, 1)}, model, x, how="side by side")
+        combine(model, {2: nn.Linear(2, 1)}, x, how="side by side")
     with pytest.raises(TypeError, match="at least one task"):
-        combine({}, model, x)
+        combine(model, {}, x)
 
 
 def test_union_keeps_what_any_task_needs() -> None:
@@ -544,7 +544,7 @@ def test_union_keeps_what_any_task_needs() -> None:
     assert float(union.means["relu2"][0]) == pytest.approx(0.1)
     with union.applied(model), torch.no_grad():
         expected = model(x)[:, [0, 2]]
-    assert torch.allclose(combine(archs, model, x)(x), expected)
+    assert torch.allclose(combine(model, archs, x)(x), expected)
 
 
 def test_calibration_makes_logits_comparable() -> None:
@@ -558,13 +558,13 @@ def test_calibration_makes_logits_comparable() -> None:
     x[torch.arange(60), labels] += 2.0
     site = [GateSite("0", 3)]
     archs = {t: SubArchitecture({"0": torch.ones(3, dtype=torch.bool)}, site) for t in range(3)}
-    raw = combine(archs, net, x)
+    raw = combine(net, archs, x)
     assert (raw(x).argmax(1) == labels).float().mean() < 0.5
-    fitted = combine(archs, net, x, calibration=(x, labels))
+    fitted = combine(net, archs, x, calibration=(x, labels))
     assert (fitted(x).argmax(1) == labels).float().mean() > 0.95
     with pytest.raises(ValueError, match="no image of task"):
-        combine(archs, net, x, calibration=(x[labels < 2], labels[labels < 2]))
-    group = combine({(0, 2): archs[0], 1: archs[1]}, net, x, how="side by side")
+        combine(net, archs, x, calibration=(x[labels < 2], labels[labels < 2]))
+    group = combine(net, {(0, 2): archs[0], 1: archs[1]}, x, how="side by side")
     assert torch.allclose(group(x)[:, 0], net(x)[:, [0, 2]].logsumexp(1))
 
 

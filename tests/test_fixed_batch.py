@@ -174,7 +174,7 @@ def _odd(sites: Any, task: int = 0) -> SubArchitecture:
 
 def _flow(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
     flow = information_flow(net, arch, (IMAGES, LABELS))
-    cut = edge_fidelity(flow, net, (IMAGES, LABELS), sizes=(0.5,))
+    cut = edge_fidelity(net, flow, (IMAGES, LABELS), sizes=(0.5,))
     return flow.frame().round(6).to_csv(), cut.round(6).to_csv()
 
 
@@ -196,7 +196,7 @@ def _zennit(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
     with SubArchitectureAttributor(net, arch, "epsilon_plus") as attributor:
         many = attributor(IMAGES[:11], LABELS[:11])
         few = attributor(IMAGES[:3], 1)
-    return [*many, *few, whole_network(net, IMAGES[:9], 1, named_composite("epsilon_plus"))]
+    return [*many, *few, whole_network(net, named_composite("epsilon_plus"), IMAGES[:9], 1)]
 
 
 def _crp(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:

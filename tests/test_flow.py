@@ -381,7 +381,7 @@ def test_labels_of_every_kind_and_networks_that_are_called_otherwise() -> None:
     several = information_flow(model, arch, (x, Labels(rows)), tasks=1)
     alone = information_flow(model, arch, x[[1, 3]], tasks=1)
     torch.testing.assert_close(several.flows[0].links[0].flow, alone.flows[0].links[0].flow)
-    table = edge_fidelity(several, model, (x, Labels(rows)), sizes=(0.999,), by=["strength"])
+    table = edge_fidelity(model, several, (x, Labels(rows)), sizes=(0.999,), by=["strength"])
     assert table.fidelity.item() > 0.9
 
     def doubled(factor: float, image: Tensor) -> Tensor:
@@ -394,8 +394,8 @@ def test_labels_of_every_kind_and_networks_that_are_called_otherwise() -> None:
     torch.testing.assert_close(one.flows[0].links[0].flow, two.flows[0].links[0].flow)
     edge = ("relu1", int(arch.kept["relu1"][0]), "relu2", int(arch.kept["relu2"][0]))
     torch.testing.assert_close(
-        edge_drops(one, model, named, [edge], run=run),
-        edge_drops(two, model, 2 * x[[1, 3]], [edge], run=RunOptions(batch_size=1)),
+        edge_drops(model, one, [edge], named, run=run),
+        edge_drops(model, two, [edge], 2 * x[[1, 3]], run=RunOptions(batch_size=1)),
     )
     with pytest.raises(ValueError, match="there is a task 7, but the network has 3 outputs"):
         information_flow(model, arch, x, tasks=7)
@@ -490,7 +490,7 @@ def test_single_edges_cut_side_by_side_are_those_cut_alone(net: tuple[type[nn.Mo
     rows = found.edges.sample(frac=0.6, random_state=0)
     edges = list(rows.iloc[:, :4].itertuples(index=False, name=None))
     with assert_model_untouched(model):
-        drops = edge_drops(found, model, x, edges, run=RunOptions(batch_size=3))
+        drops = edge_drops(model, found, edges, x, run=RunOptions(batch_size=3))
     with torch.no_grad():
         with found.flows[0].architecture.applied(model):
             base = model(x)[:, 1].mean()
@@ -504,15 +504,15 @@ def test_a_small_share_of_an_edge_cut_does_what_its_flow_says(net: tuple[type[nn
     model, x = made(*net)
     found = information_flow(model, half(model, x), x, receivers=None)
     edges = list(found.edges.iloc[:, :4].itertuples(index=False, name=None))
-    drops = edge_drops(found, model, x, edges, share=(1e-4, 1e-4))
+    drops = edge_drops(model, found, edges, x, share=(1e-4, 1e-4))
     torch.testing.assert_close(drops, torch.tensor(found.edges.flow), rtol=5e-3, atol=1e-6)
-    cut = edge_drops(found, model, x, edges)
-    half_way = edge_drops(found, model, x, edges, share=(1.0, 1e-6))
+    cut = edge_drops(model, found, edges, x)
+    half_way = edge_drops(model, found, edges, x, share=(1.0, 1e-6))
     if any(isinstance(m, nn.ReLU) for m in model.modules()):
         assert not torch.allclose(cut, drops)
         assert not torch.allclose(half_way, drops)
     with pytest.raises(ValueError, match=r"share must be a number in \(0, 1\]"):
-        edge_drops(found, model, x, edges, share=0)
+        edge_drops(model, found, edges, x, share=0)
 
 
 def test_flow_is_what_cutting_does_where_all_is_linear() -> None:
@@ -524,7 +524,7 @@ def test_flow_is_what_cutting_does_where_all_is_linear() -> None:
     model, x = made(Linear)
     sites = find_gate_sites(model, x, layers=["relu1", "relu2", "relu3"])
     found = information_flow(model, SubArchitecture.full(sites), x, tasks=1)
-    table = agreement(found, model, x)
+    table = agreement(model, found, x)
     assert len(table) == 3
     assert table.pearson.min() > 1 - 1e-9
     assert (table.slope - 1).abs().max() < 1e-9
@@ -589,7 +589,7 @@ def test_receivers_keep_their_means_where_images_are_given() -> None:
         assert longer(y).isfinite().all()
     judged = x, torch.arange(len(x)) % 2
     plain, fitted = (
-        edge_fidelity(found, model, judged, sizes=(0.3,), n_random=1, fit_images=images)
+        edge_fidelity(model, found, judged, sizes=(0.3,), n_random=1, fit_images=images)
         for images in (None, x)
     )
     assert not plain.fidelity.equals(fitted.fidelity)
@@ -599,7 +599,7 @@ def test_fidelity_of_edges_grows_to_one() -> None:
     model, x = made(TinyResNet)
     labels = torch.tensor([1, 0, 1, 2, 0])
     found = information_flow(model, half(model, x), (x, labels), tasks=1)
-    table = edge_fidelity(found, model, (x, labels), sizes=(0.2, 0.999), n_random=2)
+    table = edge_fidelity(model, found, (x, labels), sizes=(0.2, 0.999), n_random=2)
     assert set(table.by) == {"strength", "flow", "gradient", "random"}
     assert table[table["size"] == 0.999].fidelity.min() > 0.9
     assert len(table) == 2 * (3 + 2)
@@ -621,7 +621,7 @@ def test_what_is_no_edge_is_refused() -> None:
         found.cut(model, [("relu1", 0)])
     few = information_flow(model, half(model, x), x, receivers=1)
     with pytest.raises(ValueError, match="is not one edge"):
-        edge_drops(few, model, x, [("relu1", 0, "relu2", -1)])
+        edge_drops(model, few, [("relu1", 0, "relu2", -1)], x)
 
 
 def test_sites_need_not_be_in_order() -> None:

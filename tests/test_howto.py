@@ -15,6 +15,7 @@ import pytest
 from torch import nn
 
 from nad_attr.system.rng import isolated_rng
+from tests.helpers import fit_briefly, learn_briefly
 
 HOWTO = Path(__file__).resolve().parent.parent / "docs" / "howto"
 #: The table of contents holds no code.
@@ -60,6 +61,18 @@ def run_page(path: Path) -> dict[str, object]:
     return namespace
 
 
+def short(patch: pytest.MonkeyPatch) -> None:
+    """Learn in few steps, and from smaller digits: how good the results are is not looked at."""
+    learn_briefly(patch)
+    fit_briefly(patch)
+    if importlib.util.find_spec("sklearn") is not None:
+        from sklearn import datasets
+
+        digits = datasets.load_digits()
+        digits.images = digits.images[:, ::2, ::2]
+        patch.setattr(datasets, "load_digits", lambda: digits)
+
+
 def test_pages_are_there() -> None:
     wanted = (
         "captum contrast crp grad_cam hugging_face lightning quantus torchmetrics virelay zennit"
@@ -79,6 +92,7 @@ def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert blocks(text), "the page holds no code to run"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    short(monkeypatch)
     # The same random numbers in every run, and none of them for the tests that come after.
     with warnings.catch_warnings(), isolated_rng(0):
         warnings.simplefilter("ignore")

@@ -161,7 +161,7 @@ def test_sound_networks_pass(layer: type[nn.Module], dtype: torch.dtype) -> None
         with frozen(net), warnings.catch_warnings():
             warnings.simplefilter("error")
             check_gradients(network, (x,))
-            check_outputs(network, net, (x,))
+            check_outputs(net, network, (x,))
 
 
 def test_gradient_of_a_vector_site_closed_at_zero_is_that_of_the_product() -> None:
@@ -238,7 +238,7 @@ def test_stores_are_refused_too_and_nothing_is_written(
 def test_random_numbers_that_change_nothing_are_no_chance() -> None:
     net = Net(lambda f: f + 0 * torch.rand_like(f)).eval()
     x = torch.rand(2, 3, 12, 12)
-    check_outputs(lambda inputs: net(*inputs), net, (x,))
+    check_outputs(net, lambda inputs: net(*inputs), (x,))
 
 
 def test_an_image_that_cannot_be_run_alone_is_warned_of() -> None:
@@ -250,7 +250,7 @@ def test_an_image_that_cannot_be_run_alone_is_warned_of() -> None:
         return net(*inputs)
 
     with pytest.warns(NetworkCheckWarning, match=r"2 images and not on one alone: of shape \(3,\)"):
-        check_outputs(run, net, (torch.rand(2, 3, 12, 12),))
+        check_outputs(net, run, (torch.rand(2, 3, 12, 12),))
 
 
 def test_checks_must_be_one_of_three(data: tuple[Tensor, Tensor]) -> None:
@@ -279,7 +279,7 @@ def test_results_are_the_same_bit_by_bit_and_nothing_is_changed(
     net, x = Counting().eval(), data[0][:2]
     network = Network(net, find_gate_sites(net, x))
     state, calls = torch.get_rng_state(), float(net.calls)
-    check_outputs(network, net, (x,))
+    check_outputs(net, network, (x,))
     with frozen(net):
         check_gradients(network, (x,))
     assert float(net.calls) == calls

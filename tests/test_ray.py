@@ -220,13 +220,14 @@ def test_two_workers_give_the_same_bits(
 
 
 @needs_ray
-def test_ten_killed_workers_do_not_change_a_bit(
+def test_killed_workers_do_not_change_a_bit(
     cluster: Any, uninterrupted: TaskGates, tmp_path: Path
 ) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
-    # Images of the own class of nine tasks, and so of most chunks; one kills twice.
-    for n, image in enumerate((0, 7, 13, 22, 29, 31, 38, 44, 55, 55)):
+    # Images of the own classes of tasks of the first, middle and last chunk; one kills twice. Each
+    # worker that takes a killed one's place imports torch: seconds, so that four are enough.
+    for n, image in enumerate((0, 29, 58, 58)):
         (marks / f"{image}-{n}").touch()
     executor = RayExecutor(n_workers=2, retries=10)
     path = tmp_path / "gates.h5"
@@ -235,7 +236,7 @@ def test_ten_killed_workers_do_not_change_a_bit(
     learn_to_store(
         killable.network(), data, path, executor=executor, augmented=False, **killable.SETTINGS
     )
-    assert executor.lost == 10
+    assert executor.lost == 4
     assert not list(marks.iterdir())
     assert_same_bits(uninterrupted, TaskGates.load(path))
 
@@ -328,11 +329,10 @@ def test_evaluation_is_the_same_for_any_number_of_workers(
     here = evaluate(model, uninterrupted, data, n_random=1)
     with assert_model_untouched(model):
         one = evaluate(model, uninterrupted, data, n_random=1, executor=RayExecutor(n_workers=1))
-    for n, image in enumerate((0, 13, 31)):
-        (marks / f"{image}-{n}").touch()
+    (marks / "13-0").touch()
     executor = RayExecutor(n_workers=2, retries=10)
     two = evaluate(model, uninterrupted, data, n_random=1, executor=executor)
-    assert executor.lost == 3
+    assert executor.lost == 1
     same_fields(one, two)
     same_fields(one.random[0], two.random[0])
     same_fields(one.whole, two.whole)
@@ -355,11 +355,10 @@ def test_dissection_is_the_same_for_any_number_of_workers(cluster: Any, tmp_path
     data = DeadlyImages(marks)
     here = dissect(model, None, data, quantile=0.2)
     one = dissect(model, None, data, quantile=0.2, executor=RayExecutor(n_workers=1))
-    for n, image in enumerate((3, 7)):
-        (marks / f"{image}-{n}").touch()
+    (marks / "7-0").touch()
     executor = RayExecutor(n_workers=2, retries=10)
     two = dissect(model, None, data, quantile=0.2, executor=executor)
-    assert executor.lost == 2
+    assert executor.lost == 1
     assert one.sites == two.sites == here.sites
     for site in one.sites:
         for found in (two, here):
@@ -389,10 +388,9 @@ def test_certainty_is_the_same_for_any_number_of_workers(cluster: Any, tmp_path:
 
     one, lost = found(1)
     assert lost == 0
-    for image in (0, 1):
-        (marks / f"{image}-0").touch()
+    (marks / "1-0").touch()
     two, lost = found(2)
-    assert lost == 2
+    assert lost == 1
     assert one.tasks == two.tasks == gates.tasks
     assert one.groups == two.groups
     assert one.passes == two.passes

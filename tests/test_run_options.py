@@ -154,21 +154,21 @@ CALLS: dict[str, Callable[[nn.Module, Tensor, RunOptions | None], Any]] = {
     "dissect": lambda m, x, r: dissect(
         m, [SITE], (x, MASKS), quantile=0.1, concepts=["a"], scratch_bytes=0, run=r
     ),
-    "unit_masks": lambda m, x, r: unit_masks(m, _units(m, x), (x, MASKS), SITE, 0, run=r),
+    "unit_masks": lambda m, x, r: unit_masks(m, _units(m, x), SITE, 0, (x, MASKS), run=r),
     "heat_maps": lambda m, x, r: heat_maps(m, ARCHS, x, LABELS, run=r),
     "contrast_maps": lambda m, x, r: contrast_maps(m, ARCHS[:2], x, run=r),
     "class_mosaics": lambda m, x, r: class_mosaics(m, ARCHS, (x, LABELS), run=r),
     "top_images": lambda m, x, r: top_images(m, ARCHS[0], (x, LABELS), k=2, run=r),
     "maps of top images": lambda m, x, r: top_images(m, ARCHS[0], (x, LABELS), k=2).maps(
-        m, (x, LABELS), "2", 0, run=r
+        m, "2", 0, (x, LABELS), run=r
     ),
     "information_flow": lambda m, x, r: information_flow(
         m, WHOLE, (x, LABELS), tasks=1, run=r
     ),
-    "edge_drops": lambda m, x, r: edge_drops(_flow(m, x), m, x, [("0", 1, "2", 1)], run=r),
-    "agreement": lambda m, x, r: agreement(_flow(m, x), m, (x, LABELS), n_edges=3, run=r),
+    "edge_drops": lambda m, x, r: edge_drops(m, _flow(m, x), [("0", 1, "2", 1)], x, run=r),
+    "agreement": lambda m, x, r: agreement(m, _flow(m, x), (x, LABELS), n_edges=3, run=r),
     "edge_fidelity": lambda m, x, r: edge_fidelity(
-        _flow(m, x), m, (x, LABELS), sizes=[0.5], n_random=1, run=r
+        m, _flow(m, x), (x, LABELS), sizes=[0.5], n_random=1, run=r
     ),
     "Report": lambda m, x, r: Report(
         learn_gates(m, (x, LABELS), None, QUICK, [SITE])
@@ -290,6 +290,9 @@ def test_a_keyword_goes_before_the_field(tmp_path: Path) -> None:
     assert as_options(run, amp=FROM_RUN).amp is True
     with pytest.raises(TypeError, match="run must be nad_attr"):
         evaluate(model, ARCHS, data, run={"amp": True})  # type: ignore[arg-type]
+    for call in (evaluate, learn_gates):
+        with pytest.raises(TypeError, match=r"no argument 'divice'; .* device, amp"):
+            call(model, ARCHS if call is evaluate else data, *[data][: call is evaluate], divice=1)
 
 
 def test_an_automatic_batch_holds_what_fits() -> None:

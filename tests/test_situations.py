@@ -418,7 +418,7 @@ def test_zennit_on_normalised_weights_is_refused_with_a_remedy_that_works(
     arch = SubArchitecture.from_kept({"1": [0, 1, 2]}, find_gate_sites(net, x), task=1)
     for attempt in (
         lambda: SubArchitectureAttributor(net, arch, "epsilon_plus")(x),
-        lambda: whole_network(net, x, 1, named_composite("epsilon_plus")),
+        lambda: whole_network(net, named_composite("epsilon_plus"), x, 1),
     ):
         with pytest.raises(GatingError, match=r"layer '0' computes its weights anew.*remove_"):
             attempt()

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from nad_attr import GateSite, GateStore, Recipe, learn_gates, learn_sizes, learn_to_store
+from nad_attr import (
+    GateSite,
+    GateStore,
+    Recipe,
+    TaskGates,
+    learn_gates,
+    learn_sizes,
+    learn_to_store,
+)
 from nad_attr.evaluation import evaluate, fidelity, planted
 from nad_attr.evaluation.controls.planted import PlantedCircuit
 from nad_attr.learning import session
@@ -24,8 +32,14 @@ def known() -> PlantedCircuit:
     return planted("plain", n_classes=2, width=16, circuit_width=3, n_images=90)
 
 
-def test_each_task_gets_the_smallest_size_that_keeps_it(known: PlantedCircuit) -> None:
-    gates = learn_gates(known.model, known.data, recipe=RECIPE)
+@pytest.fixture(scope="module")
+def gates(known: PlantedCircuit) -> TaskGates:
+    return learn_gates(known.model, known.data, recipe=RECIPE)
+
+
+def test_each_task_gets_the_smallest_size_that_keeps_it(
+    known: PlantedCircuit, gates: TaskGates
+) -> None:
     assert gates.recipe == RECIPE
     held_out = evaluate(known.model, gates, known.held_out, n_random=0)
     assert (held_out.fidelity >= 0.9).all()
@@ -118,15 +132,14 @@ def test_sizes_of_the_path_are_different_numbers_of_channels() -> None:
     assert [round(4 * size) or 1 for size in few] == [4, 3, 2, 1]
 
 
-def test_it_is_kept_in_stores(known: PlantedCircuit, tmp_path: Path) -> None:
+def test_it_is_kept_in_stores(known: PlantedCircuit, gates: TaskGates, tmp_path: Path) -> None:
     path = tmp_path / "gates.h5"
     written = learn_to_store(known.model, known.data, path, recipe=RECIPE, chunk_size=1)
-    at_once = learn_gates(known.model, known.data, recipe=RECIPE)
     with GateStore.open(path) as store:
         read = store.read()
         assert store.recipe == RECIPE
     assert written is not None
-    assert read.sub_architectures() == at_once.sub_architectures()
+    assert read.sub_architectures() == gates.sub_architectures()
     assert read.history is not None
     assert np.isfinite(read.history["bound_apart"][-1]).all()
     learn_to_store(known.model, known.data, path, recipe=RECIPE, chunk_size=1, resume=True)

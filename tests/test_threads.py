@@ -217,7 +217,7 @@ def _heat_map(net: nn.Module, arch: SubArchitecture) -> Any:
 
 def _whole(net: nn.Module, arch: SubArchitecture) -> Any:
     x, _ = helpers.labelled_images(2)
-    return whole_network(net, x, 1, named_composite("epsilon_gamma_box", low=-3.0, high=3.0))
+    return whole_network(net, named_composite("epsilon_gamma_box", low=-3.0, high=3.0), x, 1)
 
 
 @pytest.mark.parametrize(

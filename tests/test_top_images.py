@@ -89,14 +89,14 @@ def test_maps_are_those_of_the_channel(tiny_cnn: nn.Module) -> None:
     found = top_images(tiny_cnn, arch, data, k=2, sites=["relu2"], channels={"relu2": [5, 1]})
     assert list(found.channels) == ["relu2"]
     with helpers.assert_model_untouched(tiny_cnn, *data):
-        images, maps = found.maps(tiny_cnn, data, "relu2", 1)
+        images, maps = found.maps(tiny_cnn, "relu2", 1, data)
     torch.testing.assert_close(images, data[0][found.images["relu2"][1]])
     for i in range(2):
         y, x = found.positions["relu2"][1, i].tolist()
         assert maps[i, y, x] == maps[i].max()
         assert float(maps[i].max()) == pytest.approx(float(found.values["relu2"][1, i]), rel=1e-5)
     with pytest.raises(KeyError, match="channel 2"):
-        found.maps(tiny_cnn, data, "relu2", 2)
+        found.maps(tiny_cnn, "relu2", 2, data)
     with pytest.raises(KeyError, match="relu1"):
         found.row("relu1", 0)
 

@@ -58,7 +58,6 @@ def sites_of(model: nn.Module, images: Tensor, units: str) -> list[GateSite]:
         "channels+heads+neurons",
         "groups",
         pytest.param("heads", marks=pytest.mark.slow),
-        pytest.param("heads+neurons", marks=pytest.mark.slow),
     ],
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
@@ -141,7 +140,7 @@ def flows(case: Case) -> None:
                 torch.testing.assert_close(cut, case.model(x)[:, 0], atol=1e-4, rtol=1e-4)
     few = information_flow(case.model, arch, x, tasks=0, receivers=2)
     assert few.nodes.effect.notna().all()
-    assert agreement(found, case.model, x, n_edges=3).n_edges.min() >= 1
+    assert agreement(case.model, found, x, n_edges=3).n_edges.min() >= 1
     found.save(case.folder / "flow.h5")
     assert InformationFlow.load(case.folder / "flow.h5").edges.equals(found.edges)
     found.plot()

@@ -244,7 +244,7 @@ def infidelity(
     seed: int = 0,
     **options: Any,
 ) -> Tensor:
-    """How badly an attribution foretells what perturbations do to the output (Captum's measure).
+    """How badly an attribution predicts the effect of perturbations (Captum's infidelity).
 
     A :class:`GatedAttribution` is measured on the gated network, which is what it explains. The
     attribution of a layer method (:class:`~nad_attr.NADAttribution`, ...) is brought to the input's

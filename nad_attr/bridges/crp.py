@@ -22,6 +22,7 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.foreign_hooks import move_behind_rewriters
 from nad_attr.gating.hooks import expand, installed, site_modules
 from nad_attr.sites.site import GateSite, unwrap
+from nad_attr.stats.results import Result
 from nad_attr.system.threads import owned
 
 __all__ = ["CRPComparison", "compare_with_condition", "relevance_masked"]
@@ -86,7 +87,7 @@ def relevance_masked(model: nn.Module, arch: SubArchitecture) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class CRPComparison:
+class CRPComparison(Result):
     """Three heat-maps of the same images and class, (B, C, H, W) each.
 
     Attributes:
@@ -108,6 +109,17 @@ class CRPComparison:
     def similarity(self) -> Tensor:
         """Cosine of the two heat-maps of each image, condition and gated: 1 if alike, (B,)."""
         return torch.cosine_similarity(self.condition.flatten(1), self.gated.flatten(1))
+
+    def _records(self) -> list[dict[str, Any]]:
+        found = zip(self.output, self.gated_output, self.similarity(), strict=True)
+        return [
+            {"image": str(i), "output": float(a), "gated_output": float(b), "similarity": float(c)}
+            for i, (a, b, c) in enumerate(found)
+        ]
+
+    def plot(self, images: Tensor | None = None) -> Any:
+        """The heat-maps, as :meth:`figure` draws them."""
+        return self.figure(images)
 
     def figure(self, images: Tensor | None = None) -> Any:
         """The heat-maps in three rows, an image each column; a ``matplotlib`` figure.

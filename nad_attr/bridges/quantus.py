@@ -294,7 +294,7 @@ def _lrp(
 
     made = named_composite(composite) if isinstance(composite, str) else composite()
     if gates is None:
-        return whole_network(model, images, task, made)
+        return whole_network(model, made, images, task)
     canonizer = GateCanonizer(gates[0], tasks=gates[1])
     relevance: Tensor = SubArchitectureAttributor(model, canonizer, made)(images, task)[1]
     return relevance

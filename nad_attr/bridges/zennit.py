@@ -576,14 +576,14 @@ def _rows(given: Tensor, output: Tensor) -> Tensor:
     return given.to(output).expand_as(output)
 
 
-def whole_network(model: nn.Module, images: Tensor, target: Target, composite: Composite) -> Tensor:
+def whole_network(model: nn.Module, composite: Composite, images: Tensor, target: Target) -> Tensor:
     """The heat-maps of the network as it is, for comparison; tidied up as those through gates.
 
     Args:
         model: The network, in eval mode.
+        composite: A Zennit composite.
         images: (B, ...).
         target: As :class:`SubArchitectureAttributor` takes it.
-        composite: A Zennit composite.
 
     Returns:
         The attribution, of the images' shape.
@@ -595,7 +595,7 @@ def whole_network(model: nn.Module, images: Tensor, target: Target, composite: C
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()).eval()
         >>> _ = nn.init.eye_(net[0].weight)
         >>> images = torch.tensor([[1.0, 3.0]])
-        >>> whole_network(net, images, 1, named_composite("epsilon_plus")).round(decimals=3)
+        >>> whole_network(net, named_composite("epsilon_plus"), images, 1).round(decimals=3)
         tensor([[0., 3.]])
     """
     check_eval(model)

@@ -32,7 +32,7 @@ from nad_attr.system.rng import seed_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["certainty"]
+__all__ = ["certainty", "joined"]
 
 #: A random price of this share of the task output's variance decides between equal channels.
 TIE = 1e-6
@@ -259,15 +259,20 @@ def _by_workers(
             executor.map(_one_task, shared, [[task] for task in gates.tasks], **how),
             lambda number: bar.update(),
         )
+    return joined(found)
+
+
+def joined(found: Sequence[ChannelCertainty]) -> ChannelCertainty:
+    """The certainty of several tasks, measured one by one, as one."""
     fields = {f.name: [getattr(one, f.name) for one in found] for f in dataclasses.fields(found[0])}
-    joined: dict[str, Any] = {name: values[0] for name, values in fields.items()}
+    whole: dict[str, Any] = {name: values[0] for name, values in fields.items()}
     for name, axes in ChannelCertainty._AXES.items():
         values = fields[name]
         if axes.startswith("T") and values[0] is not None:
             arrays = isinstance(values[0], np.ndarray)
-            joined[name] = np.concatenate(values) if arrays else sum(values, ())
-    joined["passes"] = {kind: sum(p[kind] for p in fields["passes"]) for kind in joined["passes"]}
-    return ChannelCertainty(**joined)
+            whole[name] = np.concatenate(values) if arrays else sum(values, ())
+    whole["passes"] = {kind: sum(p[kind] for p in fields["passes"]) for kind in whole["passes"]}
+    return ChannelCertainty(**whole)
 
 
 def _on_worker(shared: _Shared, device: torch.device) -> _Shared:

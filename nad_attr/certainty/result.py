@@ -31,7 +31,7 @@ FloatArray: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Alternatives:
+class Alternatives(Result):
     """Other sub-architectures of a task that are as faithful as its own.
 
     See :meth:`ChannelCertainty.alternatives`.
@@ -52,6 +52,10 @@ class Alternatives:
 
     def __len__(self) -> int:
         return len(self.architectures)
+
+    def _records(self) -> list[dict[str, Any]]:
+        found = zip(self.architectures, self.overlaps, self.lost, strict=True)
+        return [{"n_kept": a.n_kept, "overlap": o, "lost": lost} for a, o, lost in found]
 
     def __repr__(self) -> str:
         found = f"{len(self)} of {self.n_tried} tried are as faithful"

@@ -12,16 +12,13 @@ from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import guarded, say, write_csv
 from nad_attr.cli.opening import (
+    Study,
     check_folder,
     check_result,
     finished,
-    open_images,
     opened_gates,
-    rebuilt,
     run_options,
-    training_name,
 )
-from nad_attr.specs import LoadedData
 from nad_attr.system.safe_text import shown
 
 __all__ = ["certainty"]
@@ -80,32 +77,19 @@ def certainty(
         check_result(out, gates, read, csv=True)
         run = run_options(work, amp=amp)
         check_folder(held_out, held_out_labels)
-        learned, provenance = opened_gates(gates, tasks)
-        name = training_name(
+        study = Study(*opened_gates(gates, tasks), network, work)
+        images = study.training_images(
             data,
-            provenance,
-            network.trust_file,
+            labels,
+            held_out_labels,
             "name the images that the gates were learned on",
             "--data",
-            labels=held_out_labels,
-            train_labels=labels,
+            allow_empty=allow_empty,
         )
-        opened = rebuilt(provenance, network, quiet=work.quiet)
-
-        def images_of(which: str, other: bool) -> LoadedData:
-            return open_images(
-                which,
-                opened,
-                held_out=other,
-                allow_empty=allow_empty,
-                labels=held_out_labels if other else labels,
-                **work.reading(),
-            )
-
-        images, others = images_of(name, False), images_of(held_out, True)
+        others = study.images(held_out, held_out_labels, held_out=True, allow_empty=allow_empty)
         found = measure(
-            opened.loaded.model,
-            learned,
+            study.model,
+            study.gates,
             images.data,
             others.data,
             pairs=pairs,

@@ -14,14 +14,12 @@ from nad_attr.cli import options as opt
 from nad_attr.cli.evaluate import print_evaluation
 from nad_attr.cli.messages import UsageError, check_size, guarded, number, print_table, say
 from nad_attr.cli.opening import (
+    Study,
     check_folder,
     check_outputs,
     finished,
-    open_images,
     opened_gates,
-    rebuilt,
     run_options,
-    training_name,
 )
 from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import evaluate
@@ -97,34 +95,14 @@ def compare(
             assert data is not None
             run = run_options(work)
             check_folder(data, labels)
-            gates, provenance = opened_gates(files[0], tasks)
-            opened = rebuilt(provenance, network, quiet=work.quiet)
-            name = training_name(
-                train_data,
-                provenance,
-                network.trust_file,
-                labels=labels,
-                train_labels=train_labels,
-            )
-            training = open_images(name, opened, labels=train_labels, **work.reading())
-            held_out = open_images(data, opened, held_out=True, labels=labels, **work.reading())
-            net = opened.loaded.model
-            archs = gates.sub_architectures(size)
-            rivals = rivals_of(
-                methods,
-                net,
-                gates.sites,
-                archs,
-                training.data,
-                recipe=gates.recipe,
-                n_images=n_images,
-                seed=work.seed,
-                run=run,
-                quiet=work.quiet,
-            )
+            study = Study(*opened_gates(files[0], tasks), network, work)
+            training = study.training_images(train_data, train_labels, labels)
+            held_out = study.images(data, labels, held_out=True)
+            archs = study.gates.sub_architectures(size)
+            rivals = rivals_of(study, methods, archs, training.data, n_images=n_images, run=run)
             measured = evaluate(
-                net,
-                gates,
+                study.model,
+                study.gates,
                 held_out.data,
                 size=size,
                 rivals=rivals,

@@ -19,18 +19,15 @@ from nad_attr.cli.messages import (
     write_csv,
 )
 from nad_attr.cli.opening import (
+    Study,
     check_folder,
     check_result,
     finished,
-    open_images,
     opened_gates,
-    rebuilt,
     run_options,
-    training_name,
 )
 from nad_attr.evaluation import ABLATIONS, Evaluation, fit_ablation
 from nad_attr.evaluation import evaluate as measure
-from nad_attr.specs import LoadedData
 
 __all__ = ["evaluate", "print_evaluation"]
 
@@ -118,54 +115,35 @@ def evaluate(
         check_result(out, gates, [*read, data, train_data, learned_from], csv=True)
         run = run_options(work, amp=amp)
         check_folder(data, labels)
-        learned, provenance = opened_gates(gates, tasks)
-        opened = rebuilt(provenance, network, quiet=work.quiet)
-
-        def images_of(name: str, held_out: bool) -> LoadedData:
-            return open_images(
-                name,
-                opened,
-                held_out=held_out,
-                allow_empty=allow_empty,
-                check=check and held_out,
-                **work.reading(),
-                labels=labels if held_out else train_labels,
-            )
-
-        images = images_of(data, True)
-        training = None
+        study = Study(*opened_gates(gates, tasks), network, work)
+        images = study.images(data, labels, held_out=True, allow_empty=allow_empty, check=check)
+        training = learned_images = None
         if train_data is not None or ablation not in (None, "zero"):
             why = f"name the training images that --ablation {ablation} needs"
-            training = images_of(
-                training_name(
-                    train_data,
-                    provenance,
-                    network.trust_file,
-                    why,
-                    labels=labels,
-                    train_labels=train_labels,
-                ),
-                False,
-            )
+            training = study.training_images(
+                train_data, train_labels, labels, why, allow_empty=allow_empty
+            ).data
+        if learned_from is not None:
+            learned_images = study.images(learned_from, train_labels, allow_empty=allow_empty).data
         closed = None
         if ablation is not None:
             closed = fit_ablation(
-                opened.loaded.model,
-                learned.sites,
-                images.data if training is None else training.data,
+                study.model,
+                study.gates.sites,
+                images.data if training is None else training,
                 kind=ablation,
-                tasks=learned.tasks,
+                tasks=study.gates.tasks,
                 seed=work.seed,
                 run=run,
             )
         result = measure(
-            opened.loaded.model,
-            learned,
+            study.model,
+            study.gates,
             images.data,
             size=size,
             ablation=closed,
-            threshold_data=None if training is None else training.data,
-            learned_from=None if learned_from is None else images_of(learned_from, False).data,
+            threshold_data=training,
+            learned_from=learned_images,
             n_random=random,
             seed=work.seed,
             run=run,

@@ -11,12 +11,11 @@ import typer
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, counted, guarded, print_table, say, write_csv
 from nad_attr.cli.opening import (
+    Study,
     check_folder,
     check_outputs,
     finished,
-    open_images,
     opened_gates,
-    rebuilt,
     run_options,
 )
 from nad_attr.flow.links import REST
@@ -89,15 +88,8 @@ def flow(
             raise UsageError(
                 f"{gates} holds {len(learned)} tasks; name one with --task, or two to compare them."
             )
-        opened = rebuilt(provenance, network, quiet=work.quiet)
-        images = open_images(
-            data,
-            opened,
-            held_out=True,
-            allow_empty=allow_empty,
-            **work.reading(),
-            labels=labels,
-        )
+        study = Study(learned, provenance, network, work)
+        images = study.images(data, labels, held_out=True, allow_empty=allow_empty)
         if whole:
             learned = TaskGates(
                 {name: torch.ones_like(learned[name]) for name in learned},
@@ -107,7 +99,7 @@ def flow(
                 means=learned.means,
             )
         found = information_flow(
-            opened.loaded.model,
+            study.model,
             learned,
             images.data,
             receivers=receivers,

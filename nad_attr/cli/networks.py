@@ -107,7 +107,7 @@ def write_network(
         (arch,) = archs.values()
         small = arch.export(model, image, head=head, merge_bn=merge_bn)
     else:
-        small = combine(archs, model, image, how=how, merge_bn=merge_bn)
+        small = combine(model, archs, image, how=how, merge_bn=merge_bn)
     files = save(small, path, image)
     made = summary(small)
     for line in str(made).splitlines():

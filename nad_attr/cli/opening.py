@@ -442,33 +442,6 @@ def shown(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def training_name(
-    train_data: str | None,
-    provenance: Mapping[str, Any],
-    trust: bool,
-    why: str = "name the images to score channels on",
-    option: str = "--train-data",
-    *,
-    labels: Path | None = None,
-    train_labels: Path | None = None,
-) -> str:
-    """Where training images are: as the user says, or as a trusted file does.
-
-    Raises:
-        SpecError: If neither is known, or the file is not trusted.
-    """
-    said = provenance.get("data")
-    if train_data is None and labels and not train_labels:
-        tables = {"--train-data": "--train-labels", "--data": "--labels"}
-        raise SpecError(f"{why} with {option} FOLDER {tables[option]} TABLE.csv.")
-    if train_data is not None:
-        return train_data
-    if not isinstance(said, str):
-        raise SpecError(f"{why} with {option}.")
-    check_trust([(option, said)], trust)
-    return said
-
-
 def finished(data: LoadedData, quiet: bool) -> None:
     """Say which images could not be read."""
     if data.images is not None:
@@ -481,6 +454,58 @@ def opened_gates(
     """The gates of some tasks of a file, by number or name, and where they come from."""
     with GateStore.open(path) as store:
         return store.read(chosen_tasks(store, tasks)), dict(store.provenance)
+
+
+class Study:
+    """A file of gates at work: its gates, their network made again, and images for it.
+
+    Args:
+        gates: The gates.
+        provenance: What their file says of network and data.
+        network: Options that say the network.
+        work: Options that say how to work.
+    """
+
+    def __init__(
+        self,
+        gates: TaskGates,
+        provenance: Mapping[str, Any],
+        network: NetworkOptions,
+        work: WorkOptions,
+    ) -> None:
+        self.gates, self.provenance, self.work = gates, provenance, work
+        self.trust_file = network.trust_file
+        self.opened = rebuilt(provenance, network, quiet=work.quiet)
+        self.model = self.opened.loaded.model
+
+    def images(self, data: str, labels: Path | None, **how: Any) -> LoadedData:
+        """See :func:`open_images`."""
+        return open_images(data, self.opened, labels=labels, **self.work.reading(), **how)
+
+    def training_images(
+        self,
+        data: str | None,
+        labels: Path | None,
+        held_out_labels: Path | None,
+        why: str = "name the images to score channels on",
+        option: str = "--train-data",
+        **how: Any,
+    ) -> LoadedData:
+        """Images that the user names, or else those that a trusted file does.
+
+        Raises:
+            SpecError: If none are known, or the file is not trusted.
+        """
+        if data is None:
+            if held_out_labels and not labels:
+                table = {"--train-data": "--train-labels", "--data": "--labels"}[option]
+                raise SpecError(f"{why} with {option} FOLDER {table} TABLE.csv.")
+            said = self.provenance.get("data")
+            if not isinstance(said, str):
+                raise SpecError(f"{why} with {option}.")
+            check_trust([(option, said)], self.trust_file)
+            data = said
+        return self.images(data, labels, **how)
 
 
 def chosen_tasks(store: GateStore, tasks: Sequence[str] | None) -> list[Task] | None:

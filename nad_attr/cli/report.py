@@ -10,13 +10,11 @@ import typer
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, guarded, say
 from nad_attr.cli.opening import (
+    Study,
     check_folder,
     check_outputs,
     chosen_device,
     finished,
-    open_images,
-    rebuilt,
-    training_name,
 )
 from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import Evaluation
@@ -98,32 +96,15 @@ def report(
         if data is not None:
             run = RunOptions(device=chosen_device(work.device), batch_size=work.batch_size)
             check_folder(data, labels)
-            opened = rebuilt(result.provenance, network, quiet=work.quiet)
-            images = open_images(data, opened, held_out=True, labels=labels, **work.reading())
+            study = Study(result.gates, result.provenance, network, work)
+            images = study.images(data, labels, held_out=True)
             rivals = None
             if methods:
-                name = training_name(
-                    train_data,
-                    result.provenance,
-                    network.trust_file,
-                    labels=labels,
-                    train_labels=train_labels,
-                )
-                training = open_images(name, opened, labels=train_labels, **work.reading())
-                rivals = rivals_of(
-                    methods,
-                    opened.loaded.model,
-                    result.gates.sites,
-                    result.gates.sub_architectures(),
-                    training.data,
-                    recipe=result.gates.recipe,
-                    n_images=_SCORED,
-                    seed=work.seed,
-                    run=run,
-                    quiet=work.quiet,
-                )
+                training = study.training_images(train_data, train_labels, labels)
+                archs = result.gates.sub_architectures()
+                rivals = rivals_of(study, methods, archs, training.data, n_images=_SCORED, run=run)
             result.measure(
-                opened.loaded.model,
+                study.model,
                 images.data,
                 rivals=rivals,
                 n_images=n_images,

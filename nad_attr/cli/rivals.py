@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from nad_attr import evaluation
 from nad_attr.cli.messages import UsageError, say
+from nad_attr.cli.opening import Study
 from nad_attr.data.labels import Labels, Task, patterns
 from nad_attr.data.sources import Data, Source, as_source
 from nad_attr.evaluation import own_images, top_k
-from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.learning.session import fit_constants
 from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
-from nad_attr.sites.site import GateSite
 from nad_attr.specs import SpecError
 from nad_attr.system.rng import seed_of
 
@@ -59,35 +57,29 @@ def check_methods(names: Sequence[str] | None) -> list[str]:
 
 
 def rivals_of(
+    study: Study,
     names: Sequence[str],
-    model: nn.Module,
-    sites: Sequence[GateSite],
     archs: Sequence[SubArchitecture],
     data: Data,
     *,
-    recipe: Recipe | None,
     n_images: int,
-    seed: int,
     run: RunOptions,
-    quiet: bool,
 ) -> dict[str, list[SubArchitecture]]:
     """Each method's sub-architectures, of the sizes that those given have.
 
     Args:
+        study: The network, its sites and the recipe of the gates: constants are fitted with as many
+            images and passes as it had.
         names: Keys of :data:`METHODS`.
-        model: The network.
-        sites: Its gate sites.
         archs: Sub-architectures of T tasks.
         data: Images to score channels on, and to fit constants to if those given have their own.
-        recipe: Of those given: constants are fitted with as many images and passes.
         n_images: Of each class, at most.
-        seed: Says which.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
-        quiet: Say nothing.
 
     Raises:
         SpecError: If there is no image of a task.
     """
+    model, seed, quiet = study.model, study.work.seed, study.work.quiet
     tasks = [arch.task for arch in archs if arch.task is not None]
     source = as_source(data, any_labels=True)
     Runner(model, run).fit(source)
@@ -98,7 +90,7 @@ def rivals_of(
         # Learned for the size that is wanted.
         size = sum(arch.size for arch in archs) / len(archs)
         options = {"size": size} if name in ("hard-concrete", "ugs", "iterative") else {}
-        scores = getattr(evaluation, METHODS[name])(model, sites, **options)(
+        scores = getattr(evaluation, METHODS[name])(model, study.gates.sites, **options)(
             inputs,
             labels,
             tasks=tasks,
@@ -108,7 +100,9 @@ def rivals_of(
         found[name] = _same_sizes(scores, archs)
         if any(arch.own_constants for arch in archs):
             say(f"fitting constants: {name}", quiet)
-            found[name] = fit_constants(model, found[name], data, recipe=recipe, seed=seed, run=run)
+            found[name] = fit_constants(
+                model, found[name], data, recipe=study.gates.recipe, seed=seed, run=run
+            )
     return found
 
 

@@ -12,14 +12,12 @@ from nad_attr.certainty.verdict import verdict as judge
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import check_size, guarded, say
 from nad_attr.cli.opening import (
+    Study,
     check_folder,
     check_result,
     finished,
-    open_images,
     opened_gates,
-    rebuilt,
     run_options,
-    training_name,
 )
 from nad_attr.store import result_names
 
@@ -83,30 +81,19 @@ def verdict(
         check_result(out, gates, read, csv=False)
         run = run_options(work)
         check_folder(held_out, held_out_labels)
-        learned, provenance = opened_gates(gates, tasks)
+        given = opened_gates(gates, tasks)
         replicas = [opened_gates(path, tasks)[0] for path in others]
-        opened = rebuilt(provenance, network, quiet=work.quiet)
-        images = open_images(
-            held_out, opened, held_out=True, labels=held_out_labels, **work.reading()
-        )
+        study = Study(*given, network, work)
+        images = study.images(held_out, held_out_labels, held_out=True)
         why = "name the images that the gates were learned from"
-        name = training_name(
-            data,
-            provenance,
-            network.trust_file,
-            why,
-            "--data",
-            labels=held_out_labels,
-            train_labels=labels,
-        )
-        training = open_images(name, opened, labels=labels, **work.reading())
+        training = study.training_images(data, labels, held_out_labels, why, "--data")
         sure = None
         if size is None and ChannelCertainty._kind() in result_names(gates):
             found = ChannelCertainty.load(gates)
-            sure = found if set(learned.tasks) <= set(found.tasks) else None
+            sure = found if set(study.gates.tasks) <= set(found.tasks) else None
         result = judge(
-            opened.loaded.model,
-            learned,
+            study.model,
+            study.gates,
             training.data,
             images.data,
             certainty=sure,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,10 +47,13 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.network_checks import Checks, check_option, check_outputs
 from nad_attr.running.forward import Runner, chunks
-from nad_attr.running.options import FROM_RUN, RunOptions, as_options
+from nad_attr.running.options import RunFields, RunOptions, as_options
 from nad_attr.running.workers import Workers, in_order
 from nad_attr.stats.pairs import overlap_matrix
 from nad_attr.system.rng import seed_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["evaluate", "random_architectures"]
 
@@ -107,14 +110,9 @@ def evaluate(
     rivals: Mapping[str, TaskGates | Sequence[SubArchitecture]] | None = None,
     seed: int = 0,
     run: RunOptions | None = None,
-    device: str | torch.device | None = FROM_RUN,
-    amp: bool | torch.dtype | None = FROM_RUN,
-    batch_size: int | Literal["auto"] | None = FROM_RUN,
-    forward_func: Callable[..., Any] | None = FROM_RUN,
-    additional_forward_args: Any = FROM_RUN,
-    show_progress: bool = FROM_RUN,
     checks: Checks = "refuse",
     executor: Workers | None = None,
+    **fields: Unpack[RunFields],
 ) -> Evaluation:
     """Measure sub-architectures on held-out images, with random channels and rivals beside them.
 
@@ -144,12 +142,6 @@ def evaluate(
             (:func:`nad_attr.fit_constants`).
         seed: Of the random channels.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
-        device: In place of that field of ``run``.
-        amp: In place of that field of ``run``.
-        batch_size: In place of that field of ``run``.
-        forward_func: In place of that field of ``run``.
-        additional_forward_args: In place of that field of ``run``.
-        show_progress: In place of that field of ``run``.
         checks: What to do if an image's outputs depend on chance or on the other images of its
             batch, which two images show: "refuse", "warn", or "off" for no check. With a
             ``batch_size`` of one there is no other image, and one shows it.
@@ -157,6 +149,8 @@ def evaluate(
             (:class:`nad_attr.distributed.RayExecutor`). Blocks are the same for any number of
             workers, and so is the result bit for bit; beside a run in this process it may differ
             in rounding.
+        **fields: In place of those fields of ``run``: ``device``, ``amp``, ``batch_size``,
+            ``memory_limit``, ``forward_func``, ``additional_forward_args``, ``show_progress``.
 
     Returns:
         The measures. A task without own images in the data gets NaN and a warning.
@@ -187,15 +181,7 @@ def evaluate(
             f"task {twice[0]} is there twice; evaluate one sub-architecture per task at a time."
         )
     check_count(n_random, "n_random", least=0)
-    options = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-        show_progress=show_progress,
-    )
+    options = as_options(run, **fields)
     against = _rivals(rivals, archs, tasks)
     for draw in range(n_random):
         against[draw] = random_architectures(archs, draw=draw, seed=seed)
@@ -224,7 +210,7 @@ def evaluate(
         half = runner.amp is not None or any(
             p.dtype in (torch.float16, torch.bfloat16) for p in runner.model.parameters()
         )
-        check_outputs(runner, runner.model, images, checks=check_option(checks), half=half)
+        check_outputs(runner.model, runner, images, checks=check_option(checks), half=half)
     names = architectures.task_names if isinstance(architectures, TaskGates) else None
     rows = [*archs, *(arch for rival in against.values() for arch in rival)]
     pass_ = _Measuring(runner, tasks, source, threshold, chosen)
@@ -250,13 +236,13 @@ def evaluate(
     costs = count_costs(runner, archs[0].sites, pass_.activity.example)
     full = SubArchitecture.full(archs[0].sites)
     n = len(tasks)
-    fields = common | pass_.whole() | _sizes([full] * n, costs, firing, has_own)
-    whole = Evaluation(**fields)
+    content = common | pass_.whole() | _sizes([full] * n, costs, firing, has_own)
+    whole = Evaluation(**content)
     results: dict[object, Evaluation] = {}
     for i, (name, group) in enumerate([(None, archs), *against.items()]):
         part = {key: values[i * n : (i + 1) * n] for key, values in measured.items()}
-        fields = common | part | _sizes(group, costs, firing, has_own)
-        results[name] = Evaluation(**fields, closed=_closed(group, chosen), _whole=whole)
+        content = common | part | _sizes(group, costs, firing, has_own)
+        results[name] = Evaluation(**content, closed=_closed(group, chosen), _whole=whole)
     learned = None
     if learned_from is not None:
         learned = evaluate(

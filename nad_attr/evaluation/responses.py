@@ -20,12 +20,13 @@ from nad_attr.running.forward import Runner, check_classes, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.results import Result
 
 __all__ = ["Responses", "site_fidelity", "sweep"]
 
 
 @dataclass(frozen=True, eq=False)
-class Responses:
+class Responses(Result):
     """What the whole network and R sub-architectures answered to N images.
 
     Attributes:
@@ -53,6 +54,21 @@ class Responses:
     gated_class: Tensor
     whole_margin: Tensor
     gated_margin: Tensor
+
+    def _records(self) -> list[dict[str, Any]]:
+        columns = [self.columns.index(task) for task in self.tasks]
+        return [
+            {
+                "task": str(task),
+                "image": str(i),
+                "whole": float(self.whole[i, column]),
+                "gated": float(self.gated[r, i, column]),
+                "whole_margin": float(self.whole_margin[i, column]),
+                "gated_margin": float(self.gated_margin[r, i]),
+            }
+            for r, (task, column) in enumerate(zip(self.tasks, columns, strict=True))
+            for i in range(len(self.labels))
+        ]
 
 
 class Rows:

@@ -24,13 +24,14 @@ from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite, check_sites, unwrap
 from nad_attr.sites.tracing import no_attention_fast_path
+from nad_attr.stats.results import Result
 from nad_attr.system.threads import owned
 
 __all__ = ["SiteCosts", "flop_size", "parameter_size", "site_costs"]
 
 
 @dataclass(frozen=True)
-class SiteCosts:
+class SiteCosts(Result):
     """What it costs to make each gate site's channels: the work since the site before it.
 
     Attributes:
@@ -40,6 +41,12 @@ class SiteCosts:
 
     flops: dict[str, int]
     parameters: dict[str, int]
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"site": name, "flops": n, "parameters": self.parameters[name]}
+            for name, n in self.flops.items()
+        ]
 
 
 def site_costs(

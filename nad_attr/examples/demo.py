@@ -30,10 +30,12 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import recorded
 from nad_attr.learning.api import learn_gates
 from nad_attr.running.options import RunOptions
+from nad_attr.stats.results import Result
 from nad_attr.system.files import check_output, replacing, write_text
 from nad_attr.system.rng import seed_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -128,7 +130,7 @@ class StrongChannel:
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class DemoResult(Result):
     """What :func:`run_demo` found, and where it wrote it.
 
     Attributes:
@@ -146,9 +148,19 @@ class DemoResult:
     files: dict[str, Path]
     seconds: float
 
-    def table(self) -> str:
+    def frame(self) -> pd.DataFrame:
+        """The measures; see :meth:`nad_attr.evaluation.Evaluation.frame`."""
+        return self.evaluation.frame()
+
+    def summary(self) -> str:
         """The measures as plain text: classes, their mean, random channels and whole network."""
         return self.evaluation.summary()
+
+    table = summary
+
+    def plot(self, measure: str = "own_auc", axes: Any = None) -> Figure:
+        """One measure of each class; see :meth:`nad_attr.evaluation.Evaluation.plot`."""
+        return self.evaluation.plot(measure, axes)
 
     def code(self) -> str:
         """Lines of Python that load the gates and run the network as one sub-architecture."""
@@ -334,7 +346,7 @@ def random_crops(
 
 @torch.no_grad()
 def choose_classes(
-    model: nn.Module, photos: Sequence[Photo], n: int, *, size: int = IMAGE_SIZE
+    model: nn.Module, photos: Sequence[Photo], n: int = N_CLASSES, *, size: int = IMAGE_SIZE
 ) -> dict[str, int]:
     """Classes whose photos the network gets right, spread evenly over the photos' order.
 
@@ -469,7 +481,7 @@ def run_demo(
     for name, figure in figures.items():
         with replacing(files[name]) as scratch:
             figure.savefig(scratch, dpi=150, format="png")
-    write_text(files["table.txt"], result.table() + "\n")
+    write_text(files["table.txt"], f"{result.table()}\n\n{_HOW_TO_READ}\n")
     result = DemoResult(gates, evaluation, folder, files, time.monotonic() - started)
     write_text(files["table.json"], _as_json(result, image_size))
     return result
@@ -480,7 +492,7 @@ def run_demo(
 
 @torch.no_grad()
 def strongest_channels(
-    model: nn.Module, gates: TaskGates, image: Tensor, task: int, n: int = 7
+    model: nn.Module, gates: TaskGates, task: int, image: Tensor, n: int = 7
 ) -> list[StrongChannel]:
     """The strongest kept channel of a task at each of some sites, for one image.
 
@@ -490,8 +502,8 @@ def strongest_channels(
     Args:
         model: The network, in eval mode.
         gates: The task gates.
-        image: (3, S, S), as the network takes it.
         task: Class index.
+        image: (3, S, S), as the network takes it.
         n: Channels, at most; sites that have positions and keep a channel can give one each.
 
     Returns:
@@ -548,7 +560,7 @@ def draw_photo(
     whole = model(image.to(device)).softmax(1)[0, photo.label]
     with gates.sub_architecture(photo.label).applied(model):
         part = model(image.to(device)).softmax(1)[0, photo.label]
-    channels = strongest_channels(model, gates, image[0], photo.label, n)
+    channels = strongest_channels(model, gates, photo.label, image[0], n)
 
     columns = 4
     lines = math.ceil((1 + len(channels)) / columns)
@@ -580,6 +592,7 @@ def draw_photo(
 def _as_json(result: DemoResult, image_size: int) -> str:
     recipe = result.gates.recipe
     content: dict[str, Any] = {
+        "measured_on": "other crops of the photos learned from: no test on new photos",
         "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
         "seconds": round(result.seconds, 1),
         "image_size": image_size,

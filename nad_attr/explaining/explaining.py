@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from nad_attr.certainty.measuring import certainty as measure_certainty
+from nad_attr.certainty.measuring import joined
 from nad_attr.certainty.result import ChannelCertainty
 from nad_attr.certainty.verdict import verdict
 from nad_attr.certainty.verdict_result import Verdict
@@ -34,6 +35,8 @@ from nad_attr.explaining.promise import (
     Passes,
     Promise,
     Rates,
+    all_else,
+    cost,
     measured_rates,
     n_certain,
     passes,
@@ -232,6 +235,7 @@ class _Work:
         self.recipe: Recipe
         self.wants_certainty: bool | None = None
         self.sure: list[Task] = []
+        self.affordable = 0
 
     def begun(self, asked: Mapping[str, Any]) -> str | None:
         """The name of the size that the store was begun with; None: it is not there."""
@@ -302,9 +306,10 @@ class _Work:
             f"{len(self.judged.labels):,} others"
         )
         if len(self.sure) < len(self.tasks) and self.wants_certainty is not False:
+            some = f"about {len(self.sure)}" if self.sure else "none"
             self.say(
-                f"certainty of {len(self.sure) or 'none'} of the {len(self.tasks)} classes, to "
-                "save time (certainty: of all)"
+                f"certainty of {some} of the {len(self.tasks)} classes, to save time "
+                "(certainty: of all)"
             )
         steps = ", ".join(f"{step} {duration(s)}" for step, s in promise.seconds.items())
         self.say(
@@ -334,6 +339,7 @@ class _Work:
     def _promise(self, rates: Rates, n_kept: int, page: bool) -> Promise:
         missing: list[Task] = list(self.tasks)
         done: set[str] = set()
+        sure: tuple[Task, ...] = ()
         if self.file.exists():
             with GateStore.open(self.file) as store:
                 missing = [task for task in self.tasks if task not in store]
@@ -341,6 +347,8 @@ class _Work:
             groups = {step: step for step in ("evaluation", "certainty", "verdict")}
             groups |= {step: f"report/{step}" for step in ("flow", "pictures")}
             done = {step for step, group in groups.items() if group in kept}
+            if "certainty" in kept and "verdict" not in kept:
+                sure = ChannelCertainty.load(self.file, "certainty").tasks
 
         def every(missing: Sequence[Task], certain: Sequence[Task]) -> dict[str, Passes]:
             return passes(
@@ -349,12 +357,16 @@ class _Work:
 
         self.sure = [] if self.wants_certainty is False else list(self.tasks)
         if self.wants_certainty is None:
-            n = n_certain(every(self.tasks, self.tasks), len(self.tasks))
-            self.sure = self.tasks[: n if SIZES[self.size_name].certain else 0]
-        counted = every(missing, self.sure)
-        skip = done | (set() if page else {"page"}) | (set() if self.sure else {"certainty"})
+            whole = every(self.tasks, self.tasks)
+            self.affordable = all_else(whole)
+            n = n_certain(whole, len(self.tasks)) if SIZES[self.size_name].certain else 0
+            self.sure = self.tasks[:n]
+        unsure = [task for task in self.sure if task not in sure]
+        counted = every(missing, unsure)
+        skip = done - ({"certainty"} if sure else set())
+        skip |= (set() if page else {"page"}) | (set() if unsure else {"certainty"})
         todo = {step: counted[step] for step in STEPS if step not in skip}
-        return promised(todo, rates, fits="fit" in counted["verdict"])
+        return promised(todo, rates, fits="fit" in counted["verdict"], certain=len(unsure))
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -407,28 +419,45 @@ class _Work:
         return found
 
     def certain(self) -> ChannelCertainty | None:
-        """How sure channels are, of some of the tasks; None: of none."""
-        if "certainty" in result_names(self.file):
-            return ChannelCertainty.load(self.file, "certainty")
+        """How sure channels are, of some of the tasks; None: of none.
+
+        Task by task, each of which is kept at once: how many closings one needs shows when it is
+        done, and there are as many as cost no more than all else.
+        """
+        names = result_names(self.file)
+        found = ChannelCertainty.load(self.file, "certainty") if "certainty" in names else None
         grouped = any(site.group_of is not None for site in self.gates.sites)
-        if not self.sure or grouped:
-            if grouped and self.wants_certainty:
-                self.say("no certainty: a gate of this network is of several channels")
-            return None
+        if grouped and self.wants_certainty:
+            self.say("no certainty: a gate of this network is of several channels")
+        if not self.sure or grouped or "verdict" in names or not self.unsure(found):
+            return found
         with self.step("certainty"):
-            found = measure_certainty(
-                self.model,
-                self.gates.select(self.sure),
-                self.learned,
-                self.judged,
-                pairs=N_PAIRS,
-                images=CLOSING_IMAGES,
-                alternatives=N_ALTERNATIVES,
-                seed=self.seed,
-                run=self.run,
-            )
-            found.save(self.file, "certainty")
+            for task in self.unsure(found):
+                one = measure_certainty(
+                    self.model,
+                    self.gates.select([task]),
+                    self.learned,
+                    self.judged,
+                    pairs=N_PAIRS,
+                    images=CLOSING_IMAGES,
+                    alternatives=N_ALTERNATIVES,
+                    seed=self.seed,
+                    run=self.run,
+                )
+                found = one if found is None else joined([found, one])
+                found.save(self.file, "certainty")
+                if not self.unsure(found):
+                    break
         return found
+
+    def unsure(self, found: ChannelCertainty | None) -> list[Task]:
+        """The tasks whose certainty is still to measure, given what was found of others."""
+        done = () if found is None else found.tasks
+        left = [task for task in self.tasks if task not in done]
+        if found is None or self.wants_certainty:
+            return left
+        spent = cost({"learn": found.passes["learning"], "run": found.passes["testing"]})
+        return left if spent + spent / len(done) <= self.affordable else []
 
     def tested(self, sure: ChannelCertainty | None) -> Verdict:
         """The verdict."""

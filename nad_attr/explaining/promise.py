@@ -32,19 +32,21 @@ STEPS = ("learning", "evaluation", "certainty", "verdict", "flow", "pictures", "
 #: Random draws beside the evaluation and the verdict, and images of a task in the verdict.
 N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
 #: Pairs of halves that each task is learned from again, alternatives, and images of a kind to close
-#: channels on. Per kept channel and image, closings are tried on ``TRIED`` learning images as well;
-#: groups of channels come on top of single ones, which the gradient spares in part: between 0.3 and
-#: 3.5 times as many in all, as three networks had it.
+#: channels on. For each kept channel this many closings, alone and in groups, each of which tries
+#: ``TRIED`` learning images twice: 1.5 to 3.3 for tasks of trained networks and of noise, fewer
+#: where most channels do nothing.
 N_PAIRS, N_ALTERNATIVES, CLOSING_IMAGES = 2, 1, 32
-_CLOSINGS = 2.8
+_CLOSINGS = 2.4
 #: What passes cost, in runs of the network: only to say what is done, so that no clock decides it.
 _COSTS = {"run": 1, "learn": 3, "fit": 3, "back": 2, "read": 0}
 #: Images of the timed passes, sub-architectures that they run through, and tasks that are learned.
 _IMAGES, _ROWS, _TASKS = 16, 8, 3
+#: How often these are run, at most, and seconds after which that is enough.
+_TIMED, _WORTH = 5, 0.5
 #: Images that timed learning draws from, and steps that are timed after those that close nothing.
 _POOL, _STEPS = 64, 4
 #: Seconds that each step takes whatever the network, and the page on top.
-_BEGIN, _PAGE = 0.2, 0.5
+_BEGIN, _PAGE = 0.2, 0.1
 
 Passes = dict[str, int]
 
@@ -158,7 +160,7 @@ def passes(
     # Closed at zero, the gates as given and as compared are one network, which runs once; certainty
     # has closed the channels one by one.
     rows = 2 + 2 * (1 + N_VERDICT) - (recipe.ablation == "zero")
-    one_by_one = min(N_CLOSED, n_kept)
+    single = min(N_CLOSED, n_kept)
     each_judged = [
         min(VERDICT_IMAGES, own_n + other_n)
         for own_n, other_n in zip(
@@ -172,7 +174,8 @@ def passes(
     if paper:
         gated = beside = again * sum(recipe.epochs * own[task] for task in certain) // 2  # type: ignore[attr-defined]
     else:
-        gated, beside = of_steps(recipe.steps, certain, optimal, again)
+        one_by_one = [of_steps(recipe.steps, [task], optimal, again) for task in certain]
+        gated, beside = (sum(part) for part in zip((0, 0), *one_by_one, strict=True))
     most = CLOSING_IMAGES
     judged_own = own_images(judged.labels, tasks).sum(1).tolist()
     closings = 0
@@ -182,10 +185,15 @@ def passes(
             seen = min(most, own[task]) + min(most, other[task])
             tried = 2 * min(TRIED, seen)
             closings += round(_CLOSINGS * n_kept * (held + tried)) + 3 * seen + (again + 2) * held
-    found["certainty"] = {"learn": gated, "run": means + beside + closings, "read": gated}
+    again_means = means * len(certain)
+    found["certainty"] = {
+        "learn": gated,
+        "run": again_means + beside + closings,
+        "read": again_means + gated,
+    }
     found["verdict"] = {
         "run": sum(
-            (rows + one_by_one * (task not in certain)) * n_judged
+            (rows + single * (task not in certain)) * n_judged
             for task, n_judged in zip(tasks, each_judged, strict=True)
         )
         + 2 * sum(each_learned),
@@ -204,24 +212,37 @@ def passes(
     return found
 
 
+def cost(*kinds: Passes) -> int:
+    """What passes cost, in runs of the network: the same on every machine.
+
+    Example:
+        >>> cost({"learn": 100, "run": 5}, {"run": 2, "read": 50})
+        307
+    """
+    return sum(_COSTS[kind] * n for passes in kinds for kind, n in passes.items())
+
+
+def all_else(every: Mapping[str, Passes]) -> int:
+    """What all but certainty costs."""
+    return cost(*(kinds for step, kinds in every.items() if step != "certainty"))
+
+
 def n_certain(every: Mapping[str, Passes], n_tasks: int) -> int:
-    """Of how many tasks certainty costs no more than all else does, by counted passes.
+    """Of how many tasks certainty will cost no more than all else does.
 
     Example:
         >>> n_certain({"learning": {"learn": 100}, "certainty": {"run": 500, "learn": 100}}, 8)
         3
     """
-    costs = {s: sum(_COSTS[kind] * n for kind, n in kinds.items()) for s, kinds in every.items()}
-    of_all = costs.pop("certainty")
-    return min(n_tasks, n_tasks * sum(costs.values()) // max(1, of_all))
+    return min(n_tasks, n_tasks * all_else(every) // max(1, cost(every["certainty"])))
 
 
-def promised(todo: Mapping[str, Passes], rates: Rates, *, fits: bool) -> Promise:
-    """The seconds of the steps that are to do."""
+def promised(todo: Mapping[str, Passes], rates: Rates, *, fits: bool, certain: int = 0) -> Promise:
+    """The seconds of the steps that are to do; certainty of so many tasks is measured."""
     seconds = {step: _BEGIN + rates.seconds(kinds) for step, kinds in todo.items()}
-    for step in ("learning", "certainty", *(("verdict",) if fits else ())):
+    for step, times in (("learning", 1), ("certainty", certain), ("verdict", int(fits))):
         if step in seconds:
-            seconds[step] += rates.setup
+            seconds[step] += times * rates.setup
     if "page" in seconds:
         seconds["page"] += _PAGE
     return Promise(seconds, dict(todo))
@@ -302,9 +323,12 @@ def measured_rates(
     source.fields = pool.fields
     archs = [_random(session.sites, n_kept, some[0], draw) for draw in range(_ROWS)]
     sweep(model, archs[:1], source, run=run)  # warm
-    began = clock()
-    sweep(model, archs, source, run=run)
-    seconds = (clock() - began) / (len(numbers) * (1 + _ROWS))
+    times: list[float] = []
+    while len(times) < _TIMED and sum(times) < _WORTH:  # what passes quickly is easily disturbed
+        began = clock()
+        sweep(model, archs, source, run=run)
+        times.append(clock() - began)
+    seconds = min(times) / (len(numbers) * (1 + _ROWS))
     return Rates(seconds, learn / each, fit / each, read, setup), n_kept
 
 

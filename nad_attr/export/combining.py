@@ -71,8 +71,8 @@ def _checked(archs: Mapping[Task, SubArchitecture]) -> dict[Task, SubArchitectur
 
 
 def combine(
-    archs: Mapping[Task, SubArchitecture | nn.Module],
     model: nn.Module,
+    archs: Mapping[Task, SubArchitecture | nn.Module],
     example_inputs: Tensor | tuple[Tensor, ...],
     *,
     how: Literal["union", "side by side"] = "union",
@@ -87,10 +87,10 @@ def combine(
     part of another network is given as it was exported there (``head="task"``).
 
     Args:
+        model: The network that the sub-architectures are parts of; unchanged.
         archs: ``{task: sub-architecture}``, of the same sites; side by side also ``{task: module}``
             of an exported network, of which all outputs count for the task. The outputs are in this
             order; a group of classes has the logsumexp of theirs.
-        model: The network that the sub-architectures are parts of; unchanged.
         example_inputs: What it is called with.
         how: ``"union"``: one network of all channels that any task needs; ``"side by side"``: each
             task's own network, of which each gives its own output.
@@ -114,7 +114,7 @@ def combine(
         ...     t: SubArchitecture.from_kept({"1": [t, 5]}, [GateSite("1", 8)], task=t)
         ...     for t in (0, 2)
         ... }
-        >>> both = combine(archs, net, torch.zeros(1, 4))
+        >>> both = combine(net, archs, torch.zeros(1, 4))
         >>> both(torch.zeros(5, 4)).shape, summary(both).outputs
         (torch.Size([5, 2]), (0, 2))
     """
@@ -144,7 +144,7 @@ def combine(
     parts: list[fx.GraphModule] = []
     if own:
         check_eval(model)
-        network = traced(model, inputs, next(iter(own.values())).sites)
+        network = traced(model, next(iter(own.values())).sites, inputs)
     if how == "union":
         parts = [cut(united(own), model, inputs, network, columns, merge_bn)]
         widths = [len(group) for group in groups]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nad_attr._display import html_table
+from nad_attr.data.labels import Task
+from nad_attr.stats.results import Result, decoded
 
 __all__ = ["Block", "Cost", "Summary", "latency", "summary"]
 
@@ -53,7 +54,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Result):
     """What a smaller network is.
 
     Attributes:
@@ -74,7 +75,7 @@ class Summary:
     """
 
     task: Any
-    outputs: tuple[int, ...]
+    outputs: tuple[Task, ...]
     whole: Cost
     smaller: Cost
     share_sliced: float
@@ -91,26 +92,25 @@ class Summary:
         """Modules that read all channels, closed ones as constants."""
         return tuple(dict.fromkeys(m for block in self.blocks for m in block.stays_whole))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Numbers, texts, lists and dictionaries, for JSON."""
-        result: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return result
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Summary:
-        """What :meth:`as_dict` gave."""
-        given = dict(values)
-        for name in ("whole", "smaller"):
-            given[name] = Cost(**given[name])
-        given["blocks"] = tuple(
-            Block(b["name"], Cost(**b["whole"]), Cost(**b["smaller"]), tuple(b["stays_whole"]))
-            for b in given["blocks"]
-        )
-        for name in ("outputs", "input_shapes"):
-            given[name] = tuple(tuple(v) if isinstance(v, list) else v for v in given[name])
-        if isinstance(given["task"], list):
-            given["task"] = tuple(given["task"])
-        return cls(**given)
+        """What :meth:`to_dict` gave."""
+        found: Summary = decoded(cls, values)
+        return found
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "up_to": block.name,
+                **{f"{k}_whole": v for k, v in vars(block.whole).items()},
+                **{f"{k}_smaller": v for k, v in vars(block.smaller).items()},
+            }
+            for block in self.blocks
+        ]
+
+    def summary(self) -> str:
+        """What it costs beside the whole network, as plain text."""
+        return str(self)
 
     def __str__(self) -> str:
         share = self.smaller.parameters / max(1, self.whole.parameters)
@@ -184,7 +184,7 @@ def summary(module: nn.Module) -> Summary:
 
 def keep_summary(module: fx.GraphModule, made: Summary) -> None:
     """Put a summary where :func:`summary` finds it."""
-    module.meta[_KEY] = made.as_dict()
+    module.meta[_KEY] = made.to_dict()
     setattr(module, _KEY, module.meta[_KEY])
 
 

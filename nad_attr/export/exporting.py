@@ -25,8 +25,8 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def export(
-    arch: SubArchitecture,
     model: nn.Module,
+    arch: SubArchitecture,
     example_inputs: Tensor | tuple[Tensor, ...],
     *,
     head: Literal["whole", "task"] = "whole",
@@ -53,7 +53,7 @@ def export(
             )
         columns = [arch.task] if isinstance(arch.task, int) else list(arch.task)
     check_eval(model)
-    traced_network = traced(model, inputs, arch.sites)
+    traced_network = traced(model, arch.sites, inputs)
     return cut(arch, model, inputs, traced_network, columns, merge_bn, check)
 
 

@@ -90,7 +90,7 @@ def save(
     inputs = tuple(x[:1].detach() for x in inputs)
     n = made.n_images if made.one_image else 2
     inputs = tuple(x.expand(n, *x.shape[1:]).contiguous() for x in inputs)
-    content = {"format": path.suffix[1:], **made.as_dict()}
+    content = {"format": path.suffix[1:], **made.to_dict()}
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         scratch = Path(folder)
         write(module, scratch / path.name, inputs, None if made.one_image else {0: "batch"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,14 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import check_eval
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.tracing import main_output
+from nad_attr.stats.results import Result
 from nad_attr.system.rng import isolated_rng
 
 __all__ = ["Forgotten", "forget"]
 
 
 @dataclass(frozen=True)
-class Forgotten:
+class Forgotten(Result):
     """A network without one of its classes.
 
     Attributes:
@@ -54,6 +56,16 @@ class Forgotten:
     def others(self) -> tuple[float, float]:
         """Mean accuracy of the other classes, before and after."""
         return self._mean(self.before, False), self._mean(self.after, False)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"class": str(c), "n_images": self.n_images[c], "before": v, "after": self.after[c]}
+            for c, v in self.before.items()
+        ]
+
+    def summary(self) -> str:
+        """How many channels were closed, and what that did to the accuracies, in a line."""
+        return str(self)
 
     def __str__(self) -> str:
         text = (

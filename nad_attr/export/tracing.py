@@ -124,13 +124,13 @@ class _Main(nn.Module):
         return main_output(self.network(*inputs))
 
 
-def traced(model: nn.Module, inputs: Sequence[Tensor], sites: Sequence[GateSite]) -> Graph:
+def traced(model: nn.Module, sites: Sequence[GateSite], inputs: Sequence[Tensor]) -> Graph:
     """The graph of a network with markers at its gate sites.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
-        inputs: What it is called with; the first axis is the batch.
         sites: Where the gates stand.
+        inputs: What it is called with; the first axis is the batch.
 
     Raises:
         ExportError: If ``torch.export`` cannot write the network down.

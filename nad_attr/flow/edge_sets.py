@@ -47,10 +47,10 @@ def _machine(
 
 
 def edge_drops(
-    found: InformationFlow,
     model: nn.Module,
-    images: Data | Tensor | tuple[Tensor, ...],
+    found: InformationFlow,
     edges: Sequence[Edge],
+    images: Data | Tensor | tuple[Tensor, ...],
     task: object = None,
     *,
     share: float | tuple[float, float] = 1.0,
@@ -62,11 +62,11 @@ def edge_drops(
     something else, ``share`` tells whether the block bends, or the network behind it.
 
     Args:
-        found: The flow whose edges they are.
-        model: Its network; unchanged afterwards.
+        model: The network; unchanged afterwards.
+        found: Its flow, whose edges they are.
+        edges: ``(source site, source, target site, target)``.
         images: All of a tensor's, or of a tuple of input tensors; of images with labels the task's
             own.
-        edges: ``(source site, source, target site, target)``.
         task: Whose; may be left out if there is one.
         share: How much of the source is taken away, in (0, 1], and how much of what the receiver
             loses by it; one number is for the source alone. Falls are divided by both. (1, 0.01)
@@ -167,8 +167,8 @@ def _cut_one_by_one(
 
 
 def agreement(
-    found: InformationFlow,
     model: nn.Module,
+    found: InformationFlow,
     images: Data | Tensor | tuple[Tensor, ...],
     task: object = None,
     *,
@@ -181,8 +181,8 @@ def agreement(
     Some edges of each link are drawn at random and cut, one at a time.
 
     Args:
-        found: The flow.
-        model: Its network; unchanged afterwards.
+        model: The network; unchanged afterwards.
+        found: Its flow.
         images: Those that the flow was measured on, or others; see :func:`edge_drops`.
         task: Whose; may be left out if there is one.
         n_edges: Edges of each link, at most.
@@ -228,8 +228,8 @@ def agreement(
 
 @torch.no_grad()
 def edge_fidelity(
-    found: InformationFlow,
     model: nn.Module,
+    found: InformationFlow,
     images: Data,
     task: object = None,
     *,
@@ -247,8 +247,8 @@ def edge_fidelity(
     the edges are taken from, on own and other images in equal parts.
 
     Args:
-        found: The flow, measured with ``receivers=None``.
-        model: Its network; unchanged afterwards.
+        model: The network; unchanged afterwards.
+        found: Its flow, measured with ``receivers=None``.
         images: Images with labels, best those that the flow was not measured on.
         task: Whose; may be left out if there is one.
         sizes: Shares of the edges between sites that stay.

@@ -24,6 +24,7 @@ from nad_attr.gates.channels import (
 )
 from nad_attr.gating.hooks import gated
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.results import Result
 
 __all__ = ["SubArchitecture"]
 
@@ -33,7 +34,7 @@ def fitting(n_images: int | None) -> str:
     return "" if n_images is None else f", fitted on {n_images} images"
 
 
-class SubArchitecture:
+class SubArchitecture(Result):
     """The channels that are kept for one task, at each gate site.
 
     Args:
@@ -70,6 +71,7 @@ class SubArchitecture:
     of :meth:`TaskGates.sub_architectures`, share their means: they are not to be written to.
     """
 
+    _ALONE = True
     __slots__ = ("_masks", "fitted_on", "means", "own_constants", "sites", "task")
 
     def __init__(
@@ -274,7 +276,7 @@ class SubArchitecture:
         """
         from nad_attr.export.exporting import export
 
-        return export(self, model, example_inputs, head=head, merge_bn=merge_bn, check=check)
+        return export(model, self, example_inputs, head=head, merge_bn=merge_bn, check=check)
 
     def cost(
         self, model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], **options: Any
@@ -510,19 +512,40 @@ class SubArchitecture:
             note=note,
         )
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write to an HDF5 file, see :mod:`nad_attr.store`."""
+    def _records(self, task: str | None = None) -> list[dict[str, Any]]:
+        first = {} if task is None else {"task": task}
+        return [
+            {**first, "site": s.name, "n_channels": s.n_gates, "n_kept": n, "size": n / s.n_gates}
+            for s in self.sites
+            for n in [int(open_gates(s, self._masks[s.name]).sum())]
+        ]
+
+    def summary(self) -> str:
+        """Kept channels at each site, as plain text."""
+        return f"{self!r}\n{super().summary()}"
+
+    @classmethod
+    def _types(cls) -> dict[str, Any]:
+        return {
+            "masks": dict[str, Tensor], "sites": tuple[GateSite, ...], "task": Any,
+            "means": dict[str, Tensor] | None, "own_constants": bool, "fitted_on": int | None,
+        }  # fmt: skip
+
+    def _fields(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in self._types() if name != "masks"}
+        return {"masks": self._masks, **own}
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> SubArchitecture:
+        return cls(**fields)
+
+    def _save_hdf5(self, path: str | PathLike[str], group: str | None) -> None:
         from nad_attr.store import write_sub_architecture
 
         write_sub_architecture(self, path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> SubArchitecture:
-        """Read from a file written by :meth:`save`; no code in the file is ever run.
-
-        Raises:
-            GateStoreError: If the file is not such a file.
-        """
+    def _load_hdf5(cls, path: str | PathLike[str], group: str | None) -> SubArchitecture:
         from nad_attr.store import read_sub_architecture
 
         return read_sub_architecture(path)

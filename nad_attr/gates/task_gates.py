@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,16 @@ from nad_attr.gates.history import History
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture, fitting, same_tensors
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.results import Result
+from nad_attr.stats.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Task", "TaskGates", "as_task"]
 
 
-class TaskGates:
+class TaskGates(Result):
     """The gates of T tasks at all sites.
 
     Made by :func:`nad_attr.learn_gates`. A channel belongs to a task's sub-architecture iff its
@@ -68,6 +73,8 @@ class TaskGates:
     Two are equal if they do the same: if sites, tasks, gates, logits and means are. What the tasks
     are called and how they were learned (recipe, history, info) plays no part.
     """
+
+    _ALONE = True
 
     def __init__(
         self,
@@ -394,19 +401,58 @@ class TaskGates:
             note=(f"and {rest} more sites; " if rest else "") + closed,
         )
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write to an HDF5 file (any HDF5 tool opens it), see :mod:`nad_attr.store`."""
+    def _records(self) -> list[dict[str, Any]]:
+        names = self.task_names or tuple(map(str, self.tasks))
+        archs = self.sub_architectures()
+        return [row for name, arch in zip(names, archs, strict=True) for row in arch._records(name)]
+
+    def summary(self) -> str:
+        """Kept channels of each task, over all sites, as plain text."""
+        names = self.task_names or tuple(map(str, self.tasks))
+        archs = self.sub_architectures()
+        cells = [[n, f"{a.n_kept:,}", f"{a.size:.3f}"] for n, a in zip(names, archs, strict=True)]
+        return "\n".join([repr(self), *table([["task", "kept channels", "size"], *cells])])
+
+    def plot(self, tasks: Sequence[object] = (), axes: Any = None) -> Figure:
+        """Draw the share of channels kept at each site.
+
+        Args:
+            tasks: Tasks that get a line of their own, beside the mean over tasks.
+            axes: One matplotlib Axes; None: a new figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from nad_attr.evaluation.figures.gates import plot_sizes
+
+        return plot_sizes(self, tasks, axes=axes)
+
+    @classmethod
+    def _types(cls) -> dict[str, Any]:
+        tensors = dict[str, Tensor] | None
+        return {
+            "gates": dict[str, Tensor], "sites": tuple[GateSite, ...], "tasks": tuple[Any, ...],
+            "logits": tensors, "means": tensors, "constants": tensors, "recipe": str | None,
+            "history": History | None, "task_names": tuple[str, ...] | None, "info": dict[str, Any],
+        }  # fmt: skip
+
+    def _fields(self) -> dict[str, Any]:
+        recipe = None if self.recipe is None else self.recipe.to_json()
+        made = {"gates": self._gates, "recipe": recipe}
+        return {name: made[name] if name in made else getattr(self, name) for name in self._types()}
+
+    @classmethod
+    def _of_fields(cls, fields: dict[str, Any]) -> TaskGates:
+        text = fields["recipe"]
+        return cls(**{**fields, "recipe": None if text is None else Recipe.from_json(text)})
+
+    def _save_hdf5(self, path: str | PathLike[str], group: str | None) -> None:
         from nad_attr.store import write_task_gates
 
         write_task_gates(self, path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> TaskGates:
-        """Read from a file written by :meth:`save`; no code in the file is ever run.
-
-        Raises:
-            GateStoreError: If the file is not such a file.
-        """
+    def _load_hdf5(cls, path: str | PathLike[str], group: str | None) -> TaskGates:
         from nad_attr.store import read_task_gates
 
         return read_task_gates(path)

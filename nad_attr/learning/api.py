@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from nad_attr.data.sources import Data
@@ -13,7 +12,7 @@ from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.network_checks import Checks
 from nad_attr.learning.session import Session, _start
-from nad_attr.running.options import FROM_RUN, RunFields, RunOptions, as_options
+from nad_attr.running.options import RunFields, RunOptions, as_options
 from nad_attr.sites.site import GateSite
 
 if TYPE_CHECKING:
@@ -31,15 +30,10 @@ def learn_gates(
     *,
     seed: int = 0,
     run: RunOptions | None = None,
-    device: str | torch.device | None = FROM_RUN,
-    amp: bool | torch.dtype | None = FROM_RUN,
-    batch_size: int | Literal["auto"] | None = FROM_RUN,
-    forward_func: Callable[..., Any] | None = FROM_RUN,
-    additional_forward_args: Any = FROM_RUN,
-    show_progress: bool = FROM_RUN,
     augmented: bool | None = None,
     checks: Checks = "refuse",
     initial_logits: Mapping[str, Tensor] | None = None,
+    **fields: Unpack[RunFields],
 ) -> TaskGates:
     """Learn which channels of a network each task needs.
 
@@ -63,12 +57,6 @@ def learn_gates(
         seed: Any whole number; each task draws from a generator of (seed, task).
         run: How to run the network; see :class:`nad_attr.RunOptions`. With the paper's recipe, a
             task's images of one step always go together, whatever the batch size.
-        device: In place of that field of ``run``.
-        amp: In place of that field of ``run``.
-        batch_size: In place of that field of ``run``.
-        forward_func: In place of that field of ``run``.
-        additional_forward_args: In place of that field of ``run``.
-        show_progress: In place of that field of ``run``.
         augmented: Whether the same image may look different each time it is drawn. None: yes for
             datasets and loaders, no for tensors. False lets the whole network's outputs be
             computed once per image and kept.
@@ -77,6 +65,8 @@ def learn_gates(
             "refuse" a network where that is not so, "warn" and go on, or "off".
         initial_logits: ``{site name: (T, C)}``, the paper recipe's starting point in place of
             N(0, 1).
+        **fields: In place of those fields of ``run``: ``device``, ``amp``, ``batch_size``,
+            ``memory_limit``, ``forward_func``, ``additional_forward_args``, ``show_progress``.
 
     Returns:
         The gates, with history and everything needed to repeat the run in ``info``.
@@ -89,6 +79,7 @@ def learn_gates(
             ValueError, if ``checks`` find that what is learned would not be true.
 
     Example:
+        >>> import torch
         >>> generator = torch.Generator().manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
         >>> x = torch.randn(20, 4, generator=generator)
@@ -99,25 +90,9 @@ def learn_gates(
         >>> gates["1"].shape
         torch.Size([1, 6])
     """
-    run = as_options(
-        run,
-        device=device,
-        amp=amp,
-        batch_size=batch_size,
-        forward_func=forward_func,
-        additional_forward_args=additional_forward_args,
-        show_progress=show_progress,
-    )
+    run = as_options(run, **fields)
     session = Session(
-        model,
-        data,
-        tasks,
-        recipe,
-        sites,
-        seed=seed,
-        run=run,
-        augmented=augmented,
-        checks=checks,
+        model, data, tasks, recipe, sites, seed=seed, run=run, augmented=augmented, checks=checks
     )
     start = _start(initial_logits, session.recipe, session.sites, session.tasks)
     total = sum(map(session.n_steps, session.tasks))
@@ -169,6 +144,7 @@ def learn_sizes(
             more than steps, or the recipe is the paper's.
 
     Example:
+        >>> import torch
         >>> generator = torch.Generator().manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
         >>> x = torch.randn(20, 4, generator=generator)
@@ -180,15 +156,7 @@ def learn_sizes(
         recipe = Recipe(steps=max(Recipe().steps, 25 * len(sizes)))
     run = as_options(run, **fields)
     session = Session(
-        model,
-        data,
-        tasks,
-        recipe,
-        sites,
-        seed=seed,
-        run=run,
-        augmented=augmented,
-        checks=checks,
+        model, data, tasks, recipe, sites, seed=seed, run=run, augmented=augmented, checks=checks
     )
     total = sum(map(session.n_steps, session.tasks))
     with session.network.bar(total, "learning gates", "step") as bar:

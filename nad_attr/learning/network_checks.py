@@ -1,6 +1,6 @@
 """Whether what is learned about a network can be true of it: checked on the network itself, first.
 
-Three things that learning takes for granted, and that a network may break without any error:
+Learning assumes three things that a network may break without any error:
 
 - an image's outputs are a function of the image alone (:func:`check_outputs`): not of chance, nor
   of the other images of the batch;
@@ -149,8 +149,8 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def check_outputs(
-    run: Callable[[_Inputs], Tensor],
     model: nn.Module,
+    run: Callable[[_Inputs], Tensor],
     inputs: _Inputs,
     *,
     outputs: Tensor | None = None,
@@ -162,8 +162,8 @@ def check_outputs(
     Runs the images twice, and the first of them alone: for two images, five image passes.
 
     Args:
-        run: Gives the outputs (B, K) for a batch.
-        model: The network that it runs.
+        model: The network.
+        run: Runs it: gives the outputs (B, K) for a batch.
         inputs: A few images, two at best.
         outputs: What a run of them gave, if one is done already.
         checks: "refuse" raises, "warn" warns, "off" does nothing.
@@ -177,7 +177,7 @@ def check_outputs(
         >>> class Noisy(nn.Module):
         ...     def forward(self, x):
         ...         return x + torch.rand_like(x)
-        >>> check_outputs(lambda inputs: Noisy()(*inputs), Noisy().eval(), (torch.zeros(2, 3),))
+        >>> check_outputs(Noisy().eval(), lambda inputs: Noisy()(*inputs), (torch.zeros(2, 3),))
         Traceback (most recent call last):
         ...
         nad_attr.learning.network_checks.NetworkCheckError: the network gives another output ...

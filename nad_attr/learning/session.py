@@ -237,8 +237,8 @@ class Session:
             outputs = _check_outputs(self.network, example, self.tasks, labels)
             images = self.network.to_device(example)
             check_outputs(
-                self.network,
                 self.network.model,
+                self.network,
                 images,
                 outputs=outputs,
                 checks=checks,
@@ -369,7 +369,7 @@ class Session:
             return gates
         found = self._learn(target_sizes(self.sites), tasks, means, None, advance)
         with torch.inference_mode(False), frozen(self.network.model):
-            return reached(found, self.network, self.source, self.apart, self.recipe, self.seed)
+            return reached(self.network, found, self.source, self.apart, self.recipe, self.seed)
 
     def learn_sizes(
         self,

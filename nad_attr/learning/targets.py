@@ -116,8 +116,8 @@ def bound(whole: Tensor, gated: Tensor, own: Tensor, confidence: float) -> Kept:
 
 
 def reached(
-    found: Sequence[TaskGates],
     network: Network,
+    found: Sequence[TaskGates],
     source: Source,
     apart: Tensor,
     recipe: Recipe,
@@ -126,8 +126,8 @@ def reached(
     """Each task's gates at the smallest size that is shown to keep the fidelity.
 
     Args:
-        found: Gates at falling sizes, the first of them all channels.
         network: With the means of closed channels, if there are any.
+        found: Gates at falling sizes, the first of them all channels.
         source: All images.
         apart: int64, the numbers of those kept apart.
         recipe: With the fidelity.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from nad_attr.pictures.evidence import Measure, check_measure, evidence_maps
 from nad_attr.pictures.pixels import ToPixels
 from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
+from nad_attr.stats.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ __all__ = ["ClassMosaics", "class_mosaics"]
 
 
 @dataclass(frozen=True, eq=False)
-class ClassMosaics:
+class ClassMosaics(Result):
     """Mosaics of four images of four classes, with the map of each class at each site.
 
     Attributes:
@@ -105,6 +106,15 @@ class ClassMosaics:
         quadrant = rows[:, None] * 2 + columns
         own = torch.stack([strengths[:, q][:, quadrant == q].sum(1) for q in range(4)], dim=1)
         return own / strengths.sum((2, 3))
+
+    def _records(self) -> list[dict[str, Any]]:
+        own = {site: self.own_share(site).tolist() for site in self.sites}
+        return [
+            {"mosaic": str(i), "task": self.task_names[t], "site": site, "own_share": shares[i][q]}
+            for site, shares in own.items()
+            for i, quadrants in enumerate(self.chosen.tolist())
+            for q, t in enumerate(quadrants)
+        ]
 
     def plot(
         self,

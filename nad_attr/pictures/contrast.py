@@ -18,6 +18,7 @@ from nad_attr.pictures.evidence import Measure, SiteMaps, check_measure, evidenc
 from nad_attr.pictures.pixels import ToPixels
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
+from nad_attr.stats.results import Result
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ __all__ = ["ContrastMaps", "contrast_maps"]
 
 
 @dataclass(frozen=True, eq=False)
-class ContrastMaps:
+class ContrastMaps(Result):
     """Maps of images at each site, for the channels that only one of two classes keeps.
 
     Attributes:
@@ -99,6 +100,12 @@ class ContrastMaps:
         """
         first, second = self.scaled(site)
         return first - second
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"site": name, "only_first": n, "only_second": m}
+            for name, (n, m) in self.n_only.items()
+        ]
 
     def summary(self) -> str:
         """One line per site: channels that only one of the two keeps."""

@@ -222,8 +222,8 @@ def _window(
 
 
 def draw_top_images(
-    found: TopImages,
     model: nn.Module,
+    found: TopImages,
     data: Data,
     *,
     site: str | None = None,
@@ -243,7 +243,7 @@ def draw_top_images(
             raise ValueError("no site that was looked at has positions.")
         site = list(found.grids)[-1]
     shown = found.most_selective(site, 6) if channels is None else list(channels)
-    pictures = [found.maps(model, data, site, channel, run=run) for channel in shown]
+    pictures = [found.maps(model, site, channel, data, run=run) for channel in shown]
     k = found.images[site].shape[1] if n_images is None else n_images
     columns = max(1, min(k, max(len(maps) for _, maps in pictures)))
     side = 1.15

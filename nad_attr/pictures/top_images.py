@@ -20,6 +20,7 @@ from nad_attr.pictures.pixels import ToPixels
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ Pool = Literal["max", "mean"]
 
 
 @dataclass(frozen=True, eq=False)
-class TopImages:
+class TopImages(Result):
     """For each channel that was looked at, the images with its highest activations.
 
     Attributes:
@@ -89,6 +90,23 @@ class TopImages:
         channels: list[int] = self.channels[site][order].tolist()
         return channels
 
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "site": site,
+                "channel": str(channel),
+                "image": str(image),
+                "value": value,
+                "selectivity": float(self.selectivity[site][row]),
+            }
+            for site, channels in self.channels.items()
+            for row, channel in enumerate(channels.tolist())
+            for image, value in zip(
+                self.images[site][row].tolist(), self.values[site][row].tolist(), strict=True
+            )
+            if image >= 0
+        ]
+
     def plot(
         self,
         model: nn.Module,
@@ -128,8 +146,8 @@ class TopImages:
         from nad_attr.pictures.figures import draw_top_images
 
         return draw_top_images(
-            self,
             model,
+            self,
             data,
             site=site,
             channels=channels,
@@ -143,9 +161,9 @@ class TopImages:
     def maps(
         self,
         model: nn.Module,
-        data: Data,
         site: str,
         channel: int,
+        data: Data,
         *,
         run: RunOptions | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -153,9 +171,9 @@ class TopImages:
 
         Args:
             model: The network.
-            data: The data that the images were found in.
             site: The site, one with positions.
             channel: The channel.
+            data: The data that the images were found in.
             run: How to run the network; see :class:`nad_attr.RunOptions`.
 
         Returns:

@@ -54,6 +54,8 @@ DIVERGING = "RdBu_r"
 TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 10.0, 9.0, 8.0
 #: Inches of one panel, width and height.
 PANEL = (3.1, 2.5)
+#: Rows of a table that are drawn, at most.
+_MOST_BARS = 40
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
@@ -486,6 +488,36 @@ def plot_parts(
     style(axis, y=y)
     axis.set_xticks(range(len(names)), list(names), rotation=90)
     legend(figure, [axis], own_figure=axes is None)
+    return figure
+
+
+def plot_rows(rows: Sequence[Mapping[str, Any]], axes: Any = None) -> Figure:
+    """Bars for each column of numbers of a table, row below row.
+
+    Args:
+        rows: Texts and numbers by the names of the columns; texts name the rows.
+        axes: Axes, one for each column of numbers; None: a new figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+
+    Example:
+        >>> rows = [{"site": "a", "flops": 6, "parameters": 9}]
+        >>> [axis.get_title(loc="left") for axis in plot_rows(rows).axes]
+        ['flops', 'parameters']
+    """
+    rows = rows[:_MOST_BARS]
+    first = rows[0] if rows else {}
+    numbers = [name for name, value in first.items() if type(value) in (int, float)]
+    names = [" ".join(str(v) for k, v in row.items() if k not in numbers) for row in rows]
+    figure, panel = panels(
+        max(1, len(numbers)), axes, panel=(PANEL[0], max(PANEL[1], 0.6 + 0.2 * len(rows)))
+    )
+    for axis, column in zip(panel, numbers, strict=True) if numbers else ():
+        axis.barh(range(len(rows)), [float(row[column]) for row in rows], color=PALETTE[0])
+        axis.set_yticks(range(len(rows)), names)
+        axis.invert_yaxis()
+        style(axis, title=label_of(column), grid="x")
     return figure
 
 

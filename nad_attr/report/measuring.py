@@ -236,7 +236,7 @@ def export_part(model: nn.Module, gates: TaskGates, inputs: Sequence[Tensor]) ->
     """
     place = next(model.parameters(), inputs[0])
     image = tuple(x[:1].to(place.device) for x in inputs)
-    network = traced(model, image, gates.sites)
+    network = traced(model, gates.sites, image)
     names = gates.task_names or tuple(map(str, gates.tasks))
     modules: dict[str, nn.Module] = {}
     for name, arch in list(zip(names, gates.sub_architectures(), strict=True))[:_EXPORTED]:

@@ -87,7 +87,7 @@ def page(found: Contents) -> str:
         "TITLE": escape(found.title),
         "STYLE": _asset("report.css"),
         "FIRST": "".join(
-            f"<div><dt>{escape(name)}</dt><dd>{escape(text[:1].upper() + text[1:])}</dd></div>"
+            f"<div><dt>{escape(name)}</dt><dd>{escape(_sentence(text))}</dd></div>"
             for name, text in found.first.items()
         ),
         "QUESTIONS": _questions(found),
@@ -102,6 +102,11 @@ def page(found: Contents) -> str:
     # One pass: what is put in is never looked at again.
     pieces = _asset("page.html").split("@@")
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def _sentence(text: str) -> str:
+    """With a capital, and no line that begins with a percent sign."""
+    return (text[:1].upper() + text[1:]).replace(" %", "\u00a0%")
 
 
 def _shown(value: Any) -> str:

@@ -57,7 +57,7 @@ def tensor_picture(value: Tensor, low: float, high: float) -> Image:
         raise ValueError(f"an image has shape (1 or 3, H, W), not {tuple(value.shape)}.")
     scaled = (value.detach().cpu().double() - low) / max(high - low, 1e-12)
     pixels = (scaled.clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)
-    image: Image = _pillow().fromarray(pixels.permute(1, 2, 0).contiguous().numpy(), "RGB")
+    image: Image = _pillow().fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     return image
 
 
@@ -80,7 +80,7 @@ def array_picture(pixels: NDArray[np.float64]) -> Image:
         >>> array_picture(np.ones((2, 4, 3))).size
         (4, 2)
     """
-    image: Image = _pillow().fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8), "RGB")
+    image: Image = _pillow().fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
     return image
 
 

@@ -149,7 +149,7 @@ def as_options(run: RunOptions | None = None, **fields: Any) -> RunOptions:
         **fields: Fields of :class:`RunOptions`; ``FROM_RUN`` for one that was not given.
 
     Raises:
-        TypeError: If ``run`` is something else.
+        TypeError: If ``run`` is something else, or there is no such field.
         ValueError: See :class:`RunOptions`.
 
     Example:
@@ -158,5 +158,11 @@ def as_options(run: RunOptions | None = None, **fields: Any) -> RunOptions:
     """
     if run is not None and not isinstance(run, RunOptions):
         raise TypeError(f"run must be nad_attr.RunOptions(...), not {run!r:.60}.")
+    unknown = [name for name in fields if name not in RunFields.__annotations__]
+    if unknown:
+        raise TypeError(
+            f"there is no argument {unknown[0]!r}; how the network runs is said by "
+            f"{', '.join(RunFields.__annotations__)}."
+        )
     given = {name: value for name, value in fields.items() if value is not FROM_RUN}
     return replace(run or RunOptions(), **given)

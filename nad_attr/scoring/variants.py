@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -11,12 +12,13 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.scoring.baselines import top_k
 from nad_attr.scoring.scorer import Scores
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.results import Result
 
 __all__ = ["Variant"]
 
 
 @dataclass(frozen=True, eq=False)
-class Variant:
+class Variant(Result):
     """One way to make sub-architectures of a scorer's numbers, and how good they are.
 
     Attributes:
@@ -44,13 +46,10 @@ class Variant:
     @property
     def name(self) -> str:
         """In words, for tables: ``"own and other images, signed, per site"``."""
-        return ", ".join(
-            (
-                "own and other images" if self.include_others else "own images",
-                "signed" if self.signed else "absolute",
-                "per site" if self.per_site else "over all sites",
-            )
-        )
+        return _name(self.include_others, self.signed, self.per_site)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [{"variant": _name(*key), "own_auc": auc} for key, auc in self.tried.items()]
 
     def architectures(
         self, size: float | None = None, *, means: dict[str, Tensor] | None = None
@@ -69,3 +68,13 @@ class Variant:
             means=means,
             per_site=self.per_site,
         )
+
+
+def _name(include_others: bool, signed: bool, per_site: bool) -> str:
+    return ", ".join(
+        (
+            "own and other images" if include_others else "own images",
+            "signed" if signed else "absolute",
+            "per site" if per_site else "over all sites",
+        )
+    )

@@ -240,7 +240,7 @@ def _check_windows(
     if windows:
         run = model if forward_func is None else forward_func
         arguments = _as_tuple(additional_forward_args)
-        check_rows(model, inputs, windows, lambda *images: run(*images, *arguments))
+        check_rows(model, windows, inputs, lambda *images: run(*images, *arguments))
 
 
 def site_links(

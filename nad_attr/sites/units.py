@@ -151,8 +151,8 @@ def _is_hidden(
 
 def check_rows(
     model: nn.Module,
-    inputs: Sequence[Tensor],
     sites: Sequence[GateSite],
+    inputs: Sequence[Tensor],
     run: Callable[..., object],
 ) -> None:
     """Check on two images that an image's windows lie side by side at some projections' inputs.
@@ -162,8 +162,8 @@ def check_rows(
 
     Args:
         model: The network, not wrapped.
-        inputs: The example inputs.
         sites: Those with more rows than images.
+        inputs: The example inputs.
         run: Runs the model.
 
     Raises:

@@ -1,7 +1,8 @@
 """One face for all results: a table, a text, a figure, a dictionary, files and notebooks.
 
 A result is a dataclass (or says what its fields are). Its fields are its content, in files as
-well: JSON holds them as lists and numbers, beside what follows from them, and HDF5 as arrays. What
+well: JSON holds them as lists and numbers, beside what follows from them, and HDF5 as arrays.
+Table, text and figure follow from its rows, where a result has no better ones of its own. What
 is read has to be of the types that the fields are declared with; a file names no class and calls
 nothing.
 """
@@ -20,6 +21,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
+    Literal,
     TypeAlias,
     Union,
     get_args,
@@ -28,16 +30,21 @@ from typing import (
 )
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from nad_attr._display import html_text
+from nad_attr._display import MOST_ROWS, html_text
 from nad_attr.data.labels import as_task
+from nad_attr.stats.tables import number, pandas, table
 from nad_attr.system.files import write_text
+from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
     from typing_extensions import Self
 
-__all__ = ["Result", "is_json"]
+__all__ = ["Result", "decoded", "is_json"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -45,10 +52,12 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 FORMAT = 1
 #: What a file that is not such a result makes :meth:`Result.load` trip over.
 _WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
+#: What tensors may hold, in files.
+_DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32", "float64")
 
 
 class Result:
-    """What every result can do. Results add ``plot()``, which needs matplotlib.
+    """What every result can do.
 
     Example:
         >>> import tempfile
@@ -64,6 +73,9 @@ class Result:
 
     #: Axes of the fields, such as ``"T S"``: the same letter is the same length everywhere.
     _AXES: ClassVar[Mapping[str, str]] = {}
+    #: Whether an HDF5 file holds one of them and nothing else, in no group.
+    _ALONE: ClassVar[bool] = False
+    __slots__ = ()
 
     def frame(self) -> pd.DataFrame:
         """A tidy table, for pandas.
@@ -71,11 +83,32 @@ class Result:
         Raises:
             ImportError: If pandas is not installed.
         """
-        raise NotImplementedError
+        return pandas(f"{type(self).__name__}.frame()").DataFrame(self._records())
 
     def summary(self) -> str:
         """What was found, as plain text."""
-        raise NotImplementedError
+        rows = self._records()
+        cells = [
+            [number(v) if isinstance(v, float) else shown(str(v)) for v in row.values()]
+            for row in rows[:MOST_ROWS]
+        ]
+        lines = table([[name.replace("_", " ") for name in rows[0]], *cells]) if rows else ["empty"]
+        more = len(rows) - len(cells)
+        return "\n".join([*lines, *([f"and {more:,} more rows"] if more else [])])
+
+    def plot(self, *args: Any, **options: Any) -> Figure:
+        """Draw the numbers of the table, a panel for each column; this needs matplotlib.
+
+        Args:
+            *args: ``axes``, matplotlib Axes, one for each column of numbers; none: a new figure.
+            **options: The same by its name.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from nad_attr.plots.style import plot_rows
+
+        return plot_rows(self._records(), *args, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and what follows from them, as lists, numbers and strings.
@@ -97,10 +130,20 @@ class Result:
         Raises:
             GateStoreError: If the HDF5 file cannot be written, or is not one of nad_attr.
             OSError: If the JSON file cannot be written, or would replace something else.
+            ValueError: If a group is named for gates, which have a file of their own.
         """
         if is_json(path):
             write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-            return
+        else:
+            self._check_group(path, group)
+            self._save_hdf5(path, group)
+
+    @classmethod
+    def _check_group(cls, path: str | PathLike[str], group: str | None) -> None:
+        if cls._ALONE and group is not None:
+            raise ValueError(f"{fspath(path)} holds nothing else: leave out group={group!r}.")
+
+    def _save_hdf5(self, path: str | PathLike[str], group: str | None) -> None:
         from nad_attr.store import write_result
 
         arrays, attributes = self._stored()
@@ -122,6 +165,11 @@ class Result:
         """
         if is_json(path):
             return cls._of_json(path)
+        cls._check_group(path, group)
+        return cls._load_hdf5(path, group)
+
+    @classmethod
+    def _load_hdf5(cls, path: str | PathLike[str], group: str | None) -> Self:
         from nad_attr.store import GateStoreError, read_result
 
         group = group or cls._kind()
@@ -142,7 +190,11 @@ class Result:
         """How notebooks show it."""
         return html_text(self.summary())
 
-    # -- what results with another inside change -------------------------------------------------
+    # -- what a result says of itself --------------------------------------------------------------
+
+    def _records(self) -> list[dict[str, Any]]:
+        """The rows of the table: texts and numbers by the names of the columns."""
+        raise NotImplementedError
 
     @classmethod
     def _types(cls) -> dict[str, Any]:
@@ -181,7 +233,7 @@ class Result:
         def array(value: Any) -> Any:
             return arrays[value["array"]] if isinstance(value, Mapping) else value
 
-        found: Self = _decoded(cls, attributes["fields"], array)
+        found: Self = decoded(cls, attributes["fields"], array)
         return found
 
     @classmethod
@@ -192,7 +244,7 @@ class Result:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{fspath(path)} is not a JSON file: {error}.") from None
         try:
-            found: Self = _decoded(cls, content, lambda value: value)
+            found: Self = decoded(cls, content)
             return found
         except _WRONG as error:
             raise ValueError(
@@ -240,7 +292,7 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
         return [shape for part in value.values() for shape in _shapes(part)]
     if value is None:
         return []
-    return [value.shape if isinstance(value, np.ndarray) else (len(value),)]
+    return [tuple(value.shape) if isinstance(value, (np.ndarray, Tensor)) else (len(value),)]
 
 
 # -- To and from lists, numbers and strings ------------------------------------------------------
@@ -265,11 +317,19 @@ def _encoded(value: Any, put: Callable[[str, Array], Any], derived: bool, name: 
         fields = value._fields() if isinstance(value, Result) else _fields_of(value)
         more = value._derived() if derived and isinstance(value, Result) else {}
         value = {**fields, **more}
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        array = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        return {"dtype": str(array.dtype), "values": put(name, array)}
     if isinstance(value, np.ndarray):
         return put(name, value)
+    if isinstance(value, PathLike):
+        return fspath(value)
     if isinstance(value, Mapping):
         return {
-            str(key): _encoded(part, put, derived, f"{name}.{key}" if name else str(key))
+            (text := json.dumps(key) if isinstance(key, tuple) else str(key)): _encoded(
+                part, put, derived, f"{name}.{text}" if name else text
+            )
             for key, part in value.items()
         }
     if isinstance(value, (list, tuple)):
@@ -277,8 +337,10 @@ def _encoded(value: Any, put: Callable[[str, Array], Any], derived: bool, name: 
     return _plain(value.item() if isinstance(value, np.generic) else value)
 
 
-def _decoded(kind: Any, value: Any, array: Callable[[Any], Any], name: str = "") -> Any:
-    """A value of a type from what :func:`_encoded` made of it; ``array`` finds an array's numbers.
+def decoded(
+    kind: Any, value: Any, array: Callable[[Any], Any] = lambda value: value, name: str = ""
+) -> Any:
+    """A value of a type from what :meth:`Result.to_dict` made of it; ``array`` finds arrays.
 
     Raises:
         TypeError, ValueError, KeyError: If it is of another type.
@@ -286,30 +348,45 @@ def _decoded(kind: Any, value: Any, array: Callable[[Any], Any], name: str = "")
     origin, args = get_origin(kind), get_args(kind)
     if name == "tasks":
         return tuple(as_task(task) for task in value)
-    if kind is Any:
+    if name == "task":
+        return None if value is None else as_task(value)
+    if kind is Any or (origin is Literal and value in args):
         return value
+    if kind == int | tuple[int, ...]:  # a task
+        return as_task(value)
     if origin in (Union, UnionType):
         if value is None and NoneType in args:
             return None
         (kind,) = (arg for arg in args if arg is not NoneType)
-        return _decoded(kind, value, array)
+        return decoded(kind, value, array)
     if origin is np.ndarray:
         return _array(array(value), np.dtype(get_args(args[1])[0]))
+    if kind is Tensor:
+        dtype = np.dtype(_DTYPES[_DTYPES.index(value["dtype"])])
+        return torch.from_numpy(_array(array(value["values"]), dtype))
+    if kind is Path:
+        return Path(value)
     result = kind if isinstance(kind, type) and issubclass(kind, Result) else None
     if result or dataclasses.is_dataclass(kind):
         types = result._types() if result else _types_of(kind)
         fields = {
-            key: _decoded(of, value[key], array, key) for key, of in types.items() if key in value
+            key: decoded(of, value[key], array, key) for key, of in types.items() if key in value
         }
         return result._of_fields(fields) if result else _made(kind, fields)
     if origin is not None and issubclass(origin, Mapping):
         key_of, of = args
-        return {key_of(key): _decoded(of, part, array) for key, part in value.items()}
+
+        def key_from(text: str) -> Any:
+            return (
+                key_of(text) if key_of in (str, int) else decoded(key_of, json.loads(text), array)
+            )
+
+        return {key_from(key): decoded(of, part, array) for key, part in value.items()}
     if origin in (tuple, list):
         if not isinstance(value, list):
             raise TypeError(f"{value!r:.60} in place of a list")
         kinds = args if origin is tuple and Ellipsis not in args else args[:1] * len(value)
-        return origin(_decoded(k, v, array) for k, v in zip(kinds, value, strict=True))
+        return origin(decoded(k, v, array) for k, v in zip(kinds, value, strict=True))
     if kind is float and value is None:
         return math.nan
     if kind is float and (value in ("inf", "-inf") or isinstance(value, int)) and value is not True:

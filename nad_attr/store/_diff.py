@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nad_attr.data.labels import Task
+from nad_attr.stats.results import Result
 from nad_attr.store._compare import differences, different_means, some
 from nad_attr.store._gate_store import GateStore
 from nad_attr.system.safe_text import shown
@@ -19,7 +21,7 @@ __all__ = ["StoreDiff", "diff"]
 
 
 @dataclass(frozen=True)
-class StoreDiff:
+class StoreDiff(Result):
     """How two stores differ.
 
     Attributes:
@@ -50,6 +52,16 @@ class StoreDiff:
         return not (
             self.settings or self.only_first or self.only_second or self.changed or self.others
         )
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"task": str(task), "n_channels": n, "largest_difference": largest}
+            for task, (n, largest) in self.changed.items()
+        ]
+
+    def summary(self) -> str:
+        """What differs, as plain text: settings, tasks, gates, scores and results."""
+        return str(self)
 
     def __str__(self) -> str:
         first, second = self.paths

@@ -49,7 +49,7 @@ def test_all_parts_run_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert hours["projected_hours_20_replicas"] == pytest.approx(20 * hours["projected_hours"])
     assert "not measured" in hours["note"]
     (batch,), (replicas,) = found["batches"], found["replicas"]
-    assert batch["learning"] >= 1 <= batch["evaluation"]
+    assert batch["learning"] >= batch["width"] >= 1 <= batch["evaluation"]
     assert replicas["side_by_side_images_per_second"] > 0
 
 
@@ -65,18 +65,23 @@ def test_the_tests_marked_gpu_are_run() -> None:
 def test_a_part_that_fails_is_named_and_time_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(check: gpu_check.GPUCheck) -> None:
-        raise RuntimeError("out of memory")
+    def steps(check: gpu_check.GPUCheck, name: str) -> dict[str, str]:
+        if name == "large":
+            raise RuntimeError("out of memory")
+        return {"model": name}
 
-    monkeypatch.setattr(gpu_check.GPUCheck, "steps", fail)
-    monkeypatch.setattr(gpu_check.GPUCheck, "batches", lambda check: [{"model": "tiny"}])
+    monkeypatch.setattr(gpu_check.GPUCheck, "steps", steps)
     times = iter([0.0, 0.0, 1.0, 2.0, 3.0, 100.0])
-    arguments = [*ARGUMENTS, "--parts", "steps", "batches", "replicas", "--minutes", "1"]
+    arguments = [*ARGUMENTS, "--parts", "steps", "replicas", "--minutes", "1"]
+    arguments += ["--models", "large", "tiny"]
+    monkeypatch.setitem(speed.BATCHES, "large", 4)
     path = tmp_path / "gpu.json"
     status = gpu_check.main([*arguments, "--json", str(path)], clock=lambda: next(times))
     assert status == 1
-    assert json.loads(path.read_text())["failed"] == {"steps": "RuntimeError: out of memory"}
-    assert "left out, for want of time: replicas" in capsys.readouterr().out
+    found = json.loads(path.read_text())
+    assert found["failed"] == {"steps large": "RuntimeError: out of memory"}
+    assert found["steps"] == [{"model": "tiny"}]  # the network that did not fail
+    assert "left out, for want of time: replicas large" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ from tests import helpers
 
 
 @pytest.fixture
-def rows() -> list[dict[str, object]]:
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    helpers.learn_briefly(monkeypatch)
     model = helpers.build(helpers.TinyCNN).float()
     (train_x, train_y), (val_x, val_y) = (helpers.labelled_images(18, seed=s) for s in (0, 1))
     args = argparse.Namespace(

@@ -30,9 +30,9 @@ _DARK = 0.25
 def unit_masks(
     model: nn.Module,
     units: UnitConcepts,
-    data: Any,
     site: GateSite | str,
     unit: int,
+    data: Any,
     *,
     n: int | None = None,
     seed: int = 0,
@@ -43,9 +43,9 @@ def unit_masks(
     Args:
         model: The network, in eval mode.
         units: What :func:`nad_attr.concepts.dissect` gave, with thresholds and top images.
-        data: The images that was dissected with.
         site: The site, or its name where the axis of its channels can be found.
         unit: Number of the unit.
+        data: The images that it was dissected with.
         n: How many images; None: all that are known.
         seed: As in the dissection.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
@@ -66,7 +66,7 @@ def unit_masks(
         >>> units = dissect(
         ...     net, [site], data, quantile=0.25, concepts=["a", "b"], exact=True
         ... )
-        >>> [(i, mask.tolist()) for i, _, mask in unit_masks(net, units, data, site, 0, n=1)]
+        >>> [(i, mask.tolist()) for i, _, mask in unit_masks(net, units, site, 0, data, n=1)]
         [(1, [[True, False]])]
     """
     name = site if isinstance(site, str) else site.name
@@ -107,9 +107,9 @@ def unit_masks(
 def draw_unit(
     model: nn.Module,
     units: UnitConcepts,
-    data: Any,
     site: GateSite | str,
     unit: int,
+    data: Any,
     *,
     n: int = 5,
     to_rgb: Callable[[Tensor], Tensor] | None = None,
@@ -120,9 +120,9 @@ def draw_unit(
     Args:
         model: The network, in eval mode.
         units: What :func:`nad_attr.concepts.dissect` gave.
-        data: The images that was dissected with.
         site: The site, or its name where the axis of its channels can be found.
         unit: Number of the unit.
+        data: The images that it was dissected with.
         n: Images at most.
         to_rgb: Makes (3, H, W) in [0, 1] of what the network takes. None: values are stretched to
             that.
@@ -141,7 +141,7 @@ def draw_unit(
         >>> data = (torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
         >>> site = GateSite("0", 3)
         >>> units = dissect(net, [site], data, quantile=0.1, concepts=["wall"])
-        >>> len(draw_unit(net, units, data, site, 1).axes)
+        >>> len(draw_unit(net, units, site, 1, data).axes)
         2
     """
     try:
@@ -151,7 +151,7 @@ def draw_unit(
             "pictures of units need matplotlib: pip install 'nad-attr[plot]'; unit_masks() gives "
             "the masks without."
         ) from None
-    found = unit_masks(model, units, data, site, unit, n=n, **running)
+    found = unit_masks(model, units, site, unit, data, n=n, **running)
     name = site if isinstance(site, str) else site.name
     figure = Figure(figsize=(1.6 * max(1, len(found)), 2.0), layout="constrained")
     index, iou = (values[unit] for values in units.best(name))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from nad_attr._checks import check_count
 from nad_attr.stats.bootstrap import bootstrap_means, interval_of
 from nad_attr.stats.p_values import permutation_p
+from nad_attr.stats.results import Result
 
 __all__ = [
     "PartialCorrelation",
@@ -32,7 +33,7 @@ DECIMALS = 12
 
 
 @dataclass(frozen=True, eq=False)
-class RankStatistics:
+class RankStatistics(Result):
     """The ranks of errors among the other K - 1 classes, sorted by similarity.
 
     Equally similar classes share their ranks: every number is its expected value over all ways to
@@ -81,9 +82,19 @@ class RankStatistics:
         """(K - 1,), hit@1 to hit@(K - 1)."""
         return np.asarray(self.rank_counts.cumsum() / self.n_errors)
 
+    def _records(self) -> list[dict[str, Any]]:
+        row: dict[str, Any] = {"n_errors": self.n_errors}
+        for k, value in self.hits.items():
+            low, high = self.hit_intervals[k]
+            row |= {f"hit@{k}": value, f"hit@{k}_low": low, f"hit@{k}_high": high}
+            row |= {f"hit@{k}_null": self.hit_null[k], f"hit@{k}_p": self.hit_p[k]}
+        low, high = self.mrr_interval
+        row |= {"mrr": self.mrr, "mrr_low": low, "mrr_high": high, "mrr_null": self.mrr_null}
+        return [row | {"mrr_p": self.mrr_p, "mean_rank": self.mean_rank}]
+
 
 @dataclass(frozen=True)
-class PartialCorrelation:
+class PartialCorrelation(Result):
     """Does one similarity say more about errors than another one does already?
 
     Attributes:
@@ -95,6 +106,9 @@ class PartialCorrelation:
     value: float
     p: float
     without_control: float
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [self._fields()]
 
 
 def checked_similarity(similarity: ArrayLike, n: int, what: str = "similarity") -> FloatArray:

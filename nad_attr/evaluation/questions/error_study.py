@@ -132,14 +132,7 @@ class ErrorStudy(Result):
         pd = pandas("ErrorStudy.frame()")
         rows = []
         for name, ranks in self.statistics.items():
-            row: dict[str, Any] = {"similarity": name, "n_errors": ranks.n_errors}
-            for k, value in ranks.hits.items():
-                low, high = ranks.hit_intervals[k]
-                row |= {f"hit@{k}": value, f"hit@{k}_low": low, f"hit@{k}_high": high}
-                row |= {f"hit@{k}_null": ranks.hit_null[k], f"hit@{k}_p": ranks.hit_p[k]}
-            row |= {"mrr": ranks.mrr, "mrr_low": ranks.mrr_interval[0]}
-            row |= {"mrr_high": ranks.mrr_interval[1], "mrr_null": ranks.mrr_null}
-            row |= {"mrr_p": ranks.mrr_p, "mean_rank": ranks.mean_rank}
+            row = {"similarity": name, **ranks._records()[0]}
             partial = self.partial.get(name)
             row["partial"] = math.nan if partial is None else partial.value
             row["partial_p"] = math.nan if partial is None else partial.p

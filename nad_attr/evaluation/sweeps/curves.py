@@ -521,7 +521,7 @@ def curves(
         raise ValueError(lacking)
     optimal = ablation == OPTIMAL
     prepared = fitted(
-        None if optimal else ablation, model, ranking.sites, ranking.tasks, train_data, run
+        model, ranking.sites, ranking.tasks, None if optimal else ablation, train_data, run
     )
     kept = [ranking.sub_architectures(share, per_site=per_site) for share in shares]
     groups: list[list[SubArchitecture]] = [[arch & ~arch for arch in kept[0]]]

@@ -119,10 +119,10 @@ def own_constants(
 
 
 def fitted(
-    ablation: Ablation | str | None,
     model: nn.Module,
     sites: Sequence[GateSite],
     tasks: Sequence[Task],
+    ablation: Ablation | str | None,
     train_data: Data | None,
     run: RunOptions | None,
 ) -> Ablation | None:

@@ -513,7 +513,7 @@ def size_sweep(
             "constants of each method's own, or ablation='mean' for means throughout.",
             stacklevel=2,
         )
-    prepared = fitted(None if optimal else ablation, model, sites, tasks, train_data, run)
+    prepared = fitted(model, sites, tasks, None if optimal else ablation, train_data, run)
     train = as_source(train_data, any_labels=True) if scoring else None
     for name in scoring:
         scorer = named[name]
