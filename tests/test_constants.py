@@ -431,6 +431,16 @@ def test_users_are_warned_where_learned_and_kept_apart_images_part() -> None:
     assert abs(told.mean() - measured) < abs(told.mean() - learned)
 
 
+def test_users_are_warned_of_more_constants_than_images_where_none_can_be_kept_apart() -> None:
+    net, sites, data = waves(100, 60)
+    with pytest.warns(UserWarning, match="nothing checked") as seen:
+        learn_gates(net, data, {"a": 0, "b": 1}, Recipe(size=0.3, steps=8), sites)
+    (text,) = (str(w.message) for w in seen)
+    assert "'a' has 30 own and 30 other images; 'b' has 30 own and 30 other images, too" in text
+    assert "and 70 constants were learned from them" in text
+    assert "learned_from=" in text
+
+
 def test_users_are_not_warned_where_they_agree(recwarn: pytest.WarningsRecorder) -> None:
     net, sites, data = waves(12, 600)
     recipe = Recipe(size=0.7, steps=40)

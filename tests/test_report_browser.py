@@ -203,7 +203,9 @@ def test_canvas_shows_the_gates(opened: Opened) -> None:
 
 
 def test_hover_tells_channel_gate_and_concept(opened: Opened) -> None:
-    box = opened.page.query_selector("#canvas").bounding_box()
+    canvas = opened.page.query_selector("#canvas")
+    canvas.scroll_into_view_if_needed()  # questions and pictures stand above it
+    box = canvas.bounding_box()
     opened.page.mouse.move(box["x"] + 6, box["y"] + 6)
     tip = opened.text("#tip")
     assert "relu, channel 0" in tip

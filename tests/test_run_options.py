@@ -291,8 +291,13 @@ def test_a_keyword_goes_before_the_field(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="run must be nad_attr"):
         evaluate(model, ARCHS, data, run={"amp": True})  # type: ignore[arg-type]
     for call in (evaluate, learn_gates):
-        with pytest.raises(TypeError, match=r"no argument 'engine'; .* device, amp"):
-            call(model, ARCHS if call is evaluate else data, *[data][: call is evaluate], engine=1)
+        with pytest.raises(TypeError, match=r"no argument 'device_name'; .* device, amp"):
+            call(
+                model,
+                ARCHS if call is evaluate else data,
+                *[data][: call is evaluate],
+                device_name=1,
+            )
 
 
 def test_an_automatic_batch_holds_what_fits() -> None:

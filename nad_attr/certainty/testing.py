@@ -104,6 +104,7 @@ class _Closer:
         self.offset[self.kept] = torch.from_numpy(offset)
         if groups is not None:
             self.change, self.kept = _together(self.change, of), self.kept[first]
+        self.shares = torch.zeros_like(self.offset)
         self.errors: dict[tuple[int, ...], FloatArray] = {}
         self.before = held_out.outputs([base])[0]
 
@@ -112,26 +113,38 @@ class _Closer:
         after = self.residual - self.change[:, list(places)].sum(1)
         return np.asarray((after**2 - self.residual**2) / self.learn.variance)
 
-    def closed(self, channels: Sequence[int], share: float = 0.0) -> State:
-        """The sub-architecture without some channels, at a share of the way to their constants."""
+    def closed(self, channels: Sequence[int], share: float | None = None) -> State:
+        """The sub-architecture without some channels, at a share of the way to their constants.
+
+        None: at the share that :meth:`choose` found for each.
+        """
         gates, constants = self.base.gates.clone(), self.base.constants.clone()
         at = list(channels)
         if self.groups is not None:
             at = np.flatnonzero(np.isin(self.groups, self.groups[at])).tolist()
         gates[at] = 0
-        constants[at] += (share * self.offset[at]).to(constants.dtype)
+        moved = self.offset[at] * (self.shares[at] if share is None else share)
+        constants[at] += moved.to(constants.dtype)
         return State(gates, constants)
 
+    def choose(self) -> None:
+        """Whether each kept channel, closed alone, does better at its constant or at the mean."""
+        tried = [self.closed((int(c),), share) for c in self.kept for share in (0.0, 1.0)]
+        some = self.learn.outputs(tried, TRIED)
+        numbers = self.learn.some(TRIED) if len(self.learn.own) > TRIED else slice(None)
+        errors = (some - self.learn.whole[numbers]) ** 2 @ self.learn.weights[numbers]
+        best = torch.from_numpy(np.argmin(errors.reshape(-1, 2), axis=1)).double()
+        self.shares[self.kept] = best
+        if self.groups is not None:
+            first = dict(zip(self.groups[self.kept].tolist(), best.tolist(), strict=True))
+            self.shares = torch.tensor([first.get(int(g), 0.0) for g in self.groups])
+            self.shares = self.shares.double()
+
     def outputs(self, groups: Sequence[tuple[int, ...]]) -> FloatArray:
-        """Outputs of held-out images with each group closed, at whichever constants are better."""
+        """Outputs of held-out images, each group closed, each channel at its better constant."""
         new = [group for group in dict.fromkeys(groups) if group not in self.errors]
         if new:
-            tried = [self.closed(group, share) for group in new for share in (0.0, 1.0)]
-            some = self.learn.outputs(tried, TRIED)
-            numbers = self.learn.some(TRIED) if len(self.learn.own) > TRIED else slice(None)
-            errors = (some - self.learn.whole[numbers]) ** 2 @ self.learn.weights[numbers]
-            best = np.argmin(errors.reshape(-1, 2), axis=1)
-            states = [self.closed(g, float(s)) for g, s in zip(new, best, strict=True)]
+            states = [self.closed(group) for group in new]
             for group, output in zip(new, self.held_out.outputs(states), strict=True):
                 self.errors[group] = output
         return np.stack([self.errors[group] for group in groups])
@@ -154,6 +167,7 @@ def _together(values: FloatArray, of: NDArray[Any]) -> FloatArray:
 def single(closer: _Closer, found: Found) -> None:
     """Close each kept channel by itself; see the module's description."""
     kept, trial = closer.kept, closer.held_out
+    closer.choose()
     predicted = np.stack([closer.predicted([i]) for i in range(len(kept))])
     worth = compared(predicted, closer.learn.own).p <= PREFILTER
     found.skipped = int((~worth).sum())
@@ -220,6 +234,13 @@ def standing_in(
     def no_harm(group: tuple[int, ...]) -> bool:
         return bool(compared(closer.added([group])[0], own, 1 - alpha).high < tolerance)
 
+    place = {int(c): i for i, c in enumerate(closer.kept)}
+
+    def foreseen(group: tuple[int, ...]) -> bool:
+        """Whether learning images foresee harm: then parts of the group are tried at once."""
+        harm = closer.learn.weights @ closer.predicted([place[c] for c in group])
+        return bool(harm >= tolerance)
+
     def eliminate(order: Sequence[int]) -> tuple[list[int], list[int]]:
         closed: list[int] = []
         resisting: list[int] = []
@@ -228,7 +249,8 @@ def standing_in(
             group = waiting.pop()
             if not group:
                 continue
-            if no_harm(tuple(sorted([*closed, *group]))):
+            together = tuple(sorted([*closed, *group]))
+            if (len(group) == 1 or not foreseen(together)) and no_harm(together):
                 closed += group
             elif len(group) == 1:
                 resisting += group
@@ -247,13 +269,16 @@ def standing_in(
         q = benjamini_hochberg(compared(more, own).p)
         return [c for c, small in zip(resisting, q <= alpha, strict=True) if small]
 
-    closed, resisting = eliminate(harmless)
-    standing = needing(closed, resisting)
+    # What may do harm alone will not be shown to do none among others: nothing is tried for that.
+    alone = [c for c in harmless if (c,) not in closer.errors or no_harm((c,))]
+    doubtful = [c for c in harmless if c not in set(alone)]
+    closed, resisting = eliminate(alone)
+    standing = needing(closed, resisting + doubtful)
     free = set(closed)
     if standing:
         # Close these first, and those that they stood in for become the ones that matter.
-        rest = [c for c in harmless if c not in standing]
-        closed, resisting = eliminate([*standing, *rest])
+        first = [c for c in standing if c in set(alone)]
+        closed, resisting = eliminate([*first, *closed])
         standing += needing(closed, resisting)
     return set(standing), free - set(standing)
 

@@ -33,10 +33,10 @@ STEPS = ("learning", "evaluation", "certainty", "verdict", "flow", "pictures", "
 N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
 #: Pairs of halves that each task is learned from again, alternatives, and images of a kind to close
 #: channels on. For each kept channel this many closings, alone and in groups, each of which tries
-#: ``TRIED`` learning images twice: 1.5 to 3.3 for tasks of trained networks and of noise, fewer
+#: ``TRIED`` learning images twice: 1.5 to 4 for tasks of trained networks and of noise, fewer
 #: where most channels do nothing.
 N_PAIRS, N_ALTERNATIVES, CLOSING_IMAGES = 2, 1, 32
-_CLOSINGS = 2.4
+_CLOSINGS = 2.6
 #: What passes cost, in runs of the network: only to say what is done, so that no clock decides it.
 _COSTS = {"run": 1, "learn": 3, "fit": 3, "back": 2, "read": 0}
 #: Images of the timed passes, sub-architectures that they run through, and tasks that are learned.

@@ -33,7 +33,7 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
 from nad_attr.gating.means import channel_moments
-from nad_attr.learning.constants import learn_with_constants
+from nad_attr.learning.constants import MIN_TO_KEEP, learn_with_constants
 from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network, Replica
 from nad_attr.learning.network_checks import Checks, check_gradients, check_option, check_outputs
 from nad_attr.learning.paper import learn_paper, paper_steps
@@ -44,7 +44,7 @@ from nad_attr.running.options import RunOptions, as_options
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite, unwrap
-from nad_attr.stats.held_out import parted_tasks
+from nad_attr.stats.held_out import parted_tasks, unchecked_tasks
 from nad_attr.system.memory import largest_batch
 from nad_attr.system.rng import seed_of
 
@@ -447,14 +447,21 @@ class Session:
         if self.recipe.ablation != "optimal" or self.apart is not None:
             return
         labels = self.learned_from.labels
-        found = parted_tasks(
-            _history([part.curves for part in learned]),
-            self._names_of(tasks) or [f"{task!s:.40}" for task in tasks],
-            own_images(labels, tasks).sum(1).tolist(),
-            self.recipe.size if size is None else size,
-        )
-        if found is not None:
-            warnings.warn(found, stacklevel=5)
+        curves = _history([part.curves for part in learned])
+        names = self._names_of(tasks) or [f"{task!s:.40}" for task in tasks]
+        n_own = own_images(labels, tasks).sum(1).tolist()
+        size = self.recipe.size if size is None else size
+        unchecked = np.flatnonzero(np.isnan(curves["fidelity_apart"][-1])).tolist()
+        n = n_gates(self.sites)
+        for found in (
+            parted_tasks(curves, names, n_own, size),
+            unchecked_tasks(
+                [names[t] for t in unchecked], [n_own[t] for t in unchecked], MIN_TO_KEEP,
+                len(labels), n - budget(size, self.sites),
+            ),
+        ):  # fmt: skip
+            if found is not None:
+                warnings.warn(found, stacklevel=5)
 
     def learn_replicas(
         self,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nad_attr.stats.tables import number
 
-__all__ = ["PARTS", "apart", "parted_tasks"]
+__all__ = ["PARTS", "apart", "parted_tasks", "unchecked_tasks"]
 
 #: Measures that differ by less than this are together, whatever the intervals say.
 PARTS = 0.05
@@ -133,4 +133,42 @@ def parted_tasks(
     return (
         "what was learned does not hold on other images: fidelity of "
         f"{'; of '.join(shown)}{more}. {help_}"
+    )
+
+
+def unchecked_tasks(
+    names: Sequence[str], n_own: Sequence[int], needed: int, n_images: int, n_constants: int
+) -> str | None:
+    """What to say of tasks with so few images that nothing checked what was learned from them.
+
+    Silent where there are more images than constants: then they cannot fit by chance alone.
+
+    Args:
+        names: Of the tasks of which no images were kept apart.
+        n_own: Own images of each.
+        needed: Own, and other, images from which on some are kept apart.
+        n_images: All images, of all tasks.
+        n_constants: Closed channels, each with a constant of its own.
+
+    Example:
+        >>> print(unchecked_tasks(["reptile"], [18], 50, 90, 3542))
+        nothing checked whether what was learned holds on other images: 'reptile' has 18 own and
+        72 other images, too few to keep some apart (50 of each are needed), and 3,542 constants
+        were learned from them. Judge the gates on pictures that they were not learned from,
+        evaluate(model, gates, pictures, learned_from=these), or learn from more pictures.
+        >>> unchecked_tasks(["3"], [18], 50, 900, 120) is None
+        True
+    """
+    if not names or n_constants <= n_images:
+        return None
+    shown = "; ".join(
+        f"{name!r} has {own} own and {n_images - own} other images"
+        for name, own in list(zip(names, n_own, strict=True))[:3]
+    )
+    more = f"; and {len(names) - 3} more tasks" if len(names) > 3 else ""
+    return (
+        f"nothing checked whether what was learned holds on other images: {shown}{more}, too few "
+        f"to keep some apart ({needed} of each are needed), and {n_constants:,} constants were "
+        "learned from them. Judge the gates on pictures that they were not learned from, "
+        "evaluate(model, gates, pictures, learned_from=these), or learn from more pictures."
     )
