@@ -380,12 +380,17 @@ def test_a_thousand_classes_are_quick(
 def test_the_flow_is_traced_by_mouse_and_keyboard(browser: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = torch.nn.Sequential(
-        torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 6), torch.nn.ReLU(),
-        torch.nn.Linear(6, 3),
+        torch.nn.Conv2d(3, 5, 1), torch.nn.ReLU(), torch.nn.Conv2d(5, 6, 1), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 3),
     ).eval()  # fmt: skip
-    gates = made_gates(3, [GateSite("1", 5), GateSite("3", 6)], ["ant", "bee", "</script>"])
-    flows = [information_flow(net, gates, torch.rand(3, 4), tasks=[task]) for task in (0, 1)]
-    file = Report(gates, flow=flows).save(tmp_path / "flow.html")
+    sites, images = [GateSite("1", 5, 1), GateSite("3", 6, 1)], torch.rand(6, 3, 8, 8)
+    gates = made_gates(3, sites, ["ant", "bee", "</script>"])
+    flows = [information_flow(net, gates, images, tasks=[task]) for task in (0, 1)]
+    iou = {s.name: np.full((s.n_channels, 1), 0.2) for s in sites}
+    units = UnitConcepts(iou, [Concept("wheel", "part")], source="by hand")
+    report = Report(gates, flow=flows, units=units)
+    report.measure(net, (images, torch.arange(6) % 3), parts=("pictures",))
+    file = report.save(tmp_path / "flow.html")
     found = Opened(browser, file)
     page = found.page
     n = len(flow_picture([flow.flows[0] for flow in flows])["nodes"])
@@ -395,6 +400,8 @@ def test_the_flow_is_traced_by_mouse_and_keyboard(browser: Any, tmp_path: Path) 
     assert page.query_selector("#flow .t1") is not None
     page.click("#flow .node[data-node='0']")
     assert "Feeds:" in found.text("#flow-said")
+    assert "wheel" in found.text("#flow-said")
+    assert page.query_selector("#flow-said img").get_attribute("src").startswith("data:image")
     assert page.query_selector("#flow path.faint") is not None
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
