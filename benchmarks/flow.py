@@ -47,6 +47,7 @@ from nad_attr.flow.shape import flow_shape, flow_sharing, parting_depth
 from nad_attr.gating.means import channel_means
 from nad_attr.stats.bootstrap import bootstrap_means, interval_of
 from nad_attr.system.files import replacing, write_text
+from nad_attr.system.rng import seed_of
 
 RESULTS = Path(__file__).parent / "results" / "flow.json"
 
@@ -332,13 +333,14 @@ def causes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for row, arch in zip(low, archs, strict=True):
             task, ends = row["task"], (row["source_site"], row["target_site"])
             x, y = (photos[task], None) if name == "lite0" else learning
-            images = (x if y is None else x[y == task][:8]).double()
+            images = (x if y is None else x[y == task][:16]).double()
             receivers = 24 if name == "lite0" else None
             found = information_flow(model, arch, images, tasks=task, receivers=receivers)
             link = next(k for k in found.flows[0].links if (k.source_site, k.target_site) == ends)
             told = [(i, j) for i in range(len(link.sources)) for j in range(len(link.targets))]
-            order = np.random.default_rng(0).permutation(len(told))[: args.edges]
-            chosen = [told[k] for k in order]
+            # The draw of ``agreement``: its edges, and more of them.
+            generator = torch.Generator().manual_seed(seed_of(0, "agreement", *ends))
+            chosen = [told[k] for k in torch.randperm(len(told), generator=generator)[: args.edges]]
             edges = [(ends[0], int(link.sources[i]), ends[1], int(link.targets[j]))
                      for i, j in chosen]  # fmt: skip
             flow = torch.stack([link.flow[i, j] for i, j in chosen])
@@ -355,7 +357,8 @@ def causes(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {
                 "network": name, "size": row.get("size"), "task": task,
                 "source_site": ends[0], "target_site": ends[1], "n_edges": len(edges),
-                "before": row["spearman"], "before_edges": row["n_edges"],
+                "before": row["spearman"], "before_edges": (n := row["n_edges"]),
+                "those_edges": float(spearman(flow[:n], falls["cut"][:n])),
                 **{key: float(spearman(flow, fall)) for key, fall in falls.items()},
                 "pearson": float(torch.corrcoef(torch.stack([flow, cut]))[0, 1]),
                 "linear_error": float((falls["linear"] - flow).abs().max() / flow.abs().max()),
@@ -420,8 +423,8 @@ def summary(part: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if part == "causes":
         return {
             name: {
-                key: [round(row[key], 3) for row in own]
-                for key in ("before", "cut", "block", "linear", "strong")
+                key: [round(row.get(key, math.nan), 3) for row in own]
+                for key in ("before", "those_edges", "cut", "block", "linear", "strong")
             }
             for name, own in by.items()
         }
@@ -478,8 +481,9 @@ def main(argv: list[str] | None = None) -> None:
         # Read again: another part may have been written meanwhile.
         known = json.loads(args.json.read_text()) if args.json.is_file() else {}
         if args.only:
+            made = {*args.only, *(r["network"] for r in rows)}
             others = known.get(part, {}).get("rows", [])
-            rows = [r for r in others if r["network"] not in args.only] + rows
+            rows = [r for r in others if r["network"] not in made] + rows
         known[part] = {"summary": summary(part, rows), "rows": rows}
         write_text(args.json, json.dumps(_rounded(known), indent=1) + "\n")
         print(json.dumps(known[part]["summary"], indent=1), flush=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from nad_attr.flow.edge_sets import agreement, edge_drops, edge_fidelity
 from nad_attr.flow.links import kept_edges
 from nad_attr.flow.picture import flow_picture
 from nad_attr.flow.shape import flow_shape, flow_sharing, parting_depth
+from nad_attr.system.memory import peak_memory
 from tests.helpers import TinyCNN, TinyResNet, assert_model_untouched
 
 pytest.importorskip("pandas")
@@ -303,6 +306,50 @@ def test_batches_and_low_precision_change_little() -> None:
     low = information_flow(model.float(), arch, x.float(), run=RunOptions(amp=True))
     a, b = one.flows[0].links[0].flow, low.flows[0].links[0].flow
     assert float((a - b).abs().max()) < 0.1 * float(a.abs().max())
+
+
+def test_many_images_take_no_more_memory_than_few() -> None:
+    model, x = made(TinyCNN)
+    arch, run = whole(model, x), RunOptions(batch_size=5)
+
+    class Photos(torch.utils.data.Dataset[tuple[Tensor, int]]):
+        def __init__(self, n: int) -> None:
+            self.n, self.targets = n, [1] * n
+
+        def __len__(self) -> int:
+            return self.n
+
+        def __getitem__(self, number: int) -> tuple[Tensor, int]:
+            return x[number % 5] + number / self.n, 1
+
+    def peak(n: int) -> int:
+        flow = partial(information_flow, model, arch, Photos(n), tasks=1, run=run)
+        return peak_memory(torch.device("cpu"), flow)
+
+    assert peak(200) < 1.1 * peak(20)
+
+
+def test_progress_counts_the_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    model, x = made(TinyCNN)
+    run = RunOptions(batch_size=2, show_progress=True)
+    information_flow(model, whole(model, x), x, tasks=1, run=run)
+    n = 3 * (len(find_gate_sites(model, x)) + 1)  # 3 batches of 5 images
+    said = capsys.readouterr().err
+    assert "information flow" in said
+    assert f"{n}/{n}" in said
+
+
+def test_a_network_that_answers_otherwise_each_time_is_named() -> None:
+    calls = itertools.count()
+
+    class Moody(TinyCNN):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * (1 + next(calls) % 2))
+
+    model, x = made(Moody)
+    with pytest.warns(RuntimeWarning, match=r"flows out of .* misses their effect by"):
+        found = information_flow(model, whole(model, x), x, tasks=1)
+    assert max(found.conservation.values()) > 1e-3
 
 
 def test_a_site_that_keeps_nothing_lets_nothing_through() -> None:

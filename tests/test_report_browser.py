@@ -79,6 +79,7 @@ class Opened:
 
     def __init__(self, browser: Any, file: Path | str, height: int = 900, **options: Any) -> None:
         self.page = browser.new_page(viewport={"width": 1280, "height": height}, **options)
+        self.page.set_default_timeout(200_000)  # the machine may be busy
         self.wrong: list[str] = []
         self.asked: list[str] = []
         self.page.on("console", self._said)
@@ -203,16 +204,17 @@ def test_canvas_shows_the_gates(opened: Opened) -> None:
 
 
 def test_hover_tells_channel_gate_and_concept(opened: Opened) -> None:
-    canvas = opened.page.query_selector("#canvas")
-    canvas.scroll_into_view_if_needed()  # questions and pictures stand above it
-    box = canvas.bounding_box()
-    opened.page.mouse.move(box["x"] + 6, box["y"] + 6)
+    # Questions and pictures stand above it, and charts that are drawn later move it: hovering
+    # scrolls to it and waits until it stands still.
+    opened.page.hover("#canvas", position={"x": 6, "y": 6})
+    opened.page.wait_for_selector("#tip", state="visible")
     tip = opened.text("#tip")
     assert "relu, channel 0" in tip
     assert "gate 0." in tip
     assert "wheel (part), IoU 0.200" in tip
+    box = opened.page.query_selector("#canvas").bounding_box()
     opened.page.mouse.move(box["x"] + 6, box["y"] - 200)
-    assert not opened.page.is_visible("#tip")
+    opened.page.wait_for_selector("#tip", state="hidden")
 
 
 def test_search(opened: Opened) -> None:
@@ -256,6 +258,7 @@ def test_two_classes_are_compared_as_python_does(opened: Opened) -> None:
         a.overlap(b, chance_corrected=True), abs=0.0006
     )
     opened.page.click("summary")
+    opened.page.wait_for_selector("#site-table tbody tr", state="visible")
     cells = opened.page.query_selector_all("#site-table tbody tr")[1].inner_text().split()
     name = SITES[1].name
     assert cells[:5] == [
@@ -380,12 +383,17 @@ def test_a_thousand_classes_are_quick(
 def test_the_flow_is_traced_by_mouse_and_keyboard(browser: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = torch.nn.Sequential(
-        torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 6), torch.nn.ReLU(),
-        torch.nn.Linear(6, 3),
+        torch.nn.Conv2d(3, 5, 1), torch.nn.ReLU(), torch.nn.Conv2d(5, 6, 1), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, 3),
     ).eval()  # fmt: skip
-    gates = made_gates(3, [GateSite("1", 5), GateSite("3", 6)], ["ant", "bee", "</script>"])
-    flows = [information_flow(net, gates, torch.rand(3, 4), tasks=[task]) for task in (0, 1)]
-    file = Report(gates, flow=flows).save(tmp_path / "flow.html")
+    sites, images = [GateSite("1", 5, 1), GateSite("3", 6, 1)], torch.rand(6, 3, 8, 8)
+    gates = made_gates(3, sites, ["ant", "bee", "</script>"])
+    flows = [information_flow(net, gates, images, tasks=[task]) for task in (0, 1)]
+    iou = {s.name: np.full((s.n_channels, 1), 0.2) for s in sites}
+    units = UnitConcepts(iou, [Concept("wheel", "part")], source="by hand")
+    report = Report(gates, flow=flows, units=units)
+    report.measure(net, (images, torch.arange(6) % 3), parts=("pictures",))
+    file = report.save(tmp_path / "flow.html")
     found = Opened(browser, file)
     page = found.page
     n = len(flow_picture([flow.flows[0] for flow in flows])["nodes"])
@@ -395,6 +403,8 @@ def test_the_flow_is_traced_by_mouse_and_keyboard(browser: Any, tmp_path: Path) 
     assert page.query_selector("#flow .t1") is not None
     page.click("#flow .node[data-node='0']")
     assert "Feeds:" in found.text("#flow-said")
+    assert "wheel" in found.text("#flow-said")
+    assert page.query_selector("#flow-said img").get_attribute("src").startswith("data:image")
     assert page.query_selector("#flow path.faint") is not None
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")

@@ -166,6 +166,20 @@ def zennit(case: Case) -> None:
     assert relevance.shape == case.held_out[0][:2].shape
 
 
+def quantus_and_virelay(case: Case) -> None:
+    from nad_attr.bridges.quantus import SubArchitectureExplainer
+    from nad_attr.bridges.virelay import export_virelay
+
+    x, y = (part[:4] for part in case.held_out)
+    maps = SubArchitectureExplainer(case.gates, sum_channels=False)(case.model, x, y)
+    assert maps.shape == x.shape
+    assert np.isfinite(maps).all()
+    project = export_virelay(
+        case.model, case.gates, (x, y), case.folder / "virelay", embeddings=["pca"], n_clusters=[]
+    )
+    assert (project if project.is_file() else project / "project.yaml").is_file()
+
+
 def reports(case: Case) -> None:
     report = Report(case.gates.select([0, 1]))
     parts = ("evaluation", "curves", "mosaics", "flow", "pictures")
@@ -224,8 +238,8 @@ def sweeps(case: Case) -> None:
     assert found.summary()
 
 
-USES = [learning, stores, evaluating, certain, verdicts, flows, captum, zennit, reports, curves,
-        mosaics, export, scorers, sweeps]  # fmt: skip
+USES = [learning, stores, evaluating, certain, verdicts, flows, captum, zennit,
+        quantus_and_virelay, reports, curves, mosaics, export, scorers, sweeps]  # fmt: skip
 
 
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)

@@ -180,10 +180,11 @@ def passes(
     closings = 0
     for task, own_n in zip(tasks, judged_own, strict=True):
         if task in certain:
-            held = min(most, own_n) + min(most, n - own_n)
+            n_judged = min(most, own_n) + min(most, n - own_n)
             seen = min(most, own[task]) + min(most, other[task])
             tried = 2 * min(TRIED, seen)
-            closings += round(n_kept * (_CLOSINGS * held + tried)) + 3 * seen + (again + 2) * held
+            closings += round(n_kept * (_CLOSINGS * n_judged + tried)) + 3 * seen
+            closings += (again + 2) * n_judged
     again_means = means * len(certain)
     found["certainty"] = {
         "learn": gated,

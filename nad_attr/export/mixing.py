@@ -134,7 +134,7 @@ def _with_offset(
     done = out.call(node, node.target, tuple(args), node.kwargs)
     if border is not None:
         done = out.call(node, aten.add.Tensor, (done, border))
-    return out.carried(done, channels)
+    return out.with_channels(done, channels)
 
 
 class Depthwise:
@@ -232,7 +232,7 @@ class Depthwise:
             rest = rest.index_select(1, torch.tensor(channels, dtype=torch.long, device="cpu"))
             border = out.filled(node, rest, 1, exact=False, name="border")
             done = out.call(node, aten.add.Tensor, (done, border))
-        return out.carried(done, channels)
+        return out.with_channels(done, channels)
 
 
 class LayerNorm:
@@ -283,7 +283,9 @@ class LayerNorm:
         x: Any = node.args[0]
         if node not in plan.constants_of_norms:
             args, kwargs = fx.map_arg((node.args, node.kwargs), out.whole)
-            return out.carried(out.call(node, node.target, args, kwargs), plan_all(plan, node))
+            return out.with_channels(
+                out.call(node, node.target, args, kwargs), plan_all(plan, node)
+            )
         c, given, varying = plan.constants_of_norms[node], bound(node), plan.values[x].varying
         assert channels is not None
         assert varying is not None
@@ -314,7 +316,7 @@ class LayerNorm:
         parts = [normal, call(aten.mul.Tensor, away, rate)]
         if plan.values[node].columns.shape[1] == 2:  # type: ignore[union-attr]
             parts.append(rate)
-        return out.carried(call(aten.cat.default, parts, -1), channels)
+        return out.with_channels(call(aten.cat.default, parts, -1), channels)
 
 
 def rules_of_mixing() -> dict[str, list[Rule]]:

@@ -29,7 +29,7 @@ def all_rules() -> dict[str, list[Any]]:
 
 
 @dataclass(eq=False)
-class Carried:
+class SmallTensor:
     """A tensor in the smaller network: these channels, then the columns."""
 
     node: fx.Node
@@ -54,7 +54,7 @@ class Writer:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parameters: set[str] = field(default_factory=set)
     origins: dict[str, dict[str, Any]] = field(default_factory=dict)
-    env: dict[fx.Node, Carried] = field(default_factory=dict)
+    env: dict[fx.Node, SmallTensor] = field(default_factory=dict)
     #: The old operator that each new one was written for.
     source: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _memo: dict[Any, fx.Node] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Writer:
             self._now = node
             if node.op == "placeholder":
                 new = self.graph.placeholder(node.name)
-                self.env[node] = Carried(new, None)
+                self.env[node] = SmallTensor(new, None)
                 self._old[node] = new
                 self._inputs.append(new)
             elif node.op == "output":
@@ -99,9 +99,9 @@ class Writer:
         self.source[new] = node
         return new
 
-    def carried(self, node: fx.Node, channels: list[int] | None) -> Carried:
+    def with_channels(self, node: fx.Node, channels: list[int] | None) -> SmallTensor:
         """What a rule returns: a tensor and the channels that it holds."""
-        return Carried(node, channels)
+        return SmallTensor(node, channels)
 
     def whole(self, node: fx.Node) -> fx.Node:
         """A tensor as it was, all channels in their places; or a number."""

@@ -70,7 +70,9 @@ class Fallback:
 
     def emit(self, out: Any, node: fx.Node, channels: list[int] | None) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), out.whole)
-        return out.carried(out.call(node, node.target, args, kwargs), plan_all(out.plan, node))
+        return out.with_channels(
+            out.call(node, node.target, args, kwargs), plan_all(out.plan, node)
+        )
 
 
 def plan_all(plan: Plan, node: fx.Node) -> list[int] | None:
@@ -151,7 +153,7 @@ class Channelwise:
         elif name == "expand":
             args[1] = _resized(args[1], new_axis, -1)
         kwargs = fx.map_arg(node.kwargs, out.operand)
-        return out.carried(out.call(node, node.target, tuple(args), kwargs), made)
+        return out.with_channels(out.call(node, node.target, tuple(args), kwargs), made)
 
 
 def _keeps_columns(node: fx.Node) -> bool:
@@ -336,7 +338,7 @@ class Elementwise:
             return out.get(source, None if own is None else channels, axis=own, exact=exact)
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), given)
-        return out.carried(out.call(node, node.target, args, kwargs), channels)
+        return out.with_channels(out.call(node, node.target, args, kwargs), channels)
 
 
 def _filled(plan: Plan, node: fx.Node) -> Tensor:
@@ -423,8 +425,8 @@ class Side:
             if bool(part.any())
         ]
         if len(parts) == 1:
-            return out.carried(parts[0], channels)
-        return out.carried(out.call(node, aten.cat.default, (parts, axis)), channels)
+            return out.with_channels(parts[0], channels)
+        return out.with_channels(out.call(node, aten.cat.default, (parts, axis)), channels)
 
 
 class Chosen:
@@ -451,7 +453,7 @@ class Chosen:
     def emit(self, out: Any, node: fx.Node, channels: list[int] | None) -> Any:
         order = self._order(out.plan, node)
         assert order is not None
-        return out.carried(out.get(node.args[0], order[channels].tolist()), channels)
+        return out.with_channels(out.get(node.args[0], order[channels].tolist()), channels)
 
     @staticmethod
     def _order(plan: Plan, node: fx.Node) -> Tensor | None:
@@ -502,7 +504,7 @@ class Site:
 
     def emit(self, out: Any, node: fx.Node, channels: list[int] | None) -> Any:
         given = out.get(node.args[0], channels, axis=out.plan.values[node].axis)
-        return out.carried(given, channels)
+        return out.with_channels(given, channels)
 
 
 def rules_of_channels() -> dict[str, list[Rule]]:

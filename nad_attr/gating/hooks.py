@@ -201,14 +201,14 @@ def installed(
                     f"gate site {site.name!r} takes {len(args)} positional inputs; the input of "
                     "a layer can be gated only where it is one tensor."
                 )
-            held = _only_tensor(args[0], site, "takes")
+            taken = _only_tensor(args[0], site, "takes")
             # Shapes, and not len(), which would fix the size of the batch in an exported graph.
-            n = held.shape[0]
+            n = taken.shape[0]
             rows = batch[0] if batch and site.units != "channels" else n
             if rows == n or not rows or n % rows:
-                new = fire(site, held)
+                new = fire(site, taken)
             else:  # an image's windows lie side by side, as find_gate_sites has checked
-                new = fire(site, held.reshape(rows, -1, *held.shape[1:]))
+                new = fire(site, taken.reshape(rows, -1, *taken.shape[1:]))
                 new = None if new is None else new.flatten(0, 1)
             return None if new is None else (new,)
 

@@ -347,14 +347,14 @@ class ConstantModel:
         return effects.sub_(slopes.mul_((own * gates)[:, None, :]))
 
     def _columns(self, name: str, channels: Tensor | None) -> Tensor:
-        held: Tensor = getattr(self, name)
+        values: Tensor = getattr(self, name)
         if channels is not None:
-            held = held.gather(2, channels[:, None, :].expand(-1, held.shape[1], -1))
-        return held.to(self.residuals.dtype)
+            values = values.gather(2, channels[:, None, :].expand(-1, values.shape[1], -1))
+        return values.to(self.residuals.dtype)
 
     def _parts(self, name: str) -> Iterator[Tensor]:
-        held: Tensor = getattr(self, name)
-        return (held[:, at].to(self.residuals.dtype) for at in self._blocks)
+        values: Tensor = getattr(self, name)
+        return (values[:, at].to(self.residuals.dtype) for at in self._blocks)
 
     def _along(self, name: str, values: Tensor) -> Tensor:
         """Sum over channels: (R, n) to (R, M)."""

@@ -201,7 +201,7 @@ class _Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held = self.peak = 0
+        self.in_use = self.peak = 0
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -220,13 +220,13 @@ class _Live(TorchDispatchMode):
             if size == 0 or place in given or place in self._known:  # a view, or in place
                 continue
             self._known[place] = size
-            self.held += size
-            self.peak = max(self.peak, self.held)
+            self.in_use += size
+            self.peak = max(self.peak, self.in_use)
             weakref.finalize(storage, self._gone, place)
         return result
 
     def _gone(self, place: int) -> None:
-        self.held -= self._known.pop(place)
+        self.in_use -= self._known.pop(place)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
