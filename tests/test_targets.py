@@ -54,7 +54,7 @@ def test_each_task_gets_the_smallest_size_that_keeps_it(
 
 
 def test_nothing_is_learned_from_images_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "reached", lambda found, *rest: found[6])
+    monkeypatch.setattr(session, "reached", lambda network, found, *rest: found[6])
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(60, 10, generator=generator), torch.arange(60) % 2
     net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(10, 2)).eval()

@@ -135,10 +135,9 @@ class _Closer:
         errors = (some - self.learn.whole[numbers]) ** 2 @ self.learn.weights[numbers]
         best = torch.from_numpy(np.argmin(errors.reshape(-1, 2), axis=1)).double()
         self.shares[self.kept] = best
-        if self.groups is not None:
-            first = dict(zip(self.groups[self.kept].tolist(), best.tolist(), strict=True))
-            self.shares = torch.tensor([first.get(int(g), 0.0) for g in self.groups])
-            self.shares = self.shares.double()
+        if self.groups is not None:  # all channels of a group as its first
+            _, first, of = np.unique(self.groups, return_index=True, return_inverse=True)
+            self.shares = self.shares[first[of]]
 
     def outputs(self, groups: Sequence[tuple[int, ...]]) -> FloatArray:
         """Outputs of held-out images, each group closed, each channel at its better constant."""
