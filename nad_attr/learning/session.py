@@ -39,7 +39,7 @@ from nad_attr.learning.network_checks import Checks, check_gradients, check_opti
 from nad_attr.learning.paper import learn_paper, paper_steps
 from nad_attr.learning.selection import learn_selection, steps_in_memory
 from nad_attr.learning.targets import reached, split, target_sizes
-from nad_attr.running.forward import MAX_FOUND_BATCH, check_classes, chunks, repeated
+from nad_attr.running.forward import check_classes, chunks, most_in_batch, repeated
 from nad_attr.running.options import RunOptions, as_options
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.finding import find_gate_sites
@@ -289,6 +289,7 @@ class Session:
             numbers += 4 * steps_in_memory(recipe) * recipe.images_per_step
         held_for_image = steps_in_memory(recipe) * numbers * torch.finfo(network.dtype).bits / 8
         image = network.to_device(tuple(item[:1] for item in example))
+        most = max(most_in_batch(network.device, image), recipe.images_per_step)
 
         def run(n_images: int) -> None:
             batch = repeated(image, n_images)
@@ -308,7 +309,7 @@ class Session:
                     limit=network.options.limit,
                     fixed=held_for_image * recipe.images_per_step,
                     beside=held_for_image,
-                    most=min(MAX_FOUND_BATCH, recipe.images_per_step * len(self.tasks)),
+                    most=min(most, recipe.images_per_step * len(self.tasks)),
                 )
         finally:
             network.means = None
