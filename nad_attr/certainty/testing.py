@@ -105,6 +105,7 @@ class _Closer:
         if groups is not None:
             self.change, self.kept = _together(self.change, of), self.kept[first]
         self.shares = torch.zeros_like(self.offset)
+        self.share_of: dict[tuple[int, ...], float] = {}
         self.errors: dict[tuple[int, ...], FloatArray] = {}
         self.before = held_out.outputs([base])[0]
 
@@ -113,13 +114,14 @@ class _Closer:
         after = self.residual - self.change[:, list(places)].sum(1)
         return np.asarray((after**2 - self.residual**2) / self.learn.variance)
 
-    def closed(self, channels: Sequence[int], share: float | None = None) -> State:
+    def closed(self, group: tuple[int, ...], share: float | None = None) -> State:
         """The sub-architecture without some channels, at a share of the way to their constants.
 
-        None: at the share that :meth:`choose` found for each.
+        None: at the share that :meth:`choose` found for the group, else for each channel.
         """
         gates, constants = self.base.gates.clone(), self.base.constants.clone()
-        at = list(channels)
+        share = self.share_of.get(group) if share is None else share
+        at = list(group)
         if self.groups is not None:
             at = np.flatnonzero(np.isin(self.groups, self.groups[at])).tolist()
         gates[at] = 0
@@ -127,20 +129,28 @@ class _Closer:
         constants[at] += moved.to(constants.dtype)
         return State(gates, constants)
 
-    def choose(self) -> None:
-        """Whether each kept channel, closed alone, does better at its constant or at the mean."""
-        tried = [self.closed((int(c),), share) for c in self.kept for share in (0.0, 1.0)]
+    def choose(self, groups: Sequence[tuple[int, ...]]) -> None:
+        """Whether each group, closed together, does better at its constants or at the means."""
+        tried = [self.closed(group, share) for group in groups for share in (0.0, 1.0)]
         some = self.learn.outputs(tried, TRIED)
         numbers = self.learn.some(TRIED) if len(self.learn.own) > TRIED else slice(None)
         errors = (some - self.learn.whole[numbers]) ** 2 @ self.learn.weights[numbers]
-        best = torch.from_numpy(np.argmin(errors.reshape(-1, 2), axis=1)).double()
-        self.shares[self.kept] = best
+        best = np.argmin(errors.reshape(-1, 2), axis=1)
+        self.share_of.update(zip(groups, best.astype(float).tolist(), strict=True))
+
+    def choose_alone(self) -> None:
+        """The same for each kept channel, which groups that nobody chose for go by."""
+        alone = [(int(c),) for c in self.kept]
+        self.choose(alone)
+        self.shares[self.kept] = torch.tensor(
+            [self.share_of[group] for group in alone], dtype=torch.float64, device="cpu"
+        )
         if self.groups is not None:  # all channels of a group as its first
             _, first, of = np.unique(self.groups, return_index=True, return_inverse=True)
             self.shares = self.shares[first[of]]
 
     def outputs(self, groups: Sequence[tuple[int, ...]]) -> FloatArray:
-        """Outputs of held-out images, each group closed, each channel at its better constant."""
+        """Outputs of held-out images with each group closed, at whichever constants are better."""
         new = [group for group in dict.fromkeys(groups) if group not in self.errors]
         if new:
             states = [self.closed(group) for group in new]
@@ -166,7 +176,7 @@ def _together(values: FloatArray, of: NDArray[Any]) -> FloatArray:
 def single(closer: _Closer, found: Found) -> None:
     """Close each kept channel by itself; see the module's description."""
     kept, trial = closer.kept, closer.held_out
-    closer.choose()
+    closer.choose_alone()
     predicted = np.stack([closer.predicted([i]) for i in range(len(kept))])
     worth = compared(predicted, closer.learn.own).p <= PREFILTER
     found.skipped = int((~worth).sum())
@@ -202,6 +212,7 @@ def cancelling(
         return result
     # Small groups first: what they explain needs no larger one.
     groups = sorted(candidates, key=lambda group: (len(group), group))
+    closer.choose(groups)  # what fits each alone need not cancel
     for group, grown in zip(groups, closer.added(groups), strict=True):
         members = set(group) & set(harmful)
         if members <= result:
