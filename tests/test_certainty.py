@@ -182,6 +182,17 @@ def test_pairs_that_cancel_are_told_as_a_group() -> None:
         assert (found.q[0][list(group)] <= 0.05).any()
 
 
+@pytest.mark.slow
+def test_a_pair_that_cancels_is_found_where_each_alone_would_take_another_constant() -> None:
+    known = planted("cancelling", n_classes=2, width=16, circuit_width=3, seed=9)
+    recipe = Recipe(size=1.5 * known.size, ablation="mean", steps=40)
+    gates = learn_gates(known.model, known.data, [0], recipe, known.sites, seed=9, run=RUN)
+    given = known.model, gates, known.data, known.held_out
+    found = nad_attr.certainty(*given, pairs=1, alternatives=0, seed=9, run=RUN)
+    assert found.groups[0]
+    assert not (labelled(found, "needed") & ~flat(known.circuit[0])).any()
+
+
 def test_redundant_copies_are_replaceable() -> None:
     known = circuit("redundant")
     found = certain(known, steps=60)

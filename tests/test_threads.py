@@ -20,6 +20,8 @@ from nad_attr.bridges.zennit import SubArchitectureAttributor, named_composite, 
 from nad_attr.evaluation import SCORERS, site_costs
 from tests import helpers
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 
 @pytest.fixture
 def net() -> nn.Module:
@@ -145,7 +147,18 @@ def test_replicas_of_data_parallel_are_gated_in_their_threads(
         assert torch.equal(elsewhere(lambda: replica(x)), gated)
 
 
-@pytest.mark.parametrize("use", ["costs", "magnitude"])
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(
+            "costs",
+            marks=pytest.mark.skipif(
+                TORCH < (2, 6), reason="torch 2.4's own counter trips over other threads"
+            ),
+        ),
+        "magnitude",
+    ],
+)
 def test_rivals_and_costs_do_not_see_the_passes_of_other_threads(net: nn.Module, use: str) -> None:
     x, y = helpers.labelled_images(6)
     sites = find_gate_sites(net, x[:1])
