@@ -34,7 +34,7 @@ _HOLDS = {
     "sufficient": "suffice",
     "necessary": "be needed",
     "specific": "be specific to the class",
-    "minimal": "be hardly too many",
+    "minimal": "have few superfluous ones",
     "stable": "be found again",
 }
 #: Names that a sentence lists at most.
