@@ -104,6 +104,9 @@ class _Closer:
         self.offset[self.kept] = torch.from_numpy(offset)
         if groups is not None:
             self.change, self.kept = _together(self.change, of), self.kept[first]
+        self.place = {int(c): i for i, c in enumerate(self.kept)}
+        #: Share of the way to its constant at which each channel does best when closed alone, and
+        #: at which groups do for which :meth:`better` was asked.
         self.shares = torch.zeros_like(self.offset)
         self.share_of: dict[tuple[int, ...], float] = {}
         self.errors: dict[tuple[int, ...], FloatArray] = {}
@@ -117,7 +120,7 @@ class _Closer:
     def closed(self, group: tuple[int, ...], share: float | None = None) -> State:
         """The sub-architecture without some channels, at a share of the way to their constants.
 
-        None: at the share that :meth:`choose` found for the group, else for each channel.
+        None: at the group's own share, if it has one, else at each channel's.
         """
         gates, constants = self.base.gates.clone(), self.base.constants.clone()
         share = self.share_of.get(group) if share is None else share
@@ -129,22 +132,19 @@ class _Closer:
         constants[at] += moved.to(constants.dtype)
         return State(gates, constants)
 
-    def choose(self, groups: Sequence[tuple[int, ...]]) -> None:
-        """Whether each group, closed together, does better at its constants or at the means."""
+    def better(self, groups: Sequence[tuple[int, ...]]) -> list[float]:
+        """Whether each group, closed together, does better at its constants (1) or at the means."""
         tried = [self.closed(group, share) for group in groups for share in (0.0, 1.0)]
         some = self.learn.outputs(tried, TRIED)
         numbers = self.learn.some(TRIED) if len(self.learn.own) > TRIED else slice(None)
         errors = (some - self.learn.whole[numbers]) ** 2 @ self.learn.weights[numbers]
-        best = np.argmin(errors.reshape(-1, 2), axis=1)
-        self.share_of.update(zip(groups, best.astype(float).tolist(), strict=True))
+        best: list[float] = np.argmin(errors.reshape(-1, 2), axis=1).astype(float).tolist()
+        return best
 
     def choose_alone(self) -> None:
-        """The same for each kept channel, which groups that nobody chose for go by."""
-        alone = [(int(c),) for c in self.kept]
-        self.choose(alone)
-        self.shares[self.kept] = torch.tensor(
-            [self.share_of[group] for group in alone], dtype=torch.float64, device="cpu"
-        )
+        """The better share for each kept channel, closed alone."""
+        alone = self.better([(int(c),) for c in self.kept])
+        self.shares[self.kept] = torch.tensor(alone, dtype=torch.float64, device="cpu")
         if self.groups is not None:  # all channels of a group as its first
             _, first, of = np.unique(self.groups, return_index=True, return_inverse=True)
             self.shares = self.shares[first[of]]
@@ -192,8 +192,7 @@ def cancelling(
     closer: _Closer, found: Found, harmful: Sequence[int], tolerance: float, alpha: float
 ) -> set[int]:
     """Channels that cost much one by one and nothing together; see the module's description."""
-    place = {int(c): i for i, c in enumerate(closer.kept)}
-    weights = closer.learn.weights
+    place, weights = closer.place, closer.learn.weights
     squares = weights @ closer.change**2
     candidates: set[tuple[int, ...]] = set()
     for channel in harmful:
@@ -212,7 +211,8 @@ def cancelling(
         return result
     # Small groups first: what they explain needs no larger one.
     groups = sorted(candidates, key=lambda group: (len(group), group))
-    closer.choose(groups)  # what fits each alone need not cancel
+    # What fits each alone need not cancel.
+    closer.share_of.update(zip(groups, closer.better(groups), strict=True))
     for group, grown in zip(groups, closer.added(groups), strict=True):
         members = set(group) & set(harmful)
         if members <= result:
@@ -244,11 +244,9 @@ def standing_in(
     def no_harm(group: tuple[int, ...]) -> bool:
         return bool(compared(closer.added([group])[0], own, 1 - alpha).high < tolerance)
 
-    place = {int(c): i for i, c in enumerate(closer.kept)}
-
     def foreseen(group: tuple[int, ...]) -> bool:
         """Whether learning images foresee harm: then parts of the group are tried at once."""
-        harm = closer.learn.weights @ closer.predicted([place[c] for c in group])
+        harm = closer.learn.weights @ closer.predicted([closer.place[c] for c in group])
         return bool(harm >= tolerance)
 
     def eliminate(order: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -280,15 +278,14 @@ def standing_in(
         return [c for c, small in zip(resisting, q <= alpha, strict=True) if small]
 
     # What may do harm alone will not be shown to do none among others: nothing is tried for that.
-    alone = [c for c in harmless if (c,) not in closer.errors or no_harm((c,))]
-    doubtful = [c for c in harmless if c not in set(alone)]
+    doubtful = [c for c in harmless if (c,) in closer.errors and not no_harm((c,))]
+    alone = [c for c in harmless if c not in doubtful]
     closed, resisting = eliminate(alone)
     standing = needing(closed, resisting + doubtful)
     free = set(closed)
     if standing:
         # Close these first, and those that they stood in for become the ones that matter.
-        first = [c for c in standing if c in set(alone)]
-        closed, resisting = eliminate([*first, *closed])
+        closed, resisting = eliminate([*(c for c in standing if c not in doubtful), *closed])
         standing += needing(closed, resisting)
     return set(standing), free - set(standing)
 
