@@ -183,13 +183,13 @@ class TestGates(_Given):
 
     def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
         # A network of each class is the same in all tests, so its gates are learned once.
-        if (type(model), *sites) not in self.learned:
+        key = (type(model), *sites)
+        if key not in self.learned:
             # Learned in float64, whatever the network that the scorer is given.
             exact = copy.deepcopy(model).double()
-            self.learned[type(model), *sites] = learn_gates(
-                exact, helpers.labelled_images(6), TASKS, Recipe(steps=2), sites
-            )
-        return GatesScorer(self.learned[type(model), *sites], model=model)
+            data = helpers.labelled_images(6)
+            self.learned[key] = learn_gates(exact, data, TASKS, Recipe(steps=2), sites)
+        return GatesScorer(self.learned[key], model=model)
 
     def test_bad_sites(self) -> None:
         gates = TaskGates({"relu9": torch.rand(4, 6)}, [GateSite("relu9", 6, 1)], TASKS)

@@ -49,13 +49,12 @@ def check_kind(model: nn.Module) -> None:
         SiteError: Says what kind it is, and what to do.
     """
     unwrap(model)  # says so if it is not a module
-    for name, module in model.named_modules():
-        if problem := _problem_with(type(module)):
-            raise SiteError(f"{f'module {name!r}' if name else 'the network'} {problem}")
-    for tensors in (model.named_parameters(), model.named_buffers()):
-        for name, tensor in tensors:
-            if problem := _problem_with(type(tensor)):
-                raise SiteError(f"{name!r} {problem}")
+    held = (model.named_modules(), model.named_parameters(), model.named_buffers())
+    for name, item in itertools.chain(*held):
+        kind: Any = type(item)
+        if problem := _problem_with(kind):
+            what = "module " if isinstance(item, nn.Module) else ""
+            raise SiteError(f"{f'{what}{name!r}' if name else 'the network'} {problem}")
 
 
 @lru_cache(maxsize=1024)  # asked for every module in every pass
