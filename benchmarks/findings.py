@@ -1,10 +1,10 @@
-"""Tables and figures of what the benchmarks found, for the page docs/findings.md.
+"""Tables and figures of what the benchmarks found, for docs/findings.md and docs/findings_rows.md.
 
-    python -m benchmarks.findings            # rewrites the tables in docs/findings.md, and figures
+    python -m benchmarks.findings            # rewrites the tables of both pages, and the figures
     python -m benchmarks.findings --print    # prints the tables
 
 Reads ``benchmarks/results/disentanglement/*.jsonl`` and ``benchmarks/results/questions/*.json``;
-measures nothing itself. A table stands in the page between ``<!-- name -->`` and ``<!-- end -->``;
+measures nothing itself. A table stands in its page between ``<!-- name -->`` and ``<!-- end -->``;
 the text around it is written by hand and has to agree with it.
 """
 
@@ -26,7 +26,7 @@ from benchmarks.questions import RESULTS as QUESTIONS
 from nad_attr.evaluation import bootstrap_interval
 
 PLANTED = REPOSITORY / "benchmarks" / "results" / "planted.json"
-PAGE = REPOSITORY / "docs" / "findings.md"
+PAGES = [REPOSITORY / "docs" / f"{name}.md" for name in ("findings", "findings_rows")]
 IMAGES = REPOSITORY / "docs" / "images"
 
 #: {method: {size: (seeds, tasks)}} of one measure
@@ -460,9 +460,7 @@ def fill(page: str, known: Mapping[str, str]) -> str:
     def replace(match: re.Match[str]) -> str:
         name = match[1]
         if name not in known:
-            raise SystemExit(
-                f"docs/findings.md asks for the table {name!r}; there are {list(known)}"
-            )
+            raise SystemExit(f"a page asks for the table {name!r}; there are {list(known)}")
         return f"<!-- {name} -->\n\n{known[name]}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (?!end)([^>]+?) -->.*?<!-- end -->", replace, page, flags=re.DOTALL)
@@ -477,7 +475,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.print:
         print("\n\n".join(f"## {name}\n{text}" for name, text in known.items()))
         return
-    PAGE.write_text(fill(PAGE.read_text(), known))
+    for page in PAGES:
+        page.write_text(fill(page.read_text(), known))
     figure(load())
 
 
