@@ -387,14 +387,14 @@ def test_constants_are_no_worse_than_means_on_other_images(monkeypatch: pytest.M
     net.eval()
     guarded = {name: getattr(module, name) for name in ("DOUBT", "DOUBT_WHERE_FEW", "SHARES_TRIED")}
     blind = {"DOUBT": -1e9, "DOUBT_WHERE_FEW": -1e9, "SHARES_TRIED": (1.0,)}
-    worse = []
+    worse, recipe = [], Recipe(steps=40, images_per_step=10)
     for n in (12, 40, 400):
         labels = torch.randint(2, (n,), generator=torch.Generator().manual_seed(n))
         found = []
         for values in (guarded, blind):
             for name, value in values.items():
                 monkeypatch.setattr(module, name, value)
-            (fitted,) = fit_constants(net, arch, (every[:n], labels), recipe=Recipe(steps=40, images_per_step=10))
+            (fitted,) = fit_constants(net, arch, (every[:n], labels), recipe=recipe)
             found += error(net, [fitted], every[1000:])
         (at_these,) = error(net, [arch.with_means({"0": every[:n].mean(0)})], every[1000:])
         assert found[0] <= 1.03 * at_these

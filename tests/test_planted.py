@@ -391,7 +391,7 @@ STEPS = 40
 
 
 def recall_of(known: PlantedCircuit, steps: int = STEPS) -> float:
-    """Of fewer steps and images than the default, asked for the circuits' size: then precision is the same."""
+    """Of less work than the default, asked for the circuits' size: then precision is the same."""
     recipe = Recipe(size=known.size, steps=steps, images_per_step=10)
     gates = learn_gates(known.model, known.data, recipe=recipe, sites=known.sites, seed=0)
     score = known.score(gates)
