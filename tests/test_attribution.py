@@ -34,7 +34,7 @@ try:
 except ModuleNotFoundError:  # shipped from captum 0.8 on
     captum_configs = []
 
-RECIPE = Recipe(size=0.5, steps=4)
+RECIPE = Recipe(size=0.5, steps=1)
 
 # Single-class batches are meant here; that they warn is tested by itself.
 pytestmark = pytest.mark.filterwarnings("ignore:task .* has own images only")
