@@ -68,9 +68,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """From here on only what tests make is looked at for garbage."""
+    """From here on only what tests make is looked at for garbage, and not often.
+
+    What they import later (plotly, torch's compiler) is large, and looking through it takes a tenth
+    of a second each time.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
     gc.enable()
 
 
