@@ -24,7 +24,7 @@ from nad_attr.evaluation.controls.planted import PlantedCircuit
 from nad_attr.learning import session
 from nad_attr.learning.targets import APART, PATH, bound, split, target_sizes
 
-RECIPE = Recipe(fidelity=0.9, steps=60)
+RECIPE = Recipe(fidelity=0.9, steps=60, images_per_step=10)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from nad_attr.evaluation.controls.planted import PlantedCircuit
 from nad_attr.learning.session import Session
 from nad_attr.stats.held_out import apart
 
-from .helpers import assert_model_untouched
+from .helpers import assert_model_untouched, fit_briefly
 
 HOLDS = ("holds", "holds", "holds", "holds", "not asked")
 
@@ -98,7 +98,7 @@ def test_random_channels_hold_at_the_stated_rate() -> None:
 
 def test_learned_gates_with_constants_are_held_against_random_ones_with_constants() -> None:
     known = planted("plain", n_classes=2, width=16, circuit_width=3, n_images=60)
-    recipe = Recipe(size=known.size, ablation="optimal", steps=30)
+    recipe = Recipe(size=known.size, ablation="optimal", steps=30, images_per_step=10)
     gates = learn_gates(known.model, known.data, recipe=recipe)
     result = verdict(known.model, gates, known.data, known.held_out, n_images=40)
     assert result.holds("sufficient").all()
@@ -186,8 +186,11 @@ def test_certainty_answers_minimality_and_stability(known: PlantedCircuit) -> No
         verdict(known.model, arch, *data, certainty=_Certain(other, ["needed"] * n))
 
 
-def test_what_certainty_gives_is_taken(known: PlantedCircuit) -> None:
-    recipe = Recipe(size=known.size, steps=20)
+def test_what_certainty_gives_is_taken(
+    known: PlantedCircuit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit_briefly(monkeypatch)
+    recipe = Recipe(size=known.size, steps=20, images_per_step=10)
     gates = learn_gates(known.model, known.data, [0], recipe=recipe)
     data = known.data, known.held_out
     sure = nad_attr.certainty(known.model, gates, *data, pairs=2, alternatives=0)
