@@ -29,9 +29,9 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
         ],
         64,
     ),
-    "ShuffleNetV2": lambda: ShuffleNetV2([2, 2, 2], [8, 16, 32, 64, 128]),
+    "ShuffleNetV2": lambda: ShuffleNetV2([2, 1, 1], [8, 16, 32, 64, 128]),
     "ConvNeXt": lambda: ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], 0.0, 1.0),
-    "VisionTransformer": lambda: VisionTransformer(64, 16, 2, 4, 32, 64),
+    "VisionTransformer": lambda: VisionTransformer(64, 16, 1, 4, 32, 64),
 }
 
 
