@@ -98,12 +98,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _short_latencies() -> Iterator[None]:
-    """Measure latencies for a moment: no test is about their precision."""
+def _short() -> Iterator[None]:
+    """Measure latencies for a moment, and try few batch sizes on a network that cannot be run.
+
+    No test is about the precision of latencies; fixed batch sizes of the tests are 1, 7 and 8.
+    """
     from nad_attr.export import costs
     from nad_attr.report import measuring
+    from nad_attr.sites import finding
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finding, "_BATCH_SIZES", (1, 2, 4, 8, 16))
         patch.setattr(measuring, "_SECONDS", 0.02)
         patch.setitem(costs.latency.__kwdefaults__, "seconds", 0.02)
         yield

@@ -53,27 +53,28 @@ def test_learning_and_measures_under_deterministic_algorithms(deterministic: Non
 
 
 SCRIPT = """
-import json, sys, torch
+import json, os, sys, torch
 from nad_attr.learning.ray_executor import _set_float32, _settings
-if sys.argv[1] == "there":
-    _set_float32(json.loads(sys.argv[2]))
-else:
-    exec(sys.argv[2])
+read, write = os.pipe()
+if os.fork() == 0:  # the driver, as nothing has been said here yet
+    exec(sys.argv[1])
+    os.write(write, json.dumps(_settings()["float32"]).encode())
+    os._exit(0)
+os.close(write)
+here = open(read).read()
+print(here)
+_set_float32(json.loads(here))
 print(json.dumps(_settings()["float32"]))
 """
-
-
-def _run(*args: str) -> str:
-    command = [sys.executable, "-c", SCRIPT, *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch < 2.9")
 def test_a_worker_rounds_as_its_driver_does() -> None:
     """In whichever way that was said: torch refuses to be asked for the new one in the old."""
-    here = _run("here", 'torch.backends.fp32_precision = "tf32"')
+    command = [sys.executable, "-c", SCRIPT, 'torch.backends.fp32_precision = "tf32"']
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    here, there = done.stdout.splitlines()
     assert json.loads(here)["cuda.matmul.fp32_precision"] == "tf32"
     assert "cuda.matmul.allow_tf32" not in json.loads(here)
-    assert _run("there", here) == here
+    assert there == here
