@@ -293,7 +293,7 @@ def test_constants_of_each_task_and_of_each_rival(here: Path) -> None:
 
 
 def test_size_from_a_target(here: Path) -> None:
-    wanted = ("learn", *MODEL, "--device", "cpu", "--steps", "8", "--fidelity", "0.5")
+    wanted = ("learn", *MODEL, "--device", "cpu", "--steps", "16", "--fidelity", "0.5")
     fails(1, "5 images kept apart for task 0", *wanted, "--data", "train", "--out", "new.h5")
     for path in (here / "train").glob("*/*.png"):  # twice as many
         for name in ("a", "b"):
@@ -301,7 +301,7 @@ def test_size_from_a_target(here: Path) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     succeeds(*wanted, "--data", "more", "--out", "target.h5", "--tasks", "red", "-q")
-    assert TaskGates.load("target.h5").recipe == Recipe(fidelity=0.5, steps=8)
+    assert TaskGates.load("target.h5").recipe == Recipe(fidelity=0.5, steps=16)
     assert "fidelity=0.5" in succeeds("inspect", "target.h5")
 
 

@@ -125,6 +125,11 @@ def test_images_are_kept_apart_of_each_class_by_the_seed_alone() -> None:
         split(torch.tensor([0] * 9 + [1] * 90), [0], 0)
 
 
+def test_fewer_steps_than_sizes_are_refused(known: PlantedCircuit) -> None:
+    with pytest.raises(ValueError, match=r"sizes need at least as many steps, .* has 5; raise"):
+        learn_gates(known.model, known.data, recipe=replace(RECIPE, steps=5))
+
+
 def test_sizes_of_the_path_are_different_numbers_of_channels() -> None:
     assert target_sizes([GateSite("a", 1000, 1)]) == list(PATH)
     few = target_sizes([GateSite("a", 4, 1)])

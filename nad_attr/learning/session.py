@@ -234,6 +234,8 @@ class Session:
                 rows, self.apart = split(labels, self.tasks, seed)
                 self.learned_from = ChosenSource(self.source, rows)
             self.network.sites = tuple(_sites(self.network, sites, example))
+            if self.recipe.fidelity is not None:
+                _check_steps(len(target_sizes(self.sites)), self.recipe)
             outputs = _check_outputs(self.network, example, self.tasks, labels)
             images = self.network.to_device(example)
             check_outputs(
@@ -404,8 +406,7 @@ class Session:
         ks = [budget(size, self.sites) for size in wanted]
         if not ks or len(set(ks)) < len(ks):
             raise ValueError(f"sizes must be different numbers of channels, not {wanted}.")
-        if len(ks) > self.recipe.steps:
-            raise ValueError(f"{len(ks)} sizes need at least as many steps; raise recipe.steps.")
+        _check_steps(len(ks), self.recipe)
         falling = sorted(wanted, reverse=True)
         learned = dict(zip(falling, self._learn(falling, tasks, means, None, advance), strict=True))
         return {size: learned[size] for size in wanted}
@@ -670,6 +671,15 @@ class Session:
             return None
         names = dict(zip(self.tasks, self.names, strict=True))
         return [names[task] for task in tasks]
+
+
+def _check_steps(n_sizes: int, recipe: Any) -> None:
+    """Refuse a run that passes through more sizes than it has steps."""
+    if n_sizes > recipe.steps:
+        raise ValueError(
+            f"{n_sizes} sizes need at least as many steps, and the recipe has {recipe.steps}; "
+            "raise recipe.steps."
+        )
 
 
 def _check_batch(run: RunOptions, recipe: Recipe) -> None:
