@@ -488,7 +488,7 @@ def test_bad_composites() -> None:
         LRPScorer(model, sites, "lrp")
     with pytest.raises(ValueError, match=r"'epsilon_gamma_box' does not go .* make it with them"):
         LRPScorer(model, sites, "epsilon_gamma_box")
-    with pytest.raises(TypeError, match="not 3"):
+    with pytest.raises(TypeError, match="got 3"):
         LRPScorer(model, sites, 3)
     with pytest.raises(TypeError, match="leave out canonizers"):
         LRPScorer(model, sites, epsilon_everywhere(), canonizers=[])

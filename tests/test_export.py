@@ -408,7 +408,7 @@ def test_bad_input_is_named() -> None:
         arch.export(model, ())
     with pytest.raises(ValueError, match="train mode"):
         arch.export(build(TinyCNN).train(), images(1))
-    with pytest.raises(ValueError, match="outputs 0 to 2, not 9"):
+    with pytest.raises(ValueError, match="outputs 0 to 2, got 9"):
         half(model, task=9).export(model, images(1), head="task")
 
     class Looks(TinyCNN):

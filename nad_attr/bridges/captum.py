@@ -102,7 +102,7 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
     ) -> None:
         if not isinstance(method, Attribution):
             raise TypeError(
-                "method must be a Captum attribution, such as IntegratedGradients(model), not "
+                "method must be a Captum attribution, such as IntegratedGradients(model), got "
                 f"{method!r:.60}."
             )
         self.model = _network(method) if model is None else model
@@ -219,7 +219,7 @@ def gaussian_perturbation(
         True
     """
     if not scale > 0:
-        raise ValueError(f"scale must be above zero, not {scale!r}.")
+        raise ValueError(f"scale must be above zero, got {scale!r}.")
 
     def perturb(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Any, Any]:
         if isinstance(inputs, Tensor):
@@ -377,7 +377,7 @@ def sensitivity(
 
 def _check_method(method: object) -> None:
     if not isinstance(method, Attribution):
-        raise TypeError(f"method must be a Captum attribution, not {type(method).__name__}.")
+        raise TypeError(f"method must be a Captum attribution, got {type(method).__name__}.")
 
 
 def _one_tensor(attributions: Any) -> Tensor:
@@ -386,7 +386,7 @@ def _one_tensor(attributions: Any) -> Tensor:
     items = tuple(attributions)
     if len(items) != 1:
         raise ValueError(
-            f"the method attributes to {len(items)} layers or inputs; infidelity is that of one: "
+            f"the method attributes to {len(items)} layers or inputs; infidelity needs one: "
             "give the method one layer."
         )
     only: Tensor = items[0]
@@ -479,7 +479,7 @@ def heatmap_figure(
             raise ValueError(f"attributions {name!r} have another shape: {tuple(value.shape)}.")
     if images is not None and images.shape[::2] != (len(first), first.shape[1]):
         raise ValueError(
-            f"images of shape {tuple(images.shape)} do not go with {len(first)} heat-maps of "
+            f"images of shape {tuple(images.shape)} do not fit {len(first)} heat-maps of "
             f"{first.shape[1]} x {first.shape[2]}."
         )
     if titles is not None and len(titles) != len(first):

@@ -129,7 +129,7 @@ def _named(names: Names, n: int, what: str, default: Callable[[int], str]) -> li
     if names is None:
         found = [default(k) for k in range(n)]
     elif isinstance(names, str) or not isinstance(names, (Mapping, Sequence)):
-        raise TypeError(f"{what} must be a list of texts or {{class: text}}, not {names!r:.60}.")
+        raise TypeError(f"{what} must be a list of texts or {{class: text}}, got {names!r:.60}.")
     elif isinstance(names, Mapping):
         found = [str(names.get(k, default(k))) for k in range(n)]
     elif len(names) != n:
@@ -530,7 +530,7 @@ def export_virelay(
         'label_map.json', 'project.yaml']
     """
     if not callable(method):
-        raise TypeError(f"method must be a function, not {method!r:.60}.")
+        raise TypeError(f"method must be a function, got {method!r:.60}.")
     wanted = check_embeddings(embeddings)
     ks = check_n_clusters(n_clusters)
     source = as_source(data)

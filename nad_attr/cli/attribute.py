@@ -102,7 +102,9 @@ def attribute(
         opened = rebuilt(provenance, network, quiet=quiet)
         tasks = [k for k in learned.tasks if isinstance(k, int)]
         if not tasks:
-            raise SpecError(f"{gates} holds groups of classes only, none of a single class.")
+            raise SpecError(
+                f"{gates} holds groups of classes only; attribute needs a task of a single class."
+            )
         names = _names(learned)
         wanted = None
         if task is not None:
@@ -152,14 +154,14 @@ def _own_tasks(
     above = dict.fromkeys(parent for path in images for parent in path.resolve().parents)
     folder = next((str(parent) for parent in above if (parent / first).is_file()), None)
     if folder is None:
-        raise SpecError(f"{table} names {first!r}, which is in no folder above {images[0]}.")
+        raise SpecError(f"{table} names {first!r}, which is not in any folder above {images[0]}.")
     opened_images: Any = open_images(folder, opened, labels=table, quiet=True).data
     photos, _ = opened_images
     read = as_source(opened_images, any_labels=True).labels
     at = {photos.path(i).resolve(): i for i in range(len(photos))}
     missing = [path for path in images if path.resolve() not in at]
     if missing:
-        raise SpecError(f"{table} says nothing of {missing[0]}.")
+        raise SpecError(f"{table} has no row for {missing[0]}.")
     own = own_images(read, tasks)
     return {
         path: [task for task, has in zip(tasks, own[:, at[path.resolve()]], strict=True) if has]

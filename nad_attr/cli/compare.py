@@ -76,7 +76,7 @@ def compare(
     """
     with guarded(work.debug):
         if len(files) > 2:
-            raise UsageError(f"compare takes one file or two, not {len(files)}.")
+            raise UsageError(f"compare takes one file or two, got {len(files)}.")
         check_size(size)
         check_outputs(
             [(json_file, "text")],
@@ -84,7 +84,7 @@ def compare(
         )
         methods = check_methods(rival)
         if bool(methods) != (data is not None):
-            raise UsageError("--with and --data go together: methods are measured on images.")
+            raise UsageError("use --with and --data together: methods are measured on images.")
         if methods and len(files) > 1:
             raise UsageError("--with compares the gates of one file with other methods.")
         if len(files) == 2:

@@ -109,7 +109,7 @@ def evaluate(
     """
     with guarded(work.debug, stopped=lambda: "Nothing was measured to the end."):
         if ablation is not None and ablation not in ABLATIONS:
-            raise UsageError(f"--ablation takes {', '.join(ABLATIONS)}, not {ablation!r}.")
+            raise UsageError(f"--ablation takes {', '.join(ABLATIONS)}, got {ablation!r}.")
         check_size(size)
         read = [network.weights, work.class_index, labels, train_labels]
         check_result(out, gates, [*read, data, train_data, learned_from], csv=True)

@@ -75,7 +75,7 @@ def flow(
     """
     with guarded(work.debug, stopped=lambda: "Nothing was measured to the end."):
         if plot is not None and plot.suffix not in _PICTURES:
-            raise UsageError(f"--plot takes a .png, .pdf or .svg file, not {plot.name!r}.")
+            raise UsageError(f"--plot takes a .png, .pdf or .svg file, got {plot.name!r}.")
         check_outputs(
             [(csv_file, "text"), (plot, _PICTURES[plot.suffix] if plot else "picture")],
             [gates, network.weights, work.class_index, labels, data],

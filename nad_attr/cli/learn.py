@@ -180,7 +180,7 @@ def learn(
         executor = _executor(ray, gpus_per_worker, ray_workers)
         unknown = [name for name in may_differ or () if name not in MAY_DIFFER]
         if unknown:
-            raise UsageError(f"--may-differ takes {', '.join(MAY_DIFFER)}, not {unknown[0]!r}.")
+            raise UsageError(f"--may-differ takes {', '.join(MAY_DIFFER)}, got {unknown[0]!r}.")
         kinds = opt.units_of(units)
         if units is not None and layer:
             raise UsageError("--units finds sites, and --layer names them: give one of the two.")
@@ -306,7 +306,7 @@ def _recipe(
         if beta is None:
             raise UsageError(
                 "the published recipe needs --beta, the weight of its size term, for a network "
-                f"that is none of torchvision's {', '.join(_PUBLISHED)}."
+                "other than torchvision's {', '.join(_PUBLISHED)}."
             )
         return Recipe.paper(**given)
     except ValueError as error:

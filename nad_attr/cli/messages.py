@@ -37,7 +37,7 @@ def check_size(size: float | None) -> None:
     if size is None or 0 < size <= 1:
         return
     hint = f"; for {size:g} % write {size / 100:g}" if 1 < size <= 100 else ""
-    raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size:g}{hint}.")
+    raise UsageError(f"--size takes a share of the channels, above 0, up to 1, got {size:g}{hint}.")
 
 
 def write_csv(frame: pandas.DataFrame, path: Path, *, index: bool = False) -> None:

@@ -58,7 +58,7 @@ def model_arguments(items: Sequence[str] | None) -> dict[str, Any]:
     for item in items or ():
         name, equals, value = item.partition("=")
         if not equals or not name.isidentifier():
-            raise UsageError(f"--model-arg takes NAME=VALUE, not {item!r}.")
+            raise UsageError(f"--model-arg takes NAME=VALUE, got {item!r}.")
         try:
             result[name] = json.loads(value)
         except json.JSONDecodeError:

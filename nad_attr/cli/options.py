@@ -158,7 +158,7 @@ def units_of(text: str | None) -> list[str]:
     listed = ["channels"] if text is None else [part.strip() for part in text.split(",")]
     for unit in listed:
         if unit not in UNITS:
-            raise UsageError(f"--units takes {', '.join(UNITS)}, not {unit!r}.")
+            raise UsageError(f"--units takes {', '.join(UNITS)}, got {unit!r}.")
     return listed
 
 
@@ -232,7 +232,7 @@ class PictureOptions:
                 except ValueError:
                     values = ()
                 if len(values) not in (1, 3):
-                    raise UsageError(f"--{name} takes three numbers R,G,B, not {text!r}.")
+                    raise UsageError(f"--{name} takes three numbers R,G,B, got {text!r}.")
                 options[name] = values * 3 if len(values) == 1 else values
         if self.interpolation is not None:
             options["interpolation"] = self.interpolation

@@ -244,8 +244,8 @@ def export(
             provenance = dict(store.provenance)
         if network is not None and len(learned) > 1 and head == "whole":
             raise UsageError(
-                f"--head whole is for one class's network, and {len(learned)} are chosen: several "
-                "together have an output each."
+                f"--head whole writes the network of one class, and {len(learned)} are chosen; "
+                "their network has one output for each."
             )
         if csv_file is not None:
             with _written(csv_file) as file:

@@ -487,7 +487,7 @@ def as_ablation(ablation: Ablation | str | None) -> Ablation | None:
             f"kind={ablation!r}), with training images, and pass what it returns."
         )
     raise TypeError(
-        f"ablation must be an Ablation, as fit_ablation makes it, 'zero' or None, not "
+        f"ablation must be an Ablation, as fit_ablation makes it, 'zero' or None, got "
         f"{type(ablation).__name__}."
     )
 

@@ -289,13 +289,13 @@ def _rivals(
         return {}
     if not isinstance(rivals, Mapping):
         raise TypeError(
-            "rivals must be {name: task gates or sub-architectures}, not "
+            "rivals must be {name: task gates or sub-architectures}, got "
             f"{type(rivals).__name__}."
         )
     result: dict[object, list[SubArchitecture]] = {}
     for name, rival in rivals.items():
         if not isinstance(name, str):
-            raise TypeError(f"a rival's name must be a string, not {name!r}.")
+            raise TypeError(f"a rival's name must be a string, got {name!r}.")
         if isinstance(rival, TaskGates):
             # Gates of further tasks do no harm.
             enough = set(tasks) <= set(rival.tasks)

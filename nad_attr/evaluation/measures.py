@@ -41,7 +41,7 @@ def _numbers(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor
 def _flags(values: Any, what: str = "positive") -> Tensor:
     tensor = tensor_of(values)
     if tensor.dtype != torch.bool:
-        raise TypeError(f"{what} must be boolean, not {tensor.dtype}.")
+        raise TypeError(f"{what} must be boolean, got {tensor.dtype}.")
     return tensor
 
 

@@ -242,7 +242,7 @@ def as_architectures(
         isinstance(arch, SubArchitecture) for arch in architectures
     ):
         raise TypeError(
-            "architectures must be TaskGates or a sequence of SubArchitecture, not "
+            "architectures must be TaskGates or a sequence of SubArchitecture, got "
             f"{type(architectures).__name__}."
         )
     if not architectures:
@@ -250,7 +250,7 @@ def as_architectures(
     for i, arch in enumerate(architectures):
         if arch.task is None:
             raise ValueError(
-                f"sub-architecture {i} says no task; make it with SubArchitecture(..., task=k)."
+                f"sub-architecture {i} has no task; make it with SubArchitecture(..., task=k)."
             )
         if arch.sites != architectures[0].sites:
             raise ValueError(

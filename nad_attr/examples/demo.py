@@ -370,7 +370,7 @@ def choose_classes(
     if not 1 <= n <= len(right):
         raise ValueError(
             f"the number of classes must be 1 to {len(right)} (the classes whose photos the "
-            f"network gets right), not {n}."
+            f"network gets right), got {n}."
         )
     items = list(right.items())
     return dict(items[i * len(items) // n] for i in range(n))

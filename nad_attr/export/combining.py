@@ -135,7 +135,7 @@ def combine(
         shapes = tuple(tuple(x.shape[1:]) for x in inputs)
         if summary(module).input_shapes != shapes:
             raise ValueError(
-                f"the network of task {task} takes inputs of {summary(module).input_shapes}, not "
+                f"the network of task {task} takes inputs of {summary(module).input_shapes}, got "
                 f"{shapes}: export it with images of that size."
             )
     tasks = [as_task(task) for task in given]

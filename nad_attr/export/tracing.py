@@ -167,8 +167,8 @@ def traced(model: nn.Module, sites: Sequence[GateSite], inputs: Sequence[Tensor]
         except Exception as error:
             problem = error
     raise ExportError(
-        "torch.export cannot write this network as a graph of operators, because its forward pass "
-        "does what depends on the images' values or is not PyTorch "
+        "torch.export cannot write this network as a graph of operators, because its forward "
+        "pass depends on the images' values or uses code that is not PyTorch "
         f"({type(problem).__name__}: {str(problem).strip():.300}). Move that part out of the "
         "network, or keep it masked with arch.applied(model)."
     ) from problem

@@ -183,7 +183,7 @@ def _architectures(architecture: Any, tasks: Any) -> list[tuple[Task, SubArchite
         archs = [architecture] if single else list(architecture)
         if not archs or not all(isinstance(arch, SubArchitecture) for arch in archs):
             raise TypeError(
-                "architecture must be a SubArchitecture, two of them, or TaskGates, not "
+                "architecture must be a SubArchitecture, two of them, or TaskGates, got "
                 f"{type(architecture).__name__}."
             )
         if tasks is None:

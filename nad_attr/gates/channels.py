@@ -116,7 +116,7 @@ def budget(size: float, sites: Sequence[GateSite]) -> int:
         ValueError: If ``size`` is not a number in (0, 1].
     """
     if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size <= 1:
-        raise ValueError(f"size must be a share of the channels in (0, 1], not {size!r}.")
+        raise ValueError(f"size must be a share of the channels in (0, 1], got {size!r}.")
     return max(1, round(size * n_gates(sites)))
 
 

@@ -394,7 +394,7 @@ class SubArchitecture(Result):
 
     def _check_same_sites(self, other: SubArchitecture) -> None:
         if not isinstance(other, SubArchitecture):
-            raise TypeError(f"expected a SubArchitecture, not {type(other).__name__}.")
+            raise TypeError(f"expected a SubArchitecture, got {type(other).__name__}.")
         if self.sites != other.sites:
             raise ValueError("the two sub-architectures have different gate sites.")
 

@@ -430,7 +430,7 @@ def _as_mapping(
     if not isinstance(gates, Mapping):
         raise TypeError(
             f"gates must be TaskGates, a SubArchitecture or {{site name: tensor}}, "
-            f"not {type(gates).__name__}."
+            f"got {type(gates).__name__}."
         )
     if not gates:
         raise ValueError("gates is empty; name at least one site.")

@@ -317,7 +317,7 @@ def _name_and_sort(session: Session, task_names: Mapping[Any, str] | Sequence[st
         if names is not None:
             raise ValueError("the tasks have names already; leave out task_names.")
         if isinstance(task_names, str):
-            raise TypeError(f"task_names must be a list of names, not {task_names!r}.")
+            raise TypeError(f"task_names must be a list of names, got {task_names!r}.")
         if isinstance(task_names, Mapping):
             known = {as_task(task): str(name) for task, name in task_names.items()}
             names = [known.get(task, str(task)) for task in tasks]
@@ -327,7 +327,7 @@ def _name_and_sort(session: Session, task_names: Mapping[Any, str] | Sequence[st
                 raise ValueError(f"{len(names)} names for {len(tasks)} tasks.")
     if names is not None and len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} is there twice; tasks need names of their own.")
+        raise ValueError(f"the name {twice!r} is there twice; tasks need different names.")
     order = sorted(
         range(len(tasks)),
         key=lambda i: (isinstance(tasks[i], tuple), tasks[i]),

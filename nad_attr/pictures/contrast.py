@@ -240,7 +240,7 @@ def contrast_maps(
     pair, names = two_architectures(architectures, tasks, size)
     check_measure(measure)
     if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor, not {type(images).__name__}.")
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}.")
     only_images(check_finite((images,)))
     if len(images) == 0:
         raise ValueError("there is no image to map.")

@@ -44,7 +44,7 @@ def check_measure(measure: str) -> None:
         ValueError: Names those that are.
     """
     if measure not in ("evidence", "presence"):
-        raise ValueError(f"measure must be 'evidence' or 'presence', not {measure!r}.")
+        raise ValueError(f"measure must be 'evidence' or 'presence', got {measure!r}.")
 
 
 class _Recorder:

@@ -199,7 +199,7 @@ def shuffled(gates: TaskGates, *, seed: int = 0) -> TaskGates:
 
 def _check_gates(gates: object) -> None:
     if not isinstance(gates, TaskGates):
-        raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
+        raise TypeError(f"gates must be TaskGates, got {type(gates).__name__}.")
 
 
 def _ranks(gates: TaskGates) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ class CDRPScorer(ChannelScorer):
             ("highest", highest, 1.0, float("inf")),
         ):
             if not low <= value < high:
-                raise ValueError(f"{what} must be from {low:g} on and below {high:g}, not {value}.")
+                raise ValueError(f"{what} must be from {low:g} on and below {high:g}, got {value}.")
         self.steps, self.learning_rate, self.momentum = steps, learning_rate, momentum
         self.penalty, self.highest = penalty, highest
 

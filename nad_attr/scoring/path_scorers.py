@@ -75,7 +75,7 @@ class EAPIGScorer(MeansScorer):
     ) -> None:
         super().__init__(model, sites, means=means)
         if path not in PATHS:
-            raise ValueError(f"path must be one of {', '.join(PATHS)}, not {path!r}.")
+            raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}.")
         self.path, self.steps, self.signed = path, check_count(steps, "steps"), signed
 
     @property

@@ -50,7 +50,7 @@ def tasks_of(targets: Any, tasks: Sequence[Task] | None = None) -> list[Task]:
     """
     chosen = tasks_in(tensor_of(targets)) if tasks is None else tasks
     if isinstance(chosen, (str, bytes, Mapping, int)):
-        raise TypeError(f"tasks must be a sequence of tasks, not {type(chosen).__name__}.")
+        raise TypeError(f"tasks must be a sequence of tasks, got {type(chosen).__name__}.")
     result = [as_task(task) for task in chosen]
     if not result:
         raise ValueError("there is no task to score channels for.")
@@ -309,7 +309,7 @@ class ChannelScorer(ABC):
             )
         for what, values in (("include_others", include_others), ("signed", signed)):
             if isinstance(values, bool) or not values:
-                raise ValueError(f"{what} must list True, False or both, not {values!r}.")
+                raise ValueError(f"{what} must list True, False or both, got {values!r}.")
         return self._scored(inputs, targets, tasks, include_others, signed, run, dtype)
 
     def _scored(

@@ -226,7 +226,7 @@ class RelPScorer(LRPScorer, MeansScorer):
         canonizers: Sequence[Any] | None = None,
     ) -> None:
         if not 0 <= gamma < float("inf"):
-            raise ValueError(f"gamma must be 0 or more, not {gamma}.")
+            raise ValueError(f"gamma must be 0 or more, got {gamma}.")
         MeansScorer.__init__(self, model, sites, means=means)
         self.signed, self.gamma = signed, gamma
         self.composite = _coefficients(gamma, canonizers)
@@ -368,7 +368,7 @@ def composite_named(
     from zennit.composites import COMPOSITES
 
     if not isinstance(name, str):
-        raise TypeError(f"composite must be a name or a Zennit composite, not {name!r:.60}.")
+        raise TypeError(f"composite must be a name or a Zennit composite, got {name!r:.60}.")
     if name not in COMPOSITES:
         known = ", ".join(map(repr, COMPOSITES))
         raise ValueError(f"Zennit has no composite {name!r}; it has {known}.")

@@ -286,8 +286,8 @@ def site_links(
         node = _gated_node(flow, call, site.at_input, windows=inner)
         if node not in cuts and node not in cells and site.units == "channels":
             raise SiteError(
-                f"a path of the data leads around gate site {site.name!r} (a parallel branch), so "
-                f"what flows through it is not all that flows; {_cut_remedy(flow, site.name, cuts)}"
+                f"a path of the data leads around gate site {site.name!r} (a parallel branch), "
+                f"so not all data flows through it; {_cut_remedy(flow, site.name, cuts)}"
             )
         if site.name == "output":
             raise SiteError(
@@ -425,7 +425,7 @@ _PAPER: dict[str, dict[str, int]] = {
 def _checked_model(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SiteError(
-            f"model must be a torch.nn.Module, not {type(model).__name__}; for a function, give "
+            f"model must be a torch.nn.Module, got {type(model).__name__}; for a function, give "
             "the module that it calls"
         )
     model = unwrap(model)
@@ -490,7 +490,7 @@ def _checked_inputs(example_inputs: object) -> tuple[Tensor, ...]:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     if not inputs or not all(isinstance(tensor, Tensor) for tensor in inputs):
         kinds = ", ".join(type(item).__name__ for item in inputs) or "nothing"
-        raise SiteError(f"example_inputs must be a tensor or a tuple of tensors, not {kinds}")
+        raise SiteError(f"example_inputs must be a tensor or a tuple of tensors, got {kinds}")
     return inputs
 
 
@@ -514,7 +514,7 @@ def asked_layers(model: nn.Module, layers: Layers, at_input: bool) -> list[_Aske
     if isinstance(layers, (str, nn.Module, GateSite)):
         layers = [layers]
     if not isinstance(layers, Iterable):
-        raise SiteError(f"layers must be names, modules or GateSites, not {type(layers).__name__}")
+        raise SiteError(f"layers must be names, modules or GateSites, got {type(layers).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
     canonical = {id(module): name for name, module in model.named_modules()}
     asked: list[_Asked] = []
@@ -531,7 +531,7 @@ def asked_layers(model: nn.Module, layers: Layers, at_input: bool) -> list[_Aske
             written = site.name if site is not None else layer
             if not isinstance(written, str):
                 raise SiteError(
-                    f"layers must be names, modules or GateSites, not {type(layer).__name__}"
+                    f"layers must be names, modules or GateSites, got {type(layer).__name__}"
                 )
             name = resolve_name(written, modules, canonical)
         if not name:
@@ -866,7 +866,7 @@ def _gated_node(flow: Flow, call: Call, at_input: bool, *, windows: bool = False
     one = shape[0] == flow.batch_size or (windows and shape[0] % flow.batch_size == 0)
     if len(shape) < 2 or not one:
         raise SiteError(
-            f"layer {name!r} {verb} a tensor of shape {shape}, of which the first axis is not the "
+            f"layer {name!r} {verb} a tensor of shape {shape}, whose first axis is not the "
             f"batch of {flow.batch_size}; a gate needs (batch, ...); {remedy}"
         )
     return node
@@ -916,7 +916,7 @@ def _site(
                 f"which it is: channel_dim={{{name!r}: 1}}, or -1 if they come last"
             )
     if not isinstance(axis, int):
-        raise SiteError(f"channel_dim of layer {name!r} must be a whole number, not {axis!r}")
+        raise SiteError(f"channel_dim of layer {name!r} must be a whole number, got {axis!r}")
     if not -len(shape) <= axis < len(shape) or axis % len(shape) == 0:
         raise SiteError(
             f"channel_dim {axis} is not a channel axis of layer {name!r}, of shape {shape}; give "

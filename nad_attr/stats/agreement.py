@@ -37,7 +37,7 @@ _RANDOM = 999
 
 def _check_persistence(p: float) -> None:
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p < 1:
-        raise ValueError(f"p must lie between 0 and 1, not {p!r}.")
+        raise ValueError(f"p must lie between 0 and 1, got {p!r}.")
 
 
 def rbo_weight(p: float, depth: int) -> float:

@@ -71,7 +71,9 @@ def result_record(
 
 def _check_group(group: object) -> None:
     if not isinstance(group, str) or group.split("/")[0] in RESERVED:
-        raise GateStoreError(f"a result cannot be called {group!r:.60}; the store itself has that.")
+        raise GateStoreError(
+            f"a result cannot be called {group!r:.60}; the store uses that name itself."
+        )
     if group.count("/") >= _DEEPEST:
         raise GateStoreError(f"{group!r:.60} lies too deep.")
     for part in group.split("/"):
@@ -95,7 +97,7 @@ def check_result(record: Record) -> None:
         isinstance(listed, list) and all(isinstance(text, str) for text in listed)
         for listed in texts.values()
     ):
-        raise GateStoreError(f"the result {header['group']!r} has texts that are none.")
+        raise GateStoreError(f"the result {header['group']!r} has invalid texts.")
 
 
 def result_groups(reader: Reader) -> list[str]:

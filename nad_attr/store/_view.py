@@ -110,7 +110,7 @@ class StoreView:
         if tasks is None:
             return content.rows
         if isinstance(tasks, (str, bytes)) or not hasattr(tasks, "__iter__"):
-            raise TypeError(f"tasks must be a list of tasks, not {tasks!r}.")
+            raise TypeError(f"tasks must be a list of tasks, got {tasks!r}.")
         rows = []
         names: dict[str | None, Row] = {}
         if any(isinstance(task, str) for task in tasks):

@@ -100,7 +100,7 @@ def check_name(name: object, what: str) -> str:
         GateStoreError: If it cannot.
     """
     if not isinstance(name, str) or not name or name in (".", "..") or set(name) & {"/", "\0"}:
-        raise GateStoreError(f"{what} needs a name without '/', not {name!r}.")
+        raise GateStoreError(f"{what} needs a name without '/', got {name!r}.")
     utf8(name)
     return name
 

@@ -146,7 +146,7 @@ def align(
         ([[False, True]], [True, False])
     """
     if not isinstance(units, UnitConcepts):
-        raise TypeError(f"units must be UnitConcepts, not {type(units).__name__}.")
+        raise TypeError(f"units must be UnitConcepts, got {type(units).__name__}.")
     named, task_gates, scores = _gates_of(gates, size, tasks, methods)
     names = [site.name for site in named.sites]
     mapping = dict(site_map or {})

@@ -145,13 +145,13 @@ def compare(
     check_count(min_units, "min_units")
     check_count(n_random, "n_random")
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level!r}.")
+        raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
     if not 0 < persistence < 1:
-        raise ValueError(f"persistence must lie between 0 and 1, not {persistence!r}.")
+        raise ValueError(f"persistence must lie between 0 and 1, got {persistence!r}.")
     if save_as is not None and not isinstance(gates, (str, PathLike, GateStore)):
         raise ValueError("save_as= keeps the result in a store: give the store, or its path.")
     if isinstance(high, str):
-        raise TypeError(f"high must be a list of categories, not {high!r}.")
+        raise TypeError(f"high must be a list of categories, got {high!r}.")
     aligned = align(gates, units, size=size, tasks=tasks, site_map=site_map, methods=methods)
     matrices = _checked(similarities, len(aligned.tasks))
     chosen, rare = concepts_to_test(aligned, concepts, min_units, labels)

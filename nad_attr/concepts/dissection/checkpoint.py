@@ -43,7 +43,7 @@ class Checkpoint:
         self.identity = json.loads(json.dumps(dict(identity)))
         self._since = 0
         if self.path.exists() and result_names(self.path) != [_GROUP]:
-            raise GateStoreError(f"{path} is not a checkpoint; name a file of its own.")
+            raise GateStoreError(f"{path} is not a checkpoint; name another file.")
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -82,7 +82,9 @@ class Checkpoint:
         try:
             yield
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise GateStoreError(f"{self.path} holds no whole state: {error!r:.200}.") from None
+            raise GateStoreError(
+                f"{self.path} holds an incomplete state: {error!r:.200}."
+            ) from None
 
     def step(self, n: int, state: Callable[[], State]) -> None:
         """Say that n more images are done; a state is written when it is time."""

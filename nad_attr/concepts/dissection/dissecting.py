@@ -175,17 +175,17 @@ def dissect(
         runner=Runner(model, run, batch_size=16),
     )
     if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold must lie in [0, 1], not {iou_threshold!r}.")
+        raise ValueError(f"iou_threshold must lie in [0, 1], got {iou_threshold!r}.")
     if isinstance(checkpoint_every, bool) or checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be 1 or more, not {checkpoint_every!r}.")
+        raise ValueError(f"checkpoint_every must be 1 or more, got {checkpoint_every!r}.")
     if scratch_bytes is None:
         scratch_bytes = _SCRATCH_BYTES if job.runner.device.type == "cpu" else 0
     if scratch_bytes < 0:
-        raise ValueError(f"scratch_bytes must be 0 or more, not {scratch_bytes!r}.")
+        raise ValueError(f"scratch_bytes must be 0 or more, got {scratch_bytes!r}.")
     job.begin(sites)
     if executor is not None:
         if checkpoint is not None:
-            raise ValueError("checkpoint is of a dissection in this process; leave executor out.")
+            raise ValueError("checkpoint works in this process only; leave executor out.")
         given = {
             "quantile": quantile, "concepts": concepts, "exact": exact,
             "ignore_index": ignore_index, "unlabelled": unlabelled,
@@ -321,9 +321,9 @@ class _Dissection:
         runner: Runner,
     ) -> None:
         if isinstance(quantile, bool) or not 0 < quantile < 1:
-            raise ValueError(f"quantile must lie between 0 and 1, not {quantile!r}.")
+            raise ValueError(f"quantile must lie between 0 and 1, got {quantile!r}.")
         if unlabelled not in ("ignore", "count"):
-            raise ValueError(f"unlabelled must be 'ignore' or 'count', not {unlabelled!r}.")
+            raise ValueError(f"unlabelled must be 'ignore' or 'count', got {unlabelled!r}.")
         check_count(n_bins, "n_bins", least=8)
         check_count(n_top, "n_top", least=0)
         if isinstance(dataset, (tuple, list)) and len(dataset) == 2:

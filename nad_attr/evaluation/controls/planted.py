@@ -397,4 +397,4 @@ def _check(
     ):
         check_count(value, name, least=least)
     if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
-        raise ValueError(f"noise must be a finite number from 0 on, not {noise!r}.")
+        raise ValueError(f"noise must be a finite number from 0 on, got {noise!r}.")

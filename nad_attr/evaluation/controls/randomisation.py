@@ -274,7 +274,7 @@ def chosen(data: Data, source: Source, rows: Tensor, labels: Tensor) -> Data:
         inputs = tuple(item[rows.to(item.device)] for item in source.inputs)
         return (inputs if len(inputs) > 1 else inputs[0]), given
     if not isinstance(source, DatasetSource):
-        raise TypeError(f"images of a {type(source).__name__} cannot be chosen from.")
+        raise TypeError(f"images cannot be chosen from a {type(source).__name__}.")
     numbers = [source.numbers[i] for i in rows.tolist()]
     dataset: Dataset[Any] = _Relabelled(source.dataset, numbers, labels)
     if isinstance(source.dataset, TensorDataset):  # whose images never change

@@ -301,7 +301,7 @@ def _fidelities(fidelity: Mapping[str, Any] | None, given: NamedArchitectures) -
     if fidelity is None:
         return None
     if not isinstance(fidelity, Mapping):
-        raise TypeError(f"fidelity must be {{site name: (T,)}}, not {type(fidelity).__name__}.")
+        raise TypeError(f"fidelity must be {{site name: (T,)}}, got {type(fidelity).__name__}.")
     names = [site.name for site in given.sites]
     if set(fidelity) != set(names):
         raise ValueError(f"fidelity is for {list(fidelity)[:5]}, the sites are {names[:5]}.")
@@ -380,7 +380,7 @@ def along_depth(
         networks = {str(key): value for key, value in architectures.items()}
         fidelities: Mapping[str, Any] = {} if fidelity is None else fidelity
         if not isinstance(fidelities, Mapping):
-            raise TypeError(f"fidelity must be a dictionary, not {type(fidelities).__name__}.")
+            raise TypeError(f"fidelity must be a dictionary, got {type(fidelities).__name__}.")
         unknown = [key for key in fidelities if key not in networks]
         if unknown:
             raise ValueError(

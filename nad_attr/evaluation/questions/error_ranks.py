@@ -129,7 +129,7 @@ def _checked_confusion(confusion: ArrayLike) -> FloatArray:
     counts = np.array(confusion, dtype=np.float64)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or len(counts) < 3:
         raise ValueError(
-            f"confusion must be (K, K) with at least three classes, not {counts.shape}: among two, "
+            f"confusion must be (K, K) with at least three classes, got {counts.shape}: among two, "
             "there is only one class to be mistaken for."
         )
     if not np.isfinite(counts).all() or (counts < 0).any() or (counts % 1 != 0).any():

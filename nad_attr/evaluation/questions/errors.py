@@ -63,7 +63,7 @@ def similarity_of(
             matrix = np.asarray(similarity, dtype=np.float64)
         except (TypeError, ValueError):
             raise TypeError(
-                f"similarity must be one of {', '.join(SIMILARITIES)} or a matrix, not "
+                f"similarity must be one of {', '.join(SIMILARITIES)} or a matrix, got "
                 f"{similarity!r:.60}."
             ) from None
         return "given", checked_similarity(matrix, len(given.tasks))

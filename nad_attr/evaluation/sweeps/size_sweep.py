@@ -473,8 +473,7 @@ def size_sweep(
             task_names = first.task_names
     if sites is None or tasks is None:
         raise ValueError(
-            "scores and scorers need sites= and tasks=, where no task gates among the methods "
-            "bring theirs."
+            "scores and scorers need sites= and tasks=, unless one of the methods is task gates."
         )
     if baselines is None:
         baselines = {} if train_data is None else _standard(model, sites, methods)
