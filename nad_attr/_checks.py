@@ -18,7 +18,7 @@ def tensor_of(values: Any) -> Tensor:
 
 
 class GatingError(RuntimeError):
-    """A gate could not do its work: it did not fire, fired twice, or does not fit its site."""
+    """A gate was not applied: it did not fire, fired twice, or does not fit its site."""
 
 
 def as_tensor(value: Any, what: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Captum's face of the method: task gates times activations, as a layer attribution."""
+"""The method with Captum's interface: task gates times activations, as a layer attribution."""
 
 from __future__ import annotations
 
@@ -552,7 +552,7 @@ class _Function(nn.Module):
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Let an error of the network itself come out as it is, as from any of Captum's methods."""
+    """Raise an error of the network itself unchanged, as Captum's methods do."""
     try:
         yield
     except SiteError as error:
@@ -758,7 +758,7 @@ def _run(
     inputs: tuple[Tensor, ...],
     forward: Callable[..., Any] | None,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The outputs for images, and what the sites hold."""
+    """The outputs for images, and the tensors at the sites."""
     function = root if forward is None else forward
     with recorded(root, sites) as activations:
         try:
@@ -789,7 +789,7 @@ def _run(
 def _bind(
     root: nn.Module, inputs: tuple[Tensor, ...], extra: tuple[Any, ...], own: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], Callable[..., Any] | None]:
-    """All that differs from image to image, and the function of just that (None: the network)."""
+    """The inputs that differ from image to image, and a function of these (None: the network)."""
     if not extra:
         return inputs, None
     fixed = [

@@ -456,7 +456,7 @@ def _distinct(path: Path, n: int) -> Path:
 
 def test_distinct_labels_of_many_units_have_to_fit_into_memory(tmp_path, monkeypatch):
     path = _distinct(tmp_path / "descriptions.csv", 300)
-    monkeypatch.setattr(reading, "_LITTLE", 2**10)
+    monkeypatch.setattr(reading, "_UNCHECKED_BYTES", 2**10)
     monkeypatch.setattr(reading, "most_bytes", lambda: 2**19)
     with pytest.raises(ImportFileError, match=r"descriptions.csv: 300 units with 300 different"):
         import_clip_dissect(path)

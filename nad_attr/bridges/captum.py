@@ -166,14 +166,14 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
         return bool(self.method.has_convergence_delta())
 
     def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The method's own, on the gated network."""
+        """The method's convergence delta, on the gated network."""
         with restored(self.model), self.applied():
             delta: Tensor = self.method.compute_convergence_delta(*args, **kwargs)
         return delta
 
     @classmethod
     def get_name(cls) -> str:
-        """Its name, in words."""
+        """The method's name in plots and tables."""
         return "Gated Attribution"
 
 
@@ -205,7 +205,7 @@ def _restored(model: nn.Module | None) -> AbstractContextManager[None]:
 def gaussian_perturbation(
     scale: float = 0.05,
 ) -> Callable[[Tensor | tuple[Tensor, ...]], tuple[Any, Any]]:
-    """A perturbation for :func:`infidelity`: normal noise that is taken off the inputs.
+    """A perturbation for :func:`infidelity`: subtract normal noise from the inputs.
 
     Args:
         scale: Its standard deviation.

@@ -77,7 +77,7 @@ ATTRIBUTIONS: dict[str, Attribution | None] = {
 
 
 class SubArchitectureExplainer:
-    """Explains each image through the sub-architecture of its class, as Quantus calls for it.
+    """Explain each image through the sub-architecture of its class, for Quantus.
 
     Give it to any metric, or to ``quantus.evaluate``, as ``explain_func``. An image's heat-map
     depends on nothing else in the batch.

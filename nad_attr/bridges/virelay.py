@@ -59,8 +59,6 @@ EVERY = "all classes"
 
 @dataclass(frozen=True)
 class _Job:
-    """What one export works on."""
-
     runner: Runner
     source: Source
     of_class: dict[int, SubArchitecture]
@@ -140,7 +138,7 @@ def _named(names: Names, n: int, what: str, default: Callable[[int], str]) -> li
 
 
 def _text(value: str) -> str:
-    """A YAML scalar: what JSON calls a string is one."""
+    """A YAML scalar, written as a JSON string."""
     return json.dumps(value)
 
 
@@ -253,7 +251,7 @@ def _exchange(made: Path, folder: Path, before: Path, files: Sequence[str]) -> N
 
 @torch.no_grad()
 def _n_outputs(job: _Job) -> int:
-    """The network's outputs, asked with one image.
+    """The number of the network's outputs, found with one image.
 
     Raises:
         ValueError: If labels or gates name a class that it has none for.

@@ -198,7 +198,7 @@ class GateCanonizer(Canonizer):  # type: ignore[misc]
 
 
 def _is_merged(layer: Any, norm: Any) -> bool:
-    """Whether a BatchNorm does nothing any more, and the layer before it adds something."""
+    """Whether a BatchNorm was merged: it does nothing, and the layer before it adds something."""
     values = (norm.running_mean, norm.running_var - 1, norm.weight - 1, norm.bias)
     if any(bool(value.detach().any()) for value in values):
         return False
@@ -207,7 +207,7 @@ def _is_merged(layer: Any, norm: Any) -> bool:
 
 
 def _normalised(norm: Any, mean: Tensor) -> Tensor:
-    """What a BatchNorm makes of a constant in each channel, (C,)."""
+    """The output of a BatchNorm for a constant in each channel, (C,)."""
     device = norm.running_mean.device
     with torch.no_grad():
         scaled = (mean.to(device, norm.running_mean.dtype) - norm.running_mean) * (
@@ -220,7 +220,7 @@ def _normalised(norm: Any, mean: Tensor) -> Tensor:
 
 
 class _Connected:
-    """Check in each forward pass that one module's output is what the next one is given."""
+    """Check in each forward pass that one module's output is the next one's input."""
 
     def __init__(self, root: nn.Module, layer: str, norm: str) -> None:
         modules = dict(unwrap(root).named_modules(remove_duplicate=False))
@@ -577,7 +577,7 @@ def _rows(given: Tensor, output: Tensor) -> Tensor:
 
 
 def whole_network(model: nn.Module, composite: Composite, images: Tensor, target: Target) -> Tensor:
-    """The heat-maps of the network as it is, for comparison; tidied up as those through gates.
+    """The heat-maps of the whole network, for comparison; cleaned up as those through gates.
 
     Args:
         model: The network, in eval mode.

@@ -62,7 +62,7 @@ def certainty(
     network: opt.NetworkOptions,
     work: opt.WorkOptions,
 ) -> None:
-    """Say of each kept channel how sure it is, and whether its class needs it.
+    """Say for each kept channel how sure it is, and whether its class needs it.
 
     Learns each class again from halves of the images, closes each kept channel on held-out images,
     and tries other sub-architectures. Each channel is needed, replaceable, without an effect that

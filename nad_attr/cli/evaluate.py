@@ -42,7 +42,7 @@ _COLUMNS = {
     "ba": "BA",
 }
 #: Rows of tasks that the table shows at most.
-_MOST = 20
+_MAX_ROWS = 20
 
 
 def evaluate(
@@ -157,17 +157,17 @@ def evaluate(
 
 
 def print_evaluation(result: Evaluation) -> None:
-    """Tasks, their mean, and what has to be beaten."""
+    """Print the measures of tasks, their mean, and the baselines."""
     columns = dict(_COLUMNS)
     if result.is_of_targets:
         columns = {"size": "size", "fidelity": "fidelity", "target_r2": "target\nR²"}
     if not all(value != value for value in result.values("detector_ba")):
         columns["detector_ba"] = "detector\nBA"
     rows = []
-    for k, name in enumerate(result.task_names[:_MOST]):
+    for k, name in enumerate(result.task_names[:_MAX_ROWS]):
         rows.append([name, *(number(float(result.values(m)[k])) for m in columns)])
-    if len(result.task_names) > _MOST:
-        rows.append([f"... {len(result.task_names) - _MOST} more", *("" for _ in columns)])
+    if len(result.task_names) > _MAX_ROWS:
+        rows.append([f"... {len(result.task_names) - _MAX_ROWS} more", *("" for _ in columns)])
     rows.append(["mean", *(number(result.mean(m)) for m in columns)])
     others: dict[str, Sequence[Evaluation]] = {
         **({"random channels": result.random} if result.random else {}),

@@ -78,7 +78,7 @@ def explain(
     pictures: opt.PictureOptions,
     work: opt.WorkOptions,
 ) -> None:
-    """From a network and a folder of pictures to a verdict and a page, in one command.
+    """Go from a network and a folder of pictures to a verdict and a page, in one command.
 
     Keeps some pictures of each class apart, learns on the others which channels each class needs,
     judges that on the ones kept apart, says how sure each channel is, measures what flows between

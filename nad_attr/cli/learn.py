@@ -39,7 +39,7 @@ from nad_attr.store import GateStore
 __all__ = ["learn", "shown_progress"]
 
 #: Seconds between two lines of progress where there is no terminal.
-_EVERY = 30.0
+_SECONDS_BETWEEN_LINES = 30.0
 #: Architectures whose weight of the size term the paper's authors published.
 _PUBLISHED = ("vgg16", "resnet50", "densenet121")
 
@@ -358,7 +358,7 @@ def shown_progress(
 
         def line(progress: Progress) -> None:
             also(progress)
-            if time.monotonic() - said[0] >= _EVERY:
+            if time.monotonic() - said[0] >= _SECONDS_BETWEEN_LINES:
                 said[0] = time.monotonic()
                 say(_text(progress))
 

@@ -163,7 +163,7 @@ def units_of(text: str | None) -> list[str]:
 
 
 class ChecksName(str, Enum):
-    """What becomes of a doubt about the network."""
+    """What happens if a check of the network fails."""
 
     refuse = "refuse"
     warn = "warn"
@@ -209,7 +209,7 @@ AnyModel: TypeAlias = Annotated[
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """What is done to images before the network gets them."""
+    """How images are prepared for the network."""
 
     transform: TransformOption = None
     resize: Resize = None
@@ -253,7 +253,7 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class WorkOptions:
-    """How a file of gates is put to work: images, random numbers, device, and what is said."""
+    """How a file of gates is used: images, random numbers, device, and notes."""
 
     class_index: ClassIndex = None
     seed: Seed = 0
@@ -273,7 +273,7 @@ class WorkOptions:
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command with single options, which typer needs, from one with groups of options.
+    """Make a command with single options, as typer needs, from one with groups of options.
 
     Args:
         command: Groups are keyword-only parameters, of types that are dataclasses.

@@ -24,7 +24,7 @@ from nad_attr.running.options import RunOptions
 __all__ = ["report"]
 
 #: Images of each class that rivals score channels on, at most.
-_SCORED = 50
+_MAX_SCORED_IMAGES = 50
 
 
 def report(
@@ -102,7 +102,9 @@ def report(
             if methods:
                 training = study.training_images(train_data, train_labels, labels)
                 archs = result.gates.sub_architectures()
-                rivals = rivals_of(study, methods, archs, training.data, n_images=_SCORED, run=run)
+                rivals = rivals_of(
+                    study, methods, archs, training.data, n_images=_MAX_SCORED_IMAGES, run=run
+                )
             result.measure(
                 study.model,
                 images.data,

@@ -26,7 +26,7 @@ from nad_attr.system.safe_text import cell, members, shown
 __all__ = ["export", "inspect", "merge"]
 
 #: Rows of a table at most.
-_MOST = 20
+_MAX_ROWS = 20
 
 
 def inspect(
@@ -88,8 +88,8 @@ def inspect(
             [name, json.dumps(task), f"{arch.n_kept:,}", number(arch.size)]
             for task, name, arch in zip(learned.tasks, names, archs, strict=True)
         ]
-        if len(rows) > _MOST:
-            rows = [*rows[:_MOST], [f"... {len(rows) - _MOST} more", "", "", ""]]
+        if len(rows) > _MAX_ROWS:
+            rows = [*rows[:_MAX_ROWS], [f"... {len(rows) - _MAX_ROWS} more", "", "", ""]]
         print_table(["task", "class", "kept channels", "size"], rows)
         rows = [
             [

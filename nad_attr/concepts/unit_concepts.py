@@ -1,4 +1,4 @@
-"""What units look for: the IoU of every unit with every concept, whoever measured it."""
+"""What units look for: the IoU of every unit with every concept, from any program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photos in class folders, read one by one: any kind of image, and the broken ones counted.
+"""Photos in class folders, read one by one; broken images are counted.
 
 :class:`ImageFolderData` follows torchvision's rule, a folder per class with images anywhere below
 it, and needs Pillow alone. Memory does not grow with the photos but for their names. Which class

@@ -94,7 +94,7 @@ def own_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
 
 
 def other_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
-    """Which images are each task's others: not its own, and known to be not.
+    """Which images are each task's others: those known not to be its own.
 
     Args:
         labels: int64 (N,), or memberships (N, K).
@@ -130,7 +130,7 @@ def _columns(labels: Tensor, group: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Labels with what they mean, where their shape and type do not say it.
+    """Labels with their meaning, if shape and type do not say it.
 
     Goes wherever labels go: ``(images, Labels(...))``; ``(dataset, Labels(...))`` gives a dataset
     or loader other labels than its own, in the dataset's order.
@@ -176,7 +176,7 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class ReadLabels:
-    """Labels in the form that all other code reads.
+    """Labels in the form that all other code uses.
 
     Attributes:
         labels: int64 (N,) or (N, K), see this module's description.
@@ -359,7 +359,7 @@ def for_one_output(labels: Tensor) -> Tensor:
 
 
 def only_classes(labels: Tensor) -> Tensor:
-    """Class indices; anything else is refused.
+    """Check that labels are class indices.
 
     Raises:
         ValueError: If images have several labels, or targets.

@@ -1,4 +1,4 @@
-"""What learning and evaluation draw images from: one face for tensors, datasets and loaders.
+"""Where learning and evaluation draw images from: tensors, datasets and loaders.
 
 Every draw is a function of a seed alone. Random transforms of a dataset read the global random
 states, so each item is fetched with those states seeded for it and put back afterwards: neither
@@ -162,7 +162,6 @@ def _is_text(value: Any) -> bool:
 
 
 def _labels_of(parts: Sequence[Any], classes: Any) -> ReadLabels:
-    """The labels of batches, one after the other."""
     if any(map(_is_text, parts)):
         names = [name for part in parts for name in ([part] if isinstance(part, str) else part)]
         listed = list(classes) if isinstance(classes, (list, tuple)) else None
@@ -338,7 +337,7 @@ def loading(loader: DataLoader[Any] | None) -> dict[str, Any]:
 
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """A loader's pass. It draws a seed by its CPU generator, on the user's default device."""
+    """Start a loader's pass. It draws a seed by its CPU generator, on the user's default device."""
     with torch.device("cpu"):
         return iter(loader)
 
@@ -645,7 +644,7 @@ def _as_source(data: Any, augmented: bool | None) -> Source:
 
 
 class _Items(Dataset[Any]):
-    """Items that are at hand, such as a list of pairs or the rows of a table."""
+    """Items in memory, such as a list of pairs or the rows of a table."""
 
     def __init__(self, items: Any) -> None:
         self.items = items
@@ -784,7 +783,7 @@ def _is_item(parts: _Parts, of_loader: bool) -> bool:
 
 
 def only_images(inputs: Inputs) -> Tensor:
-    """Take a batch that is made of images and nothing else.
+    """Take a batch that holds images only.
 
     Args:
         inputs: All inputs of the network.

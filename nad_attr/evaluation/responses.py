@@ -139,7 +139,7 @@ class Rows:
             self.rows = None
 
     def width(self, batch_size: int) -> int:
-        """Images in a pass, so that they and their donors are ``batch_size`` at most, if above 1.
+        """Images in a pass: with their donors at most ``batch_size``, and at least one.
 
         A single image and its donor are two.
         """
@@ -204,7 +204,7 @@ def _joined(donors: Tensor, images: Tensor) -> Tensor:
 def _own_means(
     architectures: Sequence[SubArchitecture], device: torch.device
 ) -> dict[str, Tensor] | None:
-    """What each sub-architecture says that its closed channels become; None: zero for all."""
+    """The means that each sub-architecture has for closed channels; None: zero for all."""
     if all(arch.means is None for arch in architectures):
         return None
     first = architectures[0].means
@@ -352,7 +352,7 @@ class Watch(Protocol):
         """Remember the images of the next pass."""
 
     def __call__(self, site: GateSite, tensor: Tensor) -> None:
-        """What a site holds."""
+        """Take in the tensor of a site."""
 
 
 def answers(
@@ -497,7 +497,7 @@ def _check_outputs(undefined: Tensor, chosen: range, tasks: Sequence[Task] | Non
 
 
 class _Differences(Rows):
-    """Runs images clean beside their gated copies, and adds up how far apart these are."""
+    """Runs images and their gated copies, and adds up how far apart these are."""
 
     def __init__(
         self,

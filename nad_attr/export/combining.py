@@ -80,7 +80,7 @@ def combine(
     merge_bn: bool = False,
     batch_size: int = 64,
 ) -> nn.Module:
-    """One network of several classes' sub-architectures, that tells these classes apart.
+    """Make one network of several classes' sub-architectures, which tells these classes apart.
 
     Reuse one class's part of a network in another, put a class beside those a network has, or
     replace a weak one: give the sub-architectures that are wanted, each from where it is best. A

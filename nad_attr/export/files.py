@@ -1,4 +1,4 @@
-"""A smaller network in a file that other programs run, with a JSON that says what it was."""
+"""A smaller network in a file that other programs run, with a JSON that describes it."""
 
 from __future__ import annotations
 

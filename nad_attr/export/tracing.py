@@ -113,7 +113,7 @@ def as_module(
 
 
 class _Main(nn.Module):
-    """A network of which only the logits are returned."""
+    """A network that returns its logits only."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -380,7 +380,7 @@ def _shuffle(network: Graph, node: fx.Node) -> None:
 
 
 def merge_batchnorm(network: Graph) -> int:
-    """Write each BatchNorm that follows a convolution, and nothing else does, into its weights.
+    """Write each BatchNorm that alone follows a convolution into its weights.
 
     Returns:
         How many.

@@ -1,4 +1,4 @@
-"""The flow, drawn with matplotlib: sites as columns, channels as nodes, flows as links."""
+"""Draw the flow with matplotlib: sites as columns, channels as nodes, flows as links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How learning went: one number per step and task for everything that was watched."""
+"""Learning curves: one number per step and task for each quantity."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class Recipe:
             raise ValueError(f"recipe: mirror must be True, False or None, got {self.mirror!r}.")
 
     def fitting(self, name: Literal["free_scale", "boundary"]) -> float:
-        """A setting as the number it comes to: None is what fits the ablation.
+        """A setting as a number; None is replaced by the default for the ablation.
 
         ``free_scale`` and ``boundary`` are 0.3 and 0.9 for closed channels at their mean or zero.
         With the optimal constants both are 0: constants of its own let a sub-architecture keep the

@@ -143,7 +143,7 @@ class TaskGates(Result):
         task_names: tuple[str, ...] | None,
         info: Mapping[str, Any],
     ) -> TaskGates:
-        """From what was checked already, for files: gates and logits are taken, not copied.
+        """Make one from checked values, for files: gates and logits are not copied.
 
         Looking at each site's numbers again takes as long as reading them.
         """
@@ -369,7 +369,6 @@ class TaskGates(Result):
         )
 
     def _repr_html_(self) -> str:
-        """How notebooks show them: kept channels of each task, and of each site."""
         archs = self.sub_architectures()
         names = self.task_names or tuple(map(str, self.tasks))
         mean = sum(arch.size for arch in archs) / len(archs)

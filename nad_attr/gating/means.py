@@ -1,4 +1,4 @@
-"""Mean and deviation of each channel over data: what a closed channel can be replaced by."""
+"""Mean and deviation of each channel over data, which can replace a closed channel."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ POLL_SECONDS = 1.0
 
 
 class WorkersLostError(RuntimeError):
-    """A chunk lost one worker after the other; the message says which chunk and what to do."""
+    """A chunk lost its worker several times; the message says which chunk and what to do."""
 
 
 class RayExecutor:
@@ -527,7 +527,7 @@ _Learning: TypeAlias = "tuple[Session, Mapping[str, Tensor] | None]"
 
 
 def _placed(shared: _Learning, device: torch.device) -> _Learning:
-    """This process's own copy, and a forward_func refers to the very same network."""
+    """This process's own copy of the network, which a forward_func refers to as well."""
     network = shared[0].network
     network.model.to(device)
     network.device = device

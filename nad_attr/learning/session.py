@@ -343,7 +343,7 @@ class Session:
         return self._known_moments
 
     def outputs(self) -> dict[str, Any]:
-        """What the whole network gives on a few fixed images, to tell it from another one."""
+        """The whole network's outputs on a few fixed images, to tell it from another network."""
         n = len(self.source.labels)
         draws = [[(i, 0)] for i in sorted({0, n // 3, 2 * n // 3, n - 1})]
         with torch.inference_mode(False):
@@ -809,7 +809,7 @@ def _sites(
 def _check_outputs(
     network: Network, example: Inputs, tasks: Sequence[Task], labels: Tensor
 ) -> Tensor:
-    """One real pass: do sites, inputs and outputs fit, before hours are spent?"""
+    """Run one real pass, to check that sites, inputs and outputs fit."""
     outputs, _ = network.clean_recorded(network.to_device(example))
     check_classes(labels, tasks, outputs.shape[1])
     if not bool(torch.isfinite(outputs).all()):

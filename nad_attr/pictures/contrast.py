@@ -150,7 +150,7 @@ def two_architectures(
     tasks: tuple[object, object] | None,
     size: float | None,
 ) -> tuple[list[SubArchitecture], tuple[str, str]]:
-    """The two sub-architectures to contrast, and what to call them.
+    """The two sub-architectures to contrast, and their names.
 
     Raises:
         TypeError: If they are something else.

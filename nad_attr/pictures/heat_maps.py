@@ -102,7 +102,7 @@ def as_targets(targets: int | Tensor | Sequence[int], n: int) -> Tensor:
 
 @contextmanager
 def _own_gradients(model: nn.Module) -> Iterator[None]:
-    """Let methods do with ``.grad`` and ``requires_grad`` as they like; they are put back."""
+    """Let methods change ``.grad`` and ``requires_grad``, and restore them."""
     kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         for parameter, _, _ in kept:
@@ -116,7 +116,7 @@ def _own_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def explained(runner: Runner, arch: SubArchitecture | None) -> Iterator[nn.Module]:
-    """The network as a module to explain, gated by a sub-architecture, and as it was afterwards.
+    """The network as a module to explain, gated by a sub-architecture and then restored.
 
     Args:
         runner: The network and how it is called.

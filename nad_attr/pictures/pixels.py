@@ -1,4 +1,4 @@
-"""Inputs of a network as pictures: undone normalisation, three colours, eight bits."""
+"""Inputs of a network as pictures: normalisation undone, three colours, eight bits."""
 
 from __future__ import annotations
 

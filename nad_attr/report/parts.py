@@ -1,4 +1,4 @@
-"""Results, cut down to what a page shows of them: plain lists and numbers, ready for JSON."""
+"""The parts of results that a page shows: plain lists and numbers, ready for JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report: gates, what is known of them, and the page that shows it."""
+"""A report: gates, their results, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ class Report:
         )
 
     def missing(self) -> list[str]:
-        """What is not on the page."""
+        """The parts that are not on the page."""
         return [what for what, _ in not_there(self.gates, self.results, "GATES.h5")]
 
     def html(self) -> str:

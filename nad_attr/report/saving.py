@@ -1,4 +1,4 @@
-"""What a report measured, kept in the file of the gates, and found there again."""
+"""Keep a report's results in the file of the gates, and read them again."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
 
 
 def _check_flow(found: Mapping[str, Any]) -> None:
-    """Refuse a flow whose numbers lead to nothing.
+    """Refuse a flow whose numbers do not fit.
 
     Raises:
         ValueError: If a node or link is none.

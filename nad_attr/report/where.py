@@ -1,4 +1,4 @@
-"""Where in its images a class's kept channels speak for it: some pictures, coloured."""
+"""Where in its images a class's kept channels have evidence for it: coloured pictures."""
 
 from __future__ import annotations
 

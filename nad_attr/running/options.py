@@ -14,7 +14,7 @@ __all__ = ["FROM_RUN", "RunFields", "RunOptions", "as_options"]
 
 
 class _FromRun:
-    """Stands for a keyword that was not given: the field of ``run`` holds."""
+    """Stands for a keyword that was not given, so that the field of ``run`` counts."""
 
     def __repr__(self) -> str:
         return "<as in run>"

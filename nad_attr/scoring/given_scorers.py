@@ -21,7 +21,7 @@ __all__ = ["GatesScorer", "GivenScorer", "OtherTaskScorer", "shuffled"]
 
 
 class GivenScorer(TaskScorer):
-    """Scores that something else has made, handed out by task.
+    """Scores from elsewhere, returned by task.
 
     For a unit-level method's scores, such as the IoU of each channel with the class's concept from
     Network Dissection, or any file of numbers.

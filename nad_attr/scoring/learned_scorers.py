@@ -1,4 +1,4 @@
-"""Gates learned for each image by itself, averaged: critical data routing paths."""
+"""Gates learned for each image alone, then averaged: critical data routing paths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CDRPScorer"]
 
 
 class CDRPScorer(ChannelScorer):
-    """E over images of gates that are learned for each image by itself (CDRP).
+    """E over images of gates that are learned for each image alone (CDRP).
 
     The gates of an image start at one and go down the gradient of ``cross-entropy of the gated
     network's probabilities to the whole network's + penalty * sum of gates``, held inside an

@@ -1,4 +1,4 @@
-"""Channels in order of importance for each task, whoever ordered them: scores or learned gates."""
+"""Channels in order of importance for each task, by scores or by learned gates."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class Ranking:
 
     @property
     def closes_at_means(self) -> bool:
-        """Whether closed channels are at their means, rather than zero."""
+        """Whether closed channels are at their means, and not at zero."""
         return any(mean is not None for mean in (self.means or {}).values())
 
 

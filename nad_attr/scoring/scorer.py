@@ -110,7 +110,7 @@ class Batch:
 
 
 def check_differentiable(value: Tensor) -> None:
-    """Refuse outputs that no gradient can be taken of.
+    """Refuse outputs that have no gradient.
 
     Raises:
         GatingError: Says why there may be none.
@@ -152,7 +152,6 @@ class _Scored:
         self.targets, self.fields = source.targets, source.fields
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
-        """The inputs of each list of draws."""
         seeded = ([(i, seed_of("scores", i)) for i, _ in some] for some in draws)
         for inputs in self.source.batches(seeded):
             self.fields = self.source.fields
@@ -214,7 +213,7 @@ class ChannelScorer(ABC):
         """
 
     def prepare(self, runner: Runner, source: Source, batch_size: int) -> Any:
-        """What has to be known before the first batch, for all of them (``Batch.prepared``)."""
+        """Compute what all batches need, before the first one (``Batch.prepared``)."""
         return None
 
     def images_per_batch(self, batch_size: int) -> int:
@@ -438,7 +437,7 @@ class ChannelScorer(ABC):
         objective: Callable[[Tensor], Tensor],
         reduce: Callable[[GateSite, Tensor, Tensor], Tensor],
     ) -> Scores:
-        """What activation and gradient at every site come to, reduced over its positions.
+        """A function of activation and gradient at every site, reduced over its positions.
 
         The sum over positions of activation times gradient is the derivative by a gate on that
         channel of that image, at gate 1: ``d objective / d g = sum of a d objective / d a``.
@@ -492,7 +491,7 @@ class ChannelScorer(ABC):
 
 
 class TaskScorer(ChannelScorer):
-    """A scorer for which images play no part; a subclass says what a task gives each channel.
+    """A scorer that uses no images; a subclass says what a task gives each channel.
 
     Images and their labels are checked like any other scorer's, and say which tasks there are.
 

@@ -1,4 +1,4 @@
-"""Masks searched for each task by running gated images: the rivals that do what learning does.
+"""Masks searched for each task by running gated images: rivals that learn masks, too.
 
 All take ``passes``, the images that are run with gates on for each task, so that methods can be
 given the same number.
@@ -202,7 +202,7 @@ class Search:
         return torch.cat(chosen)
 
     def change(self, numbers: Tensor, gates: Tensor) -> Tensor:
-        """What gates (B, n) change of the task output of these images: float64 (B,)."""
+        """The change of the task output of these images by gates (B, n): float64 (B,)."""
         with torch.no_grad():
             found = [now.detach().cpu().double() for now, _, _ in self._passes(numbers, gates)]
         return torch.cat(found) - self._clean[numbers]

@@ -127,7 +127,7 @@ class LRPScorer(ChannelScorer):
     def _propagated(
         self, batch: Batch, start: Callable[[Tensor], Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """What the rules pass to each site of what starts at the task outputs, and activations."""
+        """The relevance that the rules pass from the task outputs to each site, and activations."""
         shifts: dict[str, Tensor] = {}
         activations: dict[str, Tensor] = {}
 

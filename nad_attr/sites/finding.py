@@ -35,14 +35,14 @@ __all__ = ["find_gate_sites", "paper_sites"]
 
 
 # How many other sites a module may hold for a site to be named after it.
-_MOST_ENCLOSED = 2
+_MAX_ENCLOSED = 2
 
 
 Layers: TypeAlias = "str | nn.Module | GateSite | Sequence[str | nn.Module | GateSite]"
 
 
 def check_kind(model: nn.Module) -> None:
-    """Refuse networks that hooks would break or do nothing on, before anything is run.
+    """Refuse networks on which hooks fail or do nothing, before anything is run.
 
     Raises:
         SiteError: Says what kind it is, and what to do.
@@ -90,7 +90,7 @@ def find_gate_sites(
     units: str | Sequence[str] = "channels",
     groups: Mapping[str, int | Sequence[int]] | None = None,
 ) -> list[GateSite]:
-    """Finds, or checks, the places where a gate really closes a channel.
+    """Find the places where a gate really closes a channel, or check given ones.
 
     The model is run once, on fake tensors that have shapes and no values (on ``example_inputs``
     themselves, without gradients, if it looks at values); nothing about it is changed.
@@ -323,7 +323,7 @@ def _traced(
     additional_forward_args: object,
     forward_func: Callable[..., Any] | None = None,
 ) -> tuple[Flow, Trace]:
-    """The flow of data through one forward pass, and what was seen of it."""
+    """The flow of data through one forward pass, and its trace."""
     try:
         traced = trace(model, inputs, _as_tuple(additional_forward_args), forward_func)
     except Exception as error:
@@ -353,7 +353,7 @@ def _traced(
 
 
 def _cut_remedy(flow: Flow, name: str, cuts: Iterable[int]) -> str:
-    """Says which site to take in place of one that is not a cut."""
+    """The advice which site to take in place of one that is not a cut."""
     at = {call.output: call.name for call in flow.gateable()}
     named = {at[node] for node in cuts if node in at}
     outer = name
@@ -455,7 +455,7 @@ def fixed_batch_size(
     forward_func: Callable[..., object] | None = None,
     error: str = "",
 ) -> int | None:
-    """The batch size that a model can be run on, where it fails on the one of ``inputs``.
+    """The batch size that a model runs on, if it fails on that of ``inputs``.
 
     Args:
         model: The model.
@@ -728,18 +728,18 @@ def _best_name(flow: Flow, calls: Sequence[Call], others: set[int]) -> Call:
         for call in innermost
         if call.name in flow.has_children
         and call.name not in flow.plain
-        and n_enclosed(call) <= _MOST_ENCLOSED
+        and n_enclosed(call) <= _MAX_ENCLOSED
     ]
     proper = [call for call in blocks if call.name not in flow.sequential]
     return (proper or blocks or innermost)[0]
 
 
-#: From which share of all, and how many, layers without a site are worth a word.
-_POOR_SHARE, _POOR = 0.25, 4
+#: The share and the number of layers without a site from which on a warning is given.
+_MIN_UNCOVERED_SHARE, _MIN_UNCOVERED_LAYERS = 0.25, 4
 
 
 def _coverage(model: nn.Module, flow: Flow, traced: Trace, sites: Sequence[GateSite]) -> str | None:
-    """What to say if the sites leave much of the network out."""
+    """The warning if the sites leave out much of the network."""
     everything = flow.mixing(flow.path)
     at = [(site.name, flow.calls[site.name][0].output or 0) for site in sites]
     spans = [
@@ -753,7 +753,7 @@ def _coverage(model: nn.Module, flow: Flow, traced: Trace, sites: Sequence[GateS
         [("", -1), *at, ("", len(flow.nodes))]
     ):
         layers = flow.mixing(flow.between(start, stop))
-        if len(layers) < max(_POOR, _POOR_SHARE * len(everything)):
+        if len(layers) < max(_MIN_UNCOVERED_LAYERS, _MIN_UNCOVERED_SHARE * len(everything)):
             continue
         # One module that makes all of it is a block, which is what a site stands behind.
         if any(
@@ -873,7 +873,7 @@ def _gated_node(flow: Flow, call: Call, at_input: bool, *, windows: bool = False
 
 
 def _remedy(flow: Flow, name: str) -> str:
-    """Says where a gate could stand instead."""
+    """The advice where a gate could stand instead."""
     gateable = {call.name for call in flow.gateable()}
     outer = name
     while "." in outer:

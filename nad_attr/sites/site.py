@@ -16,7 +16,7 @@ UNITS = ("channels", "heads", "neurons")
 
 
 def check_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
-    """The sites, if that is what they are.
+    """Check that the values are sites.
 
     Raises:
         TypeError: If they are something else.
@@ -106,7 +106,7 @@ class GateSite:
 
     @property
     def group_of(self) -> tuple[int, ...] | None:
-        """The group of each channel; None: each is a gate of its own."""
+        """The group of each channel; None: each channel has its own gate."""
         return cast("tuple[int, ...] | None", self.groups)
 
     @property
@@ -154,7 +154,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def resolve_name(
     written: str, modules: Mapping[str, nn.Module], canonical: Mapping[int, str]
 ) -> str:
-    """The name that a module goes by, for one that may have wrappers' prefixes or be an alias.
+    """The name of a module, from one that may have wrappers' prefixes or be an alias.
 
     Args:
         written: As the user wrote it.

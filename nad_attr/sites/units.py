@@ -1,4 +1,4 @@
-"""The units people mean in a transformer: attention heads, and the hidden units of its MLPs.
+"""Units of a transformer: attention heads, and the hidden units of its MLPs.
 
 Both are closed at the input of a linear layer. What head h hands to the output projection are some
 of its input's channels, so a gate for these as one group is a gate for the head, and closing it is

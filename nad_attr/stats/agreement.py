@@ -32,7 +32,7 @@ FloatArray: TypeAlias = NDArray[np.float64]
 #: weight.
 PERSISTENCE = 0.98
 #: Random choices of channels that one overlap is held against.
-_RANDOM = 999
+_N_RANDOM = 999
 
 
 def _check_persistence(p: float) -> None:
@@ -424,7 +424,7 @@ def overlap_above_chance(
     each = kappas(both, n_a, n_b, total)
     tables = Tables(both[None], n_a[None], n_b, total)
     p, _ = count_test(tables, level)
-    drawn = random_kappas(counts.T[:, None], _RANDOM, seed, other)[0]
+    drawn = random_kappas(counts.T[:, None], _N_RANDOM, seed, other)[0]
     ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Statistic(
         "overlap",

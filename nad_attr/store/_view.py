@@ -35,8 +35,8 @@ __all__ = ["Arrays", "StoreView", "opened", "seen"]
 
 #: What a result holds by name.
 Arrays: TypeAlias = "dict[str, npt.NDArray[Any] | list[str]]"
-#: How often a reader looks again, when the writer replaces the file under its eyes.
-_LOOKS = 100
+#: How often a reader looks again, while the writer replaces the file.
+_MAX_LOOKS = 100
 
 
 class StoreView:
@@ -314,7 +314,7 @@ def seen(path: Path) -> tuple[Content, h5py.File]:
     check_hdf5(path)  # before realpath, which fails in its own words where a name holds a zero
     # A writer follows a link to the store, so its journal is where that leads.
     journal = journal_path(Path(os.path.realpath(path)))
-    for _ in range(_LOOKS):
+    for _ in range(_MAX_LOOKS):
         before = _identity(path)
         content, file = opened(path)
         head = content.head

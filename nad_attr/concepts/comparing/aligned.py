@@ -69,7 +69,7 @@ class Aligned:
 
     @property
     def concept_names(self) -> list[str]:
-        """Names that are all different: with the category where a name is there twice."""
+        """Different names for all concepts: with the category if a name occurs twice."""
         names = [concept.name for concept in self.concepts]
         return [
             f"{c.name} ({c.category})" if names.count(c.name) > 1 else c.name for c in self.concepts

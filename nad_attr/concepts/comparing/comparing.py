@@ -1,4 +1,4 @@
-"""Everything that gates and unit concepts say about each other, in one call."""
+"""All statistics of gates and unit concepts, in one call."""
 
 from __future__ import annotations
 
@@ -528,5 +528,5 @@ def _overlap(kept: list[NDArray[np.bool_]]) -> FloatArray:
 
 
 def _shuffled(kept: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
-    """As many channels of each task, drawn for each task by itself."""
+    """As many channels of each task, drawn at random for each task."""
     return np.random.default_rng(seed).permuted(kept, axis=1)

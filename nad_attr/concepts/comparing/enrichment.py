@@ -207,7 +207,7 @@ def add_rank_correlations(
 
 
 def check_labels(labels: str) -> None:
-    """Refuse what is neither ``"best"`` nor ``"all"``."""
+    """Refuse any value but ``"best"`` and ``"all"``."""
     if labels not in ("best", "all"):
         raise ValueError(f"labels must be 'best' or 'all', got {labels!r}.")
 
@@ -269,7 +269,7 @@ def concept_enrichment(
 
 
 def rare_note(rare: int, min_units: int) -> list[str]:
-    """Says that concepts were left out, if any were."""
+    """A note that concepts were left out, if any were."""
     if not rare:
         return []
     return [f"{rare} concept(s) with fewer than {min_units} units were not tested."]

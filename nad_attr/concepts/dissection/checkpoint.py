@@ -78,7 +78,7 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[None]:
-        """Say that the file is damaged where what it holds does not fit."""
+        """Say that the file is damaged if its content does not fit."""
         try:
             yield
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -96,5 +96,5 @@ class Checkpoint:
             self._since = 0
 
     def remove(self) -> None:
-        """All is done."""
+        """Remove the file: all is done."""
         self.path.unlink(missing_ok=True)

@@ -37,9 +37,9 @@ StrPath: TypeAlias = "str | PathLike[str]"
 FloatArray: TypeAlias = NDArray[np.float32]
 
 #: More units than any layer has.
-_MOST_UNITS = 1_000_000
+_MAX_UNITS = 1_000_000
 #: More concepts than any data set has.
-_MOST_CONCEPTS = 100_000
+_MAX_CONCEPTS = 100_000
 
 
 def _files(paths: Mapping[str, StrPath], what: str) -> dict[str, StrPath]:
@@ -64,7 +64,7 @@ class _Cells:
             cells[self.concepts.setdefault(concept, len(self.concepts))] = value
 
     def add_zero(self, site: str, unit: int, category: str | None = None) -> None:
-        """The best IoU is 0, so that of every concept (of the category) is."""
+        """Set the IoU of every concept (of the category) to 0: the best one is 0."""
         self.zeros.setdefault((site, unit), set()).add(
             None if category is None else Concept("any", category).category
         )
@@ -100,7 +100,7 @@ class _Cells:
 
 
 def _check_units(path: Any, site: str, units: Sequence[int], first: int) -> None:
-    """All units from the first on, none twice: a missing one is a truncated file."""
+    """Check that all units are there once: if one is missing, the file is truncated."""
     there = set(units)
     if len(there) < len(units):
         twice = next(unit for unit in units if units.count(unit) > 1)
@@ -172,7 +172,7 @@ def import_netdissect_lite(
             unit = row.whole("unit")
             if unit == 0:
                 raise row.error("unit must be 1 or more (NetDissect-Lite counts from 1), got 0.")
-            if unit > _MOST_UNITS:
+            if unit > _MAX_UNITS:
                 raise row.error(f"unit {unit} is not one of a layer.")
             units.append(unit)
             score = _share(row, "score")
@@ -297,7 +297,7 @@ def _report_unit(entry: Any, where: str) -> tuple[int, Concept, float]:
     if missing:
         raise ImportFileError(f"{where}: no {missing[0]!r}; reports of dissect have it.")
     unit, label, category = entry["unit"], entry["label"], entry["cat"]
-    if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < _MOST_UNITS:
+    if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < _MAX_UNITS:
         raise ImportFileError(f"{where}: 'unit' must be a number from 0 on, got {unit!r:.40}.")
     if not isinstance(label, str) or not label.strip():
         raise ImportFileError(f"{where}: 'label' must be a text, got {label!r:.40}.")
@@ -403,7 +403,7 @@ def _conditional(path: StrPath) -> dict[int, NDArray[np.float64]]:
     conditions = np.atleast_1d(read_npz(path, ["conditions"])["conditions"])
     if conditions.dtype.kind not in "iu" or conditions.ndim != 1 or not len(conditions):
         raise ImportFileError(f"{name}: 'conditions' is not a list of labels.")
-    if len(conditions) > _MOST_CONCEPTS or conditions.min() < 0:
+    if len(conditions) > _MAX_CONCEPTS or conditions.min() < 0:
         raise ImportFileError(f"{name}: 'conditions' holds numbers that are not labels.")
     where = {int(label): i for i, label in enumerate(conditions)}
     if 0 not in where or len(where) < len(conditions):
@@ -515,7 +515,7 @@ def _descriptions(
             continue
         if not text:
             raise row.error("the description is empty.")
-        if unit >= _MOST_UNITS:
+        if unit >= _MAX_UNITS:
             raise row.error(f"unit {unit} is not one of a layer.")
         if unit in found[layer]:
             raise row.error(f"unit {unit} of layer {layer!r} is there twice.")

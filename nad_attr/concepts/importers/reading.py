@@ -27,8 +27,8 @@ StrPath: TypeAlias = "str | PathLike[str]"
 MAX_BYTES = 256 * 2**20
 #: A compressed archive may unpack to this much.
 MAX_UNPACKED = 4 * 2**30
-#: Up to here nobody asks how much memory is free.
-_LITTLE = 2**28
+#: Up to so many bytes the free memory is not checked.
+_UNCHECKED_BYTES = 2**28
 
 
 class ImportFileError(ValueError):
@@ -46,7 +46,7 @@ def check_room(n_cells: int, what: str) -> None:
     """
     # The table, its copy of the same type, and where its values are known.
     n_bytes = 9 * n_cells
-    if n_bytes > _LITTLE and n_bytes > most_bytes():
+    if n_bytes > _UNCHECKED_BYTES and n_bytes > most_bytes():
         raise ImportFileError(
             f"{what} make a table that takes {n_bytes / 2**30:.1f} GiB, over half of the memory "
             "that is free; import fewer layers at a time, or fewer labels."
@@ -54,7 +54,7 @@ def check_room(n_cells: int, what: str) -> None:
 
 
 def check_file(path: StrPath) -> Path:
-    """A file that is there and not too large.
+    """Check that a file exists and is not too large.
 
     Raises:
         ImportFileError: If not.

@@ -128,7 +128,7 @@ class Control:
 
 @dataclass(frozen=True)
 class SanityReport(Result):
-    """What is left of the gain where there is nothing to be found. See :func:`sanity`.
+    """The gain where there is nothing to be found. See :func:`sanity`.
 
     Attributes:
         tasks: T tasks.

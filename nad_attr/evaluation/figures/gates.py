@@ -1,4 +1,4 @@
-"""Gates, drawn: which channels a task keeps, how much at which depth, and what tasks share."""
+"""Figures of gates: which channels a task keeps, how many at which depth, what tasks share."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def plot_overlap(
     size: float | None = None,
     axes: Any = None,
 ) -> Figure:
-    """What each pair of tasks shares, as a matrix with similar tasks side by side.
+    """Draw what each pair of tasks shares, as a matrix with similar tasks side by side.
 
     Args:
         architectures: Task gates, or sub-architectures of the same sites with a task each.

@@ -39,7 +39,7 @@ DEPTH_MEASURES = ("size", "jaccard", "kappa", "fidelity")
 
 
 def _weighted_means(matrix: FloatArray, times: FloatArray) -> FloatArray:
-    """Means over pairs of different tasks, each task counted as often as it was drawn.
+    """Means over pairs of different tasks; each task counts as often as it was drawn.
 
     A task that was drawn twice makes no pair with itself: that overlap is 1 and says nothing.
 
@@ -115,7 +115,7 @@ class NetworkProfile:
         return np.asarray(self._means(measure, np.ones((1, len(self.tasks))))[0])
 
     def _means(self, measure: str, times: FloatArray) -> FloatArray:
-        """Means with each task counted as often as ``times`` (N, T) says: (N, S)."""
+        """Means in which each task counts as often as ``times`` (N, T) says: (N, S)."""
         self._check(measure)
         if measure in ("jaccard", "kappa"):
             matrices = self.jaccards if measure == "jaccard" else self.kappas

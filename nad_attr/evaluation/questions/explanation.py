@@ -179,7 +179,7 @@ def explain_error(
     size: float | None = None,
     run: RunOptions | None = None,
 ) -> ErrorExplanation:
-    """Say of one misclassified image what the right and the called class have in common.
+    """Explain one misclassified image: what the right and the predicted class have in common.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.

@@ -1,4 +1,4 @@
-"""What mosaics gave: hits of sub-architectures in the quadrants of their classes, site by site."""
+"""Results of mosaics: hits of sub-architectures in the quadrants of their classes."""
 
 from __future__ import annotations
 

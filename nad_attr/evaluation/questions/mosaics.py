@@ -105,7 +105,7 @@ def _check_top(top: float) -> None:
 
 
 class _Maps(Rows):
-    """Gates by row, and on the way the map of each site: sum over channels of gate * activation."""
+    """Gates by row, and the map of each site: sum over channels of gate * activation."""
 
     def __init__(
         self,

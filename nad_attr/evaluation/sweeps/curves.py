@@ -239,7 +239,7 @@ class Curves(Result):
         return scaled(measured, self.empty[measure][:, None], self.full[measure][:, None])
 
     def ends(self, kind: str = "keep", measure: str | None = None) -> tuple[FloatArray, FloatArray]:
-        """The curve's ends at size 0 and size 1, (T,) each: they need no measurement of their own.
+        """The curve's ends at size 0 and size 1, (T,) each, which need no measurement.
 
         Nothing kept is the empty network, nothing removed the whole one.
         """
