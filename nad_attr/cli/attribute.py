@@ -58,7 +58,7 @@ def attribute(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     task: Annotated[
         str | None,
-        typer.Option(help="Class to explain; left out: of the learned ones, the likeliest."),
+        typer.Option(help="Class to explain; default: the most likely of the learned ones."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Channels to show at each site.")] = 3,
     csv_file: Annotated[
@@ -78,7 +78,7 @@ def attribute(
     """Attribute images to the channels that their class needs: gate times activation.
 
     A channel's number is the mean over positions, from NADAttribution with the learned gates. With
-    --labels, each image is explained for what the table says it is.
+    --labels, each image is explained for its class in the table.
 
     Examples:
       nad-attr attribute gates.h5 cat.jpg

@@ -49,7 +49,7 @@ def compare(
     ] = None,
     train_data: Annotated[
         str | None,
-        typer.Option(help="Images to score channels on; left out: those gates were learned on."),
+        typer.Option(help="Images to score channels on; default: those gates were learned on."),
     ] = None,
     n_images: Annotated[
         int, typer.Option("--images", min=1, help="Images of each class to score on, at most.")

@@ -61,13 +61,13 @@ def evaluate(
     ablation: Annotated[
         str | None,
         typer.Option(
-            help=f"What a closed channel becomes: {', '.join(ABLATIONS)}; left out: as learned."
+            help=f"What a closed channel becomes: {', '.join(ABLATIONS)}; default: as learned."
         ),
     ] = None,
     train_data: Annotated[
         str | None,
         typer.Option(
-            help="Training images, for --ablation and thresholds; left out: those that the gates "
+            help="Training images, for --ablation and thresholds; default: those that the gates "
             "were learned on, where --ablation needs them."
         ),
     ] = None,
@@ -75,12 +75,10 @@ def evaluate(
         str | None,
         typer.Option(
             help="Images that the gates were learned from: says where measures on them and on "
-            "held-out ones part, and what would help."
+            "held-out ones differ, and what would help."
         ),
     ] = None,
-    random: Annotated[
-        int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
-    ] = 3,
+    random: Annotated[int, typer.Option(min=0, help="Draws of random channels of equal size.")] = 3,
     labels: opt.LabelTable = None,
     train_labels: opt.TrainLabelTable = None,
     allow_empty: opt.AllowEmpty = False,
@@ -99,8 +97,8 @@ def evaluate(
 ) -> None:
     """Measure on held-out images whether sub-architectures do what they should.
 
-    Beside the whole network and random channels of equal size, for high recall alone is easy to
-    have. The network is made again as the file says, and has to be the same one.
+    They are measured beside the whole network and random channels of equal size, because high
+    recall alone is easy to get. The network is made again as the file says, and is compared.
 
     Examples:
       nad-attr evaluate gates.h5 --data photos/val --out evaluation.json

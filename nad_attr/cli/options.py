@@ -23,7 +23,8 @@ Model: TypeAlias = Annotated[
     ),
 ]
 OtherModel: TypeAlias = Annotated[
-    str | None, typer.Option("--model", help="In place of the network that the gates name.")
+    str | None,
+    typer.Option("--model", help="Network to use in place of the one that the gates name."),
 ]
 Weights: TypeAlias = Annotated[
     Path | None, typer.Option(help="State dict for the network: .pt, .pth or .safetensors.")
@@ -50,7 +51,8 @@ LabelTable: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         "--labels",
-        help="CSV table with a head: a file of --data in each row, then its class, or a label (0, "
+        help="CSV table with a header: a file of --data in each row, then its class, or a label "
+        "(0, "
         "1, empty: unknown) or target for each output.",
     ),
 ]
@@ -84,20 +86,20 @@ Interpolation: TypeAlias = Annotated[
 ]
 Tasks: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(help="Class indices, ranges or names: 0-99,207 or cat,dog; all if left out."),
+    typer.Option(help="Class indices, ranges or names: 0-99,207 or cat,dog; default: all."),
 ]
 Device: TypeAlias = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; left out: cuda if there is one.")
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: cuda if there is one.")
 ]
 Amp: TypeAlias = Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")]
 Size: TypeAlias = Annotated[
     float | None,
-    typer.Option(help="Cut the gates at this share of the channels; left out: as learned."),
+    typer.Option(help="Cut the gates at this share of the channels; default: as learned."),
 ]
 BatchSize: TypeAlias = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Images in one pass of the network, at most; left out: 64, or 8 for flow."
+        min=1, help="Images in one pass of the network, at most; default: 64, or 8 for flow."
     ),
 ]
 
@@ -146,7 +148,7 @@ Units: TypeAlias = Annotated[
         "hidden neurons. [channels]",
     ),
 ]
-Seed: TypeAlias = Annotated[int, typer.Option(help="All random numbers come from it.")]
+Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
 def units_of(text: str | None) -> list[str]:
@@ -173,15 +175,16 @@ class ChecksName(str, Enum):
 Checks: TypeAlias = Annotated[
     ChecksName,
     typer.Option(
-        help="What to do if outputs depend on chance or on other images, or gradients do not say "
-        "what closing channels does: refuse the network, warn and go on, or do not look.",
+        help="What to do if outputs depend on chance or on other images, or if gradients are "
+        "wrong about closing channels: refuse the network, warn and go on, or do not check.",
     ),
 ]
 Store: TypeAlias = Annotated[
     Path, typer.Argument(metavar="GATES.h5", help="File written by nad-attr learn.")
 ]
 Quiet: TypeAlias = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Results and errors only: no notes, no progress.")
+    bool,
+    typer.Option("--quiet", "-q", help="Print results and errors only: no notes, no progress."),
 ]
 Debug: TypeAlias = Annotated[
     bool, typer.Option("--debug", help="Show where in the code an error comes from.")
