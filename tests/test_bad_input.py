@@ -740,12 +740,12 @@ cases(
         "gates above one": (
             lambda c: make_gates(c, gates=row(c, relu1=torch.full((3, 6), 1.01))),
             ValueError,
-            r"leave \[0, 1\]",
+            r"must lie in \[0, 1\]",
         ),
         "gates below zero": (
             lambda c: make_gates(c, gates=row(c, relu1=torch.full((3, 6), -0.01))),
             ValueError,
-            r"leave \[0, 1\]",
+            r"must lie in \[0, 1\]",
         ),
         "gates are NaN": (
             lambda c: make_gates(c, gates=row(c, relu1=torch.full((3, 6), NAN))),
@@ -755,7 +755,7 @@ cases(
         "gates are infinite": (
             lambda c: make_gates(c, gates=row(c, relu1=torch.full((3, 6), INF))),
             ValueError,
-            r"leave \[0, 1\]",
+            r"must lie in \[0, 1\]",
         ),
         "logits lack a site": (
             lambda c: make_gates(c, logits={"relu1": c.rows["relu1"]}),
@@ -1372,7 +1372,7 @@ cases(
         "architecture of no task": (
             lambda c: measure(c, [SubArchitecture.full(c.sites)]),
             ValueError,
-            "says no task",
+            "has no task",
         ),
         "architectures of different sites": (
             lambda c: measure(c, [c.arch, SubArchitecture.from_kept({}, [RELU1], task=1)]),
@@ -1431,7 +1431,7 @@ cases(
         "size of sub-architectures": (
             lambda c: measure(c, [c.arch], size=0.5),
             ValueError,
-            "size= goes with TaskGates",
+            "size= needs TaskGates",
         ),
         "size 0": (lambda c: measure(c, size=0), ValueError, "size must be"),
         "size is text": (lambda c: measure(c, size="half"), ValueError, "size must be"),
@@ -1651,7 +1651,7 @@ cases(
         "target is text": (lambda c: attribute(c, "cat"), AssertionError, "'cat'"),
         "target is a flag": (lambda c: attribute(c, True), AssertionError, "True"),
         "target too high": (lambda c: attribute(c, 3), AssertionError, "3 outputs"),
-        "target negative": (lambda c: attribute(c, -1), AssertionError, "target -1"),
+        "target negative": (lambda c: attribute(c, -1), AssertionError, "got -1"),
         "too few targets": (
             lambda c: attribute(c, [0, 1]),
             AssertionError,

@@ -354,7 +354,7 @@ def test_bad_captum_arguments() -> None:
         CaptumLayerScorer(model, sites, torch.relu)
     with pytest.raises(TypeError, match=r"LayerDeepLift\.attribute has no argument 'n_steps'"):
         LayerDeepLiftScorer(model, sites, n_steps=3)
-    with pytest.raises(TypeError, match="target is not for the caller"):
+    with pytest.raises(TypeError, match="target is set by the scorer"):
         LayerDeepLiftScorer(model, sites, target=3)
 
 

@@ -229,7 +229,7 @@ def test_truncated_and_foreign_reports(tmp_path):
 def test_files_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
     path = _report(tmp_path / "report.json", REPORT)
     monkeypatch.setattr(reading, "MAX_BYTES", 100)
-    with pytest.raises(ImportFileError, match="too many"):
+    with pytest.raises(ImportFileError, match="too large"):
         import_dissect_report({"a": path})
 
 
@@ -311,7 +311,7 @@ def test_nothing_is_unpickled(tmp_path):
         ({"conditions": [0, 1, 2, 3]}, r"no array '3.count'"),
         ({"1.count": 0}, "not a number of pixels"),
         ({"1.count": 20_000}, "more pixels than there are"),
-        ({"1.mean": [0.1, 0.2, 0.3]}, "is of 3 units"),
+        ({"1.mean": [0.1, 0.2, 0.3]}, "has 3 units"),
         ({"1.mean": [[0.1, 0.2]]}, "not a number per unit"),
         ({"1.mean": [5.0, 0.2]}, "not a share of the pixels"),
         ({"1.mean": [np.nan, 0.2]}, "not a share of the pixels"),

@@ -159,7 +159,7 @@ def evaluate(
         GatingError: If a site does not fire, fires twice or has another shape.
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
-        ValueError: If the network is in train mode, a sub-architecture says no task, a task is
+        ValueError: If the network is in train mode, a sub-architecture has no task, a task is
             there twice, no task has own images, rivals are of other sites or tasks, the ablation
             does not fit, labels or tasks are not a class of the network, or inputs or outputs hold
             NaN.

@@ -230,12 +230,12 @@ def as_architectures(
 
     Raises:
         TypeError: If they are something else.
-        ValueError: If there is none, one says no task, or their sites differ.
+        ValueError: If there is none, one has no task, or their sites differ.
     """
     if isinstance(architectures, TaskGates):
         return architectures.sub_architectures(size)
     if size is not None:
-        raise ValueError("size= goes with TaskGates; sub-architectures have their size already.")
+        raise ValueError("size= needs TaskGates; sub-architectures have their size already.")
     if isinstance(architectures, SubArchitecture):
         architectures = [architectures]
     if not isinstance(architectures, Sequence) or not all(
@@ -321,7 +321,7 @@ def sweep(
         GatingError: If a site does not fire, fires twice or has another shape.
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
-        ValueError: If the network is in train mode, a sub-architecture says no task, the ablation
+        ValueError: If the network is in train mode, a sub-architecture has no task, the ablation
             does not fit, labels or tasks are not a class of the network, or inputs or outputs hold
             NaN.
 

@@ -138,8 +138,8 @@ class Recipe:
             if self.size is not None:
                 raise ValueError(
                     "recipe: fidelity and size cannot both be given, got "
-                    f"fidelity={self.fidelity:g} and size={self.size:g}; fidelity finds the "
-                    "smallest size that keeps it (size=None)."
+                    f"fidelity={self.fidelity:g} and size={self.size:g}; give one of them "
+                    "(size=None leaves it out)."
                 )
         if self.size == 0:
             raise ValueError("recipe: size must be above 0: something has to be kept.")

@@ -425,7 +425,7 @@ def _as_mapping(
         return own_gates, list(own_sites), own_means if means is None else means
     if tasks is not None:
         raise ValueError(
-            "tasks= goes with TaskGates; a mapping of gates already says what each image gets."
+            "tasks= needs TaskGates; a mapping of gates already says what each image gets."
         )
     if not isinstance(gates, Mapping):
         raise TypeError(

@@ -168,7 +168,7 @@ def two_architectures(
         names = [str(architectures.tasks[r]) if known is None else known[r] for r in rows]
     else:
         if tasks is not None or size is not None:
-            raise ValueError("tasks= and size= go with TaskGates.")
+            raise ValueError("tasks= and size= need TaskGates.")
         pair = list(architectures)
         if len(pair) != 2 or not all(isinstance(arch, SubArchitecture) for arch in pair):
             raise TypeError("architectures must be TaskGates or two SubArchitecture.")

@@ -231,7 +231,7 @@ def heat_maps(
     of_class: dict[int, SubArchitecture | None] = {}
     if architectures is None or isinstance(architectures, SubArchitecture):
         if size is not None:
-            raise ValueError("size= goes with TaskGates.")
+            raise ValueError("size= needs TaskGates.")
         of_class = dict.fromkeys(chosen.unique().tolist(), architectures)
     else:
         of_class.update(class_architectures(architectures, size))

@@ -92,7 +92,7 @@ class EAPIGScorer(MeansScorer):
         for inputs in runner.draw(source, numbers):
             if not all(x.is_floating_point() for x in inputs):
                 raise GatingError(
-                    "there is no way from one image to another where inputs are whole numbers; "
+                    "inputs that are whole numbers have no path from one image to another; "
                     "choose path='activations'."
                 )
             sums = [x.double().sum(0, keepdim=True) for x in inputs]

@@ -344,8 +344,8 @@ def check_weights(model: nn.Module) -> None:
         if how:
             raise GatingError(
                 f"layer {name!r} computes its weights anew in each pass (weight or spectral "
-                "normalisation), which rules of relevance take for plain ones, so that relevance "
-                f"would be wrong; fold them in a copy of the network: {how} for each such layer."
+                "normalisation), which relevance rules do not support, so relevance would be "
+                "wrong; fold them in a copy of the network: {how} for each such layer."
             )
 
 

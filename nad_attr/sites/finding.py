@@ -57,13 +57,15 @@ def check_kind(model: nn.Module) -> None:
             )
         if any(c.__module__.startswith("torch.export") for c in kinds):
             raise SiteError(
-                f"{called} is a program made by torch.export, in which the layers are not modules "
-                "any more, so nothing can be hooked (nor eval() be called); give the network that "
+                f"{called} is a program made by torch.export, whose layers are not modules any "
+                "more, so hooks and eval() do not work; give the network that "
                 "it was exported from"
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if any(c.__name__ == "DTensor" for c in type(tensor).__mro__):
-            raise SiteError(f"{name!r} is a DTensor, of which this process has a part; {_GATHER}")
+            raise SiteError(
+                f"{name!r} is a DTensor, and this process has only a part of it; {_GATHER}"
+            )
 
 
 #: Classes of ``torch.distributed.fsdp`` that sharded modules have, of both versions.

@@ -143,7 +143,7 @@ class Reader:
         if isinstance(found, h5t.TypeStringID) and found.is_variable_str():
             self._refuse(group, name, "is a text of variable length")
         if not isinstance(found, kind) or attribute.get_storage_size() != found.get_size():
-            self._refuse(group, name, f"is no single {called}")
+            self._refuse(group, name, f"is not a single {called}")
         if kind is h5t.TypeStringID:
             size = found.get_size()
             if size > self.size:

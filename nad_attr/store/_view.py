@@ -225,7 +225,8 @@ class StoreView:
         wrong = differences(self._content.head, sites, recipe, provenance or {})
         if wrong:
             raise GateStoreError(
-                f"{self.path} was begun otherwise; what differs: {'; '.join(wrong)}. Go on with "
+                f"{self.path} was begun with other settings; what differs: {'; '.join(wrong)}. "
+                "Go on with "
                 "what it was begun with, write to another file, or begin anew with overwrite=True "
                 "(--overwrite in place of --resume)."
             )

@@ -109,7 +109,9 @@ def _gates_of(
         chosen = gates if tasks is None else gates.select(tasks)
         return named_architectures(chosen, size), chosen, scores
     if tasks is not None:
-        raise ValueError("tasks= goes with task gates and stores; give those you want.")
+        raise ValueError(
+            "tasks= needs task gates or a store; give the sub-architectures that you want."
+        )
     return named_architectures(gates, size), None, scores
 
 

@@ -267,7 +267,7 @@ def wordnet_similarity(names: Sequence[str], wordnet: Any = None) -> FloatArray:
     reader = _reader() if wordnet is None else wordnet
     senses = [_sense(reader, str(name)) for name in names]
     if not any(sense is not None for sense in senses):
-        raise ValueError(f"WordNet knows none of the names, such as {list(names)[:3]}.")
+        raise ValueError(f"WordNet does not know any of the names, such as {list(names)[:3]}.")
     # Distance of each sense to all that is above it; "" is a root above all roots.
     above = [{} if sense is None else _distances(sense) for sense in senses]
     columns = {key: i for i, key in enumerate(dict.fromkeys(k for d in above for k in d))}

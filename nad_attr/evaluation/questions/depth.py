@@ -393,5 +393,5 @@ def along_depth(
         given = named_architectures(archs, size if isinstance(archs, TaskGates) else None, least=2)
         profiles[key] = _profile(given, fidelities.get(key))
     if size is not None and not any(isinstance(archs, TaskGates) for archs in networks.values()):
-        raise ValueError("size= goes with TaskGates; sub-architectures have their size already.")
+        raise ValueError("size= needs TaskGates; sub-architectures have their size already.")
     return DepthProfile(profiles)
