@@ -461,7 +461,7 @@ assert "nad_attr" not in sys.modules
     (tmp_path / "a.onnx.json").write_text("[1]")
     with pytest.raises(FileExistsError, match=r"a.onnx.json .* is not replaced"):
         save(small, tmp_path / "a.onnx", x)
-    with pytest.raises(ValueError, match="none of the endings"):
+    with pytest.raises(ValueError, match="must end in one of"):
         save(small, tmp_path / "c.bin", x)
     with pytest.raises(ValueError, match="no folder"):
         save(small, tmp_path / "d" / "c.pt2", x)
