@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ class _Search(ScorerContract):
     draws_images = True
 
     def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
-        options = {"passes": 24, "images_per_step": 8, "means": means_of(sites)}
+        options = {"passes": 16, "images_per_step": 8, "means": means_of(sites)}
         return self.scorer(model, sites, **options)
 
 
@@ -178,15 +179,17 @@ class TestGates(_Given):
     """NAD, through the same door as its rivals."""
 
     scorer = GatesScorer
+    learned: ClassVar[dict[tuple[object, ...], TaskGates]] = {}
 
     def make(self, model: nn.Module, sites: list[GateSite]) -> ChannelScorer:
-        return GatesScorer(self.gates(model, sites), model=model)
-
-    def gates(self, model: nn.Module, sites: list[GateSite]) -> TaskGates:
-        images, labels = helpers.labelled_images(6)
-        # Learned in float64, whatever the network that the scorer is given.
-        exact = copy.deepcopy(model).double()
-        return learn_gates(exact, (images, labels), TASKS, Recipe(steps=2), sites)
+        # A network of each class is the same in all tests, so its gates are learned once.
+        key = (type(model), *sites)
+        if key not in self.learned:
+            # Learned in float64, whatever the network that the scorer is given.
+            exact = copy.deepcopy(model).double()
+            data = helpers.labelled_images(6)
+            self.learned[key] = learn_gates(exact, data, TASKS, Recipe(steps=2), sites)
+        return GatesScorer(self.learned[key], model=model)
 
     def test_bad_sites(self) -> None:
         gates = TaskGates({"relu9": torch.rand(4, 6)}, [GateSite("relu9", 6, 1)], TASKS)

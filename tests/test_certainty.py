@@ -118,7 +118,7 @@ STEPS = 24
 
 
 def certain(known: PlantedCircuit, steps: int = STEPS, **options: Any) -> ChannelCertainty:
-    recipe = Recipe(size=1.5 * known.size, steps=steps)
+    recipe = Recipe(size=1.5 * known.size, steps=steps, images_per_step=10)
     gates = learn_gates(known.model, known.data, [0], recipe, known.sites, run=RUN)
     options = {"pairs": 2, "run": RUN, **options}
     return nad_attr.certainty(known.model, gates, known.data, known.held_out, **options)
@@ -237,7 +237,7 @@ def test_p_values_are_uniform_where_closing_changes_nothing_in_the_mean() -> Non
     """
     recipe = Recipe(size=0.25, steps=1, images_per_step=2)
     ps = []
-    for seed in range(120):
+    for seed in range(80):
         model = Mirrored(seed).double().eval()
         generator = torch.Generator().manual_seed(1000 + seed)
         x = torch.randn(160, 12, generator=generator, dtype=torch.double)
@@ -300,7 +300,7 @@ def test_what_is_found_is_a_function_of_the_task(
 ) -> None:
     """Of no other task, no batch size, and nothing changes the network."""
     known, alone = plain
-    recipe = Recipe(size=1.5 * known.size, steps=STEPS)
+    recipe = Recipe(size=1.5 * known.size, steps=STEPS, images_per_step=10)
     gates = learn_gates(known.model, known.data, [1, 0], recipe, known.sites, run=RUN)
     with assert_model_untouched(known.model):
         both = nad_attr.certainty(
@@ -330,7 +330,7 @@ def test_passes_are_counted() -> None:
 
 def test_replicas_learn_from_their_images_alone_and_shun_what_costs() -> None:
     known = circuit("plain")
-    recipe = Recipe(size=known.size, steps=30)
+    recipe = Recipe(size=known.size, steps=30, images_per_step=10)
     session = Session(known.model, known.data, [0], recipe, known.sites, run=RUN)
     truth = torch.from_numpy(flat(known.circuit[0]))
     first, second = halved(known.data[1], 0, 1)

@@ -235,7 +235,7 @@ def test_fitting_refuses_what_it_cannot_fit() -> None:
 @pytest.mark.parametrize("kind", ["plain", "cancelling"])  # the others: tests/test_planted.py
 def test_circuits_are_found_with_constants(kind: str) -> None:
     known = planted(kind, n_classes=2, width=32)
-    recipe = Recipe(size=known.size, ablation="optimal", images_per_step=10)
+    recipe = Recipe(size=known.size, ablation="optimal", steps=40, images_per_step=10)
     gates = learn_gates(known.model, known.data, recipe=recipe, sites=known.sites)
     assert known.score(gates).mean("recall") == 1.0
 
@@ -387,14 +387,14 @@ def test_constants_are_no_worse_than_means_on_other_images(monkeypatch: pytest.M
     net.eval()
     guarded = {name: getattr(module, name) for name in ("DOUBT", "DOUBT_WHERE_FEW", "SHARES_TRIED")}
     blind = {"DOUBT": -1e9, "DOUBT_WHERE_FEW": -1e9, "SHARES_TRIED": (1.0,)}
-    worse = []
+    worse, recipe = [], Recipe(steps=40, images_per_step=10)
     for n in (12, 40, 400):
         labels = torch.randint(2, (n,), generator=torch.Generator().manual_seed(n))
         found = []
         for values in (guarded, blind):
             for name, value in values.items():
                 monkeypatch.setattr(module, name, value)
-            (fitted,) = fit_constants(net, arch, (every[:n], labels), recipe=Recipe(steps=40))
+            (fitted,) = fit_constants(net, arch, (every[:n], labels), recipe=recipe)
             found += error(net, [fitted], every[1000:])
         (at_these,) = error(net, [arch.with_means({"0": every[:n].mean(0)})], every[1000:])
         assert found[0] <= 1.03 * at_these
@@ -415,7 +415,7 @@ def waves(width: int, n: int, seed: int = 2) -> tuple[nn.Module, list[GateSite],
 
 def test_users_are_warned_where_learned_and_kept_apart_images_part() -> None:
     net, sites, data = waves(300, 120)
-    recipe = Recipe(size=0.3, steps=40)
+    recipe = Recipe(size=0.3, steps=40, images_per_step=10)
     with pytest.warns(UserWarning, match="does not hold on other images") as seen:
         gates = learn_gates(net, data, {"a": 0, "b": 1}, recipe, sites)
     (text,) = (str(w.message) for w in seen)
@@ -443,7 +443,7 @@ def test_users_are_warned_of_more_constants_than_images_where_none_can_be_kept_a
 
 def test_users_are_not_warned_where_they_agree(recwarn: pytest.WarningsRecorder) -> None:
     net, sites, data = waves(12, 600)
-    recipe = Recipe(size=0.7, steps=40)
+    recipe = Recipe(size=0.7, steps=40, images_per_step=10)
     learn_gates(net, data, recipe=recipe, sites=sites)
     # Nine images of a kind can spare none, and nothing is known.
     few = learn_gates(net, tuple(x[:18] for x in data), recipe=recipe, sites=sites)

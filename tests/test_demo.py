@@ -30,9 +30,10 @@ from nad_attr.examples.demo import (
     run_demo,
     strongest_channels,
 )
+from tests.helpers import invoke
 
 pytest.importorskip("matplotlib")
-typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("typer")
 
 PIXELS = 16
 
@@ -277,10 +278,6 @@ def test_photo_figure_has_one_panel_per_channel(
 # ---------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------
-
-
-def invoke(*arguments: str) -> object:
-    return typer_testing.CliRunner().invoke(cli.app(), list(arguments))
 
 
 def test_version() -> None:

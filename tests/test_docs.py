@@ -30,9 +30,9 @@ import torch
 from torch import nn
 
 import nad_attr
-from nad_attr import Recipe, cli, learn_gates
+from nad_attr import Recipe, learn_gates
 from nad_attr.explaining.parts import SIZES
-from tests.helpers import fit_briefly, learn_briefly
+from tests.helpers import command_line, fit_briefly, invoke, learn_briefly
 from tests.stores import make_gates
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,8 +326,7 @@ def without_breaks(text: str) -> str:
 
 
 def run_nad_attr(command: str, shown: str, where: str) -> None:
-    typer_testing = pytest.importorskip("typer.testing")
-    result = typer_testing.CliRunner().invoke(cli.app(), arguments_of(command)[1:])
+    result = invoke(*arguments_of(command)[1:])
     output = result.output
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise AssertionError(f"{where}: {command}\n{output}") from result.exception
@@ -455,12 +454,9 @@ def test_a_block_that_fails_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def options_of_commands() -> dict[str, set[str]]:
-    import typer.main
-
-    group: Any = typer.main.get_command(cli.app())
     return {
         name: {option for parameter in command.params for option in parameter.opts}
-        for name, command in group.commands.items()
+        for name, command in command_line().commands.items()
     }
 
 

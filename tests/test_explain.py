@@ -20,7 +20,7 @@ from nad_attr.explaining import explaining
 from nad_attr.explaining.parts import SIZES, chosen_tasks, split
 from nad_attr.explaining.promise import Rates, cost, n_certain, passes, promised
 from nad_attr.store import GateStoreError, result_names
-from tests.helpers import assert_model_untouched
+from tests.helpers import assert_model_untouched, fit_briefly
 
 SEEN: Counter[str] = Counter()
 TWO: list[Any] = [0, 2]
@@ -74,7 +74,9 @@ def explained(tmp_path_factory: pytest.TempPathFactory) -> Explanation:
     page = tmp_path_factory.mktemp("explained") / "report.html"
     given: dict[str, Any] = {"out": page, "task_names": NAMES, "run": RunOptions(batch_size=16)}
     given |= {"recipe": QUICK, "certainty": True}
-    return explain(Counting().eval(), data(), tasks=TWO, **given)
+    with pytest.MonkeyPatch.context() as patch:
+        fit_briefly(patch)
+        return explain(Counting().eval(), data(), tasks=TWO, **given)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -255,6 +257,7 @@ def test_five_lines_and_files(explained: Explanation) -> None:
 def test_stopped_between_steps_it_goes_on(
     stop: str, tmp_path: Path, explained: Explanation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fit_briefly(monkeypatch)
     model, images = Counting().eval(), data()
     given: dict[str, Any] = {"recipe": QUICK, "tasks": TWO, "task_names": NAMES}
     given |= {"out": tmp_path / "page.html", "run": RunOptions(batch_size=16), "certainty": True}
@@ -301,6 +304,7 @@ def test_other_arguments_are_named(
 def test_certainty_goes_on_with_the_next_task(
     tmp_path: Path, explained: Explanation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fit_briefly(monkeypatch)
     model, images = Counting().eval(), data()
     given: dict[str, Any] = {"recipe": QUICK, "tasks": TWO, "certainty": True}
     given |= {"store": tmp_path / "gates.h5", "run": RunOptions(batch_size=16)}

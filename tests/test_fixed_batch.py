@@ -38,7 +38,7 @@ from nad_attr.export import save, summary
 from nad_attr.flow import edge_fidelity, information_flow
 from nad_attr.pictures import contrast_maps, heat_maps, top_images
 from nad_attr.running import Runner
-from tests.helpers import assert_model_untouched
+from tests.helpers import assert_model_untouched, fit_briefly
 
 QUICK = Recipe(steps=4, images_per_step=10)
 IMAGES = torch.rand(21, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
@@ -89,7 +89,7 @@ def test_gates_and_measures_are_those_of_a_network_that_takes_any_batch(n: int) 
 #: Few steps where the default takes many.
 FEW: dict[str, dict[str, Any]] = {
     "lrp": {"canonizers": []},
-    **{name: {"passes": 120} for name in ("coar", "hard_concrete", "ugs", "iterative")},
+    **{name: {"passes": 40} for name in ("coar", "hard_concrete", "ugs", "iterative")},
     "layer_integrated_gradients": {"n_steps": 5},
     "layer_conductance": {"n_steps": 5},
     "internal_influence": {"n_steps": 5},
@@ -305,8 +305,11 @@ def _exported(net: Fixed, arch: SubArchitecture, folder: Path) -> Any:
     ],
 )
 def test_whatever_asks_a_network_takes_one_of_a_fixed_batch_size(
-    use: Callable[[Fixed, SubArchitecture, Path], Any], tmp_path: Path
+    use: Callable[[Fixed, SubArchitecture, Path], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    fit_briefly(monkeypatch)
     fixed, free = made(8), made(0)
     with assert_model_untouched(fixed):
         ours = use(fixed, _odd(find_gate_sites(free, IMAGES[:1])), tmp_path)

@@ -112,8 +112,8 @@ def test_paper_recipe_equals_an_independent_one(make: type[nn.Module], together:
         s.name: torch.randn(3, s.n_channels, generator=generator, dtype=torch.float64)
         for s in sites
     }
-    # 5 own images, one batch per pass: 20 steps whose order does not matter.
-    recipe = Recipe.paper(beta=0.7, epochs=20, images_per_step=5)
+    # 5 own images, one batch per pass: 8 steps whose order does not matter.
+    recipe = Recipe.paper(beta=0.7, epochs=8, images_per_step=5)
     groups = [tasks] if together else [[k] for k in tasks]
     for group in groups:
         gates = learn_gates(
@@ -129,7 +129,7 @@ def test_paper_recipe_equals_an_independent_one(make: type[nn.Module], together:
             expected = reference_paper(
                 model,
                 sites,
-                [(x[own], y[own])] * 20,
+                [(x[own], y[own])] * 8,
                 {name: value[k] for name, value in start.items()},
                 0.7,
             )
@@ -227,7 +227,7 @@ def test_size_is_reached_exactly(size: float, seed: int) -> None:
 def test_gates_do_not_depend_on_company_order_or_batch_size(ablation: str) -> None:
     model = helpers.build(helpers.TinyResNet)
     data = helpers.labelled_images(30)
-    recipe = Recipe(size=0.4, ablation=ablation, steps=8, images_per_step=6)
+    recipe = Recipe(size=0.4, ablation=ablation, steps=5, images_per_step=6)
     together = learn_gates(model, data, [0, 1, 2], recipe, batch_size=18)
     assert learn_gates(model, data, [2, 0, 1], recipe, batch_size=12).select([0, 1, 2]) == together
     for task, size in ((0, 1), (1, 4), (2, 6)):

@@ -391,8 +391,8 @@ STEPS = 40
 
 
 def recall_of(known: PlantedCircuit, steps: int = STEPS) -> float:
-    """Of fewer steps than the default, asked for the circuits' size: then precision is the same."""
-    recipe = Recipe(size=known.size, steps=steps)
+    """Of less work than the default, asked for the circuits' size: then precision is the same."""
+    recipe = Recipe(size=known.size, steps=steps, images_per_step=10)
     gates = learn_gates(known.model, known.data, recipe=recipe, sites=known.sites, seed=0)
     score = known.score(gates)
     assert np.array_equal(score.precision, score.recall)
@@ -445,7 +445,7 @@ def test_planted_heads_are_all_that_a_logit_depends_on(heads: PlantedCircuit) ->
 
 
 def test_planted_heads_are_found(heads: PlantedCircuit) -> None:
-    recipe = Recipe(size=heads.size, steps=STEPS)
+    recipe = Recipe(size=heads.size, steps=STEPS, images_per_step=10)
     gates = learn_gates(heads.model, heads.data, [0], recipe, heads.sites, seed=0)
     score = heads.score(gates)
     assert min(score.mean("precision"), score.mean("recall")) >= 0.95

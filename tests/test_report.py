@@ -40,6 +40,7 @@ from nad_attr.report.packing import gate_levels, plain, script_json
 from nad_attr.report.pictures import is_picture, tensor_picture
 from nad_attr.report.saving import found_results, keep_results
 from nad_attr.store import write_result
+from tests.helpers import invoke
 
 from .helpers import TinyCNN, assert_model_untouched, build, labelled_images
 
@@ -683,13 +684,6 @@ def test_an_open_store_and_a_single_task(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------
-
-
-def invoke(*arguments: object) -> Any:
-    testing = pytest.importorskip("typer.testing")
-    from nad_attr import cli
-
-    return testing.CliRunner().invoke(cli.app(), [str(part) for part in arguments])
 
 
 def test_command_writes_the_page(tmp_path: Path) -> None:

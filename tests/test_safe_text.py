@@ -16,9 +16,9 @@ from nad_attr import GateSite, GateStore, TaskGates
 from nad_attr._display import html_table
 from nad_attr.evaluation import evaluate
 from nad_attr.system.safe_text import cell, members, shown
-from tests.helpers import TinyCNN, build, labelled_images
+from tests.helpers import TinyCNN, build, invoke, labelled_images
 
-typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("typer")
 
 #: ESC (OSC 8, OSC 52), C0, DEL, C1, bidirectional marks, separators, a lone surrogate, a tag.
 EVIL = (
@@ -93,10 +93,8 @@ def store(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> str:
-    from nad_attr import cli
-
-    done = typer_testing.CliRunner().invoke(cli.app(), [str(part) for part in arguments])
-    return done.output
+    output: str = invoke(*arguments).output
+    return output
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nad_attr import GateStore, GateStoreError, Recipe, RunOptions, TaskGates, cli, learn_to_store
+from nad_attr import GateStore, GateStoreError, Recipe, RunOptions, TaskGates, learn_to_store
 from nad_attr.data.fingerprints import data_fingerprint
 from nad_attr.data.images import ImageFolderData, ImageTransform
 from nad_attr.data.sources import as_source
@@ -28,9 +28,10 @@ from nad_attr.specs import SpecError, is_plain_model, load_data, make_transform
 from nad_attr.specs.models import LoadedModel
 from nad_attr.system.files import check_output, replacing, what_is, write_text
 from nad_attr.system.processes import most_processes
+from tests.helpers import invoke
 
 Image = pytest.importorskip("PIL.Image")
-typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("typer")
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "safety.md"
@@ -55,10 +56,6 @@ def transform():
     Path("called").touch()
     return lambda image: torch.zeros(3, 4, 4)
 """
-
-
-def invoke(*arguments: object) -> Any:
-    return typer_testing.CliRunner().invoke(cli.app(), [str(part) for part in arguments])
 
 
 def refused(code: int, message: str, *arguments: object) -> str:

@@ -35,7 +35,7 @@ from nad_attr._checks import tensor_of
 from nad_attr.data.labels import Labels, ReadLabels, only_classes, read_labels
 from nad_attr.sites.calling import Fields
 from nad_attr.system.processes import check_processes
-from nad_attr.system.rng import isolated_rng
+from nad_attr.system.rng import isolated_rng, seed_all
 
 __all__ = ["Data", "Draw", "Inputs", "Source", "as_source"]
 
@@ -287,10 +287,17 @@ class _SeededItems(Dataset[Any]):
         self.dataset = dataset
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        number, seed = key
-        with isolated_rng(seed):
-            item: Any = self.dataset[number]
-        return _row(item) if isinstance(item, Mapping) else item
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
+        """The items of a batch; torch's loader asks for them so."""
+        items = []
+        with isolated_rng():
+            for number, seed in keys:
+                seed_all(seed)
+                item: Any = self.dataset[number]
+                items.append(_row(item) if isinstance(item, Mapping) else item)
+        return items
 
 
 def _row(item: Mapping[Any, Any]) -> dict[Any, Any]:

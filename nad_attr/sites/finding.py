@@ -18,6 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -48,24 +49,28 @@ def check_kind(model: nn.Module) -> None:
         SiteError: Says what kind it is, and what to do.
     """
     unwrap(model)  # says so if it is not a module
-    for name, module in model.named_modules():
-        called = f"module {name!r}" if name else "the network"
-        kinds = type(module).__mro__
-        if any(c.__name__ in _SHARDED and c.__module__.startswith(_FSDP) for c in kinds):
-            raise SiteError(
-                f"{called} is sharded by FSDP, so no hook sees whole tensors; {_GATHER}"
-            )
-        if any(c.__module__.startswith("torch.export") for c in kinds):
-            raise SiteError(
-                f"{called} is a program made by torch.export, whose layers are not modules any "
-                "more, so hooks and eval() do not work; give the network that "
-                "it was exported from"
-            )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if any(c.__name__ == "DTensor" for c in type(tensor).__mro__):
-            raise SiteError(
-                f"{name!r} is a DTensor, and this process has only a part of it; {_GATHER}"
-            )
+    held = (model.named_modules(), model.named_parameters(), model.named_buffers())
+    for name, item in itertools.chain(*held):
+        kind: Any = type(item)
+        if problem := _problem_with(kind):
+            what = "module " if isinstance(item, nn.Module) else ""
+            raise SiteError(f"{f'{what}{name!r}' if name else 'the network'} {problem}")
+
+
+@lru_cache(maxsize=1024)  # asked for every module in every pass
+def _problem_with(cls: type) -> str:
+    """Why hooks do not work on a module or a tensor of a class; empty if they do."""
+    kinds = cls.__mro__
+    if any(c.__name__ in _SHARDED and c.__module__.startswith(_FSDP) for c in kinds):
+        return f"is sharded by FSDP, so no hook sees whole tensors; {_GATHER}"
+    if any(c.__module__.startswith("torch.export") for c in kinds):
+        return (
+            "is a program made by torch.export, whose layers are not modules any more, so hooks and "
+            "eval() do not work; give the network that it was exported from"
+        )
+    if any(c.__name__ == "DTensor" for c in kinds):
+        return f"is a DTensor, and this process has only a part of it; {_GATHER}"
+    return ""
 
 
 #: Classes of ``torch.distributed.fsdp`` that sharded modules have, of both versions.

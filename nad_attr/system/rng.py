@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["isolated_rng", "random_states", "seed_of"]
+__all__ = ["isolated_rng", "random_states", "seed_all", "seed_of"]
 
 
 def seed_of(*parts: object) -> int:
@@ -31,6 +31,14 @@ def _generators() -> list[torch.Generator]:
     return found
 
 
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's random states; to be called in :func:`isolated_rng`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    for generator in _generators():
+        generator.manual_seed(seed)
+
+
 @contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's random states, and put them back afterwards.
@@ -45,10 +53,7 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
     generators = [(generator, generator.get_state()) for generator in _generators()]
     try:
         if seed is not None:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            for generator, _ in generators:
-                generator.manual_seed(seed)
+            seed_all(seed)
         yield
     finally:
         random.setstate(states[0])
