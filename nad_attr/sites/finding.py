@@ -65,8 +65,8 @@ def _problem_with(cls: type) -> str:
         return f"is sharded by FSDP, so no hook sees whole tensors; {_GATHER}"
     if any(c.__module__.startswith("torch.export") for c in kinds):
         return (
-            "is a program made by torch.export, whose layers are not modules any more, so hooks and "
-            "eval() do not work; give the network that it was exported from"
+            "is a program made by torch.export, whose layers are not modules any more, so hooks "
+            "and eval() do not work; give the network that it was exported from"
         )
     if any(c.__name__ == "DTensor" for c in kinds):
         return f"is a DTensor, and this process has only a part of it; {_GATHER}"
