@@ -19,6 +19,11 @@ from tests import helpers
 # The networks are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
 
+# Fake tensors ask in every operator whether there is a GPU, and a build for CUDA then looks for the
+# driver each time, which takes longer than the operator.
+if not torch.cuda.is_available():
+    torch.cuda._cached_device_count = 0
+
 # What collecting the tests imports lives until the end: looking at it for garbage again and again
 # would take a quarter of that time, and then some in every test.
 gc.disable()
@@ -68,9 +73,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """From here on only what tests make is looked at for garbage."""
+    """From here on only what tests make is looked at for garbage, and not often.
+
+    What they import later (plotly, torch's compiler) is large, and looking through it takes a tenth
+    of a second each time.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
     gc.enable()
 
 

@@ -29,7 +29,7 @@ from nad_attr.learning.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 N_TASKS = 20
-RECIPE = Recipe(size=0.4, steps=4, images_per_step=4)
+RECIPE = Recipe(size=0.4, steps=2, images_per_step=4)
 #: Three tasks in a chunk: seven chunks, the last one of two tasks.
 SETTINGS: dict[str, Any] = {"recipe": RECIPE, "seed": 3, "batch_size": 12, "chunk_size": 3}
 

@@ -51,7 +51,7 @@ from nad_attr.pictures import class_mosaics, contrast_maps, heat_maps, top_image
 from nad_attr.report import Report
 from nad_attr.running import Runner, forward
 from nad_attr.running.options import FROM_RUN, as_options
-from tests.helpers import assert_model_untouched
+from tests.helpers import assert_model_untouched, fit_briefly
 
 SITE = GateSite("2", 6, 1)
 LABELS = torch.arange(16) % 4
@@ -186,6 +186,7 @@ NO_FUNCTION = COPIES | {"NADAttribution"}
 def test_every_call_takes_every_option(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    fit_briefly(monkeypatch)
     model, x = network(), images()
     found: list[int] = []
     dtypes: set[torch.dtype] = set()

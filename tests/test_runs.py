@@ -81,8 +81,8 @@ def test_killed_at_random_moments(runs: killable.Runs, whole: Path, tmp_path: Pa
     n_killed = n_stores = 0
     partial = set()
     path = tmp_path / "gates.h5"
-    while n_killed < 20 or (len(partial) < 4 and n_killed < 200):
-        if n_killed >= 20:  # the machine has become slower
+    while n_killed < 12 or (len(partial) < 4 and n_killed < 200):
+        if n_killed >= 12:  # the machine has become slower
             seconds *= 1.1
         # Early moments fall into opening and checking, late ones into learning and writing.
         code = runs(path, after=moments.uniform(0, 0.7 * seconds))
@@ -502,7 +502,7 @@ def test_provenance_says_what_was_run(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_gives_the_same_constants(tmp_path: Path) -> None:
-    recipe = Recipe(size=0.5, ablation="optimal", steps=8, images_per_step=4)
+    recipe = Recipe(size=0.5, ablation="optimal", steps=4, images_per_step=4)
     settings = {**SETTINGS, "recipe": recipe}
     whole = learn_to_store(killable.network(), killable.data(), tmp_path / "a.h5", **settings)
     part = tmp_path / "b.h5"
