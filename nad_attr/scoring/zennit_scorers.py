@@ -345,7 +345,7 @@ def check_weights(model: nn.Module) -> None:
             raise GatingError(
                 f"layer {name!r} computes its weights anew in each pass (weight or spectral "
                 "normalisation), which relevance rules do not support, so relevance would be "
-                "wrong; fold them in a copy of the network: {how} for each such layer."
+                f"wrong; fold them in a copy of the network: {how} for each such layer."
             )
 
 
