@@ -18,7 +18,7 @@ def tensor_of(values: Any) -> Tensor:
 
 
 class GatingError(RuntimeError):
-    """A gate could not do its work: it did not fire, fired twice, or does not fit its site."""
+    """A gate was not applied: it did not fire, fired twice, or does not fit its site."""
 
 
 def as_tensor(value: Any, what: str) -> Tensor:
@@ -40,7 +40,7 @@ def check_mapping(values: Any, what: str) -> None:
         TypeError: If it is something else.
     """
     if not isinstance(values, Mapping):
-        raise TypeError(f"{what} must be {{site name: tensor}}, not {type(values).__name__}.")
+        raise TypeError(f"{what} must be {{site name: tensor}}, got {type(values).__name__}.")
 
 
 def check_count(value: Any, what: str, *, least: int = 1) -> int:
@@ -50,5 +50,5 @@ def check_count(value: Any, what: str, *, least: int = 1) -> int:
         ValueError: Names it.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{what} must be a whole number from {least} on, not {value!r}.")
+        raise ValueError(f"{what} must be a whole number from {least} on, got {value!r}.")
     return int(value)

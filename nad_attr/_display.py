@@ -20,7 +20,7 @@ _CELL = "padding:.15em .7em;text-align:{side};color:inherit;background:transpare
 
 
 def escape(text: str) -> str:
-    """A text of a file as HTML that shows it."""
+    """Escape a text from a file for HTML."""
     return escaped_html(shown(text, lines=True))
 
 

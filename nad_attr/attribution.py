@@ -1,4 +1,4 @@
-"""Captum's face of the method: task gates times activations, as a layer attribution."""
+"""The method with Captum's interface: task gates times activations, as a layer attribution."""
 
 from __future__ import annotations
 
@@ -131,10 +131,10 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         show_progress: bool = FROM_RUN,
     ) -> None:
         if scope not in ("task", "example"):
-            raise ValueError(f"scope must be 'task' or 'example', not {scope!r}.")
+            raise ValueError(f"scope must be 'task' or 'example', got {scope!r}.")
         if gates is not None and not isinstance(gates, TaskGates):
             raise TypeError(
-                "gates must be TaskGates (from learn_gates or TaskGates.load), not "
+                "gates must be TaskGates (from learn_gates or TaskGates.load), got "
                 f"{type(gates).__name__}."
             )
         if gates is not None and scope == "example":
@@ -143,7 +143,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                 "gates=, or use scope='task'."
             )
         if n_copies < 2:
-            raise ValueError(f"n_copies must be at least 2, not {n_copies}.")
+            raise ValueError(f"n_copies must be at least 2, got {n_copies}.")
         _check_forward_func(forward_func, layer, device_ids)
         super().__init__(forward_func, layer, device_ids)
         self.run = _checked(
@@ -552,7 +552,7 @@ class _Function(nn.Module):
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Let an error of the network itself come out as it is, as from any of Captum's methods."""
+    """Raise an error of the network itself unchanged, as Captum's methods do."""
     try:
         yield
     except SiteError as error:
@@ -577,7 +577,7 @@ def _check_forward_func(forward_func: object, layer: object, device_ids: object)
         )
     if not callable(forward_func):
         raise TypeError(
-            f"forward_func must be a network or a function, not {type(forward_func).__name__}."
+            f"forward_func must be a network or a function, got {type(forward_func).__name__}."
         )
     layers = _as_layers(layer)  # type: ignore[arg-type]
     for item in layers or []:
@@ -619,7 +619,7 @@ def _as_layers(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
     ):
         raise TypeError(
             "layer must be a module, a site's name, a GateSite or a list of these, "
-            f"not {layer!r:.80}."
+            f"got {layer!r:.80}."
         )
     if not layer:
         raise ValueError("layer is an empty list; leave it out to take all gate sites.")
@@ -636,7 +636,7 @@ def _check_inputs(inputs: object) -> tuple[Tensor, ...]:
     images = _as_tuple(inputs)
     if not images or not all(isinstance(item, Tensor) for item in images):
         kinds = ", ".join(type(item).__name__ for item in images) or "nothing"
-        raise TypeError(f"inputs must be a tensor or a tuple of tensors, not {kinds}.")
+        raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {kinds}.")
     if any(item.ndim == 0 or len(item) != len(images[0]) for item in images):
         raise ValueError(
             "all inputs need the same number of images on dim 0, got shapes "
@@ -659,7 +659,7 @@ def _read_target(target: object, n: int) -> list[int]:
         )
     if isinstance(target, Tensor):
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise AssertionError(f"target must hold class indices, not {target.dtype}.")
+            raise AssertionError(f"target must hold class indices, got {target.dtype}.")
         if target.numel() == 1:
             return [int(target)] * n
         if target.ndim != 1 or len(target) != n:
@@ -699,8 +699,8 @@ def _check_outputs(outputs: object, targets: Sequence[int]) -> None:
     wrong = [index for index in targets if not 0 <= index < outputs.shape[1]]
     if wrong:
         raise AssertionError(
-            f"target {wrong[0]} is none of the network's {outputs.shape[1]} outputs, "
-            f"0 to {outputs.shape[1] - 1}."
+            f"target must be one of the network's {outputs.shape[1]} outputs, 0 to "
+            f"{outputs.shape[1] - 1}, got {wrong[0]}."
         )
 
 
@@ -758,7 +758,7 @@ def _run(
     inputs: tuple[Tensor, ...],
     forward: Callable[..., Any] | None,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The outputs for images, and what the sites hold."""
+    """The outputs for images, and the tensors at the sites."""
     function = root if forward is None else forward
     with recorded(root, sites) as activations:
         try:
@@ -789,7 +789,7 @@ def _run(
 def _bind(
     root: nn.Module, inputs: tuple[Tensor, ...], extra: tuple[Any, ...], own: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], Callable[..., Any] | None]:
-    """All that differs from image to image, and the function of just that (None: the network)."""
+    """The inputs that differ from image to image, and a function of these (None: the network)."""
     if not extra:
         return inputs, None
     fixed = [

@@ -332,12 +332,12 @@ cases(
         "inputs are an array": (
             lambda c: find_gate_sites(c.model, c.x.numpy()),
             SiteError,
-            "tensor or a tuple of tensors, not ndarray",
+            "tensor or a tuple of tensors, got ndarray",
         ),
         "inputs are mixed": (
             lambda c: find_gate_sites(c.model, (c.x, 3)),
             SiteError,
-            "not Tensor, int",
+            "got Tensor, int",
         ),
         "too few inputs": (
             lambda c: find_gate_sites(helpers.build(Two), c.x),
@@ -376,7 +376,7 @@ cases(
         ),
         "layer is empty text": (lambda c: layer(c, ""), SiteError, "whole model"),
         "layer is the model": (lambda c: layer(c, c.branches), SiteError, "whole model"),
-        "layer is a number": (lambda c: layer(c, [3]), SiteError, "not int"),
+        "layer is a number": (lambda c: layer(c, [3]), SiteError, "got int"),
         "layers is a number": (lambda c: layer(c, 3), SiteError, "int"),
         "layer is None": (lambda c: layer(c, [None]), SiteError, "NoneType"),
         "no layers": (lambda c: layer(c, []), SiteError, "layers is empty"),
@@ -456,9 +456,9 @@ cases(
 cases(
     "gated",
     {
-        "no gates": (lambda c: run_gated(c, None), TypeError, "not NoneType"),
-        "gates are a tensor": (lambda c: run_gated(c, torch.ones(6)), TypeError, "not Tensor"),
-        "gates are a list": (lambda c: run_gated(c, [c.arch]), TypeError, "not list"),
+        "no gates": (lambda c: run_gated(c, None), TypeError, "got NoneType"),
+        "gates are a tensor": (lambda c: run_gated(c, torch.ones(6)), TypeError, "got Tensor"),
+        "gates are a list": (lambda c: run_gated(c, [c.arch]), TypeError, "got list"),
         "empty mapping": (lambda c: run_gated(c, {}, sites=c.sites), ValueError, "empty"),
         "mapping without sites": (lambda c: run_gated(c, c.one), ValueError, "sites="),
         "mapping of an unknown site": (
@@ -740,12 +740,12 @@ cases(
         "gates above one": (
             lambda c: make_gates(c, gates=row(c, relu1=torch.full((3, 6), 1.01))),
             ValueError,
-            r"leave \[0, 1\]",
+            r"must lie in \[0, 1\]",
         ),
         "gates below zero": (
             lambda c: make_gates(c, gates=row(c, relu1=torch.full((3, 6), -0.01))),
             ValueError,
-            r"leave \[0, 1\]",
+            r"must lie in \[0, 1\]",
         ),
         "gates are NaN": (
             lambda c: make_gates(c, gates=row(c, relu1=torch.full((3, 6), NAN))),
@@ -755,7 +755,7 @@ cases(
         "gates are infinite": (
             lambda c: make_gates(c, gates=row(c, relu1=torch.full((3, 6), INF))),
             ValueError,
-            r"leave \[0, 1\]",
+            r"must lie in \[0, 1\]",
         ),
         "logits lack a site": (
             lambda c: make_gates(c, logits={"relu1": c.rows["relu1"]}),
@@ -817,10 +817,10 @@ cases(
         "select twice": (lambda c: c.gates.select([0, 0]), ValueError, "twice"),
         "select unknown": (lambda c: c.gates.select([0, 4]), KeyError, "task 4"),
         "select a number": (lambda c: c.gates.select(0), TypeError, "tasks"),
-        "size 0": (lambda c: c.gates.sub_architecture(0, 0), ValueError, r"\(0, 1\], not 0"),
-        "size above 1": (lambda c: c.gates.sub_architecture(0, 1.5), ValueError, "not 1.5"),
-        "size negative": (lambda c: c.gates.sub_architecture(0, -0.5), ValueError, "not -0.5"),
-        "size NaN": (lambda c: c.gates.sub_architecture(0, NAN), ValueError, "not nan"),
+        "size 0": (lambda c: c.gates.sub_architecture(0, 0), ValueError, r"\(0, 1\], got 0"),
+        "size above 1": (lambda c: c.gates.sub_architecture(0, 1.5), ValueError, "got 1.5"),
+        "size negative": (lambda c: c.gates.sub_architecture(0, -0.5), ValueError, "got -0.5"),
+        "size NaN": (lambda c: c.gates.sub_architecture(0, NAN), ValueError, "got nan"),
         "size is text": (lambda c: c.gates.sub_architecture(0, "half"), ValueError, "'half'"),
         "size is a flag": (lambda c: c.gates.sub_architectures(True), ValueError, "True"),
         "size is a tensor": (
@@ -943,15 +943,15 @@ cases(
         ),
         "kept is a list": (lambda c: SubArchitecture.from_kept([0], c.sites), TypeError, "kept"),
         "no such site": (lambda c: c.arch["relu9"], KeyError, "no gate site 'relu9'"),
-        "or with a number": (lambda c: c.arch | 3, TypeError, "not int"),
-        "and with a mask": (lambda c: c.arch & c.masks, TypeError, "not dict"),
-        "minus None": (lambda c: c.arch - None, TypeError, "not NoneType"),
+        "or with a number": (lambda c: c.arch | 3, TypeError, "got int"),
+        "and with a mask": (lambda c: c.arch & c.masks, TypeError, "got dict"),
+        "minus None": (lambda c: c.arch - None, TypeError, "got NoneType"),
         "or with other sites": (
             lambda c: c.arch | SubArchitecture.full([RELU1]),
             ValueError,
             "different gate sites",
         ),
-        "overlap with None": (lambda c: c.arch.overlap(None), TypeError, "not NoneType"),
+        "overlap with None": (lambda c: c.arch.overlap(None), TypeError, "got NoneType"),
         "overlap of other sites": (
             lambda c: c.arch.overlap(SubArchitecture.full([RELU2, RELU1])),
             ValueError,
@@ -1365,14 +1365,14 @@ cases(
         "architectures are None": (
             lambda c: evaluate(c.model, None, c.data),
             TypeError,
-            "not NoneType",
+            "got NoneType",
         ),
         "architectures are numbers": (lambda c: measure(c, [1, 2]), TypeError, "SubArchitecture"),
         "architectures are text": (lambda c: measure(c, "all"), TypeError, "SubArchitecture"),
         "architecture of no task": (
             lambda c: measure(c, [SubArchitecture.full(c.sites)]),
             ValueError,
-            "says no task",
+            "has no task",
         ),
         "architectures of different sites": (
             lambda c: measure(c, [c.arch, SubArchitecture.from_kept({}, [RELU1], task=1)]),
@@ -1431,7 +1431,7 @@ cases(
         "size of sub-architectures": (
             lambda c: measure(c, [c.arch], size=0.5),
             ValueError,
-            "size= goes with TaskGates",
+            "size= needs TaskGates",
         ),
         "size 0": (lambda c: measure(c, size=0), ValueError, "size must be"),
         "size is text": (lambda c: measure(c, size="half"), ValueError, "size must be"),
@@ -1583,8 +1583,8 @@ cases(
             ValueError,
             "device.*cup",
         ),
-        "tasks_of: text": (lambda c: tasks_of([0], "ab"), TypeError, "not str"),
-        "tasks_of: a number": (lambda c: tasks_of([0], 3), TypeError, "not int"),
+        "tasks_of: text": (lambda c: tasks_of([0], "ab"), TypeError, "got str"),
+        "tasks_of: a number": (lambda c: tasks_of([0], 3), TypeError, "got int"),
         "top_k: NaN": (
             lambda c: top_k(row(c, relu1=torch.full((3, 6), NAN)), c.sites, [0, 1, 2], 0.5),
             ValueError,
@@ -1618,7 +1618,7 @@ cases(
 cases(
     "NADAttribution",
     {
-        "model is a number": (lambda c: nad(c, model=3), TypeError, "not int"),
+        "model is a number": (lambda c: nad(c, model=3), TypeError, "got int"),
         "model is scripted": (
             lambda c: nad(c, model=torch.jit.trace(c.model, c.x)),
             TypeError,
@@ -1642,7 +1642,7 @@ cases(
             "as modules",
         ),
         "unknown scope": (lambda c: nad(c, scope="image"), ValueError, "'image'"),
-        "gates are a mapping": (lambda c: nad(c, gates=c.rows), TypeError, "not dict"),
+        "gates are a mapping": (lambda c: nad(c, gates=c.rows), TypeError, "got dict"),
         "gates of images": (lambda c: nad(c, gates=c.gates, scope="example"), ValueError, "scope"),
         "one copy": (lambda c: nad(c, scope="example", n_copies=1), ValueError, "n_copies"),
         "target None": (lambda c: attribute(c, None), AssertionError, "target is None"),
@@ -1651,7 +1651,7 @@ cases(
         "target is text": (lambda c: attribute(c, "cat"), AssertionError, "'cat'"),
         "target is a flag": (lambda c: attribute(c, True), AssertionError, "True"),
         "target too high": (lambda c: attribute(c, 3), AssertionError, "3 outputs"),
-        "target negative": (lambda c: attribute(c, -1), AssertionError, "target -1"),
+        "target negative": (lambda c: attribute(c, -1), AssertionError, "got -1"),
         "too few targets": (
             lambda c: attribute(c, [0, 1]),
             AssertionError,

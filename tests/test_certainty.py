@@ -355,7 +355,7 @@ def test_what_cannot_be_asked_is_refused() -> None:
     call = nad_attr.certainty
     for changed, options, error, message in [
         (bare, {}, ValueError, "do not say how they were learned"),
-        (gates.sub_architecture(0), {}, TypeError, "must be TaskGates, not SubArchitecture"),
+        (gates.sub_architecture(0), {}, TypeError, "must be TaskGates, got SubArchitecture"),
         (gates, {"pairs": 0}, ValueError, "pairs must be a whole number from 1 on"),
         (gates, {"alpha": 1.5}, ValueError, r"alpha must be a number in \(0, 1\), got 1.5"),
         (gates, {"tolerance": 0}, ValueError, "tolerance must be"),

@@ -222,7 +222,7 @@ def test_heads_and_neurons(here: Path) -> None:
     assert all(arch.n_kept == 5 for arch in gates.sub_architectures())
     text = succeeds("evaluate", "heads.h5", "--data", "val", "--trust-file")
     assert "0.500" in text
-    message = "--units takes channels, heads, neurons, not 'head'."
+    message = "--units takes channels, heads, neurons, got 'head'."
     fails(2, message, "sites", *model, "--units", "head")
     fails(2, "give one of the two", *learn, "--layer", "layer", "--overwrite")
 
@@ -627,7 +627,7 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
         (2, "there is no class 7; there are 0, 1, 2", (*NEW, "--tasks", "7")),
         (2, "no class 'rde'; did you mean red", (*NEW, "--tasks", "rde")),
         (2, "goes backwards", (*NEW, "--tasks", "2-0")),
-        (2, "above 0, up to 1, not 0", (*NEW, "--size", "0")),
+        (2, "above 0, up to 1, got 0", (*NEW, "--size", "0")),
         (2, "device 'nowhere' cannot be used", (*NEW, "--device", "nowhere")),
         (2, "give one of them", (*NEW, "--fidelity", "0.9")),
         (2, "--size belongs to the default recipe", (*NEW, "--recipe", "paper")),
@@ -644,7 +644,7 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
         (2, "is for Ray: add --ray", (*NEW, "--ray-workers", "2")),
         (2, "--mean takes three numbers", (*NEW, "--mean", "1,2")),
         (1, "interpolation must be", (*NEW, "--interpolation", "magic")),
-        (1, "the class index says nothing", (*NEW, "--class-index", "classes.json")),
+        (1, "the class index has no entry", (*NEW, "--class-index", "classes.json")),
         (1, "no 'gray'; did you mean grey", (*NEW, "--transform", "colour_nets:gray")),
         (1, "transform makes a int of an image", (*NEW, "--transform", "colour_nets:number")),
         (1, "not take inputs of shape (1, 1, 4, 4)", (*NEW, "--transform", "colour_nets:grey")),
@@ -687,7 +687,7 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
         (2, "red.h5 is there already", ("merge", "red.h5", "rest.h5", "--out", "red.h5")),
         (1, "text.h5", ("merge", "red.h5", "text.h5", "--out", "m.h5")),
         (2, "--with takes", ("compare", "gates.h5", "--with", "magic", "--data", "val")),
-        (2, "--with and --data go together", ("compare", "gates.h5", "--with", "taylor")),
+        (2, "use --with and --data together", ("compare", "gates.h5", "--with", "taylor")),
         (1, "no task in common", ("compare", "red.h5", "rest.h5")),
         (2, "one file or two", ("compare", "red.h5", "rest.h5", "gates.h5")),
         (2, "there is no file none.png", ("attribute", "gates.h5", "none.png")),
@@ -939,7 +939,7 @@ def test_tables_that_do_not_fit_are_named(here: Path) -> None:
         ([["file", "a"], ["gone.png", 1]], "line 2: there is no file 'gone.png'"),
         ([["file", "a"], ["../text.h5", 1]], "line 2: there is no file"),
         ([["file", "a"], [files_of("val")[0][0], "cat"]], "--class-index"),
-        ([["file", "a", "b"], [files_of("val")[0][0], 1]], "line 2: 2 cells, but the head has 3"),
+        ([["file", "a", "b"], [files_of("val")[0][0], 1]], "line 2: 2 cells, but the header has 3"),
         ([["file"]], "must be a table with a head"),
     ):
         path = table(here / "bad.csv", rows)

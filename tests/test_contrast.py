@@ -147,7 +147,7 @@ def test_nothing_is_left_after_an_exception(tiny_cnn: nn.Module) -> None:
         ("three tasks", ValueError, "between two tasks, not 3"),
         ("vector", ValueError, "no gate site has positions"),
         ("nan", ValueError, "NaN"),
-        ("tasks", ValueError, "go with TaskGates"),
+        ("tasks", ValueError, "need TaskGates"),
         ("no images", ValueError, "no image"),
     ],
 )

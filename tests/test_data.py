@@ -419,7 +419,7 @@ def test_a_weighted_sampler_loses_no_image() -> None:
     weights = torch.ones(8)
     weights[3] = 0
     loader = DataLoader(Targets(), sampler=WeightedRandomSampler(weights, 8))
-    with pytest.warns(UserWarning, match="WeightedRandomSampler decides only"):
+    with pytest.warns(UserWarning, match="WeightedRandomSampler is used only"):
         source = as_source(loader)
     assert torch.equal(source.labels, LABELS[[0, 1, 2, 4, 5, 6, 7]])
 

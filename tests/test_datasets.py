@@ -391,7 +391,7 @@ def test_word_net_numbers() -> None:
         (["train", "val"], 2, {}, r"train, val: these look like parts.*give one.*\.\.\./train"),
         (["0", "10"], 10, {}, "folder '10' stands for class 10"),
         (["0", "00"], 10, {}, "folders '0' and '00' both stand for class 0"),
-        (["a", "b"], 3, {"class_index": {"a": 0}}, "the class index says nothing of folder 'b'"),
+        (["a", "b"], 3, {"class_index": {"a": 0}}, "the class index has no entry for folder 'b'"),
         (["a"], 3, {"class_index": {"a": -1}}, "folder 'a' stands for class -1"),
         (
             ["cat", "dgo"],

@@ -315,7 +315,7 @@ def test_demo_command(
     ("arguments", "message"),
     [
         (("--size", "1.5"), "for 1.5 % write 0.015"),
-        (("--size", "0"), "above 0, up to 1, not 0"),
+        (("--size", "0"), "above 0, up to 1, got 0"),
         (("--device", "nowhere"), "device 'nowhere' cannot be used here"),
         (("--classes", "0"), "--classes"),
         (("--steps", "many"), "--steps"),

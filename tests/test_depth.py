@@ -200,7 +200,7 @@ def test_bad_input() -> None:
         along_depth([archs[0], archs[0]])
     with pytest.raises(TypeError, match="architectures must be"):
         along_depth("archs")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="size= goes with TaskGates"):
+    with pytest.raises(ValueError, match="size= needs TaskGates"):
         along_depth(archs, size=0.5)
     with pytest.raises(ValueError, match="fidelity is for"):
         along_depth(archs, fidelity={"a": [1, 2, 3]})

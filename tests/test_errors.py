@@ -556,7 +556,7 @@ def test_explain_refuses(reader: nn.Module, data: tuple[Tensor, Tensor]) -> None
         explain_error(reader, archs(), x[0], 0)
     with pytest.raises(ValueError, match="no sub-architecture of class 1"):
         explain_error(reader, [archs()[k] for k in (0, 2, 3)], x[1], 1)
-    with pytest.raises(ValueError, match="called 1, of which there is no sub-architecture"):
+    with pytest.raises(ValueError, match="calls the image 1, and there is no sub-architecture"):
         explain_error(reader, [archs()[k] for k in (0, 2, 3)], x[4], 0)
     with pytest.raises(TypeError, match="image must be a tensor"):
         explain_error(reader, archs(), "photo.jpg", 0)

@@ -299,7 +299,7 @@ def test_gates_that_do_not_belong_into_the_store(path: Path) -> None:
             sites = [SITES[0], GateSite("head", 3)]
             values = {s.name: torch.ones(1, s.n_channels) for s in sites}
             store.append(TaskGates(values, sites, [2]))
-        with pytest.raises(TypeError, match="TaskGates, not dict"):
+        with pytest.raises(TypeError, match="TaskGates, got dict"):
             store.append({})
         assert store.tasks == (0, 1)
         store.append(some_gates([2], means={n: m * (1 + 1e-6) for n, m in MEANS.items()}))
@@ -777,7 +777,7 @@ def test_results_beside_gates(path: Path) -> None:
 
 def test_results_that_cannot_be_stored(path: Path) -> None:
     for group, arrays, words in (
-        ("site/0", {}, "the store itself has that"),
+        ("site/0", {}, "the store uses that name itself"),
         ("", {}, "without '/'"),
         ("a//b", {}, "without '/'"),
         ("../x", {}, "without '/'"),

@@ -110,11 +110,11 @@ def _edit(path: Path, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("\n3,object", "\n0,object", r"line 2: unit 0; NetDissect-Lite numbers units from 1"),
+        ("\n3,object", "\n0,object", r"line 2: unit must be 1 or more"),
         ("\n1,color", "\n3,color", r"unit 3 of 'layer4' is there twice"),
-        ("\n4,scene", "\nfour,scene", r"line 4: unit must be a whole number, not 'four'"),
-        ("0.21", "1.21", r"line 2: score is an IoU, not 1.21"),
-        ("0.21", "high", r"line 2: score must be a number, not 'high'"),
+        ("\n4,scene", "\nfour,scene", r"line 4: unit must be a whole number, got 'four'"),
+        ("0.21", "1.21", r"line 2: score must be an IoU in \[0, 1\], got 1.21"),
+        ("0.21", "high", r"line 2: score must be a number, got 'high'"),
         ("0.21", "inf", r"line 2: score is infinite"),
         ("0.21", "0.20", r"line 2: score 0.2 is not the best IoU of the line, 0.21"),
         ("unit,", "units,", r"line 1: no column 'unit'"),
@@ -229,7 +229,7 @@ def test_truncated_and_foreign_reports(tmp_path):
 def test_files_beyond_the_limit_are_not_read(tmp_path, monkeypatch):
     path = _report(tmp_path / "report.json", REPORT)
     monkeypatch.setattr(reading, "MAX_BYTES", 100)
-    with pytest.raises(ImportFileError, match="too many"):
+    with pytest.raises(ImportFileError, match="too large"):
         import_dissect_report({"a": path})
 
 
@@ -311,7 +311,7 @@ def test_nothing_is_unpickled(tmp_path):
         ({"conditions": [0, 1, 2, 3]}, r"no array '3.count'"),
         ({"1.count": 0}, "not a number of pixels"),
         ({"1.count": 20_000}, "more pixels than there are"),
-        ({"1.mean": [0.1, 0.2, 0.3]}, "is of 3 units"),
+        ({"1.mean": [0.1, 0.2, 0.3]}, "has 3 units"),
         ({"1.mean": [[0.1, 0.2]]}, "not a number per unit"),
         ({"1.mean": [5.0, 0.2]}, "not a share of the pixels"),
         ({"1.mean": [np.nan, 0.2]}, "not a share of the pixels"),
@@ -385,7 +385,7 @@ def test_clip_dissect_layers_are_renamed_and_left_out(descriptions):
         ("layer4,1", "layer4,7", r"unit 1 of 'layer4' is missing"),
         ("layer1,1", "layer1,-1", r"line 3: unit must be a whole number"),
         ("snorkeling", "", r"line 3: the description is empty"),
-        ("0.25616455", "0.2x", r"line 2: similarity must be a number, not '0.2x'"),
+        ("0.25616455", "0.2x", r"line 2: similarity must be a number, got '0.2x'"),
         ("similarity", "score", r"line 1: no column 'similarity'"),
         ("train station,0.19\n", "train sta", r"line 6: 3 cells where the header has 4"),
         ("0.19\n", "0.1", r"line 6: the last line has no end"),
@@ -456,7 +456,7 @@ def _distinct(path: Path, n: int) -> Path:
 
 def test_distinct_labels_of_many_units_have_to_fit_into_memory(tmp_path, monkeypatch):
     path = _distinct(tmp_path / "descriptions.csv", 300)
-    monkeypatch.setattr(reading, "_LITTLE", 2**10)
+    monkeypatch.setattr(reading, "_UNCHECKED_BYTES", 2**10)
     monkeypatch.setattr(reading, "most_bytes", lambda: 2**19)
     with pytest.raises(ImportFileError, match=r"descriptions.csv: 300 units with 300 different"):
         import_clip_dissect(path)

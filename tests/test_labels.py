@@ -120,12 +120,12 @@ def test_labels_are_read_as_people_mean_them(given: Any, read: Any) -> None:
     ("given", "message"),
     [
         (["a", "b"], r"names \('a', 'b'.*Labels\(names, classes"),
-        (Labels(["c"], classes=["a"]), "'c' is none of the 1 classes"),
-        ([[1, -1], [1, 1]], "1 and -1 alone"),
+        (Labels(["c"], classes=["a"]), "'c' is not one of the 1 classes"),
+        ([[1, -1], [1, 1]], "only 1 and -1"),
         ([[3, 1], [0, 2]], r"0, 1 or -1 .*labels\.float"),
         ([-100, 1], "from 0 on, got -100"),
         ([math.inf, 0.5], "finite"),
-        (torch.zeros(2, 2, 2), "not torch.float32 of shape"),
+        (torch.zeros(2, 2, 2), "got torch.float32 of shape"),
         (Labels([0.5, 1.0], above=[1, 2]), "one for each of 1 outputs"),
     ],
 )
@@ -325,7 +325,7 @@ def test_numbers_of_images_of_a_class_are_for_classes() -> None:
 
 def test_what_asks_for_classes_says_so() -> None:
     net, x, values = made(2)
-    with pytest.raises(ValueError, match="which one class each image has"):
+    with pytest.raises(ValueError, match="one class for each image"):
         as_source((x, values))
     with pytest.raises(ValueError, match="paper's recipe learns from the cross-entropy of classes"):
         learn_gates(net, (x, values), recipe=Recipe.paper(beta=1.0))

@@ -627,13 +627,13 @@ def test_bad_architectures(cnn: nn.Module, data) -> None:
         ([], ValueError, "no sub-architecture"),
         ("gates", TypeError, "TaskGates or a sequence"),
         ([archs[0], "x"], TypeError, "TaskGates or a sequence"),
-        ([SubArchitecture.full(CNN_SITES)], ValueError, "says no task"),
+        ([SubArchitecture.full(CNN_SITES)], ValueError, "has no task"),
         ([archs[0], archs[0]], ValueError, "twice"),
         ([archs[0], other], ValueError, "other gate sites"),
     ):
         with pytest.raises(error, match=message):
             evaluate(cnn, bad, data)
-    with pytest.raises(ValueError, match="size= goes with TaskGates"):
+    with pytest.raises(ValueError, match="size= needs TaskGates"):
         evaluate(cnn, archs, data, size=0.5)
     with pytest.raises(ValueError, match="size must be"):
         evaluate(cnn, gates, data, size=2.0)

@@ -465,7 +465,7 @@ def test_bad_input(planes: nn.Module, data: tuple[Tensor, Tensor]) -> None:
         mosaics(build(Planes).train(), archs, data)
     with pytest.raises(TypeError, match="architectures must be"):
         mosaics(planes, ["a"], data)  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="size= goes with TaskGates"):
+    with pytest.raises(ValueError, match="size= needs TaskGates"):
         mosaics(planes, archs, data, size=0.5)
     with pytest.raises(ValueError, match="one floating-point input"):
         mosaics(planes, archs, (data[0].flatten(1), data[1]))

@@ -349,9 +349,9 @@ def test_score_refuses_what_it_cannot_score() -> None:
         ([], ValueError, "no sub-architecture"),
         ([arch, arch], ValueError, "task 0 is there twice"),
         (other.circuit[0], ValueError, "gate sites"),
-        (SubArchitecture.full(known.sites), ValueError, "says no task"),
+        (SubArchitecture.full(known.sites), ValueError, "has no task"),
         (SubArchitecture(arch.masks, arch.sites, task=7), ValueError, "task 7"),
-        ({"relu0": 1}, TypeError, "SubArchitecture, not dict"),
+        ({"relu0": 1}, TypeError, "SubArchitecture, got dict"),
         ([1], TypeError, "SubArchitecture"),
     ):
         with pytest.raises(kind, match=words):

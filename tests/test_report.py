@@ -651,7 +651,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     gates, model = make_gates(), build(TinyCNN)
     with pytest.raises(TypeError, match="a file, a GateStore or TaskGates"):
         Report(3)
-    with pytest.raises(TypeError, match="in none"):
+    with pytest.raises(TypeError, match="are not in a file"):
         Report(gates, evaluation="evaluation")
     with pytest.raises(TypeError, match="must be an Evaluation"):
         Report(gates, evaluation=3)
@@ -883,4 +883,4 @@ def test_places_are_coloured_where_the_channels_speak(tmp_path: Path) -> None:
         parts=["where"],
     )
     assert words.results.where is None
-    assert "the inputs are no images" in words.results.notes[0]
+    assert "the inputs are not images" in words.results.notes[0]

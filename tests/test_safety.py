@@ -757,7 +757,7 @@ def test_ray_workers_are_counted_against_the_cluster() -> None:
         def nodes() -> list[dict[str, Any]]:
             return [{"Alive": True, "Resources": {"CPU": 8.0}}]
 
-    with pytest.raises(ValueError, match="are the most"):
+    with pytest.raises(ValueError, match="must be at most"):
         RayExecutor("auto", cpus_per_worker=0.001)._check_room(Ray, 0.001, 1000)
     RayExecutor("auto", n_workers=1000)._check_room(Ray, 1, 1000)  # no more than fit
 

@@ -514,8 +514,8 @@ def test_at_input(vit: nn.Module) -> None:
         ([], "layers is empty"),
         ("", "the whole model cannot be a gate site"),
         (nn.ReLU(), re.escape("layer ReLU() is not part of the model")),
-        (3, "names, modules or GateSites, not int"),
-        ([3], "names, modules or GateSites, not int"),
+        (3, "names, modules or GateSites, got int"),
+        ([3], "names, modules or GateSites, got int"),
         (GateSite("norm", 9, -1), "said to have 9 channels, .* has 8 on axis -1"),
     ],
 )
@@ -552,7 +552,7 @@ class BatchSecond(nn.Module):
 
 
 def test_the_batch_must_come_first() -> None:
-    with pytest.raises(SiteError, match=r"shape \(7, 2, 4\), of which the first axis is not"):
+    with pytest.raises(SiteError, match=r"shape \(7, 2, 4\), whose first axis is not"):
         find_gate_sites(BatchSecond().eval(), torch.zeros(2, 7, 5), layers="embed")
 
 
@@ -634,7 +634,7 @@ def test_wrapped_models(vit: nn.Module) -> None:
         (lambda m: m.norm.train() and m, "module 'norm' is in train mode"),
         (lambda m: torch.jit.trace(nn.ReLU().eval(), IMAGE), "torch.jit"),
         (lambda m: nn.Sequential(nn.LazyConv2d(3, 1), m).eval(), "uninitialized"),
-        (lambda m: m.forward, "must be a torch.nn.Module, not method"),
+        (lambda m: m.forward, "must be a torch.nn.Module, got method"),
         (lambda m: nn.Linear(7, 3).eval(), "cannot be run on example_inputs of shape"),
         (lambda m: nn.Identity().eval(), "no gate site found.*layers="),
         (lambda m: nn.Linear(8, 3).double().eval(), "no gate site found.*layers="),

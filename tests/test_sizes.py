@@ -307,7 +307,7 @@ def test_kappa_of_random_masks_is_zero_on_average() -> None:
 def test_bad_masks() -> None:
     with pytest.raises(ValueError, match="no gate site"):
         overlap_matrix({})
-    with pytest.raises(ValueError, match=r"masks of 'a' must be bool \(T, C\), not torch.float32"):
+    with pytest.raises(ValueError, match=r"masks of 'a' must be bool \(T, C\), got torch.float32"):
         overlap_matrix({"a": torch.ones(2, 3)})
     with pytest.raises(ValueError, match="masks of 'b' are for 1 tasks, others for 2"):
         overlap_matrix({"a": torch.ones(2, 3).bool(), "b": torch.ones(1, 3).bool()})

@@ -85,7 +85,7 @@ def test_budgets_fall_and_end_at_every_size(
         ([0.5, 1.5], RECIPE, "share of the channels"),
         ([0.0], RECIPE, "share of the channels"),
         ([0.5, 0.7], Recipe(steps=1, images_per_step=4), "steps"),
-        ([0.5], Recipe.paper(beta=0.1), "no size to ask for"),
+        ([0.5], Recipe.paper(beta=0.1), "takes no size"),
     ],
 )
 def test_bad_sizes(sizes: list[float], recipe: Recipe, message: str) -> None:

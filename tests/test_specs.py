@@ -394,7 +394,7 @@ def test_a_factory_of_transforms() -> None:
     assert make_transform(plain(), record=made.record).function(None).shape == (3, 5, 5)
     with pytest.raises(SpecError, match="leave out --resize"):
         make_transform(plain(), factory="specs_of_a_user:transform", options={"crop": 3})
-    with pytest.raises(SpecError, match="returned a int, no transform"):
+    with pytest.raises(SpecError, match="returned a int, not a transform"):
         make_transform(plain(), factory="specs_of_a_user:no_net")
     with pytest.raises(SpecError, match="crop must be a number"):
         make_transform(plain(), options={"crop": -3})

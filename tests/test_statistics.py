@@ -467,7 +467,7 @@ def test_wordnet_path_similarity():
     assert np.isnan(found[6]).all()
     np.testing.assert_array_equal(np.diag(found)[:6], 1.0)
     np.testing.assert_array_equal(found, found.T)
-    with pytest.raises(ValueError, match="none of the names"):
+    with pytest.raises(ValueError, match="any of the names"):
         wordnet_similarity(["unknown"], _WordNet())
     with pytest.raises(TypeError, match="list of names"):
         wordnet_similarity("dog", _WordNet())

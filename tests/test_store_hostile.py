@@ -414,7 +414,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     ),
     "a task is null": (
         lambda f: replace_texts(f["task"], "index", ["null", "1", "2"]),
-        "not NoneType",
+        "got NoneType",
     ),
     "two tasks in one text": (
         lambda f: replace_texts(f["task"], "index", ["0,1", "2", "3"]),

@@ -345,7 +345,7 @@ def test_no_more_is_read_than_half_of_the_free_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gates that compress a thousandfold: a small file is a large array."""
-    monkeypatch.setattr(reads, "_LITTLE", 2**18)
+    monkeypatch.setattr(reads, "_UNCHECKED_BYTES", 2**18)
     monkeypatch.setattr(_safe_files, "available", lambda device: 2**20)
     site = GateSite("features", 5000)
     TaskGates({"features": torch.ones(60, 5000)}, [site], range(60)).save(tmp_path / "gates.h5")

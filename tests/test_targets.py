@@ -173,5 +173,5 @@ def test_recipes_say_what_they_ask_for(known: PlantedCircuit) -> None:
     assert back.size == 0.3
     with pytest.raises(TypeError, match="fidelity"):
         Recipe.paper("vgg16", fidelity=0.9)
-    with pytest.raises(ValueError, match="fidelity chooses the size"):
+    with pytest.raises(ValueError, match="takes sizes and no fidelity"):
         learn_sizes(known.model, [0.5], known.data, recipe=RECIPE)

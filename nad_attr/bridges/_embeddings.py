@@ -61,7 +61,7 @@ def check_n_clusters(n_clusters: Sequence[int]) -> list[int]:
     """
     for k in n_clusters:
         if isinstance(k, bool) or not isinstance(k, int) or k < 2:
-            raise ValueError(f"n_clusters must be whole numbers from 2 on, not {k!r}.")
+            raise ValueError(f"n_clusters must be whole numbers from 2 on, got {k!r}.")
     return sorted(set(n_clusters)) if _installed("sklearn") else []
 
 

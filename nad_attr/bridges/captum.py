@@ -102,7 +102,7 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
     ) -> None:
         if not isinstance(method, Attribution):
             raise TypeError(
-                "method must be a Captum attribution, such as IntegratedGradients(model), not "
+                "method must be a Captum attribution, such as IntegratedGradients(model), got "
                 f"{method!r:.60}."
             )
         self.model = _network(method) if model is None else model
@@ -166,14 +166,14 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
         return bool(self.method.has_convergence_delta())
 
     def compute_convergence_delta(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The method's own, on the gated network."""
+        """The method's convergence delta, on the gated network."""
         with restored(self.model), self.applied():
             delta: Tensor = self.method.compute_convergence_delta(*args, **kwargs)
         return delta
 
     @classmethod
     def get_name(cls) -> str:
-        """Its name, in words."""
+        """The method's name in plots and tables."""
         return "Gated Attribution"
 
 
@@ -205,7 +205,7 @@ def _restored(model: nn.Module | None) -> AbstractContextManager[None]:
 def gaussian_perturbation(
     scale: float = 0.05,
 ) -> Callable[[Tensor | tuple[Tensor, ...]], tuple[Any, Any]]:
-    """A perturbation for :func:`infidelity`: normal noise that is taken off the inputs.
+    """A perturbation for :func:`infidelity`: subtract normal noise from the inputs.
 
     Args:
         scale: Its standard deviation.
@@ -219,7 +219,7 @@ def gaussian_perturbation(
         True
     """
     if not scale > 0:
-        raise ValueError(f"scale must be above zero, not {scale!r}.")
+        raise ValueError(f"scale must be above zero, got {scale!r}.")
 
     def perturb(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Any, Any]:
         if isinstance(inputs, Tensor):
@@ -377,7 +377,7 @@ def sensitivity(
 
 def _check_method(method: object) -> None:
     if not isinstance(method, Attribution):
-        raise TypeError(f"method must be a Captum attribution, not {type(method).__name__}.")
+        raise TypeError(f"method must be a Captum attribution, got {type(method).__name__}.")
 
 
 def _one_tensor(attributions: Any) -> Tensor:
@@ -386,7 +386,7 @@ def _one_tensor(attributions: Any) -> Tensor:
     items = tuple(attributions)
     if len(items) != 1:
         raise ValueError(
-            f"the method attributes to {len(items)} layers or inputs; infidelity is that of one: "
+            f"the method attributes to {len(items)} layers or inputs; infidelity needs one: "
             "give the method one layer."
         )
     only: Tensor = items[0]
@@ -479,7 +479,7 @@ def heatmap_figure(
             raise ValueError(f"attributions {name!r} have another shape: {tuple(value.shape)}.")
     if images is not None and images.shape[::2] != (len(first), first.shape[1]):
         raise ValueError(
-            f"images of shape {tuple(images.shape)} do not go with {len(first)} heat-maps of "
+            f"images of shape {tuple(images.shape)} do not fit {len(first)} heat-maps of "
             f"{first.shape[1]} x {first.shape[2]}."
         )
     if titles is not None and len(titles) != len(first):

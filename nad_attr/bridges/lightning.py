@@ -47,7 +47,7 @@ MEASURES = ("size", "own_auc", "other_auc", "fidelity", "recall", "fpr", "ba", "
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for all modules, and each as it was afterwards."""
+    """Put all modules into eval mode, and restore each module's mode afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -58,7 +58,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is not checked
-    """Learn the gates of a network's classes when its training ends, and log what they are worth.
+    """Learn the gates of a network's classes when its training ends, and log their measures.
 
     A Lightning callback (``lightning`` or ``pytorch_lightning``). On the first process alone, while
     the others wait, and fail with it if it fails. A few images and labels are tried before the
@@ -134,7 +134,7 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
         self.evaluation: Evaluation | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lightning calls this before the first step: what would fail at the end fails now.
+        """Check before the first step what is needed at the end; Lightning calls this.
 
         Raises:
             RuntimeError: On the other processes, if the first one has failed.
@@ -259,7 +259,7 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
 
 
 def _some(data: Any) -> Any:
-    """A few images of the data, without reading the rest; None: that cannot be done."""
+    """A few images of the data, without reading the rest; None: not possible."""
     labels = None
     if isinstance(data, (tuple, list)):
         if len(data) != 2 or not isinstance(data[1], (Labels, Tensor, list, np.ndarray)):
@@ -288,7 +288,7 @@ def _some(data: Any) -> Any:
 
 
 def _first_alone(trainer: Any, work: Callable[[], None]) -> None:
-    """Let the first process work and the others wait for it, whatever comes of it.
+    """Let the first process work and the others wait for it, also if it fails.
 
     A barrier would have them wait forever for one that has failed, and NCCL's gives up after
     minutes.

@@ -77,7 +77,7 @@ ATTRIBUTIONS: dict[str, Attribution | None] = {
 
 
 class SubArchitectureExplainer:
-    """Explains each image through the sub-architecture of its class, as Quantus calls for it.
+    """Explain each image through the sub-architecture of its class, for Quantus.
 
     Give it to any metric, or to ``quantus.evaluate``, as ``explain_func``. An image's heat-map
     depends on nothing else in the batch.
@@ -133,7 +133,7 @@ class SubArchitectureExplainer:
     ) -> None:
         if not (gates is None or isinstance(gates, (TaskGates, SubArchitecture, Mapping))):
             raise TypeError(
-                "gates must be TaskGates, a SubArchitecture, {class: SubArchitecture} or None, not "
+                "gates must be TaskGates, a SubArchitecture, {class: SubArchitecture} or None, got "
                 f"{type(gates).__name__}."
             )
         if isinstance(gates, Mapping):
@@ -141,16 +141,16 @@ class SubArchitectureExplainer:
             if wrong or not gates:
                 raise TypeError("gates as a mapping must be {class: SubArchitecture}.")
         if (soft or size is not None) and not isinstance(gates, TaskGates):
-            raise ValueError("soft= and size= go with TaskGates.")
+            raise ValueError("soft= and size= need gates that are TaskGates.")
         if soft and size is not None:
             raise ValueError("soft gates have no size: give one of the two.")
         if classes not in ("given", "predicted"):
-            raise ValueError(f"classes must be 'given' or 'predicted', not {classes!r}.")
+            raise ValueError(f"classes must be 'given' or 'predicted', got {classes!r}.")
         if isinstance(attribution, str) and attribution not in ATTRIBUTIONS:
             known = ", ".join(map(repr, ATTRIBUTIONS))
-            raise ValueError(f"attribution must be one of {known}, not {attribution!r}.")
+            raise ValueError(f"attribution must be one of {known}, got {attribution!r}.")
         if not (isinstance(attribution, str) or callable(attribution)):
-            raise TypeError(f"attribution must be a name or a function, not {attribution!r:.60}.")
+            raise TypeError(f"attribution must be a name or a function, got {attribution!r:.60}.")
         if attribution == "lrp" and set(options) - {"composite"}:
             raise ValueError("'lrp' takes no option but composite=.")
         self.gates = gates
@@ -205,8 +205,8 @@ class SubArchitectureExplainer:
             wanted = outputs.argmax(1)
         if int(wanted.min()) < 0 or int(wanted.max()) >= outputs.shape[1]:
             raise ValueError(
-                f"there is a class {wanted.tolist()} that a network with {outputs.shape[1]} "
-                "outputs does not have."
+                f"the classes must be below the network's {outputs.shape[1]} outputs, got "
+                f"{wanted.tolist()}."
             )
         # All lookups first: an error comes before the work.
         chosen = {task: self._of(task) for task in sorted(set(wanted.tolist()))}
@@ -275,7 +275,7 @@ def _tensors(runner: Runner, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]
     weight = next((p for p in runner.model.parameters() if p.is_floating_point()), None)
     images = images.detach().to(runner.device, torch.float32 if weight is None else weight.dtype)
     if classes.is_floating_point() and bool((classes != classes.round()).any()):
-        raise TypeError(f"targets must be class indices, not {classes.flatten()[:5].tolist()}.")
+        raise TypeError(f"targets must be class indices, got {classes.flatten()[:5].tolist()}.")
     classes = classes.long().flatten().to(runner.device)
     if len(classes) not in (1, len(images)):
         raise ValueError(f"{len(classes)} classes for {len(images)} images.")

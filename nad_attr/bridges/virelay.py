@@ -59,8 +59,6 @@ EVERY = "all classes"
 
 @dataclass(frozen=True)
 class _Job:
-    """What one export works on."""
-
     runner: Runner
     source: Source
     of_class: dict[int, SubArchitecture]
@@ -129,7 +127,7 @@ def _named(names: Names, n: int, what: str, default: Callable[[int], str]) -> li
     if names is None:
         found = [default(k) for k in range(n)]
     elif isinstance(names, str) or not isinstance(names, (Mapping, Sequence)):
-        raise TypeError(f"{what} must be a list of texts or {{class: text}}, not {names!r:.60}.")
+        raise TypeError(f"{what} must be a list of texts or {{class: text}}, got {names!r:.60}.")
     elif isinstance(names, Mapping):
         found = [str(names.get(k, default(k))) for k in range(n)]
     elif len(names) != n:
@@ -140,7 +138,7 @@ def _named(names: Names, n: int, what: str, default: Callable[[int], str]) -> li
 
 
 def _text(value: str) -> str:
-    """A YAML scalar: what JSON calls a string is one."""
+    """A YAML scalar, written as a JSON string."""
     return json.dumps(value)
 
 
@@ -253,7 +251,7 @@ def _exchange(made: Path, folder: Path, before: Path, files: Sequence[str]) -> N
 
 @torch.no_grad()
 def _n_outputs(job: _Job) -> int:
-    """The network's outputs, asked with one image.
+    """The number of the network's outputs, found with one image.
 
     Raises:
         ValueError: If labels or gates name a class that it has none for.
@@ -530,7 +528,7 @@ def export_virelay(
         'label_map.json', 'project.yaml']
     """
     if not callable(method):
-        raise TypeError(f"method must be a function, not {method!r:.60}.")
+        raise TypeError(f"method must be a function, got {method!r:.60}.")
     wanted = check_embeddings(embeddings)
     ks = check_n_clusters(n_clusters)
     source = as_source(data)

@@ -198,7 +198,7 @@ class GateCanonizer(Canonizer):  # type: ignore[misc]
 
 
 def _is_merged(layer: Any, norm: Any) -> bool:
-    """Whether a BatchNorm does nothing any more, and the layer before it adds something."""
+    """Whether a BatchNorm was merged: it does nothing, and the layer before it adds something."""
     values = (norm.running_mean, norm.running_var - 1, norm.weight - 1, norm.bias)
     if any(bool(value.detach().any()) for value in values):
         return False
@@ -207,7 +207,7 @@ def _is_merged(layer: Any, norm: Any) -> bool:
 
 
 def _normalised(norm: Any, mean: Tensor) -> Tensor:
-    """What a BatchNorm makes of a constant in each channel, (C,)."""
+    """The output of a BatchNorm for a constant in each channel, (C,)."""
     device = norm.running_mean.device
     with torch.no_grad():
         scaled = (mean.to(device, norm.running_mean.dtype) - norm.running_mean) * (
@@ -220,7 +220,7 @@ def _normalised(norm: Any, mean: Tensor) -> Tensor:
 
 
 class _Connected:
-    """Check in each forward pass that one module's output is what the next one is given."""
+    """Check in each forward pass that one module's output is the next one's input."""
 
     def __init__(self, root: nn.Module, layer: str, norm: str) -> None:
         modules = dict(unwrap(root).named_modules(remove_duplicate=False))
@@ -277,7 +277,7 @@ def named_composite(
         'EpsilonGammaBox'
     """
     if not isinstance(name, str):
-        raise TypeError(f"name must be a composite's name, not {type(name).__name__}.")
+        raise TypeError(f"name must be a composite's name, got {type(name).__name__}.")
     for key in ("low", "high"):
         if isinstance(arguments.get(key), (int, float)):
             arguments[key] = torch.tensor(arguments[key], device="cpu")
@@ -357,7 +357,7 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
             gates, task = GateCanonizer(arch), arch.task
         else:
             raise TypeError(
-                f"arch must be a SubArchitecture or a GateCanonizer, not {type(arch).__name__}; "
+                f"arch must be a SubArchitecture or a GateCanonizer, got {type(arch).__name__}; "
                 "for soft gates give GateCanonizer(task_gates, tasks=...)."
             )
         check_eval(model)
@@ -367,16 +367,16 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
             composite = named_composite(composite, canonizers=canonizers)
         elif not isinstance(composite, Composite):
             raise TypeError(
-                "composite must be a Zennit composite, the name of one, or None, not "
+                "composite must be a Zennit composite, the name of one, or None, got "
                 f"{composite!r:.60}."
             )
         if isinstance(attributor, str):
             if attributor not in ATTRIBUTORS:
                 known = ", ".join(map(repr, ATTRIBUTORS))
-                raise ValueError(f"attributor must be one of {known}, not {attributor!r}.")
+                raise ValueError(f"attributor must be one of {known}, got {attributor!r}.")
             kind = ATTRIBUTORS[attributor]
         elif not (isinstance(attributor, type) and issubclass(attributor, Attributor)):
-            raise TypeError(f"attributor must be a name or a class, not {attributor!r:.60}.")
+            raise TypeError(f"attributor must be a name or a class, got {attributor!r:.60}.")
         else:
             kind = attributor
         super().__init__(model, composite=_with_gates(composite, gates, canonizers))
@@ -446,7 +446,7 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         if target is None:
             raise ValueError("there is no target: give a class index, one-hot rows or a function.")
         if not isinstance(input, Tensor):
-            raise TypeError(f"input must be a tensor of images, not {type(input).__name__}.")
+            raise TypeError(f"input must be a tensor of images, got {type(input).__name__}.")
         if self._stack is None:
             with self:
                 return self._attribute(input, target)
@@ -533,15 +533,15 @@ def _start(target: Any, n_images: int, from_output: bool) -> Callable[[Tensor], 
         return function
     if isinstance(target, tuple):
         raise ValueError(
-            f"the target {target} is a group of classes, whose output is no single one: give "
-            "one-hot rows or a function of the output."
+            f"the target {target} is a group of classes and has several outputs: give one-hot "
+            "rows or a function of the output."
         )
     try:
         given = tensor_of(target)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             "the target must be a class index, one for each image, one-hot rows or a function of "
-            f"the output, not {target!r:.60}."
+            f"the output, got {target!r:.60}."
         ) from None
     whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
     if given.ndim == 2:
@@ -577,7 +577,7 @@ def _rows(given: Tensor, output: Tensor) -> Tensor:
 
 
 def whole_network(model: nn.Module, composite: Composite, images: Tensor, target: Target) -> Tensor:
-    """The heat-maps of the network as it is, for comparison; tidied up as those through gates.
+    """The heat-maps of the whole network, for comparison; cleaned up as those through gates.
 
     Args:
         model: The network, in eval mode.
@@ -637,7 +637,7 @@ def heatmap_image(
     """
     if relevance.ndim not in (3, 4) or not len(relevance):
         raise ValueError(
-            f"relevance must be of images, (B, C, H, W) or (B, H, W), not {tuple(relevance.shape)}."
+            f"relevance must be of images, (B, C, H, W) or (B, H, W), got {tuple(relevance.shape)}."
         )
     maps = relevance.detach().double().cpu()
     maps = maps.sum(1) if maps.ndim == 4 else maps

@@ -84,7 +84,7 @@ def false_selections(
             f"{n_chosen} channels chosen of {n_channels} in {n_pairs} pairs: no such numbers."
         )
     if assumption not in ("unimodal", "r-concave"):
-        raise ValueError(f"assumption must be 'unimodal' or 'r-concave', not {assumption!r}.")
+        raise ValueError(f"assumption must be 'unimodal' or 'r-concave', got {assumption!r}.")
     share = n_chosen / n_channels
     found = float(n_channels)
     if tau > 3 / 4:

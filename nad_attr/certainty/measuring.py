@@ -125,7 +125,7 @@ def certainty(
         (6, 6)
     """
     if not isinstance(gates, TaskGates):
-        raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
+        raise TypeError(f"gates must be TaskGates, got {type(gates).__name__}.")
     asked, (recipe, sizes) = recipe, _recipe(gates, recipe)
     check_count(pairs, "pairs")
     check_count(images, "images", least=2)
@@ -312,7 +312,7 @@ def _recipe(gates: TaskGates, recipe: Recipe | None) -> tuple[Recipe, list[float
             "of the images; give recipe=."
         )
     if not isinstance(found, Recipe):
-        raise TypeError(f"recipe must be a Recipe, not {type(found).__name__}.")
+        raise TypeError(f"recipe must be a Recipe, got {type(found).__name__}.")
     if isinstance(found, PaperRecipe):
         return found, [None] * len(gates)
     kept = [arch.n_kept for arch in gates.sub_architectures()]

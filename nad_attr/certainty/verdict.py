@@ -145,10 +145,10 @@ def verdict(
     check_count(n_random, "n_random")
     check_count(n_images, "n_images", least=4)
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level!r}.")
+        raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
     if least_p(n_random) > level + 1e-12:
         raise ValueError(
-            f"{n_random} random architectures give no p below {least_p(n_random):.3g}; level "
+            f"{n_random} random architectures cannot give a p below {least_p(n_random):.3g}; level "
             f"{level:g} needs n_random={round(1 / level) - 1} at least."
         )
     others = [_replica(found, archs) for found in replicas or ()]

@@ -127,7 +127,7 @@ class Verdict(Result):
     def __post_init__(self) -> None:
         for row in self.answers:
             if len(row) != len(QUESTIONS) or not set(row) <= set(ANSWERS):
-                raise ValueError(f"answers must be {len(QUESTIONS)} of {ANSWERS}, not {row}.")
+                raise ValueError(f"answers must be {len(QUESTIONS)} of {ANSWERS}, got {row}.")
 
     def index(self, task: object) -> int:
         """Row of a task, given as class index, group of class indices, or name.

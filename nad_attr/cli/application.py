@@ -64,7 +64,7 @@ def _common(
 
 
 class _Plain(TyperGroup):
-    """Says what a value should be in plain words: typer's own are those of a library inside it."""
+    """Say in plain words what a value should be, in place of typer's own words."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

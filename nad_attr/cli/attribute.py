@@ -58,7 +58,7 @@ def attribute(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     task: Annotated[
         str | None,
-        typer.Option(help="Class to explain; left out: of the learned ones, the likeliest."),
+        typer.Option(help="Class to explain; default: the most likely of the learned ones."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Channels to show at each site.")] = 3,
     csv_file: Annotated[
@@ -78,7 +78,7 @@ def attribute(
     """Attribute images to the channels that their class needs: gate times activation.
 
     A channel's number is the mean over positions, from NADAttribution with the learned gates. With
-    --labels, each image is explained for what the table says it is.
+    --labels, each image is explained for its class in the table.
 
     Examples:
       nad-attr attribute gates.h5 cat.jpg
@@ -102,7 +102,9 @@ def attribute(
         opened = rebuilt(provenance, network, quiet=quiet)
         tasks = [k for k in learned.tasks if isinstance(k, int)]
         if not tasks:
-            raise SpecError(f"{gates} holds groups of classes only, none of a single class.")
+            raise SpecError(
+                f"{gates} holds groups of classes only; attribute needs a task of a single class."
+            )
         names = _names(learned)
         wanted = None
         if task is not None:
@@ -152,14 +154,14 @@ def _own_tasks(
     above = dict.fromkeys(parent for path in images for parent in path.resolve().parents)
     folder = next((str(parent) for parent in above if (parent / first).is_file()), None)
     if folder is None:
-        raise SpecError(f"{table} names {first!r}, which is in no folder above {images[0]}.")
+        raise SpecError(f"{table} names {first!r}, which is not in any folder above {images[0]}.")
     opened_images: Any = open_images(folder, opened, labels=table, quiet=True).data
     photos, _ = opened_images
     read = as_source(opened_images, any_labels=True).labels
     at = {photos.path(i).resolve(): i for i in range(len(photos))}
     missing = [path for path in images if path.resolve() not in at]
     if missing:
-        raise SpecError(f"{table} says nothing of {missing[0]}.")
+        raise SpecError(f"{table} has no row for {missing[0]}.")
     own = own_images(read, tasks)
     return {
         path: [task for task, has in zip(tasks, own[:, at[path.resolve()]], strict=True) if has]

@@ -31,7 +31,7 @@ def certainty(
     ],
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Images that the gates were learned on; left out: as then."),
+        typer.Option("--data", help="Images that the gates were learned on; default: as then."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -62,11 +62,11 @@ def certainty(
     network: opt.NetworkOptions,
     work: opt.WorkOptions,
 ) -> None:
-    """Say of each kept channel how sure it is, and whether its class needs it.
+    """Say for each kept channel how sure it is, and whether its class needs it.
 
     Learns each class again from halves of the images, closes each kept channel on held-out images,
-    and tries other sub-architectures. Each channel is needed, replaceable, without an effect that
-    was seen, or undecided.
+    and tries other sub-architectures. A channel's label is needed, replaceable, no effect seen, or
+    undecided.
 
     Examples:
       nad-attr certainty gates.h5 --data photos/train --held-out photos/val --out channels.csv

@@ -31,7 +31,7 @@ from nad_attr.system.files import write_text
 __all__ = ["compare"]
 
 #: Rows of a table at most.
-_MOST = 20
+_MAX_ROWS = 20
 
 
 def compare(
@@ -49,7 +49,7 @@ def compare(
     ] = None,
     train_data: Annotated[
         str | None,
-        typer.Option(help="Images to score channels on; left out: those gates were learned on."),
+        typer.Option(help="Images to score channels on; default: those gates were learned on."),
     ] = None,
     n_images: Annotated[
         int, typer.Option("--images", min=1, help="Images of each class to score on, at most.")
@@ -76,7 +76,7 @@ def compare(
     """
     with guarded(work.debug):
         if len(files) > 2:
-            raise UsageError(f"compare takes one file or two, not {len(files)}.")
+            raise UsageError(f"compare takes one file or two, got {len(files)}.")
         check_size(size)
         check_outputs(
             [(json_file, "text")],
@@ -84,7 +84,7 @@ def compare(
         )
         methods = check_methods(rival)
         if bool(methods) != (data is not None):
-            raise UsageError("--with and --data go together: methods are measured on images.")
+            raise UsageError("use --with and --data together: methods are measured on images.")
         if methods and len(files) > 1:
             raise UsageError("--with compares the gates of one file with other methods.")
         if len(files) == 2:
@@ -177,9 +177,9 @@ def _two_files(files: Sequence[Path], tasks: list[str] | None, size: float | Non
         values.append(one.overlap(other, chance_corrected=True))
         rows.append([name, *map(number, values)])
         numbers.append([name, *values])
-    shown = rows[:_MOST]
-    if len(rows) > _MOST:
-        shown.append([f"... {len(rows) - _MOST} more", "", "", "", ""])
+    shown = rows[:_MAX_ROWS]
+    if len(rows) > _MAX_ROWS:
+        shown.append([f"... {len(rows) - _MAX_ROWS} more", "", "", "", ""])
     means = [number(float(np.mean([row[i] for row in numbers]))) for i in range(1, 5)]
     header = ["task", f"size in\n{files[0].name}", f"size in\n{files[1].name}", "overlap", "kappa"]
     print_table(header, [*shown, ["mean", *means]], bold=("mean",))
@@ -202,8 +202,8 @@ def _within(file: Path, tasks: list[str] | None, size: float | None) -> Any:
     pairs.sort(key=lambda pair: -pair[3])
     rows = [[f"{a} - {b}", number(overlap), number(fair)] for a, b, overlap, fair in pairs]
     shown = rows
-    if len(rows) > _MOST:
-        half = _MOST // 2
+    if len(rows) > _MAX_ROWS:
+        half = _MAX_ROWS // 2
         shown = [*rows[:half], [f"... {len(rows) - 2 * half} more", "", ""], *rows[-half:]]
     means = [number(float(np.mean([pair[i] for pair in pairs]))) for i in (2, 3)]
     print_table(["tasks", "overlap", "kappa"], [*shown, ["mean", *means]], bold=("mean",))

@@ -25,7 +25,7 @@ def demo(
     steps: Annotated[
         int, typer.Option(min=1, help="Learning steps for each class; time grows with it.")
     ] = STEPS,
-    seed: Annotated[int, typer.Option(help="Of crops, learning and random channels.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of crops, learning and random channels.")] = 0,
     out: Annotated[
         Path, typer.Option(file_okay=False, help="Folder for gates, tables and pictures.")
     ] = Path("nad_demo"),

@@ -42,7 +42,7 @@ _COLUMNS = {
     "ba": "BA",
 }
 #: Rows of tasks that the table shows at most.
-_MOST = 20
+_MAX_ROWS = 20
 
 
 def evaluate(
@@ -61,13 +61,13 @@ def evaluate(
     ablation: Annotated[
         str | None,
         typer.Option(
-            help=f"What a closed channel becomes: {', '.join(ABLATIONS)}; left out: as learned."
+            help=f"What a closed channel becomes: {', '.join(ABLATIONS)}; default: as learned."
         ),
     ] = None,
     train_data: Annotated[
         str | None,
         typer.Option(
-            help="Training images, for --ablation and thresholds; left out: those that the gates "
+            help="Training images, for --ablation and thresholds; default: those that the gates "
             "were learned on, where --ablation needs them."
         ),
     ] = None,
@@ -75,12 +75,10 @@ def evaluate(
         str | None,
         typer.Option(
             help="Images that the gates were learned from: says where measures on them and on "
-            "held-out ones part, and what would help."
+            "held-out ones differ, and what would help."
         ),
     ] = None,
-    random: Annotated[
-        int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
-    ] = 3,
+    random: Annotated[int, typer.Option(min=0, help="Draws of random channels of equal size.")] = 3,
     labels: opt.LabelTable = None,
     train_labels: opt.TrainLabelTable = None,
     allow_empty: opt.AllowEmpty = False,
@@ -99,8 +97,8 @@ def evaluate(
 ) -> None:
     """Measure on held-out images whether sub-architectures do what they should.
 
-    Beside the whole network and random channels of equal size, for high recall alone is easy to
-    have. The network is made again as the file says, and has to be the same one.
+    They are measured beside the whole network and random channels of equal size, because high
+    recall alone is easy to get. The network is made again as the file says, and is compared.
 
     Examples:
       nad-attr evaluate gates.h5 --data photos/val --out evaluation.json
@@ -109,7 +107,7 @@ def evaluate(
     """
     with guarded(work.debug, stopped=lambda: "Nothing was measured to the end."):
         if ablation is not None and ablation not in ABLATIONS:
-            raise UsageError(f"--ablation takes {', '.join(ABLATIONS)}, not {ablation!r}.")
+            raise UsageError(f"--ablation takes {', '.join(ABLATIONS)}, got {ablation!r}.")
         check_size(size)
         read = [network.weights, work.class_index, labels, train_labels]
         check_result(out, gates, [*read, data, train_data, learned_from], csv=True)
@@ -157,17 +155,17 @@ def evaluate(
 
 
 def print_evaluation(result: Evaluation) -> None:
-    """Tasks, their mean, and what has to be beaten."""
+    """Print the measures of tasks, their mean, and the baselines."""
     columns = dict(_COLUMNS)
     if result.is_of_targets:
         columns = {"size": "size", "fidelity": "fidelity", "target_r2": "target\nR²"}
     if not all(value != value for value in result.values("detector_ba")):
         columns["detector_ba"] = "detector\nBA"
     rows = []
-    for k, name in enumerate(result.task_names[:_MOST]):
+    for k, name in enumerate(result.task_names[:_MAX_ROWS]):
         rows.append([name, *(number(float(result.values(m)[k])) for m in columns)])
-    if len(result.task_names) > _MOST:
-        rows.append([f"... {len(result.task_names) - _MOST} more", *("" for _ in columns)])
+    if len(result.task_names) > _MAX_ROWS:
+        rows.append([f"... {len(result.task_names) - _MAX_ROWS} more", *("" for _ in columns)])
     rows.append(["mean", *(number(result.mean(m)) for m in columns)])
     others: dict[str, Sequence[Evaluation]] = {
         **({"random channels": result.random} if result.random else {}),

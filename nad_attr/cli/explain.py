@@ -37,7 +37,7 @@ def explain(
     model: opt.Model,
     data: opt.DataOption,
     out: Annotated[
-        Path, typer.Option(dir_okay=False, help="The page to write; replaced if it is there.")
+        Path, typer.Option(dir_okay=False, help="The page to write; an existing one is replaced.")
     ] = Path("report.html"),
     store: Annotated[
         Path | None,
@@ -46,7 +46,7 @@ def explain(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help="Class indices, ranges or names: 0-99,207 or cat,dog; left out: the ten classes "
+            help="Class indices, ranges or names: 0-99,207 or cat,dog; default: the ten classes "
             "with the most pictures."
         ),
     ] = None,
@@ -72,13 +72,13 @@ def explain(
     model_arg: opt.ModelArg = None,
     labels: opt.LabelTable = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin anew if the file of the gates is there.")
+        bool, typer.Option("--overwrite", help="Begin again if the file of the gates exists.")
     ] = False,
     *,
     pictures: opt.PictureOptions,
     work: opt.WorkOptions,
 ) -> None:
-    """From a network and a folder of pictures to a verdict and a page, in one command.
+    """Go from a network and a folder of pictures to a verdict and a page, in one command.
 
     Keeps some pictures of each class apart, learns on the others which channels each class needs,
     judges that on the ones kept apart, says how sure each channel is, measures what flows between

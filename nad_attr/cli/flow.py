@@ -41,7 +41,8 @@ def flow(
         ),
     ] = None,
     receivers: Annotated[
-        int, typer.Option(min=1, help="Receiving channels of each site that are told apart.")
+        int,
+        typer.Option(min=1, help="Receiving channels of each site that have edges of their own."),
     ] = 64,
     n_images: Annotated[
         int, typer.Option("--images", min=1, help="Own images of each class, at most.")
@@ -54,7 +55,7 @@ def flow(
         Path | None, typer.Option(dir_okay=False, help="Draw the flow here: .png, .pdf or .svg.")
     ] = None,
     whole: Annotated[
-        bool, typer.Option("--whole", help="The whole network, with every channel open.")
+        bool, typer.Option("--whole", help="Measure the whole network, with every channel open.")
     ] = False,
     labels: opt.LabelTable = None,
     allow_empty: opt.AllowEmpty = False,
@@ -75,7 +76,7 @@ def flow(
     """
     with guarded(work.debug, stopped=lambda: "Nothing was measured to the end."):
         if plot is not None and plot.suffix not in _PICTURES:
-            raise UsageError(f"--plot takes a .png, .pdf or .svg file, not {plot.name!r}.")
+            raise UsageError(f"--plot takes a .png, .pdf or .svg file, got {plot.name!r}.")
         check_outputs(
             [(csv_file, "text"), (plot, _PICTURES[plot.suffix] if plot else "picture")],
             [gates, network.weights, work.class_index, labels, data],

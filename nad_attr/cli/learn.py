@@ -39,7 +39,7 @@ from nad_attr.store import GateStore
 __all__ = ["learn", "shown_progress"]
 
 #: Seconds between two lines of progress where there is no terminal.
-_EVERY = 30.0
+_SECONDS_BETWEEN_LINES = 30.0
 #: Architectures whose weight of the size term the paper's authors published.
 _PUBLISHED = ("vgg16", "resnet50", "densenet121")
 
@@ -62,7 +62,7 @@ class Ablation(str, Enum):
 def learn(
     model: opt.Model,
     data: opt.DataOption,
-    out: Annotated[Path, typer.Option(dir_okay=False, help="File to write, HDF5.")] = Path(
+    out: Annotated[Path, typer.Option(dir_okay=False, help="HDF5 file to write.")] = Path(
         "gates.h5"
     ),
     tasks: opt.Tasks = None,
@@ -73,8 +73,8 @@ def learn(
     fidelity: Annotated[
         float | None,
         typer.Option(
-            help="In place of --size: each class keeps the smallest size that keeps this fidelity, "
-            "between 0 and 1, on a third of the images that is not learned from."
+            help="In place of --size: each class gets the smallest size that keeps this "
+            "fidelity, between 0 and 1, on a third of the images, which is kept apart."
         ),
     ] = None,
     weights: opt.Weights = None,
@@ -84,11 +84,9 @@ def learn(
         typer.Option(help="Put gates at this module instead of finding sites; repeatable."),
     ] = None,
     units: opt.Units = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the file if it is there.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an existing file.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file if it is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
     ] = False,
     may_differ: Annotated[
         list[str] | None,
@@ -132,7 +130,7 @@ def learn(
         str | None,
         typer.Option(
             metavar="BYTES",
-            help="What --batch-size auto may take, such as 8GB. [half of what is free; GPU: 90 %]",
+            help="Memory for --batch-size auto, such as 8GB. [half of the free memory; GPU: 90 %]",
         ),
     ] = None,
     checks: opt.Checks = opt.ChecksName.refuse,
@@ -148,7 +146,7 @@ def learn(
         float | None, typer.Option(min=0, help="Share of a GPU for each Ray worker.")
     ] = None,
     ray_workers: Annotated[
-        int | None, typer.Option(min=1, help="Ray workers at most; as many as fit if left out.")
+        int | None, typer.Option(min=1, help="Ray workers at most; default: as many as fit.")
     ] = None,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -180,7 +178,7 @@ def learn(
         executor = _executor(ray, gpus_per_worker, ray_workers)
         unknown = [name for name in may_differ or () if name not in MAY_DIFFER]
         if unknown:
-            raise UsageError(f"--may-differ takes {', '.join(MAY_DIFFER)}, not {unknown[0]!r}.")
+            raise UsageError(f"--may-differ takes {', '.join(MAY_DIFFER)}, got {unknown[0]!r}.")
         kinds = opt.units_of(units)
         if units is not None and layer:
             raise UsageError("--units finds sites, and --layer names them: give one of the two.")
@@ -306,7 +304,7 @@ def _recipe(
         if beta is None:
             raise UsageError(
                 "the published recipe needs --beta, the weight of its size term, for a network "
-                f"that is none of torchvision's {', '.join(_PUBLISHED)}."
+                "other than torchvision's {', '.join(_PUBLISHED)}."
             )
         return Recipe.paper(**given)
     except ValueError as error:
@@ -358,7 +356,7 @@ def shown_progress(
 
         def line(progress: Progress) -> None:
             also(progress)
-            if time.monotonic() - said[0] >= _EVERY:
+            if time.monotonic() - said[0] >= _SECONDS_BETWEEN_LINES:
                 said[0] = time.monotonic()
                 say(_text(progress))
 

@@ -1,4 +1,4 @@
-"""What the user gets to see: notes, errors, tables and progress."""
+"""What the user sees: notes, errors, tables and progress."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_size(size: float | None) -> None:
     if size is None or 0 < size <= 1:
         return
     hint = f"; for {size:g} % write {size / 100:g}" if 1 < size <= 100 else ""
-    raise UsageError(f"--size takes a share of the channels, above 0, up to 1, not {size:g}{hint}.")
+    raise UsageError(f"--size takes a share of the channels, above 0, up to 1, got {size:g}{hint}.")
 
 
 def write_csv(frame: pandas.DataFrame, path: Path, *, index: bool = False) -> None:
@@ -56,7 +56,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def say(text: str, quiet: bool = False, *, lines: bool = False) -> None:
-    """A note to the user, apart from the results; of several ``lines`` if it is said."""
+    """Print a note to the user, apart from the results; ``lines``: it has several lines."""
     if text and not quiet:
         typer.echo(shown(text, lines=lines), err=True)
 
@@ -65,7 +65,7 @@ def say(text: str, quiet: bool = False, *, lines: bool = False) -> None:
 def guarded(
     debug: bool = False, *, code: int = 1, stopped: Callable[[], str] | None = None
 ) -> Iterator[None]:
-    """Say in one line what does not do, in place of a traceback.
+    """Print an error as one line, and not as a traceback.
 
     Args:
         debug: Show the traceback as well.
@@ -127,7 +127,7 @@ def _plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Let a request to terminate, as of a cluster's scheduler, end the program as Ctrl-C does.
+    """Let a request to terminate, such as a scheduler's, end the program as Ctrl-C does.
 
     Ctrl-C itself is an exception from here on, so that what is open gets closed.
     """

@@ -69,7 +69,7 @@ def check_apart(path: Path, other: Path | None, what: str) -> None:
 
 
 def image_like(opened: Opened, pixels: int | None) -> Tensor:
-    """One image as the network's transform hands it over.
+    """One image as the network's transform makes it.
 
     Raises:
         UsageError: If the transform makes images of another size than was asked for.

@@ -58,7 +58,7 @@ def model_arguments(items: Sequence[str] | None) -> dict[str, Any]:
     for item in items or ():
         name, equals, value = item.partition("=")
         if not equals or not name.isidentifier():
-            raise UsageError(f"--model-arg takes NAME=VALUE, not {item!r}.")
+            raise UsageError(f"--model-arg takes NAME=VALUE, got {item!r}.")
         try:
             result[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -83,7 +83,7 @@ def chosen_device(name: str | None) -> str:
 
 
 def run_options(work: WorkOptions, *, amp: bool = False) -> RunOptions:
-    """How to run the network; progress is shown where someone looks."""
+    """How to run the network; progress is shown on a terminal."""
     return RunOptions(
         chosen_device(work.device),
         amp=amp,
@@ -180,7 +180,7 @@ HEADS_READ, SIZES_COMPARED = 2000, 8
 
 
 def _check_shapes(images: ImageFolderData | PhotoTable, transform: Transform) -> None:
-    """Refuse pictures that the transform leaves at several sizes, which no batch can hold.
+    """Refuse pictures that have several sizes after the transform: no batch can hold them.
 
     Raises:
         UsageError: Names two of them.
@@ -260,7 +260,7 @@ def _places(name: str) -> tuple[str, ...]:
 
 
 def check_folder(data: str, labels: Path | None = None) -> None:
-    """Say early that a folder is not there, before a network is made.
+    """Refuse a folder that does not exist, before a network is made.
 
     With a table of labels, any folder will do.
 
@@ -295,7 +295,7 @@ def checked(images: ImageFolderData, n_workers: int, quiet: bool) -> None:
 def pick_tasks(
     text: Sequence[str] | None, names: Mapping[int, str], present: Sequence[int]
 ) -> list[int]:
-    """See :func:`nad_attr.specs.parse_tasks`; what is wrong with the text is a wrong option."""
+    """See :func:`nad_attr.specs.parse_tasks`; a wrong text is a wrong option."""
     try:
         return parse_tasks(text, names, present)
     except SpecError as error:
@@ -304,7 +304,7 @@ def pick_tasks(
 
 @dataclass(frozen=True)
 class Opened:
-    """A network with what is done to its images."""
+    """A network with the transform of its images."""
 
     loaded: LoadedModel
     transform: Transform
@@ -335,7 +335,7 @@ def open_model(
 
 
 def provenance_of(opened: Opened, data: LoadedData) -> dict[str, Any]:
-    """What a store has to say for network, transform and classes to be made again."""
+    """What a store must hold so that network, transform and classes can be made again."""
     loaded = opened.loaded
     return {
         "model": loaded.name,
@@ -417,7 +417,7 @@ def rebuilt(
 
 
 def check_trust(named: Sequence[tuple[str, str]], trust: bool) -> None:
-    """Refuse what a file names and may not, or print it before it is called.
+    """Refuse what a file must not name, or print it before it is called.
 
     Args:
         named: Options that say the same, and their values.
@@ -438,7 +438,7 @@ def check_trust(named: Sequence[tuple[str, str]], trust: bool) -> None:
 
 
 def shown(text: str) -> str:
-    """A text from a file as a terminal may get it: what is not printable is written out."""
+    """A text from a file for a terminal, with unprintable characters written out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -451,13 +451,13 @@ def finished(data: LoadedData, quiet: bool) -> None:
 def opened_gates(
     path: Path, tasks: Sequence[str] | None = None
 ) -> tuple[TaskGates, dict[str, Any]]:
-    """The gates of some tasks of a file, by number or name, and where they come from."""
+    """The gates of some tasks of a file, by number or name, and their provenance."""
     with GateStore.open(path) as store:
         return store.read(chosen_tasks(store, tasks)), dict(store.provenance)
 
 
 class Study:
-    """A file of gates at work: its gates, their network made again, and images for it.
+    """A file of gates in use: its gates, their network made again, and images for it.
 
     Args:
         gates: The gates.
@@ -491,7 +491,7 @@ class Study:
         option: str = "--train-data",
         **how: Any,
     ) -> LoadedData:
-        """Images that the user names, or else those that a trusted file does.
+        """Images that the user names, or else those that a trusted file names.
 
         Raises:
             SpecError: If none are known, or the file is not trusted.

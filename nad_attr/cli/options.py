@@ -23,7 +23,8 @@ Model: TypeAlias = Annotated[
     ),
 ]
 OtherModel: TypeAlias = Annotated[
-    str | None, typer.Option("--model", help="In place of the network that the gates name.")
+    str | None,
+    typer.Option("--model", help="Network to use in place of the one that the gates name."),
 ]
 Weights: TypeAlias = Annotated[
     Path | None, typer.Option(help="State dict for the network: .pt, .pth or .safetensors.")
@@ -50,7 +51,8 @@ LabelTable: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         "--labels",
-        help="CSV table with a head: a file of --data in each row, then its class, or a label (0, "
+        help="CSV table with a header: a file of --data in each row, then its class, or a label "
+        "(0, "
         "1, empty: unknown) or target for each output.",
     ),
 ]
@@ -84,20 +86,20 @@ Interpolation: TypeAlias = Annotated[
 ]
 Tasks: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(help="Class indices, ranges or names: 0-99,207 or cat,dog; all if left out."),
+    typer.Option(help="Class indices, ranges or names: 0-99,207 or cat,dog; default: all."),
 ]
 Device: TypeAlias = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; left out: cuda if there is one.")
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: cuda if there is one.")
 ]
 Amp: TypeAlias = Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.")]
 Size: TypeAlias = Annotated[
     float | None,
-    typer.Option(help="Cut the gates at this share of the channels; left out: as learned."),
+    typer.Option(help="Cut the gates at this share of the channels; default: as learned."),
 ]
 BatchSize: TypeAlias = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Images in one pass of the network, at most; left out: 64, or 8 for flow."
+        min=1, help="Images in one pass of the network, at most; default: 64, or 8 for flow."
     ),
 ]
 
@@ -146,7 +148,7 @@ Units: TypeAlias = Annotated[
         "hidden neurons. [channels]",
     ),
 ]
-Seed: TypeAlias = Annotated[int, typer.Option(help="All random numbers come from it.")]
+Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
 def units_of(text: str | None) -> list[str]:
@@ -158,12 +160,12 @@ def units_of(text: str | None) -> list[str]:
     listed = ["channels"] if text is None else [part.strip() for part in text.split(",")]
     for unit in listed:
         if unit not in UNITS:
-            raise UsageError(f"--units takes {', '.join(UNITS)}, not {unit!r}.")
+            raise UsageError(f"--units takes {', '.join(UNITS)}, got {unit!r}.")
     return listed
 
 
 class ChecksName(str, Enum):
-    """What becomes of a doubt about the network."""
+    """What happens if a check of the network fails."""
 
     refuse = "refuse"
     warn = "warn"
@@ -173,15 +175,16 @@ class ChecksName(str, Enum):
 Checks: TypeAlias = Annotated[
     ChecksName,
     typer.Option(
-        help="What to do if outputs depend on chance or on other images, or gradients do not say "
-        "what closing channels does: refuse the network, warn and go on, or do not look.",
+        help="What to do if outputs depend on chance or on other images, or if gradients are "
+        "wrong about closing channels: refuse the network, warn and go on, or do not check.",
     ),
 ]
 Store: TypeAlias = Annotated[
     Path, typer.Argument(metavar="GATES.h5", help="File written by nad-attr learn.")
 ]
 Quiet: TypeAlias = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Results and errors only: no notes, no progress.")
+    bool,
+    typer.Option("--quiet", "-q", help="Print results and errors only: no notes, no progress."),
 ]
 Debug: TypeAlias = Annotated[
     bool, typer.Option("--debug", help="Show where in the code an error comes from.")
@@ -209,7 +212,7 @@ AnyModel: TypeAlias = Annotated[
 
 @dataclass(frozen=True)
 class PictureOptions:
-    """What is done to images before the network gets them."""
+    """How images are prepared for the network."""
 
     transform: TransformOption = None
     resize: Resize = None
@@ -232,7 +235,7 @@ class PictureOptions:
                 except ValueError:
                     values = ()
                 if len(values) not in (1, 3):
-                    raise UsageError(f"--{name} takes three numbers R,G,B, not {text!r}.")
+                    raise UsageError(f"--{name} takes three numbers R,G,B, got {text!r}.")
                 options[name] = values * 3 if len(values) == 1 else values
         if self.interpolation is not None:
             options["interpolation"] = self.interpolation
@@ -253,7 +256,7 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class WorkOptions:
-    """How a file of gates is put to work: images, random numbers, device, and what is said."""
+    """How a file of gates is used: images, random numbers, device, and notes."""
 
     class_index: ClassIndex = None
     seed: Seed = 0
@@ -273,7 +276,7 @@ class WorkOptions:
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command with single options, which typer needs, from one with groups of options.
+    """Make a command with single options, as typer needs, from one with groups of options.
 
     Args:
         command: Groups are keyword-only parameters, of types that are dataclasses.

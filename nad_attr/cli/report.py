@@ -24,13 +24,13 @@ from nad_attr.running.options import RunOptions
 __all__ = ["report"]
 
 #: Images of each class that rivals score channels on, at most.
-_SCORED = 50
+_MAX_SCORED_IMAGES = 50
 
 
 def report(
     gates: opt.Store,
     out: Annotated[
-        Path, typer.Option(dir_okay=False, help="The page to write; replaced if it is there.")
+        Path, typer.Option(dir_okay=False, help="The page to write; an existing one is replaced.")
     ] = Path("report.html"),
     data: Annotated[
         str | None,
@@ -48,9 +48,7 @@ def report(
     n_images: Annotated[
         int, typer.Option("--images", min=1, help="Held-out images, at most, evenly over classes.")
     ] = 1000,
-    random: Annotated[
-        int, typer.Option(min=0, help="Draws of random channels of equal size, beside them.")
-    ] = 3,
+    random: Annotated[int, typer.Option(min=0, help="Draws of random channels of equal size.")] = 3,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep what was measured in the file of the gates.")
     ] = False,
@@ -61,10 +59,12 @@ def report(
             help="Which evaluation to show: its name in the file, or a .json file of evaluate.",
         ),
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Of the page; left out: the model.")] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Title of the page; default: the model.")
+    ] = None,
     train_data: Annotated[
         str | None,
-        typer.Option(help="Images that --with scores on; left out: those gates were learned on."),
+        typer.Option(help="Images that --with scores on; default: those gates were learned on."),
     ] = None,
     labels: opt.LabelTable = None,
     train_labels: opt.TrainLabelTable = None,
@@ -102,7 +102,9 @@ def report(
             if methods:
                 training = study.training_images(train_data, train_labels, labels)
                 archs = result.gates.sub_architectures()
-                rivals = rivals_of(study, methods, archs, training.data, n_images=_SCORED, run=run)
+                rivals = rivals_of(
+                    study, methods, archs, training.data, n_images=_MAX_SCORED_IMAGES, run=run
+                )
             result.measure(
                 study.model,
                 images.data,

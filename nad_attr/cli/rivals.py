@@ -52,7 +52,7 @@ def check_methods(names: Sequence[str] | None) -> list[str]:
     """
     unknown = [name for name in names or () if name not in METHODS]
     if unknown:
-        raise UsageError(f"--with takes {', '.join(METHODS)}, not {unknown[0]!r}.")
+        raise UsageError(f"--with takes {', '.join(METHODS)}, got {unknown[0]!r}.")
     return list(names or ())
 
 

@@ -98,7 +98,7 @@ def sites(
 
 def _shape(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,3}", text):
-        raise UsageError(f"--input takes a shape such as 3x224x224, not {text!r}.")
+        raise UsageError(f"--input takes a shape such as 3x224x224, got {text!r}.")
     return tuple(int(part) for part in text.split("x"))
 
 

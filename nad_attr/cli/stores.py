@@ -26,7 +26,7 @@ from nad_attr.system.safe_text import cell, members, shown
 __all__ = ["export", "inspect", "merge"]
 
 #: Rows of a table at most.
-_MOST = 20
+_MAX_ROWS = 20
 
 
 def inspect(
@@ -88,8 +88,8 @@ def inspect(
             [name, json.dumps(task), f"{arch.n_kept:,}", number(arch.size)]
             for task, name, arch in zip(learned.tasks, names, archs, strict=True)
         ]
-        if len(rows) > _MOST:
-            rows = [*rows[:_MOST], [f"... {len(rows) - _MOST} more", "", "", ""]]
+        if len(rows) > _MAX_ROWS:
+            rows = [*rows[:_MAX_ROWS], [f"... {len(rows) - _MAX_ROWS} more", "", "", ""]]
         print_table(["task", "class", "kept channels", "size"], rows)
         rows = [
             [
@@ -133,7 +133,7 @@ def merge(
     files: Annotated[list[Path], typer.Argument(metavar="GATES.h5...", help="Two files or more.")],
     out: Annotated[Path, typer.Option(dir_okay=False, help="File to write.")],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file if it is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
     ] = False,
     quiet: opt.Quiet = False,
     debug: opt.Debug = False,
@@ -181,12 +181,12 @@ def export(
         typer.Option(
             "--tasks",
             "--task",
-            help="Class indices, ranges or names: 0-99,207 or cat,dog; all if left out.",
+            help="Class indices, ranges or names: 0-99,207 or cat,dog; default: all.",
         ),
     ] = None,
     size: Annotated[
         float | None,
-        typer.Option(help="Keep this share of the channels; left out: as learned."),
+        typer.Option(help="Keep this share of the channels; default: as learned."),
     ] = None,
     kept_only: Annotated[
         bool, typer.Option("--kept-only", help="Leave closed channels out of the CSV file.")
@@ -201,8 +201,8 @@ def export(
         bool,
         typer.Option(
             "--side-by-side",
-            help="Of several classes: each with a network of its own in --network; left out: one "
-            "of all channels that any of them needs.",
+            help="For several classes: --network gives each class its own network; default: one "
+            "network of all channels that any of them needs.",
         ),
     ] = False,
     pixels: Annotated[
@@ -244,8 +244,8 @@ def export(
             provenance = dict(store.provenance)
         if network is not None and len(learned) > 1 and head == "whole":
             raise UsageError(
-                f"--head whole is for one class's network, and {len(learned)} are chosen: several "
-                "together have an output each."
+                f"--head whole writes the network of one class, and {len(learned)} are chosen; "
+                "their network has one output for each."
             )
         if csv_file is not None:
             with _written(csv_file) as file:

@@ -32,7 +32,7 @@ def verdict(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Images that the gates were learned from; left out: those that the file names."
+            help="Images that the gates were learned from; default: those that the file names."
         ),
     ] = None,
     out: Annotated[
@@ -65,9 +65,9 @@ def verdict(
 ) -> None:
     """Test each class's channels: do they suffice, are they needed, specific, minimal, stable?
 
-    Each question is answered with "holds", "does not" or "not asked", beside random channels. A
-    certainty of channels that the file holds is used. The network is made again as the file says,
-    and has to be the same one.
+    Each question is answered with "holds", "does not" or "not asked", beside random channels. If
+    the file holds a certainty, it is used. The network is made again as the file says, and is
+    compared.
 
     Examples:
       nad-attr verdict gates.h5 --data photos/train --held-out photos/val

@@ -1,4 +1,4 @@
-"""What units look for: the IoU of every unit with every concept, whoever measured it."""
+"""What units look for: the IoU of every unit with every concept, from any program."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Concept:
     def __post_init__(self) -> None:
         for what, value in (("name", self.name), ("category", self.category)):
             if not isinstance(value, str):
-                raise TypeError(f"a concept's {what} must be a text, not {value!r:.60}.")
+                raise TypeError(f"a concept's {what} must be a text, got {value!r:.60}.")
         if not self.name.strip():
             raise ValueError("a concept needs a name.")
         object.__setattr__(self, "category", _SPELLINGS.get(self.category, self.category))
@@ -122,11 +122,11 @@ class UnitConcepts(Result):
             twice = next(c for c in self.concepts if self.concepts.count(c) > 1)
             raise ValueError(f"the concept {twice.name!r} ({twice.category!r}) is there twice.")
         if not isinstance(source, str):
-            raise TypeError(f"source must be a text, not {source!r:.60}.")
+            raise TypeError(f"source must be a text, got {source!r:.60}.")
         if quantile is not None and not 0 < quantile < 1:
-            raise ValueError(f"quantile must lie between 0 and 1, not {quantile!r}.")
+            raise ValueError(f"quantile must lie between 0 and 1, got {quantile!r}.")
         if not 0 <= iou_threshold <= 1:
-            raise ValueError(f"iou_threshold must lie in [0, 1], not {iou_threshold!r}.")
+            raise ValueError(f"iou_threshold must lie in [0, 1], got {iou_threshold!r}.")
         self.source, self.quantile = source, quantile
         self.iou_threshold, self.info = float(iou_threshold), dict(info or {})
         self.iou = {name: self._iou(name, value) for name, value in iou.items()}

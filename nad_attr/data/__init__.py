@@ -1,4 +1,4 @@
-"""Images, labels and random numbers: one face for tensors, datasets, loaders and folders."""
+"""Images, labels and random numbers: one interface for tensors, datasets, loaders and folders."""
 
 from __future__ import annotations
 

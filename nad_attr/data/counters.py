@@ -1,4 +1,4 @@
-"""Random numbers from counters: a function of their key, whatever batch they are made in.
+"""Random numbers from counters: a function of their key, independent of the batch.
 
 A generator gives its numbers in order, so what an image gets would depend on the images before it.
 Here each number is a hash of its key and its place, for a whole batch at once and on any device.

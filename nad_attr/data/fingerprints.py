@@ -183,7 +183,7 @@ def chosen_for_fingerprint(digest: Any, dataset: Any, numbers: Sequence[int]) ->
 
 
 def _files(dataset: Any, numbers: Sequence[int]) -> list[str] | None:
-    """The files of a dataset's items; None: it does not say, or they are not plain files."""
+    """The files of a dataset's items; None: not known, or not plain files."""
     path, samples = getattr(dataset, "path", None), getattr(dataset, "samples", None)
     try:
         if callable(path):

@@ -1,4 +1,4 @@
-"""Photos in class folders, read one by one: any kind of image, and the broken ones counted.
+"""Photos in class folders, read one by one; broken images are counted.
 
 :class:`ImageFolderData` follows torchvision's rule, a folder per class with images anywhere below
 it, and needs Pillow alone. Memory does not grow with the photos but for their names. Which class
@@ -225,16 +225,16 @@ class ImageTransform:
         for name in ("resize", "crop"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or not 1 <= value <= 10_000):
-                raise ValueError(f"{name} must be a number of pixels, 1 to 10000, not {value!r}.")
+                raise ValueError(f"{name} must be a number of pixels, 1 to 10000, got {value!r}.")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(np.isfinite(values)):
-                raise ValueError(f"{name} must be three numbers, one per colour, not {values!r}.")
+                raise ValueError(f"{name} must be three numbers, one per colour, got {values!r}.")
         if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0, not {self.std!r}.")
+            raise ValueError(f"std must be above 0, got {self.std!r}.")
         if self.interpolation not in ("nearest", "bilinear", "bicubic", "lanczos"):
             raise ValueError(
-                "interpolation must be nearest, bilinear, bicubic or lanczos, not "
+                "interpolation must be nearest, bilinear, bicubic or lanczos, got "
                 f"{self.interpolation!r}."
             )
 
@@ -628,7 +628,7 @@ def match_classes(
         missing = [folder for folder in folders if folder not in class_index]
         if missing:
             raise ValueError(
-                f"the class index says nothing of folder {missing[0]!r}"
+                f"the class index has no entry for folder {missing[0]!r}"
                 + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
                 + _near(missing[0], class_index)
             )

@@ -47,25 +47,25 @@ def as_task(value: object) -> Task:
         value = value.tolist()
     if isinstance(value, str):
         raise TypeError(
-            f"a task is a class index or a group of class indices, not {value!r}: for a class by "
-            "name take the index that the dataset gives it, {name: dataset.class_to_idx[name]}."
+            f"a task must be a class index or a group of class indices, got {value!r}; for a class "
+            "by name give the dataset's index, {name: dataset.class_to_idx[name]}."
         )
     if isinstance(value, (bool, bytes, float)):
-        raise TypeError(f"a task is a class index or a group of class indices, not {value!r}.")
+        raise TypeError(f"a task must be a class index or a group of class indices, got {value!r}.")
     if hasattr(value, "__index__"):
         index = int(value.__index__())
         if index < 0:
-            raise ValueError(f"a task is a class index from 0 on, not {index}.")
+            raise ValueError(f"a task must be a class index from 0 on, got {index}.")
         return index
     if isinstance(value, Iterable):
         members = [as_task(item) for item in value]
         if not members:
-            raise ValueError("a task of no classes: name at least one class index.")
+            raise ValueError("a task has no classes: name at least one class index.")
         if not all(isinstance(member, int) for member in members):
-            raise TypeError(f"a task is a class index or a flat group of them, not {value!r}.")
+            raise TypeError(f"a task must be a class index or a flat group of them, got {value!r}.")
         return tuple(sorted({m for m in members if isinstance(m, int)}))
     raise TypeError(
-        f"a task is a class index or a group of class indices, not {type(value).__name__}."
+        f"a task must be a class index or a group of class indices, got {type(value).__name__}."
     )
 
 
@@ -94,7 +94,7 @@ def own_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
 
 
 def other_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
-    """Which images are each task's others: not its own, and known to be not.
+    """Which images are each task's others: those known not to be its own.
 
     Args:
         labels: int64 (N,), or memberships (N, K).
@@ -130,7 +130,7 @@ def _columns(labels: Tensor, group: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Labels with what they mean, where their shape and type do not say it.
+    """Labels with their meaning, if shape and type do not say it.
 
     Goes wherever labels go: ``(images, Labels(...))``; ``(dataset, Labels(...))`` gives a dataset
     or loader other labels than its own, in the dataset's order.
@@ -176,7 +176,7 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class ReadLabels:
-    """Labels in the form that all other code reads.
+    """Labels in the form that all other code uses.
 
     Attributes:
         labels: int64 (N,) or (N, K), see this module's description.
@@ -234,14 +234,14 @@ def _numbers(given: Labels) -> Tensor:
             tensor = tensor_of(values)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"labels must be class indices, not {values!r:.60}: {error}."
+                f"labels must be class indices, got {values!r:.60}: {error}."
             ) from None
     if given.classes is not None:
         raise ValueError("classes= names the classes of labels that are names; these are numbers.")
     if tensor.ndim not in (1, 2) or tensor.is_complex() or 0 in tensor.shape[1:]:
         raise ValueError(
             "labels must be class indices, an integer tensor of shape (N,), or (N, K) for several "
-            f"labels or targets an image, not {tensor.dtype} of shape {tuple(tensor.shape)}."
+            f"labels or targets an image, got {tensor.dtype} of shape {tuple(tensor.shape)}."
         )
     if tensor.dtype == torch.bool:
         if tensor.ndim == 1:
@@ -265,9 +265,9 @@ def _named(names: Any, classes: Sequence[str] | None) -> Tensor:
     number = {str(name): k for k, name in enumerate(classes)}
     unknown = next((v for v in names.flat if v not in number), None)
     if unknown is not None:
-        raise ValueError(f"label {unknown!r} is none of the {len(number)} classes.")
+        raise ValueError(f"label {unknown!r} is not one of the {len(number)} classes.")
     if names.ndim != 1:
-        raise ValueError(f"names of classes must be a list, one an image, not {names.shape}.")
+        raise ValueError(f"names of classes must be a list, one an image, got {names.shape}.")
     return torch.tensor([number[v] for v in names], dtype=torch.int64, device="cpu")
 
 
@@ -296,7 +296,7 @@ def _classes(values: Tensor) -> Tensor:
             raise ValueError("rows of classes must hold a single 1 each, and 0 otherwise.")
         return values.argmax(1)
     if values.is_floating_point():
-        raise ValueError(f"class indices must be whole numbers, not {values.dtype}: labels.long().")
+        raise ValueError(f"class indices must be whole numbers, got {values.dtype}: labels.long().")
     if int(values.min()) < 0:
         raise ValueError(
             f"labels must be class indices from 0 on, got {int(values.min())}. Leave out images "
@@ -312,7 +312,7 @@ def _memberships(values: Tensor) -> Tensor:
         raise ValueError("several labels must be 0, 1, or unknown: NaN or -1.")
     if bool((values == -1).any()) and not bool((known == 0).any()):
         raise ValueError(
-            "labels are 1 and -1 alone, and -1 stands for unknown: give 0 where a label is absent."
+            "labels are only 1 and -1, and -1 means unknown: give 0 where a label is absent."
         )
     return known.long()
 
@@ -359,16 +359,16 @@ def for_one_output(labels: Tensor) -> Tensor:
 
 
 def only_classes(labels: Tensor) -> Tensor:
-    """Class indices; anything else is refused.
+    """Check that labels are class indices.
 
     Raises:
         ValueError: If images have several labels, or targets.
     """
     if labels.ndim != 1:
         raise ValueError(
-            "this asks which one class each image has, and the labels are several an image, or "
-            "targets. Learning, evaluation, curves, scorers, ablations, stability and top images "
-            "take those; here, give class indices of shape (N,)."
+            "this needs one class for each image, got several labels an image, or targets: give "
+            "class indices of shape (N,). Learning, evaluation, curves, scorers, ablations, "
+            "stability and top images take the other kinds."
         )
     return labels
 

@@ -1,4 +1,4 @@
-"""What learning and evaluation draw images from: one face for tensors, datasets and loaders.
+"""Where learning and evaluation draw images from: tensors, datasets and loaders.
 
 Every draw is a function of a seed alone. Random transforms of a dataset read the global random
 states, so each item is fetched with those states seeded for it and put back afterwards: neither
@@ -100,7 +100,7 @@ def _as_inputs(value: Any) -> Inputs:
     if not inputs or not all(isinstance(item, Tensor) for item in inputs):
         kinds = ", ".join(type(item).__name__ for item in inputs) or "nothing"
         raise TypeError(
-            f"a batch's inputs must be a tensor or a tuple of tensors, not {kinds}; let the "
+            f"a batch's inputs must be a tensor or a tuple of tensors, got {kinds}; let the "
             "dataset's transform end in tensors (torchvision's ToTensor, for example)."
         )
     if any(item.ndim == 0 or len(item) != len(inputs[0]) for item in inputs):
@@ -133,7 +133,7 @@ def _parts(batch: Any) -> _Parts:
         key = next((name for name in LABEL_FIELDS if name in batch), None)
         if key is None:
             raise TypeError(
-                f"a row has the fields {', '.join(map(str, batch))}, and none of them is called "
+                f"a row has the fields {', '.join(map(str, batch))}, but none of them is called "
                 f"{', '.join(LABEL_FIELDS)}; yield (inputs, label) pairs."
             )
         kept = {k: v for k, v in batch.items() if k != key and not _is_text(v)}
@@ -162,7 +162,6 @@ def _is_text(value: Any) -> bool:
 
 
 def _labels_of(parts: Sequence[Any], classes: Any) -> ReadLabels:
-    """The labels of batches, one after the other."""
     if any(map(_is_text, parts)):
         names = [name for part in parts for name in ([part] if isinstance(part, str) else part)]
         listed = list(classes) if isinstance(classes, (list, tuple)) else None
@@ -174,7 +173,7 @@ def _labels_of(parts: Sequence[Any], classes: Any) -> ReadLabels:
             columns = isinstance(part, (list, tuple)) and isinstance(part[0], Tensor)
             tensors.append(torch.stack(list(part), dim=-1) if columns else tensor_of(part))
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise ValueError(f"labels must be class indices, not {part!r:.60}: {error}.") from None
+            raise ValueError(f"labels must be class indices, got {part!r:.60}: {error}.") from None
     if any(t.ndim == 0 or t.shape[1:] != tensors[0].shape[1:] for t in tensors):
         raise ValueError(
             "labels must be class indices, an integer tensor of shape (N,), or rows of one length; "
@@ -345,7 +344,7 @@ def loading(loader: DataLoader[Any] | None) -> dict[str, Any]:
 
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """A loader's pass. It draws a seed by its CPU generator, on the user's default device."""
+    """Start a loader's pass. It draws a seed by its CPU generator, on the user's default device."""
     with torch.device("cpu"):
         return iter(loader)
 
@@ -515,8 +514,8 @@ class DatasetSource:
             if len(tensors[0]) != kept[n]:
                 raise ValueError(
                     f"the collate function made {len(tensors[0])} images of {kept[n]} items, so "
-                    "nothing says whose they are; let the dataset leave out (torch.utils.data."
-                    "Subset), or be None at, what is broken."
+                    "it is not known which items they are; leave broken items out (torch.utils."
+                    "data.Subset), or let the dataset return None for them."
                 )
             yield tensors
 
@@ -639,7 +638,7 @@ def _as_source(data: Any, augmented: bool | None) -> Source:
         kinds = ", ".join(type(x).__name__ for x in data[:4]) + (" ..." if len(data) > 4 else "")
         raise TypeError(
             "data must be a pair (inputs, labels) of tensors, a Dataset of (input, label) or a "
-            f"DataLoader of such, not a {type(data).__name__} of {len(data)} ({kinds})."
+            f"DataLoader of such, got a {type(data).__name__} of {len(data)} ({kinds})."
         )
     if isinstance(data, (DataLoader, IterableDataset)) or (
         isinstance(data, Iterable) and not isinstance(data, (Tensor, str, bytes, dict, tuple, list))
@@ -647,12 +646,12 @@ def _as_source(data: Any, augmented: bool | None) -> Source:
         return _read(data, labels)
     raise TypeError(
         "data must be a pair (inputs, labels) of tensors, a Dataset of (input, label) or a "
-        f"DataLoader of such, not {type(data).__name__}."
+        f"DataLoader of such, got {type(data).__name__}."
     )
 
 
 class _Items(Dataset[Any]):
-    """Items that are at hand, such as a list of pairs or the rows of a table."""
+    """Items in memory, such as a list of pairs or the rows of a table."""
 
     def __init__(self, items: Any) -> None:
         self.items = items
@@ -705,8 +704,8 @@ def numbers_of(loader: DataLoader[Any]) -> list[int] | None:
         return None
     if type(sampler) is WeightedRandomSampler:
         warnings.warn(
-            "the loader's WeightedRandomSampler decides only that images of weight 0 are left out: "
-            "each other image is used alike, whatever its weight. Images are balanced between a "
+            "the loader's WeightedRandomSampler is used only to leave out images of weight 0; "
+            "all other images count the same. Images are balanced between a "
             "task's own and the others anyway; give a loader without the sampler to say so.",
             stacklevel=2,
         )
@@ -791,7 +790,7 @@ def _is_item(parts: _Parts, of_loader: bool) -> bool:
 
 
 def only_images(inputs: Inputs) -> Tensor:
-    """Take a batch that is made of images and nothing else.
+    """Take a batch that holds images only.
 
     Args:
         inputs: All inputs of the network.

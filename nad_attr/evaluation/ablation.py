@@ -53,7 +53,7 @@ class Filler(ABC):
     """
 
     def donors(self, rows: Tensor, numbers: Tensor) -> tuple[Inputs, Tensor] | None:
-        """Images that have to run through the whole network in the same forward pass.
+        """Images that must run through the whole network in the same forward pass.
 
         Args:
             rows: int64 (B,), which row each image of the pass is for.
@@ -66,7 +66,7 @@ class Filler(ABC):
         return None
 
     def is_of_gates_alone(self) -> bool:
-        """Whether rows with the same gates get the same values."""
+        """Whether the values depend on the gates alone: equal rows get equal values."""
         return False
 
     @abstractmethod
@@ -487,7 +487,7 @@ def as_ablation(ablation: Ablation | str | None) -> Ablation | None:
             f"kind={ablation!r}), with training images, and pass what it returns."
         )
     raise TypeError(
-        f"ablation must be an Ablation, as fit_ablation makes it, 'zero' or None, not "
+        f"ablation must be an Ablation, as fit_ablation makes it, 'zero' or None, got "
         f"{type(ablation).__name__}."
     )
 

@@ -159,7 +159,7 @@ def evaluate(
         GatingError: If a site does not fire, fires twice or has another shape.
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
-        ValueError: If the network is in train mode, a sub-architecture says no task, a task is
+        ValueError: If the network is in train mode, a sub-architecture has no task, a task is
             there twice, no task has own images, rivals are of other sites or tasks, the ablation
             does not fit, labels or tasks are not a class of the network, or inputs or outputs hold
             NaN.
@@ -263,14 +263,14 @@ def evaluate(
 
 
 def _closed(archs: Sequence[SubArchitecture], ablation: Ablation | None) -> str:
-    """What stands in place of closed channels, in words; nothing where none is closed."""
+    """What replaces closed channels, in words; empty if none is closed."""
     if ablation is not None:
         return str(ablation.kind).replace("_", " ")
     return "; ".join(dict.fromkeys(arch.closed_at for arch in archs if arch.size < 1))
 
 
 def _some(data: Data, n: int, seed: int) -> Source:
-    """At most so many of the images, drawn by the seed."""
+    """At most ``n`` of the images, drawn by the seed."""
     source = as_source(data, any_labels=True)
     if len(source.labels) <= n:
         return source
@@ -289,13 +289,13 @@ def _rivals(
         return {}
     if not isinstance(rivals, Mapping):
         raise TypeError(
-            "rivals must be {name: task gates or sub-architectures}, not "
+            "rivals must be {name: task gates or sub-architectures}, got "
             f"{type(rivals).__name__}."
         )
     result: dict[object, list[SubArchitecture]] = {}
     for name, rival in rivals.items():
         if not isinstance(name, str):
-            raise TypeError(f"a rival's name must be a string, not {name!r}.")
+            raise TypeError(f"a rival's name must be a string, got {name!r}.")
         if isinstance(rival, TaskGates):
             # Gates of further tasks do no harm.
             enough = set(tasks) <= set(rival.tasks)
@@ -361,7 +361,7 @@ def _array(values: Tensor) -> FloatArray:
 
 
 #: Sub-architectures that a worker measures at a time.
-_BLOCK = 24
+_ROWS_PER_WORKER = 24
 
 _Shared = tuple[nn.Module, RunOptions, tuple[Any, ...]]
 
@@ -369,9 +369,10 @@ _Shared = tuple[nn.Module, RunOptions, tuple[Any, ...]]
 def _by_workers(
     executor: Workers, pass_: _Measuring, model: nn.Module, rows: Sequence[SubArchitecture]
 ) -> dict[str, FloatArray]:
-    """The measures of all rows, and into ``pass_`` what the whole network answers."""
+    """The measures of all rows; the whole network's answers go into ``pass_``."""
     blocks = [
-        (k == 0, [rows[i] for i in block]) for k, block in enumerate(chunks(len(rows), _BLOCK))
+        (k == 0, [rows[i] for i in block])
+        for k, block in enumerate(chunks(len(rows), _ROWS_PER_WORKER))
     ]
     options = pass_.runner.options
     given = (pass_.tasks, pass_.source, pass_.threshold, pass_.ablation)
@@ -399,7 +400,7 @@ def _on_worker(shared: _Shared, device: torch.device) -> tuple[Runner, tuple[Any
 def _block_measured(
     state: tuple[Runner, tuple[Any, ...]], block: tuple[bool, list[SubArchitecture]]
 ) -> tuple[dict[str, FloatArray], Any]:
-    """The measures of a block; with the first one what the whole network answered."""
+    """The measures of a block; the first one also has the whole network's answers."""
     pass_ = _Measuring(state[0], *state[1])
     measured = pass_.all_rows(block[1])
     if not block[0]:
@@ -597,7 +598,7 @@ class _Measuring:
         known: Tensor,
         thresholds: Tensor | None,
     ) -> dict[str, FloatArray]:
-        """The measures that several labels an image, or targets, leave some sense in."""
+        """The measures that make sense with several labels an image, or with targets."""
         nothing = torch.full((len(tasks),), torch.nan, dtype=torch.float64, device="cpu")
         found = dict.fromkeys(
             ("margin_auc", "recall", "fpr", "other_accuracy", "detector_ba"), nothing

@@ -41,7 +41,7 @@ def _numbers(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor
 def _flags(values: Any, what: str = "positive") -> Tensor:
     tensor = tensor_of(values)
     if tensor.dtype != torch.bool:
-        raise TypeError(f"{what} must be boolean, not {tensor.dtype}.")
+        raise TypeError(f"{what} must be boolean, got {tensor.dtype}.")
     return tensor
 
 
@@ -106,7 +106,7 @@ def _shares(weights: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _varies(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Whether there are two different values among those that count (exact, no rounding)."""
+    """Whether two of the values that count differ (exactly, without rounding)."""
     if values.shape[-1] == 0:
         return torch.zeros(values.shape[:-1], dtype=torch.bool, device=values.device)
     counts = torch.ones_like(values, dtype=torch.bool) if weights is None else weights > 0
@@ -286,7 +286,7 @@ def fit_threshold(scores: Tensor, positive: Tensor) -> Tensor:
 
 
 def balanced_accuracy(calls: Tensor, positive: Tensor) -> Tensor:
-    """(share of positives that are called + share of negatives that are not) / 2.
+    """(share of positives above + share of negatives not above the threshold) / 2.
 
     Args:
         calls: bool (..., N).

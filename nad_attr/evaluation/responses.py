@@ -139,7 +139,7 @@ class Rows:
             self.rows = None
 
     def width(self, batch_size: int) -> int:
-        """Images in a pass, so that they and their donors are ``batch_size`` at most, if above 1.
+        """Images in a pass: with their donors at most ``batch_size``, and at least one.
 
         A single image and its donor are two.
         """
@@ -204,7 +204,7 @@ def _joined(donors: Tensor, images: Tensor) -> Tensor:
 def _own_means(
     architectures: Sequence[SubArchitecture], device: torch.device
 ) -> dict[str, Tensor] | None:
-    """What each sub-architecture says that its closed channels become; None: zero for all."""
+    """The means that each sub-architecture has for closed channels; None: zero for all."""
     if all(arch.means is None for arch in architectures):
         return None
     first = architectures[0].means
@@ -230,19 +230,19 @@ def as_architectures(
 
     Raises:
         TypeError: If they are something else.
-        ValueError: If there is none, one says no task, or their sites differ.
+        ValueError: If there is none, one has no task, or their sites differ.
     """
     if isinstance(architectures, TaskGates):
         return architectures.sub_architectures(size)
     if size is not None:
-        raise ValueError("size= goes with TaskGates; sub-architectures have their size already.")
+        raise ValueError("size= needs TaskGates; sub-architectures have their size already.")
     if isinstance(architectures, SubArchitecture):
         architectures = [architectures]
     if not isinstance(architectures, Sequence) or not all(
         isinstance(arch, SubArchitecture) for arch in architectures
     ):
         raise TypeError(
-            "architectures must be TaskGates or a sequence of SubArchitecture, not "
+            "architectures must be TaskGates or a sequence of SubArchitecture, got "
             f"{type(architectures).__name__}."
         )
     if not architectures:
@@ -250,7 +250,7 @@ def as_architectures(
     for i, arch in enumerate(architectures):
         if arch.task is None:
             raise ValueError(
-                f"sub-architecture {i} says no task; make it with SubArchitecture(..., task=k)."
+                f"sub-architecture {i} has no task; make it with SubArchitecture(..., task=k)."
             )
         if arch.sites != architectures[0].sites:
             raise ValueError(
@@ -321,7 +321,7 @@ def sweep(
         GatingError: If a site does not fire, fires twice or has another shape.
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
-        ValueError: If the network is in train mode, a sub-architecture says no task, the ablation
+        ValueError: If the network is in train mode, a sub-architecture has no task, the ablation
             does not fit, labels or tasks are not a class of the network, or inputs or outputs hold
             NaN.
 
@@ -352,7 +352,7 @@ class Watch(Protocol):
         """Remember the images of the next pass."""
 
     def __call__(self, site: GateSite, tensor: Tensor) -> None:
-        """What a site holds."""
+        """Take in the tensor of a site."""
 
 
 def answers(
@@ -497,7 +497,7 @@ def _check_outputs(undefined: Tensor, chosen: range, tasks: Sequence[Task] | Non
 
 
 class _Differences(Rows):
-    """Runs images clean beside their gated copies, and adds up how far apart these are."""
+    """Runs images and their gated copies, and adds up how far apart these are."""
 
     def __init__(
         self,

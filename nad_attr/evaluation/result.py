@@ -222,7 +222,7 @@ class Evaluation(Result):
         return float(p_against(measure, observed, draws))
 
     def held_out_sentences(self) -> list[str]:
-        """Where means on images learned from and on held-out ones part, and what would help.
+        """Sentences if means on learning images and held-out images differ, and what would help.
 
         They part where they differ by more than 0.05 and the 95 % interval over tasks leaves out
         zero; of one task, which has no such interval, where they differ by 0.1.
@@ -319,7 +319,7 @@ class Evaluation(Result):
         return "\n".join(map(shown, listed))
 
     def _closed_sentences(self) -> list[str]:
-        """What stood in place of closed channels, here and in what is beside it."""
+        """What replaced closed channels, here and in the baselines."""
         of = {"sub-architectures": self.closed}
         of |= {"random": self.random[0].closed} if self.random else {}
         of |= {name: rival.closed for name, rival in self.rivals.items()}
@@ -444,13 +444,12 @@ class Evaluation(Result):
         return super()._of_stored({}, {"fields": content})
 
     def _repr_html_(self) -> str:
-        """How notebooks show it: the means, beside what they have to beat."""
         measures = ["own_auc", "other_auc", "fidelity", "recall", "fpr", "ba"]
         if self.is_of_targets:
             measures = ["fidelity", "rank_fidelity", "target_r2"]
         elif self._whole is not None and not self.random and not self.rivals:
             measures.remove("recall")  # as in summary: alone it says nothing
-        columns = [self.values(m)[:_SHOWN] for m in ("size", *measures)]
+        columns = [self.values(m)[:_MAX_SHOWN_TASKS] for m in ("size", *measures)]
         rows = [
             [name, *map(number, cells)]
             for name, cells in zip(self.task_names, zip(*columns, strict=True), strict=False)
@@ -499,7 +498,7 @@ def _arrays(result: Evaluation, sites: Sequence[str]) -> dict[str, FloatArray]:
 
 
 #: Tasks that a notebook shows.
-_SHOWN = 12
+_MAX_SHOWN_TASKS = 12
 
 
 def _mean_of(results: Sequence[Evaluation], measure: str) -> float:

@@ -1,4 +1,4 @@
-"""Sub-architectures in whatever form they come, with their tasks and names, each task once."""
+"""Sub-architectures from any form, with their tasks and names, each task once."""
 
 from __future__ import annotations
 

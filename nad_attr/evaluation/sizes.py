@@ -206,7 +206,7 @@ def parameter_size(architecture: SubArchitecture, costs: SiteCosts) -> float:
 
 
 class Activity:
-    """Between what values each channel moves on the images of each class, in the whole network.
+    """The lowest and highest value of each channel on the images of each class.
 
     Looks on while the sweep runs the whole network; keeps the first image for
     :func:`count_costs`.
@@ -227,7 +227,7 @@ class Activity:
         self._rows = self._place[numbers[0] : numbers[-1] + 1]
 
     def __call__(self, site: GateSite, tensor: Tensor) -> None:
-        """Take in what a site holds."""
+        """Take in the tensor of a site."""
         dim, _ = channel_shape(site, tensor)
         values = tensor.detach().movedim(dim, 1).flatten(2) if tensor.ndim > 2 else tensor.detach()
         low, high = torch.aminmax(values, dim=-1) if values.ndim > 2 else (values, values)
@@ -238,7 +238,7 @@ class Activity:
             kept[site.name].scatter_reduce_(0, rows, new.to(kept[site.name].dtype), how)
 
     def to_cpu(self) -> None:
-        """Move what was seen to the CPU, from where another process can take it."""
+        """Move the values to the CPU, so that another process can take them."""
         self.low, self.high = ({n: x.cpu() for n, x in d.items()} for d in (self.low, self.high))
         if self.example is not None:
             self.example = tuple(x.cpu() for x in self.example)

@@ -1,4 +1,4 @@
-"""The main job on a real network and real photos, with nothing to download.
+"""The main steps on a real network and real photos, with nothing to download.
 
 EfficientNet-Lite0 with its ImageNet weights, and the 20 ImageNet photos that foolbox ships: which
 channels does the network need for the classes of these photos? :func:`run_demo` learns the gates,
@@ -114,7 +114,7 @@ class Photo:
 
 @dataclass(frozen=True, eq=False)
 class StrongChannel:
-    """A channel that says much about one image.
+    """A channel with a strong attribution for one image.
 
     Attributes:
         site: Name of the gate site.
@@ -180,7 +180,7 @@ class DemoResult(Result):
         )
 
     def explanation(self) -> str:
-        """How to read the tables, where everything lies, and how to go on."""
+        """How to read the tables, where the files are, and how to go on."""
         contents = {
             "gates.h5": "the gates; any HDF5 tool opens it",
             "table.txt": "the table above",
@@ -370,7 +370,7 @@ def choose_classes(
     if not 1 <= n <= len(right):
         raise ValueError(
             f"the number of classes must be 1 to {len(right)} (the classes whose photos the "
-            f"network gets right), not {n}."
+            f"network gets right), got {n}."
         )
     items = list(right.items())
     return dict(items[i * len(items) // n] for i in range(n))

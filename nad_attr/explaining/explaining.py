@@ -211,7 +211,7 @@ def _names(data: Any, given: Mapping[Any, str] | None) -> dict[Any, str]:
 
 
 class _Work:
-    """The steps, each of which looks first whether the store has its result."""
+    """The steps; each looks first whether the store has its result."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class _Work:
         self.affordable = 0
 
     def begun(self, asked: Mapping[str, Any]) -> str | None:
-        """The name of the size that the store was begun with; None: it is not there."""
+        """The name of the size that the store was begun with; None: there is no store."""
         if not self.file.exists():
             return None
         with GateStore.open(self.file) as store:
@@ -370,7 +370,6 @@ class _Work:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Time a step."""
         self.say(f"{name} ...")
         began = self.clock()
         yield
@@ -379,7 +378,7 @@ class _Work:
     def learn(
         self, facts: Mapping[str, Any], on_progress: Callable[[Progress], object] | None
     ) -> None:
-        """Learn what is missing; looks at the network and images in any case."""
+        """Learn what is missing; check the network and images in any case."""
         names = [self.names.get(task, str(task)) for task in self.tasks]
         # Some classes of ImageNet share a name.
         named = {
@@ -403,7 +402,6 @@ class _Work:
         self.gates = TaskGates.load(self.file)
 
     def evaluated(self) -> Evaluation:
-        """The measures."""
         if "evaluation" in result_names(self.file):
             return Evaluation.load(self.file, "evaluation")
         with self.step("evaluation"):
@@ -419,7 +417,7 @@ class _Work:
         return found
 
     def certain(self) -> ChannelCertainty | None:
-        """How sure channels are, of some of the tasks; None: of none.
+        """The certainty of some of the tasks; None: of no task.
 
         Task by task, each of which is kept at once: how many closings one needs shows when it is
         done, and there are as many as cost no more than all else.
@@ -451,7 +449,7 @@ class _Work:
         return found
 
     def unsure(self, found: ChannelCertainty | None) -> list[Task]:
-        """The tasks whose certainty is still to measure, given what was found of others."""
+        """The tasks whose certainty is still to be measured."""
         done = () if found is None else found.tasks
         left = [task for task in self.tasks if task not in done]
         if found is None or self.wants_certainty:
@@ -460,7 +458,6 @@ class _Work:
         return left if spent + spent / len(done) <= self.affordable else []
 
     def tested(self, sure: ChannelCertainty | None) -> Verdict:
-        """The verdict."""
         if "verdict" in result_names(self.file):
             return Verdict.load(self.file, "verdict")
         with self.step("verdict"):

@@ -1,4 +1,4 @@
-"""How long an explanation will take: images that pass the network, times measured seconds."""
+"""How long an explanation will take: images through the network, times measured seconds."""
 
 from __future__ import annotations
 
@@ -223,12 +223,12 @@ def cost(*kinds: Passes) -> int:
 
 
 def all_else(every: Mapping[str, Passes]) -> int:
-    """What all but certainty costs."""
+    """The cost of all steps but certainty."""
     return cost(*(kinds for step, kinds in every.items() if step != "certainty"))
 
 
 def n_certain(every: Mapping[str, Passes], n_tasks: int) -> int:
-    """Of how many tasks certainty will cost no more than all else does.
+    """For how many tasks certainty costs no more than all other steps.
 
     Example:
         >>> n_certain({"learning": {"learn": 100}, "certainty": {"run": 500, "learn": 100}}, 8)

@@ -1,4 +1,4 @@
-"""What an explanation says, in five lines and in numbers."""
+"""The result of an explanation, in five lines and in numbers."""
 
 from __future__ import annotations
 

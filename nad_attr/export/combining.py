@@ -80,7 +80,7 @@ def combine(
     merge_bn: bool = False,
     batch_size: int = 64,
 ) -> nn.Module:
-    """One network of several classes' sub-architectures, that tells these classes apart.
+    """Make one network of several classes' sub-architectures, which tells these classes apart.
 
     Reuse one class's part of a network in another, put a class beside those a network has, or
     replace a weak one: give the sub-architectures that are wanted, each from where it is best. A
@@ -135,7 +135,7 @@ def combine(
         shapes = tuple(tuple(x.shape[1:]) for x in inputs)
         if summary(module).input_shapes != shapes:
             raise ValueError(
-                f"the network of task {task} takes inputs of {summary(module).input_shapes}, not "
+                f"the network of task {task} takes inputs of {summary(module).input_shapes}, got "
                 f"{shapes}: export it with images of that size."
             )
     tasks = [as_task(task) for task in given]

@@ -55,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Summary(Result):
-    """What a smaller network is.
+    """A smaller network: its channels, costs and inputs.
 
     Attributes:
         task: The class, or classes, it was found for, if any.
@@ -94,7 +94,7 @@ class Summary(Result):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Summary:
-        """What :meth:`to_dict` gave."""
+        """Make a summary from what :meth:`to_dict` returned."""
         found: Summary = decoded(cls, values)
         return found
 
@@ -109,7 +109,7 @@ class Summary(Result):
         ]
 
     def summary(self) -> str:
-        """What it costs beside the whole network, as plain text."""
+        """Its cost beside the whole network's, as plain text."""
         return str(self)
 
     def __str__(self) -> str:
@@ -165,7 +165,7 @@ def _many(n: int) -> str:
 
 
 def summary(module: nn.Module) -> Summary:
-    """What an exported module is.
+    """The summary of an exported module.
 
     Args:
         module: As :meth:`nad_attr.SubArchitecture.export` returned it, or a copy.
@@ -189,8 +189,6 @@ def keep_summary(module: fx.GraphModule, made: Summary) -> None:
 
 
 class _Counted(fx.Interpreter):
-    """Multiply-adds of each node."""
-
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.counts: dict[fx.Node, int] = {}

@@ -84,7 +84,9 @@ def cut(
     n_outputs = logits[1]
     for column in columns or ():
         if not 0 <= column < n_outputs:
-            raise ValueError(f"the network has outputs 0 to {n_outputs - 1}, not {column}.")
+            raise ValueError(
+                f"the task must be one of the network's outputs 0 to {n_outputs - 1}, got {column}."
+            )
     whole_costs = node_costs(network.module(), inputs, _passed(network))
     if merge_bn:
         merge_batchnorm(network)

@@ -1,4 +1,4 @@
-"""A smaller network in a file that other programs run, with a JSON that says what it was."""
+"""A smaller network in a file that other programs run, with a JSON that describes it."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def check_target(path: Path) -> None:
     """
     if path.suffix not in FORMATS:
         raise ValueError(
-            f"{path.name} has none of the endings {', '.join(FORMATS)}, which say what to write."
+            f"{path.name} must end in one of {', '.join(FORMATS)}, which says what to write."
         )
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} to write {path.name} into.")

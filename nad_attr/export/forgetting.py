@@ -1,4 +1,4 @@
-"""A class taken out of a network: the channels that only it needs are closed."""
+"""Take a class out of a network: close the channels that only it needs."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ _ELEMENTWISE = {
 
 
 class Fallback:
-    """What needs all channels of its inputs; of its output nothing is known."""
+    """An operator that needs all channels of its inputs, and whose output is not known."""
 
     def forward(self, plan: Plan, node: fx.Node) -> Value | None:
         return Value()

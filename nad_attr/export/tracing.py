@@ -113,7 +113,7 @@ def as_module(
 
 
 class _Main(nn.Module):
-    """A network of which only the logits are returned."""
+    """A network that returns its logits only."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -167,8 +167,8 @@ def traced(model: nn.Module, sites: Sequence[GateSite], inputs: Sequence[Tensor]
         except Exception as error:
             problem = error
     raise ExportError(
-        "torch.export cannot write this network as a graph of operators, because its forward pass "
-        "does what depends on the images' values or is not PyTorch "
+        "torch.export cannot write this network as a graph of operators, because its forward "
+        "pass depends on the images' values or uses code that is not PyTorch "
         f"({type(problem).__name__}: {str(problem).strip():.300}). Move that part out of the "
         "network, or keep it masked with arch.applied(model)."
     ) from problem
@@ -380,7 +380,7 @@ def _shuffle(network: Graph, node: fx.Node) -> None:
 
 
 def merge_batchnorm(network: Graph) -> int:
-    """Write each BatchNorm that follows a convolution, and nothing else does, into its weights.
+    """Write each BatchNorm that alone follows a convolution into its weights.
 
     Returns:
         How many.

@@ -1,4 +1,4 @@
-"""What is known of each tensor of a gated network before any image is seen.
+"""What is known about each tensor of a gated network before any image is seen.
 
 A gate makes its closed channels constants. :class:`Plan` follows them through the graph: forward,
 which channels depend on the images and what the others hold; backward, which of those that do are
@@ -172,7 +172,7 @@ class Plan:
         self.needs[node] = need.clone() if before is None else before | need
 
     def seen(self, node: fx.Node, *, columns: bool = False) -> Value:
-        """What a rule sees of an input; all varies where it cannot deal with columns."""
+        """What a rule sees of an input; if it does not support columns, all varies."""
         value = self.values[node]
         if value.columns is None or columns:
             return value

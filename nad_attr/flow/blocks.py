@@ -29,7 +29,7 @@ from nad_attr.sites.tracing import _CONVOLUTION, _PRODUCT
 __all__ = ["Blocks", "Gating", "cut_forward", "gate_sums", "products", "whole_gradients"]
 
 #: Elements of a block's output that one batched product may hold on all its vectors.
-_BATCHED = 2**21
+_MAX_BATCHED_ELEMENTS = 2**21
 
 
 class Gating:
@@ -185,7 +185,7 @@ def products(
         Some numbers, and ``{site name: products}`` with these numbers on axis 0; sites that the
         block does not read are left out.
     """
-    size = max(1, min(n, _BATCHED // max(1, returned.numel()))) if n > 1 else 1
+    size = max(1, min(n, _MAX_BATCHED_ELEMENTS // max(1, returned.numel()))) if n > 1 else 1
     start = 0
     while start < n:
         numbers = list(range(start, min(n, start + size)))

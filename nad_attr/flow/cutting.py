@@ -1,4 +1,4 @@
-"""Cut edges between channels for real: the same network, in which some channels do not see others.
+"""Cut edges between channels for real: some channels do not see others.
 
 A site's channel j of which edges are cut gets what the block makes with their sources closed, while
 all other channels get what it makes with them as they are. So the block runs once for each set of

@@ -183,7 +183,7 @@ def _architectures(architecture: Any, tasks: Any) -> list[tuple[Task, SubArchite
         archs = [architecture] if single else list(architecture)
         if not archs or not all(isinstance(arch, SubArchitecture) for arch in archs):
             raise TypeError(
-                "architecture must be a SubArchitecture, two of them, or TaskGates, not "
+                "architecture must be a SubArchitecture, two of them, or TaskGates, got "
                 f"{type(architecture).__name__}."
             )
         if tasks is None:
@@ -222,7 +222,7 @@ def _several(tasks: Any, known: Sequence[Task]) -> list[Any]:
 def images_of_tasks(
     runner: Runner, images: Any, tasks: Sequence[Task], n_images: int | None = None
 ) -> tuple[Source, list[list[int]]]:
-    """Where the images come from, and the numbers of those of each task, at most ``n_images``.
+    """The source of the images, and the numbers of each task's images, at most ``n_images``.
 
     Raises:
         TypeError: If ``images`` is nothing that images come from.

@@ -1,4 +1,4 @@
-"""What a picture of the flow shows of it: the strongest channels, the others as one, some links."""
+"""Data for a picture of the flow: the strongest channels, the others as one, some links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The flow, drawn with matplotlib: sites as columns, channels as nodes, flows as links."""
+"""Draw the flow with matplotlib: sites as columns, channels as nodes, flows as links."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plot_flow(
         ValueError: If a number makes no sense.
     """
     if not isinstance(flow, InformationFlow):
-        raise TypeError(f"expected an InformationFlow, not {type(flow).__name__}.")
+        raise TypeError(f"expected an InformationFlow, got {type(flow).__name__}.")
     found = flow_picture(flow.flows, channels=channels, links=links)
     nodes, n_sites = found["nodes"], len(found["sites"])
     rows: list[list[int]] = [[] for _ in range(n_sites)]

@@ -219,7 +219,7 @@ class InformationFlow(Result):
         by: str = "strength",
         images: Tensor | tuple[Tensor, ...] | None = None,
     ) -> AbstractContextManager[None]:
-        """Run the network with the strongest edges between sites alone, all others cut.
+        """Run the network with only the strongest edges between sites; all others are cut.
 
         Args:
             model: The network that the flow was measured on; unchanged afterwards.
@@ -297,7 +297,7 @@ class InformationFlow(Result):
 
     @property
     def conserved(self) -> str:
-        """Whether what flows out is what there is, in words."""
+        """Whether the outflow is the effect of each channel, in words."""
         worst = max(self.conservation.values())
         if worst < 1e-3:
             return "outflow equals effect"

@@ -27,7 +27,7 @@ def straight_flow(
     links: Mapping[str, Sequence[str]],
     gradients: Mapping[str, Tensor],
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """What flows by paths on which no operator mixes channels, summed over a batch.
+    """The flow along paths on which no operator mixes channels, summed over a batch.
 
     The network runs once with the gradient cut behind every operator that mixes channels (dense
     convolutions, matrix products, attention). What still reaches a site from the next one came by

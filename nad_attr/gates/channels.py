@@ -36,7 +36,7 @@ def gate_of_channel(sites: Sequence[GateSite]) -> Tensor | None:
 
 
 def to_channels(gates: Tensor, sites: Sequence[GateSite]) -> Tensor:
-    """What holds of each gate, for each channel: (..., all gates) to (..., all channels).
+    """Values of gates for each of their channels: (..., all gates) to (..., all channels).
 
     Example:
         >>> to_channels(torch.tensor([1.0, 0.0]), [GateSite("a", 4, groups=2)])
@@ -96,7 +96,7 @@ def open_gates(site: GateSite, mask: Tensor) -> Tensor:
 
 
 def distinct_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
-    """The sites, none of them there twice.
+    """Check that no site occurs twice.
 
     Raises:
         TypeError: If they are something else.
@@ -116,7 +116,7 @@ def budget(size: float, sites: Sequence[GateSite]) -> int:
         ValueError: If ``size`` is not a number in (0, 1].
     """
     if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size <= 1:
-        raise ValueError(f"size must be a share of the channels in (0, 1], not {size!r}.")
+        raise ValueError(f"size must be a share of the channels in (0, 1], got {size!r}.")
     return max(1, round(size * n_gates(sites)))
 
 

@@ -1,4 +1,4 @@
-"""How learning went: one number per step and task for everything that was watched."""
+"""Learning curves: one number per step and task for each quantity."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class History(Result, Mapping[str, npt.NDArray[np.float32]]):
 
     def __init__(self, curves: Mapping[str, npt.ArrayLike]) -> None:
         if not isinstance(curves, Mapping):
-            raise TypeError(f"curves must be {{quantity: numbers}}, not {type(curves).__name__}.")
+            raise TypeError(f"curves must be {{quantity: numbers}}, got {type(curves).__name__}.")
         self._curves = {}
         for name, curve in curves.items():
             try:

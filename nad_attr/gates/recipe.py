@@ -30,12 +30,12 @@ def _check_number(name: str, value: object, low: float, high: float = math.inf) 
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not ok or not math.isfinite(value):  # type: ignore[arg-type]
         limit = f"from {low:g}" + (f" to {high:g}" if high < math.inf else " on")
-        raise ValueError(f"recipe: {name} must be a number {limit}, not {value!r}.")
+        raise ValueError(f"recipe: {name} must be a number {limit}, got {value!r}.")
 
 
 def _check_count(name: str, value: object, low: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"recipe: {name} must be a whole number from {low} on, not {value!r}.")
+        raise ValueError(f"recipe: {name} must be a whole number from {low} on, got {value!r}.")
 
 
 def _settable(kind: type) -> list[str]:
@@ -44,7 +44,7 @@ def _settable(kind: type) -> list[str]:
 
 def _check_ablation(value: object) -> None:
     if value not in ("mean", "zero", "optimal"):
-        raise ValueError(f"recipe: ablation must be 'mean', 'zero' or 'optimal', not {value!r}.")
+        raise ValueError(f"recipe: ablation must be 'mean', 'zero' or 'optimal', got {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,9 @@ class Recipe:
                 raise ValueError("recipe: fidelity must lie between 0 and 1.")
             if self.size is not None:
                 raise ValueError(
-                    f"recipe: fidelity={self.fidelity:g} asks for the smallest size that keeps it, "
-                    f"size={self.size:g} for that one; give one of them (size=None leaves it out)."
+                    "recipe: fidelity and size cannot both be given, got "
+                    f"fidelity={self.fidelity:g} and size={self.size:g}; give one of them "
+                    "(size=None leaves it out)."
                 )
         if self.size == 0:
             raise ValueError("recipe: size must be above 0: something has to be kept.")
@@ -153,10 +154,10 @@ class Recipe:
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 0, 1)
         if self.mirror not in (None, True, False):
-            raise ValueError(f"recipe: mirror must be True, False or None, not {self.mirror!r}.")
+            raise ValueError(f"recipe: mirror must be True, False or None, got {self.mirror!r}.")
 
     def fitting(self, name: Literal["free_scale", "boundary"]) -> float:
-        """A setting as the number it comes to: None is what fits the ablation.
+        """A setting as a number; None is replaced by the default for the ablation.
 
         ``free_scale`` and ``boundary`` are 0.3 and 0.9 for closed channels at their mean or zero.
         With the optimal constants both are 0: constants of its own let a sub-architecture keep the
@@ -307,7 +308,7 @@ class PaperRecipe(Recipe):
     def _check(self) -> None:
         if self.size is not None:
             raise ValueError(
-                "the paper's recipe has no size to ask for, beta decides; cut its gates with "
+                "the paper's recipe takes no size, because beta decides it; cut its gates with "
                 "sub_architecture(task, size=...), or use Recipe(size=...)."
             )
         if self.ablation != "zero":
@@ -320,5 +321,5 @@ class PaperRecipe(Recipe):
         _check_count("epochs", self.epochs)
         names = self.rectified_sites
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"recipe: rectified_sites must be a tuple of names, not {names!r}.")
+            raise ValueError(f"recipe: rectified_sites must be a tuple of names, got {names!r}.")
         _check_count("images_per_step", self.images_per_step)

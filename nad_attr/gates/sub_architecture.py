@@ -30,7 +30,7 @@ __all__ = ["SubArchitecture"]
 
 
 def fitting(n_images: int | None) -> str:
-    """What to say of the images that constants were fitted on, after the constants."""
+    """A note on the images that constants were fitted on."""
     return "" if n_images is None else f", fitted on {n_images} images"
 
 
@@ -377,7 +377,7 @@ class SubArchitecture(Result):
         )
 
     def _with_masks(self, masks: Mapping[str, Tensor], task: Task | None) -> SubArchitecture:
-        """Other channels of the same sites, with the very same means: no copy for each."""
+        """Other channels of the same sites, with the same means, which are not copied."""
         made = SubArchitecture(masks, self.sites, task=task)
         made.means, made.own_constants = self.means, self.own_constants
         made.fitted_on = self.fitted_on
@@ -394,7 +394,7 @@ class SubArchitecture(Result):
 
     def _check_same_sites(self, other: SubArchitecture) -> None:
         if not isinstance(other, SubArchitecture):
-            raise TypeError(f"expected a SubArchitecture, not {type(other).__name__}.")
+            raise TypeError(f"expected a SubArchitecture, got {type(other).__name__}.")
         if self.sites != other.sites:
             raise ValueError("the two sub-architectures have different gate sites.")
 
@@ -491,7 +491,6 @@ class SubArchitecture(Result):
         return "channels" if all(site.groups is None for site in self.sites) else "gates"
 
     def _repr_html_(self) -> str:
-        """How notebooks show it: kept channels at each site."""
         rows = [
             [
                 site.name,

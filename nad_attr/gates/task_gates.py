@@ -92,14 +92,14 @@ class TaskGates(Result):
     ) -> None:
         self.sites = distinct_sites(sites)
         if not isinstance(tasks, Iterable) or isinstance(tasks, (str, bytes)):
-            raise TypeError(f"tasks must be a list of tasks, not {tasks!r}.")
+            raise TypeError(f"tasks must be a list of tasks, got {tasks!r}.")
         self.tasks: tuple[Task, ...] = tuple(as_task(task) for task in tasks)
         if not self.sites or not self.tasks:
             raise ValueError("task gates need at least one site and one task.")
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"a task is there twice: {self.tasks}.")
         if isinstance(task_names, str):
-            raise TypeError(f"task_names must be a list of names, not {task_names!r}.")
+            raise TypeError(f"task_names must be a list of names, got {task_names!r}.")
         self.task_names = None if task_names is None else tuple(str(name) for name in task_names)
         if self.task_names is not None and len(self.task_names) != len(self.tasks):
             raise ValueError(f"{len(self.task_names)} names for {len(self.tasks)} tasks.")
@@ -107,17 +107,17 @@ class TaskGates(Result):
             if self.task_names.count(name) > 1:  # type: ignore[union-attr]
                 raise ValueError(f"the name {name!r} is there twice.")
         if recipe is not None and not isinstance(recipe, Recipe):
-            raise TypeError(f"recipe must be a Recipe, not {type(recipe).__name__}.")
+            raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}.")
         if history is not None and not isinstance(history, History):
-            raise TypeError(f"history must be a History, not {type(history).__name__}.")
+            raise TypeError(f"history must be a History, got {type(history).__name__}.")
         if any(curve.shape[1] != len(self.tasks) for curve in (history or {}).values()):
-            raise ValueError(f"the history is not one of {len(self.tasks)} tasks.")
+            raise ValueError(f"the history must be of {len(self.tasks)} tasks.")
         if info is not None and not isinstance(info, Mapping):
-            raise TypeError(f"info must be a dictionary, not {type(info).__name__}.")
+            raise TypeError(f"info must be a dictionary, got {type(info).__name__}.")
         self._gates = self._checked(gates, "gates")
         for name, gate in self._gates.items():
             if not bool(((gate >= 0) & (gate <= 1)).all()):
-                raise ValueError(f"gates of {name!r} leave [0, 1].")
+                raise ValueError(f"gates of {name!r} must lie in [0, 1].")
         self._logits = None if logits is None else self._checked(logits, "logits")
         self.means = check_means(means, self.sites)
         self._constants = None if constants is None else self._checked(constants, "constants")
@@ -143,7 +143,7 @@ class TaskGates(Result):
         task_names: tuple[str, ...] | None,
         info: Mapping[str, Any],
     ) -> TaskGates:
-        """From what was checked already, for files: gates and logits are taken, not copied.
+        """Make one from checked values, for files: gates and logits are not copied.
 
         Looking at each site's numbers again takes as long as reading them.
         """
@@ -302,7 +302,7 @@ class TaskGates(Result):
             KeyError: If these gates hold no such task.
         """
         if not isinstance(tasks, Iterable) or isinstance(tasks, (str, bytes)):
-            raise TypeError(f"tasks must be a list of tasks, not {tasks!r}.")
+            raise TypeError(f"tasks must be a list of tasks, got {tasks!r}.")
         rows = [self.index(task) for task in tasks]
         return TaskGates(
             {name: gate[rows] for name, gate in self._gates.items()},
@@ -338,7 +338,7 @@ class TaskGates(Result):
         if isinstance(tasks, (int, str)) or (isinstance(tasks, tuple) and tasks in self.tasks):
             return self.gates_of(tasks), self.sites, self._means_of(self.index(tasks))
         if not isinstance(tasks, Iterable):
-            raise TypeError(f"tasks must be a task or a list of tasks, not {tasks!r}.")
+            raise TypeError(f"tasks must be a task or a list of tasks, got {tasks!r}.")
         rows = [self.index(task) for task in tasks]
         if not rows:
             raise ValueError("tasks is empty; name one task, or one for each image.")
@@ -369,7 +369,6 @@ class TaskGates(Result):
         )
 
     def _repr_html_(self) -> str:
-        """How notebooks show them: kept channels of each task, and of each site."""
         archs = self.sub_architectures()
         names = self.task_names or tuple(map(str, self.tasks))
         mean = sum(arch.size for arch in archs) / len(archs)

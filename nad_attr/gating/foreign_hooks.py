@@ -23,7 +23,7 @@ __all__ = ["changes_weights", "gate_relevance", "move_behind_rewriters", "releva
 
 
 def _is_instance(value: object, module: str, name: str) -> bool:
-    """``isinstance`` of a class whose package is not imported for the question."""
+    """``isinstance`` of a class, without importing its package."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(value, kind)
 
@@ -33,12 +33,12 @@ def _is_lrp(owner: object) -> bool:
 
 
 def _whose(hook: Any) -> object:
-    """The object whose method a hook is, also where it acts for an owner alone."""
+    """The object whose method a hook is, also if the hook acts for one owner only."""
     return getattr(inspect.unwrap(hook), "__self__", None)
 
 
 def _rewrites(hook: Any) -> bool:
-    """Whether a forward hook is there to rewrite what its module hands down."""
+    """Whether a forward hook rewrites the gradient or relevance of its module."""
     owner = _whose(hook)
     if _is_instance(owner, "zennit.core", "Hook") or _is_lrp(owner):
         return True
@@ -79,7 +79,7 @@ def move_behind_rewriters(module: nn.Module, function: object) -> None:
 
 
 def relevance_rules(model: nn.Module) -> list[Callable[[], bool]]:
-    """One function for each relevance rule in a network: is it active?
+    """One function for each relevance rule in a network, which says whether it is active.
 
     Args:
         model: The network.
@@ -130,7 +130,7 @@ class _Active:
 
 
 class _GateRelevance(torch.autograd.Function):
-    """``x * factor + offset``, which hands relevance down as a layer with a bias does."""
+    """``x * factor + offset``, which passes relevance on like a layer with a bias."""
 
     @staticmethod
     def forward(
@@ -166,7 +166,7 @@ class _GateRelevance(torch.autograd.Function):
 def gate_relevance(
     x: Tensor, factor: Tensor, offset: Tensor | None, rules: Sequence[Callable[[], bool]]
 ) -> Tensor:
-    """``x * factor (+ offset)``, whose backward pass carries relevance while the rules are at work.
+    """``x * factor (+ offset)``; its backward pass carries relevance while rules are active.
 
     Args:
         x: A site's tensor.

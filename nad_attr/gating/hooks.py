@@ -1,4 +1,4 @@
-"""Multiply gates into a network, and record what flows through it, by hooks that undo themselves.
+"""Multiply gates into a network and record its tensors, by hooks that are removed again.
 
 Everything here is a context manager. Only forward (pre-)hooks are used, never inserted modules: an
 inserted module breaks Captum's LRP and Zennit's BatchNorm merging. All products are out of place,
@@ -35,7 +35,7 @@ from nad_attr.system.threads import owned
 __all__ = ["check_eval", "frozen", "gated", "recorded", "site_modules"]
 
 
-#: What stands at a site in place of its tensor: ``(site, tensor) -> tensor or None to leave it``.
+#: What replaces the tensor at a site: ``(site, tensor) -> tensor or None to leave it``.
 SiteFunction = Callable[[GateSite, Tensor], "Tensor | None"]
 
 
@@ -45,7 +45,7 @@ _N_IMAGES: ContextVar[int | None] = ContextVar("n_images", default=None)
 
 @contextmanager
 def filled_batch(n_images: int) -> Iterator[None]:
-    """Only the first rows of a pass are images: hooks see, gate and record no others."""
+    """Only the first rows of a pass are images: hooks see, gate and record these only."""
     before = _N_IMAGES.get()
     _N_IMAGES.set(n_images)
     try:
@@ -108,7 +108,7 @@ def check_eval(model: nn.Module) -> None:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Switch ``requires_grad`` off for all parameters, and back as it was afterwards.
+    """Switch ``requires_grad`` off for all parameters, and restore it afterwards.
 
     Gates are the only thing that is learned, so no graph is built before the first gate and no
     weight gradient is computed. What forward passes inside change on the network's modules is put
@@ -374,7 +374,7 @@ class _Gate(torch.autograd.Function):
 
 
 def _parts(x: Tensor) -> list[slice]:
-    """A batch as it is worked off: on a CPU a large one image by image.
+    """The parts in which a batch is processed: on a CPU a large one image by image.
 
     What one operation leaves in the processor's cache is then still there for the next.
     """
@@ -396,7 +396,7 @@ def multiply_learned(
     mean: Tensor | None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """What :func:`multiply` gives, at less cost where the gates are learned.
+    """The same as :func:`multiply`, at less cost if the gates are learned.
 
     Only first derivatives are possible.
 
@@ -425,12 +425,12 @@ def _as_mapping(
         return own_gates, list(own_sites), own_means if means is None else means
     if tasks is not None:
         raise ValueError(
-            "tasks= goes with TaskGates; a mapping of gates already says what each image gets."
+            "tasks= needs TaskGates; a mapping of gates already says what each image gets."
         )
     if not isinstance(gates, Mapping):
         raise TypeError(
             f"gates must be TaskGates, a SubArchitecture or {{site name: tensor}}, "
-            f"not {type(gates).__name__}."
+            f"got {type(gates).__name__}."
         )
     if not gates:
         raise ValueError("gates is empty; name at least one site.")
@@ -454,7 +454,7 @@ def gates_and_sites(
     tasks: Task | Sequence[Task] | None = None,
     means: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[GateSite], dict[str, Tensor] | None]:
-    """What :func:`gated` was given, as plain tensors of each site.
+    """The arguments of :func:`gated` as plain tensors of each site.
 
     Returns:
         ``{site name: (C,) or (B, C)}``, the sites in the order given, and the ablation values
@@ -578,7 +578,7 @@ def gated(
 def recorded(
     model: nn.Module, sites: Sequence[GateSite], *, clone: bool = True
 ) -> Iterator[dict[str, Tensor]]:
-    """Keep what each site held in the latest forward pass.
+    """Keep the tensor of each site in the latest forward pass.
 
     Args:
         model: The network.

@@ -1,4 +1,4 @@
-"""Mean and deviation of each channel over data: what a closed channel can be replaced by."""
+"""Mean and deviation of each channel over data, which can replace a closed channel."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def channel_moments(
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or not all(isinstance(x, Tensor) for x in batch):
             raise TypeError(
-                f"a batch must be a tuple of input tensors, not {type(batch).__name__}; "
+                f"a batch must be a tuple of input tensors, got {type(batch).__name__}; "
                 "write (images,) for a network with one input."
             )
         with torch.no_grad(), unchanged(model), installed(model, sites, add):

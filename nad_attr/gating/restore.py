@@ -102,7 +102,7 @@ def own_copy(model: nn.Module, user: Any = None) -> Any:
 
 @contextmanager
 def flowing_copies(model: nn.Module, sites: Sequence[GateSite]) -> Iterator[None]:
-    """Let copies flow on from the sites, for networks that write into them in place.
+    """Pass copies on from the sites, for networks that write into them in place.
 
     Captum's integrated gradients puts a leaf at a site, which must not be written into. For one
     forward pass: enter it when the other hooks are in place, as hooks run in the order they came.

@@ -115,7 +115,7 @@ def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
 
 
 def rooted(matrices: Tensor) -> Tensor:
-    """Cholesky factors of positive definite matrices, (R, M, M), though rounding says otherwise.
+    """Cholesky factors of positive definite matrices, (R, M, M), also if rounding disturbs them.
 
     Sums to which products were added and from which they were taken again keep the rounding of the
     largest that they ever were. As much of the diagonal is added as it takes, to those rows alone.
@@ -135,7 +135,7 @@ def rooted(matrices: Tensor) -> Tensor:
 
 
 class Metric(NamedTuple):
-    """P, that which no constant explains, as what it is made of."""
+    """The metric P of what no constant explains, kept as its parts."""
 
     #: L with L L' = 1 + d W^1/2 G_C G_C' W^1/2: (R, M, M); L^-1 W^1/2 is a root of P
     root: Tensor
@@ -404,7 +404,7 @@ def held_back(
     deviations: Tensor,
     apart: Sequence[bool],
 ) -> Apart:
-    """How far from the means constants should be, as images say that they were not fitted to.
+    """How far from the means constants should be, by images that they were not fitted to.
 
     Of some shares of the way from means to constants the one is taken that lessens the squared
     change of the task output most, with some doubt taken off: 0 if none does.

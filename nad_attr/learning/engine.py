@@ -1,4 +1,4 @@
-"""What learning runs on: a frozen network with gates, and the images of each task."""
+"""A frozen network with gates, and the images of each task."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Network(Runner):
         self.means = {k: v.to(self.device, self.dtype) for k, v in means.items()}
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """The network's outputs (B, K) in the gates' dtype, through whatever hooks are on it."""
+        """The network's outputs (B, K) in the gates' dtype, with the hooks that are on it."""
         return super().__call__(inputs).to(self.dtype)
 
     @torch.no_grad()
@@ -440,7 +440,7 @@ class Replica(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What a recipe hands back for the tasks of one chunk."""
+    """What a recipe returns for the tasks of one chunk."""
 
     #: (R, all gates) in [0, 1]; a channel is kept iff its gate is above one half
     gates: Tensor

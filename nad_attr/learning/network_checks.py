@@ -1,4 +1,4 @@
-"""Whether what is learned about a network can be true of it: checked on the network itself, first.
+"""Check on a network, before learning, whether gates learned from it can be true.
 
 Learning assumes three things that a network may break without any error:
 
@@ -79,7 +79,7 @@ _FLAT = ("Round", "Sign", "Sgn", "Floor", "Ceil", "Trunc", "Heaviside", "Zeros")
 
 
 class NetworkCheckError(GatingError, ValueError):
-    """What would be learned about this network would not be true of it; the message says why."""
+    """Gates learned from this network would not be true; the message says why."""
 
 
 class _Site(Protocol):
@@ -238,7 +238,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float, scale: Tensor | None = None) 
 def _guilty(
     run: Callable[[_Inputs], Tensor], model: nn.Module, inputs: _Inputs, others: _Inputs
 ) -> str:
-    """The innermost module that made different tensors of equal ones, in words."""
+    """The innermost module that made different tensors from equal ones, in words."""
     n = len(inputs[0])
     tolerance = 1e-5 if n == len(others[0]) else 1e-3
     calls: list[tuple[str, nn.Module, list[Tensor], list[Tensor]]] = []
@@ -505,7 +505,7 @@ class _Probe:
         return float(difference / torch.maximum(real.norm(), predicted.norm()))
 
     def _judged(self, name: str, kinds: set[str]) -> str:
-        """What is wrong with a site that there is a doubt about; empty if nothing is."""
+        """What is wrong with a doubtful site; empty if nothing is."""
         columns = self.columns[name]
         if "none" in kinds:
             return "no gradient arrives, though closing it changes the outputs"
@@ -534,7 +534,6 @@ class _Probe:
         return ""
 
     def cause(self) -> str:
-        """The likely cause, in a sentence."""
         for name, module in self.network.model.named_modules():
             if "nn.quantized" in type(module).__module__:
                 kind = type(module).__name__

@@ -1,4 +1,4 @@
-"""What gates are learned for: task outputs, and the terms of the losses, as pure functions."""
+"""The terms of the losses, as pure functions."""
 
 from __future__ import annotations
 

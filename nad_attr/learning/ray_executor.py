@@ -43,7 +43,7 @@ POLL_SECONDS = 1.0
 
 
 class WorkersLostError(RuntimeError):
-    """A chunk lost one worker after the other; the message says which chunk and what to do."""
+    """A chunk lost its worker several times; the message says which chunk and what to do."""
 
 
 class RayExecutor:
@@ -91,21 +91,21 @@ class RayExecutor:
         runtime_env: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(address, str) or not address:
-            raise TypeError(f"address must be 'auto', 'local' or an address, not {address!r}.")
+            raise TypeError(f"address must be 'auto', 'local' or an address, got {address!r}.")
         for name, count, low in (("n_workers", n_workers, 1), ("retries", retries, 0)):
             if count is None and name == "n_workers":
                 continue
             if not isinstance(count, int) or isinstance(count, bool) or count < low:
-                raise ValueError(f"{name} must be a whole number from {low} on, not {count!r}.")
+                raise ValueError(f"{name} must be a whole number from {low} on, got {count!r}.")
         if not _is_number(gpus_per_worker) or not 0 <= gpus_per_worker <= 1:
             raise ValueError(
-                f"gpus_per_worker must be from 0 to 1, not {gpus_per_worker!r}: a worker uses one "
+                f"gpus_per_worker must be from 0 to 1, got {gpus_per_worker!r}: a worker uses one "
                 "GPU or a share of it."
             )
         if cpus_per_worker is not None and (
             not _is_number(cpus_per_worker) or not cpus_per_worker > 0
         ):
-            raise ValueError(f"cpus_per_worker must be above 0, not {cpus_per_worker!r}.")
+            raise ValueError(f"cpus_per_worker must be above 0, got {cpus_per_worker!r}.")
         if address == "local" and n_workers is not None:
             check_processes(n_workers, least=1)
         self.address, self.n_workers = address, n_workers
@@ -337,8 +337,8 @@ class RayExecutor:
         real = n_cpus() if self.address == "local" else there
         if wanted > most_processes(real):
             raise ValueError(
-                f"{wanted:,} workers on {real:g} CPUs only take memory from each other, and "
-                f"{most_processes(real)} are the most; ask for fewer (n_workers), or for more "
+                f"n_workers must be at most {most_processes(real)} on {real:g} CPUs, got "
+                f"{wanted:,}: more only take memory from each other; ask for fewer, or for more "
                 "CPUs for each (cpus_per_worker)."
             )
         if any(
@@ -527,7 +527,7 @@ _Learning: TypeAlias = "tuple[Session, Mapping[str, Tensor] | None]"
 
 
 def _placed(shared: _Learning, device: torch.device) -> _Learning:
-    """This process's own copy, and a forward_func refers to the very same network."""
+    """This process's own copy of the network, which a forward_func refers to as well."""
     network = shared[0].network
     network.model.to(device)
     network.device = device

@@ -1,4 +1,4 @@
-"""Runs that survive: many tasks learned chunk by chunk into a store, and gone on with later.
+"""Runs that can be resumed: many tasks learned chunk by chunk into a store.
 
 The full list of tasks, in its canonical order, is cut into chunks. A chunk is learned as a whole,
 by itself, and written when it is done; nothing of it depends on which chunks were learned before,
@@ -54,7 +54,7 @@ PROGRESS_SECONDS = 0.5
 
 
 class Progress(NamedTuple):
-    """How far a run is.
+    """The progress of a run.
 
     Example:
         >>> Progress(done=10, total=100, found=0, steps=1000, n_steps=10_000, seconds=50.0)
@@ -91,7 +91,7 @@ class Executor(Protocol):
     """Where the chunks of a run are learned."""
 
     def session_device(self, device: str | torch.device | None) -> str | torch.device | None:
-        """Where this process needs the network, if it is to be learned on ``device``."""
+        """The device on which this process needs the network, if learning runs on ``device``."""
         ...
 
     def learn(
@@ -169,7 +169,7 @@ def learn_to_store(
     on_progress: Callable[[Progress], object] | None = None,
     **fields: Unpack[RunFields],
 ) -> Path:
-    """Learn task gates into a store, chunk by chunk, in a way that survives being killed.
+    """Learn task gates into a store, chunk by chunk, so that a killed run can be resumed.
 
     Every chunk of tasks is in the file as soon as it is learned. After Ctrl-C, an exception, a
     ``kill -9`` or a power cut, the same call with ``resume=True`` learns what is missing, and the
@@ -317,7 +317,7 @@ def _name_and_sort(session: Session, task_names: Mapping[Any, str] | Sequence[st
         if names is not None:
             raise ValueError("the tasks have names already; leave out task_names.")
         if isinstance(task_names, str):
-            raise TypeError(f"task_names must be a list of names, not {task_names!r}.")
+            raise TypeError(f"task_names must be a list of names, got {task_names!r}.")
         if isinstance(task_names, Mapping):
             known = {as_task(task): str(name) for task, name in task_names.items()}
             names = [known.get(task, str(task)) for task in tasks]
@@ -327,7 +327,7 @@ def _name_and_sort(session: Session, task_names: Mapping[Any, str] | Sequence[st
                 raise ValueError(f"{len(names)} names for {len(tasks)} tasks.")
     if names is not None and len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} is there twice; tasks need names of their own.")
+        raise ValueError(f"the name {twice!r} is there twice; tasks need different names.")
     order = sorted(
         range(len(tasks)),
         key=lambda i: (isinstance(tasks[i], tuple), tasks[i]),
@@ -406,7 +406,7 @@ def _check_resumable(
 
 
 class _Run:
-    """Writes what is learned, and tells how far it is."""
+    """Writes what is learned, and reports the progress."""
 
     def __init__(
         self,
@@ -432,7 +432,6 @@ class _Run:
             yield
 
     def advance(self, n: int) -> None:
-        """Some task steps are done."""
         self.steps += n
         self._bar.update(n)
         if time.monotonic() - self.told >= PROGRESS_SECONDS:
@@ -473,7 +472,7 @@ class _Run:
 
 @contextmanager
 def _interrupted_later() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, so that what is learned gets written."""
+    """Delay Ctrl-C until the block is done, so that what is learned is written."""
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield

@@ -125,7 +125,9 @@ def fit_constants(
         raise ValueError("the sub-architectures have different gate sites.")
     tasks = [arch.task for arch in archs if arch.task is not None]
     if len(tasks) < len(archs):
-        raise ValueError("a sub-architecture has no task: its constants are to keep that output.")
+        raise ValueError(
+            "a sub-architecture has no task, so it is not known which output its constants keep."
+        )
     if recipe is None:
         recipe = Recipe()
     recipe = dataclasses.replace(recipe, ablation="optimal", **_ANY_SIZE)
@@ -198,14 +200,14 @@ class Session:
     ) -> None:
         self.recipe = Recipe() if recipe is None else recipe
         if not isinstance(self.recipe, Recipe):
-            raise TypeError(f"recipe must be a Recipe, not {type(recipe).__name__}.")
+            raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}.")
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"model must be a torch.nn.Module, not {type(model).__name__}; a function goes "
+                f"model must be a torch.nn.Module, got {type(model).__name__}; a function goes "
                 "into forward_func= beside the module that it runs."
             )
         if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TypeError(f"seed must be a whole number, not {seed!r}.")
+            raise TypeError(f"seed must be a whole number, got {seed!r}.")
         options = as_options(run)
         _check_batch(options, self.recipe)
         check_option(checks)
@@ -250,8 +252,8 @@ class Session:
             self.network.find_checkpoints(tuple(item[:1] for item in example))
             if self.network.reentrant and isinstance(self.recipe, PaperRecipe):
                 raise ValueError(
-                    "the network checkpoints in the reentrant way, by which the paper's loss at "
-                    "the sites inside gets no gradient; use checkpoint(..., use_reentrant=False), "
+                    "the network uses reentrant checkpoints, inside which the paper's loss gets "
+                    "no gradient; use checkpoint(..., use_reentrant=False), "
                     "switch checkpointing off, or take the default recipe."
                 )
             asked = self.network.options.batch_size
@@ -343,7 +345,7 @@ class Session:
         return self._known_moments
 
     def outputs(self) -> dict[str, Any]:
-        """What the whole network gives on a few fixed images, to tell it from another one."""
+        """The whole network's outputs on a few fixed images, to tell it from another network."""
         n = len(self.source.labels)
         draws = [[(i, 0)] for i in sorted({0, n // 3, 2 * n // 3, n - 1})]
         with torch.inference_mode(False):
@@ -395,17 +397,18 @@ class Session:
         """
         if isinstance(self.recipe, PaperRecipe):
             raise ValueError(
-                "the paper's recipe has no size to ask for; cut its gates with "
+                "the paper's recipe takes no size; cut its gates with "
                 "sub_architecture(task, size=...)."
             )
         if self.apart is not None:
             raise ValueError(
-                "recipe: fidelity chooses the size, and learn_sizes is told it; use learn_gates."
+                "recipe: learn_sizes takes sizes and no fidelity, which chooses the size; use "
+                "learn_gates."
             )
         wanted = [sizes] if isinstance(sizes, (int, float)) else list(sizes)
         ks = [budget(size, self.sites) for size in wanted]
         if not ks or len(set(ks)) < len(ks):
-            raise ValueError(f"sizes must be different numbers of channels, not {wanted}.")
+            raise ValueError(f"sizes must be different numbers of channels, got {wanted}.")
         _check_steps(len(ks), self.recipe)
         falling = sorted(wanted, reverse=True)
         learned = dict(zip(falling, self._learn(falling, tasks, means, None, advance), strict=True))
@@ -727,7 +730,7 @@ def _tasks(
             raise ValueError("no image has any of the labels: there is no task to learn.")
         return list(present), None
     if isinstance(tasks, (str, bytes)):
-        raise TypeError(f"tasks must be a list of class indices or a dictionary, not {tasks!r}.")
+        raise TypeError(f"tasks must be a list of class indices or a dictionary, got {tasks!r}.")
     names = None
     if isinstance(tasks, Mapping):
         names = [str(name) for name in tasks]
@@ -739,7 +742,7 @@ def _tasks(
             values = list(tasks)
         except TypeError:
             raise TypeError(
-                f"tasks must be a list of class indices, not {type(tasks).__name__}."
+                f"tasks must be a list of class indices, got {type(tasks).__name__}."
             ) from None
     wanted = [as_task(value) for value in values]
     if not wanted:
@@ -798,7 +801,7 @@ def _sites(
         if isinstance(sites, (str, nn.Module, GateSite)):
             sites = [sites]
         if not isinstance(sites, Iterable):
-            raise TypeError(f"sites must be a list of gate sites, not {sites!r}.")
+            raise TypeError(f"sites must be a list of gate sites, got {sites!r}.")
         sites = list(sites)
         if not sites:
             raise ValueError("sites is empty; leave it out to have them found.")
@@ -816,7 +819,7 @@ def _sites(
 def _check_outputs(
     network: Network, example: Inputs, tasks: Sequence[Task], labels: Tensor
 ) -> Tensor:
-    """One real pass: do sites, inputs and outputs fit, before hours are spent?"""
+    """Run one real pass, to check that sites, inputs and outputs fit."""
     outputs, _ = network.clean_recorded(network.to_device(example))
     check_classes(labels, tasks, outputs.shape[1])
     if not bool(torch.isfinite(outputs).all()):

@@ -1,4 +1,4 @@
-"""Size from a target: the smallest sub-architecture that keeps the fidelity that was asked for.
+"""Size from a target: the smallest sub-architecture that keeps a given fidelity.
 
 One run of falling budget passes through the sizes of :data:`PATH`. It learns from two thirds of the
 images; the others, kept apart, are what each size is tested on, from the largest down. The first

@@ -1,4 +1,4 @@
-"""Mosaics coloured by class: which class's channels have most to say at each position."""
+"""Mosaics coloured by class: which class's channels have most evidence at each position."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class ClassMosaics(Result):
         return torch.stack(large).mean(0)
 
     def own_share(self, site: str | None = None) -> Tensor:
-        """Share of what each class has to say that lies in its own quadrant; 0.25 is chance.
+        """Share of each class's evidence that lies in its own quadrant; 0.25 is chance.
 
         Args:
             site: One site, or None: the mean over sites.

@@ -150,7 +150,7 @@ def two_architectures(
     tasks: tuple[object, object] | None,
     size: float | None,
 ) -> tuple[list[SubArchitecture], tuple[str, str]]:
-    """The two sub-architectures to contrast, and what to call them.
+    """The two sub-architectures to contrast, and their names.
 
     Raises:
         TypeError: If they are something else.
@@ -168,7 +168,7 @@ def two_architectures(
         names = [str(architectures.tasks[r]) if known is None else known[r] for r in rows]
     else:
         if tasks is not None or size is not None:
-            raise ValueError("tasks= and size= go with TaskGates.")
+            raise ValueError("tasks= and size= need TaskGates.")
         pair = list(architectures)
         if len(pair) != 2 or not all(isinstance(arch, SubArchitecture) for arch in pair):
             raise TypeError("architectures must be TaskGates or two SubArchitecture.")
@@ -240,7 +240,7 @@ def contrast_maps(
     pair, names = two_architectures(architectures, tasks, size)
     check_measure(measure)
     if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor, not {type(images).__name__}.")
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}.")
     only_images(check_finite((images,)))
     if len(images) == 0:
         raise ValueError("there is no image to map.")

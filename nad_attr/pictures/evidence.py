@@ -38,13 +38,13 @@ class SiteMaps:
 
 
 def check_measure(measure: str) -> None:
-    """Refuse what is not a measure.
+    """Check the name of a measure.
 
     Raises:
         ValueError: Names those that are.
     """
     if measure not in ("evidence", "presence"):
-        raise ValueError(f"measure must be 'evidence' or 'presence', not {measure!r}.")
+        raise ValueError(f"measure must be 'evidence' or 'presence', got {measure!r}.")
 
 
 class _Recorder:
@@ -68,7 +68,7 @@ class _Recorder:
 
 @contextmanager
 def _gradients(runner: Runner) -> Iterator[None]:
-    """Gradients of activations, none of weights, whatever mode the caller is in."""
+    """Record gradients of activations and not of weights, in any mode of the caller."""
     with frozen(runner.model), torch.inference_mode(False), torch.enable_grad():
         yield
 

@@ -237,7 +237,7 @@ def draw_top_images(
     """See :meth:`nad_attr.pictures.TopImages.plot`."""
     for name, share in (("crop", 1.0 if crop is None else crop), ("threshold", threshold)):
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-            raise ValueError(f"{name} must be a share in (0, 1], not {share!r}.")
+            raise ValueError(f"{name} must be a share in (0, 1], got {share!r}.")
     if site is None:
         if not found.grids:
             raise ValueError("no site that was looked at has positions.")

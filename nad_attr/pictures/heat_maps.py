@@ -85,7 +85,7 @@ def as_targets(targets: int | Tensor | Sequence[int], n: int) -> Tensor:
     try:
         chosen = tensor_of(targets)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"targets must be class indices, not {targets!r:.60}.") from error
+        raise ValueError(f"targets must be class indices, got {targets!r:.60}.") from error
     wrong = chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool
     if wrong or (chosen.numel() and int(chosen.min()) < 0):
         raise ValueError("targets must be class indices, whole numbers from 0 on.")
@@ -102,7 +102,7 @@ def as_targets(targets: int | Tensor | Sequence[int], n: int) -> Tensor:
 
 @contextmanager
 def _own_gradients(model: nn.Module) -> Iterator[None]:
-    """Let methods do with ``.grad`` and ``requires_grad`` as they like; they are put back."""
+    """Let methods change ``.grad`` and ``requires_grad``, and restore them."""
     kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         for parameter, _, _ in kept:
@@ -116,7 +116,7 @@ def _own_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def explained(runner: Runner, arch: SubArchitecture | None) -> Iterator[nn.Module]:
-    """The network as a module to explain, gated by a sub-architecture, and as it was afterwards.
+    """The network as a module to explain, gated by a sub-architecture and then restored.
 
     Args:
         runner: The network and how it is called.
@@ -158,7 +158,9 @@ def run_method(
         result = method(network, inputs, target.to(x.device).clone())
     name = getattr(method, "__name__", type(method).__name__)
     if not isinstance(result, Tensor):
-        raise TypeError(f"the heat-map method {name} returned {type(result).__name__}, no tensor.")
+        raise TypeError(
+            f"the heat-map method {name} must return a tensor, got {type(result).__name__}."
+        )
     result = result.detach().cpu()
     if result.ndim == x.ndim - 1:
         result = result.unsqueeze(1)
@@ -222,14 +224,14 @@ def heat_maps(
         tensor([[30.,  0.]])
     """
     if not callable(method):
-        raise TypeError(f"method must be a function, not {method!r:.60}.")
+        raise TypeError(f"method must be a function, got {method!r:.60}.")
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.ndim < 2:
         raise TypeError("inputs must be one floating-point tensor (images, ...).")
     chosen = as_targets(targets, len(inputs))
     of_class: dict[int, SubArchitecture | None] = {}
     if architectures is None or isinstance(architectures, SubArchitecture):
         if size is not None:
-            raise ValueError("size= goes with TaskGates.")
+            raise ValueError("size= needs TaskGates.")
         of_class = dict.fromkeys(chosen.unique().tolist(), architectures)
     else:
         of_class.update(class_architectures(architectures, size))

@@ -1,4 +1,4 @@
-"""Inputs of a network as pictures: undone normalisation, three colours, eight bits."""
+"""Inputs of a network as pictures: normalisation undone, three colours, eight bits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def as_pixels(images: Tensor, to_pixels: ToPixels | None = None) -> Tensor:
     if images.ndim != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}, not (B, C, H, W).")
     if to_pixels is not None and not callable(to_pixels):
-        raise TypeError(f"to_pixels must be a function, not {to_pixels!r:.60}.")
+        raise TypeError(f"to_pixels must be a function, got {to_pixels!r:.60}.")
     images = images.detach().cpu()
     if to_pixels is None:
         flat = images.float().flatten(1)

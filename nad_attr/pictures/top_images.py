@@ -365,12 +365,12 @@ def top_images(
     """
     if not isinstance(architecture, SubArchitecture):
         raise TypeError(
-            f"architecture must be a SubArchitecture, not {type(architecture).__name__}; take "
+            f"architecture must be a SubArchitecture, got {type(architecture).__name__}; take "
             "gates.sub_architecture(task)."
         )
     check_count(k, "k")
     if pool not in ("max", "mean"):
-        raise ValueError(f"pool must be 'max' or 'mean', not {pool!r}.")
+        raise ValueError(f"pool must be 'max' or 'mean', got {pool!r}.")
     chosen = _chosen_channels(architecture, sites, channels)
     runner = Runner(model, run)
     source = as_source(data, any_labels=True)

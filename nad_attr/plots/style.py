@@ -104,7 +104,7 @@ def new_figure(
         (2, 3)
     """
     if rows < 1 or columns < 1:
-        raise ValueError(f"a figure needs at least one panel, not {rows} x {columns}.")
+        raise ValueError(f"a figure needs at least one panel, got {rows} x {columns}.")
     figure = _figure_class()(
         figsize=(columns * panel[0] + extra[0], rows * panel[1] + extra[1]),
         dpi=150,
@@ -152,7 +152,7 @@ def panels(
         True
     """
     if n < 1:
-        raise ValueError(f"a figure needs at least one panel, not {n}.")
+        raise ValueError(f"a figure needs at least one panel, got {n}.")
     if axes is None:
         columns = max(1, min(columns, n))
         figure, grid = new_figure(
@@ -167,7 +167,7 @@ def panels(
 
     given = [axes] if isinstance(axes, Axes) else list(np.asarray(axes, dtype=object).flat)
     if not all(isinstance(axis, Axes) for axis in given):
-        raise TypeError(f"axes must be matplotlib Axes, one for each panel, not {axes!r:.80}.")
+        raise TypeError(f"axes must be matplotlib Axes, one for each panel, got {axes!r:.80}.")
     if len(given) != n:
         raise ValueError(f"{len(given)} axes were given for {n} panels.")
     # A panel inside a sub-figure has that as its figure; legends and sizes are the whole one's.

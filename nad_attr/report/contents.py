@@ -1,4 +1,4 @@
-"""What a page says: everything that the gates, the store and the results give, as plain values."""
+"""The contents of a page, from the gates, the store and the results, as plain values."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ _SPLIT = ("n_left_out", "n_learned")
 
 
 def _answers(verdict: Verdict) -> list[list[str]]:
-    """The name of each class, and yes, no or nothing for each of the verdict's questions."""
+    """The name of each class, and yes, no or None for each of the verdict's questions."""
     words = {"holds": "yes", "does not": "not shown", "not asked": "–"}
     return [
         [name, f"{int(kept):,}", *(words[answer] for answer in row)]

@@ -1,4 +1,4 @@
-"""What a report measures by itself, when it is given the network and images."""
+"""The measurements of a report that has the network and images."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Sample:
 
     @property
     def data(self) -> TensorSource:
-        """As evaluation takes it."""
+        """The data in the form that evaluation takes."""
         return self._of(slice(None))
 
     def some(self, n: int) -> TensorSource:
@@ -303,7 +303,7 @@ def _flows(
 def _mosaic_pictures(
     model: nn.Module, gates: TaskGates, sample: Sample, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Some mosaics, and the same coloured by the class whose channels have most to say."""
+    """Some mosaics, plain and coloured by the class whose channels have most evidence."""
     found = class_mosaics(model, gates, sample.data, n=_MOSAIC_PICTURES, **options)
     shares = found.own_share()
     return [
@@ -322,7 +322,7 @@ def _mosaic_pictures(
 def responses(
     model: nn.Module, gates: TaskGates, sample: Sample, run: RunOptions | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """What the whole network calls each image, and the highest value of each channel.
+    """The whole network's prediction for each image, and the highest value of each channel.
 
     Returns:
         int64 (N,), and float32 (N, all channels).

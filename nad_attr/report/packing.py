@@ -51,7 +51,7 @@ def gate_levels(gates: ArrayLike, bits: int = 8) -> NDArray[np.uint8]:
         [7, 143, 240]
     """
     if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, not {bits!r}.")
+        raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
     values = np.asarray(gates, dtype=np.float64)
     n = 2 ** (bits - 1)
     kept = values > 0.5

@@ -114,7 +114,7 @@ def _shown(value: Any) -> str:
 
 
 def _tiles(part: dict[str, Any] | None) -> str:
-    """The numbers that matter, each beside what it has to beat."""
+    """The most important numbers, each beside its baseline."""
     if part is None:
         return ""
     rows = {kind: [r for r in part["rows"] if r["kind"] == kind] for kind in _KINDS}
@@ -238,7 +238,6 @@ def _numbers_section(found: Contents) -> str:
 
 
 def _where(part: Sequence[dict[str, Any]]) -> str:
-    """The section of the coloured pictures."""
     figures = []
     for row in part:
         name = escape(row["task"])
@@ -350,7 +349,7 @@ def _curves(curves: Sequence[dict[str, Any]]) -> str:
 
 
 def _numbers(values: Any, n: int) -> None:
-    """Refuse what a chart cannot draw: anything but n numbers, None where one is not known."""
+    """Refuse anything but n numbers, with None for unknown ones: a chart cannot draw it."""
     good = isinstance(values, list) and len(values) == n
     if not good or not all(v is None or type(v) in (int, float) for v in values):
         raise ValueError(f"{str(values)[:40]} in place of {n} numbers")
@@ -403,7 +402,7 @@ def _without_pictures(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _mosaics(examples: Sequence[dict[str, Any]]) -> str:
-    """Mosaics beside themselves coloured by class, with what each class has in its quadrant."""
+    """Mosaics plain and coloured by class, with each class's share in its quadrant."""
     if not examples:
         return ""
     figures = []

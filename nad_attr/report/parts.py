@@ -1,4 +1,4 @@
-"""Results, cut down to what a page shows of them: plain lists and numbers, ready for JSON."""
+"""The parts of results that a page shows: plain lists and numbers, ready for JSON."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def statistics_part(result: Any) -> dict[str, Any]:
         frame = result.frame()
     if not hasattr(frame, "itertuples"):
         raise TypeError(
-            "comparison must be a result with frame() or a pandas frame, not "
+            "comparison must be a result with frame() or a pandas frame, got "
             f"{type(result).__name__}."
         )
     if "q" in frame.columns:

@@ -127,7 +127,7 @@ class Album:
         return inputs[0][0]
 
     def of_tensor(self, image: int) -> Image:
-        """What the network is given of an image of the source."""
+        """The picture of an image as the network gets it."""
         value = self._input(image)
         if self._range is None:
             n = len(self._source.labels)

@@ -1,4 +1,4 @@
-"""A report: gates, what is known of them, and the page that shows it."""
+"""A report: gates, their results, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ class Report:
         named = evaluation if isinstance(evaluation, str) else None
         if isinstance(store, TaskGates):
             if named is not None:
-                raise TypeError("evaluation= names a result of a file; these gates are in none.")
+                raise TypeError(
+                    "evaluation= names a result in a file, and these gates are not in a file."
+                )
             self.gates = store
             self.provenance = dict(store.info)
         elif isinstance(store, GateStore):
@@ -110,13 +112,13 @@ class Report:
                 self._read(opened, named)
         else:
             raise TypeError(
-                f"store must be a file, a GateStore or TaskGates, not {type(store).__name__}."
+                f"store must be a file, a GateStore or TaskGates, got {type(store).__name__}."
             )
         self.title = title
         self._take(evaluation, curves, mosaics, errors, units, comparison)
         if verdict is not None:
             if not isinstance(verdict, Verdict):
-                raise TypeError(f"verdict must be a Verdict, not {type(verdict).__name__}.")
+                raise TypeError(f"verdict must be a Verdict, got {type(verdict).__name__}.")
             self.results.verdict = verdict
         if flow is not None:
             flows = [flow] if isinstance(flow, InformationFlow) else list(flow)
@@ -144,11 +146,11 @@ class Report:
         results = self.results
         for value, kind in ((mosaics, MosaicResult), (errors, ErrorStudy), (units, UnitConcepts)):
             if value is not None and not isinstance(value, kind):
-                raise TypeError(f"expected a {kind.__name__}, not {type(value).__name__}.")
+                raise TypeError(f"expected a {kind.__name__}, got {type(value).__name__}.")
         if isinstance(evaluation, Evaluation):
             results.evaluation, results.evaluation_from = evaluation, "as given"
         elif evaluation is not None and not isinstance(evaluation, str):
-            raise TypeError(f"evaluation must be an Evaluation, not {type(evaluation).__name__}.")
+            raise TypeError(f"evaluation must be an Evaluation, got {type(evaluation).__name__}.")
         if curves is not None:
             named = {"these gates": curves} if isinstance(curves, Curves) else curves
             results.curves = curves_part(named)
@@ -207,7 +209,7 @@ class Report:
         if unknown:
             raise ValueError(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}.")
         if isinstance(n_images, bool) or not isinstance(n_images, int) or n_images < 1:
-            raise ValueError(f"n_images must be a positive whole number, not {n_images!r}.")
+            raise ValueError(f"n_images must be a positive whole number, got {n_images!r}.")
         if parts is None:
             parts = [part for part in PARTS if not self._known(part)]
             if rivals and "evaluation" not in parts:
@@ -243,7 +245,10 @@ class Report:
             ValueError: If the gates are in no file.
         """
         if self._path is None:
-            raise ValueError("these gates are in no file to keep results in; save them first.")
+            raise ValueError(
+                "these gates are not in a file, so there is no place to keep results; save them "
+                "first."
+            )
         return keep_results(self._path, self.results)
 
     def contents(self) -> Contents:
@@ -257,7 +262,7 @@ class Report:
         )
 
     def missing(self) -> list[str]:
-        """What is not on the page."""
+        """The parts that are not on the page."""
         return [what for what, _ in not_there(self.gates, self.results, "GATES.h5")]
 
     def html(self) -> str:

@@ -1,4 +1,4 @@
-"""What a report measured, kept in the file of the gates, and found there again."""
+"""Keep a report's results in the file of the gates, and read them again."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
         for row in found if isinstance(found, list) else [{}]:
             check_parts(row, ("task", "site", "images"))
             if not all(is_picture(picture) for pair in row["images"] for picture in pair):
-                raise ValueError("a picture in it is none")
+                raise ValueError("it holds an invalid picture")
         return found
     if not isinstance(found, dict):
         raise ValueError("it is not a table")
@@ -172,7 +172,7 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
         _check_flow(found)
     if name == "pictures":
         if not all(map(is_picture, found["album"])):
-            raise ValueError("a picture in it is none")
+            raise ValueError("it holds an invalid picture")
         # The page's program takes it for int32 as soon as it begins.
         if found.get("top") and len(base64.b64decode(found["top"], validate=True)) % 4:
             raise ValueError("the channels' pictures are cut short")
@@ -189,17 +189,17 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
         for example in found.get("examples") or []:
             check_parts(example, _EXAMPLE)
             if not (is_picture(example["mosaic"]) and is_picture(example["coloured"])):
-                raise ValueError("a picture in it is none")
+                raise ValueError("it holds an invalid picture")
             if not (
                 all(isinstance(task, str) for task in example["tasks"])
                 and all(share is None or isinstance(share, float) for share in example["shares"])
             ):
-                raise ValueError("a class in it is none")
+                raise ValueError("it holds an invalid class")
     return found
 
 
 def _check_flow(found: Mapping[str, Any]) -> None:
-    """Refuse a flow whose numbers lead to nothing.
+    """Refuse a flow whose numbers do not fit.
 
     Raises:
         ValueError: If a node or link is none.
@@ -208,9 +208,9 @@ def _check_flow(found: Mapping[str, Any]) -> None:
     for node in nodes:
         check_parts(node, ("site", "channel", "effect", "n"))
         if not (0 <= node["site"] < len(found["sites"]) and len(node["effect"]) == n_tasks):
-            raise ValueError("a channel in it is none")
+            raise ValueError("it holds an invalid channel")
     for link in found["links"]:
         check_parts(link, ("task", "from", "to", "flow", "straight"))
         ends = (link["from"], link["to"])
         if not (0 <= link["task"] < n_tasks and all(0 <= end < len(nodes) for end in ends)):
-            raise ValueError("a link in it is none")
+            raise ValueError("it holds an invalid link")

@@ -1,4 +1,4 @@
-"""Where in its images a class's kept channels speak for it: some pictures, coloured."""
+"""Where in its images a class's kept channels have evidence for it: coloured pictures."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def where_part(
         ValueError: If the inputs are no images, or no site has positions.
     """
     if len(inputs) != 1 or inputs[0].ndim != 4 or inputs[0].shape[1] not in (1, 3):
-        raise ValueError("the inputs are no images, so there are no places to show.")
+        raise ValueError("the inputs are not images, so there are no places to show.")
     runner = Runner(model, run, batch_size=_IMAGES)
     own = own_images(labels, gates.tasks)
     found: list[dict[str, Any]] = []

@@ -105,7 +105,7 @@ def copied_to(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the way to a GPU is not waited for.
+    """The tensor on a device, without waiting for the copy to a GPU.
 
     Without that, each batch would have the host wait until all that the GPU has queued is done.
     """
@@ -149,7 +149,7 @@ def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
 
 
 def what_came(outputs: object) -> str:
-    """What a network returned in place of outputs, and what to do."""
+    """Describe what a network returned instead of outputs, and what to do."""
     if isinstance(outputs, Tensor):
         if outputs.is_complex():
             return f"complex numbers ({outputs.dtype}); give a forward_func that returns real ones."
@@ -255,7 +255,7 @@ class Runner:
         self._adapted: tuple[object, ...] | None = None
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The context that passes run in: autocast, or none whatever is around it."""
+        """The context of passes: autocast, or none even inside another autocast."""
         if self.amp is None and not torch.amp.is_autocast_available(self.device.type):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
@@ -327,7 +327,7 @@ class Runner:
             self.options = replace(self.options, batch_size=self.fixed_batch)
 
     def run(self, inputs: Inputs) -> Any:
-        """Whatever the network returns, for those who look at its sites alone.
+        """Run the network and return its result unchecked, for callers that read its sites only.
 
         Raises:
             ValueError: If the network cannot be run on them.
@@ -346,7 +346,7 @@ class Runner:
         return mapped(outputs, lambda x: x[:n] if x.ndim and len(x) == size else x)
 
     def filled(self, inputs: Inputs) -> Inputs:
-        """The inputs with the last image again and again, as many as the network takes."""
+        """The inputs, filled up with the last image to the number that the network takes."""
         n = (self.fixed_batch or len(inputs[0])) - len(inputs[0])
         return tuple(torch.cat([x, x[-1:].expand(n, *x.shape[1:])]) for x in inputs)
 

@@ -14,7 +14,7 @@ __all__ = ["FROM_RUN", "RunFields", "RunOptions", "as_options"]
 
 
 class _FromRun:
-    """Stands for a keyword that was not given: the field of ``run`` holds."""
+    """Stands for a keyword that was not given, so that the field of ``run`` counts."""
 
     def __repr__(self) -> str:
         return "<as in run>"
@@ -63,7 +63,7 @@ class RunOptions:
         >>> RunOptions(batch_size=0)
         Traceback (most recent call last):
             ...
-        ValueError: batch_size must be a whole number from 1 on or 'auto', not 0.
+        ValueError: batch_size must be a whole number from 1 on or 'auto', got 0.
     """
 
     device: str | torch.device | None = None
@@ -80,24 +80,24 @@ class RunOptions:
                 torch.device(self.device)
             except (RuntimeError, TypeError, ValueError):
                 raise ValueError(
-                    f"device must be 'cpu', 'cuda' or the like, not {self.device!r}."
+                    f"device must be 'cpu', 'cuda' or the like, got {self.device!r}."
                 ) from None
         if not (self.amp is None or isinstance(self.amp, (bool, torch.dtype))) or (
             self.amp not in _AMP
         ):
             raise ValueError(
-                f"amp must be True, torch.bfloat16 or torch.float16, not {self.amp!r}."
+                f"amp must be True, torch.bfloat16 or torch.float16, got {self.amp!r}."
             )
         n = self.batch_size
         whole = isinstance(n, int) and not isinstance(n, bool) and n > 0
         if not (n is None or n == "auto" or whole):
-            raise ValueError(f"batch_size must be a whole number from 1 on or 'auto', not {n!r}.")
+            raise ValueError(f"batch_size must be a whole number from 1 on or 'auto', got {n!r}.")
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
         if self.forward_func is not None and not callable(self.forward_func):
-            raise TypeError(f"forward_func must be a function, not {self.forward_func!r:.60}.")
+            raise TypeError(f"forward_func must be a function, got {self.forward_func!r:.60}.")
         if not isinstance(self.show_progress, bool):
-            raise ValueError(f"show_progress must be True or False, not {self.show_progress!r}.")
+            raise ValueError(f"show_progress must be True or False, got {self.show_progress!r}.")
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -157,11 +157,11 @@ def as_options(run: RunOptions | None = None, **fields: Any) -> RunOptions:
         RunOptions(device='cpu', batch_size=2)
     """
     if run is not None and not isinstance(run, RunOptions):
-        raise TypeError(f"run must be nad_attr.RunOptions(...), not {run!r:.60}.")
+        raise TypeError(f"run must be nad_attr.RunOptions(...), got {run!r:.60}.")
     unknown = [name for name in fields if name not in RunFields.__annotations__]
     if unknown:
         raise TypeError(
-            f"there is no argument {unknown[0]!r}; how the network runs is said by "
+            f"there is no argument {unknown[0]!r}; the arguments of a run are "
             f"{', '.join(RunFields.__annotations__)}."
         )
     given = {name: value for name, value in fields.items() if value is not FROM_RUN}

@@ -1,4 +1,4 @@
-"""What may run parts of a job elsewhere: the interface that Ray's executor has."""
+"""The interface of executors that run parts of a job elsewhere, such as Ray's."""
 
 from __future__ import annotations
 

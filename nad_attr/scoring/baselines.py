@@ -1,4 +1,4 @@
-"""Other ways to rank a network's channels for a task: what learned gates have to beat.
+"""Other ways to rank a network's channels for a task: baselines for learned gates.
 
 These need nothing but the network. :func:`top_k` makes sub-architectures of the highest scores at
 exactly the size of the learned ones.
@@ -44,7 +44,7 @@ __all__ = [
 
 
 class RandomScorer(TaskScorer):
-    """Uniform random numbers: what a sub-architecture of the same size is worth by itself.
+    """Uniform random numbers: random sub-architectures of the same size.
 
     A task's numbers depend on the seed and the task alone, not on which other tasks are scored, in
     what order, or on the images.

@@ -109,14 +109,14 @@ class CaptumLayerScorer(ChannelScorer):
         if chosen is None or not callable(chosen) or not callable(attribute):
             raise TypeError(
                 "layer_method must be a class, such as captum.attr.LayerConductance, "
-                f"not {chosen!r:.80}."
+                f"got {chosen!r:.80}."
             )
         self._make = chosen
         self._name = str(self._class.__name__)
         known = inspect.signature(attribute).parameters
         for name in attribute_kwargs:
             if name in _OWN_ARGUMENTS or name == "return_convergence_delta":
-                raise TypeError(f"{name} is not for the caller of a scorer to say.")
+                raise TypeError(f"{name} is set by the scorer; leave it out.")
             if name not in known:
                 raise TypeError(f"{self._name}.attribute has no argument {name!r}.")
         self._known = frozenset(known)

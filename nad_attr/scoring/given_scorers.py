@@ -21,7 +21,7 @@ __all__ = ["GatesScorer", "GivenScorer", "OtherTaskScorer", "shuffled"]
 
 
 class GivenScorer(TaskScorer):
-    """Scores that something else has made, handed out by task.
+    """Scores from elsewhere, returned by task.
 
     For a unit-level method's scores, such as the IoU of each channel with the class's concept from
     Network Dissection, or any file of numbers.
@@ -199,7 +199,7 @@ def shuffled(gates: TaskGates, *, seed: int = 0) -> TaskGates:
 
 def _check_gates(gates: object) -> None:
     if not isinstance(gates, TaskGates):
-        raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
+        raise TypeError(f"gates must be TaskGates, got {type(gates).__name__}.")
 
 
 def _ranks(gates: TaskGates) -> dict[str, Tensor]:

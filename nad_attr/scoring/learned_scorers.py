@@ -1,4 +1,4 @@
-"""Gates learned for each image by itself, averaged: critical data routing paths."""
+"""Gates learned for each image alone, then averaged: critical data routing paths."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CDRPScorer"]
 
 
 class CDRPScorer(ChannelScorer):
-    """E over images of gates that are learned for each image by itself (CDRP).
+    """E over images of gates that are learned for each image alone (CDRP).
 
     The gates of an image start at one and go down the gradient of ``cross-entropy of the gated
     network's probabilities to the whole network's + penalty * sum of gates``, held inside an
@@ -69,7 +69,7 @@ class CDRPScorer(ChannelScorer):
             ("highest", highest, 1.0, float("inf")),
         ):
             if not low <= value < high:
-                raise ValueError(f"{what} must be from {low:g} on and below {high:g}, not {value}.")
+                raise ValueError(f"{what} must be from {low:g} on and below {high:g}, got {value}.")
         self.steps, self.learning_rate, self.momentum = steps, learning_rate, momentum
         self.penalty, self.highest = penalty, highest
 

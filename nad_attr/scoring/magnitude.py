@@ -1,4 +1,4 @@
-"""Magnitude: how large the weights are that make a channel, without looking at data."""
+"""Magnitude: the size of the weights that make a channel, without data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NOISE = 3.0
 
 
 class MagnitudeScorer(TaskScorer):
-    """L2 norm of the filters that make a channel, times what lies between them and the channel.
+    """L2 norm of the filters that make a channel, times the scale of the layers after them.
 
     A channel's filters are the rows of weights of all Conv and Linear modules whose output reaches
     this channel, and no other of the site, without passing another Conv or Linear: one for a plain

@@ -75,7 +75,7 @@ class EAPIGScorer(MeansScorer):
     ) -> None:
         super().__init__(model, sites, means=means)
         if path not in PATHS:
-            raise ValueError(f"path must be one of {', '.join(PATHS)}, not {path!r}.")
+            raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}.")
         self.path, self.steps, self.signed = path, check_count(steps, "steps"), signed
 
     @property
@@ -92,7 +92,7 @@ class EAPIGScorer(MeansScorer):
         for inputs in runner.draw(source, numbers):
             if not all(x.is_floating_point() for x in inputs):
                 raise GatingError(
-                    "there is no way from one image to another where inputs are whole numbers; "
+                    "inputs that are whole numbers have no path from one image to another; "
                     "choose path='activations'."
                 )
             sums = [x.double().sum(0, keepdim=True) for x in inputs]

@@ -1,4 +1,4 @@
-"""Channels in order of importance for each task, whoever ordered them: scores or learned gates."""
+"""Channels in order of importance for each task, by scores or by learned gates."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def check_sizes(sizes: Sequence[float]) -> tuple[float, ...]:
         (0.1, 0.4)
     """
     if isinstance(sizes, (str, bytes, Mapping)) or not isinstance(sizes, (Sequence, np.ndarray)):
-        raise TypeError(f"sizes must be a list of shares of the channels, not {sizes!r:.60}.")
+        raise TypeError(f"sizes must be a list of shares of the channels, got {sizes!r:.60}.")
     checked = []
     for size in sizes:
         number = isinstance(size, (int, float, np.floating)) and not isinstance(size, bool)
         if not number or not 0 < size <= 1:
-            raise ValueError(f"sizes must be shares of the channels in (0, 1], not {size!r}.")
+            raise ValueError(f"sizes must be shares of the channels in (0, 1], got {size!r}.")
         checked.append(float(size))
     if not checked:
         raise ValueError("sizes is empty; name at least one share of the channels.")
@@ -165,7 +165,7 @@ class Ranking:
 
     @property
     def closes_at_means(self) -> bool:
-        """Whether closed channels are at their means, rather than zero."""
+        """Whether closed channels are at their means, and not at zero."""
         return any(mean is not None for mean in (self.means or {}).values())
 
 
@@ -226,7 +226,7 @@ def as_ranking(
             )
         lacking = [task for task in rows if task not in value.tasks]
         if lacking:
-            raise ValueError(f"{what} knows nothing of task {lacking[0]}; it has {value.tasks}.")
+            raise ValueError(f"{what} has no task {lacking[0]}; it has {value.tasks}.")
     if variants:
         at = {key: [v.tasks.index(task) for task in rows] for key, v in variants.items()}
         return Ranking(
@@ -257,7 +257,7 @@ def _names(names: Sequence[str] | None, tasks: Sequence[Task]) -> tuple[str, ...
     if names is None:
         return tuple(str(task) for task in tasks)
     if isinstance(names, str) or len(names) != len(tasks):
-        raise ValueError(f"task_names must be {len(tasks)} names, not {names!r:.80}.")
+        raise ValueError(f"task_names must be {len(tasks)} names, got {names!r:.80}.")
     return tuple(str(name) for name in names)
 
 

@@ -50,7 +50,7 @@ def tasks_of(targets: Any, tasks: Sequence[Task] | None = None) -> list[Task]:
     """
     chosen = tasks_in(tensor_of(targets)) if tasks is None else tasks
     if isinstance(chosen, (str, bytes, Mapping, int)):
-        raise TypeError(f"tasks must be a sequence of tasks, not {type(chosen).__name__}.")
+        raise TypeError(f"tasks must be a sequence of tasks, got {type(chosen).__name__}.")
     result = [as_task(task) for task in chosen]
     if not result:
         raise ValueError("there is no task to score channels for.")
@@ -110,7 +110,7 @@ class Batch:
 
 
 def check_differentiable(value: Tensor) -> None:
-    """Refuse outputs that no gradient can be taken of.
+    """Refuse outputs that have no gradient.
 
     Raises:
         GatingError: Says why there may be none.
@@ -152,7 +152,6 @@ class _Scored:
         self.targets, self.fields = source.targets, source.fields
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
-        """The inputs of each list of draws."""
         seeded = ([(i, seed_of("scores", i)) for i, _ in some] for some in draws)
         for inputs in self.source.batches(seeded):
             self.fields = self.source.fields
@@ -214,7 +213,7 @@ class ChannelScorer(ABC):
         """
 
     def prepare(self, runner: Runner, source: Source, batch_size: int) -> Any:
-        """What has to be known before the first batch, for all of them (``Batch.prepared``)."""
+        """Compute what all batches need, before the first one (``Batch.prepared``)."""
         return None
 
     def images_per_batch(self, batch_size: int) -> int:
@@ -309,7 +308,7 @@ class ChannelScorer(ABC):
             )
         for what, values in (("include_others", include_others), ("signed", signed)):
             if isinstance(values, bool) or not values:
-                raise ValueError(f"{what} must list True, False or both, not {values!r}.")
+                raise ValueError(f"{what} must list True, False or both, got {values!r}.")
         return self._scored(inputs, targets, tasks, include_others, signed, run, dtype)
 
     def _scored(
@@ -438,7 +437,7 @@ class ChannelScorer(ABC):
         objective: Callable[[Tensor], Tensor],
         reduce: Callable[[GateSite, Tensor, Tensor], Tensor],
     ) -> Scores:
-        """What activation and gradient at every site come to, reduced over its positions.
+        """A function of activation and gradient at every site, reduced over its positions.
 
         The sum over positions of activation times gradient is the derivative by a gate on that
         channel of that image, at gate 1: ``d objective / d g = sum of a d objective / d a``.
@@ -492,7 +491,7 @@ class ChannelScorer(ABC):
 
 
 class TaskScorer(ChannelScorer):
-    """A scorer for which images play no part; a subclass says what a task gives each channel.
+    """A scorer that uses no images; a subclass says what a task gives each channel.
 
     Images and their labels are checked like any other scorer's, and say which tasks there are.
 

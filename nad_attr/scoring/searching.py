@@ -1,4 +1,4 @@
-"""Masks searched for each task by running gated images: the rivals that do what learning does.
+"""Masks searched for each task by running gated images: rivals that learn masks, too.
 
 All take ``passes``, the images that are run with gates on for each task, so that methods can be
 given the same number.
@@ -202,7 +202,7 @@ class Search:
         return torch.cat(chosen)
 
     def change(self, numbers: Tensor, gates: Tensor) -> Tensor:
-        """What gates (B, n) change of the task output of these images: float64 (B,)."""
+        """The change of the task output of these images by gates (B, n): float64 (B,)."""
         with torch.no_grad():
             found = [now.detach().cpu().double() for now, _, _ in self._passes(numbers, gates)]
         return torch.cat(found) - self._clean[numbers]
@@ -363,7 +363,7 @@ class _Sparse(SearchScorer):
         )
         budget(size, self.sites)
         if not 0 < learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be above 0, not {learning_rate}.")
+            raise ValueError(f"learning_rate must be above 0, got {learning_rate}.")
         self.size, self.learning_rate = float(size), learning_rate
 
     @abstractmethod
@@ -560,9 +560,9 @@ class COARScorer(SearchScorer):
             model, sites, passes=passes, images_per_step=images_per_step, means=means, seed=seed
         )
         if not 0 < share < 1:
-            raise ValueError(f"share must be above 0 and below 1, not {share}.")
+            raise ValueError(f"share must be above 0 and below 1, got {share}.")
         if not 0 <= ridge < math.inf:
-            raise ValueError(f"ridge must be 0 or more, not {ridge}.")
+            raise ValueError(f"ridge must be 0 or more, got {ridge}.")
         self.share, self.signed, self.ridge = share, signed, ridge
 
     def search(self, task: Search) -> Tensor:

@@ -1,4 +1,4 @@
-"""A scorer with one choice of everything that it leaves open."""
+"""One variant of a scorer: a choice for each of its options."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class LRPScorer(ChannelScorer):
     def _propagated(
         self, batch: Batch, start: Callable[[Tensor], Tensor]
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """What the rules pass to each site of what starts at the task outputs, and activations."""
+        """The relevance that the rules pass from the task outputs to each site, and activations."""
         shifts: dict[str, Tensor] = {}
         activations: dict[str, Tensor] = {}
 
@@ -226,7 +226,7 @@ class RelPScorer(LRPScorer, MeansScorer):
         canonizers: Sequence[Any] | None = None,
     ) -> None:
         if not 0 <= gamma < float("inf"):
-            raise ValueError(f"gamma must be 0 or more, not {gamma}.")
+            raise ValueError(f"gamma must be 0 or more, got {gamma}.")
         MeansScorer.__init__(self, model, sites, means=means)
         self.signed, self.gamma = signed, gamma
         self.composite = _coefficients(gamma, canonizers)
@@ -344,8 +344,8 @@ def check_weights(model: nn.Module) -> None:
         if how:
             raise GatingError(
                 f"layer {name!r} computes its weights anew in each pass (weight or spectral "
-                "normalisation), which rules of relevance take for plain ones, so that relevance "
-                f"would be wrong; fold them in a copy of the network: {how} for each such layer."
+                "normalisation), which relevance rules do not support, so relevance would be "
+                f"wrong; fold them in a copy of the network: {how} for each such layer."
             )
 
 
@@ -368,7 +368,7 @@ def composite_named(
     from zennit.composites import COMPOSITES
 
     if not isinstance(name, str):
-        raise TypeError(f"composite must be a name or a Zennit composite, not {name!r:.60}.")
+        raise TypeError(f"composite must be a name or a Zennit composite, got {name!r:.60}.")
     if name not in COMPOSITES:
         known = ", ".join(map(repr, COMPOSITES))
         raise ValueError(f"Zennit has no composite {name!r}; it has {known}.")

@@ -1,4 +1,4 @@
-"""How a network or a function is called with inputs that have names."""
+"""Call a network or a function with named inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Fields(NamedTuple):
 
 
 def call_with(function: Callable[..., Any], fields: Fields | None) -> Callable[..., Any]:
-    """A function of the inputs' tensors that hands them over as the given one takes them.
+    """A function of the inputs' tensors that passes them on as the given function takes them.
 
     By keyword, where it has parameters of these names; else as one dictionary, where it has one
     parameter (the only field of a row as it is); else in order.

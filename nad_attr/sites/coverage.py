@@ -8,10 +8,10 @@ __all__ = ["ELSEWHERE", "NetworkCheckWarning"]
 
 
 class NetworkCheckWarning(UserWarning):
-    """What is learned about this network may not be true of it; the message says why."""
+    """Gates learned from this network may not be true; the message says why."""
 
 
-#: How sites are named where it is not done by ``layers=``.
+#: How sites are named if not by ``layers=``.
 ELSEWHERE = " (sites= for learning, --layer on the command line)"
 
 
@@ -20,7 +20,7 @@ def poor_coverage(
     n_operators: int,
     not_called: Sequence[str],
 ) -> str | None:
-    """What to say of gate sites that leave much of a network out; None: they cover it.
+    """A warning about gate sites that leave out much of a network; None: they cover it.
 
     Args:
         gaps: For each stretch without a site: the site before and after it ("" is the input, or

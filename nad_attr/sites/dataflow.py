@@ -101,7 +101,7 @@ class Flow:
         return stop in carrying or (stop == len(self.nodes) and self.sinks <= carrying)
 
     def mixing(self, indices: Iterable[int]) -> set[int]:
-        """Those of some nodes that form new channels."""
+        """The nodes among some that form new channels."""
         return {index for index in indices if self.nodes[index].mixes}
 
     def inside(self, call: Call) -> list[int]:

@@ -36,14 +36,14 @@ __all__ = ["find_gate_sites", "paper_sites"]
 
 
 # How many other sites a module may hold for a site to be named after it.
-_MOST_ENCLOSED = 2
+_MAX_ENCLOSED = 2
 
 
 Layers: TypeAlias = "str | nn.Module | GateSite | Sequence[str | nn.Module | GateSite]"
 
 
 def check_kind(model: nn.Module) -> None:
-    """Refuse networks that hooks would break or do nothing on, before anything is run.
+    """Refuse networks on which hooks fail or do nothing, before anything is run.
 
     Raises:
         SiteError: Says what kind it is, and what to do.
@@ -65,12 +65,11 @@ def _problem_with(cls: type) -> str:
         return f"is sharded by FSDP, so no hook sees whole tensors; {_GATHER}"
     if any(c.__module__.startswith("torch.export") for c in kinds):
         return (
-            "is a program made by torch.export, in which the layers are not modules any more, so "
-            "nothing can be hooked (nor eval() be called); give the network that it was exported "
-            "from"
+            "is a program made by torch.export, whose layers are not modules any more, so hooks "
+            "and eval() do not work; give the network that it was exported from"
         )
     if any(c.__name__ == "DTensor" for c in kinds):
-        return f"is a DTensor, of which this process has a part; {_GATHER}"
+        return f"is a DTensor, and this process has only a part of it; {_GATHER}"
     return ""
 
 
@@ -98,7 +97,7 @@ def find_gate_sites(
     units: str | Sequence[str] = "channels",
     groups: Mapping[str, int | Sequence[int]] | None = None,
 ) -> list[GateSite]:
-    """Finds, or checks, the places where a gate really closes a channel.
+    """Find the places where a gate really closes a channel, or check given ones.
 
     The model is run once, on fake tensors that have shapes and no values (on ``example_inputs``
     themselves, without gradients, if it looks at values); nothing about it is changed.
@@ -294,8 +293,8 @@ def site_links(
         node = _gated_node(flow, call, site.at_input, windows=inner)
         if node not in cuts and node not in cells and site.units == "channels":
             raise SiteError(
-                f"a path of the data leads around gate site {site.name!r} (a parallel branch), so "
-                f"what flows through it is not all that flows; {_cut_remedy(flow, site.name, cuts)}"
+                f"a path of the data leads around gate site {site.name!r} (a parallel branch), "
+                f"so not all data flows through it; {_cut_remedy(flow, site.name, cuts)}"
             )
         if site.name == "output":
             raise SiteError(
@@ -331,7 +330,7 @@ def _traced(
     additional_forward_args: object,
     forward_func: Callable[..., Any] | None = None,
 ) -> tuple[Flow, Trace]:
-    """The flow of data through one forward pass, and what was seen of it."""
+    """The flow of data through one forward pass, and its trace."""
     try:
         traced = trace(model, inputs, _as_tuple(additional_forward_args), forward_func)
     except Exception as error:
@@ -361,7 +360,7 @@ def _traced(
 
 
 def _cut_remedy(flow: Flow, name: str, cuts: Iterable[int]) -> str:
-    """Says which site to take in place of one that is not a cut."""
+    """The advice which site to take in place of one that is not a cut."""
     at = {call.output: call.name for call in flow.gateable()}
     named = {at[node] for node in cuts if node in at}
     outer = name
@@ -433,7 +432,7 @@ _PAPER: dict[str, dict[str, int]] = {
 def _checked_model(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise SiteError(
-            f"model must be a torch.nn.Module, not {type(model).__name__}; for a function, give "
+            f"model must be a torch.nn.Module, got {type(model).__name__}; for a function, give "
             "the module that it calls"
         )
     model = unwrap(model)
@@ -463,7 +462,7 @@ def fixed_batch_size(
     forward_func: Callable[..., object] | None = None,
     error: str = "",
 ) -> int | None:
-    """The batch size that a model can be run on, where it fails on the one of ``inputs``.
+    """The batch size that a model runs on, if it fails on that of ``inputs``.
 
     Args:
         model: The model.
@@ -498,7 +497,7 @@ def _checked_inputs(example_inputs: object) -> tuple[Tensor, ...]:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     if not inputs or not all(isinstance(tensor, Tensor) for tensor in inputs):
         kinds = ", ".join(type(item).__name__ for item in inputs) or "nothing"
-        raise SiteError(f"example_inputs must be a tensor or a tuple of tensors, not {kinds}")
+        raise SiteError(f"example_inputs must be a tensor or a tuple of tensors, got {kinds}")
     return inputs
 
 
@@ -522,7 +521,7 @@ def asked_layers(model: nn.Module, layers: Layers, at_input: bool) -> list[_Aske
     if isinstance(layers, (str, nn.Module, GateSite)):
         layers = [layers]
     if not isinstance(layers, Iterable):
-        raise SiteError(f"layers must be names, modules or GateSites, not {type(layers).__name__}")
+        raise SiteError(f"layers must be names, modules or GateSites, got {type(layers).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
     canonical = {id(module): name for name, module in model.named_modules()}
     asked: list[_Asked] = []
@@ -539,7 +538,7 @@ def asked_layers(model: nn.Module, layers: Layers, at_input: bool) -> list[_Aske
             written = site.name if site is not None else layer
             if not isinstance(written, str):
                 raise SiteError(
-                    f"layers must be names, modules or GateSites, not {type(layer).__name__}"
+                    f"layers must be names, modules or GateSites, got {type(layer).__name__}"
                 )
             name = resolve_name(written, modules, canonical)
         if not name:
@@ -736,18 +735,18 @@ def _best_name(flow: Flow, calls: Sequence[Call], others: set[int]) -> Call:
         for call in innermost
         if call.name in flow.has_children
         and call.name not in flow.plain
-        and n_enclosed(call) <= _MOST_ENCLOSED
+        and n_enclosed(call) <= _MAX_ENCLOSED
     ]
     proper = [call for call in blocks if call.name not in flow.sequential]
     return (proper or blocks or innermost)[0]
 
 
-#: From which share of all, and how many, layers without a site are worth a word.
-_POOR_SHARE, _POOR = 0.25, 4
+#: The share and the number of layers without a site from which on a warning is given.
+_MIN_UNCOVERED_SHARE, _MIN_UNCOVERED_LAYERS = 0.25, 4
 
 
 def _coverage(model: nn.Module, flow: Flow, traced: Trace, sites: Sequence[GateSite]) -> str | None:
-    """What to say if the sites leave much of the network out."""
+    """The warning if the sites leave out much of the network."""
     everything = flow.mixing(flow.path)
     at = [(site.name, flow.calls[site.name][0].output or 0) for site in sites]
     spans = [
@@ -761,7 +760,7 @@ def _coverage(model: nn.Module, flow: Flow, traced: Trace, sites: Sequence[GateS
         [("", -1), *at, ("", len(flow.nodes))]
     ):
         layers = flow.mixing(flow.between(start, stop))
-        if len(layers) < max(_POOR, _POOR_SHARE * len(everything)):
+        if len(layers) < max(_MIN_UNCOVERED_LAYERS, _MIN_UNCOVERED_SHARE * len(everything)):
             continue
         # One module that makes all of it is a block, which is what a site stands behind.
         if any(
@@ -874,14 +873,14 @@ def _gated_node(flow: Flow, call: Call, at_input: bool, *, windows: bool = False
     one = shape[0] == flow.batch_size or (windows and shape[0] % flow.batch_size == 0)
     if len(shape) < 2 or not one:
         raise SiteError(
-            f"layer {name!r} {verb} a tensor of shape {shape}, of which the first axis is not the "
+            f"layer {name!r} {verb} a tensor of shape {shape}, whose first axis is not the "
             f"batch of {flow.batch_size}; a gate needs (batch, ...); {remedy}"
         )
     return node
 
 
 def _remedy(flow: Flow, name: str) -> str:
-    """Says where a gate could stand instead."""
+    """The advice where a gate could stand instead."""
     gateable = {call.name for call in flow.gateable()}
     outer = name
     while "." in outer:
@@ -924,7 +923,7 @@ def _site(
                 f"which it is: channel_dim={{{name!r}: 1}}, or -1 if they come last"
             )
     if not isinstance(axis, int):
-        raise SiteError(f"channel_dim of layer {name!r} must be a whole number, not {axis!r}")
+        raise SiteError(f"channel_dim of layer {name!r} must be a whole number, got {axis!r}")
     if not -len(shape) <= axis < len(shape) or axis % len(shape) == 0:
         raise SiteError(
             f"channel_dim {axis} is not a channel axis of layer {name!r}, of shape {shape}; give "

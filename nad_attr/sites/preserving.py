@@ -1,4 +1,4 @@
-"""What a forward pass leaves on a network's modules, put back.
+"""Undo what a forward pass leaves on a network's modules.
 
 Some networks change themselves when they run, in eval mode too: observers of quantisation-aware
 training, counters, moving averages, caches of features. Everything in this package that runs a
@@ -53,7 +53,7 @@ class Copies(dict[int, "_Snapshot"]):
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was written to; -1: it does not count."""
+    """How often a tensor was written to; -1: it does not count."""
     return -1 if tensor.is_inference() else int(tensor._version)
 
 
@@ -216,7 +216,7 @@ class Kept:
             self._restore_tensors()
 
     def _finish(self) -> None:
-        """Put back what was left for the graph's sake, unless a context around it has done so."""
+        """Restore what was kept for the graph, unless an outer context has done so."""
         if self._epoch == _EPOCH[0] and not _FOREIGN[0]:
             self._restore_attributes()
         self._restore_tensors()
@@ -246,7 +246,7 @@ class Kept:
 
 @contextmanager
 def unchanged(model: nn.Module, *, foreign: bool = False) -> Iterator[None]:
-    """Put back what forward passes inside leave on a network's modules, also after an exception.
+    """Undo what forward passes inside leave on a network's modules, also after an exception.
 
     Buffers and other tensors (values, memory, strides, the very objects), attributes such as
     counters and caches, lists and dictionaries of them, and a module's own random generator. Not

@@ -1,4 +1,4 @@
-"""Attention modules that use their output projection's weights and never call it, made to call it.
+"""Make attention modules call their output projection, whose weights they only read.
 
 ``nn.MultiheadAttention`` and torchvision's shifted window attention hand ``out_proj.weight`` to a
 function, so a hook on the projection does not fire. Inside :func:`called_projections` they compute
@@ -58,7 +58,7 @@ def uncalled_projections(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class _UnitMatrix(nn.Module):
-    """Stands where a projection stands, and projects nothing."""
+    """Replaces a projection, and returns its input."""
 
     def __init__(self, like: Tensor) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _UnitMatrix(nn.Module):
 
 
 class _Calling:
-    """What :func:`called_projections` puts before an attention module's class for a while."""
+    """The class that :func:`called_projections` puts before an attention module's class."""
 
     _owners: tuple[Owner, ...]
     _whole: type[nn.Module]

@@ -16,14 +16,14 @@ UNITS = ("channels", "heads", "neurons")
 
 
 def check_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
-    """The sites, if that is what they are.
+    """Check that the values are sites.
 
     Raises:
         TypeError: If they are something else.
     """
     if not isinstance(sites, Iterable) or not all(isinstance(s, GateSite) for s in (*sites,)):
         raise TypeError(
-            f"sites must be a list of GateSite, as find_gate_sites returns it, not {sites!r:.80}."
+            f"sites must be a list of GateSite, as find_gate_sites returns it, got {sites!r:.80}."
         )
     return tuple(sites)
 
@@ -74,13 +74,13 @@ class GateSite:
     def __post_init__(self) -> None:
         if not self.name or not isinstance(self.name, str):
             raise SiteError(
-                f"a gate site needs the name of a module inside the model, not {self.name!r}"
+                f"a gate site needs the name of a module inside the model, got {self.name!r}"
             )
         for what, value in (("n_channels", self.n_channels), ("channel_dim", self.channel_dim)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise SiteError(f"site {self.name!r}: {what} must be an int, got {value!r}")
         if self.n_channels < 1:
-            raise SiteError(f"site {self.name!r} needs at least one channel, not {self.n_channels}")
+            raise SiteError(f"site {self.name!r} needs at least one channel, got {self.n_channels}")
         if self.channel_dim == 0:
             raise SiteError(f"site {self.name!r}: axis 0 is the batch and cannot hold the channels")
         if self.units not in UNITS:
@@ -106,7 +106,7 @@ class GateSite:
 
     @property
     def group_of(self) -> tuple[int, ...] | None:
-        """The group of each channel; None: each is a gate of its own."""
+        """The group of each channel; None: each channel has its own gate."""
         return cast("tuple[int, ...] | None", self.groups)
 
     @property
@@ -141,7 +141,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         True
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -154,7 +154,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def resolve_name(
     written: str, modules: Mapping[str, nn.Module], canonical: Mapping[int, str]
 ) -> str:
-    """The name that a module goes by, for one that may have wrappers' prefixes or be an alias.
+    """The name of a module, from one that may have wrappers' prefixes or be an alias.
 
     Args:
         written: As the user wrote it.

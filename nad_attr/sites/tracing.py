@@ -114,7 +114,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What one forward pass did.
+    """The record of one forward pass.
 
     Attributes:
         nodes: The tensors that depend on the inputs, in the order in which they were made (a
@@ -223,7 +223,7 @@ def trace(
 
 @contextmanager
 def _said_once() -> Iterator[None]:
-    """What fails on fake tensors is raised; torch logs it with its whole traceback as well."""
+    """Keep torch from also logging the traceback of an error on fake tensors."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -304,11 +304,9 @@ class _Recorder(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether a tensor depends on the inputs."""
         return id(tensor) in self.node_of
 
     def add(self, tensor: Tensor, node: Node) -> int:
-        """Gives a tensor a new node."""
         self._keep(tensor)
         self.nodes.append(node)
         self.node_of[id(tensor)] = len(self.nodes) - 1

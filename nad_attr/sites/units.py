@@ -1,4 +1,4 @@
-"""The units people mean in a transformer: attention heads, and the hidden units of its MLPs.
+"""Units of a transformer: attention heads, and the hidden units of its MLPs.
 
 Both are closed at the input of a linear layer. What head h hands to the output projection are some
 of its input's channels, so a gate for these as one group is a gate for the head, and closing it is
@@ -60,7 +60,7 @@ def unit_sites(model: nn.Module, flow: Flow, units: str) -> list[tuple[int, Gate
             if shape[0] != flow.batch_size:
                 raise SiteError(
                     f"the hidden neurons that {call.name!r} reads are held in a tensor of shape "
-                    f"{shape}, of which the first axis is not the batch of {flow.batch_size}; "
+                    f"{shape}, whose first axis is not the batch of {flow.batch_size}; "
                     "build the network with batch_first=True"
                 )
             dim = 1 if len(shape) == 2 else -1
@@ -172,8 +172,8 @@ def check_rows(
     names = ", ".join(repr(site.name) for site in sites[:3])
     if not all(x.is_floating_point() and not x.is_meta and not x.is_sparse for x in inputs):
         raise SiteError(
-            f"the attention at {names} runs on windows, and which window is whose is found out on "
-            "real images: give a float tensor with values as example_inputs"
+            f"the attention at {names} runs on windows, which are matched to images by real "
+            "values: give a float tensor with values as example_inputs"
         )
     generator = torch.Generator("cpu").manual_seed(0)
     noise = [torch.randn(2, *x.shape[1:], generator=generator, device="cpu").to(x) for x in inputs]

@@ -75,14 +75,16 @@ def read_table(
         lines = list(csv.reader(file))
     if len(lines) < 2 or len(lines[0]) < 2:
         raise SpecError(
-            f"{path} must be a table with a head: a column of files, then one of labels for each "
-            "output (or one of class indices or names)."
+            f"{path} must be a table with a header: a column of files, then one of labels for "
+            "each output (or one of class indices or names)."
         )
     head, rows = lines[0], [(i, row) for i, row in enumerate(lines[1:], 2) if any(row)]
     files = []
     for line, row in rows:
         if len(row) != len(head):
-            raise SpecError(f"{path}, line {line}: {len(row)} cells, but the head has {len(head)}.")
+            raise SpecError(
+                f"{path}, line {line}: {len(row)} cells, but the header has {len(head)}."
+            )
         inside = Path(root, row[0]).resolve().is_relative_to(Path(root).resolve())
         if not inside or not Path(root, row[0]).is_file():
             raise SpecError(f"{path}, line {line}: there is no file {row[0]!r} in {root}.")
@@ -107,7 +109,7 @@ def first_file(path: str | Path) -> str:
     with open(path, encoding="utf-8-sig", newline="") as file:
         named = [row[0] for row in csv.reader(file) if row]
     if len(named) < 2:
-        raise SpecError(f"{path} must be a table with a head and a row for each image.")
+        raise SpecError(f"{path} must be a table with a header and a row for each image.")
     return named[1]
 
 

@@ -29,7 +29,7 @@ _NO_WEIGHTS = ("none", "random", "untrained")
 #: Arguments that timm takes a word for, which it looks up in a list of its own.
 _NAMED_LAYERS = ("act_layer", "global_pool", "norm_layer")
 #: Of numbers that a file may give to an architecture, so that it cannot ask for all memory.
-_LARGEST = 100_000
+_MAX_NUMBER = 100_000
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _is_plain(key: str, value: object) -> bool:
         return key in _NAMED_LAYERS and value.isidentifier()
     values = value if isinstance(value, (list, tuple)) else [value]
     return len(values) <= 32 and all(
-        item is None or (isinstance(item, (bool, int, float)) and abs(item) <= _LARGEST)
+        item is None or (isinstance(item, (bool, int, float)) and abs(item) <= _MAX_NUMBER)
         for item in values
     )
 

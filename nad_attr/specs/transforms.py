@@ -68,7 +68,7 @@ def make_transform(
     if factory is not None:
         function = call(factory, {})
         if not callable(function):
-            raise SpecError(f"{factory}() returned a {type(function).__name__}, no transform.")
+            raise SpecError(f"{factory}() returned a {type(function).__name__}, not a transform.")
         return Transform(function, {"kind": "factory", "factory": factory}, factory, random=True)
     recorded = record is not None and record.get("kind") == "options"
     own = loaded.transform

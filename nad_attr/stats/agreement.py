@@ -32,12 +32,12 @@ FloatArray: TypeAlias = NDArray[np.float64]
 #: weight.
 PERSISTENCE = 0.98
 #: Random choices of channels that one overlap is held against.
-_RANDOM = 999
+_N_RANDOM = 999
 
 
 def _check_persistence(p: float) -> None:
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p < 1:
-        raise ValueError(f"p must lie between 0 and 1, not {p!r}.")
+        raise ValueError(f"p must lie between 0 and 1, got {p!r}.")
 
 
 def rbo_weight(p: float, depth: int) -> float:
@@ -424,7 +424,7 @@ def overlap_above_chance(
     each = kappas(both, n_a, n_b, total)
     tables = Tables(both[None], n_a[None], n_b, total)
     p, _ = count_test(tables, level)
-    drawn = random_kappas(counts.T[:, None], _RANDOM, seed, other)[0]
+    drawn = random_kappas(counts.T[:, None], _N_RANDOM, seed, other)[0]
     ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Statistic(
         "overlap",

@@ -24,7 +24,7 @@ def check_interval(level: float, n_draws: int) -> None:
         ValueError: Names it.
     """
     if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level!r}.")
+        raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
     check_count(n_draws, "n_draws")
 
 
@@ -132,7 +132,7 @@ def bootstrap_interval(
     check_interval(level, n_draws)
     table = np.asarray(values, dtype=np.float64)
     if table.ndim not in (1, 2):
-        raise ValueError(f"values must be (tasks,) or (seeds, tasks), not {table.shape}.")
+        raise ValueError(f"values must be (tasks,) or (seeds, tasks), got {table.shape}.")
     table = np.atleast_2d(table)
     known = ~np.isnan(table)
     tasks = np.flatnonzero(known.any(0))

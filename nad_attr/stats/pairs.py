@@ -45,7 +45,7 @@ def overlap_matrix(masks: Mapping[str, Tensor], *, chance_corrected: bool = Fals
     total: Tensor | None = None
     for name, mask in masks.items():
         if mask.ndim != 2 or mask.dtype != torch.bool:
-            raise ValueError(f"masks of {name!r} must be bool (T, C), not {mask.dtype} "
+            raise ValueError(f"masks of {name!r} must be bool (T, C), got {mask.dtype} "
                              f"{tuple(mask.shape)}.")  # fmt: skip
         if total is not None and len(mask) != len(total):
             raise ValueError(f"masks of {name!r} are for {len(mask)} tasks, others for "

@@ -50,7 +50,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 #: Written into each file, raised when what is in it changes its meaning.
 FORMAT = 1
-#: What a file that is not such a result makes :meth:`Result.load` trip over.
+#: The errors that :meth:`Result.load` gets from a file that is not such a result.
 _WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
 #: What tensors may hold, in files.
 _DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32", "float64")
@@ -187,7 +187,6 @@ class Result:
             raise GateStoreError(f"{where} holds no whole {cls._kind()}: {error!r:.200}.") from None
 
     def _repr_html_(self) -> str:
-        """How notebooks show it."""
         return html_text(self.summary())
 
     # -- what a result says of itself --------------------------------------------------------------
@@ -198,11 +197,9 @@ class Result:
 
     @classmethod
     def _types(cls) -> dict[str, Any]:
-        """Names and types of the fields."""
         return _types_of(cls)
 
     def _fields(self) -> dict[str, Any]:
-        """Their values."""
         return _fields_of(self)
 
     @classmethod

@@ -31,9 +31,9 @@ IntArray: TypeAlias = NDArray[np.int64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 
 #: Entries of one block of permuted scores, so that memory stays small (32 MiB of float64).
-_BLOCK = 4_000_000
+_BLOCK_ENTRIES = 4_000_000
 #: Two tables whose probabilities differ by less than this are equally likely.
-_SLACK = 1e-7
+_PROBABILITY_TOLERANCE = 1e-7
 
 
 def strata_of(strata: ArrayLike | None, n: int) -> list[IntArray]:
@@ -77,7 +77,7 @@ def permutations(
         Which draws, and for each stratum the shuffled scores (draws, C).
     """
     widest = max((len(part) for part in parts), default=1)
-    step = max(1, min(n_draws, _BLOCK // max(widest, 1)))
+    step = max(1, min(n_draws, _BLOCK_ENTRIES // max(widest, 1)))
     for start in range(0, n_draws, step):
         stop = min(n_draws, start + step)
         block = []
@@ -288,4 +288,6 @@ def exact_p(count: FloatArray, pmf: FloatArray) -> FloatArray:
         array([0.5])
     """
     own = np.take_along_axis(pmf, count.astype(np.int64)[:, None], axis=1)
-    return np.asarray(np.minimum(1.0, np.where(pmf <= own * (1 + _SLACK), pmf, 0.0).sum(1)))
+    return np.asarray(
+        np.minimum(1.0, np.where(pmf <= own * (1 + _PROBABILITY_TOLERANCE), pmf, 0.0).sum(1))
+    )

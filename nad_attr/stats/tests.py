@@ -159,7 +159,7 @@ def _flags(values: ArrayLike, what: str, n: int | None = None) -> BoolArray:
     array = np.asarray(values)
     if array.dtype != bool or array.ndim != 1:
         raise TypeError(
-            f"{what} must be one truth value per channel, not {array.dtype} "
+            f"{what} must be one truth value per channel, got {array.dtype} "
             f"{array.shape}; compare gates with 0.5."
         )
     if n is not None and len(array) != n:
@@ -169,7 +169,7 @@ def _flags(values: ArrayLike, what: str, n: int | None = None) -> BoolArray:
 
 def _level(level: float) -> None:
     if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level!r}.")
+        raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
 
 
 def normal_interval(
@@ -501,7 +501,7 @@ def association(
     mask = _flags(kept, "kept", len(flags))
     _level(level)
     if name not in ("association", "enrichment", "detectors"):
-        raise ValueError(f"name must be 'association', 'detectors' or 'enrichment', not {name!r}.")
+        raise ValueError(f"name must be 'association', 'detectors' or 'enrichment', got {name!r}.")
     parts = strata_of(strata, len(flags))
     count = np.array([[float((mask & flags)[part].sum()) for part in parts]])
     n_kept = np.array([[float(mask[part].sum()) for part in parts]])

@@ -257,7 +257,7 @@ class Content:
         names = [None] * n if header["names"] is None else [str(name) for name in header["names"]]
         counts = [int(count) for count in header["n_sample"]]
         if not n or len(names) != n or len(counts) != n or max(counts) >= TOO_LARGE:
-            raise GateStoreError(f"{self.path}: its journal names {n} tasks otherwise.")
+            raise GateStoreError(f"{self.path}: its journal has other names for {n} tasks.")
         self._check_arrays(record, "gate/", n)
         has_logits = "logit/0" in record.arrays
         if has_logits:

@@ -20,7 +20,7 @@ class GateStoreError(ValueError):
         super().__init__(shown(message))  # it quotes what stands in the file
 
 
-#: What h5py, zlib, json and this package's own classes make of damaged content.
+#: The errors that h5py, zlib, json and this package's own classes raise for damaged content.
 _COMPLAINTS = (
     OSError,
     RuntimeError,  # includes RecursionError

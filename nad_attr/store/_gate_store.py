@@ -127,9 +127,9 @@ class GateStore(StoreView):
             ValueError: If sites or means do not fit.
         """
         if recipe is not None and not isinstance(recipe, Recipe):
-            raise TypeError(f"recipe must be a Recipe, not {type(recipe).__name__}.")
+            raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}.")
         if not isinstance(provenance or {}, Mapping):
-            raise TypeError(f"provenance must be a dictionary, not {type(provenance).__name__}.")
+            raise TypeError(f"provenance must be a dictionary, got {type(provenance).__name__}.")
         known = distinct_sites(sites)
         if not known:
             raise ValueError("a store needs at least one gate site.")
@@ -173,7 +173,7 @@ class GateStore(StoreView):
             content, file = seen(source)
             return cls(source, mode, content, file, None)
         if mode != "a":
-            raise ValueError(f"mode must be 'r' or 'a', not {mode!r}.")
+            raise ValueError(f"mode must be 'r' or 'a', got {mode!r}.")
         target = check_target(path)
         check_hdf5(target)  # before anything is made beside it
         journal = Journal(target)
@@ -261,7 +261,7 @@ class GateStore(StoreView):
         """
         journal = self._writer()
         if not isinstance(gates, TaskGates):
-            raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
+            raise TypeError(f"gates must be TaskGates, got {type(gates).__name__}.")
         self._check_fits(gates)
         counts = {as_task(task): int(n) for task, n in (sample_counts or {}).items()}
         new = [i for i, task in enumerate(gates.tasks) if task not in self._content.where]

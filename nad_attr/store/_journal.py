@@ -50,8 +50,8 @@ __all__ = [
 
 MAGIC = b"nad_attr journal 1\n"
 _HEAD = struct.Struct("<4sIQI")
-#: Of a journal of so many bytes nobody asks how much memory is free.
-_SMALL = 2**26
+#: Up to so many bytes of a journal the free memory is not checked.
+_UNCHECKED_BYTES = 2**26
 _TYPES = ("<f4", "<f8", "<f2", "<i8", "<i4", "<i2", "|i1", "<u8", "<u4", "<u2", "|u1", "|b1")
 
 
@@ -143,7 +143,7 @@ def read_journal(path: Path) -> list[Record]:
 def _content(file: BinaryIO, path: Path) -> bytes:
     """All of a journal that fits into memory; more than it has now is not waited for."""
     size = os.fstat(file.fileno()).st_size
-    if size > _SMALL and size > most_bytes():
+    if size > _UNCHECKED_BYTES and size > most_bytes():
         raise ValueError(
             f"its journal {path} has {size:,} bytes, more than half of the memory that is free."
         )

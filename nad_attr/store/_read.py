@@ -30,15 +30,15 @@ __all__ = ["Reader", "Table", "check_hdf5", "opened"]
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_BYTES = 2**33  # 8 GB: more than any real store, less than a hostile shape
-#: Deflate shrinks nothing further than this.
-_RATIO = 1032
+#: The largest factor by which deflate shrinks data.
+_MAX_DEFLATE_RATIO = 1032
 _SLACK = 4096
-#: Up to here nobody asks how much memory is free.
-_LITTLE = 2**28
+#: Up to so many bytes the free memory is not checked.
+_UNCHECKED_BYTES = 2**28
 #: Inflating in one go is the fastest way, as long as no stream can fill the memory.
-_AT_ONCE = 2**24 // _RATIO
+_AT_ONCE = 2**24 // _MAX_DEFLATE_RATIO
 #: Tasks whose chunks are counted one by one; for more, the sizes of all chunks are summed.
-_FEW = 16
+_MAX_COUNTED_TASKS = 16
 _FILTERS = (h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32)
 _REQUIRED = object()
 
@@ -88,7 +88,7 @@ class _Budget(threading.local):
 
     def __init__(self, size: int) -> None:
         self.left = size
-        self.room = self.whole = min(_MAX_BYTES, _RATIO * size + _SLACK)
+        self.room = self.whole = min(_MAX_BYTES, _MAX_DEFLATE_RATIO * size + _SLACK)
         self.most: int | None = None
 
 
@@ -143,7 +143,7 @@ class Reader:
         if isinstance(found, h5t.TypeStringID) and found.is_variable_str():
             self._refuse(group, name, "is a text of variable length")
         if not isinstance(found, kind) or attribute.get_storage_size() != found.get_size():
-            self._refuse(group, name, f"is no single {called}")
+            self._refuse(group, name, f"is not a single {called}")
         if kind is h5t.TypeStringID:
             size = found.get_size()
             if size > self.size:
@@ -288,7 +288,7 @@ class Reader:
 
     def charge(self, stored: int, claimed: int, table: Table) -> None:
         """Count what an operation reads: a small file must not become a large array."""
-        if claimed > min(_MAX_BYTES, _RATIO * stored + _SLACK):
+        if claimed > min(_MAX_BYTES, _MAX_DEFLATE_RATIO * stored + _SLACK):
             raise GateStoreError(
                 f"{self.path}: {table.name} claims {claimed:,} bytes but holds {stored:,}."
             )
@@ -304,7 +304,7 @@ class Reader:
         budget = self._budget
         budget.room -= claimed
         taken = budget.whole - budget.room
-        if budget.room >= 0 and taken <= _LITTLE:
+        if budget.room >= 0 and taken <= _UNCHECKED_BYTES:
             return
         name = what if isinstance(what, str) else what.name
         if budget.room < 0:
@@ -451,7 +451,7 @@ class Table:
 
     def _contents(self, rows: Sequence[int], *, sparse: bool = False) -> Iterator[bytes | None]:
         n_bytes = 4 * self.shape[1 - self.axis]
-        at_once = len(rows) > _FEW and not sparse
+        at_once = len(rows) > _MAX_COUNTED_TASKS and not sparse
         if at_once:
             self.reader.charge(self.data.get_storage_size(), len(rows) * n_bytes, self)
         for i in rows:

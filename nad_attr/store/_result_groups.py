@@ -26,9 +26,9 @@ __all__ = [
 
 #: What of a store is not a result.
 RESERVED = ("task", "site", "history", "score", "logit", "mean", "constant")
-_DEEPEST = 16
+_MAX_DEPTH = 16
 #: What others may put beside it: HDF5 copies groups by recursion, and looking at each takes time.
-_DEEPEST_OF_OTHERS, _MOST_GROUPS = 64, 20_000
+_MAX_DEPTH_OF_OTHERS, _MAX_GROUPS = 64, 20_000
 
 
 def result_record(
@@ -71,8 +71,10 @@ def result_record(
 
 def _check_group(group: object) -> None:
     if not isinstance(group, str) or group.split("/")[0] in RESERVED:
-        raise GateStoreError(f"a result cannot be called {group!r:.60}; the store itself has that.")
-    if group.count("/") >= _DEEPEST:
+        raise GateStoreError(
+            f"a result cannot be called {group!r:.60}; the store uses that name itself."
+        )
+    if group.count("/") >= _MAX_DEPTH:
         raise GateStoreError(f"{group!r:.60} lies too deep.")
     for part in group.split("/"):
         check_name(part, "a result")
@@ -95,7 +97,7 @@ def check_result(record: Record) -> None:
         isinstance(listed, list) and all(isinstance(text, str) for text in listed)
         for listed in texts.values()
     ):
-        raise GateStoreError(f"the result {header['group']!r} has texts that are none.")
+        raise GateStoreError(f"the result {header['group']!r} has invalid texts.")
 
 
 def result_groups(reader: Reader) -> list[str]:
@@ -111,11 +113,11 @@ def result_groups(reader: Reader) -> list[str]:
     waiting = [("", reader.file.id, 0)]
     while waiting:
         path, parent, depth = waiting.pop()
-        if parent.get_num_objs() + len(seen) > _MOST_GROUPS or depth > _DEEPEST_OF_OTHERS:
+        if parent.get_num_objs() + len(seen) > _MAX_GROUPS or depth > _MAX_DEPTH_OF_OTHERS:
             raise GateStoreError(
-                f"{reader.path}: beside the gates it holds more than {_MOST_GROUPS:,} groups, or "
-                f"groups nested deeper than {_DEEPEST_OF_OTHERS} levels, under {path!r:.60}. Move "
-                "them to a file of their own."
+                f"{reader.path}: beside the gates it holds more than {_MAX_GROUPS:,} groups, or "
+                f"groups nested deeper than {_MAX_DEPTH_OF_OTHERS} levels, under {path!r:.60}. "
+                "Move them to another file."
             )
         for name in parent:
             # Whatever is not a result of ours belongs to others; a link might lead anywhere.
@@ -128,7 +130,7 @@ def result_groups(reader: Reader) -> list[str]:
                 continue
             seen.add(info.addr)
             group, inside = h5g.open(parent, name), path + name.decode()
-            if depth <= _DEEPEST and reader.is_result(h5py.Group(group)):
+            if depth <= _MAX_DEPTH and reader.is_result(h5py.Group(group)):
                 found.append(inside)
             waiting.append((f"{inside}/", group, depth + 1))
     return found

@@ -35,8 +35,8 @@ __all__ = ["Arrays", "StoreView", "opened", "seen"]
 
 #: What a result holds by name.
 Arrays: TypeAlias = "dict[str, npt.NDArray[Any] | list[str]]"
-#: How often a reader looks again, when the writer replaces the file under its eyes.
-_LOOKS = 100
+#: How often a reader looks again, while the writer replaces the file.
+_MAX_LOOKS = 100
 
 
 class StoreView:
@@ -110,7 +110,7 @@ class StoreView:
         if tasks is None:
             return content.rows
         if isinstance(tasks, (str, bytes)) or not hasattr(tasks, "__iter__"):
-            raise TypeError(f"tasks must be a list of tasks, not {tasks!r}.")
+            raise TypeError(f"tasks must be a list of tasks, got {tasks!r}.")
         rows = []
         names: dict[str | None, Row] = {}
         if any(isinstance(task, str) for task in tasks):
@@ -225,7 +225,8 @@ class StoreView:
         wrong = differences(self._content.head, sites, recipe, provenance or {})
         if wrong:
             raise GateStoreError(
-                f"{self.path} was begun otherwise; what differs: {'; '.join(wrong)}. Go on with "
+                f"{self.path} was begun with other settings; what differs: {'; '.join(wrong)}. "
+                "Go on with "
                 "what it was begun with, write to another file, or begin anew with overwrite=True "
                 "(--overwrite in place of --resume)."
             )
@@ -314,7 +315,7 @@ def seen(path: Path) -> tuple[Content, h5py.File]:
     check_hdf5(path)  # before realpath, which fails in its own words where a name holds a zero
     # A writer follows a link to the store, so its journal is where that leads.
     journal = journal_path(Path(os.path.realpath(path)))
-    for _ in range(_LOOKS):
+    for _ in range(_MAX_LOOKS):
         before = _identity(path)
         content, file = opened(path)
         head = content.head

@@ -52,8 +52,8 @@ FORMAT_VERSION = 3
 LEVEL = 1
 _CHUNK = 2**20
 #: Longer integers become no float and no array.
-_DIGITS = 100
-_LONG = re.compile(rf"\d{{{_DIGITS}}}")
+_MAX_DIGITS = 100
+_LONG = re.compile(rf"\d{{{_MAX_DIGITS}}}")
 #: Locks of HDF5 fail on many network file systems, and protect nothing here: files are replaced.
 UNLOCKED: dict[str, Any] = (
     {"locking": False} if hasattr(h5py.h5p.PropFAID, "set_file_locking") else {}
@@ -88,8 +88,8 @@ def from_json(text: str | bytes) -> Any:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > _DIGITS:
-        raise ValueError(f"an integer of {len(digits)} digits, more than {_DIGITS}.")
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits, more than {_MAX_DIGITS}.")
     return int(digits)
 
 
@@ -100,7 +100,7 @@ def check_name(name: object, what: str) -> str:
         GateStoreError: If it cannot.
     """
     if not isinstance(name, str) or not name or name in (".", "..") or set(name) & {"/", "\0"}:
-        raise GateStoreError(f"{what} needs a name without '/', not {name!r}.")
+        raise GateStoreError(f"{what} needs a name without '/', got {name!r}.")
     utf8(name)
     return name
 

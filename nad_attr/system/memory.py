@@ -81,7 +81,7 @@ def parse_bytes(value: int | float | str) -> int:
     unit = _UNITS.get((found[2] or "").upper()) if found is not None else None
     if not usable or found is None or unit is None or float(found[1]) * unit < 1:
         raise ValueError(
-            f"memory_limit must be a number of bytes or a text such as '8GB', not {value!r}."
+            f"memory_limit must be a number of bytes or a text such as '8GB', got {value!r}."
         )
     return int(float(found[1]) * unit)
 
@@ -102,7 +102,7 @@ def available(device: torch.device) -> int:
         if ram is not None:
             return ram
     raise ValueError(
-        f"how much memory is free on {device} cannot be told: give memory_limit=, such as '8GB'."
+        f"the free memory on {device} is not known: give memory_limit=, such as '8GB'."
     )
 
 

@@ -37,10 +37,10 @@ def check_processes(n: object, what: str = "n_workers", least: int = 0) -> None:
         >>> check_processes(2)
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < least:
-        raise ValueError(f"{what} must be a whole number from {least} on, not {n!r}.")
+        raise ValueError(f"{what} must be a whole number from {least} on, got {n!r}.")
     most = most_processes()
     if n > most:
         raise ValueError(
-            f"{what} must be at most {most} on this machine ({n_cpus()} CPUs), not {n:,}: more "
+            f"{what} must be at most {most} on this machine ({n_cpus()} CPUs), got {n:,}: more "
             "processes only take memory from each other."
         )

@@ -69,7 +69,7 @@ class Aligned:
 
     @property
     def concept_names(self) -> list[str]:
-        """Names that are all different: with the category where a name is there twice."""
+        """Different names for all concepts: with the category if a name occurs twice."""
         names = [concept.name for concept in self.concepts]
         return [
             f"{c.name} ({c.category})" if names.count(c.name) > 1 else c.name for c in self.concepts
@@ -109,7 +109,9 @@ def _gates_of(
         chosen = gates if tasks is None else gates.select(tasks)
         return named_architectures(chosen, size), chosen, scores
     if tasks is not None:
-        raise ValueError("tasks= goes with task gates and stores; give those you want.")
+        raise ValueError(
+            "tasks= needs task gates or a store; give the sub-architectures that you want."
+        )
     return named_architectures(gates, size), None, scores
 
 
@@ -146,7 +148,7 @@ def align(
         ([[False, True]], [True, False])
     """
     if not isinstance(units, UnitConcepts):
-        raise TypeError(f"units must be UnitConcepts, not {type(units).__name__}.")
+        raise TypeError(f"units must be UnitConcepts, got {type(units).__name__}.")
     named, task_gates, scores = _gates_of(gates, size, tasks, methods)
     names = [site.name for site in named.sites]
     mapping = dict(site_map or {})

@@ -1,4 +1,4 @@
-"""Everything that gates and unit concepts say about each other, in one call."""
+"""All statistics of gates and unit concepts, in one call."""
 
 from __future__ import annotations
 
@@ -145,13 +145,13 @@ def compare(
     check_count(min_units, "min_units")
     check_count(n_random, "n_random")
     if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level!r}.")
+        raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
     if not 0 < persistence < 1:
-        raise ValueError(f"persistence must lie between 0 and 1, not {persistence!r}.")
+        raise ValueError(f"persistence must lie between 0 and 1, got {persistence!r}.")
     if save_as is not None and not isinstance(gates, (str, PathLike, GateStore)):
         raise ValueError("save_as= keeps the result in a store: give the store, or its path.")
     if isinstance(high, str):
-        raise TypeError(f"high must be a list of categories, not {high!r}.")
+        raise TypeError(f"high must be a list of categories, got {high!r}.")
     aligned = align(gates, units, size=size, tasks=tasks, site_map=site_map, methods=methods)
     matrices = _checked(similarities, len(aligned.tasks))
     chosen, rare = concepts_to_test(aligned, concepts, min_units, labels)
@@ -528,5 +528,5 @@ def _overlap(kept: list[NDArray[np.bool_]]) -> FloatArray:
 
 
 def _shuffled(kept: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
-    """As many channels of each task, drawn for each task by itself."""
+    """As many channels of each task, drawn at random for each task."""
     return np.random.default_rng(seed).permuted(kept, axis=1)

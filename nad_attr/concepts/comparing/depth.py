@@ -372,7 +372,7 @@ def semantics_along_depth(
         (array([0., 1., 1.]), array([0. , 0.5, 1. ]))
     """
     if isinstance(high, str):
-        raise TypeError(f"high must be a list of categories, not {high!r}.")
+        raise TypeError(f"high must be a list of categories, got {high!r}.")
     check_count(n_random, "n_random")
     aligned = align(gates, units, size=size, tasks=tasks, site_map=site_map, methods=())
     return along_depth_of(aligned, tuple(high), n_random, seed)

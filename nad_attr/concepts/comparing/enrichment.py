@@ -128,7 +128,7 @@ def concepts_to_test(
     names = aligned.concept_names
     if wanted is not None:
         if isinstance(wanted, str):
-            raise TypeError(f"concepts must be a list of names, not {wanted!r}.")
+            raise TypeError(f"concepts must be a list of names, got {wanted!r}.")
         plain = [concept.name for concept in aligned.concepts]
         chosen = [i for i in range(len(names)) if names[i] in wanted or plain[i] in wanted]
         lost = [name for name in wanted if name not in names and name not in plain]
@@ -207,9 +207,9 @@ def add_rank_correlations(
 
 
 def check_labels(labels: str) -> None:
-    """Refuse what is neither ``"best"`` nor ``"all"``."""
+    """Refuse any value but ``"best"`` and ``"all"``."""
     if labels not in ("best", "all"):
-        raise ValueError(f"labels must be 'best' or 'all', not {labels!r}.")
+        raise ValueError(f"labels must be 'best' or 'all', got {labels!r}.")
 
 
 def concept_enrichment(
@@ -269,7 +269,7 @@ def concept_enrichment(
 
 
 def rare_note(rare: int, min_units: int) -> list[str]:
-    """Says that concepts were left out, if any were."""
+    """A note that concepts were left out, if any were."""
     if not rare:
         return []
     return [f"{rare} concept(s) with fewer than {min_units} units were not tested."]

@@ -69,7 +69,7 @@ class RowList:
         self.columns: dict[str, list[Any]] = {name: [] for name in (*_TEXTS, *_NUMBERS)}
 
     def add(self, test: str, n_rows: int, **columns: Any) -> None:
-        """Add rows of one test; what is not named is empty, or NaN."""
+        """Add rows of one test; columns that are not named are empty, or NaN."""
         for name in _TEXTS:
             value = test if name == "test" else columns.get(name, "")
             self.columns[name] += [value] * n_rows if isinstance(value, str) else list(value)

@@ -29,7 +29,7 @@ FloatArray: TypeAlias = NDArray[np.float64]
 def _matrix(values: ArrayLike, what: str) -> FloatArray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 2 or array.shape[0] != array.shape[1]:
-        raise ValueError(f"{what} must be a matrix of tasks by tasks, not {array.shape}.")
+        raise ValueError(f"{what} must be a matrix of tasks by tasks, got {array.shape}.")
     off = ~np.eye(len(array), dtype=bool)
     finite = np.isfinite(array)
     if not np.allclose(array[off & finite], array.T[off & finite], rtol=1e-6, atol=1e-9):
@@ -90,7 +90,7 @@ def mantel(
     upper = np.triu_indices(t, 1)
     x, y = first[upper], second[upper]
     if np.isnan(x).any() or np.isnan(y).any():
-        raise ValueError("a pair of tasks has no value, though both tasks have with others.")
+        raise ValueError("a pair of tasks has no value, but both tasks have values with others.")
     n = len(x)
     if t < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         nothing = (math.nan, math.nan)
@@ -173,7 +173,7 @@ def classifier_similarity(
     raw = weight.detach().cpu().numpy() if isinstance(weight, Tensor) else weight
     rows = np.asarray(raw, dtype=np.float64)
     if rows.ndim != 2:
-        raise ValueError(f"weight must be (classes, features), not {rows.shape}.")
+        raise ValueError(f"weight must be (classes, features), got {rows.shape}.")
     return cosines(_grouped(rows, tasks))
 
 
@@ -184,7 +184,7 @@ def _grouped(rows: FloatArray, tasks: Sequence[Task] | None) -> FloatArray:
     for task in tasks:
         members = list(task) if isinstance(task, tuple) else [task]
         if not all(0 <= k < len(rows) for k in members):
-            raise ValueError(f"there are classes 0 to {len(rows) - 1}, not {task}.")
+            raise ValueError(f"a task must be one of the classes 0 to {len(rows) - 1}, got {task}.")
         chosen.append(rows[members].mean(0))
     return np.stack(chosen)
 
@@ -209,7 +209,7 @@ def confusion_similarity(confusion: ArrayLike, tasks: Sequence[Task] | None = No
     """
     counts = np.asarray(confusion, dtype=np.float64)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
-        raise ValueError(f"confusion must be (classes, classes), not {counts.shape}.")
+        raise ValueError(f"confusion must be (classes, classes), got {counts.shape}.")
     if not np.isfinite(counts).all() or (counts < 0).any():
         raise ValueError("confusion must hold numbers of images.")
     if tasks is not None:
@@ -263,11 +263,11 @@ def wordnet_similarity(names: Sequence[str], wordnet: Any = None) -> FloatArray:
                [0.333, 1.   ]])
     """
     if isinstance(names, str):
-        raise TypeError(f"names must be a list of names, not {names!r}.")
+        raise TypeError(f"names must be a list of names, got {names!r}.")
     reader = _reader() if wordnet is None else wordnet
     senses = [_sense(reader, str(name)) for name in names]
     if not any(sense is not None for sense in senses):
-        raise ValueError(f"WordNet knows none of the names, such as {list(names)[:3]}.")
+        raise ValueError(f"WordNet does not know any of the names, such as {list(names)[:3]}.")
     # Distance of each sense to all that is above it; "" is a root above all roots.
     above = [{} if sense is None else _distances(sense) for sense in senses]
     columns = {key: i for i, key in enumerate(dict.fromkeys(k for d in above for k in d))}

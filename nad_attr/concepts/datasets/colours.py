@@ -79,8 +79,8 @@ def colour_map(image: Tensor) -> Tensor:
         rgb = rgb / 255
     elif rgb.numel() and not (float(rgb.min()) >= 0 and float(rgb.max()) <= 1):
         raise ValueError(
-            "colours need RGB in [0, 1] or uint8; these values lie outside, as after a "
-            "normalisation: take the image before it."
+            "colours need RGB in [0, 1] or uint8, got values outside; give the image from "
+            "before the normalisation."
         )
     value = rgb.amax(0)
     span = value - rgb.amin(0)

@@ -28,7 +28,7 @@ def as_concepts(concepts: Any, what: str = "concepts") -> tuple[Concept, ...]:
         (Concept(name='sky', category=''), Concept(name='red', category='colour'))
     """
     if isinstance(concepts, (str, bytes)) or not isinstance(concepts, Sequence):
-        raise TypeError(f"{what} must be a list of Concept or names, not {concepts!r:.60}.")
+        raise TypeError(f"{what} must be a list of Concept or names, got {concepts!r:.60}.")
     table = tuple(c if isinstance(c, Concept) else Concept(c) for c in concepts)
     if not table:
         raise ValueError(f"{what} is empty: name what the label maps' numbers stand for.")
@@ -147,7 +147,7 @@ def _integers(part: Any, where: str) -> Tensor:
         tensor = tensor_of(np.asarray(part) if not isinstance(part, Tensor) else part)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
-            f"labels of {where} must be integer tensors or numbers, not {type(part).__name__}."
+            f"labels of {where} must be integer tensors or numbers, got {type(part).__name__}."
         ) from None
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(

@@ -126,7 +126,7 @@ def _size(size: Size) -> tuple[int, int] | None:
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise ValueError(f"size must be pixels a side, or (height, width), not {size!r}.")
+        raise ValueError(f"size must be pixels a side, or (height, width), got {size!r}.")
     return pair
 
 
@@ -154,7 +154,7 @@ class _Photos(Dataset[Any]):
         if self.transform is not None:
             image = self.transform(shown)
             if not isinstance(image, Tensor):
-                raise TypeError(f"transform must return a tensor, not {type(image).__name__}.")
+                raise TypeError(f"transform must return a tensor, got {type(image).__name__}.")
             return image, photo
         return _pixels(shown).float() / 255, photo
 
@@ -481,7 +481,9 @@ class BrodenData(_Photos):
             numbers = [n for n in numbers if n > 0]
             missing = [n for n in numbers if n not in named]
             if missing:
-                raise ConceptDataError(f"{path} lists the label {missing[0]}, label.csv does not.")
+                raise ConceptDataError(
+                    f"{path} lists the label {missing[0]}, which label.csv does not list."
+                )
             table = torch.full((max(named, default=0) + 1,), -1, dtype=torch.int64, device="cpu")
             for number in numbers:
                 table[number] = len(concepts)
@@ -517,7 +519,8 @@ class BrodenData(_Photos):
                 codes = self._codes(self._images / entry.strip())
                 if int(codes.max()) >= len(index):
                     raise ConceptDataError(
-                        f"{entry} holds the label {int(codes.max())}, which label.csv does not."
+                        f"{entry} holds the label {int(codes.max())}, which label.csv does not "
+                        "list."
                     )
                 labels.append(index[codes])
         return image, labels or [-1]

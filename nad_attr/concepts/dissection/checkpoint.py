@@ -43,7 +43,7 @@ class Checkpoint:
         self.identity = json.loads(json.dumps(dict(identity)))
         self._since = 0
         if self.path.exists() and result_names(self.path) != [_GROUP]:
-            raise GateStoreError(f"{path} is not a checkpoint; name a file of its own.")
+            raise GateStoreError(f"{path} is not a checkpoint; name another file.")
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -78,11 +78,13 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[None]:
-        """Say that the file is damaged where what it holds does not fit."""
+        """Say that the file is damaged if its content does not fit."""
         try:
             yield
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise GateStoreError(f"{self.path} holds no whole state: {error!r:.200}.") from None
+            raise GateStoreError(
+                f"{self.path} holds an incomplete state: {error!r:.200}."
+            ) from None
 
     def step(self, n: int, state: Callable[[], State]) -> None:
         """Say that n more images are done; a state is written when it is time."""
@@ -94,5 +96,5 @@ class Checkpoint:
             self._since = 0
 
     def remove(self) -> None:
-        """All is done."""
+        """Remove the file: all is done."""
         self.path.unlink(missing_ok=True)

@@ -175,17 +175,17 @@ def dissect(
         runner=Runner(model, run, batch_size=16),
     )
     if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold must lie in [0, 1], not {iou_threshold!r}.")
+        raise ValueError(f"iou_threshold must lie in [0, 1], got {iou_threshold!r}.")
     if isinstance(checkpoint_every, bool) or checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every must be 1 or more, not {checkpoint_every!r}.")
+        raise ValueError(f"checkpoint_every must be 1 or more, got {checkpoint_every!r}.")
     if scratch_bytes is None:
         scratch_bytes = _SCRATCH_BYTES if job.runner.device.type == "cpu" else 0
     if scratch_bytes < 0:
-        raise ValueError(f"scratch_bytes must be 0 or more, not {scratch_bytes!r}.")
+        raise ValueError(f"scratch_bytes must be 0 or more, got {scratch_bytes!r}.")
     job.begin(sites)
     if executor is not None:
         if checkpoint is not None:
-            raise ValueError("checkpoint is of a dissection in this process; leave executor out.")
+            raise ValueError("checkpoint works in this process only; leave executor out.")
         given = {
             "quantile": quantile, "concepts": concepts, "exact": exact,
             "ignore_index": ignore_index, "unlabelled": unlabelled,
@@ -210,7 +210,7 @@ def dissect(
 
 
 #: Sites that a worker dissects at a time.
-_SITES = 4
+_SITES_PER_WORKER = 4
 _Shared: TypeAlias = "tuple[nn.Module, Any, RunOptions, dict[str, Any]]"
 
 
@@ -223,7 +223,9 @@ def _by_workers(
     given: dict[str, Any],
 ) -> UnitConcepts:
     """A dissection whose sites are dissected elsewhere."""
-    parts = [list(sites[i : i + _SITES]) for i in range(0, len(sites), _SITES)]
+    parts = [
+        list(sites[i : i + _SITES_PER_WORKER]) for i in range(0, len(sites), _SITES_PER_WORKER)
+    ]
     device = runner.options.device
     with runner.bar(len(parts), "dissecting", "part") as bar:
         shared = (model, data, runner.options, given)
@@ -321,9 +323,9 @@ class _Dissection:
         runner: Runner,
     ) -> None:
         if isinstance(quantile, bool) or not 0 < quantile < 1:
-            raise ValueError(f"quantile must lie between 0 and 1, not {quantile!r}.")
+            raise ValueError(f"quantile must lie between 0 and 1, got {quantile!r}.")
         if unlabelled not in ("ignore", "count"):
-            raise ValueError(f"unlabelled must be 'ignore' or 'count', not {unlabelled!r}.")
+            raise ValueError(f"unlabelled must be 'ignore' or 'count', got {unlabelled!r}.")
         check_count(n_bins, "n_bins", least=8)
         check_count(n_top, "n_top", least=0)
         if isinstance(dataset, (tuple, list)) and len(dataset) == 2:
@@ -357,7 +359,7 @@ class _Dissection:
         self.done = [0, 0]
 
     def begin(self, sites: Sequence[GateSite | str] | None) -> None:
-        """Look at the first image: find the sites, and see that its labels make sense."""
+        """Look at the first image: find the sites, and check its labels."""
         first = next(self.images.batches([range(1)]))
         inputs = self.runner.to_device(first.inputs)
         extra = self.runner.options.additional_forward_args
@@ -524,7 +526,7 @@ class _Dissection:
         }
 
     def _keep(self, name: str, maps: Tensor, over: Tensor, scratch: Scratch) -> None:
-        """Write a site's activations down; only those that may matter, where these are few."""
+        """Write a site's activations to the file; if few of them may matter, only these."""
         tail = self.tails[name]
         n_images, height, width, n_units = maps.shape
         n_places = n_images * (height + 1) * (width + 1) * n_units
@@ -539,7 +541,7 @@ class _Dissection:
         scratch.put(maps.cpu().numpy())  # perhaps the network's own, which it may write into
 
     def _kept(self, name: str, place: Tensor, corners: Tensor) -> Touched:
-        """What :meth:`_keep` wrote down, less what turned out to be below the threshold."""
+        """What :meth:`_keep` wrote, without what is below the threshold."""
         place, corners = place.to(self.runner.device), corners.to(self.runner.device)
         limit = self.limits[name]
         cell = divided(place, len(limit))
@@ -560,7 +562,7 @@ class _Dissection:
     def count_overlaps(
         self, scratch: Scratch | None, saved: Checkpoint | None, bar: tqdm[Any]
     ) -> None:
-        """Go through the images again, for what units and concepts have in common."""
+        """Go through the images again, and count what units and concepts have in common."""
         bar.update(self.done[1])
         now: list[Shown] = []
         rooms: list[list[Tensor]] = []
@@ -633,7 +635,7 @@ class _Dissection:
         return torch.cat(parts)[None] if parts else torch.zeros(1, 1, device="cpu")
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint has to be of."""
+        """What has to be the same in a checkpoint."""
         places = [[0], [len(self.images) - 1]]
         first = (self.runner.to_device(b.inputs) for b in self.images.batches(places))
         return {
@@ -696,14 +698,12 @@ class _Dissection:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of memory that what was counted takes."""
         tensors = [*self.both.values(), *self.active.values(), self.shown]
         tensors += [part for pair in self.top.values() for part in pair]
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return n_bytes + sum(tail.n_bytes for tail in self.tails.values())
 
     def result(self, iou_threshold: float) -> UnitConcepts:
-        """The IoUs of what was counted."""
         n_top = min(self.n_top, len(self.images))
         iou = {}
         for name, both in self.both.items():

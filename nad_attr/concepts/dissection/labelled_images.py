@@ -80,7 +80,7 @@ class LabelledImages:
             raise ValueError("the dataset is empty.")
         if n_images is not None:
             if isinstance(n_images, bool) or not isinstance(n_images, int):
-                raise TypeError(f"n_images must be a whole number, not {n_images!r}.")
+                raise TypeError(f"n_images must be a whole number, got {n_images!r}.")
             if not 1 <= n_images <= n:
                 raise ValueError(f"n_images must be 1 to {n}, the images that there are.")
             generator = torch.Generator().manual_seed(seed_of("dissection images", seed))

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 __all__ = ["Scratch"]
 
 #: Share of the free space of the temporary folder's disk that is never taken.
-_SPARED = 0.5
+_SPARED_DISK_SHARE = 0.5
 _ALIGNED = 64
 #: Arrays that wait for being written at most.
-_WAITING = 4
+_MAX_WAITING = 4
 
 
 class Scratch:
@@ -47,7 +47,7 @@ class Scratch:
 
     def __init__(self, n_bytes: int) -> None:
         free = shutil.disk_usage(tempfile.gettempdir()).free
-        self._limit = min(n_bytes, int(free * (1 - _SPARED)))
+        self._limit = min(n_bytes, int(free * (1 - _SPARED_DISK_SHARE)))
         # Buffers of the file object would only copy megabytes once more.
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._full = False
@@ -78,7 +78,7 @@ class Scratch:
             return
         data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
         self._waiting.append(self._writer.submit(self._write, self.n_bytes, data))
-        self._wait(_WAITING if kept else 0)
+        self._wait(_MAX_WAITING if kept else 0)
         self.n_bytes += part.nbytes + -part.nbytes % _ALIGNED
         self._parts.append((part.dtype.str, part.shape))
 
@@ -92,12 +92,12 @@ class Scratch:
             self._full = True
 
     def _wait(self, n: int) -> None:
-        """Until no more than n arrays are to be written."""
+        """Wait until no more than n arrays are still to be written."""
         while len(self._waiting) > n:
             self._waiting.popleft().result()
 
     def end(self) -> None:
-        """The record is complete."""
+        """End the record: it is complete."""
         self._wait(0)
         if self._full:
             return

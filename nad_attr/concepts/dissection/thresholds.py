@@ -28,7 +28,7 @@ _NEVER = -math.inf
 
 
 def n_above(quantile: float, n: int) -> int:
-    """How many of n activations may lie above the threshold.
+    """How many of n activations lie above the threshold.
 
     Example:
         >>> n_above(0.005, 1000), n_above(0.29, 100)
@@ -116,7 +116,7 @@ class Tail(ABC):
 
     @abstractmethod
     def _lower(self) -> Tensor:
-        """What the threshold is at least, float64 (C,)."""
+        """A lower bound of the threshold, float64 (C,)."""
 
     @abstractmethod
     def thresholds(self) -> Tensor:
@@ -358,7 +358,7 @@ class ExactTail(Tail):
         self._n_waiting = 0
 
     def _begin(self, values: Tensor) -> None:
-        """Nothing to learn from them: all that is kept are values."""
+        """Do nothing: only values are kept."""
 
     def _take(self, unit: Tensor, values: Tensor, highest: Tensor) -> None:
         self._waiting.append((unit, values))

@@ -37,9 +37,9 @@ StrPath: TypeAlias = "str | PathLike[str]"
 FloatArray: TypeAlias = NDArray[np.float32]
 
 #: More units than any layer has.
-_MOST_UNITS = 1_000_000
+_MAX_UNITS = 1_000_000
 #: More concepts than any data set has.
-_MOST_CONCEPTS = 100_000
+_MAX_CONCEPTS = 100_000
 
 
 def _files(paths: Mapping[str, StrPath], what: str) -> dict[str, StrPath]:
@@ -64,7 +64,7 @@ class _Cells:
             cells[self.concepts.setdefault(concept, len(self.concepts))] = value
 
     def add_zero(self, site: str, unit: int, category: str | None = None) -> None:
-        """The best IoU is 0, so that of every concept (of the category) is."""
+        """Set the IoU of every concept (of the category) to 0: the best one is 0."""
         self.zeros.setdefault((site, unit), set()).add(
             None if category is None else Concept("any", category).category
         )
@@ -100,7 +100,7 @@ class _Cells:
 
 
 def _check_units(path: Any, site: str, units: Sequence[int], first: int) -> None:
-    """All units from the first on, none twice: a missing one is a truncated file."""
+    """Check that all units are there once: if one is missing, the file is truncated."""
     there = set(units)
     if len(there) < len(units):
         twice = next(unit for unit in units if units.count(unit) > 1)
@@ -171,8 +171,8 @@ def import_netdissect_lite(
         for row in table:
             unit = row.whole("unit")
             if unit == 0:
-                raise row.error("unit 0; NetDissect-Lite numbers units from 1.")
-            if unit > _MOST_UNITS:
+                raise row.error("unit must be 1 or more (NetDissect-Lite counts from 1), got 0.")
+            if unit > _MAX_UNITS:
                 raise row.error(f"unit {unit} is not one of a layer.")
             units.append(unit)
             score = _share(row, "score")
@@ -207,7 +207,7 @@ def import_netdissect_lite(
 def _share(row: Row, column: str) -> float:
     value = row.number(column)
     if value < 0 or value > 1:
-        raise row.error(f"{column} is an IoU, not {value:g}.")
+        raise row.error(f"{column} must be an IoU in [0, 1], got {value:g}.")
     return value
 
 
@@ -264,7 +264,9 @@ def import_dissect_report(
     for site, path in _files(paths, "report.json").items():
         report = read_json(path)
         if not isinstance(report, dict) or not isinstance(report.get("units"), list):
-            raise ImportFileError(f"{fspath(path)}: no list of 'units', so no report of dissect.")
+            raise ImportFileError(
+                f"{fspath(path)}: no list of 'units', so it is not a report of dissect."
+            )
         if not report["units"]:
             raise ImportFileError(f"{fspath(path)}: the list of units is empty.")
         numbers = []
@@ -295,12 +297,12 @@ def _report_unit(entry: Any, where: str) -> tuple[int, Concept, float]:
     if missing:
         raise ImportFileError(f"{where}: no {missing[0]!r}; reports of dissect have it.")
     unit, label, category = entry["unit"], entry["label"], entry["cat"]
-    if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < _MOST_UNITS:
-        raise ImportFileError(f"{where}: 'unit' must be a number from 0 on, not {unit!r:.40}.")
+    if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < _MAX_UNITS:
+        raise ImportFileError(f"{where}: 'unit' must be a number from 0 on, got {unit!r:.40}.")
     if not isinstance(label, str) or not label.strip():
-        raise ImportFileError(f"{where}: 'label' must be a text, not {label!r:.40}.")
+        raise ImportFileError(f"{where}: 'label' must be a text, got {label!r:.40}.")
     if not isinstance(category, str):
-        raise ImportFileError(f"{where}: 'cat' must be a text, not {category!r:.40}.")
+        raise ImportFileError(f"{where}: 'cat' must be a text, got {category!r:.40}.")
     value = as_number(entry["iou"], lambda what: ImportFileError(f"{where}: 'iou' {what}"))
     if value < 0 or value > 1:
         raise ImportFileError(f"{where}: 'iou' is {value:g}, which is not an IoU.")
@@ -358,10 +360,10 @@ def import_condi99(
     if not labels:
         raise ImportFileError(f"{next(iter(paths.values()))}: no concept was seen in the images.")
     if concepts is not None and isinstance(concepts, str):
-        raise TypeError(f"concepts must be a list of names, not {concepts!r:.40}.")
+        raise TypeError(f"concepts must be a list of names, got {concepts!r:.40}.")
     if concepts is not None and len(concepts) <= labels[-1]:
         raise ValueError(
-            f"{len(concepts)} concepts were named and the files speak of label {labels[-1]}; name "
+            f"{len(concepts)} concepts were named, but the files have label {labels[-1]}; name "
             "all, from label 0 on."
         )
     n_units = sum(len(next(iter(columns.values()))) for columns in tables.values())
@@ -401,7 +403,7 @@ def _conditional(path: StrPath) -> dict[int, NDArray[np.float64]]:
     conditions = np.atleast_1d(read_npz(path, ["conditions"])["conditions"])
     if conditions.dtype.kind not in "iu" or conditions.ndim != 1 or not len(conditions):
         raise ImportFileError(f"{name}: 'conditions' is not a list of labels.")
-    if len(conditions) > _MOST_CONCEPTS or conditions.min() < 0:
+    if len(conditions) > _MAX_CONCEPTS or conditions.min() < 0:
         raise ImportFileError(f"{name}: 'conditions' holds numbers that are not labels.")
     where = {int(label): i for i, label in enumerate(conditions)}
     if 0 not in where or len(where) < len(conditions):
@@ -427,7 +429,7 @@ def _conditional(path: StrPath) -> dict[int, NDArray[np.float64]]:
         counts[label] = float(count.reshape(()))
         means[label] = np.clip(mean.astype(np.float64), 0, 1)
         if len(mean) != len(means[next(iter(means))]):
-            raise ImportFileError(f"{name}: '{i}.mean' is of {len(mean)} units, others of more.")
+            raise ImportFileError(f"{name}: '{i}.mean' has {len(mean)} units, others have more.")
     result = {}
     for label, mean in means.items():
         if label == 0:
@@ -513,7 +515,7 @@ def _descriptions(
             continue
         if not text:
             raise row.error("the description is empty.")
-        if unit >= _MOST_UNITS:
+        if unit >= _MAX_UNITS:
             raise row.error(f"unit {unit} is not one of a layer.")
         if unit in found[layer]:
             raise row.error(f"unit {unit} of layer {layer!r} is there twice.")

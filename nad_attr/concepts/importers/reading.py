@@ -27,8 +27,8 @@ StrPath: TypeAlias = "str | PathLike[str]"
 MAX_BYTES = 256 * 2**20
 #: A compressed archive may unpack to this much.
 MAX_UNPACKED = 4 * 2**30
-#: Up to here nobody asks how much memory is free.
-_LITTLE = 2**28
+#: Up to so many bytes the free memory is not checked.
+_UNCHECKED_BYTES = 2**28
 
 
 class ImportFileError(ValueError):
@@ -46,7 +46,7 @@ def check_room(n_cells: int, what: str) -> None:
     """
     # The table, its copy of the same type, and where its values are known.
     n_bytes = 9 * n_cells
-    if n_bytes > _LITTLE and n_bytes > most_bytes():
+    if n_bytes > _UNCHECKED_BYTES and n_bytes > most_bytes():
         raise ImportFileError(
             f"{what} make a table that takes {n_bytes / 2**30:.1f} GiB, over half of the memory "
             "that is free; import fewer layers at a time, or fewer labels."
@@ -54,7 +54,7 @@ def check_room(n_cells: int, what: str) -> None:
 
 
 def check_file(path: StrPath) -> Path:
-    """A file that is there and not too large.
+    """Check that a file exists and is not too large.
 
     Raises:
         ImportFileError: If not.
@@ -67,7 +67,7 @@ def check_file(path: StrPath) -> Path:
         raise ImportFileError(f"{found}: the file is empty; was it written to the end?")
     if size > MAX_BYTES:
         raise ImportFileError(
-            f"{found}: {size / 2**20:.0f} MiB are too many; at most {MAX_BYTES // 2**20} are read."
+            f"{found}: {size / 2**20:.0f} MiB are too large; at most {MAX_BYTES // 2**20} are read."
         )
     return found
 
@@ -125,7 +125,7 @@ class Row:
         # 12.0 is how a column with gaps is written by pandas.
         number = text[:-2] if text.endswith(".0") else text
         if not (number.isascii() and number.isdigit() and len(number) < 12):
-            raise self.error(f"{column} must be a whole number, not {text[:40]!r}.")
+            raise self.error(f"{column} must be a whole number, got {text[:40]!r}.")
         return int(number)
 
     def number(self, column: str) -> float:
@@ -144,13 +144,13 @@ def as_number(value: Any, error: Any) -> float:
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan")):
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise error(f"must be a number, not {value!r:.40}.")
+        raise error(f"must be a number, got {value!r:.40}.")
     try:
         number = float(value)
     except OverflowError:
         raise error("is too large for a number.") from None
     except ValueError:
-        raise error(f"must be a number, not {value!r:.40}.") from None
+        raise error(f"must be a number, got {value!r:.40}.") from None
     if math.isinf(number):
         raise error("is infinite.")
     return number
@@ -200,7 +200,7 @@ def read_table(path: StrPath, needed: Sequence[str], what: str) -> Table:
             "the end?"
         )
     if not rows:
-        raise ImportFileError(f"{found}: a header and no units; was it written to the end?")
+        raise ImportFileError(f"{found}: it has a header but no units; was it written to the end?")
     return Table(found, columns, rows)
 
 

@@ -47,7 +47,7 @@ __all__ = ["PLANTED_KINDS", "PlantedCircuit", "PlantedScore", "planted"]
 
 @dataclass(frozen=True, eq=False)
 class PlantedScore(Result):
-    """How many of the planted channels sub-architectures keep, and how much else.
+    """How many of the planted channels sub-architectures keep, and how many others.
 
     Where a network holds several copies of a circuit, a sub-architecture is held against the copy
     that it keeps most of; half of each copy is half of a circuit, not a whole one.
@@ -397,4 +397,4 @@ def _check(
     ):
         check_count(value, name, least=least)
     if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
-        raise ValueError(f"noise must be a finite number from 0 on, not {noise!r}.")
+        raise ValueError(f"noise must be a finite number from 0 on, got {noise!r}.")

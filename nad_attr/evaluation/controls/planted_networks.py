@@ -1,4 +1,4 @@
-"""Networks that are built, not trained, so that which channels do what is known.
+"""Networks that are built and not trained, so that the role of each channel is known.
 
 Every channel of a network here is one of a named group, and the groups' weights to each other are
 written down: what a logit depends on can be read off. Positions and activation sizes are drawn
@@ -67,7 +67,7 @@ LOGIT_DEVIATION = 1.5
 
 @dataclass(frozen=True)
 class Group:
-    """Channels with one role. The same ones at every gate site.
+    """Channels with one role; the same ones at every gate site.
 
     Attributes:
         role: "circuit" (evidence for class ``of``), "inhibitor" (fires on class ``of``, and
@@ -88,7 +88,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups at every gate site of a network, and what was asked for.
+    """The groups at every gate site of a network, and the settings.
 
     Attributes:
         kind: Of the network.
@@ -118,7 +118,7 @@ class Layout:
         return sorted(slot for group in wanted for slot in group.slots)
 
     def decoys(self, k: int) -> list[int]:
-        """The slots that look as if they mattered for class k, and do not."""
+        """The slots that seem to matter for class k, and do not."""
         wanted = [g for g in self.of("distractor", "pair") if g.of == k]
         wanted += self.of("constant")
         return sorted(slot for group in wanted for slot in group.slots)
@@ -260,7 +260,7 @@ class Plan:
         return kernel
 
     def mixture(self, n: int, m: int | None = None) -> Tensor:
-        """What n channels read of m: mainly the one with the same number if it is one group."""
+        """What n channels read of m: in one group mainly the channel with the same number."""
         weights = self.uniform(n, n if m is None else m, high=MIX)
         return weights if m is not None else weights.fill_diagonal_(1.0)
 
@@ -395,14 +395,14 @@ class Scattered:
     gains: Tensor
 
     def rows(self, weights: Tensor) -> Tensor:
-        """What writes to this site: rows scaled and put in place."""
+        """Weights that write to this site: rows scaled and put in place."""
         shape = (-1, *[1] * (weights.ndim - 1))
         result = torch.empty_like(weights)
         result[self.places] = weights * self.gains.view(shape)
         return result
 
     def columns(self, weights: Tensor) -> Tensor:
-        """What reads this site: columns scaled back and put in place."""
+        """Weights that read this site: columns scaled back and put in place."""
         shape = (1, -1, *[1] * (weights.ndim - 2))
         result = torch.empty_like(weights)
         result[:, self.places] = weights / self.gains.view(shape)
@@ -486,7 +486,7 @@ def build_network(
 
 
 def scale_logits(model: nn.Sequential, images: Tensor) -> None:
-    """Give every logit the same deviation over the images, and copies their thresholds."""
+    """Give every logit the same deviation over the images, and give copies their thresholds."""
     head = model.head
     assert isinstance(head, PlantedHead)
     linear = head.linear

@@ -1,4 +1,4 @@
-"""A transformer that is built, not trained: which heads and hidden neurons do what is known."""
+"""A transformer that is built and not trained: the role of each head and neuron is known."""
 
 from __future__ import annotations
 
@@ -33,8 +33,6 @@ SHARPNESS = 4.0
 
 
 class _Tokens(nn.Module):
-    """Patches as tokens."""
-
     def __init__(self, width: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(IN_CHANNELS, width, PATCH, stride=PATCH)
@@ -46,7 +44,7 @@ class _Tokens(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and two layers, each beside a shortcut; no normalisation, which reads all."""
+    """Attention and two layers, each with a shortcut; without normalisation, which reads all."""
 
     def __init__(self, width: int, n_heads: int, hidden: int) -> None:
         super().__init__()
@@ -74,8 +72,6 @@ class _Head(nn.Module):
 
 
 class _Draw:
-    """All random numbers of a network, float64."""
-
     def __init__(self, *key: object) -> None:
         self.generator = torch.Generator().manual_seed(seed_of("planted heads", *key))
 

@@ -1,4 +1,4 @@
-"""Networks without what they learned, and data with wrong labels: what controls are made of."""
+"""Networks with random weights and data with wrong labels, for controls."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def for_copies(run: RunOptions | None) -> RunOptions:
-    """The options, which have to hold for copies of the network.
+    """Check the options for copies of the network.
 
     Raises:
         ValueError: If ``forward_func`` is among them: it runs the network itself.
@@ -267,14 +267,14 @@ class _Relabelled(Dataset[Any]):
 
 
 def chosen(data: Data, source: Source, rows: Tensor, labels: Tensor) -> Data:
-    """Some of the images with new labels, in the form of a source's, as the same kind of data."""
+    """Some of the images with new labels, as the same kind of data."""
     # Rows of a single 1 each would be read as classes.
     given: Any = Labels(labels, kind="several") if labels.ndim == 2 else labels
     if isinstance(source, TensorSource):
         inputs = tuple(item[rows.to(item.device)] for item in source.inputs)
         return (inputs if len(inputs) > 1 else inputs[0]), given
     if not isinstance(source, DatasetSource):
-        raise TypeError(f"images of a {type(source).__name__} cannot be chosen from.")
+        raise TypeError(f"images cannot be chosen from a {type(source).__name__}.")
     numbers = [source.numbers[i] for i in rows.tolist()]
     dataset: Dataset[Any] = _Relabelled(source.dataset, numbers, labels)
     if isinstance(source.dataset, TensorDataset):  # whose images never change

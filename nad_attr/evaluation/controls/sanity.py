@@ -112,7 +112,7 @@ class Control:
             Schuirmann 1987 (two one-sided tests).
         """
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not margin > 0:
-            raise ValueError(f"margin must be a gain in AUC above 0, not {margin!r}.")
+            raise ValueError(f"margin must be a gain in AUC above 0, got {margin!r}.")
         from scipy import stats  # takes long to load
 
         gains = nan_mean(self.gain)
@@ -128,7 +128,7 @@ class Control:
 
 @dataclass(frozen=True)
 class SanityReport(Result):
-    """What is left of the gain where there is nothing to be found. See :func:`sanity`.
+    """The gain where there is nothing to be found. See :func:`sanity`.
 
     Attributes:
         tasks: T tasks.
@@ -316,7 +316,7 @@ def sanity(
         ['trained network', 'random weights']
     """
     if not callable(learn):
-        raise TypeError(f"learn must be a function of (model, data, seed), not {learn!r:.60}.")
+        raise TypeError(f"learn must be a function of (model, data, seed), got {learn!r:.60}.")
     check_count(n_random, "n_random")
     check_count(n_networks, "n_networks")
     check_count(stages, "stages", least=0)

@@ -44,7 +44,7 @@ def architectures_of(found: TaskGates | Sequence[SubArchitecture]) -> list[SubAr
     archs = found.sub_architectures() if isinstance(found, TaskGates) else found
     if not isinstance(archs, Sequence) or not all(isinstance(a, SubArchitecture) for a in archs):
         raise TypeError(
-            "learn must return TaskGates or a sequence of SubArchitecture, not "
+            "learn must return TaskGates or a sequence of SubArchitecture, got "
             f"{type(found).__name__}."
         )
     if not archs or any(arch.task is None for arch in archs):
@@ -174,7 +174,7 @@ def stability(
     """
     seeds = [int(seed) for seed in seeds]
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be different whole numbers, at least one, not {seeds}.")
+        raise ValueError(f"seeds must be different whole numbers, at least one, got {seeds}.")
     source = as_source(data, any_labels=True)
     least = min(map(len, _per_class(source.labels, 0)))
     several = source.labels.ndim == 2 and source.labels.shape[1] > 1

@@ -81,7 +81,7 @@ def plot_curves(
     """
     named = {"": results} if isinstance(results, Curves) else results
     if not isinstance(named, Mapping) or not all(isinstance(c, Curves) for c in named.values()):
-        raise TypeError(f"results must be Curves or {{method: Curves}}, not {results!r:.60}.")
+        raise TypeError(f"results must be Curves or {{method: Curves}}, got {results!r:.60}.")
     if not named:
         raise ValueError("there are no curves to draw.")
     first = next(iter(named.values()))

@@ -1,4 +1,4 @@
-"""Gates, drawn: which channels a task keeps, how much at which depth, and what tasks share."""
+"""Figures of gates: which channels a task keeps, how many at which depth, what tasks share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _one(value: object, task: object, size: float | None) -> tuple[SubArchitectu
             raise TypeError("a sub-architecture is of one task and size already.")
         return value, "kept" if value.task is None else str(value.task)
     if not isinstance(value, TaskGates):
-        raise TypeError(f"expected TaskGates or a SubArchitecture, not {type(value).__name__}.")
+        raise TypeError(f"expected TaskGates or a SubArchitecture, got {type(value).__name__}.")
     if task is None:
         if len(value) > 1:
             raise ValueError(f"these gates are for {len(value)} tasks; say which with task=.")
@@ -188,7 +188,7 @@ def plot_sizes(
         ['mean of 2 tasks', '1']
     """
     if not isinstance(gates, TaskGates):
-        raise TypeError(f"gates must be TaskGates, not {type(gates).__name__}.")
+        raise TypeError(f"gates must be TaskGates, got {type(gates).__name__}.")
     rows = [gates.index(task) for task in tasks]
     names = gates.task_names or tuple(map(str, gates.tasks))
     shares = np.array([list(arch.sizes.values()) for arch in gates.sub_architectures(size)])
@@ -229,7 +229,7 @@ def plot_overlap(
     size: float | None = None,
     axes: Any = None,
 ) -> Figure:
-    """What each pair of tasks shares, as a matrix with similar tasks side by side.
+    """Draw what each pair of tasks shares, as a matrix with similar tasks side by side.
 
     Args:
         architectures: Task gates, or sub-architectures of the same sites with a task each.

@@ -1,4 +1,4 @@
-"""Size against every measure, drawn: whether a network can be divided."""
+"""Figures of every measure against size: whether a network can be divided."""
 
 from __future__ import annotations
 

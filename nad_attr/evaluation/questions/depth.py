@@ -39,7 +39,7 @@ DEPTH_MEASURES = ("size", "jaccard", "kappa", "fidelity")
 
 
 def _weighted_means(matrix: FloatArray, times: FloatArray) -> FloatArray:
-    """Means over pairs of different tasks, each task counted as often as it was drawn.
+    """Means over pairs of different tasks; each task counts as often as it was drawn.
 
     A task that was drawn twice makes no pair with itself: that overlap is 1 and says nothing.
 
@@ -115,7 +115,7 @@ class NetworkProfile:
         return np.asarray(self._means(measure, np.ones((1, len(self.tasks))))[0])
 
     def _means(self, measure: str, times: FloatArray) -> FloatArray:
-        """Means with each task counted as often as ``times`` (N, T) says: (N, S)."""
+        """Means in which each task counts as often as ``times`` (N, T) says: (N, S)."""
         self._check(measure)
         if measure in ("jaccard", "kappa"):
             matrices = self.jaccards if measure == "jaccard" else self.kappas
@@ -301,7 +301,7 @@ def _fidelities(fidelity: Mapping[str, Any] | None, given: NamedArchitectures) -
     if fidelity is None:
         return None
     if not isinstance(fidelity, Mapping):
-        raise TypeError(f"fidelity must be {{site name: (T,)}}, not {type(fidelity).__name__}.")
+        raise TypeError(f"fidelity must be {{site name: (T,)}}, got {type(fidelity).__name__}.")
     names = [site.name for site in given.sites]
     if set(fidelity) != set(names):
         raise ValueError(f"fidelity is for {list(fidelity)[:5]}, the sites are {names[:5]}.")
@@ -380,7 +380,7 @@ def along_depth(
         networks = {str(key): value for key, value in architectures.items()}
         fidelities: Mapping[str, Any] = {} if fidelity is None else fidelity
         if not isinstance(fidelities, Mapping):
-            raise TypeError(f"fidelity must be a dictionary, not {type(fidelities).__name__}.")
+            raise TypeError(f"fidelity must be a dictionary, got {type(fidelities).__name__}.")
         unknown = [key for key in fidelities if key not in networks]
         if unknown:
             raise ValueError(
@@ -393,5 +393,5 @@ def along_depth(
         given = named_architectures(archs, size if isinstance(archs, TaskGates) else None, least=2)
         profiles[key] = _profile(given, fidelities.get(key))
     if size is not None and not any(isinstance(archs, TaskGates) for archs in networks.values()):
-        raise ValueError("size= goes with TaskGates; sub-architectures have their size already.")
+        raise ValueError("size= needs TaskGates; sub-architectures have their size already.")
     return DepthProfile(profiles)

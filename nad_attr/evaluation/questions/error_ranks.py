@@ -1,4 +1,4 @@
-"""Are images mistaken for classes that are similar to the right one? The statistics of it.
+"""Statistics: are images mistaken for classes that are similar to the right one?
 
 Pure functions of a confusion matrix and a similarity matrix of K classes: an error of class y for
 class y' is looked up at the rank of y' among the other K - 1 classes, by similarity to y.
@@ -112,7 +112,7 @@ class PartialCorrelation(Result):
 
 
 def checked_similarity(similarity: ArrayLike, n: int, what: str = "similarity") -> FloatArray:
-    """A similarity matrix of n classes, rounded so that ties are ties.
+    """Check a similarity matrix of n classes, and round it so that ties are equal.
 
     Raises:
         ValueError: If it has another shape or holds NaN.
@@ -129,7 +129,7 @@ def _checked_confusion(confusion: ArrayLike) -> FloatArray:
     counts = np.array(confusion, dtype=np.float64)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or len(counts) < 3:
         raise ValueError(
-            f"confusion must be (K, K) with at least three classes, not {counts.shape}: among two, "
+            f"confusion must be (K, K) with at least three classes, got {counts.shape}: among two, "
             "there is only one class to be mistaken for."
         )
     if not np.isfinite(counts).all() or (counts < 0).any() or (counts % 1 != 0).any():
@@ -320,7 +320,7 @@ def _orthonormal(columns: FloatArray) -> FloatArray:
 
 
 def _residual(values: FloatArray, basis: FloatArray) -> FloatArray:
-    """What is left of values (N,) once what the basis explains is taken away."""
+    """What is left of values (N,) without what the basis explains."""
     rest = values - basis @ (basis.T @ values)
     # Rounding is nothing that is left.
     nothing = (rest @ rest) <= 1e-18 * (values @ values)

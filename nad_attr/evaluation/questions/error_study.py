@@ -60,7 +60,7 @@ class Voting:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ErrorStudy(Result):
-    """Errors of a network, and the similarity of the classes that were taken for each other.
+    """Errors of a network, and the similarity of the confused classes.
 
     Attributes:
         tasks: The K classes.

@@ -52,7 +52,7 @@ CLASSIFIER, FEATURES, SIZE = "classifier rows", "class-mean features", "mask siz
 def similarity_of(
     architectures: Architectures, given: NamedArchitectures, similarity: Any
 ) -> tuple[str, FloatArray]:
-    """Name and (K, K) matrix of a similarity, named or given.
+    """Name and (K, K) matrix of a similarity that is named or given.
 
     Raises:
         TypeError: If it is neither.
@@ -63,7 +63,7 @@ def similarity_of(
             matrix = np.asarray(similarity, dtype=np.float64)
         except (TypeError, ValueError):
             raise TypeError(
-                f"similarity must be one of {', '.join(SIMILARITIES)} or a matrix, not "
+                f"similarity must be one of {', '.join(SIMILARITIES)} or a matrix, got "
                 f"{similarity!r:.60}."
             ) from None
         return "given", checked_similarity(matrix, len(given.tasks))
@@ -110,7 +110,6 @@ class _Chosen:
         self.augmented, self.fields = source.augmented, source.fields
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
-        """The inputs of each list of draws."""
         chosen = ([(self.numbers[i], s) for i, s in some] for some in draws)
         for inputs in self.source.batches(chosen):
             self.fields = self.source.fields
@@ -120,7 +119,7 @@ class _Chosen:
 def _classifier_of(
     runner: Runner, image: Inputs, n_classes: int, name: str | None
 ) -> tuple[str, nn.Linear] | str:
-    """The layer whose rows are the classes: a Linear of as many outputs that fires, or why not."""
+    """The Linear layer whose rows are the classes, or the reason why there is none."""
     known = dict(unwrap(runner.model).named_modules())
     if name is not None:
         layer = known.get(name)
@@ -192,7 +191,7 @@ def _clean_pass(
     tasks: Sequence[int],
     classifier: str | None,
 ) -> tuple[NDArray[np.int64], dict[str, FloatArray], dict[str, str]]:
-    """What the whole network calls each image, and what the controls need.
+    """The whole network's prediction for each image, and what the controls need.
 
     Returns:
         int64 (N,), the classes; ``{control: (K, ...)}``, one row per task to take the cosine of;

@@ -164,7 +164,7 @@ def _one(image: Any) -> tuple[Tensor, ...]:
     """The image as inputs of a batch of one."""
     inputs = tuple(image) if isinstance(image, (tuple, list)) else (image,)
     if not inputs or not all(isinstance(x, Tensor) and x.ndim > 0 for x in inputs):
-        raise TypeError(f"image must be a tensor (or a tuple of them), not {image!r:.60}.")
+        raise TypeError(f"image must be a tensor (or a tuple of them), got {image!r:.60}.")
     # (1, H, W) is a grey image, (1, C, H, W) and (1, F) are batches.
     return tuple(x if len(x) == 1 and x.ndim in (2, 4) else x[None] for x in inputs)
 
@@ -179,7 +179,7 @@ def explain_error(
     size: float | None = None,
     run: RunOptions | None = None,
 ) -> ErrorExplanation:
-    """Say of one misclassified image what the right and the called class have in common.
+    """Explain one misclassified image: what the right and the predicted class have in common.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -226,7 +226,7 @@ def explain_error(
     what, similarities = similarity_of(architectures, given, similarity)
     y = as_task(label)
     if not isinstance(y, int):
-        raise TypeError(f"label must be one class index, not {label!r}.")
+        raise TypeError(f"label must be one class index, got {label!r}.")
     if y not in tasks:
         raise ValueError(
             f"there is no sub-architecture of class {y}; there are {list(tasks[:20])}. Learn gates "
@@ -244,11 +244,12 @@ def explain_error(
         called = int(outputs.argmax())
         if called == y:
             raise ValueError(
-                f"the network calls the image {y}, which is right: no error to explain."
+                f"the network calls the image {y}, which is right: there is no error to explain."
             )
         if called not in tasks:
             raise ValueError(
-                f"the image is called {called}, of which there is no sub-architecture; there are "
+                f"the network calls the image {called}, and there is no sub-architecture of "
+                f"{called}; there are "
                 f"{list(tasks[:20])}. Learn gates of task {called} as well, or take an image that "
                 "the network calls one of these."
             )

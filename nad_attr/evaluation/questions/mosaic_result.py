@@ -1,4 +1,4 @@
-"""What mosaics gave: hits of sub-architectures in the quadrants of their classes, site by site."""
+"""Results of mosaics: hits of sub-architectures in the quadrants of their classes."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class MosaicResult(Result):
             rows = {"hit": own, "excess": own - 0.25, "difference": own - others}[measure]
             rows = rows[~np.isnan(rows).all(1)]
         else:
-            raise ValueError(f'over must be "mosaics" or "tasks", not {over!r}.')
+            raise ValueError(f'over must be "mosaics" or "tasks", got {over!r}.')
         if len(rows) < 2:
             nothing = np.full(len(self.sites), np.nan)
             return nothing, nothing.copy()

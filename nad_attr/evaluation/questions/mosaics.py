@@ -82,7 +82,7 @@ def quadrant_shares(maps: Tensor, *, top: float = 0.1) -> Tensor:
     """
     _check_top(top)
     if maps.ndim < 2 or maps.shape[-1] == 0 or maps.shape[-2] == 0 or maps.is_complex():
-        raise ValueError(f"maps must be real, of shape (..., H, W), not {tuple(maps.shape)}.")
+        raise ValueError(f"maps must be real, of shape (..., H, W), got {tuple(maps.shape)}.")
     if bool(maps.isnan().any()):
         raise ValueError("maps hold NaN.")
     height, width = maps.shape[-2:]
@@ -101,11 +101,11 @@ def quadrant_shares(maps: Tensor, *, top: float = 0.1) -> Tensor:
 
 def _check_top(top: float) -> None:
     if isinstance(top, bool) or not isinstance(top, (int, float)) or not 0 < top <= 1:
-        raise ValueError(f"top must be a share of the positions in (0, 1], not {top!r}.")
+        raise ValueError(f"top must be a share of the positions in (0, 1], got {top!r}.")
 
 
 class _Maps(Rows):
-    """Gates by row, and on the way the map of each site: sum over channels of gate * activation."""
+    """Gates by row, and the map of each site: sum over channels of gate * activation."""
 
     def __init__(
         self,

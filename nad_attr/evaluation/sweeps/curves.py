@@ -86,7 +86,7 @@ def area_under(sizes: ArrayLike, values: ArrayLike) -> FloatArray:
         raise ValueError(f"sizes of shape {x.shape} and values of shape {y.shape} do not fit.")
     widths = np.diff(x)
     if len(x) < 2 or not (widths >= 0).all() or x[-1] == x[0]:
-        raise ValueError(f"sizes must rise, from one to another, not {x.tolist()}.")
+        raise ValueError(f"sizes must rise, got {x.tolist()}.")
     area = (widths * (y[..., 1:] + y[..., :-1]) / 2).sum(-1) / (x[-1] - x[0])
     return np.asarray(area)
 
@@ -239,7 +239,7 @@ class Curves(Result):
         return scaled(measured, self.empty[measure][:, None], self.full[measure][:, None])
 
     def ends(self, kind: str = "keep", measure: str | None = None) -> tuple[FloatArray, FloatArray]:
-        """The curve's ends at size 0 and size 1, (T,) each: they need no measurement of their own.
+        """The curve's ends at size 0 and size 1, (T,) each, which need no measurement.
 
         Nothing kept is the empty network, nothing removed the whole one.
         """

@@ -78,7 +78,7 @@ def recipe_of(ranks: Any) -> Recipe | None:
 
 
 def fitted_on(groups: Sequence[Sequence[SubArchitecture]]) -> int | None:
-    """On how many images constants of sub-architectures' own were fitted, if it was one number."""
+    """On how many images the sub-architectures' own constants were fitted, if it is one number."""
     numbers = {arch.fitted_on for group in groups for arch in group if arch.own_constants}
     return numbers.pop() if len(numbers) == 1 else None
 

@@ -1,4 +1,4 @@
-"""Can a network be divided? What sub-architectures of every size still compute, method by method.
+"""Can a network be divided? Every measure at every size, method by method.
 
 The paper's first question. A network is divided if a small part of it does for its task what the
 whole network does (own AUC, fidelity), says nothing about the others (other AUC), and if learned
@@ -373,7 +373,7 @@ def _gates_of(ranks: object) -> TaskGates | None:
 def _standard(
     model: nn.Module, sites: Sequence[GateSite], methods: Mapping[str, object]
 ) -> dict[str, Ranks | ChannelScorer]:
-    """The baselines that are there if none are named; a method of the same name takes its place."""
+    """The default baselines; a method of the same name replaces one."""
     scorers: dict[str, Callable[..., ChannelScorer]] = {
         "energy": EnergyScorer,
         "Taylor": TaylorScorer,
@@ -473,8 +473,7 @@ def size_sweep(
             task_names = first.task_names
     if sites is None or tasks is None:
         raise ValueError(
-            "scores and scorers need sites= and tasks=, where no task gates among the methods "
-            "bring theirs."
+            "scores and scorers need sites= and tasks=, unless one of the methods is task gates."
         )
     if baselines is None:
         baselines = {} if train_data is None else _standard(model, sites, methods)

@@ -106,7 +106,7 @@ def _agree(
 
 
 def _is_watched(model: nn.Module) -> bool:
-    """Whether anybody stands on the network's layers, or compiled them."""
+    """Whether the network's layers have hooks, or are compiled."""
     return any(
         module._forward_hooks
         or module._forward_pre_hooks
