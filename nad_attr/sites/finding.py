@@ -49,12 +49,15 @@ def check_kind(model: nn.Module) -> None:
         SiteError: Says what kind it is, and what to do.
     """
     unwrap(model)  # says so if it is not a module
-    held = (model.named_modules(), model.named_parameters(), model.named_buffers())
-    for name, item in itertools.chain(*held):
-        kind: Any = type(item)
+    for name, module in model.named_modules():
+        kind: Any = type(module)
         if problem := _problem_with(kind):
-            what = "module " if isinstance(item, nn.Module) else ""
-            raise SiteError(f"{f'{what}{name!r}' if name else 'the network'} {problem}")
+            raise SiteError(f"{f'module {name!r}' if name else 'the network'} {problem}")
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                kind = type(tensor)
+                if problem := _problem_with(kind):
+                    raise SiteError(f"{f'{name}.{key}'.lstrip('.')!r} {problem}")
 
 
 @lru_cache(maxsize=1024)  # asked for every module in every pass
