@@ -1307,7 +1307,7 @@ cases(
         "forward_func detaches": (
             lambda c: learn(c, run=RunOptions(forward_func=lambda x: c.model(x).detach())),
             NetworkCheckError,
-            "gradient.*the outputs are detached behind",
+            "gradient.*the outputs are detached after",
         ),
         "forward_func returns nothing": (
             lambda c: learn(c, run=RunOptions(forward_func=lambda x: None)),

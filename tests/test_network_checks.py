@@ -119,7 +119,7 @@ def test_int8_layers_are_named(data: tuple[Tensor, Tensor]) -> None:
         pytest.skip("no quantized kernels here")
     net = quantization.quantize_dynamic(Net(), {nn.Linear}, dtype=torch.qint8).eval()
     network = Network(net, find_gate_sites(net, data[0][:1]))
-    with pytest.raises(NetworkCheckError, match=r"\(int8 Linear\) hands on no gradient"):
+    with pytest.raises(NetworkCheckError, match=r"\(int8 Linear\) passes on no gradient"):
         check_gradients(network, (data[0][:2],))
     # It is also true that an image's outputs depend on the range of the others' activations.
     with pytest.raises(NetworkCheckError, match=r"int8 Linear: its scale is taken over the batch"):

@@ -375,7 +375,7 @@ def plain() -> LoadedModel:
 def test_the_usual_way_is_named(here: Path) -> None:
     made = make_transform(plain())
     assert made.function == ImageTransform()
-    assert "does not say how it wants its images" in made.note
+    assert "does not say how images are prepared" in made.note
     small = photos(here / "small", "a/1.png", "b/1.png")
     assert make_transform(plain(), data=str(small)).function == ImageTransform(None, None)
     mixed = photos(here / "small", "c/1.png", size=(9, 8))

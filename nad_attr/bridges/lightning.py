@@ -40,7 +40,7 @@ else:
 __all__ = ["LearnSubArchitectures"]
 
 #: Images that are tried before training.
-SOME = 32
+N_TRIED = 32
 #: Measures that are logged, as means over tasks.
 MEASURES = ("size", "own_auc", "other_auc", "fidelity", "recall", "fpr", "ba", "target_r2")
 
@@ -164,7 +164,7 @@ class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is no
                     runner.fit(source)
                     if self.recipe is not None:
                         check_recipe(self.recipe, source.labels)
-                    (inputs,) = runner.draw(source, [list(range(len(source.labels)))[:SOME]])
+                    (inputs,) = runner.draw(source, [list(range(len(source.labels)))[:N_TRIED]])
                     check_classes(source.labels, [0], runner(inputs).shape[1])
                 except (TypeError, ValueError) as error:
                     where = "the trainer's own" if getattr(self, what) is None else f"{what}="
@@ -276,10 +276,10 @@ def _some(data: Any) -> Any:
     if not isinstance(dataset, Dataset) or not hasattr(dataset, "__len__"):
         return None
     numbers = None if loader is None else numbers_of(loader)
-    first = list((range(len(dataset)) if numbers is None else numbers)[:SOME])
+    first = list((range(len(dataset)) if numbers is None else numbers)[:N_TRIED])
     few: Any = Subset(dataset, first)
     if loader is not None:
-        few = DataLoader(few, batch_size=SOME, **loading(loader))
+        few = DataLoader(few, batch_size=N_TRIED, **loading(loader))
     if not isinstance(labels, Labels):
         return few
     known = labels.values

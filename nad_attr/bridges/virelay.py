@@ -54,7 +54,7 @@ PROJECT = "project.yaml"
 DATASET, ATTRIBUTION, LABEL_MAP = "dataset.h5", "attribution.h5", "label_map.json"
 GATES, ACTIVATIONS = "analysis_gates.h5", "analysis_activations.h5"
 #: Category of the points of all classes together.
-EVERY = "all classes"
+ALL_CLASSES = "all classes"
 
 
 @dataclass(frozen=True)
@@ -392,7 +392,7 @@ def _write_gate_analysis(
     with h5py.File(path, "w") as file:
         _write_category(
             file,
-            EVERY,
+            ALL_CLASSES,
             index,
             {
                 key: (points[at], values)
@@ -423,7 +423,7 @@ def _write_activation_analysis(
     """
     index, labels = job.index, job.labels[job.index]
     least = max([4, *(k + 1 for k in n_clusters)])
-    categories = {EVERY: np.arange(len(index))}
+    categories = {ALL_CLASSES: np.arange(len(index))}
     categories |= {names[k]: np.flatnonzero(labels == k) for k in sorted(set(labels.tolist()))}
     categories = {name: rows for name, rows in categories.items() if len(rows) >= least}
     with h5py.File(path, "w") as file:
@@ -553,9 +553,13 @@ def export_virelay(
     n_classes = _n_outputs(job)
     names = _named(class_names, n_classes, "class_names", lambda k: f"class {k}")
     ids = _named(word_net_ids, n_classes, "word_net_ids", lambda k: f"class_{k:04d}")
-    if len(set(ids)) < n_classes or EVERY in ids or any("/" in i or i in ("", ".") for i in ids):
+    if (
+        len(set(ids)) < n_classes
+        or ALL_CLASSES in ids
+        or any("/" in i or i in ("", ".") for i in ids)
+    ):
         raise ValueError(
-            f"word_net_ids must differ from each other and from {EVERY!r}, without '/'."
+            f"word_net_ids must differ from each other and from {ALL_CLASSES!r}, without '/'."
         )
     target = Path(folder)
     named = store.path if isinstance(store, GateStore) else store

@@ -280,7 +280,7 @@ def _guilty(
                 return f"module {name!r} ({kind}, whose observer follows the batch: {switch})"
             own = "the forward of " if any(True for _ in module.children()) else ""
             return f"{own}module {name!r} ({kind})" if name else f"the network ({kind}) itself"
-    return "something in its forward pass (which module cannot be told)"
+    return "something in its forward pass (the module is not known)"
 
 
 def _same_rows(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -537,7 +537,7 @@ class _Probe:
         for name, module in self.network.model.named_modules():
             if "nn.quantized" in type(module).__module__:
                 kind = type(module).__name__
-                return f"Likely cause: module {name!r} (int8 {kind}) hands on no gradient."
+                return f"Likely cause: module {name!r} (int8 {kind}) passes on no gradient."
         before = ""
         for label, given, made, enabled in self.passing:
             if not enabled:
@@ -546,7 +546,7 @@ class _Probe:
                     " or a reentrant checkpoint in forward)."
                 )
             if given and not made:
-                return f"Likely cause: {label} hands on no gradient."
+                return f"Likely cause: {label} passes on no gradient."
             if before and not given and not made:
                 return (
                     f"Likely cause: between {before} and {label} the gradient is cut (torch.no_grad"
@@ -555,7 +555,7 @@ class _Probe:
             before = label if made else before
         if before and self.graph is None:
             return (
-                f"Likely cause: the outputs are detached behind {before}, in the network's forward "
+                f"Likely cause: the outputs are detached after {before}, in the network's forward "
                 "or in forward_func."
             )
         names = _nodes(self.graph)

@@ -60,14 +60,14 @@ _ANY_SIZE: dict[str, Any] = {"size": 0.5, "fidelity": None}
 
 
 #: Own images of a task from which on mirrored ones are not needed.
-ENOUGH = 50
+ENOUGH_OWN_IMAGES = 50
 #: Own images, and others, that say what the network makes of mirrored ones, and the share of the
 #: task output's variance that has to stay.
 MIRRORED_TRIED, MIRRORED_KEEPS = 32, 0.8
 
 
 #: Images that a lighter copy is compared on one by one, and together in one pass.
-ALONE = 16
+N_COMPARED = 16
 
 
 def fit_constants(
@@ -275,8 +275,8 @@ class Session:
     def _of_each_task(self) -> Iterator[Inputs]:
         """An image of each task: some alone, and all of them."""
         images = [(first, 0) for first in _first_own(self.source.labels, self.tasks)]
-        alone = images[:: max(1, len(images) // ALONE)][:ALONE]
-        most = min(ALONE, self.network.fixed_batch or ALONE)
+        alone = images[:: max(1, len(images) // N_COMPARED)][:N_COMPARED]
+        most = min(N_COMPARED, self.network.fixed_batch or N_COMPARED)
         together = [images[part.start : part.stop] for part in chunks(len(images), most)]
         yield from self.source.batches([[image] for image in alone] + together)
 
@@ -603,7 +603,8 @@ class Session:
             strict=True,
         )
         turned = {
-            task: int(pair[0].sum()) < ENOUGH and self._keeps_mirrored(source, task, pair)
+            task: int(pair[0].sum()) < ENOUGH_OWN_IMAGES
+            and self._keeps_mirrored(source, task, pair)
             for task, pair in zip(different, kinds, strict=True)
         }
         if not any(turned.values()):

@@ -43,7 +43,7 @@ PATH = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.28, 0.22, 0.17, 0.13, 0.1, 0.07,
 #: Share of each class's images that is kept apart.
 APART = 1 / 3
 #: Images kept apart of a task, own or other: so many are looked at, and so many are needed.
-MOST, LEAST = 300, 5
+MAX_APART, LEAST = 300, 5
 
 
 def target_sizes(sites: Sequence[GateSite]) -> list[float]:
@@ -148,7 +148,7 @@ def reached(
         for kind in (own_images, other_images):
             numbers = apart[kind(labels, [task])[0]]
             order = torch.randperm(len(numbers), generator=generator, device="cpu")
-            chosen.append(numbers[order[:MOST]])
+            chosen.append(numbers[order[:MAX_APART]])
         numbers = torch.cat(chosen)
         is_own = torch.arange(len(numbers), device="cpu") < len(chosen[0])
         draws = [(i, seed_of(seed, "apart", i)) for i in numbers.tolist()]

@@ -165,15 +165,13 @@ def newcomers_questions(
         )
         return f"{what} for {counted} classes: {value} {mine}, {base} {theirs}, in the mean."
 
-    fidelity = (
-        " Fidelity is the share of the ups and downs of the class's output that stays (1: all)."
-    )
+    fidelity = "  Fidelity is the share of the changes of the class's output that stays (1: all)."
     answers = {
         "channel": "A channel is one feature map of a layer: the answers of one learned detector "
         "at every place of the picture. A sub-architecture is the network with only some channels "
-        "open; every other one is closed, which means that one number stands in its place: its "
-        "mean, zero, or the best constant.",
-        "which": f"{lines['Answer'][0].upper()}{lines['Answer'][1:]} The architecture view lights "
+        "open. Every other channel is closed: one number replaces it, its mean, zero, or the "
+        "best constant.",
+        "which": f"{lines['Answer'][0].upper()}{lines['Answer'][1:]} The architecture view shows "
         "them, class by class.",
         "enough": tested(
             "sufficient",
@@ -194,21 +192,21 @@ def newcomers_questions(
             if sure is not None
             else f" Single channels: {missing['certainty']}"
         ),
-        "beside": f"{lines['Compared with'][0].upper()}{lines['Compared with'][1:]} Random "
-        "channels are as many; other methods stand beside them as far as they were run.",
+        "beside": f"{lines['Compared with'][0].upper()}{lines['Compared with'][1:]} There are as "
+        "many random channels. Other methods are shown if they were run.",
         "respond": "The images that each kept channel responds to most are below, class by class."
         if "top" in (results.pictures or {})
         else f"Not looked at. {missing['pictures']}",
-        "place": "Where the kept channels speak for the class is coloured on some of its images."
+        "place": "Some of its images are coloured where the kept channels speak for the class."
         if results.where
         else f"Not looked at. {missing['where']}",
         "feeds": "Choose a channel in the flow to trace what feeds it and what it feeds."
         if results.flow is not None
         else f"Not measured. {missing['flow']}",
-        "limits": "That no other set of channels would do as well; that a channel means what its "
-        "pictures show; that it is so on pictures of another kind. A class that is judged on few "
-        "images is judged roughly. Where everything comes from, and the commands that add what is "
-        "not here, is at the end of the page.",
+        "limits": "You cannot conclude that no other set of channels works as well, that a channel "
+        "means what its pictures show, or that the same holds for pictures of another kind. "
+        "A class that is judged on few images is judged roughly. The end of the page says "
+        "where everything comes from, and has the commands that add what is missing.",
     }
     sections = {
         "which": "architecture",

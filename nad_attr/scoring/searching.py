@@ -41,9 +41,9 @@ __all__ = [
 #: Hard-concrete gates: temperature, and the ends of the stretched interval (Louizos et al. 2018).
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 #: Expected size, at most: all open for certain would have no gradient.
-MOST = 0.99
+MAX_EXPECTED_SIZE = 0.99
 #: Share of the steps in which the wanted size falls from 1 to what was asked for.
-FALL = 0.5
+FALLING_SHARE = 0.5
 
 
 # -- Formulae ----------------------------------------------------------------------------------
@@ -381,14 +381,14 @@ class _Sparse(SearchScorer):
         ).requires_grad_()
         optimiser = torch.optim.Adam([numbers], self.learning_rate)
         for step in range(self.n_steps):
-            wanted = 1 - (1 - self.size) * min(1.0, (step + 1) / (FALL * self.n_steps))
+            wanted = 1 - (1 - self.size) * min(1.0, (step + 1) / (FALLING_SHARE * self.n_steps))
             gradient = self.error_gradient(task, numbers.detach(), task.draw(self.images_per_step))
             (by_size,) = torch.autograd.grad(self.expected(numbers).mean(), numbers)
             price = (gradient @ by_size) / (by_size @ by_size).clamp(min=1e-300)
             numbers.grad = gradient - price * by_size
             optimiser.step()
             with torch.no_grad():
-                numbers += self._shift(numbers, min(wanted, MOST))
+                numbers += self._shift(numbers, min(wanted, MAX_EXPECTED_SIZE))
         return numbers.detach()
 
     def _shift(self, numbers: Tensor, wanted: float) -> float:

@@ -76,7 +76,7 @@ def make_transform(
         said = f"{_one_line(own)} (the model's own)"
         if loaded.weights is not None and record is None:
             note = (
-                f"that is how the published weights want them; if {Path(loaded.weights).name} was "
+                f"this is what the published weights need; if {Path(loaded.weights).name} was "
                 "trained otherwise, say so with --resize, --crop, --mean, --std or --transform."
             )
             return Transform(own, {"kind": "weights"}, said, note=note)
@@ -94,7 +94,7 @@ def make_transform(
             base = {"resize": None, "crop": None}
         if not {"mean", "std"} <= options.keys() or not {"resize", "crop"} & options.keys():
             note = (
-                "the model does not say how it wants its images: the usual way is taken. "
+                "the model does not say how images are prepared: the usual way is taken. "
                 "--resize, --crop, --mean, --std or --transform change it."
             )
     fields = {**base, **options}

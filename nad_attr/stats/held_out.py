@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from nad_attr.stats.tables import number
 
-__all__ = ["PARTS", "apart", "parted_tasks", "unchecked_tasks"]
+__all__ = ["MIN_GAP", "apart", "parted_tasks", "unchecked_tasks"]
 
 #: Measures that differ by less than this are together, whatever the intervals say.
-PARTS = 0.05
+MIN_GAP = 0.05
 #: Own images of a task below which more of them are the first thing to try.
 FEW_IMAGES = 500
 #: From this size on a larger one is no help.
-LARGE = 0.7
+LARGE_SIZE = 0.7
 
 #: Steps at the end, at most, whose images say how well those that were learned from are kept.
 LAST_STEPS = 5
@@ -61,7 +61,7 @@ def apart(
     for measure, (low, high) in gaps.items():
         gap = learned[measure] - held_out[measure]
         unknown = math.isnan(low)
-        if not gap > (2 * PARTS if unknown else PARTS) or not (unknown or low > 0):
+        if not gap > (2 * MIN_GAP if unknown else MIN_GAP) or not (unknown or low > 0):
             continue
         span = "" if unknown else f" (difference {number(low)} to {number(high)})"
         lines.append(
@@ -71,7 +71,7 @@ def apart(
     if not lines:
         return []
     drop = whole[0] - whole[1]
-    shifted = not math.isnan(drop) and drop > PARTS
+    shifted = not math.isnan(drop) and drop > MIN_GAP
     if shifted:
         lines.append(
             f"The whole network's own AUC falls as well, from {number(whole[0])} to "
@@ -81,7 +81,7 @@ def apart(
     help_ = ["other pictures to learn from, such as the held-out ones"] if shifted else []
     if n_own is None or n_own < FEW_IMAGES or not shifted:
         help_.append(f"more pictures of each class{known}")
-    if size < LARGE:
+    if size < LARGE_SIZE:
         help_.append("a larger size")
     lines.append(f"What would help: {', or '.join(help_)}.")
     return lines
