@@ -215,12 +215,12 @@ def corners(test: Callable[..., None]) -> Callable[..., None]:
     used=st.sampled_from([0.3, 1.0]),
     closed=st.sampled_from(["zero", "constants"]),
 )
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 def test_any_masks_of_any_network(
     kind: str, mask_seed: int, share: float | str, used: float, closed: str
 ) -> None:
-    # Dense and attention networks are of one shape; each trace takes a second.
-    model, sites, graph = random_network(kind, mask_seed % 2 * (kind not in ("Dense", "Attention")))
+    # Each trace takes nearly a second: two networks of the kinds that differ most.
+    model, sites, graph = random_network(kind, mask_seed % 2 * (kind in ("Plain", "Residual")))
     generator = torch.Generator().manual_seed(mask_seed)
     masks, constants = {}, {}
     for site in sites:
