@@ -1807,7 +1807,7 @@ def test_good_input_is_taken(c: Context) -> None:
 # ---------------------------------------------------------------------------------------------
 
 DOCUMENTED = (ValueError, TypeError, KeyError, SiteError, GatingError, GateStoreError)
-some = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 anything = (
     st.none()
     | st.booleans()

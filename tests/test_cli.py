@@ -318,6 +318,7 @@ def test_the_published_recipe(here: Path) -> None:
 def test_a_verdict_and_its_place_in_the_report(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("plotly")
     fit_briefly(monkeypatch)
+    learn_briefly(monkeypatch, images_per_step=4)
     (here / "judged.h5").write_bytes((here / "gates.h5").read_bytes())
     (here / "other.h5").write_bytes((here / "gates.h5").read_bytes())
     red = ("judged.h5", "--trust-file", "--held-out", "val", "--tasks", "red")
@@ -756,7 +757,7 @@ def test_one_command_from_photos_to_a_verdict(
 ) -> None:
     pytest.importorskip("plotly")
     fit_briefly(monkeypatch)
-    learn_briefly(monkeypatch)
+    learn_briefly(monkeypatch, images_per_step=4)
     out = tmp_path / "page.html"
     given = ("--data", "train", "--tasks", "red", "--quick", "--certainty")
     text = succeeds(*EXPLAIN[:-4], *EXPLAIN[-2:], "--out", out, *given)
@@ -880,7 +881,7 @@ def files_of(split: str) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("kind", ["classes", "names", "several", "one", "target"])
 def test_labels_from_a_table(here: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fit_briefly(monkeypatch)
-    learn_briefly(monkeypatch)
+    learn_briefly(monkeypatch, images_per_step=4)
     files = files_of("val")
     rows: list[list[object]] = {
         "classes": [["file", "class"], *([f, k] for f, k in files)],
@@ -1036,7 +1037,7 @@ def test_explain_goes_from_photos_to_a_verdict(
 ) -> None:
     pytest.importorskip("plotly")
     fit_briefly(monkeypatch)
-    learn_briefly(monkeypatch)
+    learn_briefly(monkeypatch, images_per_step=4)
     page = tmp_path / "report.html"
     text = succeeds(*EXPLAIN_TRAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
     for said in ("this will take about", "learning from", "Asked: which of 12 channels", "See: "):

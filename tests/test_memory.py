@@ -140,7 +140,7 @@ def test_passes_are_cut_without_changing_gates(
     """A step of 8 images in passes of no more than asked for, with the same gates."""
     model = build(maker)
     data = labelled_images(30)
-    recipe = Recipe(size=0.4, steps=6, images_per_step=8)
+    recipe = Recipe(size=0.4, steps=3, images_per_step=8)
     whole = learn_gates(model, data, [0, 1], recipe, batch_size=64)
     seen: list[int] = []
     handle = model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))

@@ -328,12 +328,12 @@ def test_no_step_waits_for_the_device(
             monkeypatch.setattr(selection, name, value)
         for module in (selection, constants):
             monkeypatch.setattr(module, "MIN_CHANNELS_TO_NARROW", 1)
-    assert _reads(12, recipe) == _reads(6, recipe)
+    assert _reads(8, recipe) == _reads(4, recipe)
 
 
 def test_reads_are_counted() -> None:
     """On a CPU, where looking costs nothing, rounds of exchanges end when nothing is gained."""
-    assert all(_reads(12, recipe) > _reads(6, recipe) for recipe in ("mean", "optimal"))
+    assert all(_reads(8, recipe) > _reads(4, recipe) for recipe in ("mean", "optimal"))
 
 
 def test_looking_or_not_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

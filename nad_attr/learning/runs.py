@@ -231,7 +231,8 @@ def learn_to_store(
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
         >>> data = torch.randn(20, 4), torch.arange(20) % 2
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = learn_to_store(net, data, f"{folder}/gates.h5", recipe=Recipe(size=0.5))
+        ...     recipe = Recipe(size=0.5, steps=20)
+        ...     path = learn_to_store(net, data, f"{folder}/gates.h5", recipe=recipe)
         ...     TaskGates.load(path)
         TaskGates(2 tasks, 1 site, 6 channels, 50.0 % kept, closed channels at their best constants)
     """
