@@ -341,7 +341,9 @@ class Cell:
                 if (self.seed, ablation, method) in done:
                     continue
                 start = time.process_time()
-                common = {"seed": self.seed, "ablation": ablation, "method": method}
+                common: dict[str, Any] = {"seed": self.seed, "ablation": ablation, "method": method}
+                if best:
+                    common |= {"tasks": self.tasks, "passes": self.args.passes}
                 try:
                     found = list(self.architectures(method, ablation, variants))
                 except (ValueError, TypeError, RuntimeError, AssertionError) as error:

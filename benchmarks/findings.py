@@ -3,7 +3,7 @@
     python -m benchmarks.findings            # rewrites the tables of both pages, and the figures
     python -m benchmarks.findings --print    # prints the tables
 
-Reads ``benchmarks/results/disentanglement/*.jsonl`` and ``benchmarks/results/questions/*.json``;
+Reads ``benchmarks/results/{disentanglement,rivals}/*.jsonl`` and ``results/questions/*.json``;
 measures nothing itself. A table stands in its page between ``<!-- name -->`` and ``<!-- end -->``;
 the text around it is written by hand and has to agree with it.
 """
@@ -28,6 +28,8 @@ from nad_attr.evaluation import bootstrap_interval
 PLANTED = REPOSITORY / "benchmarks" / "results" / "planted.json"
 PAGES = [REPOSITORY / "docs" / f"{name}.md" for name in ("findings", "findings_rows")]
 IMAGES = REPOSITORY / "docs" / "images"
+#: Rows of methods with best constants.
+RIVALS = RESULTS.parent / "rivals"
 
 #: {method: {size: (seeds, tasks)}} of one measure
 Table = dict[str, dict[str, "np.ndarray[Any, Any]"]]
@@ -186,7 +188,7 @@ def wins(pairs: list[Pair]) -> str:
     rows = []
     for measure in PER_TASK:
         found = [(a, s, c) for _, a, s, c in comparisons(pairs, measure) if c["above_chance"]]
-        for ablation in ("mean", "zero"):
+        for ablation in ("mean", "zero", "best"):
             mine = [c for a, _, c in found if a == ablation]
             if mine:
                 rows.append(
@@ -204,7 +206,7 @@ def wins(pairs: list[Pair]) -> str:
 
 
 def methods(pairs: list[Pair], measure: str = "own_auc") -> str:
-    """Mean over pairs and ablation values for every method."""
+    """Mean over pairs and ablation values for every method; with constants, that all pairs have."""
     sums: dict[str, dict[str, list[float]]] = {}
     for pair in pairs:
         for ablation in pair.ablations:
@@ -214,6 +216,8 @@ def methods(pairs: list[Pair], measure: str = "own_auc") -> str:
                         float(np.nanmean(values))
                     )
     sizes = list(sums["nad"])
+    if pairs[0].ablations == ["best"]:  # a rival that was run on some pairs has no such mean
+        sums = {m: by for m, by in sums.items() if len(by[sizes[0]]) == len(pairs)}
     order = sorted(sums, key=lambda m: -np.mean([np.mean(sums[m][s]) for s in sizes]))
     rows = [[m, *(_f(float(np.mean(sums[m][s]))) for s in sizes)] for m in order]
     return _lines(["method", *(f"{float(s):.0%}" for s in sizes)], rows)
@@ -327,6 +331,14 @@ def tables() -> dict[str, str]:
         "methods by fidelity": methods(pairs, "fidelity"),
         "classifier": classifier(pairs),
     }
+    rivals = load(RIVALS)
+    if rivals:
+        result |= {
+            "rivals": methods(rivals), "rivals by fidelity": methods(rivals, "fidelity"),
+            "rivals wins": wins(rivals),
+            "own AUC against the best rival with constants": against_best(rivals, "own_auc"),
+            "fidelity against the best rival with constants": against_best(rivals, "fidelity"),
+        }  # fmt: skip
     if any("seeds" in parts for parts in found.values()):
         result["seeds"] = stability(found)
     for name, make in (

@@ -286,6 +286,15 @@ def test_tensors_are_shared() -> None:
     assert isinstance(copied[3], MaxPool2d)
 
 
+def test_pooling_alone_needs_no_weights_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of VGG16 take more memory than a step does."""
+    model, x, copies, plain = _pooling(), images(2), [], nn.Module.double
+    monkeypatch.setattr(nn.Module, "double", lambda self: copies.append(self) or plain(self))
+    for folding, n in ((False, 0), (True, 1)):
+        copied: Any = light_copy(model, lambda net: net(x), folding=folding)
+        assert isinstance(copied[3], MaxPool2d) and len(copies) == n
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
