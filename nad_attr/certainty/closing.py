@@ -148,20 +148,20 @@ class TaskTrial:
         classes = self._classes.expand(len(outputs), -1)
         return own_task_output(outputs, classes, torch.ones_like(classes).bool())
 
-    def outputs(
-        self, states: Sequence[State], numbers: NDArray[np.int64] | None = None
-    ) -> FloatArray:
+    def outputs(self, states: Sequence[State], images: int | None = None) -> FloatArray:
         """Task outputs of sub-architectures, side by side in shared passes.
 
         Args:
             states: S sub-architectures.
-            numbers: Of the images; None: of all.
+            images: Of the first own and other images, about so many in all; None: of all.
 
         Returns:
             (S, images).
         """
-        asked = torch.from_numpy(np.arange(len(self.own)) if numbers is None else numbers)
-        n, network = len(asked), self.network
+        numbers = torch.arange(len(self.own), device="cpu")
+        if images is not None and images < len(numbers):
+            numbers = numbers[self.some(images)]
+        n, network = len(numbers), self.network
         gates, constants = (
             torch.stack(list(values)).to(network.device, network.dtype)
             for values in zip(*states, strict=True)
@@ -171,7 +171,7 @@ class TaskTrial:
         with torch.no_grad():
             for part in self._parts(n * len(states)):
                 rows = (part // n).to(network.device)
-                inputs = self._images(asked[part % n])
+                inputs = self._images(numbers[part % n])
                 found.append(self._own(network.gated(inputs, gates[rows], constants[rows])))
         self.passes += n * len(states)
         return torch.cat(found).double().cpu().numpy().reshape(len(states), n)
@@ -181,17 +181,13 @@ class TaskTrial:
         step = max(1, len(self.own) // images)
         return np.arange(0, len(self.own), step)
 
-    def added(
-        self, outputs: FloatArray, before: FloatArray, numbers: NDArray[np.int64] | None = None
-    ) -> FloatArray:
+    def added(self, outputs: FloatArray, before: FloatArray) -> FloatArray:
         """By how much the squared error grows from one output to another: (..., images).
 
-        In units of the whole network's variance; what is rounding is zero. ``numbers``: of these
-        images alone.
+        In units of the whole network's variance; what is rounding is zero.
         """
-        whole = self.whole if numbers is None else self.whole[numbers]
         equal = np.abs(outputs - before) <= ROUNDING * self.variance**0.5
-        grown = (outputs - whole) ** 2 - (before - whole) ** 2
+        grown = (outputs - self.whole) ** 2 - (before - self.whole) ** 2
         return np.where(equal, 0.0, grown / self.variance)
 
     def gradients(self, state: State) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -39,8 +39,6 @@ PREFILTER = 0.5
 PRIOR, FURTHEST = 1.0, 3.0
 #: Learning images on which a constant is tried before it is used.
 TRIED = 32
-#: Held-out images, at least, of which a first look at a group sees harm, and its confidence.
-FIRST_ASKED, FIRST_LEVEL = 16, 0.99
 #: Channels, at most, that are closed together because they seem to cancel.
 LARGEST_GROUP = 4
 #: A group cancels if it costs no more than this share of what its costliest channel does alone.
@@ -137,8 +135,8 @@ class _Closer:
     def better(self, groups: Sequence[tuple[int, ...]]) -> list[float]:
         """Whether each group, closed together, does better at its constants (1) or at the means."""
         tried = [self.closed(group, share) for group in groups for share in (0.0, 1.0)]
-        numbers = self.learn.some(TRIED)
-        some = self.learn.outputs(tried, numbers)
+        some = self.learn.outputs(tried, TRIED)
+        numbers = self.learn.some(TRIED) if len(self.learn.own) > TRIED else slice(None)
         errors = (some - self.learn.whole[numbers]) ** 2 @ self.learn.weights[numbers]
         best: list[float] = np.argmin(errors.reshape(-1, 2), axis=1).astype(float).tolist()
         return best
@@ -159,28 +157,6 @@ class _Closer:
             for group, output in zip(new, self.held_out.outputs(states), strict=True):
                 self.errors[group] = output
         return np.stack([self.errors[group] for group in groups])
-
-    def no_harm(self, group: tuple[int, ...], tolerance: float, level: float) -> bool:
-        """Whether held-out images show that a group closes without harm.
-
-        A quarter of them is asked first: where those already show harm, the others are not.
-        """
-        trial = self.held_out
-        if group not in self.errors:
-            first = trial.some(max(FIRST_ASKED, len(trial.own) // 4))
-            state = self.closed(group)
-            (output,) = trial.outputs([state], first)
-            grown = trial.added(output, self.before[first], first)
-            found = compared(grown, trial.own[first], FIRST_LEVEL)
-            if 2 * found.mean - found.high > tolerance:  # the interval's lower end
-                return False
-            rest = np.setdiff1d(np.arange(len(trial.own)), first)
-            whole = np.empty(len(trial.own))
-            whole[first] = output
-            if len(rest):
-                (whole[rest],) = trial.outputs([state], rest)
-            self.errors[group] = whole
-        return bool(compared(self.added([group])[0], trial.own, level).high < tolerance)
 
     def added(
         self, groups: Sequence[tuple[int, ...]], before: FloatArray | None = None
@@ -266,7 +242,7 @@ def standing_in(
     own = closer.held_out.own
 
     def no_harm(group: tuple[int, ...]) -> bool:
-        return closer.no_harm(group, tolerance, 1 - alpha)
+        return bool(compared(closer.added([group])[0], own, 1 - alpha).high < tolerance)
 
     def foreseen(group: tuple[int, ...]) -> bool:
         """Whether learning images foresee harm: then parts of the group are tried at once."""
