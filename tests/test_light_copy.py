@@ -292,7 +292,8 @@ def test_pooling_alone_needs_no_weights_in_float64(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(nn.Module, "double", lambda self: copies.append(self) or plain(self))
     for folding, n in ((False, 0), (True, 1)):
         copied: Any = light_copy(model, lambda net: net(x), folding=folding)
-        assert isinstance(copied[3], MaxPool2d) and len(copies) == n
+        assert isinstance(copied[3], MaxPool2d)
+        assert len(copies) == n
 
 
 @pytest.mark.slow
