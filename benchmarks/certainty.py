@@ -14,8 +14,6 @@
   the default recipe, two seeds. Labels; kappa between the two seeds' gates, and between their
   cores; own AUC and fidelity of a core against the gates cut at its size, both with constants
   fitted alike.
-- lite0: birds of an EfficientNet-Lite0 that are judged on photos of other kinds of birds, at a
-  tenth of the channels. Also writes docs/tutorials/lite0_birds.h5, which the tutorial reads.
 - cost: learning, certainty and verdict with all their defaults for classes of a ResNet-20 in one
   run (``--tasks 10`` for all): seconds of the processor and passes.
 
@@ -34,7 +32,6 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from benchmarks import lite0_data
 from benchmarks.cifar import REPOSITORY, add_shared_arguments, default_cache
 from benchmarks.going_on import Row, go_on, rows_of
 from benchmarks.networks import small_pair
@@ -54,7 +51,6 @@ from nad_attr.evaluation import PLANTED_KINDS, evaluate, planted
 from nad_attr.gates.channels import kappa
 
 OUT = REPOSITORY / "benchmarks" / "results" / "certainty.jsonl"
-TUTORIAL = REPOSITORY / "docs" / "tutorials" / "lite0_birds.h5"
 FACTOR = 1.5
 #: Of gates whose cores are looked at.
 SIZE = 0.4
@@ -216,7 +212,6 @@ def of_cost(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]
 
     def row() -> Row:
         model, data, held_out = small_pair("resnet20/cifar10", args.shared, cache=args.cache)
-        model = model.to(memory_format=torch.channels_last)  # as PyTorch advises for convolutions
         seconds, start = [], time.process_time()
 
         def spent() -> None:
@@ -239,30 +234,7 @@ def of_cost(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]
     yield f"{args.tasks} classes", row
 
 
-def of_lite0(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Birds of an EfficientNet-Lite0: a tenth of its channels; the tutorial reads the file."""
-
-    def row() -> Row:
-        model, data, held_out, (birds, *_) = lite0_data.load(args.shared)
-        run = RunOptions(amp=True)
-        start = time.process_time()
-        gates = learn_gates(model, data, [birds], Recipe(size=0.1), run=run)
-        found = certainty(model, gates, data, held_out, images=32, run=run)
-        seconds = time.process_time() - start
-        said = verdict(model, gates, data, held_out, certainty=found, run=run)
-        gates.save(TUTORIAL)
-        found.save(TUTORIAL, "certainty")
-        return {
-            "labels": found.counts(birds), "passes": dict(found.passes), "seconds": seconds,
-            "verdict": said.to_dict(),
-        }  # fmt: skip
-
-    yield "bird", row
-
-
-PARTS = {
-    "planted": of_planted, "null": of_null, "pair": of_pair, "cost": of_cost, "lite0": of_lite0,
-}  # fmt: skip
+PARTS = {"planted": of_planted, "null": of_null, "pair": of_pair, "cost": of_cost}
 
 
 def report() -> str:
