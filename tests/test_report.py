@@ -638,7 +638,7 @@ def test_kept_results_come_back(tmp_path: Path, measured: Report) -> None:
         "concepts of channels",
         "statistics of gates against concepts",
     ]
-    with pytest.raises(ValueError, match="in no file"):
+    with pytest.raises(ValueError, match="not in a file"):
         measured.keep()
 
 

@@ -347,7 +347,7 @@ def test_other_heat_maps_and_many_channels(tmp_path: Path) -> None:
         ({"method": 3}, TypeError, "method"),
         ({"method": lambda model, x, target: model(x)}, ValueError, "returned shape"),
         ({"method": lambda m, x, target: x * m(x).sum() / 0}, ValueError, "NaN"),
-        ({"method": lambda model, x, target: model(x).tolist()}, TypeError, "no tensor"),
+        ({"method": lambda model, x, target: model(x).tolist()}, TypeError, "must return a tensor"),
         ({"method": lambda model, x, target: x}, GatingError, "did not fire"),
         ({"run": 4}, TypeError, "run"),
     ],
