@@ -242,7 +242,7 @@ class Report:
 
         Raises:
             GateStoreError: If the file cannot be written.
-            ValueError: If the gates are in no file.
+            ValueError: If the gates are not in a file.
         """
         if self._path is None:
             raise ValueError(
