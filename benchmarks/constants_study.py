@@ -121,15 +121,9 @@ class Setting:
                 "sizes": cells,
             }  # fmt: skip
             if len(seeds) > 1 and seed != seeds[0]:
-                row["kappa"] = {
-                    f"{size:g}": round(
-                        agreement(
-                            *(found_of[s, size].sub_architectures() for s in (seeds[0], seed))
-                        ),
-                        3,
-                    )
-                    for size in sizes
-                }
+                for size in sizes:
+                    both = (found_of[s, size].sub_architectures() for s in (seeds[0], seed))
+                    row.setdefault("kappa", {})[f"{size:g}"] = round(agreement(*both), 3)
             self.note(row)
         return found_of
 

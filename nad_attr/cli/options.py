@@ -52,8 +52,7 @@ LabelTable: TypeAlias = Annotated[
     typer.Option(
         "--labels",
         help="CSV table with a header: a file of --data in each row, then its class, or a label "
-        "(0, "
-        "1, empty: unknown) or target for each output.",
+        "(0, 1, empty: unknown) or target for each output.",
     ),
 ]
 TrainLabelTable: TypeAlias = Annotated[

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["agreement", "edge_drops", "edge_fidelity"]
 
 #: Images of a batch, whose copies go through the blocks side by side.
-_IMAGES_PER_BATCH = 32
+_BATCH = 32
 
 
 def _machine(
@@ -111,9 +111,7 @@ def _drops(
         hops.setdefault((site, after), []).append(number)
     drops = torch.zeros(len(edges), dtype=torch.float64, device="cpu")
     width = runner.images_per_pass(source, most=IMAGES)
-    batches = [
-        [images[i] for i in part] for part in chunks(len(images), min(width, _IMAGES_PER_BATCH))
-    ]
+    batches = [[images[i] for i in part] for part in chunks(len(images), min(width, _BATCH))]
     for inputs in runner.draw(source, batches, "cutting edges"):
         machine, call = _machine(found, flow, runner, inputs, width)
         machine.share = shares[0]
@@ -283,9 +281,7 @@ def edge_fidelity(
         chosen += numbers[order[: max(1, n_images // 2)]].tolist()
     weights = balanced_weights(own[chosen])
     width = runner.images_per_pass(source, most=IMAGES)
-    parts = [
-        [chosen[i] for i in part] for part in chunks(len(chosen), min(width, _IMAGES_PER_BATCH))
-    ]
+    parts = [[chosen[i] for i in part] for part in chunks(len(chosen), min(width, _BATCH))]
 
     def answers() -> Tensor:
         return torch.cat(

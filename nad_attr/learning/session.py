@@ -677,7 +677,7 @@ class Session:
         return [names[task] for task in tasks]
 
 
-def _check_steps(n_sizes: int, recipe: Any) -> None:
+def _check_steps(n_sizes: int, recipe: Recipe) -> None:
     """Refuse a run that passes through more sizes than it has steps."""
     if n_sizes > recipe.steps:
         raise ValueError(

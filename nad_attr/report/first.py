@@ -165,7 +165,7 @@ def newcomers_questions(
         )
         return f"{what} for {counted} classes: {value} {mine}, {base} {theirs}, in the mean."
 
-    fidelity = "  Fidelity is the share of the changes of the class's output that stays (1: all)."
+    fidelity = " Fidelity is the share of the changes of the class's output that stays (1: all)."
     answers = {
         "channel": "A channel is one feature map of a layer: the answers of one learned detector "
         "at every place of the picture. A sub-architecture is the network with only some channels "

@@ -286,10 +286,6 @@ def main_output(output: object) -> object:
     return getattr(output, "logits", output) if not isinstance(output, Tensor) else output
 
 
-#: What BatchNorm in eval mode is on tensors of a shape alone; cuDNN's wants tensors on the device.
-_BATCH_NORMS = (torch.ops.aten.native_batch_norm.default,)
-
-
 class _Recorder(TorchDispatchMode):
     """Builds the graph of tensors while operators run."""
 
@@ -329,8 +325,11 @@ class _Recorder(TorchDispatchMode):
         for tensor in given:
             self._keep(tensor)
         bound, written = _bind(func, args, kwargs)
-        if func in _BATCH_NORMS and not bound["training"] and isinstance(args[0], FakeTensor):
-            # Fake tensors go through twenty operators for one, which takes most of a pass.
+        if (
+            func is torch.ops.aten.native_batch_norm.default
+            and not bound["training"]
+            and isinstance(args[0], FakeTensor)
+        ):  # Fake tensors go through twenty operators for one, which takes most of a pass.
             none = args[0].new_empty(0)
             result: Any = (torch.empty_like(args[0]), none, none.clone())
         else:

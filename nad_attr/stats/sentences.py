@@ -100,7 +100,10 @@ def sentence_of(row: dict[str, Any], level: float = 0.95) -> str:
     if math.isnan(row["effect"]):
         return f"Nothing can be said{_where(row)}: {_why_unknown(row)}."
     write: Callable[[dict[str, Any], int], tuple[str, str]] = _SENTENCES[row["test"]]
-    claim, numbers = write(row, _verdict(row))
+    verdict = _verdict(row)
+    claim, numbers = write(row, verdict)
+    if verdict == 0:
+        claim = f"It cannot be concluded that {claim}"
     return f"{claim}: {numbers}{_evidence(row, level)}."
 
 
@@ -140,7 +143,7 @@ def _mann_whitney(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     share = f"in {100 * row['effect']:.1f} % of pairs at the same site the kept channel is higher"
     who = _channels(row)
     if verdict == 0:
-        return f"It cannot be concluded that {who} differ in {what} from dropped ones", share
+        return f"{who} differ in {what} from dropped ones", share
     word = "higher" if verdict > 0 else "lower"
     return f"{who[0].upper()}{who[1:]} have a {word} {what} than dropped ones", share
 
@@ -150,7 +153,7 @@ def _rank_correlation(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     numbers = f"rho = {_number(row['effect'])} within sites"
     what = f"gates{_for(row)}{_place(row)}"
     if verdict == 0:
-        return f"It cannot be concluded that {what} go with {concept}", numbers
+        return f"{what} go with {concept}", numbers
     word = "rise" if verdict > 0 else "fall"
     return f"{what[0].upper()}{what[1:]} {word} with {concept}", numbers
 
@@ -162,7 +165,7 @@ def _odds(row: dict[str, Any]) -> str:
 def _detectors(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     who = _channels(row)
     if verdict == 0:
-        return f"It cannot be concluded that {who} are detectors more or less often", _odds(row)
+        return f"{who} are detectors more or less often", _odds(row)
     word = "more" if verdict > 0 else "less"
     return f"{who[0].upper()}{who[1:]} are detectors {word} often than dropped ones", _odds(row)
 
@@ -171,7 +174,7 @@ def _enrichment(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     who = f"the sub-architecture{_whose(row)}{_place(row)}"
     concept = row["concept"] or "flagged channels"
     if verdict == 0:
-        return f"It cannot be concluded that {who} is enriched or depleted in {concept}", _odds(row)
+        return f"{who} is enriched or depleted in {concept}", _odds(row)
     word = "enriched" if verdict > 0 else "depleted"
     return f"{who[0].upper()}{who[1:]} is {word} in {concept}", _odds(row)
 
@@ -183,7 +186,7 @@ def _agreement(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     of = f"the channels{_for(row)}{_place(row)}"
     verb = "choose" if row["test"] == "overlap" else "order"
     if verdict == 0:
-        return f"It cannot be concluded that {pair} {verb} {of} alike", numbers
+        return f"{pair} {verb} {of} alike", numbers
     word = "more alike" if verdict > 0 else "less alike"
     return f"{pair} {verb} {of} {word} than chance", numbers
 
@@ -192,10 +195,7 @@ def _mantel(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     other = f"by {row['other']}" if row["other"] else "by the other measure"
     numbers = f"r = {_number(row['effect'])} over {row['n']} pairs"
     if verdict == 0:
-        return (
-            f"It cannot be concluded that tasks that are alike {other} share more channels",
-            numbers,
-        )
+        return f"tasks that are alike {other} share more channels", numbers
     word = "more" if verdict > 0 else "fewer"
     return f"Tasks that are alike {other} share {word} channels", numbers
 
@@ -210,7 +210,7 @@ def _depth_trend(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     what += groups.get(row["other"], "")
     numbers = f"rho = {_number(row['effect'])} over {row['n']} sites"
     if verdict == 0:
-        return f"It cannot be concluded that {what} rises or falls with depth", numbers
+        return f"{what} rises or falls with depth", numbers
     word = "rises" if verdict > 0 else "falls"
     return f"{what[0].upper()}{what[1:]} {word} with depth", numbers
 
@@ -219,10 +219,7 @@ def _depth(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     what = row["concept"] or "share of high-level detectors"
     numbers = f"{_number(row['effect'])} among kept channels{_place(row)}"
     if verdict == 0:
-        return (
-            f"It cannot be concluded that the {what} differs from that of random channels",
-            numbers,
-        )
+        return f"the {what} differs from that of random channels", numbers
     word = "higher" if verdict > 0 else "lower"
     return f"The {what} is {word} than among random channels", numbers
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 
 import torch
@@ -98,12 +99,10 @@ def _agree(
     """
     compared, same = (copied, model), None
     if pairs:
-        try:
+        with suppress(Exception):  # no float64 on the device, or float32 within the network
             precise = copy.deepcopy(model).double()
             in_float64 = _lighter_copy(precise, pairs, pools), precise
             same, compared = _is_rounding(*map(run, in_float64)), in_float64
-        except Exception:  # no float64 on the device, or float32 within the network
-            pass
     if same is None:
         same = _is_rounding(*map(run, compared))
     return same and all(_is_rounding(*map(other, compared)) for other in others)
