@@ -352,7 +352,7 @@ def tables() -> dict[str, str]:
     }
     rivals, large = load(RIVALS), load(RIVALS, REAL)
     if large:
-        result |= {"real networks": real(large), "real networks wins": wins(large)}
+        result["real networks"] = real(large)
     if rivals:
         result |= {
             "rivals": methods(rivals), "rivals by fidelity": methods(rivals, "fidelity"),
