@@ -132,12 +132,7 @@ class GateCanonizer(Canonizer):  # type: ignore[misc]
         with ExitStack() as stack:
             if moved:
                 stack.enter_context(
-                    gated(
-                        root_module,
-                        moved_gates,
-                        sites=list(moved.values()),
-                        means=moved_means,
-                    )
+                    gated(root_module, moved_gates, sites=list(moved.values()), means=moved_means)
                 )
                 for name, site in moved.items():
                     stack.enter_context(_Connected(root_module, name, site.name))

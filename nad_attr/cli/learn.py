@@ -374,10 +374,7 @@ def shown_progress(
         def update(progress: Progress) -> None:
             also(progress)
             bar.update(
-                task,
-                total=progress.n_steps,
-                completed=progress.steps,
-                description=_text(progress),
+                task, total=progress.n_steps, completed=progress.steps, description=_text(progress)
             )
 
         yield update

@@ -141,11 +141,7 @@ def open_images(
 
 
 def _open_table(
-    labels: Path,
-    folder: str,
-    opened: Opened,
-    given: Mapping[str, int] | None,
-    quiet: bool,
+    labels: Path, folder: str, opened: Opened, given: Mapping[str, int] | None, quiet: bool
 ) -> LoadedData:
     """Images of a folder with the labels of a table."""
     loaded, transform = opened.loaded, opened.transform
@@ -157,11 +153,7 @@ def _open_table(
     def numbered(found: Sequence[str]) -> Mapping[str, int]:
         nonlocal mapping
         mapping = match_classes(
-            found,
-            n_classes,
-            class_index=given,
-            known=opened.known,
-            class_names=loaded.class_names,
+            found, n_classes, class_index=given, known=opened.known, class_names=loaded.class_names
         )
         return mapping.index
 

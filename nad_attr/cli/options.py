@@ -19,7 +19,7 @@ Model: TypeAlias = Annotated[
     str,
     typer.Option(
         help="torchvision:NAME[:WEIGHTS], timm:NAME, or package.module:factory, a function that "
-        "returns the network.",
+        "returns the network."
     ),
 ]
 OtherModel: TypeAlias = Annotated[
@@ -56,12 +56,10 @@ LabelTable: TypeAlias = Annotated[
     ),
 ]
 TrainLabelTable: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--train-labels", help="The same for --train-data."),
+    Path | None, typer.Option("--train-labels", help="The same for --train-data.")
 ]
 HeldOutLabelTable: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--held-out-labels", help="The same for --held-out."),
+    Path | None, typer.Option("--held-out-labels", help="The same for --held-out.")
 ]
 AllowEmpty: TypeAlias = Annotated[
     bool, typer.Option("--allow-empty", help="Accept class folders without images.")
@@ -144,7 +142,7 @@ Units: TypeAlias = Annotated[
     str | None,
     typer.Option(
         help="What gates stand for, with a comma between several: channels, attention heads, "
-        "hidden neurons. [channels]",
+        "hidden neurons. [channels]"
     ),
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of all random numbers.")]
@@ -175,7 +173,7 @@ Checks: TypeAlias = Annotated[
     ChecksName,
     typer.Option(
         help="What to do if outputs depend on chance or on other images, or if gradients are "
-        "wrong about closing channels: refuse the network, warn and go on, or do not check.",
+        "wrong about closing channels: refuse the network, warn and go on, or do not check."
     ),
 ]
 Store: TypeAlias = Annotated[
@@ -267,11 +265,7 @@ class WorkOptions:
 
     def reading(self) -> dict[str, Any]:
         """What opening images takes."""
-        return {
-            "class_index": self.class_index,
-            "n_workers": self.workers,
-            "quiet": self.quiet,
-        }
+        return {"class_index": self.class_index, "n_workers": self.workers, "quiet": self.quiet}
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:

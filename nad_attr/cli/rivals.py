@@ -91,11 +91,7 @@ def rivals_of(
         size = sum(arch.size for arch in archs) / len(archs)
         options = {"size": size} if name in ("hard-concrete", "ugs", "iterative") else {}
         scores = getattr(evaluation, METHODS[name])(model, study.gates.sites, **options)(
-            inputs,
-            labels,
-            tasks=tasks,
-            include_others=True,
-            run=run,
+            inputs, labels, tasks=tasks, include_others=True, run=run
         )
         found[name] = _same_sizes(scores, archs)
         if any(arch.own_constants for arch in archs):

@@ -185,8 +185,7 @@ def export(
         ),
     ] = None,
     size: Annotated[
-        float | None,
-        typer.Option(help="Keep this share of the channels; default: as learned."),
+        float | None, typer.Option(help="Keep this share of the channels; default: as learned.")
     ] = None,
     kept_only: Annotated[
         bool, typer.Option("--kept-only", help="Leave closed channels out of the CSV file.")

@@ -447,14 +447,7 @@ def run_demo(
         f"Learning which {size:.0%} of the channels each class needs ({len(tasks)} in all), from "
         f"{N_LEARN} crops of each of {len(photos)} photos"
     )
-    gates = learn_gates(
-        network,
-        learn,
-        tasks,
-        recipe,
-        seed=seed,
-        run=run,
-    )
+    gates = learn_gates(network, learn, tasks, recipe, seed=seed, run=run)
 
     say(f"Measuring on {N_HELD_OUT} other crops of each photo, beside equally many channels:")
     own = torch.isin(learn[1], torch.tensor(gates.tasks, device="cpu"))

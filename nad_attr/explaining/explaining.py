@@ -406,12 +406,7 @@ class _Work:
             return Evaluation.load(self.file, "evaluation")
         with self.step("evaluation"):
             found = evaluate(
-                self.model,
-                self.gates,
-                self.judged,
-                n_random=N_RANDOM,
-                seed=self.seed,
-                run=self.run,
+                self.model, self.gates, self.judged, n_random=N_RANDOM, seed=self.seed, run=self.run
             )
             found.save(self.file, "evaluation")
         return found

@@ -353,11 +353,7 @@ class Writer:
         return next((t.device for t in tensors), torch.device("cpu"))
 
     def _attribute(
-        self,
-        node: fx.Node,
-        tensor: Tensor,
-        cut: Mapping[int, list[int]],
-        name: str | None = None,
+        self, node: fx.Node, tensor: Tensor, cut: Mapping[int, list[int]], name: str | None = None
     ) -> fx.Node:
         old = str(node.target) if node.op == "get_attr" else f"{node.meta['module']}.{node.name}"
         old = old.lstrip(".")

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from nad_attr._checks import check_count
 from nad_attr.data.labels import ReadLabels, Task, as_task, own_images
 from nad_attr.data.sources import Data, Inputs, Source, TensorSource, as_source
-from nad_attr.flow.blocks import (
-    Blocks,
-    Gating,
-    cut_forward,
-    gate_sums,
-    products,
-    whole_gradients,
-)
+from nad_attr.flow.blocks import Blocks, Gating, cut_forward, gate_sums, products, whole_gradients
 from nad_attr.flow.links import OUTPUT, Link, TaskFlow
 from nad_attr.flow.result import InformationFlow
 from nad_attr.flow.straight import UNKNOWN, straight_flow
@@ -52,15 +45,14 @@ def information_flow(
 ) -> InformationFlow:
     r"""Measure what flows from each channel of a site to each channel of the next.
 
-    Sites are cuts: every path of the data passes each. With x the tensor of a site, a its
-    constants (the means of the sub-architecture, or zero), g the gradient of the task output at
-    the next site and J the derivative of the next site by this one, the flow from channel i to
-    channel j of the next site is ``F_ij = mean over images of sum over positions of
-    g_j J_ji (x_i - a_i)``: the first-order effect of i on the task output, as far as it passes j.
-    So what flows out of a channel is its effect, exactly: ``sum_j F_ij = mean of
-    sum of g_i (x_i - a_i)``. What flows into a channel is its effect minus its *source*: what
-    constants, biases and curvature inside the block bring (0 in a ReLU network without biases
-    whose closed channels are zero).
+    Sites are cuts: every path of the data passes each. With x the tensor of a site, a its constants
+    (the means of the sub-architecture, or zero), g the gradient of the task output at the next site
+    and J the derivative of the next site by this one, the flow from channel i to channel j of the
+    next site is ``F_ij = mean over images of sum over positions of g_j J_ji (x_i - a_i)``: the
+    first-order effect of i on the task output, as far as it passes j. So what flows out of a
+    channel is its effect, exactly: ``sum_j F_ij = mean of sum of g_i (x_i - a_i)``. What flows into
+    a channel is its effect minus its *source*: what constants, biases and curvature inside the
+    block bring (0 in a ReLU network without biases whose closed channels are zero).
 
     The images run through the *sub-architecture*, where closed channels let nothing through; for
     the whole network give ``SubArchitecture.full(sites)``. Where cells read two predecessors (as

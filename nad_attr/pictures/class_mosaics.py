@@ -116,12 +116,7 @@ class ClassMosaics(Result):
             for q, t in enumerate(quadrants)
         ]
 
-    def plot(
-        self,
-        *,
-        site: str | None = None,
-        to_pixels: ToPixels | None = None,
-    ) -> Figure:
+    def plot(self, *, site: str | None = None, to_pixels: ToPixels | None = None) -> Figure:
         """Draw each mosaic twice: as it is, and coloured by class.
 
         Each position has the colour of the class that has most to say there, the stronger the
@@ -129,8 +124,7 @@ class ClassMosaics(Result):
 
         Args:
             site: One site, or None: the mean over sites.
-            to_pixels: Undoes the network's preprocessing, see
-                :func:`nad_attr.pictures.as_pixels`.
+            to_pixels: Undoes the network's preprocessing, see :func:`nad_attr.pictures.as_pixels`.
 
         Returns:
             A figure with one row per mosaic.

@@ -128,8 +128,7 @@ class ContrastMaps(Result):
         Args:
             images: The images that the maps are of, (N, C, H, W).
             site: One site, or None: the mean over sites.
-            to_pixels: Undoes the network's preprocessing, see
-                :func:`nad_attr.pictures.as_pixels`.
+            to_pixels: Undoes the network's preprocessing, see :func:`nad_attr.pictures.as_pixels`.
             titles: What to call each image.
 
         Returns:

@@ -277,9 +277,7 @@ def draw_top_images(
     task = found.architecture.task
     whose = "" if task is None else f" kept for task {task}"
     figure.suptitle(
-        f"channels of {site}{whose}: images that drive them most",
-        fontsize=TITLE_SIZE,
-        color=INK,
+        f"channels of {site}{whose}: images that drive them most", fontsize=TITLE_SIZE, color=INK
     )
     return figure
 

@@ -131,8 +131,7 @@ class TopImages(Result):
             crop: Show only a square around the highest activation, of this share of the image's
                 shorter side. None: the whole image.
             threshold: Not dimmed: where the activation is above this share of its highest one.
-            to_pixels: Undoes the network's preprocessing, see
-                :func:`nad_attr.pictures.as_pixels`.
+            to_pixels: Undoes the network's preprocessing, see :func:`nad_attr.pictures.as_pixels`.
             run: How to run the network; see :class:`nad_attr.RunOptions`.
 
         Returns:
@@ -280,9 +279,7 @@ class _Best:
 
 
 def _chosen_channels(
-    arch: SubArchitecture,
-    sites: Sequence[str] | None,
-    channels: Mapping[str, Any] | None,
+    arch: SubArchitecture, sites: Sequence[str] | None, channels: Mapping[str, Any] | None
 ) -> dict[str, Tensor]:
     known = {site.name: site.n_channels for site in arch.sites}
     wanted = list(known) if sites is None else list(sites)

@@ -308,11 +308,7 @@ def _network(origin: Mapping[str, Any]) -> str:
 
 
 def _facts(
-    gates: TaskGates,
-    origin: Mapping[str, Any],
-    file: str | None,
-    results: Results,
-    bits: int,
+    gates: TaskGates, origin: Mapping[str, Any], file: str | None, results: Results, bits: int
 ) -> list[tuple[str, str]]:
     environment = origin.get("environment")
     environment = environment if isinstance(environment, dict) else {}
@@ -358,10 +354,7 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
         )
     if results.verdict is None:
         found.append(
-            (
-                "a verdict on each class",
-                f"nad-attr verdict {file} --held-out HELD_OUT --out {file}",
-            )
+            ("a verdict on each class", f"nad-attr verdict {file} --held-out HELD_OUT --out {file}")
         )
     if results.evaluation is not None and not results.evaluation.rivals:
         found.append(("other methods at equal size", f"{measured} --with taylor --with neuron-mct"))

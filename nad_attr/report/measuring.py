@@ -196,10 +196,7 @@ def measure(
             or []
         )
     if "flow" in parts:
-        results.flow = attempt(
-            "flow",
-            lambda: flow_part(_flows(model, gates, sample, run)),
-        )
+        results.flow = attempt("flow", lambda: flow_part(_flows(model, gates, sample, run)))
     album = Album(sample.source)
     calls: NDArray[np.int64] | None = None
     if "pictures" in parts or "errors" in parts:

@@ -489,10 +489,7 @@ def _errors(part: dict[str, Any]) -> str:
         for k in hits:
             value, null = row["hits"].get(k), (row.get("null") or {}).get(k)
             p = (row.get("p") or {}).get(k)
-            cells += [
-                f"{_shown(value)} ({_shown(null)})",
-                "–" if p is None else f"{p:.2g}",
-            ]
+            cells += [f"{_shown(value)} ({_shown(null)})", "–" if p is None else f"{p:.2g}"]
         rows.append([row["name"], *cells, _shown(row.get("mrr"))])
     header = ["ranked by"]
     for k in hits:

@@ -137,9 +137,7 @@ def is_plain_model(name: object, arguments: object = None) -> bool:
         False
     """
     if not isinstance(name, str) or not re.fullmatch(
-        r"torchvision:\w+(:\w*)?|timm:[A-Za-z][\w.-]*(:(none|random|untrained))?",
-        name,
-        re.ASCII,
+        r"torchvision:\w+(:\w*)?|timm:[A-Za-z][\w.-]*(:(none|random|untrained))?", name, re.ASCII
     ):
         return False
     given = {} if arguments is None else arguments

@@ -134,11 +134,7 @@ class _Photos(Dataset[Any]):
     """What the readers share: reading a photo, and colours of it."""
 
     def __init__(
-        self,
-        concepts: Sequence[Concept],
-        size: Size,
-        transform: Transform | None,
-        colours: bool,
+        self, concepts: Sequence[Concept], size: Size, transform: Transform | None, colours: bool
     ) -> None:
         self.size, self.transform, self.colours = _size(size), transform, colours
         self._n_given = len(concepts)

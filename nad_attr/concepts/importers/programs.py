@@ -225,10 +225,7 @@ def _broden(label: str, category: str, clean: bool, row: Row) -> Concept:
 
 
 def import_dissect_report(
-    paths: Mapping[str, StrPath],
-    *,
-    quantile: float | None = 0.01,
-    iou_threshold: float = 0.04,
+    paths: Mapping[str, StrPath], *, quantile: float | None = 0.01, iou_threshold: float = 0.04
 ) -> UnitConcepts:
     """Read ``report.json`` of dissect (Bau et al. 2020), one file per layer.
 

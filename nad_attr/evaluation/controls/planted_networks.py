@@ -70,11 +70,10 @@ class Group:
     """Channels with one role; the same ones at every gate site.
 
     Attributes:
-        role: "circuit" (evidence for class ``of``), "inhibitor" (fires on class ``of``, and
-            speaks against the next class), "shared" (used by class ``of`` and the one before),
+        role: "circuit" (evidence for class ``of``), "inhibitor" (fires on class ``of``, and speaks
+            against the next class), "shared" (used by class ``of`` and the one before),
             "distractor" (fires on class ``of``, is read by nothing that reaches a logit), "pair"
-            (two equal channels with opposite weights after each other), "constant" or
-            "background".
+            (two equal channels with opposite weights after each other), "constant" or "background".
         of: The class, or number of the group; 0 where there is only one.
         copy: Which of several copies that each suffice.
         slots: The channels' numbers before they are scattered.
@@ -456,11 +455,7 @@ def build_network(
             block = PlantedBlock(width)
             inner = Scattered(plan.places(), plan.gains())
             weights, bias = plan.wiring()
-            _set(
-                block.conv1,
-                inner.rows(here.columns(_spread(plan, weights))),
-                inner.rows(bias),
-            )
+            _set(block.conv1, inner.rows(here.columns(_spread(plan, weights))), inner.rows(bias))
             weights, bias = plan.wiring()
             # The stream keeps its places and activation sizes: it is added to.
             _set(block.conv2, here.rows(inner.columns(_spread(plan, weights))), here.rows(bias))

@@ -180,8 +180,7 @@ def cascading_randomisation(
         data: Images, for the order in which layers run and for BatchNorms' statistics.
         seed: Of the draws; a layer is the same in all copies that have it redrawn, and in
             ``random_weights(model, seed, data=data)``, which the last copy equals.
-        stages: Number of copies, evenly spaced over the layers with parameters; None: one for
-            each.
+        stages: Number of copies, evenly spaced over the layers with parameters; None: one for each.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Yields:

@@ -86,7 +86,7 @@ class Stability(Result):
     images: Mapping[int, FloatArray]
 
     _AXES: ClassVar[Mapping[str, str]] = {
-        **{"tasks": "T", "seeds": "pairs T", "halves": "seeds T", "images": "T"},
+        **{"tasks": "T", "seeds": "pairs T", "halves": "seeds T", "images": "T"}
     }
 
     def _derived(self) -> dict[str, Any]:

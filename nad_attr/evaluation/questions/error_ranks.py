@@ -19,12 +19,7 @@ from nad_attr.stats.bootstrap import bootstrap_means, interval_of
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.results import Result
 
-__all__ = [
-    "PartialCorrelation",
-    "RankStatistics",
-    "error_ranks",
-    "partial_rank_correlation",
-]
+__all__ = ["PartialCorrelation", "RankStatistics", "error_ranks", "partial_rank_correlation"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 

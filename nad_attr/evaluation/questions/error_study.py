@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr.evaluation.questions.error_ranks import (
-    DECIMALS,
-    PartialCorrelation,
-    RankStatistics,
-)
+from nad_attr.evaluation.questions.error_ranks import DECIMALS, PartialCorrelation, RankStatistics
 from nad_attr.stats.p_values import least_p, permutation_p
 from nad_attr.stats.results import Result
 from nad_attr.stats.tables import number, pandas, table

@@ -186,10 +186,7 @@ class _ClassMeans:
 
 
 def _clean_pass(
-    runner: Runner,
-    source: Source,
-    tasks: Sequence[int],
-    classifier: str | None,
+    runner: Runner, source: Source, tasks: Sequence[int], classifier: str | None
 ) -> tuple[NDArray[np.int64], dict[str, FloatArray], dict[str, str]]:
     """The whole network's prediction for each image, and what the controls need.
 
@@ -241,25 +238,14 @@ def _share_right(logits: Tensor, y: Tensor) -> float:
 
 
 def _vote(
-    runner: Runner,
-    given: NamedArchitectures,
-    source: Source,
-    *,
-    n_random: int,
-    seed: int,
+    runner: Runner, given: NamedArchitectures, source: Source, *, n_random: int, seed: int
 ) -> Voting:
     archs = list(given.architectures)
     for draw in range(n_random):
         archs += random_architectures(given.architectures, draw=draw, seed=seed)
     with runner.bar(len(source.labels), "voting") as bar:
         said = answers(
-            runner,
-            archs,
-            source,
-            ablation=None,
-            bar=bar,
-            columns=given.tasks,
-            own_only=True,
+            runner, archs, source, ablation=None, bar=bar, columns=given.tasks, own_only=True
         )
     n = len(given.tasks)
     y = rows_of(source.labels, single_classes(given))

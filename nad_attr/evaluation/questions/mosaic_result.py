@@ -189,11 +189,7 @@ class MosaicResult(Result):
         }
         for measure in ("excess", "difference"):
             low, high = self.interval(measure)
-            columns |= {
-                measure: self.mean(measure),
-                f"{measure}_low": low,
-                f"{measure}_high": high,
-            }
+            columns |= {measure: self.mean(measure), f"{measure}_low": low, f"{measure}_high": high}
         return pd.DataFrame(columns, index=pd.Index(list(self.sites), name="site"))
 
     def summary(self) -> str:

@@ -222,8 +222,7 @@ class Curves(Result):
 
         Args:
             kind: ``"keep"``: the measure of S(p); ``"ablate"``: of N(p); ``"faithfulness"``:
-                :func:`faithfulness` of S(p); ``"completeness"``: of S(p), whose complement is
-                N(p).
+                :func:`faithfulness` of S(p); ``"completeness"``: of S(p), whose complement is N(p).
             measure: One of ``measures``.
 
         Raises:
@@ -312,12 +311,7 @@ class Curves(Result):
         return intervals(self.values(kind, measure), level, n_draws, seed)
 
     def delta_interval(
-        self,
-        measure: str | None = None,
-        *,
-        level: float = 0.95,
-        n_draws: int = 2000,
-        seed: int = 0,
+        self, measure: str | None = None, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
     ) -> tuple[float, float]:
         """Bootstrap interval of the mean :meth:`delta` over tasks; see :meth:`interval`."""
         low, high = intervals(self.delta(measure), level, n_draws, seed)
@@ -529,14 +523,7 @@ def curves(
     if optimal:
         known = [False, *(k for share in shares for k in (ranking.has_constants(share), False))]
         groups = own_constants(model, groups, train_data, known, recipe_of(scores_or_gates), run)
-    grid = measure_grid(
-        model,
-        groups,
-        data,
-        ablation=prepared,
-        others=others,
-        run=run,
-    )
+    grid = measure_grid(model, groups, data, ablation=prepared, others=others, run=run)
     return Curves(
         tasks=ranking.tasks,
         task_names=ranking.task_names,

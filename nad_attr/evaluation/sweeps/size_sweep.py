@@ -144,13 +144,7 @@ class SizeSweep(Result):
         return nan_mean(self.values(method, measure).T)
 
     def interval(
-        self,
-        method: str,
-        measure: str,
-        *,
-        level: float = 0.95,
-        n_draws: int = 2000,
-        seed: int = 0,
+        self, method: str, measure: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
     ) -> tuple[FloatArray, FloatArray]:
         """Bootstrap interval of the mean over tasks, (S,) each; NaN with less than two tasks.
 
@@ -533,14 +527,7 @@ def size_sweep(
     if optimal:
         recipe = recipe_of(named[gated[0]]) if gated else None
         groups = own_constants(model, groups, train_data, known, recipe, run)
-    grid = measure_grid(
-        model,
-        groups,
-        data,
-        ablation=prepared,
-        others=others,
-        run=run,
-    )
+    grid = measure_grid(model, groups, data, ablation=prepared, others=others, run=run)
     n, n_named = len(shares), len(named)
     blocks = {
         measure: values.reshape(n_named + n_random, n, len(like.tasks))
