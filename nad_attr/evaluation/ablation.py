@@ -22,7 +22,7 @@ from nad_attr.gating.hooks import channel_shape, expand, installed, multiply, si
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
-from nad_attr.system.rng import seed_of
+from nad_attr.system.rng import permutation
 
 __all__ = [
     "ABLATIONS",
@@ -603,8 +603,7 @@ def _summed(values: Tensor, over: list[int]) -> Tensor:
 def _donor_pool(runner: Runner, source: Source, n_donors: int, seed: int) -> ResampleAblation:
     """Images of all classes in turn, in an order that the seed draws."""
     _, labels = patterns(source.labels)
-    generator = torch.Generator().manual_seed(seed_of(seed, "donors"))
-    order = torch.randperm(len(labels), generator=generator, device="cpu")
+    order = permutation(len(labels), seed, "donors")
     # How many of its class come before each image, in that order.
     same = labels[order].argsort(stable=True)
     ordered = labels[order][same]

@@ -48,7 +48,7 @@ from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunFields, RunOptions, as_options
 from nad_attr.running.workers import Workers, in_order
 from nad_attr.stats.pairs import overlap_matrix
-from nad_attr.system.rng import seed_of
+from nad_attr.system.rng import permutation, seed_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -260,8 +260,7 @@ def _some(data: Data, n: int, seed: int) -> Source:
     source = as_source(data, any_labels=True)
     if len(source.labels) <= n:
         return source
-    generator = torch.Generator().manual_seed(seed_of(seed, "learned from"))
-    rows = torch.randperm(len(source.labels), generator=generator, device="cpu")[:n]
+    rows = permutation(len(source.labels), seed, "learned from")[:n]
     return ChosenSource(source, rows.sort().values)
 
 

@@ -110,12 +110,7 @@ class TaskFlow:
 
 @dataclass(frozen=True, eq=False)
 class EdgeSet:
-    """The edges between sites, cut in two.
-
-    Attributes:
-        kept: Those that stay.
-        cut: The others.
-    """
+    """The edges between sites: those that stay, and those that are cut."""
 
     kept: list[Edge]
     cut: list[Edge]

@@ -10,13 +10,19 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["isolated_rng", "random_states", "seed_all", "seed_of"]
+__all__ = ["isolated_rng", "permutation", "random_states", "seed_all", "seed_of"]
 
 
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from anything with a stable ``repr``: equal on every machine and run."""
     digest = hashlib.sha256("/".join(map(repr, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def permutation(n: int, *parts: object) -> torch.Tensor:
+    """The numbers from 0 to n - 1 in an order that :func:`seed_of` the parts draws: int64 (n,)."""
+    generator = torch.Generator().manual_seed(seed_of(*parts))
+    return torch.randperm(n, generator=generator, device="cpu")
 
 
 def _generators() -> list[torch.Generator]:

@@ -1,7 +1,7 @@
-"""Keep and ablate curves: what the top channels do alone, and what is left without them.
+"""Keep and ablate curves: the top channels alone, and the network without them.
 
-S(p) keeps the top share p of the channels, N(p) removes it. A ranking that puts what a task needs
-first has S high and N low from small p on: delta is the area between the two.
+S(p) keeps the top share p of the channels, N(p) removes it. A good ranking has S high and N low
+from small p on: delta is the area between the two.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def area_under(sizes: ArrayLike, values: ArrayLike) -> FloatArray:
 def faithfulness(values: ArrayLike, empty: ArrayLike, full: ArrayLike) -> FloatArray:
     """Normalised faithfulness ``F = (M(g) - M(empty)) / (M(full) - M(empty))``.
 
-    0: no better than a network with all channels closed; 1: as good as the whole network. Works as
-    well for measures where less is better.
+    0: no better than a network with all channels closed; 1: as good as the whole network. Also for
+    measures of which less is better.
 
     Args:
         values: M of the sub-architectures.
@@ -238,10 +238,7 @@ class Curves(Result):
         return scaled(measured, self.empty[measure][:, None], self.full[measure][:, None])
 
     def ends(self, kind: str = "keep", measure: str | None = None) -> tuple[FloatArray, FloatArray]:
-        """The curve's ends at size 0 and size 1, (T,) each, which need no measurement.
-
-        Nothing kept is the empty network, nothing removed the whole one.
-        """
+        """The curve's ends at size 0 and size 1, (T,) each: the empty and the whole network."""
         measure = self._measure(measure)
         self.values(kind, measure)
         low, high = self.empty[measure], self.full[measure]
@@ -251,15 +248,19 @@ class Curves(Result):
             return high.copy(), low.copy()
         return faithfulness(low, low, high), faithfulness(high, low, high)
 
+    def with_ends(self, kind: str, measure: str | None = None) -> tuple[FloatArray, FloatArray]:
+        """The sizes from 0 to 1, (S + 2,), and the curve with its ends, (T, S + 2)."""
+        first, last = self.ends(kind, measure)
+        values = np.concatenate([first[:, None], self.values(kind, measure), last[:, None]], axis=1)
+        return np.concatenate([[0.0], self.sizes, [1.0]]), values
+
     def area(self, kind: str = "keep", measure: str | None = None) -> FloatArray:
         """Area under a curve from size 0 to size 1 (:func:`area_under`), (T,).
 
         Raises:
             ValueError: If there is no such curve or measure.
         """
-        first, last = self.ends(kind, measure)
-        values = np.concatenate([first[:, None], self.values(kind, measure), last[:, None]], axis=1)
-        return area_under(np.concatenate([[0.0], self.sizes, [1.0]]), values)
+        return area_under(*self.with_ends(kind, measure))
 
     def delta(self, measure: str | None = None) -> FloatArray:
         """Area under S minus area under N, (T,).
@@ -336,13 +337,8 @@ class Curves(Result):
                 "curve": kind,
                 "size": np.tile(np.concatenate([[0.0], self.sizes, [1.0]]), n_tasks),
             }
-            for measure in self.measures:
-                first, last = self.ends(kind, measure)
-                inner = self.values(kind, measure)
-                columns[measure] = np.concatenate(
-                    [first[:, None], inner, last[:, None]], axis=1
-                ).ravel()
-            parts.append(pd.DataFrame(columns))
+            measured = {m: self.with_ends(kind, m)[1].ravel() for m in self.measures}
+            parts.append(pd.DataFrame(columns | measured))
         return pd.concat(parts, ignore_index=True)
 
     _AXES: ClassVar[Mapping[str, str]] = {
@@ -351,24 +347,18 @@ class Curves(Result):
     }
 
     def _derived(self) -> dict[str, Any]:
-        delta = {
-            measure: {
-                "mean": nan_mean(self.delta(measure)),
-                "interval_95": self.delta_interval(measure),
-                "tasks": self.delta(measure),
-            }
-            for measure in self.measures
-        }
-        scaled = ("faithfulness", "completeness")
-        more = {}
+        found: dict[str, Any] = {"delta": {}}
+        for m in self.measures:
+            each = self.delta(m)
+            row = {"mean": nan_mean(each), "interval_95": self.delta_interval(m), "tasks": each}
+            found["delta"][m] = row
         if self.requested == MIB_SIZES:
             areas = {m: self.circuit_areas(m) for m in self.measures}
-            more = {n: {m: a[i] for m, a in areas.items()} for i, n in enumerate(("cpr", "cmd"))}
-        return {
-            "delta": delta,
-            **more,
-            **{kind: {m: self.values(kind, m) for m in self.measures} for kind in scaled},
-        }
+            for i, name in enumerate(("cpr", "cmd")):
+                found[name] = {m: area[i] for m, area in areas.items()}
+        for kind in ("faithfulness", "completeness"):
+            found[kind] = {m: self.values(kind, m) for m in self.measures}
+        return found
 
     def summary(self, measure: str | None = None) -> str:
         """A table as plain text: the mean curves with their 95 % intervals, and delta."""
@@ -474,16 +464,15 @@ def curves(
         sizes: Shares of the channels, in (0, 1].
         measure: The measure that is shown where none is named; all are measured.
         per_site: Keep (remove) this share at each site, rather than of all channels together.
-        ablation: What stands in place of closed channels: one of
+        ablation: What replaces closed channels: an ablation of
             :func:`nad_attr.evaluation.fit_ablation`, or the name of a kind (``"zero"``, ``"mean"``,
-            ``"other_mean"``, ``"resample"``, ``"noise"``), fitted to ``train_data``. "optimal":
-            for each size and task the constants that keep the task output best, of the kept
-            channels and of the removed alike (:func:`nad_attr.fit_constants`, with the gates' own
-            recipe); those that gates were learned with stay. None: what the gates were learned
-            with, zero for scores.
+            ``"other_mean"``, ``"resample"``, ``"noise"``), fitted to ``train_data``. "optimal": for
+            each size and task the constants that keep the task output best, of kept and of removed
+            channels alike (:func:`nad_attr.fit_constants`, with the gates' own recipe); those that
+            gates were learned with stay. None: what the gates were learned with, zero for scores.
         train_data: Images to fit a named ablation to, other than ``data``.
-        others: Measure the outputs of the other tasks as well: other AUC and disentanglement.
-            Without, T times fewer answers have to be kept.
+        others: Measure the outputs of the other tasks as well (other AUC, disentanglement), which
+            keeps T times more answers.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
@@ -514,9 +503,8 @@ def curves(
     if lacking := ranking.missing(shares):
         raise ValueError(lacking)
     optimal = ablation == OPTIMAL
-    prepared = fitted(
-        model, ranking.sites, ranking.tasks, None if optimal else ablation, train_data, run
-    )
+    kind = None if optimal else ablation
+    prepared = fitted(model, ranking.sites, ranking.tasks, kind, train_data, run)
     kept = [ranking.sub_architectures(share, per_site=per_site) for share in shares]
     groups: list[list[SubArchitecture]] = [[arch & ~arch for arch in kept[0]]]
     groups += [group for archs in kept for group in (archs, [~arch for arch in archs])]
