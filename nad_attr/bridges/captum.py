@@ -396,17 +396,8 @@ def _one_tensor(attributions: Any) -> Tensor:
 def input_shaped(attributions: Tensor, inputs: Tensor) -> Tensor:
     """A layer's attribution in the shape of the images: channels summed, positions interpolated.
 
-    The sum over an image is kept; its colour channels get equal parts.
-
-    Args:
-        attributions: Of a layer of channels first, (B, K, h, w), or already (B, C, H, W).
-        inputs: Images (B, C, H, W).
-
-    Returns:
-        (B, C, H, W).
-
-    Raises:
-        ValueError: If one has another number of axes.
+    The sum over an image stays the same; its colour channels get equal parts. Attributions are
+    (B, K, h, w) of a layer of channels first, or already (B, C, H, W).
 
     Example:
         >>> shaped = input_shaped(torch.ones(1, 5, 2, 2), torch.zeros(1, 3, 8, 8))

@@ -289,11 +289,8 @@ def _some(data: Any) -> Any:
 def _first_alone(trainer: Any, work: Callable[[], None]) -> None:
     """Let the first process work and the others wait for it, also if it fails.
 
-    A barrier would have them wait forever for one that has failed, and NCCL's gives up after
-    minutes.
-
-    Raises:
-        RuntimeError: On the others, if the work fails.
+    After a failure a barrier would have them wait forever, or until NCCL gives up. They raise a
+    RuntimeError then.
     """
     error: BaseException | None = None
     if trainer.is_global_zero:

@@ -118,12 +118,7 @@ def _gate_vectors(
 
 
 def _named(names: Names, n: int, what: str, default: Callable[[int], str]) -> list[str]:
-    """One text for each of n classes.
-
-    Raises:
-        TypeError: If they are something else.
-        ValueError: If a class is missing or two share a text.
-    """
+    """One text for each of n classes."""
     if names is None:
         found = [default(k) for k in range(n)]
     elif isinstance(names, str) or not isinstance(names, (Mapping, Sequence)):
@@ -172,18 +167,14 @@ def _project(
 
 @contextmanager
 def _appearing(folder: Path, overwrite: bool, source: Path | None) -> Iterator[Path]:
-    """A folder beside the wanted one; what is in it at the end is moved there, all or nothing.
+    """A folder beside the wanted one; its files are moved there at the end, all or nothing.
 
-    A new folder appears in one step. In one that is there, an earlier project's files are put
-    aside first, its project file before all others, and put back if anything fails.
-
-    Args:
-        folder: The wanted one.
-        overwrite: Whether to replace a project that is there.
-        source: The file of the gates, which is not replaced.
+    A new folder appears in one step. In an existing one, an earlier project's files are put aside
+    first (its project file before all others), and put back if anything fails. ``source``, the
+    file of the gates, is not replaced.
 
     Raises:
-        FileExistsError: If there is a project already.
+        FileExistsError: If there is a project already, and ``overwrite`` is false.
     """
     files = (DATASET, ATTRIBUTION, LABEL_MAP, GATES, ACTIVATIONS, PROJECT)
     there = [name for name in files if os.path.lexists(folder / name)]
@@ -223,8 +214,7 @@ def _appearing(folder: Path, overwrite: bool, source: Path | None) -> Iterator[P
 def _exchange(made: Path, folder: Path, before: Path, files: Sequence[str]) -> None:
     """Put a folder's files aside and others in their place, or leave everything as it is.
 
-    Raises:
-        OSError: If that failed; says where the old files are if they could not be put back.
+    The OSError of a failure says where the old files are if they could not be put back.
     """
 
     def move(source: Path, target: Path, names: Iterable[str]) -> None:
@@ -251,11 +241,7 @@ def _exchange(made: Path, folder: Path, before: Path, files: Sequence[str]) -> N
 
 @torch.no_grad()
 def _n_outputs(job: _Job) -> int:
-    """The number of the network's outputs, found with one image.
-
-    Raises:
-        ValueError: If labels or gates name a class that it has none for.
-    """
+    """The number of the network's outputs, found with one image."""
     (inputs,) = job.runner.draw(job.source, [[int(job.index[0])]])
     only_images(inputs)
     n = job.runner(inputs).shape[1]
@@ -327,10 +313,7 @@ def _write_attributions(job: _Job, path: Path, outputs: FloatArray) -> FloatArra
 
 @torch.no_grad()
 def _activation_vectors(runner: Runner, arch: SubArchitecture, x: Tensor) -> FloatArray:
-    """Each channel's gated activation less its ablation value, mean over positions: (B, C).
-
-    Zero for closed channels.
-    """
+    """Each channel's gated activation less its ablation value, mean over positions: (B, C)."""
     parts = []
     with arch.applied(runner.model), recorded(runner.model, arch.sites) as activations:
         runner((x,))

@@ -67,11 +67,7 @@ def model_arguments(items: Sequence[str] | None) -> dict[str, Any]:
 
 
 def chosen_device(name: str | None) -> str:
-    """The device of that name, or CUDA if there is one.
-
-    Raises:
-        UsageError: If it is not there.
-    """
+    """The device of that name, or CUDA if there is one."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -172,11 +168,7 @@ HEADS_READ, SIZES_COMPARED = 2000, 8
 
 
 def _check_shapes(images: ImageFolderData | PhotoTable, transform: Transform) -> None:
-    """Refuse pictures that have several sizes after the transform: no batch can hold them.
-
-    Raises:
-        UsageError: Names two of them.
-    """
+    """Refuse pictures that have several sizes after the transform: no batch can hold them."""
     from PIL import Image
 
     known: dict[tuple[int, int], int] = {}
@@ -210,13 +202,8 @@ def check_outputs(
 ) -> None:
     """Refuse to write where something would be lost, before any work is done.
 
-    Args:
-        outputs: Files to write, and of which kind, see :func:`nad_attr.system.files.check_output`;
-            None is not asked for.
-        inputs: Files and folders that are read, also as names of data; None is not given.
-
-    Raises:
-        UsageError: Says what would be lost.
+    ``outputs`` are files and their kinds, see :func:`nad_attr.system.files.check_output`;
+    ``inputs`` are files and folders that are read, also as names of data. None is left out.
     """
     places = [place for given in inputs if given is not None for place in _places(str(given))]
     wanted = [(path, kind) for path, kind in outputs if path is not None]
@@ -233,9 +220,6 @@ def check_result(out: Path | None, gates: Path, inputs: Iterable[object], *, csv
     """Refuse an output file that has an unknown suffix or is also an input.
 
     An HDF5 file may be that of the gates: the result is written beside them.
-
-    Raises:
-        UsageError: Says what is wrong.
     """
     text = (".json", ".csv") if csv else (".json",)
     if out is not None and out.suffix not in (*text, ".h5", ".hdf5"):
@@ -252,13 +236,7 @@ def _places(name: str) -> tuple[str, ...]:
 
 
 def check_folder(data: str, labels: Path | None = None) -> None:
-    """Refuse a folder that does not exist, before a network is made.
-
-    With a table of labels, any folder will do.
-
-    Raises:
-        FileNotFoundError: If the name can only be that of a folder, and there is none.
-    """
+    """Refuse data that can only name a folder, and none is there, before a network is made."""
     if labels is not None:
         if not Path(data).is_dir():
             raise FileNotFoundError(f"there is no folder {data}.")
@@ -345,9 +323,9 @@ def rebuilt(
 ) -> Opened:
     """The network that gates were learned on, made again and compared.
 
-    A file from elsewhere may name any function and any file. Taken from it are plain names of
-    architectures (:func:`nad_attr.specs.is_plain_model`) and numbers of transforms; the rest has
-    to be said on the command line, or to be trusted.
+    A file from elsewhere may name any function and any file. Only plain names of architectures
+    (:func:`nad_attr.specs.is_plain_model`) and numbers of transforms are taken from it; the command
+    line has to say or trust the rest.
 
     Raises:
         SpecError: If the store does not say how to make it, says more than a file may, or it is
@@ -409,15 +387,7 @@ def rebuilt(
 
 
 def check_trust(named: Sequence[tuple[str, str]], trust: bool) -> None:
-    """Refuse what a file must not name, or print it before it is called.
-
-    Args:
-        named: Options that say the same, and their values.
-        trust: Whether the user trusts the file.
-
-    Raises:
-        SpecError: If not.
-    """
+    """Refuse what a file must not name; if the user trusts it, print that before it is called."""
     if not named:
         return
     said = " ".join(f"{option} {shown(shlex.quote(value))}" for option, value in named)

@@ -149,11 +149,7 @@ Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of all random numbers."
 
 
 def units_of(text: str | None) -> list[str]:
-    """The kinds of units that an option lists.
-
-    Raises:
-        UsageError: If there is no such kind.
-    """
+    """The kinds of units that an option lists."""
     listed = ["channels"] if text is None else [part.strip() for part in text.split(",")]
     for unit in listed:
         if unit not in UNITS:

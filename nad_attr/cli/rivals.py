@@ -45,11 +45,7 @@ METHODS = {
 
 
 def check_methods(names: Sequence[str] | None) -> list[str]:
-    """The methods of ``--with``.
-
-    Raises:
-        UsageError: If there is no such method.
-    """
+    """The methods of ``--with``."""
     unknown = [name for name in names or () if name not in METHODS]
     if unknown:
         raise UsageError(f"--with takes {', '.join(METHODS)}, got {unknown[0]!r}.")
@@ -67,17 +63,8 @@ def rivals_of(
 ) -> dict[str, list[SubArchitecture]]:
     """Each method's sub-architectures, of the sizes that those given have.
 
-    Args:
-        study: The network, its sites and the recipe of the gates: constants are fitted with as many
-            images and passes as it had.
-        names: Keys of :data:`METHODS`.
-        archs: Sub-architectures of T tasks.
-        data: Images to score channels on, and to fit constants to if those given have their own.
-        n_images: Of each class, at most.
-        run: How to run the network; see :class:`nad_attr.RunOptions`.
-
-    Raises:
-        SpecError: If there is no image of a task.
+    Channels are scored on the images, ``n_images`` of each class at most; constants are fitted to
+    them if those given have their own, with as many images and passes as the gates' recipe had.
     """
     model, seed, quiet = study.model, study.work.seed, study.work.quiet
     tasks = [arch.task for arch in archs if arch.task is not None]

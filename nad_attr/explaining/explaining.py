@@ -414,8 +414,8 @@ class _Work:
     def certain(self) -> ChannelCertainty | None:
         """The certainty of some of the tasks; None: of no task.
 
-        Task by task, each of which is kept at once: how many closings one needs shows when it is
-        done, and there are as many as cost no more than all else.
+        Each task is saved when it is done. The first shows how many closings a task needs; tasks
+        follow as long as they cost no more than everything else.
         """
         names = result_names(self.file)
         found = ChannelCertainty.load(self.file, "certainty") if "certainty" in names else None

@@ -51,10 +51,7 @@ SIZES = {
 def chosen_tasks(
     labels: Tensor, wanted: Sequence[object] | None, most: int, names: Mapping[Any, str]
 ) -> tuple[list[Task], int]:
-    """The tasks to explain: those that are named, or those with the most images.
-
-    Returns:
-        The tasks in order, and how many more there are images of.
+    """The tasks to explain, named or those with the most images, and how many more there are.
 
     Raises:
         ValueError: If a class has too few images to be explained, or there is no other class.

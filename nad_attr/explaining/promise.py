@@ -52,14 +52,14 @@ Passes = dict[str, int]
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured seconds.
+    """Measured seconds of one image.
 
     Attributes:
-        run: An image through the network.
-        learn: An image through the gated network and back, with what learning does beside it.
-        fit: The same where constants are fitted to given channels.
-        read: An image made ready.
-        setup: Checks of network and images before learning.
+        run: Through the network.
+        learn: Through the gated network and back, with the rest of a learning step.
+        fit: The same when constants are fitted to given channels.
+        read: Reading it.
+        setup: Checks of network and images before learning, in all.
     """
 
     run: float
@@ -82,8 +82,7 @@ class Promise:
     Attributes:
         seconds: ``{step: seconds}``, of the steps that are still to do.
         passes: ``{step: {kind: images}}``: "run" through the network, "learn" and "fit" through
-            the gated network and back, "back" back alone (for the flow, in pieces), "read" from
-            the data.
+            the gated network and back, "back" back alone (for the flow, in pieces), "read".
     """
 
     seconds: Mapping[str, float]
@@ -228,7 +227,7 @@ def all_else(every: Mapping[str, Passes]) -> int:
 
 
 def n_certain(every: Mapping[str, Passes], n_tasks: int) -> int:
-    """For how many tasks certainty costs no more than all other steps.
+    """The number of tasks for which certainty costs no more than all other steps.
 
     Example:
         >>> n_certain({"learning": {"learn": 100}, "certainty": {"run": 500, "learn": 100}}, 8)
@@ -264,16 +263,8 @@ def measured_rates(
 ) -> tuple[Rates, int]:
     """Time a few passes of each kind on the user's network and images.
 
-    Learning is really begun, on some of the images, and stopped after a few steps.
-
-    Args:
-        model: The network; unchanged afterwards.
-        learned: Images to learn from.
-        tasks: The tasks.
-        recipe: How they will be learned.
-        seed: Of the run.
-        run: How to run the network.
-        clock: Tells seconds.
+    Learning really starts, on some of the images, and stops after a few steps. ``clock`` gives
+    seconds.
 
     Returns:
         The rates, and how many channels a sub-architecture will keep.

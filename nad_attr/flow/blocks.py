@@ -56,7 +56,7 @@ class Gating:
 
 @dataclass(eq=False)
 class Blocks:
-    """A forward pass in pieces, by site: leaves for the next blocks, gated results of those before."""
+    """A forward pass in pieces: leaves, gated results, and the outputs (B, K) of the network."""
 
     leaves: dict[str, Tensor] = field(default_factory=dict)
     returned: dict[str, Tensor] = field(default_factory=dict)

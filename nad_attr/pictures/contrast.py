@@ -149,12 +149,7 @@ def two_architectures(
     tasks: tuple[object, object] | None,
     size: float | None,
 ) -> tuple[list[SubArchitecture], tuple[str, str]]:
-    """The two sub-architectures to contrast, and their names.
-
-    Raises:
-        TypeError: If they are something else.
-        ValueError: If they are not two, differ in sites or lack a task.
-    """
+    """The two sub-architectures to contrast, and their names."""
     if isinstance(architectures, TaskGates):
         wanted: Sequence[object] = architectures.tasks if tasks is None else tasks
         if len(wanted) != 2:

@@ -26,23 +26,14 @@ Measure: TypeAlias = Literal["evidence", "presence"]
 
 @dataclass(frozen=True, eq=False)
 class SiteMaps:
-    """Maps of a batch at the sites that have positions.
-
-    Attributes:
-        maps: ``{site name: float32 (B, H, W)}`` in forward order, on the CPU.
-        left_out: ``{site name: why it has no map}``.
-    """
+    """Maps of a batch, float32 (B, H, W) on the CPU, and why other sites have none."""
 
     maps: dict[str, Tensor]
     left_out: dict[str, str]
 
 
 def check_measure(measure: str) -> None:
-    """Check the name of a measure.
-
-    Raises:
-        ValueError: Names those that are.
-    """
+    """Check the name of a measure."""
     if measure not in ("evidence", "presence"):
         raise ValueError(f"measure must be 'evidence' or 'presence', got {measure!r}.")
 
@@ -93,20 +84,19 @@ def evidence_maps(
     """Maps of a batch inside one sub-architecture, summed over some channels at each site.
 
     ``evidence``: ``sum over channels of (a - m) * dz/da``, with ``a`` the activation inside the
-    sub-architecture, ``m`` what would replace it if it were closed (its mean, or zero) and ``z``
-    the task output: to first order, what the output would lose without the channel at this
-    position. Of either sign. ``presence``: ``sum of |a - m|``, which asks for no output.
+    sub-architecture, ``m`` its value if it were closed (its mean, or zero) and ``z`` the task
+    output: to first order, the loss of the output without the channel at this position. Of either
+    sign. ``presence``: ``sum of |a - m|``, without an output.
 
     Args:
         runner: The network and how it is called.
         arch: The sub-architecture.
         task: Whose output.
         images: (B, C, H, W), where the network is.
-        channels: ``{site name: bool (C,)}``, which channels to sum over; sites that are not named
-            have no map.
+        channels: ``{site name: bool (C,)}``, which channels to sum over; other sites have no map.
         measure: See above.
-        prefix_tokens: Tokens that stand for no position, in front of those that do. None: none or
-            one, as their number says.
+        prefix_tokens: Tokens without a position, before the others. None: none or one, as their
+            number says.
     """
     check_measure(measure)
     sites = [site for site in arch.sites if site.name in channels]

@@ -140,7 +140,7 @@ def coloured_by_class(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mosaics as pictures, and coloured: (M, H, W, 3) in [0, 1] each.
 
-    Each position has the colour of the class that has most to say there, the stronger the more.
+    Each position has the colour of the class with the most evidence there.
     """
     colours = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in PALETTE[:4]])
     rgb = _rgb(found.images, to_pixels)
@@ -297,7 +297,7 @@ def draw_heat_maps(
         images: (N, C, H, W).
         columns: ``{title: heat-maps (N, C or 1, H, W)}``; colours are summed.
         to_pixels: Undoes the network's preprocessing, see :func:`nad_attr.pictures.as_pixels`.
-        titles: What to call each image.
+        titles: A title for each image.
 
     Returns:
         A figure with one row per image: the image, then one column for each entry.

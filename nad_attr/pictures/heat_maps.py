@@ -57,9 +57,6 @@ def class_architectures(
 ) -> dict[int, SubArchitecture]:
     """The sub-architecture of each class; the classes of a group have the group's.
 
-    Raises:
-        ValueError: If a class belongs to two tasks.
-
     Example:
         >>> from nad_attr.sites import GateSite
         >>> arch = SubArchitecture.from_kept({}, [GateSite("a", 2, 1)], task=(3, 5))
@@ -77,11 +74,7 @@ def class_architectures(
 
 
 def as_targets(targets: int | Tensor | Sequence[int], n: int) -> Tensor:
-    """One class index for each of n images: int64 (n,).
-
-    Raises:
-        ValueError: If they are something else.
-    """
+    """One class index for each of n images: int64 (n,)."""
     try:
         chosen = tensor_of(targets)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -142,11 +135,7 @@ def run_method(
 ) -> Tensor:
     """One batch's heat-maps through one sub-architecture, checked and on the CPU.
 
-    Shaped as ``x``, or with one channel.
-
-    Raises:
-        TypeError: If the method returns no tensor.
-        ValueError: If it returns another shape, or values that are not finite.
+    They have the shape of ``x``, or one channel.
     """
     n, fixed = len(x), runner.fixed_batch
     if fixed is not None:

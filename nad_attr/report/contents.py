@@ -32,22 +32,7 @@ BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, R
 
 @dataclass(frozen=True)
 class Contents:
-    """A page's contents.
-
-    Attributes:
-        title: Of the page.
-        first: What was asked, the answer, how sure, compared with what.
-        questions: What a newcomer asks, answered.
-        sentences: The numbers in sentences.
-        verdict: Answers to each question, a row for each class.
-        where: See :func:`nad_attr.report.where.where_part`.
-        facts: (name, value) of where everything comes from.
-        missing: (what is not there, how to get it).
-        data: For the page's program, as JSON can hold it.
-        gates: One line of base64 for each task.
-        statistics: Named tables.
-        notes: What did not work.
-    """
+    """A page's contents: ``data`` for its program, a line of base64 in ``gates`` for each task."""
 
     title: str
     first: dict[str, str]
@@ -388,11 +373,7 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
 
 
 def check_parts(found: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a saved part that lacks what the page reads of it.
-
-    Raises:
-        ValueError: If a name is not there.
-    """
+    """Refuse a saved part that lacks a name that the page reads."""
     for name in names:
         if name not in found:
             raise ValueError(f"{name!r} is missing")

@@ -59,15 +59,7 @@ _EXAMPLES, _TOP = 12, 5
 
 
 class Sample:
-    """Some of the images, read into memory once.
-
-    Attributes:
-        source: Where they come from.
-        numbers: Their numbers there.
-        inputs: The network's inputs.
-        labels: int64 (N,) or (N, K), see :mod:`nad_attr.data.labels`.
-        targets: float64 (N, K) of regression, or None.
-    """
+    """Some of the images, read into memory once; ``numbers`` are theirs in the source."""
 
     def __init__(self, source: Source, numbers: list[int], inputs: tuple[Tensor, ...]) -> None:
         self.source, self.numbers, self.inputs = source, numbers, inputs
@@ -113,12 +105,7 @@ def evenly(labels: Tensor, n: int, seed: int) -> list[int]:
 
 
 def sampled(data: Any, n_images: int, *, seed: int = 0) -> Sample:
-    """Read at most ``n_images`` images, evenly over their classes.
-
-    Raises:
-        TypeError: If ``data`` is nothing that images come from.
-        ValueError: If it is empty or holds NaN.
-    """
+    """Read at most ``n_images`` images, evenly over their classes."""
     source = as_source(data, any_labels=True)
     if len(source.labels) <= n_images and isinstance(source, TensorSource):
         return Sample(source, list(range(len(source.labels))), source.inputs)
@@ -224,12 +211,9 @@ def measure(
 
 
 def export_part(model: nn.Module, gates: TaskGates, inputs: Sequence[Tensor]) -> dict[str, Any]:
-    """What classes' networks cost by themselves, beside the whole one.
+    """Costs of classes' networks by themselves, beside the whole one.
 
-    Returns:
-        ``rows`` of the whole network and some classes, each with ``name``, ``parameters``,
-        ``multiply_adds`` and ``seconds`` (one image, on this machine); ``stays_whole``, modules
-        that could not be cut; ``pixels``.
+    ``seconds`` are of one image, on this machine; ``stays_whole``: modules that could not be cut.
     """
     place = next(model.parameters(), inputs[0])
     image = tuple(x[:1].to(place.device) for x in inputs)

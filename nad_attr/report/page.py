@@ -262,8 +262,7 @@ def _where(part: Sequence[dict[str, Any]]) -> str:
 def _sections(found: Contents) -> tuple[str, str, dict[str, Any]]:
     """Sections of pictures, all others, and the page's data without what could not be shown.
 
-    Results come from files, and a page has more to say than each of them: one that is malformed is
-    left out, with a note.
+    A malformed result from a file is left out, with a note.
     """
     data, notes = dict(found.data), list(found.notes)
     parts: list[str] = []

@@ -46,9 +46,6 @@ def _pillow() -> Any:
 def tensor_picture(value: Tensor, low: float, high: float) -> Image:
     """A picture of an input tensor (C, H, W); values from ``low`` to ``high`` become 0 to 255.
 
-    Raises:
-        ValueError: If it is not an image.
-
     Example:
         >>> tensor_picture(torch.ones(3, 2, 4), 0.0, 1.0).size
         (4, 2)
@@ -85,12 +82,9 @@ def array_picture(pixels: NDArray[np.float64]) -> Image:
 
 
 class Album:
-    """The pictures of a page, numbered as they are asked for.
+    """The pictures of a page, numbered in the order of their first use, ``side`` pixels at most.
 
-    Args:
-        source: Where the images come from: files, if there are any, else the input tensors, whose
-            range is that of a sample of them.
-        side: Pixels of the longer side.
+    They are files if the source has files, else input tensors in the range of a sample of them.
     """
 
     def __init__(self, source: Source, side: int = SIDE) -> None:

@@ -33,19 +33,11 @@ def where_part(
     numbers: list[int],
     run: RunOptions | None = None,
 ) -> list[dict[str, Any]]:
-    """Pictures of some tasks, plain and with what speaks for the task coloured.
+    """Pictures of some tasks, plain and with the evidence for the task coloured.
 
-    To first order, what the output would lose without the kept channels at a place, at the last
-    gate site that has places; what speaks against the task is left out.
-
-    Args:
-        model: The network, in eval mode; unchanged afterwards.
-        gates: The gates.
-        inputs: Of N images, (N, C, H, W) the first.
-        labels: Theirs.
-        album: Makes pictures.
-        numbers: Of the images in the album's source.
-        run: How to run the network.
+    Evidence is, to first order, the loss of the output without the kept channels at a place, at the
+    last gate site that has places; evidence against the task is left out. ``numbers`` are those of
+    the images (N, C, H, W) in the album's source.
 
     Returns:
         For each task ``task``, ``site`` and ``images``, each a pair of data URIs.

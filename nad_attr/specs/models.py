@@ -304,10 +304,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
 def _network_inside(
     state: dict[str, Tensor], own: Mapping[str, Tensor], path: Path, notes: list[str]
 ) -> dict[str, Tensor]:
-    """The weights of the network alone, of those of something that holds it among others.
-
-    As a Lightning module does, whose ``self.net`` is the network and whose loss has weights too.
-    """
+    """The network's weights from the state of a larger module, such as a Lightning module."""
     needed = [key for key in own if not key.endswith("num_batches_tracked")]
     if not needed or all(key in state for key in needed):
         return state

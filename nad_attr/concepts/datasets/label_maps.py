@@ -19,10 +19,6 @@ __all__ = ["LabelMaps", "as_concepts", "label_maps", "label_parts", "show"]
 def as_concepts(concepts: Any, what: str = "concepts") -> tuple[Concept, ...]:
     """A concept table from concepts or texts.
 
-    Raises:
-        TypeError: If it is something else.
-        ValueError: If it is empty, or holds a concept twice.
-
     Example:
         >>> as_concepts(["sky", Concept("red", "colour")])
         (Concept(name='sky', category=''), Concept(name='red', category='colour'))
@@ -40,7 +36,7 @@ def as_concepts(concepts: Any, what: str = "concepts") -> tuple[Concept, ...]:
 
 @dataclass(frozen=True, eq=False)
 class LabelMaps:
-    """What one image shows at each pixel.
+    """The labels of one image at each pixel.
 
     Attributes:
         combination: int64 (H, W), which combination of labels a pixel has.
@@ -121,12 +117,7 @@ def label_maps(
 
 
 def label_parts(labels: Any, where: str) -> list[Tensor]:
-    """Label maps (H, W) and labels of the whole image, (), as int64 tensors.
-
-    Raises:
-        TypeError: If labels are something else.
-        ValueError: If they have another number of axes.
-    """
+    """Label maps (H, W) and labels of the whole image, (), as int64 tensors."""
     found: list[Tensor] = []
     for part in labels if isinstance(labels, (list, tuple)) else (labels,):
         tensor = _integers(part, where)

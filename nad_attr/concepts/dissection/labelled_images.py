@@ -39,17 +39,14 @@ class Batch:
 
 
 class LabelledImages:
-    """The images of a dataset of (image, labels), or some of them.
+    """The images of a dataset of (image, labels), or some of them; ``numbers`` are those taken.
 
     Args:
-        dataset: With ``len`` and ``[...]``; or a DataLoader of one, whose choice of images, workers
-            and collate function (which is given one item at a time) are used.
+        dataset: With ``len`` and ``[...]``; or a DataLoader of one: its choice of images, workers
+            and collate function (which gets one item at a time) are used.
         n_images: How many to take, drawn with the seed; None: all.
         seed: Of the draw and of random transforms.
         n_workers: Processes that load them; 0: as a loader says, or none.
-
-    Attributes:
-        numbers: The images' numbers in the dataset, rising.
 
     Raises:
         TypeError: If it is not such a dataset.
@@ -95,12 +92,7 @@ class LabelledImages:
         return len(self.numbers)
 
     def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Batch]:
-        """The images at some places in ``numbers``.
-
-        Raises:
-            TypeError: If an item is no (image, labels).
-            ValueError: If images differ in shape or hold NaN.
-        """
+        """The images at some places in ``numbers``."""
         # Loading runs ahead, so the numbers wait here for their items.
         waiting: deque[list[int]] = deque()
 

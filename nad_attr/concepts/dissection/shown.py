@@ -67,7 +67,7 @@ class _Part:
 
 
 class Shown:
-    """What a batch of images shows.
+    """The concepts that a batch of images shows.
 
     Args:
         labels: Of each image.
@@ -75,8 +75,7 @@ class Shown:
         n_categories: How many there are.
         everywhere: Whether unlabelled pixels count in images with labels of a category.
         device: Where to count.
-        rooms: Memory of an earlier batch, no longer needed, that this one takes the place of; a
-            list that grows as it must.
+        rooms: Memory of an earlier batch to use again; a list that grows as needed.
 
     Attributes:
         parts: Groups of images whose label maps have one size.

@@ -38,14 +38,7 @@ def n_above(quantile: float, n: int) -> int:
 
 
 class Tail(ABC):
-    """The upper tail of the activations of C units, of which N each will be seen.
-
-    Args:
-        n_units: C.
-        n_values: N, activations of each unit in the whole stream.
-        quantile: Share of activations above the threshold.
-        device: Where the activations are.
-    """
+    """The upper tail of the activations of C units, of which N each will be seen."""
 
     def __init__(
         self,
@@ -64,10 +57,7 @@ class Tail(ABC):
         self._first = True
 
     def add(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the activations of some images.
-
-        Args:
-            values: (images, positions, C), of any float type; the same number of positions always.
+        """Take in the activations of some images, (images, positions, C), always as many positions.
 
         Returns:
             The highest of each image and unit, (images, C), and which may be of the tail, bool,
@@ -166,23 +156,16 @@ def _tensor(value: Any, like: Tensor) -> Tensor:
 class TailSketch(Tail):
     """A histogram of the tail for each unit, in memory that does not depend on the stream's length.
 
-    Bins are [i w, (i + 1) w) with w a power of two for each unit. Where an activation lies beyond
-    the ``n_bins`` that there are, w is doubled until all fit; neighbours merge exactly, so counts
-    are those that a histogram of the final width would have had from the start.
+    Bins are [i w, (i + 1) w) with w a power of two for each unit. If an activation lies beyond the
+    last of the ``n_bins``, w is doubled until all fit; neighbours merge exactly, so counts are
+    those of a histogram that had the final width from the start.
 
     **Error bound.** The threshold is the upper end of the bin that holds the exact one, T, or the
-    unit's highest activation where that is lower. So it is T <= T' <= T + w, at most a share
-    ``quantile`` of the activations lies above it, as above T, and a unit that is stuck at its
-    highest value (a saturated ReLU6, a dead ReLU) is active nowhere with either. Here
-    w < 2 (highest - lowest) / (n_bins - 2) over the unit's activations (or 2^-29 of the largest
-    absolute value, if that is more); what w has become is known: :meth:`errors`.
-
-    Args:
-        n_units: C.
-        n_values: Activations of each unit in the whole stream.
-        quantile: Share of activations above the threshold.
-        n_bins: Bins of each unit.
-        device: Where the activations are.
+    unit's highest activation if that is lower. So T <= T' <= T + w, at most a share ``quantile`` of
+    the activations lies above it, as above T, and a unit that is stuck at its highest value (a
+    saturated ReLU6, a dead ReLU) is never active with either. Here w < 2 (highest - lowest) /
+    (n_bins - 2) over the unit's activations (or 2^-29 of the largest absolute value, if that is
+    more); :meth:`errors` gives the final w.
 
     Example:
         >>> tail = TailSketch(1, 1000, 0.005, n_bins=64)
@@ -331,9 +314,7 @@ def _log2_up(values: Tensor) -> Tensor:
 
 
 class ExactTail(Tail):
-    """The values of the tail themselves: exact, in memory that grows with the stream's length.
-
-    It keeps a share ``quantile`` of all activations.
+    """The values of the tail themselves: exact, but memory holds a share ``quantile`` of all.
 
     Example:
         >>> tail = ExactTail(1, 1000, 0.005)

@@ -278,7 +278,7 @@ class Plan:
         return bias
 
     def wiring(self) -> tuple[Tensor, Tensor]:
-        """Weights for the slots of the site before (width, width), rows read columns; and biases."""
+        """Weights of the slots of the site before (width, width), rows read columns, and biases."""
         layout, n = self.layout, self.layout.width
         weights = torch.zeros(n, n, dtype=torch.float64, device="cpu")
         bias = self.bias()
