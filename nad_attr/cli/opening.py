@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nad_attr.cli.messages import UsageError, progress_bar, say
-from nad_attr.cli.options import NetworkOptions, WorkOptions
+from nad_attr.cli.options import NetworkOptions, PictureOptions, WorkOptions
 from nad_attr.data.fingerprints import model_hash
 from nad_attr.data.images import (
     ClassMapping,
@@ -125,8 +125,9 @@ def open_images(
     if found.images is not None:
         say(f"data: {len(found.images):,} images in {data}, {found.mapping}", quiet)
         _check_shapes(found.images, transform)
-        if check:
-            checked(found.images, n_workers, quiet)
+        if check:  # read all images once and leave out those that cannot be read
+            with progress_bar("checking images", len(found.images), quiet) as advance:
+                found.images.check(n_workers=n_workers, progress=advance)
     else:
         say(f"data: {data}", quiet)
     say(found.note and f"      {found.note}", quiet)
@@ -162,8 +163,8 @@ def _open_table(
     return LoadedData((photos, read), folder, names, mapping)
 
 
-#: Files whose sizes are looked at, and images of different sizes that are compared as the network
-#: gets them, at most.
+#: Files whose sizes are read, and images of different sizes that are compared behind the transform,
+#: at most.
 HEADS_READ, SIZES_COMPARED = 2000, 8
 
 
@@ -179,7 +180,7 @@ def _check_shapes(images: ImageFolderData | PhotoTable, transform: Transform) ->
             with Image.open(images.path(number)) as picture:  # its head alone
                 known.setdefault(picture.size, number)
         except (OSError, ValueError, Image.DecompressionBombError):
-            continue  # what cannot be read is said elsewhere
+            continue  # another check names it
         if len(known) >= SIZES_COMPARED:
             break
     shapes: dict[tuple[int, ...], Path] = {}
@@ -256,12 +257,6 @@ def _first_image(data: str, transform: Transform) -> torch.Tensor:
     return image[None]
 
 
-def checked(images: ImageFolderData, n_workers: int, quiet: bool) -> None:
-    """Read all images once and leave out those that cannot be read."""
-    with progress_bar("checking images", len(images), quiet) as advance:
-        images.check(n_workers=n_workers, progress=advance)
-
-
 def pick_tasks(
     text: Sequence[str] | None, names: Mapping[int, str], present: Sequence[int]
 ) -> list[int]:
@@ -285,9 +280,8 @@ def open_model(
     model: str,
     weights: Path | None,
     arguments: Mapping[str, Any],
+    pictures: PictureOptions,
     *,
-    transform: str | None = None,
-    options: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
     data: str | None = None,
     quiet: bool = False,
@@ -298,7 +292,9 @@ def open_model(
     say(f"model: {loaded.name}{beside}", quiet)
     for note in loaded.notes:
         say(f"       {note}", quiet)
-    made = make_transform(loaded, factory=transform, options=options, record=record, data=data)
+    made = make_transform(
+        loaded, factory=pictures.transform, options=pictures.options(), record=record, data=data
+    )
     say(f"images: {made.text}", quiet)
     say(made.note and f"        {made.note}", quiet)
     return Opened(loaded, made)
@@ -331,10 +327,9 @@ def rebuilt(
         SpecError: If the store does not say how to make it, says more than a file may, or it is
             another network.
     """
-    model, weights, transform = network.model, network.weights, network.pictures.transform
-    options = network.pictures.options()
-    name = model or provenance.get("model")
-    transform_record = provenance.get("transform")
+    model, weights, pictures = network.model, network.weights, network.pictures
+    name, record = model or provenance.get("model"), provenance.get("transform")
+    record = record if isinstance(record, dict) else None
     if model is None and (not isinstance(name, str) or ":" not in name):
         raise SpecError(
             "the file does not say how to make its network (it was not written by nad-attr "
@@ -353,24 +348,16 @@ def rebuilt(
         if weights is None and isinstance(file, str):
             weights = Path(file)
             named.append(("--weights", file))
-    if isinstance(transform_record, dict) and transform_record.get("kind") == "factory":
-        if transform is None and not options:
-            named.append(("--transform", str(transform_record.get("factory"))))
+    if record is not None and record.get("kind") == "factory":
+        if pictures.transform is None and not pictures.options():
+            named.append(("--transform", str(record.get("factory"))))
     check_trust(named, network.trust_file)
     if ("--weights", str(weights)) in named and not Path(str(weights)).is_file():
         raise SpecError(
             f"the network's weights were in {shown(str(weights))}, which is not there now; say "
             "where they are with --weights."
         )
-    opened = open_model(
-        str(name),
-        weights,
-        own,
-        transform=transform,
-        options=options,
-        record=transform_record if isinstance(transform_record, dict) else None,
-        quiet=quiet,
-    )
+    opened = open_model(str(name), weights, own, network.pictures, record=record, quiet=quiet)
     expected = provenance.get("model_hash")
     if isinstance(expected, str) and model_hash(opened.loaded.model) != expected:
         text = (
@@ -419,14 +406,7 @@ def opened_gates(
 
 
 class Study:
-    """A file of gates in use: its gates, their network made again, and images for it.
-
-    Args:
-        gates: The gates.
-        provenance: What their file says of network and data.
-        network: Options that say the network.
-        work: Options that say how to work.
-    """
+    """A file of gates in use: its gates, their network made again, and images for it."""
 
     def __init__(
         self,
@@ -453,11 +433,7 @@ class Study:
         option: str = "--train-data",
         **how: Any,
     ) -> LoadedData:
-        """Images that the user names, or else those that a trusted file names.
-
-        Raises:
-            SpecError: If none are known, or the file is not trusted.
-        """
+        """Images that the user names, or else those that a trusted file names."""
         if data is None:
             if held_out_labels and not labels:
                 table = {"--train-data": "--train-labels", "--data": "--labels"}[option]

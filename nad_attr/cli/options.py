@@ -200,9 +200,6 @@ AnyModel: TypeAlias = Annotated[
 ]
 
 
-# -- Groups of options ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PictureOptions:
     """How images are prepared for the network."""

@@ -18,7 +18,7 @@ from nad_attr.learning.session import fit_constants
 from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
 from nad_attr.specs import SpecError
-from nad_attr.system.rng import seed_of
+from nad_attr.system.rng import permutation, seed_of
 
 __all__ = ["METHODS", "check_methods", "rivals_of"]
 
@@ -96,19 +96,13 @@ def _some(source: Source, tasks: Sequence[Task], n: int, seed: int) -> tuple[Any
     for kind in range(len(known)):
         label = int(known[kind]) if known.ndim == 1 else tuple(known[kind].tolist())
         numbers = (place == kind).nonzero().flatten()
-        generator = torch.Generator().manual_seed(seed_of(seed, "compare", label))
-        chosen += numbers[
-            torch.randperm(len(numbers), generator=generator, device="cpu")[:n]
-        ].tolist()
+        chosen += numbers[permutation(len(numbers), seed, "compare", label)[:n]].tolist()
     labels = source.labels[chosen]
     missing = [t for t, own in zip(tasks, own_images(labels, tasks), strict=True) if not own.any()]
     if missing:
         raise SpecError(f"there is no image of task {missing[0]} to score channels on.")
-    draws = [
-        [(i, seed_of(seed, "compare", i)) for i in chosen[a : a + 32]]
-        for a in range(0, len(chosen), 32)
-    ]
-    parts = list(source.batches(draws))
+    seeded = [(i, seed_of(seed, "compare", i)) for i in chosen]
+    parts = list(source.batches(seeded[a : a + 32] for a in range(0, len(seeded), 32)))
     inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
     # Rows of a single 1 each would be read as classes.
     given = Labels(labels, kind="several") if labels.ndim == 2 else labels

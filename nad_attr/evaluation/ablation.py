@@ -447,9 +447,6 @@ class _DonorFiller(Filler):
         return torch.where(expand(gate, site, tensor) < 0.5, donated, tensor)
 
 
-# -- Fitting -----------------------------------------------------------------------------------
-
-
 def as_ablation(ablation: Ablation | str | None) -> Ablation | None:
     """The ablation value of an argument; None: that of each sub-architecture.
 

@@ -494,9 +494,6 @@ def _check_outputs(undefined: Tensor, chosen: range, tasks: Sequence[Task] | Non
         raise ValueError(f"{who} gives NaN for image {chosen[image]}.")
 
 
-# -- How far the sites are from the whole network's ---------------------------------------------
-
-
 class _Differences(Rows):
     """Runs images and their gated copies, and adds up how far apart these are."""
 

@@ -351,8 +351,6 @@ class Evaluation(Result):
             found["random, same size"] = (float(np.mean(draws)), min(draws), max(draws))
         return plot_intervals(found, label_of(measure), axes=axes)
 
-    # -- files -------------------------------------------------------------------------------------
-
     @classmethod
     def _types(cls) -> dict[str, Any]:
         types = super()._types()

@@ -457,9 +457,6 @@ def run_demo(
     return result
 
 
-# -- Pictures ----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def strongest_channels(
     model: nn.Module, gates: TaskGates, task: int, image: Tensor, n: int = 7

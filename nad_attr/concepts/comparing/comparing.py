@@ -225,9 +225,6 @@ def _checked(similarities: Mapping[str, ArrayLike] | None, n: int) -> dict[str, 
     return result
 
 
-# -- kept against dropped ----------------------------------------------------------------------
-
-
 def _add_pairs(
     rows: RowList, aligned: Aligned, *, per_site: bool, n_random: int, seed: int, level: float
 ) -> None:
@@ -327,9 +324,6 @@ def _add_pairs(
             null=0.5,
             control=(means.mean(), *np.quantile(means, tails)),
         )
-
-
-# -- other methods -----------------------------------------------------------------------------
 
 
 def _add_agreement(
@@ -443,9 +437,6 @@ def _add_mean(
         null=control,
         control=(control, *ends),
     )
-
-
-# -- tasks against tasks -----------------------------------------------------------------------
 
 
 def _add_mantel(

@@ -477,8 +477,6 @@ class _Dissection:
                 self.runner.run(self.runner.to_device(batch.inputs))
                 after(batch)
 
-    # -- first pass ------------------------------------------------------------------------------
-
     def find_thresholds(
         self, scratch: Scratch | None, saved: Checkpoint | None, bar: tqdm[Any]
     ) -> None:
@@ -554,8 +552,6 @@ class _Dissection:
         number = torch.cat([number, new], 1).gather(1, order)
         self.top[name] = value[:, : self.n_top].clone(), number[:, : self.n_top].clone()
 
-    # -- second pass -----------------------------------------------------------------------------
-
     def count_overlaps(
         self, scratch: Scratch | None, saved: Checkpoint | None, bar: tqdm[Any]
     ) -> None:
@@ -620,8 +616,6 @@ class _Dissection:
             n_present = len(part.present)
             self.both[name][:, part.present] += counts[:, :n_present]
             self.active[name] += counts[:, n_present:]
-
-    # -- checkpoint and result -------------------------------------------------------------------
 
     def _numbers(self, inputs: Inputs) -> Tensor:
         """What the network returns, of whatever kind, as one row of numbers per image or pass."""

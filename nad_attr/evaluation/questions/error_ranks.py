@@ -266,9 +266,6 @@ def _over_classes(
     return interval_of(bootstrap_means(total / count, weights=count, seed=seed))
 
 
-# -- Does it add anything? ---------------------------------------------------------------------
-
-
 def _row_ranks(matrix: FloatArray) -> FloatArray:
     """Midranks within each row, off the diagonal, centred; 0 on the diagonal."""
     above, equal = others_above(matrix)

@@ -46,9 +46,6 @@ SIMILARITIES = ("kappa", "jaccard", "gates")
 CLASSIFIER, FEATURES, SIZE = "classifier rows", "class-mean features", "mask size"
 
 
-# -- Similarities ------------------------------------------------------------------------------
-
-
 def similarity_of(
     architectures: Architectures, given: NamedArchitectures, similarity: Any
 ) -> tuple[str, FloatArray]:
@@ -84,9 +81,6 @@ def single_classes(given: NamedArchitectures) -> tuple[int, ...]:
                 "leave groups out."
             )
     return tuple(task for task in given.tasks if isinstance(task, int))
-
-
-# -- Running the network -----------------------------------------------------------------------
 
 
 def _classifier_of(

@@ -43,9 +43,6 @@ FloatArray: TypeAlias = NDArray[np.float64]
 ROUNDING = 1e-5
 
 
-# -- The measure -------------------------------------------------------------------------------
-
-
 def _halves(n: int) -> Tensor:
     """Which share of each of n equal cells lies in the first and in the second half: (2, n)."""
     first = (n / 2 - torch.arange(n, dtype=torch.float64, device="cpu")).clamp(0, 1)
@@ -157,9 +154,6 @@ class _Maps(Rows):
         constant = maps.amax((1, 2), keepdim=True) - maps.amin((1, 2), keepdim=True)
         maps = maps.masked_fill(constant <= ROUNDING * scale, 0.0)
         return quadrant_shares(maps, top=self.top).cpu()
-
-
-# -- Running the network -----------------------------------------------------------------------
 
 
 def choose(

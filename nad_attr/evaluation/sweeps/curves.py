@@ -61,9 +61,6 @@ MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 MIN_DIFFERENCE = 1e-9
 
 
-# -- Pure functions ----------------------------------------------------------------------------
-
-
 def area_under(sizes: ArrayLike, values: ArrayLike) -> FloatArray:
     """Area under a curve by the trapezoid rule, divided by the range of sizes: a mean height.
 
@@ -166,9 +163,6 @@ def completeness(complement: ArrayLike, empty: ArrayLike, full: ArrayLike) -> Fl
         [1.0, 0.2]
     """
     return np.asarray(1 - faithfulness(complement, empty, full))
-
-
-# -- The result --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -424,9 +418,6 @@ def closed_at(ablation: Ablation | None, ranking: Ranking) -> str:
     if ranking.closes_at_constants:
         return OPTIMAL
     return "mean" if ranking.closes_at_means else "zero"
-
-
-# -- Measuring ---------------------------------------------------------------------------------
 
 
 def curves(

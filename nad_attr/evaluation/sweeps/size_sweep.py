@@ -354,9 +354,6 @@ class SizeSweep(Result):
         )
 
 
-# -- Measuring ---------------------------------------------------------------------------------
-
-
 def _gates_of(ranks: object) -> TaskGates | None:
     """The task gates, or the first of them where there are some for each size."""
     if isinstance(ranks, Mapping) and ranks:
