@@ -14,6 +14,7 @@ from typing import Any
 from nad_attr.certainty.verdict_result import QUESTIONS
 from nad_attr.report.contents import BROKEN, Contents
 from nad_attr.report.packing import script_json
+from nad_attr.report.parts import SHOWN
 from nad_attr.system.safe_text import shown
 
 __all__ = ["page"]
@@ -22,14 +23,9 @@ __all__ = ["page"]
 SCRIPTS = ("base", "architecture", "tasks", "charts", "sections", "flow", "start")
 
 #: (measure, heading) of the table of means.
-_COLUMNS = (
-    ("own_auc", "own AUC"),
-    ("other_auc", "other AUC"),
-    ("fidelity", "fidelity"),
-    ("target_r2", "R² of targets"),
-    ("recall", "recall"),
-    ("fpr", "FPR"),
-    ("ba", "BA"),
+_COLUMNS = tuple(
+    (name, SHOWN[name])
+    for name in ("own_auc", "other_auc", "fidelity", "target_r2", "recall", "fpr", "ba")
 )
 
 
@@ -76,7 +72,6 @@ def page(found: Contents) -> str:
     """
     program, plotly = _program(), _plotly()
     pictures, body, data = _sections(found)
-    # The tiles show what the section of the measures shows.
     tiles = _tiles(data["evaluation"])
     policy = (
         f"default-src 'none'; script-src {_hash(program)} {_hash(plotly)}; "
@@ -99,7 +94,7 @@ def page(found: Contents) -> str:
         "PROGRAM": program,
         "PLOTLY": plotly,
     }
-    # One pass: what is put in is never looked at again.
+    # One pass: inserted text is not searched.
     pieces = _asset("page.html").split("@@")
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,16 +105,11 @@ class Album:
         from nad_attr.data.images import ImageFolderData, read_image
 
         data = getattr(self._source, "dataset", None)
-        picture: Image
         if isinstance(data, ImageFolderData):
             numbers: Any = getattr(self._source, "numbers", range(len(data)))
-            try:
-                picture = read_image(data.path(numbers[image]))
-            except ValueError:  # another image took its place
-                picture = self.of_tensor(image)
-        else:
-            picture = self.of_tensor(image)
-        return encoded(picture, self._side)
+            with suppress(ValueError):  # another image took its place
+                return encoded(read_image(data.path(numbers[image])), self._side)
+        return encoded(self.of_tensor(image), self._side)
 
     def _input(self, image: int) -> Tensor:
         draw = [[(image, seed_of("report", image))]]

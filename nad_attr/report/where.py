@@ -70,12 +70,9 @@ def where_part(
             grey = (1 - _UNDER + _UNDER * pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
             share = (heat / max(float(heat.max()), 1e-12))[..., None]
             coloured = grey * (1 - 0.85 * share) + _COLOUR * 0.85 * share
-            images.append(
-                [
-                    encoded(picture, _SIDE, grow=True),
-                    encoded(array_picture(coloured), _SIDE, grow=True),
-                ]
-            )
+            both = (picture, array_picture(coloured))
+            images.append([encoded(each, _SIDE, grow=True) for each in both])
+
         found.append({"task": str(name), "site": wide[-1], "images": images})
     if not found:
         raise ValueError("there is no image of any task.")
