@@ -272,7 +272,7 @@ def _add_pairs(
                     & (len(values[s]) - n1 >= MIN_PER_SIDE_FOR_NORMAL),
                 ),
                 "null": 0.5,
-                "control": (random.mean(1), *np.quantile(random, tails, axis=1)),
+                "controls": (random.mean(1), *np.quantile(random, tails, axis=1)),
             }
         )
     auc = found.auc
@@ -298,7 +298,7 @@ def _add_pairs(
             enough,
         ),
         null=0.5,
-        control=(pooled.mean(1), *np.quantile(pooled, tails, axis=1)),
+        controls=(pooled.mean(1), *np.quantile(pooled, tails, axis=1)),
     )
     for columns in later:
         rows.add("mann_whitney", t, **columns)
@@ -322,7 +322,7 @@ def _add_pairs(
                 bool(enough.all()),
             ),
             null=0.5,
-            control=(means.mean(), *np.quantile(means, tails)),
+            controls=(means.mean(), *np.quantile(means, tails)),
         )
 
 
@@ -370,7 +370,7 @@ def _add_agreement(
     p = permutation_p(effect, np.broadcast_to(random, (t, n_random)), tail="both", centre=control)
     common["n"] = n
     chance = (control, *ends)
-    rows.add("rbo", t, **common, effect=effect, ends=over_sites, p=p, null=control, control=chance)
+    rows.add("rbo", t, **common, effect=effect, ends=over_sites, p=p, null=control, controls=chance)
     _add_mean(rows, "rbo", method, effect, control, ends, seed, level)
 
     effect, deviation = pooled_tau(tau, spread)
@@ -384,7 +384,7 @@ def _add_agreement(
         ends=fisher_interval(effect, room, 0.437, level),
         p=normal_p(effect / deviation),
         null=0.0,
-        control=(0.0, -width, width),
+        controls=(0.0, -width, width),
     )
     middle = float(np.nanmean(width)) if not np.isnan(width).all() else math.nan
     _add_mean(rows, "kendall", method, effect, 0.0, (-middle, middle), seed, level)
@@ -396,7 +396,7 @@ def _add_agreement(
     drawn = random_kappas(counts, n_random, seed, method, tasks)
     ends = np.quantile(drawn, tails, axis=1)
     chance = (drawn.mean(1), *ends)
-    rows.add("overlap", t, **common, effect=effect, ends=over_sites, p=p, null=0.0, control=chance)
+    rows.add("overlap", t, **common, effect=effect, ends=over_sites, p=p, null=0.0, controls=chance)
     _add_mean(rows, "overlap", method, effect, float(drawn.mean()), ends.mean(1), seed, level)
     return left_out
 
@@ -435,7 +435,7 @@ def _add_mean(
         effect=effect[there].mean(),
         ends=bootstrap_interval(effect, level=level, seed=seed),
         null=control,
-        control=(control, *ends),
+        controls=(control, *ends),
     )
 
 

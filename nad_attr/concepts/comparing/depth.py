@@ -140,7 +140,7 @@ class DepthSemantics(Result):
                 _enough(draws),
             ),
             null=control,
-            control=(control, *ends),
+            controls=(control, *ends),
         )
 
     def _add_trends(self, rows: RowList, measure: str, n: int, level: float) -> None:
@@ -182,7 +182,7 @@ class DepthSemantics(Result):
                 ends=interval_of(rank_trends(boot, depth), level),
                 p=p,
                 null=0.0,
-                control=(nan_mean(shown[:, None]) if len(shown) else math.nan, *ends),
+                controls=(nan_mean(shown[:, None]) if len(shown) else math.nan, *ends),
             )
 
     @property

@@ -51,7 +51,7 @@ def odds_columns(tables: Tables, level: float) -> dict[str, Any]:
         "ends": tables.interval(level),
         "p": np.where(unknown, np.nan, p),
         "null": 1.0,
-        "control": (np.where(unknown, np.nan, 1.0), below, above),
+        "controls": (np.where(unknown, np.nan, 1.0), below, above),
     }
 
 
@@ -98,7 +98,7 @@ def add_detectors(
             np.array([(mean - centre) / shuffled_means.std()]),
         ),
         null=1.0,
-        control=np.exp([centre, *ends]),
+        controls=np.exp([centre, *ends]),
     )
 
 
@@ -185,7 +185,7 @@ def add_rank_correlations(
             ends=fisher_interval(rho[:, i], room[:, i], 1.06, level),
             p=normal_p(rho[:, i] / deviation[:, i]),
             null=0.0,
-            control=(0.0, np.clip(below, -1, 1), np.clip(above, -1, 1)),
+            controls=(0.0, np.clip(below, -1, 1), np.clip(above, -1, 1)),
         )
     return untested
 

@@ -48,14 +48,14 @@ class RowList:
         n_rows: int,
         *,
         ends: Iterable[Any] = (np.nan, np.nan),
-        control: Iterable[Any] = (np.nan, np.nan, np.nan),
+        controls: Iterable[Any] = (np.nan, np.nan, np.nan),
         **columns: Any,
     ) -> None:
         """Add rows of one test; columns that are not named are empty, or NaN.
 
-        ``ends`` are those of the effect's interval; ``control`` has its value and its two ends.
+        ``ends`` are those of the effect's interval; ``controls`` are its value and its two ends.
         """
-        given = dict(zip(("low", "high", *_CONTROL), (*ends, *control), strict=True))
+        given = dict(zip(("low", "high", *_CONTROL), (*ends, *controls), strict=True))
         columns = given | columns
         for name in _TEXTS:
             value = test if name == "test" else columns.get(name, "")
