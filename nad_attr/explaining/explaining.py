@@ -80,15 +80,14 @@ def explain(
 ) -> Explanation:
     """Which channels the network needs for some of its classes, and whether that is true.
 
-    Keeps some images apart, learns the gates of each task on the others
+    This keeps some images apart, learns the gates of each task on the others
     (:func:`nad_attr.learn_to_store`), judges them on those kept apart
     (:func:`nad_attr.evaluation.evaluate`, :func:`nad_attr.certainty`, :func:`nad_attr.verdict`),
     measures what flows between channels (:func:`nad_attr.information_flow`), and draws a page
-    (:class:`nad_attr.report.Report`). Before that it times a few passes and says how long all
-    will take.
+    (:class:`nad_attr.report.Report`). First it times a few passes and says how long all will take.
 
-    Every step's result is in the store as soon as it is there. After a crash or Ctrl-C the same
-    call goes on; a call that asks for something else is refused, and says what differs.
+    Every step's result is saved in the store at once. After a crash or Ctrl-C the same call goes
+    on; a call with other arguments is refused, and the error says what differs.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -100,9 +99,9 @@ def explain(
         recipe: How gates are learned; None: ``Recipe()``.
         quick: Fewer tasks, steps and images.
         minutes: The largest size that takes no longer than that, by the timed passes.
-        certainty: Whether to say for each kept channel how sure it is and whether it is needed,
-            which makes the verdict say whether other runs find it again; None: for as many tasks
-            as this takes no longer than all else, and for none where it has to be quick.
+        certainty: Whether to measure for each kept channel how sure it is and whether it is needed;
+            then the verdict also says whether other runs find it again. None: for as many tasks as
+            take no longer than all other steps, and for none with ``quick``.
         seed: Of the split and of everything else.
         overwrite: Replace the store if it is there.
         task_names: ``{class index: name}``; None: the dataset's ``classes``, if it has them.
@@ -276,15 +275,8 @@ class _Work:
         """Choose the size, and say how long it will take."""
         self.size_name = begun or ("quick" if quick else "full")
         self._prepare(self.size_name, recipe, tasks)
-        rates, n_kept = measured_rates(
-            self.model,
-            self.learned,
-            self.tasks,
-            self.recipe,
-            seed=self.seed,
-            run=self.run,
-            clock=self.clock,
-        )
+        given = (self.model, self.learned, self.tasks, self.recipe)
+        rates, n_kept = measured_rates(*given, seed=self.seed, run=self.run, clock=self.clock)
         promise = self._promise(rates, n_kept, page)
         if minutes is not None and begun is None:
             for name in SIZES:
@@ -426,17 +418,10 @@ class _Work:
             return found
         with self.step("certainty"):
             for task in self.unsure(found):
-                one = measure_certainty(
-                    self.model,
-                    self.gates.select([task]),
-                    self.learned,
-                    self.judged,
-                    pairs=N_PAIRS,
-                    images=CLOSING_IMAGES,
-                    alternatives=N_ALTERNATIVES,
-                    seed=self.seed,
-                    run=self.run,
-                )
+                given = (self.model, self.gates.select([task]), self.learned, self.judged)
+                how: dict[str, Any] = {"pairs": N_PAIRS, "images": CLOSING_IMAGES}
+                how |= {"alternatives": N_ALTERNATIVES, "seed": self.seed, "run": self.run}
+                one = measure_certainty(*given, **how)
                 found = one if found is None else joined([found, one])
                 found.save(self.file, "certainty")
                 if not self.unsure(found):
@@ -456,17 +441,9 @@ class _Work:
         if "verdict" in result_names(self.file):
             return Verdict.load(self.file, "verdict")
         with self.step("verdict"):
-            found = verdict(
-                self.model,
-                self.gates,
-                self.learned,
-                self.judged,
-                certainty=sure,
-                n_random=N_VERDICT,
-                n_images=VERDICT_IMAGES,
-                seed=self.seed,
-                run=self.run,
-            )
+            how: dict[str, Any] = {"n_random": N_VERDICT, "n_images": VERDICT_IMAGES}
+            how |= {"certainty": sure, "seed": self.seed, "run": self.run}
+            found = verdict(self.model, self.gates, self.learned, self.judged, **how)
             found.save(self.file, "verdict")
         return found
 
@@ -475,14 +452,9 @@ class _Work:
         if f"report/{part}" in result_names(self.file):
             return
         with self.step(part):
-            report = Report(self.file).measure(
-                self.model,
-                self.judged,
-                parts=[part, *more],
-                n_images=len(self.judged.labels),
-                seed=self.seed,
-                run=self.run,
-            )
+            how: dict[str, Any] = {"n_images": len(self.judged.labels), "seed": self.seed}
+            report = Report(self.file)
+            report.measure(self.model, self.judged, parts=[part, *more], run=self.run, **how)
             for note in report.results.notes:
                 self.say(note)
             report.keep()

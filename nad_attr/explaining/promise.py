@@ -110,14 +110,8 @@ def passes(
 ) -> dict[str, Passes]:
     """Images that each step runs: see :class:`Promise`.
 
-    Args:
-        learned: Images to learn from.
-        judged: Images to judge on.
-        tasks: T tasks.
-        recipe: How they are learned.
-        n_kept: Channels that each keeps.
-        missing: Those that are still to learn.
-        certain: Those whose channels are learned again and closed one by one.
+    Each of the tasks keeps ``n_kept`` channels; ``missing`` ones are still to learn, ``certain``
+    ones are learned again, and their channels closed one by one.
     """
     n, n_learned, n_tasks = len(judged.labels), len(learned.labels), len(tasks)
     own, other = (

@@ -124,14 +124,18 @@ def check_target(path: Path) -> None:
             )
 
 
+def _dynamic(inputs: tuple[Tensor, ...], free: dict[int, str] | None) -> Any:
+    """The shapes that stay free, as torch takes them."""
+    return None if free is None else tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+
+
 def _program(
     module: fx.GraphModule, path: Path, inputs: tuple[Tensor, ...], free: dict[int, str] | None
 ) -> None:
-    shapes = None
-    if free is not None:
-        shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     with torch.no_grad():
-        program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(
+            module, inputs, dynamic_shapes=_dynamic(inputs, free), strict=False
+        )
     torch.export.save(program, path)
 
 
@@ -155,9 +159,7 @@ def _onnx(
             verbose=False,
             input_names=names,
             output_names=["output"],
-            dynamic_shapes=None
-            if free is None
-            else tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs),
+            dynamic_shapes=_dynamic(inputs, free),
         )
 
 

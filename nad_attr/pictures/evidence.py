@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nad_attr.data.labels import Task
 from nad_attr.data.layout import Grid, grid_of
@@ -36,6 +37,27 @@ def check_measure(measure: str) -> None:
     """Check the name of a measure."""
     if measure not in ("evidence", "presence"):
         raise ValueError(f"measure must be 'evidence' or 'presence', got {measure!r}.")
+
+
+def chosen_sites(maps: Mapping[str, Tensor], site: str | None) -> tuple[str, ...]:
+    """The site, or all sites that have maps."""
+    names = tuple(maps) if site is None else (site,)
+    if names[0] not in maps:
+        raise KeyError(f"no map of site {site!r}; there are {list(maps)}.")
+    return names
+
+
+def enlarged(maps: Tensor, size: tuple[int, int], *over: int) -> Tensor:
+    """Maps (N, C, h, w) at a size, divided by their largest absolute values over some axes."""
+    largest = maps.abs().amax(over, keepdim=True)
+    unit = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return F.interpolate(maps / unit, size, mode="bilinear", align_corners=False)
+
+
+def no_positions(left_out: Mapping[str, str]) -> ValueError:
+    """The error if no site has a map."""
+    why = "; ".join(f"{k!r}: {v}" for k, v in left_out.items())
+    return ValueError(f"no gate site has positions to look at ({why}).")
 
 
 class _Recorder:

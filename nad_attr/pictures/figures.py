@@ -201,7 +201,7 @@ def draw_class_mosaics(
         for text in legend.get_texts():
             text.set_color(INK)
     figure.suptitle(
-        f"who has most to say where, {_of_title(site, found.sites)}; chance: 0.25",
+        f"class with the most evidence, {_of_title(site, found.sites)}; chance: 0.25",
         fontsize=TITLE_SIZE,
         color=INK,
     )
@@ -260,11 +260,7 @@ def draw_top_images(
                 axis.set_axis_off()
                 continue
             highest = float(maps[i].max())
-            mask = (
-                large[i] > threshold * highest
-                if highest > 0
-                else torch.zeros(size, device="cpu").bool()
-            )
+            mask = (large[i] > threshold * highest) & (highest > 0)
             picture = np.where(mask.numpy()[..., None], rgb[i], 0.75 + 0.25 * _grey(rgb[i]))
             if crop is not None:
                 position = found.positions[site][at, i].tolist()
@@ -331,7 +327,7 @@ def draw_heat_maps(
             )
         summed = maps.detach().cpu().float().sum(1)
         for i, row in enumerate(axes):
-            # A few extreme pixels would leave nothing else to be seen.
+            # A few extreme pixels would hide all others.
             size = summed[i].abs().flatten()
             limit = float(torch.quantile(size, 0.995)) or float(size.max()) or 1.0
             _picture(

@@ -109,24 +109,17 @@ def _own_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def explained(runner: Runner, arch: SubArchitecture | None) -> Iterator[nn.Module]:
-    """The network as a module to explain, gated by a sub-architecture and then restored.
-
-    Args:
-        runner: The network and how it is called.
-        arch: None: the whole network.
-    """
+    """The network as a module to explain, gated by a sub-architecture and then restored."""
     with ExitStack() as stack:
         stack.enter_context(untouched(runner.model))
         stack.enter_context(_own_gradients(runner.model))
         stack.enter_context(frozen(runner.model))
         if arch is not None:
             stack.enter_context(arch.applied(runner.model))
-        # The network itself where that will do: methods look for its layers by name or type.
-        network = (
-            runner.model
-            if runner.plain
-            else Explained(runner.model, lambda *inputs: runner(tuple(inputs)))
-        )
+        # The network itself if possible: methods look for its layers by name or type.
+        network = runner.model
+        if not runner.plain:
+            network = Explained(runner.model, lambda *inputs: runner(tuple(inputs)))
         yield network if runner.fixed_batch is None else Filled(network, runner.fixed_batch)
 
 
@@ -140,9 +133,9 @@ def run_method(
     n, fixed = len(x), runner.fixed_batch
     if fixed is not None:
         x, target = runner.filled((x,))[0], target[[min(i, n - 1) for i in range(fixed)]]
-    # First of all: what is made in the caller's inference mode takes no part in any gradient.
+    # First of all: tensors made in the caller's inference mode take no part in any gradient.
     with torch.inference_mode(False), torch.enable_grad(), explained(runner, arch) as network:
-        # With requires_grad, for weights have none now and some methods look no further.
+        # With requires_grad: weights have none now, and some methods check no further.
         inputs = x.detach().clone().requires_grad_(True)
         result = method(network, inputs, target.to(x.device).clone())
     name = getattr(method, "__name__", type(method).__name__)
@@ -176,9 +169,9 @@ def heat_maps(
 ) -> Tensor:
     """Attribute outputs to images, each inside the sub-architecture of its target.
 
-    The attribution explains the output of the network whose closed channels are closed: what it
-    shows reached the output through the kept channels. Images of one target are run together, so
-    that any method works, also one that runs more images than it was given.
+    The attribution explains the output of the gated network, so it shows what reached the output
+    through the kept channels. Images of one target run together, so that any method works, also one
+    that runs more images than it was given.
 
     Args:
         model: The network, in eval mode; unchanged afterwards, whatever ``method`` does.

@@ -415,7 +415,7 @@ def _mosaics(examples: Sequence[dict[str, Any]]) -> str:
         )
     return (
         '<p class="note">Some of them, and the same coloured by the class whose kept channels have '
-        "most to say at each place, mean over sites. Beside each class stands the share of it "
+        "the most evidence at each place, mean over sites. Beside each class is the share of it "
         "that lies in its own quadrant; chance is 0.25.</p>"
         f'<div class="mosaics">{"".join(figures)}</div>'
     )

@@ -1,11 +1,11 @@
 """Pixels in which units are active, counted by what they show, without upsampling whole maps.
 
 A unit's activations are upsampled to the labels' resolution bilinearly (``align_corners=False``,
-as :func:`torch.nn.functional.interpolate` does it), and a pixel is counted where the result is
-above the unit's threshold. Between four neighbouring activations the result cannot exceed the
-highest of them: only *cells* with a corner above the threshold, about one in fifty, are looked at.
-Along a row of pixels of a cell the result rises or falls throughout, so that the active ones are
-its first or its last: what they show is the difference of two running sums over the image's row.
+as by :func:`torch.nn.functional.interpolate`), and a pixel counts if the result is above the unit's
+threshold. Between four neighbouring activations the result cannot exceed the highest of them, so
+only *cells* with a corner above the threshold, about one in fifty, are computed. Along a row of
+pixels of a cell the result rises or falls throughout, so the active pixels are its first or its
+last: their labels are the difference of two running sums over the image's row.
 """
 
 from __future__ import annotations
@@ -82,14 +82,8 @@ def grid(
     """
     rows, down = _axis(shape[0], size[0])
     columns, right = _axis(shape[1], size[1])
-    return Grid(
-        shape,
-        size,
-        rows.to(device),
-        columns.to(device),
-        down.to(device, dtype),
-        right.to(device, dtype),
-    )
+    weights = (down.to(device, dtype), right.to(device, dtype))
+    return Grid(shape, size, rows.to(device), columns.to(device), *weights)
 
 
 def _axis(n: int, n_pixels: int) -> tuple[Tensor, Tensor]:

@@ -48,10 +48,8 @@ class _Part:
         member = torch.nn.functional.one_hot(category[present], n_categories).double()
         categories = (shows @ member).clamp(max=1)
         if everywhere:  # in all of an image that has a label of the category
-            of_image = categories.split([len(each.concepts) for each in labels])
-            categories = torch.cat(
-                [part.amax(0, keepdim=True).expand_as(part) for part in of_image]
-            )
+            parts = categories.split([len(each.concepts) for each in labels])
+            categories = torch.cat([part.amax(0, keepdim=True).expand_as(part) for part in parts])
         n_pixels = torch.cat([each.n_pixels for each in labels]).double()
         self.n_pixels = torch.zeros(table.shape[1], dtype=torch.int64, device="cpu")
         self.n_pixels[present] = (n_pixels @ shows).long()

@@ -2,9 +2,8 @@
 
 The threshold T of a unit is the largest activation that at most a share q of all its activations
 exceeds: with N activations, the (floor(q N) + 1)-th largest (Bau et al. 2017, section 2.2, where
-q = 0.005). N is known before the stream begins, so whatever lies below that many values already
-can be forgotten, and only the upper tail is ever counted: on average q (1 + ln 1/q) of the
-activations, 3 % where q = 0.005.
+q = 0.005). N is known before the stream begins, so values below that many others can be forgotten,
+and only the upper tail is counted: on average q (1 + ln 1/q) of the activations, 3 % if q = 0.005.
 """
 
 from __future__ import annotations
@@ -204,7 +203,7 @@ class TailSketch(Tail):
         self._fit()
         i = (values * _power(-self.exponent).index_select(0, unit)).floor_().long()
         i -= self.base.index_select(0, unit)
-        # Lower than whatever the first images hold, where there are enough for the tail.
+        # Values below those of the first images, which fill the tail.
         if bool((i < 0).any()):
             unit, i = unit[i >= 0], i[i >= 0]
         place = (unit * self.n_bins).add_(i)

@@ -212,6 +212,7 @@ def measure_grid(
         GatingError, SiteError, TypeError, ValueError: As :func:`nad_attr.evaluation.evaluate`.
 
     Example:
+        >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
         >>> data = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
         >>> keeps = [SubArchitecture.from_kept({"0": [0]}, [GateSite("0", 2, 1)], task=0)]
