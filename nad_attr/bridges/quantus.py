@@ -161,7 +161,7 @@ class SubArchitectureExplainer:
             inputs: Images (B, C, H, W).
             targets: Classes (B,), or one for all.
             device: Where to run; None: where the network is.
-            method: Of no account: ``quantus.evaluate`` passes the name it has for this function.
+            method: Not used; ``quantus.evaluate`` passes it.
 
         Returns:
             The heat-maps, (B, 1, H, W) or, without ``sum_channels``, (B, C, H, W), float32.
@@ -236,8 +236,8 @@ class SubArchitectureExplainer:
             network = Filled(network, runner.fixed_batch)
         parts = []
         with restored(model), inside:
-            # Image by image, each with the same seed: what is drawn for one must not depend on the
-            # others. Captum runs the steps of one image together anyway.
+            # Image by image, each with the same seed: random numbers of one must not depend on the
+            # others.
             for image in images.split(1):
                 with isolated_rng(seed):
                     classes = torch.tensor([task], device=images.device)
@@ -305,7 +305,7 @@ def explain_func(
         gates: As :class:`SubArchitectureExplainer` takes them.
         attribution: As there.
         device: Where to run; None: where the network is.
-        method: Of no account: ``quantus.evaluate`` passes the name it has for this function.
+        method: Not used; ``quantus.evaluate`` passes it.
         **options: As there: ``classes``, ``soft``, ``size``, ``sum_channels``, ``seed``, ``run``,
             and the attribution's own.
 

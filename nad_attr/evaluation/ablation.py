@@ -40,8 +40,7 @@ __all__ = [
 #: The kinds of ablation value that :func:`fit_ablation` prepares.
 ABLATIONS = ("zero", "mean", "other_mean", "resample", "noise")
 
-#: Noise is made for about so many numbers at once: what fits a processor's cache, or keeps a GPU
-#: busy without filling it.
+#: About so many numbers of noise are made at once: they fit a processor's cache or fill a GPU.
 NOISE_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 

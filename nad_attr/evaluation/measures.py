@@ -161,7 +161,7 @@ def spearman(a: Tensor, b: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Spearman's rank correlation: Pearson's correlation of the midranks.
 
     With whole-numbered weights it is exactly the rank correlation of the larger set in which each
-    image stands as often as its weight says.
+    image occurs as often as its weight says.
 
     Args:
         a: (..., N).
@@ -281,7 +281,7 @@ def fit_threshold(scores: Tensor, positive: Tensor) -> Tensor:
     middle = lower + (upper - lower) / 2
     middle = torch.where(middle < upper, middle, lower)  # neighbouring numbers have none
     between = torch.nn.functional.pad(middle, (1, 0), value=torch.inf)
-    best = torch.nn.functional.pad(gain, (1, 0)).argmax(-1, keepdim=True)  # nobody called: 0
+    best = torch.nn.functional.pad(gain, (1, 0)).argmax(-1, keepdim=True)  # none called: 0
     known = (n_positive > 0) & (n_negative > 0)
     return torch.where(known, between.gather(-1, best), torch.nan)[..., 0]
 

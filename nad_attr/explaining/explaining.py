@@ -54,7 +54,7 @@ from nad_attr.system.files import check_output
 
 __all__ = ["explain"]
 
-#: Under which name the store's provenance holds what was asked for.
+#: The name of the arguments in the store's provenance.
 _ASKED = "explain"
 
 

@@ -36,7 +36,7 @@ N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
 #: closings, alone and in groups, of held-out ones: fewer where most channels do nothing.
 N_PAIRS, N_ALTERNATIVES, CLOSING_IMAGES = 2, 1, 32
 _CLOSINGS = 1.9
-#: What passes cost, in runs of the network: only to say what is done, so that no clock decides it.
+#: The cost of passes in runs of the network: no clock decides what is done.
 _COSTS = {"run": 1, "learn": 3, "fit": 3, "back": 2, "read": 0}
 #: Images of the timed passes, sub-architectures that they run through, and tasks that are learned.
 _IMAGES, _ROWS, _TASKS = 16, 8, 3
@@ -44,7 +44,7 @@ _IMAGES, _ROWS, _TASKS = 16, 8, 3
 _TIMED, _WORTH = 5, 0.5
 #: Images that timed learning draws from, and steps that are timed after those that close nothing.
 _POOL, _STEPS = 64, 4
-#: Seconds that each step takes whatever the network, and the page on top.
+#: Seconds that each step takes with any network, and the page besides.
 _BEGIN, _PAGE = 0.2, 0.1
 
 Passes = dict[str, int]

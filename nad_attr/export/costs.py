@@ -204,7 +204,7 @@ class _Counted(fx.Interpreter):
 def node_costs(
     module: fx.GraphModule, inputs: Sequence[Tensor], n_images: int = 1
 ) -> dict[fx.Node, Cost]:
-    """The cost of each node for an image, by a pass of so many on tensors without values."""
+    """The cost of each node for an image, by a pass of ``n_images`` on tensors without values."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     counted = _Counted(module)
     with torch.no_grad(), mode, counted.counter:

@@ -67,7 +67,7 @@ def save(
 
     Args:
         module: As :meth:`nad_attr.SubArchitecture.export` returned it.
-        path: Its ending says what is written: ``.pt2``, a program of ``torch.export``
+        path: Its ending chooses the kind: ``.pt2``, a program of ``torch.export``
             (``torch.export.load(path).module()`` runs it); ``.onnx``, for ONNX Runtime and others
             (needs the extra ``export``); ``.safetensors``, the state dict, with a ``.py`` file
             beside it of the module that it is for.

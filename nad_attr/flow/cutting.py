@@ -37,7 +37,7 @@ class _ReachedError(Exception):
 
 
 @dataclass(eq=False)
-class _Now:
+class _PassState:
     """What the next pass does at the sites."""
 
     given: dict[str, Tensor] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Machine:
         self.model, self.architecture = model, architecture
         self.sites, self.links = sites, links
         self.by_name = {site.name: site for site in sites}
-        self.now = _Now()
+        self.now = _PassState()
         self.inner = False
         self.n_images = -1
         #: What is added to channels that lack some of their sources: ``{site: (C,)}``.
@@ -161,7 +161,7 @@ class Machine:
         late: bool,
     ) -> Tensor:
         before, inner = self.now, self.inner
-        self.now = _Now(
+        self.now = _PassState(
             {
                 name: x.repeat(copies, *[1] * (x.ndim - 1))
                 if copies > 1 and (not late or name == copied_at)
@@ -361,12 +361,12 @@ def cut_edges(
         machine.n_images = n_images
         given = machine.tensors(call, edges)
         output[:] = [given.pop(OUTPUT)] if OUTPUT in given else []
-        machine.now = _Now(given)
+        machine.now = _PassState(given)
 
     def end(module: nn.Module, args: Any, returned: Any) -> Any:
         if machine.inner:
             return None
-        machine.now = _Now()
+        machine.now = _PassState()
         return output[0] if output else None
 
     root = machine.root

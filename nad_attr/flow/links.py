@@ -40,7 +40,7 @@ class Link:
         strength: float64 (S, R + 1), means over images of the flow's absolute value.
         straight: float64 (S, R + 1), the part that no operator mixed; NaN where that is unknown.
         gradient: float64 (S, R + 1), means over images of the absolute derivative alone, summed
-            over positions: what the flow is without how much there is to flow.
+            over positions: the flow without the size of the activations.
     """
 
     source_site: str

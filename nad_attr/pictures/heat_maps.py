@@ -176,8 +176,8 @@ def heat_maps(
     Args:
         model: The network, in eval mode; unchanged afterwards, whatever ``method`` does.
         architectures: Task gates or sub-architectures, one for each target class (a group of
-            classes serves all its members); a single sub-architecture: for all images, whatever
-            their target; None: the whole network, for comparison.
+            classes serves all its members); a single sub-architecture: for all images and targets;
+            None: the whole network, for comparison.
         inputs: (N, ...).
         targets: Class index of each image, or one for all: the output to explain.
         method: Called as ``method(network, inputs, target)`` in the gated network. Any of

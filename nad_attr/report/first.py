@@ -1,4 +1,4 @@
-"""The first screen: what was asked, the answer, how sure, compared with what; and ten questions."""
+"""The first screen: question, answer, certainty, comparison; and ten questions."""
 
 from __future__ import annotations
 

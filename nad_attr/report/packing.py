@@ -76,7 +76,7 @@ def plain(value: Any, digits: int = 4) -> Any:
 
 
 def script_json(value: Any) -> str:
-    r"""JSON that may stand inside a ``<script>`` element, whatever texts are in it.
+    r"""JSON that is safe inside a ``<script>`` element, for any texts.
 
     Example:
         >>> print(script_json(["</script>"]))

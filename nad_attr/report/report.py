@@ -213,7 +213,7 @@ class Report:
         return getattr(self.results, part) is not None
 
     def keep(self) -> list[str]:
-        """Write what was measured for this report into the file of the gates.
+        """Write this report's results into the file of the gates.
 
         Returns:
             The groups that were written.

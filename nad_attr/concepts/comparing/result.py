@@ -213,8 +213,8 @@ class Comparison(Result):
     def conclusions(self, limit: int = 20) -> list[str]:
         """The largest differences, in sentences.
 
-        Rows about all tasks, Mantel's tests and high-level detectors along depth, whatever they
-        say; then those of the smallest q-values below 0.05.
+        First all rows about all tasks, Mantel's tests and high-level detectors along depth; then
+        those of the smallest q-values below 0.05.
 
         Args:
             limit: How many of the latter at most.

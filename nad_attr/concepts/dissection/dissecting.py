@@ -50,12 +50,12 @@ __all__ = ["dissect", "site_maps"]
 
 #: Bytes that the exact mode may keep.
 _EXACT_BYTES = 2**33
-#: Bytes of activations in a temporary file, where nothing is said.
+#: Bytes of activations in a temporary file by default.
 _SCRATCH_BYTES = 2**32
 #: Images in a batch, at most, where the size is found.
 MAX_FOUND = 64
-#: Activations are written down in part, where that takes fewer bytes, once so many times the tail's
-#: values were seen.
+#: Only possible tail activations are written, if that takes fewer bytes, after this many times the
+#: tail's values.
 _FIRST_SPARSE = 8
 
 
@@ -115,7 +115,7 @@ def dissect(
         quantile: Share of a unit's activations above its threshold.
         concepts: What the indices stand for. None: ``data.concepts``.
         exact: Exact thresholds. Keeps that share of all activations in memory: for small data.
-        ignore_index: Label of pixels that nobody labelled; negative labels mean the same.
+        ignore_index: Label of unlabelled pixels; negative labels mean the same.
         unlabelled: "ignore": pixels without a label of a concept's category do not count for it.
             "count": they count as not showing it, in images with a label of that category.
         iou_threshold: A detector's IoU is above it.
@@ -346,7 +346,7 @@ class _Dissection:
             [categories.index(c.category) for c in self.concepts], device="cpu"
         )
         self.n_categories = len(categories)
-        #: Images that the first and the second pass are through with.
+        #: Images that the first and the second pass have done.
         self.done = [0, 0]
 
     def begin(self, sites: Sequence[GateSite | str] | None) -> None:
@@ -602,7 +602,7 @@ class _Dissection:
             self.active[name] += counts[:, n_present:]
 
     def _numbers(self, inputs: Inputs) -> Tensor:
-        """What the network returns, of whatever kind, as one row of numbers per image or pass."""
+        """The network's outputs, of any kind, as one row of numbers per image or pass."""
         outputs = self.runner.run(inputs)
         if isinstance(outputs, Tensor) and outputs.ndim == 2:
             return outputs

@@ -27,7 +27,7 @@ StrPath: TypeAlias = "str | PathLike[str]"
 MAX_BYTES = 256 * 2**20
 #: A compressed archive may unpack to this much.
 MAX_UNPACKED = 4 * 2**30
-#: Up to so many bytes the free memory is not checked.
+#: The free memory is not checked for fewer bytes.
 _UNCHECKED_BYTES = 2**28
 
 

@@ -273,11 +273,11 @@ def chosen(data: Data, source: Source, rows: Tensor, labels: Tensor) -> Data:
 
 
 def shuffled_labels(data: Data, seed: int = 0) -> Data:
-    """The same images with their labels dealt out anew; each class keeps its number of images.
+    """The same images with shuffled labels; each class keeps its number of images.
 
     Args:
         data: ``(inputs, labels)`` tensors, a Dataset of (input, label) or a DataLoader.
-        seed: Another deal for each seed.
+        seed: Another order for each seed.
 
     Returns:
         The same kind of data; a loader does not shuffle.

@@ -148,10 +148,10 @@ def circuit_areas(sizes: ArrayLike, faithful: ArrayLike) -> tuple[FloatArray, Fl
 
 
 def completeness(complement: ArrayLike, empty: ArrayLike, full: ArrayLike) -> FloatArray:
-    """Completeness ``1 - F(complement)``: 1 if nothing of the task is left without the channels.
+    """Completeness ``1 - F(complement)``: 1 if without the channels nothing of the task is left.
 
     Args:
-        complement: M of what is left when the sub-architecture's channels are removed.
+        complement: M of the network without the sub-architecture's channels.
         empty: M with all channels closed; broadcasts.
         full: M of the whole network; broadcasts.
 
@@ -181,7 +181,7 @@ class Curves(Result):
             channels, at least one.
         requested: S sizes as asked for.
         per_site: The share is kept (removed) at each site, not of all channels together.
-        ablation: What stands in place of closed channels.
+        ablation: What replaces closed channels.
         fitted_on: With "optimal": how many images the constants were fitted on, if known.
         keep: ``{measure: (T, S)}``, the top channels alone.
         ablate: ``{measure: (T, S)}``, the network without them.

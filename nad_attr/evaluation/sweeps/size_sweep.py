@@ -59,7 +59,7 @@ __all__ = ["SizeSweep", "size_sweep"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
-#: How random channels are called among the methods.
+#: The name of random channels among the methods.
 RANDOM = "random"
 
 #: What the figure shows, a panel each.
@@ -88,7 +88,7 @@ class SizeSweep(Result):
         sizes: (S,), share of the channels that is really kept: budgets are whole channels.
         requested: S sizes as asked for.
         per_site: The share is kept at each site, not of all channels together.
-        ablation: What stands in place of closed channels.
+        ablation: What replaces closed channels.
         fitted_on: With "optimal": how many images the constants were fitted on, if known.
         methods: Names of the M methods, baselines last.
         baselines: Which of them are baselines.
