@@ -28,6 +28,10 @@ def _installed(package: str) -> bool:
 def check_embeddings(names: Sequence[str] | None) -> list[str]:
     """The embeddings to make. None: all that are installed.
 
+    Raises:
+        ImportError: If a package is missing.
+        ValueError: If there is no such embedding, or none.
+
     Example:
         >>> check_embeddings(["pca"])
         ['pca']
@@ -47,6 +51,9 @@ def check_embeddings(names: Sequence[str] | None) -> list[str]:
 
 def check_n_clusters(n_clusters: Sequence[int]) -> list[int]:
     """The numbers of clusters, sorted; none without scikit-learn.
+
+    Raises:
+        ValueError: If one is not a whole number from 2 on.
 
     Example:
         >>> check_n_clusters([])

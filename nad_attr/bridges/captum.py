@@ -395,6 +395,9 @@ def input_shaped(attributions: Tensor, inputs: Tensor) -> Tensor:
     The sum over an image stays the same; its colour channels get equal parts. Attributions are
     (B, K, h, w) of a layer of channels first, or already (B, C, H, W).
 
+    Raises:
+        ValueError: If one has another number of axes.
+
     Example:
         >>> shaped = input_shaped(torch.ones(1, 5, 2, 2), torch.zeros(1, 3, 8, 8))
         >>> shaped.shape, shaped.sum().item()

@@ -121,7 +121,11 @@ class CRPComparison(Result):
         return self.figure(images)
 
     def figure(self, images: Tensor | None = None) -> Any:
-        """The heat-maps in three rows, a column for each of the images (B, C, H, W) beneath."""
+        """The heat-maps in three rows, a column for each of the images (B, C, H, W) beneath.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
         from nad_attr.bridges.captum import heatmap_figure
 
         rows = {

@@ -51,6 +51,11 @@ def named_architectures(
         TypeError: If they are something else.
         ValueError: If there are fewer than ``least``, one says no task, a task is there twice, or
             sites differ.
+
+    Example:
+        >>> site = GateSite("layer1", 2, 1)
+        >>> named_architectures(SubArchitecture.from_kept({}, [site], task=4)).task_names
+        ('4',)
     """
     archs = as_architectures(architectures, size)
     tasks = tasks_of_rows(archs)

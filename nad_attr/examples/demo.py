@@ -178,7 +178,11 @@ class DemoResult(Result):
 
 
 def check_extra() -> None:
-    """Check that what the demo needs is installed, without importing it."""
+    """Check that what the demo needs is installed, without importing it.
+
+    Raises:
+        MissingExtraError: If something is missing.
+    """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(

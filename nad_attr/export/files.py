@@ -104,7 +104,12 @@ def save(
 
 
 def check_target(path: Path) -> None:
-    """Refuse a place where :func:`save` cannot write, or where a file would be lost."""
+    """Refuse a place where :func:`save` cannot write, or where a file would be lost.
+
+    Raises:
+        FileExistsError: If a file of another kind is there, or beside it.
+        ValueError: If the ending is none of a network's, or the folder is not there.
+    """
     if path.suffix not in FORMATS:
         raise ValueError(
             f"{path.name} must end in one of {', '.join(FORMATS)}, which says what to write."

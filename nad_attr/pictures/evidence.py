@@ -34,7 +34,11 @@ class SiteMaps:
 
 
 def check_measure(measure: str) -> None:
-    """Check the name of a measure."""
+    """Check the name of a measure.
+
+    Raises:
+        ValueError: If there is no such measure.
+    """
     if measure not in ("evidence", "presence"):
         raise ValueError(f"measure must be 'evidence' or 'presence', got {measure!r}.")
 

@@ -57,6 +57,9 @@ def class_architectures(
 ) -> dict[int, SubArchitecture]:
     """The sub-architecture of each class; the classes of a group have the group's.
 
+    Raises:
+        ValueError: If a class belongs to two tasks.
+
     Example:
         >>> from nad_attr.sites import GateSite
         >>> arch = SubArchitecture.from_kept({}, [GateSite("a", 2, 1)], task=(3, 5))

@@ -340,7 +340,11 @@ def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, 
 
 
 def check_parts(found: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a saved part that lacks a name that the page reads."""
+    """Refuse a saved part that lacks a name that the page reads.
+
+    Raises:
+        ValueError: If it lacks one.
+    """
     for name in names:
         if name not in found:
             raise ValueError(f"{name!r} is missing")

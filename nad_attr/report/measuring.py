@@ -101,7 +101,12 @@ def evenly(labels: Tensor, n: int, seed: int) -> list[int]:
 
 
 def sampled(data: Any, n_images: int, *, seed: int = 0) -> Sample:
-    """Read at most ``n_images`` images, evenly over their classes."""
+    """Read at most ``n_images`` images, evenly over their classes.
+
+    Raises:
+        TypeError: If images cannot come from ``data``.
+        ValueError: If it is empty or holds NaN.
+    """
     source = as_source(data, any_labels=True)
     if len(source.labels) <= n_images and isinstance(source, TensorSource):
         return Sample(source, list(range(len(source.labels))), source.inputs)

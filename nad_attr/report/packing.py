@@ -35,6 +35,9 @@ def gate_levels(gates: ArrayLike, bits: int = 8) -> NDArray[np.uint8]:
     one half. With 4 bits, two neighbours of the last axis share a byte, the first in its upper
     half.
 
+    Raises:
+        ValueError: If ``bits`` is neither 4 nor 8.
+
     Example:
         >>> gate_levels([0.0, 0.5, 0.5001, 1.0]).tolist()
         [0, 127, 128, 255]

@@ -47,6 +47,9 @@ def _pillow() -> Any:
 def tensor_picture(value: Tensor, low: float, high: float) -> Image:
     """A picture of an input tensor (C, H, W); values from ``low`` to ``high`` become 0 to 255.
 
+    Raises:
+        ValueError: If it is not an image.
+
     Example:
         >>> tensor_picture(torch.ones(3, 2, 4), 0.0, 1.0).size
         (4, 2)

@@ -42,7 +42,11 @@ STATISTICS = "Gates against concepts"
 
 
 def keep_results(path: Path, results: Results) -> list[str]:
-    """Write what was measured into the file of the gates; returns the groups that were written."""
+    """Write what was measured into the file of the gates; returns the groups that were written.
+
+    Raises:
+        GateStoreError: If the file cannot be written.
+    """
     written = []
     if results.evaluation is not None and results.evaluation_from == "for this report":
         results.evaluation.save(path, "evaluation")

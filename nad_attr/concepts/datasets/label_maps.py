@@ -19,6 +19,10 @@ __all__ = ["LabelMaps", "as_concepts", "label_maps", "label_parts", "show"]
 def as_concepts(concepts: Any, what: str = "concepts") -> tuple[Concept, ...]:
     """A concept table from concepts or texts.
 
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is empty, or holds a concept twice.
+
     Example:
         >>> as_concepts(["sky", Concept("red", "colour")])
         (Concept(name='sky', category=''), Concept(name='red', category='colour'))
@@ -117,7 +121,12 @@ def label_maps(
 
 
 def label_parts(labels: Any, where: str) -> list[Tensor]:
-    """Label maps (H, W) and labels of the whole image, (), as int64 tensors."""
+    """Label maps (H, W) and labels of the whole image, (), as int64 tensors.
+
+    Raises:
+        TypeError: If labels are something else.
+        ValueError: If they have another number of axes.
+    """
     found: list[Tensor] = []
     for part in labels if isinstance(labels, (list, tuple)) else (labels,):
         tensor = _integers(part, where)

@@ -263,6 +263,9 @@ def _sites_dissected(shared: _Shared, part: list[GateSite]) -> UnitConcepts:
 def site_maps(site: GateSite, tensor: Tensor) -> Tensor:
     """A site's activations as (B, h, w, C), at least float32.
 
+    Raises:
+        ValueError: If it has no two-dimensional positions.
+
     Example:
         >>> site_maps(GateSite("a", 3), torch.zeros(2, 3, 4, 5)).shape
         torch.Size([2, 4, 5, 3])

@@ -91,7 +91,12 @@ class LabelledImages:
         return len(self.numbers)
 
     def batches(self, places: Iterable[Sequence[int]]) -> Iterator[Batch]:
-        """The images at some places in ``numbers``."""
+        """The images at some places in ``numbers``.
+
+        Raises:
+            TypeError: If an item is no (image, labels).
+            ValueError: If images differ in shape or hold NaN.
+        """
         # Loading runs ahead, so the numbers wait here for their items.
         waiting: deque[list[int]] = deque()
 

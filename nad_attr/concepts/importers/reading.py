@@ -39,7 +39,11 @@ class ImportFileError(ValueError):
 
 
 def check_room(n_cells: int, what: str) -> None:
-    """Refuse a table that takes more than half of the free memory, before it is made."""
+    """Refuse a table that takes more than half of the free memory, before it is made.
+
+    Raises:
+        ImportFileError: If it does.
+    """
     # The table, its copy of the same type, and where its values are known.
     n_bytes = 9 * n_cells
     if n_bytes > _UNCHECKED_BYTES and n_bytes > most_bytes():
@@ -144,7 +148,11 @@ def as_number(value: Any, error: Any) -> float:
 
 
 def read_table(path: StrPath, needed: Sequence[str], what: str) -> Table:
-    """Read a CSV file that has the needed columns; ``what`` names it in messages."""
+    """Read a CSV file that has the needed columns; ``what`` names it in messages.
+
+    Raises:
+        ImportFileError: If it is missing, too large, foreign or truncated.
+    """
     found = check_file(path)
     text = _text(found)
     try:
@@ -183,7 +191,11 @@ def read_table(path: StrPath, needed: Sequence[str], what: str) -> Table:
 
 
 def read_json(path: StrPath) -> Any:
-    """Read a JSON file that is neither too large nor too deep."""
+    """Read a JSON file that is neither too large nor too deep.
+
+    Raises:
+        ImportFileError: If it is missing, too large, too deep or truncated.
+    """
     found = check_file(path)
     text = _text(found)
     try:
@@ -199,7 +211,11 @@ def read_json(path: StrPath) -> Any:
 
 
 def read_npz(path: StrPath, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Read some arrays of a NumPy archive; nothing in it is unpickled."""
+    """Read some arrays of a NumPy archive; nothing in it is unpickled.
+
+    Raises:
+        ImportFileError: If it is missing, too large, damaged, or an array is missing.
+    """
     found = check_file(path)
     try:
         with zipfile.ZipFile(found) as archive:

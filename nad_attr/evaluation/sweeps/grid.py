@@ -117,7 +117,11 @@ def fitted(
     train_data: Data | None,
     run: RunOptions | None,
 ) -> Ablation | None:
-    """The ablation value of an argument, fitted to training images if necessary."""
+    """The ablation value of an argument, fitted to training images if necessary.
+
+    Raises:
+        ValueError: If there is no such kind, or images are needed and not given.
+    """
     if not isinstance(ablation, str) or ablation == "zero" or ablation not in ABLATIONS:
         return as_ablation(ablation)
     if train_data is None:
