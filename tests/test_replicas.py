@@ -17,6 +17,7 @@ from nad_attr import (
     learn_gates,
     learn_sizes,
     learn_to_store,
+    verdict,
 )
 from nad_attr.evaluation import planted
 from nad_attr.gates.channels import to_gates
@@ -104,6 +105,8 @@ def test_sizes_and_halves_are_means_of_runs_as_well() -> None:
     }
     with pytest.raises(ValueError, match="and each replica has 4"):
         learn_sizes(of.model, [0.9, 0.8, 0.7, 0.6, 0.5], of.data, [0], RECIPE, of.sites)
+    said = verdict(of.model, found[0.25], of.data, of.held_out)
+    assert said.answers[0][0] == "holds"
     sure = certainty(of.model, found[0.25], of.data, of.held_out, pairs=1, alternatives=0)
     assert sure.passes["learning"] == 2 * 20 * 10
     assert (sure.chosen[0].sum() > 0).all()
