@@ -40,14 +40,14 @@ def task_outputs(outputs: Tensor, tasks: Sequence[Task]) -> Tensor:
 
 
 def label_loss(outputs: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
-    """How far outputs are from what the images' labels say, summed over images.
+    """The loss of outputs against the images' labels, summed over images.
 
     Args:
         outputs: (B, K).
         labels: int64 (B,) classes: cross-entropy. (B, K) memberships: binary cross-entropy of each
             output (of logits, or of probabilities where all outputs are in [0, 1]) over those that
             are known.
-        targets: (B, K), NaN where unknown: the squared difference in place of that.
+        targets: (B, K), NaN where unknown: the squared difference from these instead.
 
     Example:
         >>> outputs, labels = torch.tensor([[1.0, 3.0]]), torch.tensor([[1, 0]])

@@ -1,7 +1,4 @@
-"""Gate sites: where in a network a gate closes a channel for good.
-
-They are found by the flow of data through one forward pass, or named by the user.
-"""
+"""Gate sites: where in a network a gate closes a channel for good."""
 
 from __future__ import annotations
 
