@@ -44,6 +44,7 @@ MAX_FOUND_BATCH = 512
 #: A CPU is slower if a batch's activations do not fit into its caches: with CIFAR's images on a
 #: ResNet-20, 200 images at a time take 1.2 times the time of 40 to 64. So a batch has at most this
 #: many images, or this many numbers in small images.
+MAX_ON_CPU, NUMBERS_ON_CPU = 64, 64 * 3 * 32 * 32
 
 
 #: The fixed batch sizes of networks that were examined; see :meth:`Runner.find_batch_size`.

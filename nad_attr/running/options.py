@@ -23,8 +23,9 @@ class _FromRun:
 FROM_RUN: Any = _FromRun()
 
 #: Autocast's dtypes, by the value of ``amp``.
-_AMP = {None: None, False: None, True: torch.bfloat16}
-_AMP |= {dtype: dtype for dtype in (torch.bfloat16, torch.float16)}
+_AMP = {None: None, False: None, True: torch.bfloat16} | {
+    dtype: dtype for dtype in (torch.bfloat16, torch.float16)
+}
 
 
 @dataclass(frozen=True, eq=False)
