@@ -1,4 +1,4 @@
-"""Which positions of a site's tensor are which part of the image."""
+"""The positions of a site's tensor as parts of the image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nad_attr.sites.site import GateSite
 
 
 def _token_grid(n_tokens: int, aspect: float, prefix: int | None) -> tuple[int, int, int] | None:
-    """(tokens that stand for no position, rows, columns) of a list of tokens, if it is a grid."""
+    """(tokens without a position, rows, columns) of a list of tokens, if it is a grid."""
     for skipped in (0, 1) if prefix is None else (prefix,):
         n = n_tokens - skipped
         if n < 1:
@@ -25,12 +25,12 @@ def _token_grid(n_tokens: int, aspect: float, prefix: int | None) -> tuple[int, 
 
 @dataclass(frozen=True)
 class Grid:
-    """How the positions of a site's tensor are laid out.
+    """The layout of the positions of a site's tensor.
 
     Attributes:
         height: Rows of positions.
         width: Columns of positions.
-        n_prefix: Tokens in front of those of the image, where positions are a list of tokens. None:
+        n_prefix: Tokens before those of the image, if positions are a list of tokens. None:
             height and width are axes of the tensor.
 
     Example:
@@ -57,13 +57,13 @@ def grid_of(
     """Find the layout of a site's positions.
 
     Args:
-        site: The site; which one plays no part in the layout.
-        shape: Of its tensor, without the axis of channels: (B, ...).
-        aspect: Height of the image divided by its width, which a grid of tokens has as well.
-        prefix: Tokens in front of those of the image; None: none or one, as their number says.
+        site: The site; not used for the layout.
+        shape: Shape of its tensor, without the axis of channels: (B, ...).
+        aspect: Height of the image divided by its width, as of a grid of tokens.
+        prefix: Tokens before those of the image; None: none or one, by their number.
 
     Returns:
-        The layout and ``""``, or None and why it has none, to be put behind the site's name.
+        The layout and ``""``, or None and the reason, to be put after the site's name.
 
     Example:
         >>> site = GateSite("vit.block", 8, 2)

@@ -1,4 +1,4 @@
-"""What may be concluded from a statistic, in one sentence that changes with the numbers."""
+"""The conclusion from a statistic, in one sentence that depends on the numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 __all__ = ["ALL_TASKS", "DEPTH_MEASURES", "MEASURES", "SIGNIFICANCE_LEVEL", "sentence_of"]
 
-#: What stands under ``task`` in a row about all of them.
+#: The ``task`` of a row about all tasks.
 ALL_TASKS = "all tasks"
 
-#: Below this p (or q, where many tests are reported together), chance is set aside.
+#: An effect with a smaller p (or q, for many tests together) is not chance.
 SIGNIFICANCE_LEVEL = 0.05
 
-#: What the effect of each test is called.
+#: The name of each test's effect.
 MEASURES = {
     "mann_whitney": "AUC",
     "rank_correlation": "Spearman's rho",
@@ -29,7 +29,7 @@ MEASURES = {
     "depth": "share",
 }
 
-#: What is measured at each site along depth, and what it is called.
+#: Measures at each site along depth, and their names.
 DEPTH_MEASURES = {
     "high": "share of high-level detectors",
     "high_of_detectors": "share of high-level concepts among detectors",
@@ -69,7 +69,7 @@ def _evidence(row: dict[str, Any], level: float) -> str:
 
 
 def _verdict(row: dict[str, Any]) -> int:
-    """1 or -1: above or below what chance gives, with evidence; 0: nothing to conclude."""
+    """1 or -1: above or below chance, with evidence; 0: no conclusion."""
     effect, null = row["effect"], row["null"]
     if math.isnan(effect) or math.isnan(null):
         return 0
@@ -102,15 +102,13 @@ def sentence_of(row: dict[str, Any], level: float = 0.95) -> str:
     write: Callable[[dict[str, Any], int], tuple[str, str]] = _SENTENCES[row["test"]]
     verdict = _verdict(row)
     claim, numbers = write(row, verdict)
-    if verdict == 0:
-        claim = f"It cannot be concluded that {claim}"
-    return f"{claim}: {numbers}{_evidence(row, level)}."
+    start = "It cannot be concluded that " if verdict == 0 else ""
+    text = start + claim
+    return f"{text[0].upper()}{text[1:]}: {numbers}{_evidence(row, level)}."
 
 
 def _where(row: dict[str, Any]) -> str:
-    parts = [f" for {row['task']}" if row["task"] else ""]
-    parts.append(f" at {row['site']}" if row["site"] else "")
-    return "".join(parts)
+    return (f" for {row['task']}" if row["task"] else "") + _place(row)
 
 
 def _why_unknown(row: dict[str, Any]) -> str:
@@ -134,7 +132,7 @@ def _for(row: dict[str, Any]) -> str:
 
 
 def _channels(row: dict[str, Any]) -> str:
-    """Kept channels, of whom and where."""
+    """Kept channels, of which task and where."""
     return f"channels kept{_for(row)}{_place(row)}"
 
 
@@ -144,8 +142,7 @@ def _mann_whitney(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     who = _channels(row)
     if verdict == 0:
         return f"{who} differ in {what} from dropped ones", share
-    word = "higher" if verdict > 0 else "lower"
-    return f"{who[0].upper()}{who[1:]} have a {word} {what} than dropped ones", share
+    return f"{who} have a {'higher' if verdict > 0 else 'lower'} {what} than dropped ones", share
 
 
 def _rank_correlation(row: dict[str, Any], verdict: int) -> tuple[str, str]:
@@ -154,8 +151,7 @@ def _rank_correlation(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     what = f"gates{_for(row)}{_place(row)}"
     if verdict == 0:
         return f"{what} go with {concept}", numbers
-    word = "rise" if verdict > 0 else "fall"
-    return f"{what[0].upper()}{what[1:]} {word} with {concept}", numbers
+    return f"{what} {'rise' if verdict > 0 else 'fall'} with {concept}", numbers
 
 
 def _odds(row: dict[str, Any]) -> str:
@@ -167,7 +163,7 @@ def _detectors(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     if verdict == 0:
         return f"{who} are detectors more or less often", _odds(row)
     word = "more" if verdict > 0 else "less"
-    return f"{who[0].upper()}{who[1:]} are detectors {word} often than dropped ones", _odds(row)
+    return f"{who} are detectors {word} often than dropped ones", _odds(row)
 
 
 def _enrichment(row: dict[str, Any], verdict: int) -> tuple[str, str]:
@@ -175,8 +171,7 @@ def _enrichment(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     concept = row["concept"] or "flagged channels"
     if verdict == 0:
         return f"{who} is enriched or depleted in {concept}", _odds(row)
-    word = "enriched" if verdict > 0 else "depleted"
-    return f"{who[0].upper()}{who[1:]} is {word} in {concept}", _odds(row)
+    return f"{who} is {'enriched' if verdict > 0 else 'depleted'} in {concept}", _odds(row)
 
 
 def _agreement(row: dict[str, Any], verdict: int) -> tuple[str, str]:
@@ -194,10 +189,8 @@ def _agreement(row: dict[str, Any], verdict: int) -> tuple[str, str]:
 def _mantel(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     other = f"by {row['other']}" if row["other"] else "by the other measure"
     numbers = f"r = {_number(row['effect'])} over {row['n']} pairs"
-    if verdict == 0:
-        return f"tasks that are alike {other} share more channels", numbers
-    word = "more" if verdict > 0 else "fewer"
-    return f"Tasks that are alike {other} share {word} channels", numbers
+    word = "fewer" if verdict < 0 else "more"
+    return f"tasks that are alike {other} share {word} channels", numbers
 
 
 def _depth_trend(row: dict[str, Any], verdict: int) -> tuple[str, str]:
@@ -211,17 +204,15 @@ def _depth_trend(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     numbers = f"rho = {_number(row['effect'])} over {row['n']} sites"
     if verdict == 0:
         return f"{what} rises or falls with depth", numbers
-    word = "rises" if verdict > 0 else "falls"
-    return f"{what[0].upper()}{what[1:]} {word} with depth", numbers
+    return f"{what} {'rises' if verdict > 0 else 'falls'} with depth", numbers
 
 
 def _depth(row: dict[str, Any], verdict: int) -> tuple[str, str]:
-    what = row["concept"] or "share of high-level detectors"
+    what = f"the {row['concept'] or 'share of high-level detectors'}"
     numbers = f"{_number(row['effect'])} among kept channels{_place(row)}"
     if verdict == 0:
-        return f"the {what} differs from that of random channels", numbers
-    word = "higher" if verdict > 0 else "lower"
-    return f"The {what} is {word} than among random channels", numbers
+        return f"{what} differs from that of random channels", numbers
+    return f"{what} is {'higher' if verdict > 0 else 'lower'} than among random channels", numbers
 
 
 _SENTENCES: dict[str, Callable[[dict[str, Any], int], tuple[str, str]]] = {
