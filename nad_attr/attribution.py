@@ -502,11 +502,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         return self._found[1]
 
     def _keep_found(
-        self,
-        root: nn.Module,
-        layers: list[Layer] | None,
-        sites: Sequence[GateSite],
-        at_input: bool,
+        self, root: nn.Module, layers: list[Layer] | None, sites: Sequence[GateSite], at_input: bool
     ) -> None:
         forward = asked = tuple(sites)
         if layers is not None:

@@ -233,10 +233,7 @@ class RayExecutor:
             # Lost workers are counted and retried here, since Ray would do it silently, and not at
             # all for a result that is lost later.
             remote = ray.remote(_work).options(
-                num_cpus=cpus,
-                num_gpus=self.gpus_per_worker,
-                max_retries=0,
-                name="nad_attr chunk",
+                num_cpus=cpus, num_gpus=self.gpus_per_worker, max_retries=0, name="nad_attr chunk"
             )
             waiting = deque(range(len(items)))
             running: dict[Any, int] = {}

@@ -480,9 +480,7 @@ class Session:
         return parts
 
     def fit(
-        self,
-        archs: Sequence[SubArchitecture],
-        advance: Callable[[int], object] = lambda n: None,
+        self, archs: Sequence[SubArchitecture], advance: Callable[[int], object] = lambda n: None
     ) -> list[SubArchitecture]:
         """The sub-architectures with constants fitted, several of a task side by side.
 
@@ -742,9 +740,7 @@ def _own_only(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> list[Any
 
 
 def _sites(
-    network: Network,
-    sites: Sequence[GateSite | str | nn.Module] | None,
-    example: Inputs,
+    network: Network, sites: Sequence[GateSite | str | nn.Module] | None, example: Inputs
 ) -> list[GateSite]:
     if sites is not None:
         if isinstance(sites, (str, nn.Module, GateSite)):

@@ -407,11 +407,7 @@ def legend(
 
 
 def plot_intervals(
-    rows: Mapping[str, tuple[float, ...]],
-    x: str,
-    *,
-    at: float | None = None,
-    axes: Any = None,
+    rows: Mapping[str, tuple[float, ...]], x: str, *, at: float | None = None, axes: Any = None
 ) -> Figure:
     """Values with their intervals, one row each.
 

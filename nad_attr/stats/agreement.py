@@ -18,13 +18,7 @@ from nad_attr.stats.strata import Tables, strata_of
 from nad_attr.stats.tests import Statistic, count_test, fisher_interval, normal_p
 from nad_attr.system.rng import seed_of
 
-__all__ = [
-    "kendall",
-    "overlap_above_chance",
-    "rank_agreement",
-    "rank_biased_overlap",
-    "rbo_weight",
-]
+__all__ = ["kendall", "overlap_above_chance", "rank_agreement", "rank_biased_overlap", "rbo_weight"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -328,11 +322,7 @@ def kappas(both: FloatArray, a: FloatArray, b: FloatArray, total: FloatArray) ->
 
 
 def random_kappas(
-    counts: FloatArray,
-    n_random: int,
-    seed: int,
-    method: str,
-    tasks: Sequence[object] | None = None,
+    counts: FloatArray, n_random: int, seed: int, method: str, tasks: Sequence[object] | None = None
 ) -> FloatArray:
     """Mean kappa over sites of random channels, as many as both keep: (T, draws).
 

@@ -36,13 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = [
-    "Statistic",
-    "association",
-    "benjamini_hochberg",
-    "mann_whitney",
-    "rank_correlation",
-]
+__all__ = ["Statistic", "association", "benjamini_hochberg", "mann_whitney", "rank_correlation"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]

@@ -119,11 +119,7 @@ class Content:
     """A store, read on demand: an HDF5 file (None: there is none yet), and later records."""
 
     def __init__(
-        self,
-        path: Path,
-        head: Head,
-        reader: Reader | None = None,
-        records: Sequence[Record] = (),
+        self, path: Path, head: Head, reader: Reader | None = None, records: Sequence[Record] = ()
     ) -> None:
         self.path, self.head, self.reader = path, head, reader
         self.records: list[Record] = []

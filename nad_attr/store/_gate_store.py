@@ -426,10 +426,7 @@ class GateStore(StoreView):
 
     @staticmethod
     def merge(
-        paths: Sequence[str | PathLike[str]],
-        out: str | PathLike[str],
-        *,
-        overwrite: bool = False,
+        paths: Sequence[str | PathLike[str]], out: str | PathLike[str], *, overwrite: bool = False
     ) -> Path:
         """Join stores of one network, recipe and data.
 
