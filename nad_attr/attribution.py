@@ -346,7 +346,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             sites = self.task_gates.sites
         else:
             sites = self._find(root, layers, images, extra, attribute_to_layer_input)
-        own = [i for i, arg in enumerate(extra) if _is_per_image(arg, len(images[0]))]
+        own = [i for i, x in enumerate(extra) if isinstance(x, Tensor) and x.shape[:1] == (n,)]
         with torch.no_grad(), unchanged(root):
             outputs, activations = _run(root, sites, *_bind(root, images, extra, own))
         if isinstance(outputs, Tensor) and tuple(outputs.shape) == (n,):
@@ -379,7 +379,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                 else:
                     full = expand(gate, site, activation).expand_as(activation)
                     attributions.append(full.to(activation.dtype, copy=True).contiguous())
-        return attributions if _is_many(self.layer) else attributions[0]
+        one = isinstance(self.layer, (nn.Module, str, GateSite))
+        return attributions[0] if one else attributions
 
     # -- results -------------------------------------------------------------------------------
 
@@ -595,10 +596,6 @@ def _check_forward_func(forward_func: object, layer: object, device_ids: object)
         )
 
 
-def _is_many(layer: object) -> bool:
-    return layer is None or not isinstance(layer, (nn.Module, str, GateSite))
-
-
 def _as_layers(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
     if layer is None:
         return None
@@ -733,10 +730,6 @@ def _rows(gates: TaskGates, sites: Sequence[GateSite], targets: Sequence[int]) -
     one = len(set(targets)) == 1
     found, _, _ = gates._gating(targets[0] if one else list(targets))
     return {site.name: found[site.name] for site in sites}
-
-
-def _is_per_image(value: object, n: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
 
 
 def _run(

