@@ -64,8 +64,8 @@ class TaskGates(Result):
         task_names: T names, for display and look-up.
         info: Further numbers, strings and lists of them.
 
-    Attributes:
-        sites, tasks, means, recipe, history, task_names, info: As given.
+    ``sites``, ``tasks``, ``means``, ``recipe``, ``history``, ``task_names`` and ``info`` are
+    attributes too.
 
     Raises:
         TypeError: If an argument has a wrong type.

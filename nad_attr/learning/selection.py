@@ -40,10 +40,10 @@ MAX_PAIR_CANDIDATES = 256
 MAX_EXCHANGED_SHARE = 0.02
 #: Share of the steps after which only single channels are swapped, and fewer of them.
 SETTLING_SHARE = 0.8
-#: By how much the power of ``free_scale`` falls, so that 0.3 becomes 0.9, until no other scale
-#: mends MAX_UNEXPLAINED of the task output's variance: an output that hardly varies is closest in
-#: value to the whole network's when it is constant, and only forgiving prevents that. While another
-#: scale mends nearly all, the power stays: half of two redundant copies looks like that.
+#: By how much the power of ``free_scale`` falls, so that 0.3 becomes 0.9, as the part of the task
+#: output's variance that no other scale explains rises to MAX_UNEXPLAINED. If the output varies
+#: little, a constant is closest in value to the whole network's; a larger free scale prevents it.
+#: If another scale explains nearly all, as in one of two redundant copies, the power stays.
 SCALE_POWER_DROP, MAX_UNEXPLAINED = 0.9, 0.15
 #: How fast the weight of images falls with their distance from the boundary, in ranks (0.1: half).
 BOUNDARY_SHARPNESS = 9.0
@@ -300,8 +300,8 @@ class QuadraticModel:
         slope = (covariance / variance).clamp(*TRUSTED_SLOPES)
         aim = mean_gated + centred_whole / slope
         full = (centred_whole.square() * weights).sum(1, keepdim=True).clamp(min=MIN_VARIANCE)
-        unmended = (1 - covariance.square() / (variance * full)).clamp(0, MAX_UNEXPLAINED)
-        return share ** (1 - SCALE_POWER_DROP * unmended / MAX_UNEXPLAINED) * (aim - self.whole)
+        unexplained = (1 - covariance.square() / (variance * full)).clamp(0, MAX_UNEXPLAINED)
+        return share ** (1 - SCALE_POWER_DROP * unexplained / MAX_UNEXPLAINED) * (aim - self.whole)
 
     def _over_images(self, values: Tensor) -> Tensor:
         """Weighted mean over images of a value times the gradients: (R, M) to (R, n)."""

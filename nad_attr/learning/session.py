@@ -53,7 +53,7 @@ ENOUGH_OWN_IMAGES = 50
 #: Own images, and others, on which mirrored ones are tried, and the share of the task output's
 #: variance that has to stay.
 MIRRORED_TRIED, MIRRORED_KEEPS = 32, 0.8
-#: Images on which a lighter copy is compared one by one, and together in one pass.
+#: Images on which a light copy is compared one by one, and together in one pass.
 N_COMPARED = 16
 
 
@@ -526,7 +526,7 @@ class Session:
 
     @torch.no_grad()
     def mirrored(self, tasks: Sequence[Task]) -> tuple[Source, list[bool]]:
-        """The images to learn from, and for each task whether it sees mirrored ones as well.
+        """The images to learn from, and for each task whether it gets mirrored ones as well.
 
         Mirrored images are free new images. They are used if own images are few and the network
         treats them like the originals: their task output keeps 0.8 of its variance.

@@ -186,7 +186,7 @@ class Search:
         return drawn.clamp(1e-6, 1 - 1e-6)
 
     def draw(self, n: int) -> Tensor:
-        """The numbers of the next n images, of each kind in turn, each kind shuffled anew."""
+        """The numbers of the next n images, of each kind in turn; each kind is shuffled."""
         chosen = []
         for i, pool in enumerate(self._pools):
             wanted = n // len(self._pools) + (i < n % len(self._pools))
@@ -564,10 +564,10 @@ class IterativeScorer(SearchScorer):
     """Closes a few channels, scores the others again, until the size is reached.
 
     In each round the images' task outputs are differentiated by the gates of the present network,
-    and the open channels with the least ``E |dz_k/dg|`` are closed for good: the first-order effect
-    of closing, as in :class:`~nad_attr.evaluation.CentredEffectScorer`, which is only the first
-    round. The number of open channels falls geometrically. Channels that are closed later score
-    higher, so that one run serves all sizes from ``size`` on.
+    and the open channels with the least ``E |dz_k/dg|`` are closed: the first-order effect of
+    closing, as in :class:`~nad_attr.evaluation.CentredEffectScorer`, which is only the first round.
+    The number of open channels falls geometrically. Channels that are closed later score higher, so
+    that one run serves all sizes from ``size`` on.
 
     Args:
         model: The network.

@@ -1,4 +1,4 @@
-"""Gate sites: where in a network a gate closes a channel for good."""
+"""Gate sites: the places in a network where a gate can close a channel completely."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""Gate sites: the modules of a network at which a gate closes a channel for good.
+"""Gate sites: the modules of a network at which a gate closes a channel completely.
 
 :func:`find_gate_sites` finds them by the flow of data through one forward pass. A site is a *cut
-point*: a tensor through which everything that the output learns about the input must pass. Where a
-network has none for a stretch, because its cells read two predecessors, the cells are the sites.
+point*: a tensor through which all data flow from the input to the output passes. Where a network
+has none for a stretch, because its cells read two predecessors, the cells are the sites.
 
-Between two cut points without an operator that forms new channels (an activation, a normalization,
-a pooling or a depthwise convolution does not) the channels are the same, so there is one site for
-them, as late as it can be: a channel closed before a BatchNorm comes back as a constant, one closed
-after it does not.
+If no operator between two cut points forms new channels (an activation, a normalization, a pooling
+and a depthwise convolution do not), their channels are the same. They have one site then, the
+latest possible: a BatchNorm turns a channel closed before it into a constant.
 """
 
 from __future__ import annotations
@@ -409,7 +408,7 @@ _PAPER: dict[str, dict[str, int]] = {
 }
 
 
-# What is asked for
+# Layers that the user names
 
 
 def _checked_model(model: nn.Module) -> nn.Module:
@@ -595,7 +594,7 @@ def _site_of_segment(
     calls_at: Mapping[int, list[Call]],
     channel_dim: int | Mapping[str, int] | None,
 ) -> int | None:
-    """The cut point of a segment at which a gate closes its channels for good."""
+    """The cut point of a segment at which a gate closes its channels completely."""
     candidates = [index for index in segment if index in calls_at]
     if not candidates:
         return None

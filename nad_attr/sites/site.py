@@ -11,7 +11,7 @@ from torch import nn
 
 __all__ = ["UNITS", "GateSite", "SiteError", "unwrap"]
 
-#: What a site's gates can stand for.
+#: Kinds of units that a site's gates close.
 UNITS = ("channels", "heads", "neurons")
 
 

@@ -32,9 +32,6 @@ def rbo_weight(p: float, depth: int) -> float:
     """Share of the weight of rank-biased overlap that the first ranks have.
 
     Args:
-        p: Persistence in (0, 1): the larger, the deeper it looks.
-        depth: How many ranks.
-
         p: Persistence in (0, 1): the larger, the more lower ranks count.
         depth: Number of ranks.
 

@@ -93,7 +93,7 @@ def parted_tasks(
     n_own: Sequence[int],
     size: float,
 ) -> str | None:
-    """A warning about tasks whose gates keep the images learned from, and hardly any others.
+    """A warning about tasks whose gates keep the outputs of the images learned from only.
 
     Args:
         curves: Of a run, (steps, T): "loss", "fidelity_apart" and "highest_apart".

@@ -184,7 +184,7 @@ class Content:
         return Rows(tasks, names, counts, finished)
 
     def _take(self, rows: Rows) -> None:
-        """Take the rows of the file; nearly always they are right, without a look at each."""
+        """Take the rows of the file; only if one is twice or lacks a name, check each of them."""
         where = {task: i for i, task in enumerate(rows.tasks)}
         names = set(rows.names) - {None}
         if len(where) == len(rows) and len(names) in (0, len(rows)):

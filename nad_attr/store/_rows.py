@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 class Rows(Sequence[Row]):
-    """The tasks of a file, whose rows are made when asked for, and the rows of its records."""
+    """The tasks of a file, whose rows are made on access, and the rows of its records."""
 
     def __init__(
         self,
