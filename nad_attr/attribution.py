@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -23,7 +24,7 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import check_eval, expand, multiply, recorded
 from nad_attr.learning.api import learn_gates
 from nad_attr.running.options import FROM_RUN, RunOptions, as_options
-from nad_attr.sites.finding import asked_layers, find_gate_sites, fixed_batch_size
+from nad_attr.sites.finding import as_tuple, asked_layers, find_gate_sites, fixed_batch_size
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, SiteError, unwrap
 
@@ -231,11 +232,11 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         self,
         root: nn.Module,
         sites: Sequence[GateSite],
+        own: Sequence[int],
+        one_output: bool,
         inputs: tuple[Tensor, ...],
         extra: tuple[Any, ...],
-        own: Sequence[int],
         targets: Sequence[int],
-        one_output: bool,
     ) -> TaskGates:
         """Learn the gates of the targets that occur, from exactly these images.
 
@@ -259,13 +260,11 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
 
     def _learn_paths(
         self,
-        root: nn.Module,
-        sites: Sequence[GateSite],
+        learn: Callable[..., TaskGates],
+        own: Sequence[int],
         inputs: tuple[Tensor, ...],
         extra: tuple[Any, ...],
-        own: Sequence[int],
         targets: Sequence[int],
-        one_output: bool,
     ) -> list[TaskGates]:
         """Learn the gates of each image from versions of that image alone."""
         paths = []
@@ -278,11 +277,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             with warnings.catch_warnings():
                 # Here there are only own images.
                 warnings.filterwarnings("ignore", message=_ONE_CLASS)
-                paths.append(
-                    self._learn_from(
-                        root, sites, copies, tuple(args), own, [target] * n, one_output
-                    )
-                )
+                paths.append(learn(copies, tuple(args), [target] * n))
         return paths
 
     # -- attributing ---------------------------------------------------------------------------
@@ -332,7 +327,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             ValueError: If the network is in train mode, or the images differ in number.
         """
         _check_forward_func(self.forward_func, self.layer, self.device_ids)
-        images, extra = _check_inputs(inputs), _as_tuple(additional_forward_args)
+        images, extra = _check_inputs(inputs), as_tuple(additional_forward_args)
         n = len(images[0])
         targets = [0] * n if target is None else _read_target(target, n)
         if isinstance(self.forward_func, nn.DataParallel) and self.forward_func.device_ids:
@@ -357,16 +352,16 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                 "output for each image, (N,) or (N, 1), needs no target)."
             )
         _check_outputs(outputs, targets)
-        one_output = outputs.shape[1] == 1
+        learn = partial(self._learn_from, root, sites, own, outputs.shape[1] == 1)
         if self.task_gates is not None:
             at_input = attribute_to_layer_input if self.layer is None else None
             _check_learned(self.task_gates, sites, targets, at_input)
             gates = _rows(self.task_gates, sites, targets)
         elif self.scope == "task":
-            self._latest = self._learn_from(root, sites, images, extra, own, targets, one_output)
+            self._latest = learn(images, extra, targets)
             gates = _rows(self._latest, sites, targets)
         else:
-            self._latest = self._learn_paths(root, sites, images, extra, own, targets, one_output)
+            self._latest = self._learn_paths(learn, own, images, extra, targets)
             gates = {s.name: torch.cat([path[s.name] for path in self._latest]) for s in sites}
 
         attributions = []
@@ -613,14 +608,8 @@ def _as_layers(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
     return list(layer)
 
 
-def _as_tuple(args: object) -> tuple[Any, ...]:
-    if args is None:
-        return ()
-    return args if isinstance(args, tuple) else (args,)
-
-
 def _check_inputs(inputs: object) -> tuple[Tensor, ...]:
-    images = _as_tuple(inputs)
+    images = as_tuple(inputs)
     if not images or not all(isinstance(item, Tensor) for item in images):
         kinds = ", ".join(type(item).__name__ for item in images) or "nothing"
         raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {kinds}.")

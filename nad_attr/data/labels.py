@@ -87,10 +87,9 @@ def own_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
         tensor([[ True, False],
                 [False,  True]])
     """
-    members = [task if isinstance(task, tuple) else (task,) for task in tasks]
     if labels.ndim == 2:
-        return torch.stack([(_columns(labels, group) == 1).any(1) for group in members])
-    return torch.stack([torch.isin(labels, labels.new_tensor(group)) for group in members])
+        return torch.stack([(_columns(labels, task) == 1).any(1) for task in tasks])
+    return torch.stack([torch.isin(labels, labels.new_tensor(task)) for task in tasks])
 
 
 def other_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
@@ -111,11 +110,11 @@ def other_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
     """
     if labels.ndim == 1:
         return ~own_images(labels, tasks)
-    members = [task if isinstance(task, tuple) else (task,) for task in tasks]
-    return torch.stack([(_columns(labels, group) == 0).all(1) for group in members])
+    return torch.stack([(_columns(labels, task) == 0).all(1) for task in tasks])
 
 
-def _columns(labels: Tensor, group: Sequence[int]) -> Tensor:
+def _columns(labels: Tensor, task: Task) -> Tensor:
+    group = task if isinstance(task, tuple) else (task,)
     if max(group) >= labels.shape[1]:
         raise ValueError(
             f"there is a task {max(group)}, but the labels are those of one output, whose task is "

@@ -195,7 +195,7 @@ def find_gate_sites(
     windows = [s for s in sites if (rows.get(s.name) or (flow.batch_size,))[0] != flow.batch_size]
     if windows:  # several rows of each image on the first axis
         run = model if forward_func is None else forward_func
-        arguments = _as_tuple(additional_forward_args)
+        arguments = as_tuple(additional_forward_args)
         check_rows(model, windows, inputs, lambda *images: run(*images, *arguments))
     return grouped(sites, groups)
 
@@ -314,10 +314,10 @@ def _traced(
 ) -> tuple[Flow, Trace]:
     """The flow of data through one forward pass, and its trace."""
     try:
-        traced = trace(model, inputs, _as_tuple(additional_forward_args), forward_func)
+        traced = trace(model, inputs, as_tuple(additional_forward_args), forward_func)
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-        arguments = _as_tuple(additional_forward_args)
+        arguments = as_tuple(additional_forward_args)
         size = fixed_batch_size(model, inputs, arguments, forward_func, str(error))
         if size is not None:  # sites are the same in any batch
             repeated = tuple(x[[i % len(x) for i in range(size)]] for x in inputs)
@@ -476,7 +476,8 @@ def _checked_inputs(example_inputs: object) -> tuple[Tensor, ...]:
     return inputs
 
 
-def _as_tuple(arguments: object) -> tuple[object, ...]:
+def as_tuple(arguments: object) -> tuple[Any, ...]:
+    """Arguments as a tuple: None is none, a tuple stays, anything else is one."""
     if arguments is None:
         return ()
     return arguments if isinstance(arguments, tuple) else (arguments,)
