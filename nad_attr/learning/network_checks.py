@@ -16,8 +16,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Literal, Protocol, TypeAlias
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.tracing import graph_nodes, tensors_in
 from nad_attr.system.rng import isolated_rng, random_states
 from nad_attr.system.threads import owned
+
+if TYPE_CHECKING:
+    from nad_attr.learning.engine import Network
 
 __all__ = [
     "Checks",
@@ -63,38 +66,6 @@ _FLAT = ("Round", "Sign", "Sgn", "Floor", "Ceil", "Trunc", "Heaviside", "Zeros")
 
 class NetworkCheckError(GatingError, ValueError):
     """Gates learned from this network would not be true; the message says why."""
-
-
-class _Site(Protocol):
-    """The part of :class:`~nad_attr.GateSite` that is used here."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def n_channels(self) -> int: ...
-    @property
-    def n_gates(self) -> int: ...
-
-
-class _Network(Protocol):
-    """The part of :class:`~nad_attr.learning.engine.Network` that is used here; see there."""
-
-    model: nn.Module
-    device: torch.device
-    dtype: torch.dtype
-    means: dict[str, Tensor] | None
-    amp: torch.dtype | None
-    batch_size: int | None
-
-    @property
-    def sites(self) -> Sequence[_Site]: ...
-    @property
-    def half(self) -> bool: ...
-    def __call__(self, inputs: _Inputs) -> Tensor: ...
-    def clean(self, inputs: _Inputs) -> Tensor: ...
-    def gating(self, gates: Tensor) -> AbstractContextManager[None]: ...
-    def ready(self, inputs: _Inputs) -> _Inputs: ...
-    def gate_gradient(self, value: Tensor, gates: Tensor, *, retain: bool = False) -> Tensor: ...
 
 
 def check_option(checks: object) -> Checks:
@@ -267,7 +238,7 @@ def _same_rows(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def check_gradients(
-    network: _Network,
+    network: Network,
     inputs: _Inputs,
     *,
     more: Callable[[int], _Inputs] | None = None,
@@ -325,7 +296,7 @@ def check_gradients(
 class _Probe:
     """The gradient of each gate of a network, and the real effect of moving gates."""
 
-    def __init__(self, network: _Network, images: _Inputs) -> None:
+    def __init__(self, network: Network, images: _Inputs) -> None:
         self.network, self.images = network, images
         self.n = len(images[0])
         widths = [site.n_gates for site in network.sites]

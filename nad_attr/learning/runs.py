@@ -40,13 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["MAY_DIFFER", "Executor", "InProcess", "Progress", "learn_to_store"]
 
 #: Settings that a resumed run may change, and their keys in the store's provenance.
-MAY_DIFFER = {
-    "model": "model_hash",
-    "data": "data_fingerprint",
-    "seed": "seed",
-    "amp": "amp",
-    "batch_size": "batch_size",
-    "chunk_size": "chunk_size",
+MAY_DIFFER = {"model": "model_hash", "data": "data_fingerprint"} | {
+    name: name for name in ("seed", "amp", "batch_size", "chunk_size")
 }
 #: Seconds between two calls of ``on_progress`` for steps only.
 PROGRESS_SECONDS = 0.5
