@@ -16,7 +16,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from nad_attr.data.labels import Labels
+from nad_attr.data.labels import Labels, first_tasks
 from nad_attr.data.sources import Data, TensorSource, as_source, loading, numbers_of
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -707,9 +707,8 @@ def _check_learned(
             )
     missing = sorted(set(targets) - set(gates.tasks))
     if missing:
-        known_tasks = ", ".join(map(str, gates.tasks[:20])) + " ..." * (len(gates.tasks) > 20)
         raise KeyError(
-            f"no gates for target {missing[0]}; learned tasks are {known_tasks}. "
+            f"no gates for target {missing[0]}; learned tasks are {first_tasks(gates.tasks)}. "
             "Name it among the tasks of learn()."
         )
 

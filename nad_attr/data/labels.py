@@ -69,6 +69,11 @@ def as_task(value: object) -> Task:
     )
 
 
+def first_tasks(tasks: Sequence[Task]) -> str:
+    """The first 20 of some tasks, for a message."""
+    return ", ".join(map(str, tasks[:20])) + " ..." * (len(tasks) > 20)
+
+
 def own_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
     """The images that are each task's own: those of its class, or of any class of its group.
 

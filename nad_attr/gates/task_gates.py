@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nad_attr._checks import check_mapping
 from nad_attr._display import MOST_ROWS, html_table
-from nad_attr.data.labels import Task, as_task
+from nad_attr.data.labels import Task, as_task, first_tasks
 from nad_attr.gates.channels import (
     budget,
     check_means,
@@ -251,7 +251,7 @@ class TaskGates(Result):
             wanted = as_task(task)
             if wanted in self.tasks:
                 return self.tasks.index(wanted)
-        known = ", ".join(map(str, self.tasks[:20])) + " ..." * (len(self.tasks) > 20)
+        known = first_tasks(self.tasks)
         raise KeyError(f"no gates for task {task!r}; learned tasks are {known}.")
 
     def gates_of(self, task: object) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nad_attr.data.labels import Task
+from nad_attr.data.labels import Task, first_tasks
 from nad_attr.data.sources import Source
 from nad_attr.gates.channels import to_channels, to_gates
 from nad_attr.gates.task_gates import TaskGates
@@ -71,7 +71,7 @@ class GivenScorer(TaskScorer):
         """The tasks' rows."""
         for task in tasks:
             if task not in self.tasks:
-                known = ", ".join(map(str, self.tasks[:20])) + " ..." * (len(self.tasks) > 20)
+                known = first_tasks(self.tasks)
                 raise ValueError(f"there are no scores for task {task}, only for {known}.")
         rows = [self.tasks.index(task) for task in tasks]
         return {name: score[rows] for name, score in self._scores.items()}

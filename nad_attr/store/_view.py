@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nad_attr.data.labels import Task, as_task
+from nad_attr.data.labels import Task, as_task, first_tasks
 from nad_attr.gates.channels import n_channels
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
@@ -121,7 +121,7 @@ class StoreView:
                 continue
             where = None if isinstance(task, str) else content.where.get(as_task(task))
             if where is None:
-                known = ", ".join(map(str, self.tasks[:20])) + " ..." * (len(self) > 20)
+                known = first_tasks(self.tasks)
                 raise KeyError(f"no gates for task {task!r} in {self.path}; it holds {known}.")
             rows.append(content.rows[where])
         return rows
