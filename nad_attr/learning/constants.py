@@ -293,13 +293,13 @@ class ConstantModel:
             (a * b).sum(1) for a, b in ((effects, effects), (effects, slopes), (slopes, slopes))
         )
         own = both.square() / (1 / metric.freedom[:, None] + slope_square) * self.gates
-        scout = QuadraticModel(self.gates, 1, trust, shrink=shrink)
-        scout.prices = prices
-        scout._square = square - own
-        scout._slope = self._over("effects", metric.twice(residuals))
-        scout._origin = self.gates
-        scout._curvature = scout._charged()
-        return scout.candidates(*flips)
+        trial = QuadraticModel(self.gates, 1, trust, shrink=shrink)
+        trial.prices = prices
+        trial._square = square - own
+        trial._slope = self._over("effects", metric.twice(residuals))
+        trial._origin = self.gates
+        trial._curvature = trial._penalties()
+        return trial.candidates(*flips)
 
     def best(
         self, shares: Tensor, freedom: Tensor, residuals: Tensor, now: Tensor, move: float

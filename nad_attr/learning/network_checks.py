@@ -140,7 +140,7 @@ def check_outputs(
             before, again = random_states(), again + 1
             second = run(inputs)
         if not _close(first, second, 1e-5):
-            where = _guilty(run, model, inputs, inputs)
+            where = _differing_module(run, model, inputs, inputs)
             _doubt(
                 f"the network gives another output each time it is run on the same image: {where} "
                 "draws random numbers in eval mode too (dropout or noise in forward, stochastic "
@@ -159,7 +159,7 @@ def check_outputs(
             warnings.warn(message, NetworkCheckWarning, stacklevel=3)
             return
         if not _close(single, first[:1], 5e-2 if half else 1e-3, scale=first):
-            where = _guilty(run, model, alone, inputs)
+            where = _differing_module(run, model, alone, inputs)
             _doubt(
                 f"the network's output for an image depends on the other images of its batch: "
                 f"{where} mixes them (BatchNorm without running statistics, a mean over the "
@@ -179,7 +179,7 @@ def _close(a: Tensor, b: Tensor, tolerance: float, scale: Tensor | None = None) 
     return bool((((a - b).abs() <= tolerance * size) | (a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _guilty(
+def _differing_module(
     run: Callable[[_Inputs], Tensor], model: nn.Module, inputs: _Inputs, others: _Inputs
 ) -> str:
     """The innermost module that made different tensors from equal ones, in words."""
@@ -389,7 +389,7 @@ class _Probe:
             image = int(here.flatten(1).norm(dim=1).argmax())
             rows.append((name, image, self._direction(name, image, silent=False), "all"))
             silent += [name] * bool(self._silent(name).any())
-        if silent and self._silent_matter(silent):
+        if silent and self._silent_have_effect(silent):
             rows += [
                 (name, i, self._direction(name, i, silent=True), "silent")
                 for name in silent
@@ -402,14 +402,14 @@ class _Probe:
         for (name, image, move, what), real in zip(rows, change, strict=True):
             if self._error(image, step[what] * move, real) > (_DOUBT if what == "all" else 0):
                 doubts.setdefault(name, set()).add(what)
-        found = {name: self._judged(name, kinds) for name, kinds in doubts.items()}
+        found = {name: self._fault_of(name, kinds) for name, kinds in doubts.items()}
         return {name: what for name, what in found.items() if what}
 
     def _silent(self, name: str) -> Tensor:
         """The channels of a site without any gradient: bool (C,)."""
         return (self.gradient[:, :, self.columns[name]] == 0).all(0).all(0)
 
-    def _silent_matter(self, names: Sequence[str]) -> bool:
+    def _silent_have_effect(self, names: Sequence[str]) -> bool:
         """Whether closing such channels has an effect, at all of these sites in one pass."""
         moves = [
             (i, _STEPS[0] * torch.stack(closed).sum(0))
@@ -448,7 +448,7 @@ class _Probe:
             return 0.0 if step == _STEPS[-1] else 1.0
         return float(difference / torch.maximum(real.norm(), predicted.norm()))
 
-    def _judged(self, name: str, kinds: set[str]) -> str:
+    def _fault_of(self, name: str, kinds: set[str]) -> str:
         """The fault of a doubtful site; empty if it has none."""
         columns = self.columns[name]
         if "none" in kinds:

@@ -408,20 +408,20 @@ class _Run:
         self.done = self.found
         self.steps = 0
         self.n_steps = sum(session.n_steps(task) for part in parts for task in part)
-        self.began = self.told = time.monotonic()
+        self.began = self.reported = time.monotonic()
         self._bar: Any = None
 
     @contextmanager
     def bar(self) -> Iterator[None]:
         with self.session.network.bar(self.n_steps, "learning gates", "step") as self._bar:
-            self._tell()
+            self._report()
             yield
 
     def advance(self, n: int) -> None:
         self.steps += n
         self._bar.update(n)
-        if time.monotonic() - self.told >= PROGRESS_SECONDS:
-            self._tell()
+        if time.monotonic() - self.reported >= PROGRESS_SECONDS:
+            self._report()
 
     def save(self, gates: TaskGates) -> None:
         """Write the missing tasks of a chunk."""
@@ -429,24 +429,24 @@ class _Run:
         if missing:
             own = own_images(self.session.source.labels, missing).sum(1).tolist()
             counts = dict(zip(missing, own, strict=True))
-            with _interrupted_later():
+            with _interrupts_delayed():
                 self.store.append(gates.select(missing), sample_counts=counts)
         self.done += len(missing)
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
-        self.told = time.monotonic()
+    def _report(self) -> None:
+        self.reported = time.monotonic()
         lost, total = self.executor.lost, len(self.session.tasks)
         self._bar.set_postfix_str(
             f"{self.done}/{total} tasks saved" + (f", {lost} workers lost" if lost else "")
         )
         if self.on_progress is not None:
             counts = self.done, total, self.found, self.steps, self.n_steps
-            self.on_progress(Progress(*counts, self.told - self.began, lost))
+            self.on_progress(Progress(*counts, self.reported - self.began, lost))
 
 
 @contextmanager
-def _interrupted_later() -> Iterator[None]:
+def _interrupts_delayed() -> Iterator[None]:
     """Delay Ctrl-C until the block is done, so that learned gates are written."""
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):

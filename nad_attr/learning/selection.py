@@ -240,7 +240,7 @@ class QuadraticModel:
         self.gates = self.gates.scatter(1, channels, part.gates)
         self.residuals = part.residuals
         self._slope = self._over_images(self.residuals)
-        self._curvature = self._charged()
+        self._curvature = self._penalties()
 
     def shares(self) -> Tensor:
         """The weight of each image in the loss: (R, M), summing to 1 in each row.
@@ -276,7 +276,7 @@ class QuadraticModel:
             self._square += torch.bmm(share[:, None, :], part.square())[:, 0]
         self._slope = self._over_images(self.residuals)
         self._origin = self.gates.clone()
-        self._curvature = self._charged()
+        self._curvature = self._penalties()
 
     def forgiven(self, share: float, shares: Tensor | None = None) -> Tensor:
         """The part of the residuals, (R, M), that another scale and offset would mend.
@@ -307,7 +307,7 @@ class QuadraticModel:
         """Weighted mean over images of a value times the gradients: (R, M) to (R, n)."""
         return torch.bmm((values * self._share)[:, None, :], self.gradients)[:, 0]
 
-    def _charged(self) -> Tensor:
+    def _penalties(self) -> Tensor:
         """Each channel's own squared effect, with the charge of the next flip: (R, n)."""
         # A flip back to where the gradients were taken is not charged.
         moved = (self.gates != self._origin).to(self.gates.dtype)
@@ -353,7 +353,7 @@ class QuadraticModel:
             self.residuals -= change
             self._slope -= self._over_images(change)
             n -= group
-        self._curvature = self._charged()
+        self._curvature = self._penalties()
 
     def _loss(self) -> Tensor:
         """The predicted loss, with charges: (R,)."""
@@ -365,10 +365,10 @@ class QuadraticModel:
         return (self.residuals.square() * self._share).sum(1) + guess
 
     def _copy(self) -> tuple[Tensor, ...]:
-        """Copies of the tensors that flips change; see :meth:`_back`."""
+        """Copies of the tensors that flips change; see :meth:`_restore`."""
         return tuple(x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature))
 
-    def _back(self, before: tuple[Tensor, ...], rows: Tensor | None = None) -> None:
+    def _restore(self, before: tuple[Tensor, ...], rows: Tensor | None = None) -> None:
         """Undo all flips since a copy, in some rows (R,) or in all."""
         after = (self.gates, self.residuals, self._slope, self._curvature)
         if rows is not None:
@@ -389,7 +389,7 @@ class QuadraticModel:
             left -= group
         self.close(n, least)
         keep = self._loss() < loss - least_gain
-        self._back(before, ~keep)
+        self._restore(before, ~keep)
 
     def swap(self, least_gain: Tensor) -> bool:
         """Open one gate and close another in each row, if that gains ``least_gain`` (R,).
@@ -405,7 +405,7 @@ class QuadraticModel:
         swapped = any_of(keep)
         if swapped:
             self.flip(channel[:, None])
-        self._back(before, ~keep if swapped else None)
+        self._restore(before, ~keep if swapped else None)
         return swapped
 
     def swap_pair(self, least_gain: Tensor, n_open: int | None = None) -> bool:
@@ -444,7 +444,7 @@ class QuadraticModel:
         swapped = any_of(keep)
         if swapped:
             self.flip(chosen.gather(1, pair))
-        self._back(before, ~keep if swapped else None)
+        self._restore(before, ~keep if swapped else None)
         return swapped
 
 

@@ -221,13 +221,13 @@ class Session:
             asked = self.network.options.batch_size
             self.network.batch_size = asked if isinstance(asked, int) else 8
             with frozen(self.network.model):
-                check_gradients(self.network, images, more=self._some, checks=checks)
+                check_gradients(self.network, images, more=self._spread_images, checks=checks)
             self.network.batch_size = None
             self.batch_size = asked if isinstance(asked, int) else self._largest_batch(example)
         self.network.batch_size = self.batch_size
         self.width = max(1, self.batch_size // self.recipe.images_per_step)
 
-    def _some(self, n: int) -> Inputs:
+    def _spread_images(self, n: int) -> Inputs:
         """Images from all over the data, on the network's device."""
         n = min(n, self.network.fixed_batch or n)
         numbers = sorted({i * len(self.source.labels) // n for i in range(n)})
@@ -402,7 +402,7 @@ class Session:
             "device": str(network.device),
             "amp": None if network.amp is None else str(network.amp),
             "n_images": len(source.labels),
-            "own_images_only": _own_only(wanted, source.labels, recipe),
+            "own_images_only": _tasks_without_others(wanted, source.labels, recipe),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now(timezone.utc) - started).total_seconds(), 1),
         }
@@ -721,7 +721,7 @@ def _check_images(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> None
             )
     if isinstance(recipe, PaperRecipe):
         return
-    alone = _own_only(tasks, labels, recipe)
+    alone = _tasks_without_others(tasks, labels, recipe)
     if alone:
         warnings.warn(
             f"task {alone[0]} has own images only: its gates keep the task output on those, and "
@@ -731,7 +731,7 @@ def _check_images(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> None
         )
 
 
-def _own_only(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> list[Any]:
+def _tasks_without_others(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> list[Any]:
     """Tasks that are learned from own images alone: all of them with the paper's recipe."""
     if isinstance(recipe, PaperRecipe):
         return list(tasks)

@@ -139,7 +139,7 @@ class Kept:
                 for table in (module._parameters, module._modules):
                     self._containers.append((table, table.copy() if table else _EMPTY))
                 if module._buffers:
-                    self._look(module._buffers)
+                    self._keep_value(module._buffers)
                 else:
                     self._containers.append((module._buffers, _EMPTY))
             for key, value in own:
@@ -150,15 +150,15 @@ class Kept:
                     if kind in _DICTS:
                         self._containers.append((value, dict(value)))
                 else:
-                    self._look(value)
+                    self._keep_value(value)
             # It scales its weights in its forward pass.
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-                self._hold(module.weight)
+                self._keep_tensor(module.weight)
         for buffer in model.buffers():  # those of scripted modules are not in a table
-            self._hold(buffer)
+            self._keep_tensor(buffer)
         del self._seen
 
-    def _hold(self, tensor: Tensor) -> None:
+    def _keep_tensor(self, tensor: Tensor) -> None:
         if id(tensor) in self._seen:
             return
         self._seen.add(id(tensor))
@@ -169,10 +169,10 @@ class Kept:
             snapshot = self._copies[id(tensor)] = _Snapshot(tensor)
         self._snapshots.append(snapshot)
 
-    def _look(self, value: Any) -> None:
+    def _keep_value(self, value: Any) -> None:
         if isinstance(value, Tensor):
             if not isinstance(value, nn.Parameter):
-                self._hold(value)
+                self._keep_tensor(value)
         elif isinstance(value, torch.Generator):
             self._generators.append((value, value.get_state()))
         elif type(value) in _CONTAINERS and id(value) not in self._seen:
@@ -182,7 +182,7 @@ class Kept:
                 self._containers.append((value, copied))
             for inner in value.values() if isinstance(value, dict) else value:
                 if type(inner) not in _PLAIN:
-                    self._look(inner)
+                    self._keep_value(inner)
 
     def restore(self, *, graph: bool = False) -> None:
         """Put back what has changed.

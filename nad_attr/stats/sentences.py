@@ -112,18 +112,18 @@ def sentence_of(row: dict[str, Any], level: float = 0.95) -> str:
 
 
 def _where(row: dict[str, Any]) -> str:
-    return (f" for {row['task']}" if row["task"] else "") + _place(row)
+    return (f" for {row['task']}" if row["task"] else "") + _at_site(row)
 
 
-def _whose(row: dict[str, Any]) -> str:
+def _of_task(row: dict[str, Any]) -> str:
     return f" of {row['task']}" if row["task"] else ""
 
 
-def _place(row: dict[str, Any]) -> str:
+def _at_site(row: dict[str, Any]) -> str:
     return f" at {row['site']}" if row["site"] else ""
 
 
-def _for(row: dict[str, Any]) -> str:
+def _for_task(row: dict[str, Any]) -> str:
     if row["task"] == ALL_TASKS:
         return ", in the mean over tasks,"
     return f" for {row['task']}" if row["task"] else ""
@@ -131,7 +131,7 @@ def _for(row: dict[str, Any]) -> str:
 
 def _channels(row: dict[str, Any]) -> str:
     """Kept channels, of which task and where."""
-    return f"channels kept{_for(row)}{_place(row)}"
+    return f"channels kept{_for_task(row)}{_at_site(row)}"
 
 
 def _mann_whitney(row: dict[str, Any], verdict: int) -> tuple[str, str]:
@@ -146,7 +146,7 @@ def _mann_whitney(row: dict[str, Any], verdict: int) -> tuple[str, str]:
 def _rank_correlation(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     concept = f"the IoU of {row['concept']}" if row["concept"] else "the value"
     numbers = f"rho = {_number(row['effect'])} within sites"
-    what = f"gates{_for(row)}{_place(row)}"
+    what = f"gates{_for_task(row)}{_at_site(row)}"
     if verdict == 0:
         return f"{what} go with {concept}", numbers
     return f"{what} {'rise' if verdict > 0 else 'fall'} with {concept}", numbers
@@ -165,7 +165,7 @@ def _detectors(row: dict[str, Any], verdict: int) -> tuple[str, str]:
 
 
 def _enrichment(row: dict[str, Any], verdict: int) -> tuple[str, str]:
-    who = f"the sub-architecture{_whose(row)}{_place(row)}"
+    who = f"the sub-architecture{_of_task(row)}{_at_site(row)}"
     concept = row["concept"] or "flagged channels"
     if verdict == 0:
         return f"{who} is enriched or depleted in {concept}", _odds(row)
@@ -176,7 +176,7 @@ def _agreement(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     pair = f"NAD and {row['other'] or 'the other ranking'}"
     names = {"rbo": "RBO", "kendall": "tau", "overlap": "kappa"}
     numbers = f"{names[row['test']]} = {_number(row['effect'])}"
-    of = f"the channels{_for(row)}{_place(row)}"
+    of = f"the channels{_for_task(row)}{_at_site(row)}"
     verb = "choose" if row["test"] == "overlap" else "order"
     if verdict == 0:
         return f"{pair} {verb} {of} alike", numbers
@@ -207,7 +207,7 @@ def _depth_trend(row: dict[str, Any], verdict: int) -> tuple[str, str]:
 
 def _depth(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     what = f"the {row['concept'] or 'share of high-level detectors'}"
-    numbers = f"{_number(row['effect'])} among kept channels{_place(row)}"
+    numbers = f"{_number(row['effect'])} among kept channels{_at_site(row)}"
     if verdict == 0:
         return f"{what} differs from that of random channels", numbers
     return f"{what} is {'higher' if verdict > 0 else 'lower'} than among random channels", numbers

@@ -29,7 +29,7 @@ from nad_attr.store._read import check_hdf5
 from nad_attr.store._result_groups import result_record
 from nad_attr.store._rows import Row
 from nad_attr.store._units import UNITS, UnitTables, packed
-from nad_attr.store._view import StoreView, opened, seen
+from nad_attr.store._view import StoreView, opened, opened_to_read
 from nad_attr.store._write import check_name, check_target, sweep, to_json
 from nad_attr.system.files import replacing
 
@@ -168,7 +168,7 @@ class GateStore(StoreView):
         """
         if mode == "r":
             source = Path(path)
-            content, file = seen(source)
+            content, file = opened_to_read(source)
             return cls(source, mode, content, file, None)
         if mode != "a":
             raise ValueError(f"mode must be 'r' or 'a', got {mode!r}.")
@@ -226,7 +226,7 @@ class GateStore(StoreView):
         """Read the latest state, if the store was opened for reading."""
         self._check_open()
         if self._journal is None:
-            content, file = seen(self.path)
+            content, file = opened_to_read(self.path)
             if self._file is not None:
                 self._file.close()
             self._content, self._file = content, file

@@ -31,7 +31,7 @@ from nad_attr.system.safe_text import shown
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["Arrays", "StoreView", "opened", "seen"]
+__all__ = ["Arrays", "StoreView", "opened", "opened_to_read"]
 
 #: Values of a result by name.
 Arrays: TypeAlias = "dict[str, npt.NDArray[Any] | list[str]]"
@@ -304,7 +304,7 @@ def opened(path: Path) -> tuple[Content, h5py.File]:
             raise
 
 
-def seen(path: Path) -> tuple[Content, h5py.File]:
+def opened_to_read(path: Path) -> tuple[Content, h5py.File]:
     """The state of a store that may be replaced at any moment: a file and its journal."""
     check_hdf5(path)  # before realpath, which has worse messages for a name with a zero
     # A writer follows a link to the store, so its journal is at the target.

@@ -205,10 +205,10 @@ class _Live(TorchDispatchMode):
             self._known[place] = size
             self.in_use += size
             self.peak = max(self.peak, self.in_use)
-            weakref.finalize(storage, self._gone, place)
+            weakref.finalize(storage, self._freed, place)
         return result
 
-    def _gone(self, place: int) -> None:
+    def _freed(self, place: int) -> None:
         self.in_use -= self._known.pop(place)
 
 
