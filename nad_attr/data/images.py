@@ -535,12 +535,7 @@ class _Check(Dataset[int]):
 
 
 def class_folders(root: str | os.PathLike[str]) -> list[str]:
-    """The folders in a folder of photos, one per class, in alphabetical order.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it has no folders in it.
-    """
+    """The folders in a folder of photos, one per class, in alphabetical order; at least one."""
     root = Path(root)
     if not root.exists():
         near = []

@@ -194,9 +194,6 @@ class ReadLabels:
 def read_labels(labels: Any, n: int | None = None) -> ReadLabels:
     """Read labels of any kind of :class:`Labels`; ``n`` is the number of images, if known.
 
-    Raises:
-        ValueError: If they are of no such kind, of another number, or none; says what to do.
-
     Example:
         >>> read_labels([[1, 0], [1, 1], [0, -1]]).labels.tolist()
         [[1, 0], [1, 1], [0, -1]]

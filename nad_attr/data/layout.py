@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nad_attr.sites.site import GateSite
-
 
 def _token_grid(n_tokens: int, aspect: float, prefix: int | None) -> tuple[int, int, int] | None:
     """(tokens without a position, rows, columns) of a list of tokens, if it is a grid."""
@@ -51,25 +49,18 @@ class Grid:
         return maps
 
 
-def grid_of(
-    site: GateSite, shape: torch.Size, aspect: float, prefix: int | None
-) -> tuple[Grid | None, str]:
-    """Find the layout of a site's positions.
+def grid_of(shape: torch.Size, aspect: float, prefix: int | None) -> tuple[Grid | None, str]:
+    """The layout of a site's positions and "", or None and the reason.
 
     Args:
-        site: The site; not used for the layout.
-        shape: Shape of its tensor, without the axis of channels: (B, ...).
+        shape: Shape of the site's tensor, without the axis of channels: (B, ...).
         aspect: Height of the image divided by its width, as of a grid of tokens.
         prefix: Tokens before those of the image; None: none or one, by their number.
 
-    Returns:
-        The layout and ``""``, or None and the reason, to be put after the site's name.
-
     Example:
-        >>> site = GateSite("vit.block", 8, 2)
-        >>> grid_of(site, torch.Size([1, 17]), 1.0, None)
+        >>> grid_of(torch.Size([1, 17]), 1.0, None)
         (Grid(height=4, width=4, n_prefix=1), '')
-        >>> grid_of(site, torch.Size([1, 11]), 1.0, None)
+        >>> grid_of(torch.Size([1, 11]), 1.0, None)
         (None, "its 11 tokens are not a grid of the image's shape")
     """
     axes = shape[1:]

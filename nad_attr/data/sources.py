@@ -197,11 +197,7 @@ class TensorSource:
 
 
 class ChosenSource:
-    """Some images of another source.
-
-    Args:
-        source: The other source.
-        rows: int64 (N,), the numbers of the images in it.
+    """The images of another source with the numbers ``rows``, int64 (N,).
 
     Example:
         >>> whole = as_source((torch.eye(3), torch.tensor([0, 1, 2])))
@@ -243,10 +239,7 @@ class ChosenSource:
 
 
 class MirroredSource(ChosenSource):
-    """N pictures, and as many mirrored ones: number N + i is picture i, left and right exchanged.
-
-    Args:
-        source: Of one input, (B, C, H, W).
+    """The N pictures (C, H, W) of a source and as many mirrored ones: N + i is picture i mirrored.
 
     Example:
         >>> whole = as_source((torch.arange(3.0).view(1, 1, 1, 3), torch.tensor([0])))
@@ -337,13 +330,10 @@ def started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 class SeededLoader:
-    """Loads items of a dataset in any order, each a function of its number and seed.
+    """Loads items of a map-style dataset in any order, each a function of its number and seed.
 
-    Args:
-        dataset: A map-style dataset.
-        loader: Its settings are used: workers, pinned memory, timeout and so on.
-        collate: Makes a batch of items; None: the loader's.
-        n_workers: Processes; 0: the loader's.
+    The loader's settings are used: workers, pinned memory, timeout and so on. ``collate`` and
+    ``n_workers`` above 0 replace its own.
     """
 
     def __init__(
@@ -756,10 +746,7 @@ def _is_item(parts: _Parts, of_loader: bool) -> bool:
 
 
 def only_images(inputs: Inputs) -> Tensor:
-    """The one input of a network, (B, C, H, W).
-
-    Raises:
-        ValueError: If there are several inputs, or one without images; names their shapes.
+    """The one input of a network, (B, C, H, W); others are refused.
 
     Example:
         >>> only_images((torch.zeros(2, 3, 8, 8),)).shape

@@ -79,11 +79,7 @@ def channels_of(site: GateSite, gates: Sequence[int]) -> list[int]:
 
 
 def open_gates(site: GateSite, mask: Tensor) -> Tensor:
-    """The open gates of a mask over a site's channels: bool (..., C) to (..., gates).
-
-    Raises:
-        ValueError: If a group is open in part.
-    """
+    """The open gates of a mask over channels, which has whole groups: bool (..., C) to (..., G)."""
     if site.groups is None:
         return mask
     share = to_gates(mask.float(), [site], mean=True)
@@ -105,11 +101,7 @@ def distinct_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
 
 
 def budget(size: float, sites: Sequence[GateSite]) -> int:
-    """Number of gates that a size keeps: ``round(size * all gates)``, at least one.
-
-    Raises:
-        ValueError: If ``size`` is not a number in (0, 1].
-    """
+    """Number of gates that a size in (0, 1] keeps: ``round(size * all gates)``, at least one."""
     if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size <= 1:
         raise ValueError(f"size must be a share of the channels in (0, 1], got {size!r}.")
     return max(1, round(size * n_gates(sites)))

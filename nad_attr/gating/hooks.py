@@ -153,21 +153,10 @@ def installed(
     """Run ``function`` on the tensor of each site in every forward pass, and check that it ran.
 
     :func:`gated` and :func:`recorded` are built on it. It checks after each forward pass of
-    ``model`` that each site fired exactly once, and at the end that each fired at all. It acts in
-    the thread that entered it, see :class:`~nad_attr.system.threads.Owner`.
-
-    Args:
-        model: The network.
-        sites: The gate sites.
-        function: Called as ``function(site, tensor)``; its result replaces the tensor, None leaves
-            it.
-
-    Yields:
-        How often each site has fired so far.
-
-    Raises:
-        GatingError: If a site did not fire, fired twice in a pass, or holds no single tensor.
-        SiteError: If a site is not a module of the network.
+    ``model`` that each site fired exactly once with a single tensor, and at the end that each fired
+    at all; else it raises a GatingError. It acts in the thread that entered it, see
+    :class:`~nad_attr.system.threads.Owner`. The result of ``function(site, tensor)`` replaces the
+    tensor, None leaves it. Yields how often each site has fired so far.
     """
     root = unwrap(model)
     modules = site_modules(root, sites)
@@ -393,16 +382,9 @@ def _summed(values: Tensor, over: list[int], dtype: torch.dtype) -> Tensor:
 def multiply_learned(
     site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None, shift: Tensor | None = None
 ) -> Tensor:
-    """The same as :func:`multiply`, at less cost if the gates are learned.
+    """:func:`multiply` with gates (B, C), at less cost if they are learned; first derivatives only.
 
-    Only first derivatives are possible.
-
-    Args:
-        site: The gate site.
-        tensor: (B, ...), the tensor of the site.
-        gate: (B, C), one gate vector per image.
-        mean: (C,) or (B, C), the value of a closed channel; None: zero.
-        shift: (B, C) of zeros, whose gradient is that of a constant added to each channel.
+    ``shift`` is (B, C) of zeros, whose gradient is that of a constant added to each channel.
     """
     result: Tensor = _Gate.apply(tensor, gate, mean, shift, site)
     return result
@@ -451,14 +433,9 @@ def gates_and_sites(
     tasks: Task | Sequence[Task] | None = None,
     means: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[GateSite], dict[str, Tensor] | None]:
-    """The arguments of :func:`gated` as plain tensors of each site.
+    """The checked arguments of :func:`gated`: gates, sites in the given order, ablation values.
 
-    Returns:
-        ``{site name: (C,) or (B, C)}``, the sites in the order given, and the ablation values
-        ``{site name: (C,) or (B, C)}`` or None for zero.
-
-    Raises:
-        TypeError, ValueError: As :func:`gated`.
+    Gates and values are ``{site name: (C,) or (B, C)}``; None: the value is zero.
     """
     mapping, used, own_means = _as_mapping(gates, sites, tasks, means)
     values = _checked(mapping, used, "gates")

@@ -92,11 +92,8 @@ ONE_SIDED_95 = 1.645
 def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
     """Share of the squared correlations between channels that is chance, with few images: (R,).
 
-    It is the best weight to shrink a correlation matrix towards the unit matrix.
-
-    Args:
-        effects: (R, M, n), weighted so that a sum over images is a mean.
-        n_images: (R,), the effective number of images.
+    It is the best weight to shrink a correlation matrix towards the unit matrix. ``effects`` are
+    (R, M, n), weighted so that a sum over images is a mean; ``n_images`` (R,) is effective.
 
     Source: Schaefer and Strimmer, "A shrinkage approach to large-scale covariance matrix
     estimation", Statistical Applications in Genetics and Molecular Biology 2005.
@@ -390,17 +387,10 @@ def shrinkage(
     """How far from the means constants should be, by images that they were not fitted to.
 
     Of some shares of the way from means to constants, take the one that reduces the squared change
-    of the task output most, minus some doubt: 0 if none does.
-
-    Args:
-        chunk: The tasks.
-        recipe: The recipe.
-        draws: For each row the images, in two halves.
-        gates: (R, n) of zeros and ones.
-        constants: Twice (R, n), in deviations from the mean, for each half of the images.
-        means: (channels,).
-        deviations: (channels,).
-        apart: For each row whether its images were kept apart from those learned from.
+    of the task output most, minus some doubt: 0 if none does. ``draws`` are each row's images in
+    two halves, ``gates`` (R, n) zeros and ones, ``constants`` twice (R, n), one for each half, in
+    deviations from the mean, ``means`` and ``deviations`` (channels,); ``apart`` says for each row
+    whether its images were kept apart from those learned from.
     """
     network = chunk.network
     (batch,) = chunk.batches([[[draw for half in row for draw in half] for row in draws]])

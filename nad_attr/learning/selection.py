@@ -461,15 +461,9 @@ def drawn(chunk: Chunk, recipe: Recipe) -> list[list[list[Draw]]]:
 def flip_round(
     model: QuadraticModel, recipe: Recipe, t: int, n_open: int, n_after: int, variance: Tensor
 ) -> None:
-    """Close channels down to a step's budget, and exchange some.
+    """Close channels from ``n_open`` to ``n_after`` in each row in step ``t``, and exchange some.
 
-    Args:
-        model: The model, after :meth:`QuadraticModel.begin`.
-        recipe: The recipe.
-        t: Number of the step.
-        n_open: Open gates in each row.
-        n_after: Open gates afterwards.
-        variance: (R,), of the task output.
+    The model comes from :meth:`QuadraticModel.begin`; ``variance`` (R,) is the task output's.
     """
     n_exchanged = exchanged(recipe, t, model.gates.shape[1], n_after)
     n_close = n_open - n_after

@@ -409,16 +409,9 @@ def legend(
 def plot_intervals(
     rows: Mapping[str, tuple[float, ...]], x: str, *, at: float | None = None, axes: Any = None
 ) -> Figure:
-    """Values with their intervals, one row each.
+    """Values with their intervals, ``{name: (value, low, high)}``, one row each; NaN is left out.
 
-    Args:
-        rows: ``{name: (value, low, high)}``; NaN is left out.
-        x: Label of the values.
-        at: Position of a dashed line: the value by chance.
-        axes: One matplotlib Axes; None: a new figure.
-
-    Raises:
-        ImportError: If matplotlib is missing.
+    ``x`` is the label of the values, ``at`` the place of a dashed line (the value by chance).
 
     Example:
         >>> figure = plot_intervals({"nad": (0.9, 0.8, 1.0), "taylor": (0.7, 0.6, 0.8)}, "own AUC")
@@ -440,16 +433,7 @@ def plot_intervals(
 def plot_parts(
     names: Sequence[str], parts: Mapping[str, Sequence[float]], y: str, *, axes: Any = None
 ) -> Figure:
-    """Bars made of parts, one beside the other.
-
-    Args:
-        names: Of the bars.
-        parts: ``{part: height in each bar}``, from below.
-        y: What the heights are.
-        axes: One matplotlib Axes; None: a new figure.
-
-    Raises:
-        ImportError: If matplotlib is missing.
+    """Bars with these names, made of ``{part: height in each bar}`` from below; y is their label.
 
     Example:
         >>> figure = plot_parts(["conv1", "conv2"], {"kept": [3, 4], "closed": [5, 4]}, "channels")
@@ -469,14 +453,7 @@ def plot_parts(
 
 
 def plot_rows(rows: Sequence[Mapping[str, Any]], axes: Any = None) -> Figure:
-    """Bars for each column of numbers of a table, row below row.
-
-    Args:
-        rows: Texts and numbers by the names of the columns; texts name the rows.
-        axes: Axes, one for each column of numbers; None: a new figure.
-
-    Raises:
-        ImportError: If matplotlib is missing.
+    """Bars for each column of numbers of a table, one panel each; its texts name the rows.
 
     Example:
         >>> rows = [{"site": "a", "flops": 6, "parameters": 9}]

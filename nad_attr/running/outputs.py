@@ -67,12 +67,9 @@ def label_loss(outputs: Tensor, labels: Tensor, targets: Tensor | None = None) -
 
 
 def own_task_output(outputs: Tensor, classes: Tensor, valid: Tensor) -> Tensor:
-    """The task output of each image for its own task: (B,).
+    """The task output of each image for its own task, by outputs (B, K): (B,).
 
-    Args:
-        outputs: (B, K).
-        classes: int64 (B, M), the classes of each image's task, padded with any class.
-        valid: bool (B, M), which of them count.
+    ``classes``, int64 (B, M), are the task's, padded; ``valid``, bool (B, M), says which count.
     """
     members = outputs.gather(1, classes)
     if classes.shape[1] == 1:

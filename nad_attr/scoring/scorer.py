@@ -354,12 +354,7 @@ class ChannelScorer(ABC):
     ) -> dict[str, Tensor]:
         """Weighted sums of image scores: ``{site name: float64 (V, S, T, C)}`` on the CPU.
 
-        Args:
-            runner: The network.
-            source: N images.
-            tasks: T tasks.
-            weights: float64 (V, T, N), the weights of the images.
-            signed: S times, whether the sign counts.
+        ``weights`` are float64 (V, T, N); ``signed`` says S times whether the sign counts.
         """
         shape = (len(weights), len(signed), len(tasks))
         totals = {

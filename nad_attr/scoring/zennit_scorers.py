@@ -347,15 +347,8 @@ def composite_named(
 ) -> Any:
     """One of Zennit's composites by its name, a key of ``zennit.composites.COMPOSITES``.
 
-    Args:
-        name: The name.
-        canonizers: Zennit's canonizers. None: ``SequentialMergeBatchNorm``.
-        remedy: What to do if the arguments do not fit the composite.
-        **arguments: Arguments of the composite.
-
-    Raises:
-        TypeError: If the name is not a string.
-        ValueError: If there is no such composite, or its arguments are others.
+    ``canonizers`` None is ``SequentialMergeBatchNorm``; ``remedy`` ends the message about arguments
+    that do not fit the composite.
     """
     from zennit.canonizers import SequentialMergeBatchNorm
     from zennit.composites import COMPOSITES

@@ -43,11 +43,7 @@ Layers: TypeAlias = "str | nn.Module | GateSite | Sequence[str | nn.Module | Gat
 
 
 def check_kind(model: nn.Module) -> None:
-    """Refuse networks on which hooks fail or do nothing.
-
-    Raises:
-        SiteError: Says what kind it is, and what to do.
-    """
+    """Refuse networks on which hooks fail or do nothing; the SiteError says what to do."""
     unwrap(model)  # raises if it is not a module
     for name, module in model.named_modules():
         kind: Any = type(module)
@@ -244,22 +240,11 @@ def site_links(
     additional_forward_args: object = None,
     forward_func: Callable[..., Any] | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """For each site, the sites that it reads with no other site in between.
+    """For each site, the names of the sites that it reads with no other site in between.
 
-    Args:
-        model: The network, in eval mode.
-        example_inputs: As for :func:`find_gate_sites`.
-        sites: Sites that every path passes, the cells of a network of cells, attention heads and
-            hidden neurons.
-        additional_forward_args: As for :func:`find_gate_sites`.
-        forward_func: As for :func:`find_gate_sites`.
-
-    Returns:
-        ``{site name: names of the sites that it reads}`` in forward order, and at the end
-        ``"output"``. The first site reads none.
-
-    Raises:
-        SiteError: If a path of the data leads around a site; says which sites to take.
+    In forward order, ``"output"`` last; the first site reads none. ``sites`` are sites that every
+    path passes, the cells of a network of cells, attention heads and hidden neurons. If a path of
+    the data leads around one, a SiteError says which sites to take.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(),

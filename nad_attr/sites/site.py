@@ -16,11 +16,7 @@ UNITS = ("channels", "heads", "neurons")
 
 
 def check_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
-    """Check that the values are sites.
-
-    Raises:
-        TypeError: If they are something else.
-    """
+    """Check that the values are sites."""
     if not isinstance(sites, Iterable) or not all(isinstance(s, GateSite) for s in (*sites,)):
         raise TypeError(
             f"sites must be a list of GateSite, as find_gate_sites returns it, got {sites!r:.80}."
@@ -151,11 +147,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def resolve_name(
     written: str, modules: Mapping[str, nn.Module], canonical: Mapping[int, str]
 ) -> str:
-    """The canonical name of a module; ``written`` may be an alias or have wrappers' prefixes.
-
-    Raises:
-        SiteError: If there is no such module; names close ones.
-    """
+    """The canonical name of a module; ``written`` may be an alias or have wrappers' prefixes."""
     name = written
     while name not in modules:
         prefix = next((p for p in ("module.", "_orig_mod.") if name.startswith(p)), None)

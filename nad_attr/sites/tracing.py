@@ -162,18 +162,10 @@ def trace(
     """Trace one forward pass of a model in eval mode.
 
     The pass runs on fake tensors. If the model looks at values, or an operator has no fake version,
-    it runs again on the real tensors, under ``no_grad``. The model and the random state stay as
-    they were, also on an error. If every parameter is on the meta device, so is the pass; if only
-    inputs are, they give the shapes of tensors.
-
-    Args:
-        model: The model.
-        inputs: Its inputs; the first axis is the batch.
-        additional_forward_args: More arguments, which count as constants.
-        forward_func: What is called in place of the model, which it runs.
-
-    Raises:
-        Exception: Whatever the model raises on the real tensors.
+    it runs again on the real tensors, under ``no_grad``, with its own errors. The model and the
+    random state stay as they were. If every parameter is on the meta device, so is the pass; if
+    only inputs are, they give the shapes of tensors. The first axis of the inputs is the batch;
+    ``additional_forward_args`` count as constants; ``forward_func`` is called and runs the model.
     """
     run = model if forward_func is None else forward_func
     arguments: tuple[object, ...] = (*inputs, *additional_forward_args)
@@ -643,13 +635,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def eager(model: nn.Module) -> AbstractContextManager[object]:
-    """Let what ``torch.compile`` made run eagerly: compiled code ignores hooks added afterwards.
-
-    It does not compile again for each set of hooks.
-
-    Raises:
-        RuntimeError: If the network is compiled, and this torch is too old to run it eagerly.
-    """
+    """Run compiled code eagerly: it ignores later hooks, or compiles again for each set of them."""
     # Functions called by a forward pass may be compiled without a sign of it on any module.
     if "torch._dynamo.eval_frame" not in sys.modules:
         return nullcontext()

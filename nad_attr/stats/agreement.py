@@ -115,15 +115,10 @@ def rbo_of_places(first: NDArray[np.int64], second: NDArray[np.int64], p: float)
 def places(
     scores: FloatArray, seed: int, what: str, tasks: Sequence[object] | None = None
 ) -> NDArray[np.int64]:
-    """Place of each channel by its score, the highest 0; ties are broken at random: int64 (T, C).
+    """Place of each channel by its score (T, C), the highest 0: int64 (T, C).
 
-    In the order of the channels, two methods with many equal scores would agree.
-
-    Args:
-        scores: (T, C).
-        seed: For breaking ties.
-        what: Separates the random numbers of two methods.
-        tasks: T tasks: how ties are broken depends on the task, not on its row. None: on the row.
+    Ties are broken at random: in the order of the channels, two methods with many equal scores
+    would agree. The random numbers depend on seed, method (``what``) and task; None: on the row.
     """
     result = np.empty(scores.shape, dtype=np.int64)
     numbers = np.arange(scores.shape[1])
@@ -323,12 +318,8 @@ def random_kappas(
 ) -> FloatArray:
     """Mean kappa over sites of random channels, as many as both keep: (T, draws).
 
-    Args:
-        counts: (4, T, S): kept by both (not used), by one, by the other, and all channels.
-        n_random: Draws.
-        seed: For the draws.
-        method: Separates the random numbers of different methods.
-        tasks: T tasks, whose draws do not depend on the other tasks; None: numbered.
+    ``counts`` (4, T, S) are the channels kept by both (not used), by one, by the other, and all.
+    The draws depend on seed, method and task (None: its number).
     """
     _, ours, theirs, total = counts
     result = np.empty((ours.shape[0], n_random))

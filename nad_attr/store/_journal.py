@@ -89,11 +89,7 @@ class Record:
 
 
 def unpacked(content: bytes | memoryview) -> tuple[list[Record], int]:
-    """The complete records of a journal, and where the last one ends.
-
-    Raises:
-        ValueError: If a complete record is invalid.
-    """
+    """The complete records of a journal, and where the last one ends."""
     view = memoryview(content)
     if bytes(view[: len(MAGIC)]) != MAGIC:
         return [], 0
@@ -126,12 +122,7 @@ def _record(header: memoryview, body: memoryview) -> Record:
 
 
 def read_journal(path: Path) -> list[Record]:
-    """The records of a journal, its first record included; nothing, if there is no journal.
-
-    Raises:
-        NotAFileError: If there is a link, a named pipe or a device in its place.
-        ValueError: If it does not fit into memory, or a complete record is invalid.
-    """
+    """The records of a journal, its first record included; nothing, if there is no journal."""
     try:
         file = open_file(path, follow=False)
     except (FileNotFoundError, PermissionError):
@@ -170,11 +161,7 @@ def left_over(path: Path, records: Sequence[Record]) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lock a file that is written in one step, without a journal.
-
-    Raises:
-        GateStoreError: If another process writes it, or its journal belongs to no file.
-    """
+    """Lock a file that is written in one step, without a journal."""
     lock = Journal(path)
     try:
         with reading(path):
@@ -185,14 +172,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Journal:
-    """The journal of the one writer of a store, locked while this object is open.
-
-    Args:
-        path: The store's path.
-
-    Raises:
-        GateStoreError: If another process, or another object of this one, writes the store.
-    """
+    """The journal of the one writer of the store at a path, locked while this object is open."""
 
     def __init__(self, path: Path) -> None:
         self.path = journal_path(path)
@@ -275,11 +255,7 @@ class Journal:
         self._write(MAGIC + Record(header).packed())
 
     def append(self, record: Record) -> None:
-        """Add a record; when this returns, it is on the disk.
-
-        Raises:
-            OSError: If it cannot be written; then no part of it is left.
-        """
+        """Add a record; when this returns, it is on the disk; after an error, no part of it is."""
         self._write(record.packed())
 
     def _write(self, content: bytes) -> None:

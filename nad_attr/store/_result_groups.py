@@ -34,12 +34,7 @@ _MAX_DEPTH_OF_OTHERS, _MAX_GROUPS = 64, 20_000
 def result_record(
     group: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any] | None
 ) -> Record:
-    """The record of a result.
-
-    Raises:
-        GateStoreError: If names or values cannot stand in a file.
-        TypeError: If ``attributes`` hold what JSON cannot.
-    """
+    """The record of a result; names and values that a file cannot hold are refused."""
     _check_group(group)
     if not isinstance(arrays, Mapping) or not isinstance(attributes or {}, Mapping):
         raise TypeError("arrays and attributes must be dictionaries.")
@@ -97,12 +92,7 @@ def check_result(record: Record) -> None:
 
 
 def result_groups(reader: Reader) -> list[str]:
-    """The groups of a file that are results.
-
-    Raises:
-        GateStoreError: If there are too many groups, or they are nested too deep for HDF5, which
-            crashes when it copies them.
-    """
+    """The groups of a file that are results; too many or too deep groups would crash HDF5."""
     found: list[str] = []
     # Hard links can make circles: no group is visited twice.
     seen = {h5o.get_info(reader.file.id).addr}

@@ -31,11 +31,7 @@ def packed(
     attributes: Mapping[str, Any] | None,
     sites: Sequence[GateSite] | None,
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Group, arrays and attributes of a result; ``sites`` are those of the store that it goes into.
-
-    Raises:
-        GateStoreError: If the tables do not fit together or into the store.
-    """
+    """Group, arrays and attributes of a result for a store with these sites."""
     check_name(name, "unit concepts")
     named = [list(table) for table in tables.values()]
     if not named or not named[0] or any(set(each) != set(named[0]) for each in named):

@@ -94,14 +94,9 @@ def check_name(name: object, what: str) -> str:
 
 
 def check_target(path: str | PathLike[str], *, replaced: bool = False) -> Path:
-    """Where to write: the target of a symbolic link, if it is one.
+    """Check that a file can be written; return it, or the target of a symbolic link.
 
-    Args:
-        path: The file.
-        replaced: Whether the whole file is replaced; an existing one must be HDF5 or empty.
-
-    Raises:
-        GateStoreError: If nothing can be written there.
+    If it is ``replaced``, an existing one must be HDF5 or empty.
     """
     target = Path(os.path.realpath(Path(path)))
     if target.is_dir():
