@@ -318,11 +318,9 @@ def _targets(values: Tensor, above: float | Sequence[float] | None) -> ReadLabel
     if bool(values.isinf().any()):
         raise ValueError("targets must be finite numbers, or NaN where unknown.")
     if above is None:
-        columns = [column[~column.isnan()] for column in values.T]
-        cut = torch.stack([c.quantile(0.5) if len(c) else c.new_tensor(0.0) for c in columns])
+        cut = values.nanquantile(0.5, dim=0)
         # If more than half have the highest value, those are above and the others are not.
-        top = torch.stack([c.max() if len(c) else c.new_tensor(0.0) for c in columns])
-        own = torch.where(cut == top, values >= cut, values > cut)
+        own = torch.where(cut == values.nan_to_num(-torch.inf).amax(0), values >= cut, values > cut)
     else:
         cut = torch.as_tensor(above, dtype=torch.float64, device="cpu")
         if cut.ndim > 1 or (cut.ndim == 1 and len(cut) != values.shape[1]):
