@@ -283,17 +283,8 @@ def _coefficients(gamma: float, canonizers: Sequence[Any] | None) -> Any:
         def backward(self, module: Any, grad_input: Any, grad_output: Any) -> Any:
             return (grad_output[0] * self.stored_tensors["ratio"],)
 
-    smooth = (
-        nn.GELU,
-        nn.SiLU,
-        nn.Hardswish,
-        nn.ELU,
-        nn.SELU,
-        nn.CELU,
-        nn.Mish,
-        nn.Tanh,
-        nn.Softplus,
-    )
+    smooth: tuple[type[nn.Module], ...] = (nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.SELU)
+    smooth += (nn.CELU, nn.Mish, nn.Tanh, nn.Softplus)
     layers: list[Any] = [(smooth, Secant())]
     if gamma:
         layers.append(((Convolution, Linear), Gamma()))
