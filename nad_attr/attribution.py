@@ -73,12 +73,9 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         seed: Seed of learning.
         gates: Task gates learned before, in place of :meth:`learn`.
         n_copies: Versions of an image that its path is learned from; ``scope="example"`` only.
-        run: How the network is run for learning; see :class:`nad_attr.RunOptions`. Attributing is
-            one pass on the network's device in its precision, as in all of Captum's methods.
-        device: In place of that field of ``run``.
-        amp: In place of that field of ``run``.
-        batch_size: In place of that field of ``run``.
-        show_progress: In place of that field of ``run``.
+        run: How the network is run for learning; see :class:`nad_attr.RunOptions`, whose fields
+            ``device``, ``amp``, ``batch_size`` and ``show_progress`` may be given by themselves.
+            Attributing is one pass on the network's device in its precision, as in Captum.
 
     Attributes:
         task_gates: The gates that :meth:`learn` learned or that were given; None before.

@@ -444,13 +444,10 @@ class UGSScorer(_Sparse):
     Args:
         model: The network.
         sites: Gate sites of that network, in forward order.
-        size: See :class:`HardConcreteScorer`, as all further arguments.
-        learning_rate: See there.
-        passes: See there.
-        images_per_step: See there.
+        size: See :class:`HardConcreteScorer`, as ``learning_rate``, ``passes``,
+            ``images_per_step`` and ``seed``.
         means: See there. The paper learns constants with the mask; give the final sub-architecture
             its own with :func:`nad_attr.fit_constants`.
-        seed: See there.
 
     Raises:
         TypeError, ValueError: See there.
