@@ -321,6 +321,8 @@ def test_history_can_be_drawn() -> None:
     assert [axes.get_title() for axes in figure.axes] == ["loss", "size"]  # the rest are no curves
     assert [len(axes.lines) for axes in figure.axes] == [3, 3]
     assert figure.axes[0].lines[-1].get_ydata().tolist() == [1.5, 3.0]
+    gap = History({"loss": [[1.0], [np.nan], [2.0]]}).plot().axes[0].lines[-1].get_ydata()
+    np.testing.assert_array_equal(gap, [1.0, np.nan, 2.0])
 
 
 def test_tensors_and_lists_are_taken_alike() -> None:

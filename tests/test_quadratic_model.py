@@ -395,7 +395,7 @@ def test_narrowed_is_the_model_of_its_channels_alone(seed: int) -> None:
             state = again._copy()
             again.flip(c.expand(ROWS, 1))
             rows = torch.arange(ROWS) != row
-            again._back(state, rows)
+            again._restore(state, rows)
             assert torch.equal(again.gates[rows], others[rows])
     for name in ("gates", "residuals", "_slope", "_curvature"):
         torch.testing.assert_close(getattr(again, name), getattr(whole, name))

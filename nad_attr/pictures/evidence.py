@@ -94,7 +94,7 @@ def _grid(
     site: GateSite, tensor: Tensor, aspect: float, prefix: int | None
 ) -> tuple[Grid | None, str]:
     dim, _ = channel_shape(site, tensor)
-    return grid_of(site, tensor.shape[:dim] + tensor.shape[dim + 1 :], aspect, prefix)
+    return grid_of(tensor.shape[:dim] + tensor.shape[dim + 1 :], aspect, prefix)
 
 
 def evidence_maps(

@@ -211,7 +211,7 @@ def _by_channel(
     """A site's tensor with the channels last, its grid and the shape of its positions."""
     dim, _ = channel_shape(site, tensor)
     shape = tensor.shape[:dim] + tensor.shape[dim + 1 :]
-    grid, _ = grid_of(site, shape, aspect, None)
+    grid, _ = grid_of(shape, aspect, None)
     return tensor.movedim(dim, -1), grid, tuple(shape[1:])
 
 

@@ -1,4 +1,4 @@
-"""Random numbers that are a function of what they are for; global state stays as it is."""
+"""Random numbers as a function of their purpose, without changes of global state."""
 
 from __future__ import annotations
 
@@ -49,11 +49,8 @@ def seed_all(seed: int) -> None:
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's random states, and put them back afterwards.
 
-    Those of all devices that torch has initialised. If a device is initialised inside, its
-    generators are put back to how they came.
-
-    Args:
-        seed: None: the states stay as they are.
+    This covers all devices that torch has initialised; if one is initialised inside, its generators
+    go back to their first state. ``seed`` None: the states are not seeded.
     """
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     generators = [(generator, generator.get_state()) for generator in _generators()]
@@ -73,7 +70,7 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
 
 
 def random_states() -> tuple[object, ...]:
-    """The global random states, to see whether anything has drawn from them.
+    """The global random states, to check that nothing has drawn from them.
 
     Example:
         >>> before = random_states()

@@ -127,7 +127,7 @@ class _Maps(Rows):
         dim, _ = channel_shape(site, tensor)
         shape = tensor.shape[:dim] + tensor.shape[dim + 1 :]
         if site.name not in self.grids and site.name not in self.left_out:
-            grid, reason = grid_of(site, shape, self.aspect, self.prefix)
+            grid, reason = grid_of(shape, self.aspect, self.prefix)
             if grid is None:
                 self.left_out[site.name] = reason
             else:
