@@ -100,6 +100,10 @@ def learn(
     images_per_step: Annotated[
         int | None, typer.Option(min=1, help="Images for each class and step. [20]")
     ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs whose mean decides, for agreement between seeds. [1]"),
+    ] = None,
     ablation: Annotated[
         Ablation | None, typer.Option(help="What a closed channel becomes. [optimal]")
     ] = None,
@@ -173,7 +177,7 @@ def learn(
         return f"{saved} To go on:\n  {_again()}"
 
     with guarded(debug, stopped=stopped):
-        budget = {"size": size, "fidelity": fidelity, "steps": steps}
+        budget = {"size": size, "fidelity": fidelity, "steps": steps, "replicas": replicas}
         made = _recipe(model, recipe, budget, images_per_step, ablation, beta, epochs)
         executor = _executor(ray, gpus_per_worker, ray_workers)
         unknown = [name for name in may_differ or () if name not in MAY_DIFFER]
@@ -283,7 +287,7 @@ def _recipe(
         "epochs": epochs,
     }
     other = (
-        ("size", "fidelity", "steps", "ablation")
+        ("size", "fidelity", "steps", "replicas", "ablation")
         if kind is RecipeName.paper
         else ("beta", "epochs")
     )

@@ -334,7 +334,9 @@ class _Work:
         self.learned = ChosenSource(self.source, parts.learned)
         self.judged = ChosenSource(self.source, parts.judged)
         paper = isinstance(recipe, PaperRecipe)
-        self.recipe = recipe if paper else replace(recipe, steps=min(recipe.steps, size.steps))
+        self.recipe = recipe
+        if not paper and recipe.steps > size.steps:  # too few for several runs
+            self.recipe = replace(recipe, steps=size.steps, replicas=1)
 
     def _promise(self, rates: Rates, n_kept: int, page: bool) -> Promise:
         missing: list[Task] = list(self.tasks)

@@ -301,9 +301,8 @@ def measured_rates(
     learn = _pace(lambda step: session.learn(some, advance=step), len(some), waiting, clock)
     fit = learn
     if recipe.ablation == "optimal":
-        fitting = Session(
-            model, pool, some, replace(recipe, steps=FIT_STEPS), session.sites, seed=seed, run=run
-        )
+        short = replace(recipe, steps=FIT_STEPS, replicas=1)
+        fitting = Session(model, pool, some, short, session.sites, seed=seed, run=run)
         # The second passes' worth of them: what the whole network says of the images is known then,
         # as it is for nearly all of the verdict's many fits.
         some = [some[i % len(some)] for i in range(fitting.width)]

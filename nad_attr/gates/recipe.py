@@ -26,6 +26,10 @@ _PAPER_BETA = {
 FOLLOWING: dict[Literal["free_scale", "boundary"], float] = {"free_scale": 0.3, "boundary": 0.9}
 
 
+#: Of the steps, the share that fits constants to the mean of replicas, and the fewest of a replica.
+FITTING_SHARE, LEAST_STEPS = 0.28, 4
+
+
 def _check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not ok or not math.isfinite(value):  # type: ignore[arg-type]
@@ -62,9 +66,8 @@ class Recipe:
         images_per_step: Images per task and step, half of them own images. ``steps *
             images_per_step`` images pass the gated network for each task.
         removal: Share of the steps in which channels are closed; later steps exchange channels.
-        memory: Weight of earlier steps' images, per step. With 1 nothing is forgotten: runs with
-            other seeds agree better, and memory grows with ``steps``. They agree best with
-            ``images_per_step=200, memory=1.0, trust=1.0, removal=0.9``.
+        memory: Weight of earlier steps' images, per step. With 1 nothing is forgotten, and memory
+            grows with ``steps``.
         trust: Penalty on a change of gates, because the model is estimated from gradients.
         free_scale: Share of a difference in scale and offset alone that is forgiven, in [0, 1].
             The more of the task output's variance no scale can mend, the more is forgiven (0.3
@@ -84,6 +87,11 @@ class Recipe:
             constants, for tasks with fewer than 50 own images, if the network gives mirrored
             images nearly the same task output
             (:meth:`nad_attr.learning.session.Session.mirrored`).
+
+        replicas: Runs of each task that share the steps; a channel's place is the mean of its
+            places in all of them. With 6 to 8, runs with other seeds agree much better, at the
+            same cost (docs/findings.md); at sizes below a third, where a task has circuits that
+            stand in for each other, their mean keeps parts of several. 1: one run.
 
     Raises:
         ValueError: If a field has no sensible value.
@@ -106,6 +114,7 @@ class Recipe:
     fidelity: float | None = field(default=None, repr=False)
     confidence: float = field(default=0.95, repr=False)
     mirror: bool | None = field(default=None, repr=False)
+    replicas: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
@@ -150,6 +159,24 @@ class Recipe:
                 _check_number(name, getattr(self, name), 0, 1)
         if self.mirror not in (None, True, False):
             raise ValueError(f"recipe: mirror must be True, False or None, got {self.mirror!r}.")
+        _check_count("replicas", self.replicas)
+        if self.replicas > 1 and self.replica_steps[0] < LEAST_STEPS:
+            raise ValueError(
+                f"recipe: {self.replicas} replicas share {self.steps} steps, and each needs "
+                f"{LEAST_STEPS} at least; raise steps or lower replicas."
+            )
+
+    @property
+    def replica_steps(self) -> tuple[int, int]:
+        """Steps of each replica, and those in which the constants of their mean are fitted.
+
+        Example:
+            >>> Recipe(replicas=6).replica_steps
+            (12, 28)
+        """
+        fitting = round(FITTING_SHARE * self.steps) if self.ablation == "optimal" else 0
+        each = (self.steps - fitting) // self.replicas
+        return each, fitting and self.steps - each * self.replicas
 
     def fitting(self, name: Literal["free_scale", "boundary"]) -> float:
         """A setting as a number; None is replaced by the default for the ablation.
@@ -218,7 +245,12 @@ class Recipe:
     def to_json(self) -> str:
         """All fields as JSON, with the kind of recipe."""
         values = {name: getattr(self, name) for name in _settable(type(self))}
-        for name, default in (("fidelity", None), ("confidence", 0.95), ("mirror", None)):
+        for name, default in (
+            ("fidelity", None),
+            ("confidence", 0.95),
+            ("mirror", None),
+            ("replicas", 1),
+        ):
             if values.get(name) == default:  # earlier versions had no such field
                 values.pop(name, None)
         return json.dumps({"kind": type(self).__name__, **values})
@@ -296,6 +328,7 @@ class PaperRecipe(Recipe):
     fidelity: None = field(default=None, init=False, repr=False)
     confidence: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     mirror: None = field(default=None, init=False, repr=False)
+    replicas: int = field(default=1, init=False, repr=False)
     free_scale: None = field(default=None, init=False, repr=False)
     boundary: None = field(default=None, init=False, repr=False)
 

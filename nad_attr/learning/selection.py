@@ -567,6 +567,19 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     return learned
 
 
+def in_order(score: Tensor, k: int) -> Tensor:
+    """Gates that keep the ``k`` channels of highest score, evenly spaced in its order.
+
+    Example:
+        >>> in_order(torch.tensor([[0.2, 0.9, 0.4]]), 1)
+        tensor([[0.1667, 0.7500, 0.3333]])
+    """
+    n = score.shape[1]
+    rank = score.argsort(dim=1, stable=True).argsort(dim=1)
+    above = 0.5 + 0.5 * (rank - (n - k) + 1) / (k + 1)
+    return torch.where(rank >= n - k, above, 0.5 * (rank + 1) / (n - k + 1)).to(score.dtype)
+
+
 def ranked(model: QuadraticModel, closed_at: Tensor) -> Tensor:
     """Gates that keep the open channels, and rank both the open and the closed ones.
 

@@ -26,18 +26,18 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
 from nad_attr.gating.means import channel_moments
-from nad_attr.learning.constants import MIN_TO_KEEP, learn_with_constants
-from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network, Replica
+from nad_attr.learning.constants import KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP, learn_with_constants
+from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network, Replica, TaskImages
 from nad_attr.learning.network_checks import Checks, check_gradients, check_option, check_outputs
 from nad_attr.learning.paper import learn_paper, paper_steps
-from nad_attr.learning.selection import learn_selection, steps_in_memory
+from nad_attr.learning.selection import in_order, learn_selection, steps_in_memory
 from nad_attr.learning.targets import reached, split, target_sizes
 from nad_attr.running.forward import check_classes, chunks, most_in_batch, repeated
 from nad_attr.running.options import RunOptions, as_options
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite, unwrap
-from nad_attr.stats.held_out import parted_tasks, unchecked_tasks
+from nad_attr.stats.held_out import mixed_tasks, parted_tasks, unchecked_tasks
 from nad_attr.system.memory import largest_batch
 from nad_attr.system.rng import seed_of
 
@@ -392,7 +392,10 @@ class Session:
         started = datetime.now(timezone.utc)
         network, source, recipe = self.network, self.learned_from, self.recipe
         wanted = self.tasks if tasks is None else list(tasks)
-        parts = self._parts(wanted, sizes, means, start, advance)
+        if recipe.replicas > 1:
+            parts = [self._agreed([Replica(t, self.seed) for t in wanted], sizes, means, advance)]
+        else:
+            parts = self._parts(wanted, sizes, means, start, advance, recipe)
         self._warn_of_unfit([part[-1] for part in parts], wanted, sizes[-1])
         info = {
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
@@ -424,7 +427,12 @@ class Session:
         size = self.recipe.size if size is None else size
         unchecked = np.flatnonzero(np.isnan(curves["fidelity_apart"][-1])).tolist()
         n = n_gates(self.sites)
+        mixed = None
+        if self.recipe.replicas > 1:
+            ends = self.recipe.replica_steps[0] - 1
+            mixed = mixed_tasks(curves["fidelity_apart"], ends, names)
         for found in (
+            mixed,
             parted_tasks(curves, names, n_own, size),
             unchecked_tasks(
                 [names[t] for t in unchecked], [n_own[t] for t in unchecked], MIN_TO_KEEP,
@@ -450,7 +458,12 @@ class Session:
         Returns:
             Gates (R, all channels), and the constants of closed channels if the recipe has them.
         """
-        found = [part[0] for part in self._parts(replicas, [size], None, None, advance)]
+        if self.recipe.replicas > 1:
+            found = self._agreed(replicas, [size], None, advance)
+        else:
+            found = [
+                part[0] for part in self._parts(replicas, [size], None, None, advance, self.recipe)
+            ]
         constants = [part.constants for part in found if part.constants is not None]
         gates = to_channels(torch.cat([part.gates for part in found]).cpu(), self.sites)
         return gates, torch.cat(constants).cpu() if constants else None
@@ -462,9 +475,11 @@ class Session:
         means: Mapping[str, Tensor] | None,
         start: Tensor | None,
         advance: Callable[[int], object],
+        recipe: Recipe,
+        masks: Tensor | None = None,
     ) -> list[list[Learned]]:
-        """The results of each chunk at each size."""
-        network, recipe = self.network, self.recipe
+        """What is learned of each chunk at each size; with masks, the constants alone."""
+        network = self.network
         parts: list[list[Learned]] = []
         with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
             means = self.means() if means is None else means
@@ -476,8 +491,64 @@ class Session:
                     parts.append([learn_paper(chunk, recipe, first)])
                 else:
                     asked = [recipe.size if size is None else size for size in sizes]
-                    parts.append(self._chosen(chunk, asked))
+                    given = None if masks is None else masks[rows]
+                    parts.append(self._chosen(chunk, asked, recipe, given))
         return parts
+
+    def _agreed(
+        self,
+        replicas: Sequence[Replica],
+        sizes: Sequence[float | None],
+        means: Mapping[str, Tensor] | None,
+        advance: Callable[[int], object],
+    ) -> list[Learned]:
+        """At each size, gates that are the mean of several short runs, and their constants.
+
+        The images that are kept apart for the constants are learned from in none of the runs.
+        """
+        recipe, rows = self.recipe, len(replicas)
+        each, fitting = recipe.replica_steps
+        short = dataclasses.replace(recipe, steps=each, replicas=1)
+        runs = [
+            Replica(r.task, seed_of(r.seed, r.task, "replica", i), among, r.prices)
+            for r in replicas
+            for among in [self._not_apart(r)]
+            for i in range(recipe.replicas)
+        ]
+        parts = self._parts(runs, sizes, means, None, advance, short)
+        result = []
+        for i, size in enumerate(sizes):
+            of_runs = torch.cat([part[i].gates for part in parts]).view(rows, recipe.replicas, -1)
+            k = budget(recipe.size if size is None else size, self.sites)
+            gates = in_order(of_runs.mean(1), k)
+            curves = {
+                name: torch.cat([part[i].curves[name] for part in parts], dim=1)
+                .view(-1, rows, recipe.replicas).mean(2)
+                for name in parts[0][i].curves
+            }  # fmt: skip
+            constants = None
+            if fitting:
+                fit = dataclasses.replace(short, steps=max(1, fitting // len(sizes)))
+                fitted = self._parts(replicas, [1.0], means, None, advance, fit, (gates > 0.5))
+                constants = torch.cat(
+                    [p[0].constants for p in fitted if p[0].constants is not None]
+                )
+                curves = {
+                    name: torch.cat(
+                        [curve, torch.cat([part[0].curves[name] for part in fitted], dim=1)]
+                    )
+                    for name, curve in curves.items()
+                }
+            result.append(Learned(gates, gates.logit(), curves, constants))
+        return result
+
+    def _not_apart(self, replica: Replica) -> Tensor | None:
+        """The images that a run may learn from, without those that judge the constants."""
+        if self.recipe.ablation != "optimal":
+            return replica.among
+        images = TaskImages(self.learned_from.labels, replica.task, replica.seed, replica.among)
+        images.keep_apart(KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP)
+        return torch.cat(list(images.pools.values()))
 
     def fit(
         self, archs: Sequence[SubArchitecture], advance: Callable[[int], object] = lambda n: None
@@ -498,7 +569,7 @@ class Session:
             if means is not None:
                 network.set_means(means)
             for rows, chunk in self._chunks(tasks, advance):
-                (found,) = self._chosen(chunk, [1.0], masks[rows])
+                (found,) = self._chosen(chunk, [1.0], self.recipe, masks[rows])
                 assert found.constants is not None
                 constants = split_sites(found.constants.cpu(), self.sites)
                 result += [
@@ -582,18 +653,22 @@ class Session:
         return bool(torch.stack(error).mean() <= (1 - MIRRORED_KEEPS) * variance)
 
     def _chosen(
-        self, chunk: Chunk, sizes: Sequence[float], masks: Tensor | None = None
+        self,
+        chunk: Chunk,
+        sizes: Sequence[float],
+        recipe: Recipe,
+        masks: Tensor | None = None,
     ) -> list[Learned]:
-        """Gates of a chunk by the default recipe, with the best constants if it has them."""
-        if self.recipe.ablation != "optimal":
-            return learn_selection(chunk, self.recipe, sizes)
+        """Gates of a chunk by the default recipe, with constants if it asks for the best."""
+        if recipe.ablation != "optimal":
+            return learn_selection(chunk, recipe, sizes)
         network = self.network
         assert network.means is not None
         means, deviations = (
             torch.cat([values[site.name] for site in self.sites]).to(network.device, network.dtype)
             for values in (network.means, self._moments()[1])
         )
-        return learn_with_constants(chunk, self.recipe, sizes, means, deviations, masks)
+        return learn_with_constants(chunk, recipe, sizes, means, deviations, masks)
 
     def _gates(
         self,
@@ -629,9 +704,11 @@ class Session:
 
 def _check_steps(n_sizes: int, recipe: Recipe) -> None:
     """Refuse a run that passes through more sizes than it has steps."""
-    if n_sizes > recipe.steps:
+    steps = recipe.steps if recipe.replicas == 1 else recipe.replica_steps[0]
+    if n_sizes > steps:
+        of = "the recipe" if recipe.replicas == 1 else "each replica"
         raise ValueError(
-            f"{n_sizes} sizes need at least as many steps, and the recipe has {recipe.steps}; "
+            f"{n_sizes} sizes need at least as many steps, and {of} has {steps}; "
             "raise recipe.steps."
         )
 
