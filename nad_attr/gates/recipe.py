@@ -88,10 +88,10 @@ class Recipe:
             images nearly the same task output
             (:meth:`nad_attr.learning.session.Session.mirrored`).
 
-        replicas: Runs of each task that share the steps; a channel's place is the mean of its
-            places in all of them. With 6 to 8, runs with other seeds agree much better, at the
-            same cost (docs/findings.md); at sizes below a third, where a task has circuits that
-            stand in for each other, their mean keeps parts of several. 1: one run.
+        replicas: Runs of each task that share the steps; a channel's rank is the mean of its ranks
+            in all of them. With 6 to 8, runs with other seeds agree much better, at the same cost
+            (docs/findings.md); at sizes below a third, a task with several equivalent circuits
+            keeps parts of several. 1: one run.
 
     Raises:
         ValueError: If a field has no sensible value.
@@ -245,14 +245,9 @@ class Recipe:
     def to_json(self) -> str:
         """All fields as JSON, with the kind of recipe."""
         values = {name: getattr(self, name) for name in _settable(type(self))}
-        for name, default in (
-            ("fidelity", None),
-            ("confidence", 0.95),
-            ("mirror", None),
-            ("replicas", 1),
-        ):
-            if values.get(name) == default:  # earlier versions had no such field
-                values.pop(name, None)
+        # Without these fields' defaults, earlier versions read the text.
+        newer = {"fidelity": None, "confidence": 0.95, "mirror": None, "replicas": 1}
+        values = {k: v for k, v in values.items() if k not in newer or v != newer[k]}
         return json.dumps({"kind": type(self).__name__, **values})
 
     @staticmethod

@@ -364,7 +364,7 @@ class _Probe:
             changes.append(outputs @ self.weights - self.values[at, 0])
         return torch.cat(changes)
 
-    def _direction(self, name: str, image: int, silent: bool) -> Tensor:
+    def _direction(self, name: str, *, silent: bool) -> Tensor:
         """Some of a site's channels are closed by the whole step, the others opened."""
         columns = self.columns[name]
         width = columns.stop - columns.start
@@ -387,11 +387,11 @@ class _Probe:
                 continue
             # The image with the largest gradient: on another, all channels after it may be dead.
             image = int(here.flatten(1).norm(dim=1).argmax())
-            rows.append((name, image, self._direction(name, image, silent=False), "all"))
+            rows.append((name, image, self._direction(name, silent=False), "all"))
             silent += [name] * bool(self._silent(name).any())
         if silent and self._silent_have_effect(silent):
             rows += [
-                (name, i, self._direction(name, i, silent=True), "silent")
+                (name, i, self._direction(name, silent=True), "silent")
                 for name in silent
                 for i in range(self.n)
             ]
@@ -412,9 +412,8 @@ class _Probe:
     def _silent_have_effect(self, names: Sequence[str]) -> bool:
         """Whether closing such channels has an effect, at all of these sites in one pass."""
         moves = [
-            (i, _STEPS[0] * torch.stack(closed).sum(0))
+            (i, _STEPS[0] * torch.stack([self._direction(n, silent=True) for n in names]).sum(0))
             for i in range(self.n)
-            if (closed := [self._direction(name, i, silent=True) for name in names])
         ]
         real = self._change(moves)
         return any(
@@ -437,7 +436,7 @@ class _Probe:
     def _error_of_many(self, name: str, step: float, n_directions: int) -> float:
         """The same for random directions at a site together; 1 if the step is too small."""
         moves = [
-            (i, step * self._direction(name, i, silent=False))
+            (i, step * self._direction(name, silent=False))
             for _ in range(n_directions)
             for i in range(self.n)
         ]
@@ -456,7 +455,7 @@ class _Probe:
         if "silent" in kinds:
             shares: list[float] = []
             for step in _STEPS[1:]:
-                moves = [(i, step * self._direction(name, i, silent=True)) for i in range(self.n)]
+                moves = [(i, step * self._direction(name, silent=True)) for i in range(self.n)]
                 here = self.gradient[:, :, columns]
                 n_silent = sum(float((move != 0).sum()) for _, move in moves) / self.n
                 typical = step * float(here[here != 0].abs().median()) * max(n_silent, 1) ** 0.5

@@ -478,7 +478,7 @@ class Session:
         recipe: Recipe,
         masks: Tensor | None = None,
     ) -> list[list[Learned]]:
-        """What is learned of each chunk at each size; with masks, the constants alone."""
+        """The results of each chunk at each size; with masks, only constants are learned."""
         network = self.network
         parts: list[list[Learned]] = []
         with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
@@ -659,7 +659,7 @@ class Session:
         recipe: Recipe,
         masks: Tensor | None = None,
     ) -> list[Learned]:
-        """Gates of a chunk by the default recipe, with constants if it asks for the best."""
+        """Gates of a chunk by the default recipe, with the best constants if it has them."""
         if recipe.ablation != "optimal":
             return learn_selection(chunk, recipe, sizes)
         network = self.network

@@ -425,7 +425,7 @@ def propagate_axes(
         second = bound.get("mat2", bound.get("batch2", bound.get("other")))
         known = next((a for t, a in read if t is second), _NO_AXES)
         kept = frozenset(a for a in known if a != n - 2)
-        return kept if kept else frozenset({n - 1}), False
+        return kept or frozenset({n - 1}), False
     if _PRODUCT.search(op):
         return frozenset({n - 1}), False
     if op in _VIEW:

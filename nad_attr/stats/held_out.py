@@ -138,15 +138,12 @@ def parted_tasks(
 
 
 def mixed_tasks(fidelity: NDArray[np.float32], runs: int, names: Sequence[str]) -> str | None:
-    """What to say of tasks whose runs chose different channels, so that their mean is worse.
+    """A warning about tasks whose runs chose different channels, so that their mean is worse; None.
 
     Args:
-        fidelity: (steps, T), on images kept apart: at the end that of the mean.
-        runs: The step that ends the runs, where their own fidelity stands.
-        names: Of the T tasks.
-
-    Returns:
-        The tasks with both fidelities, and what would help; None if there is none.
+        fidelity: (steps, T), on images kept apart; the last row is that of the mean.
+        runs: The row at the end of the runs, which is their own.
+        names: Names of the T tasks.
 
     Example:
         >>> print(mixed_tasks(np.array([[0.9], [0.4]]), 0, ["cat"]))
