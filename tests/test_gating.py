@@ -554,7 +554,7 @@ class Adding(nn.Module):
 
 
 class Twofold(nn.Module):
-    """`add` takes two inputs, `twice` is called twice, `pair` returns a tuple, `unused` is unused."""
+    """Two inputs (`add`), two calls (`twice`), a tuple (`pair`), and a layer that is `unused`."""
 
     def __init__(self) -> None:
         super().__init__()
