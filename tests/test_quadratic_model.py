@@ -38,7 +38,7 @@ class Dense:
         return self.predicted(new) - self.predicted(self.gates) + charge
 
     def costs(self, opening: bool) -> list[float]:
-        """Of flipping each gate alone; inf where it stands there already."""
+        """Cost of flipping each gate alone; inf if it is there already."""
         there = 1.0 if opening else 0.0
         return [math.inf if self.gates[c] == there else self.cost(c) for c in range(N)]
 
