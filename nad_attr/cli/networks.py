@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +94,10 @@ def write_network(
     for line in str(made).splitlines():
         say(line, quiet)
     times = latency({"whole": opened.loaded.model, "smaller": small}, image)
-    say(_times(times), quiet)
+    whole, smaller = 1e3 * times["whole"], 1e3 * times["smaller"]
+    said = f"{whole:.1f} ms -> {smaller:.1f} ms here, one image, {whole / smaller:.2f} x"
+    say(f"latency         {said}", quiet)
     beside = "gates on hooks" if len(archs) == 1 else "the networks cut, on hooks"
     say(f"difference      {made.difference:.1e} of the largest output, beside {beside}", quiet)
     say(f"written: {', '.join(map(str, files))}", quiet)
     return made
-
-
-def _times(times: Mapping[str, float]) -> str:
-    whole, smaller = 1e3 * times["whole"], 1e3 * times["smaller"]
-    ratio = f"{whole / smaller:.2f} x"
-    return f"latency         {whole:.1f} ms -> {smaller:.1f} ms here, one image, {ratio}"

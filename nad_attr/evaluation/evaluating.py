@@ -31,7 +31,7 @@ from nad_attr.evaluation.responses import (
     progress_bar,
     tasks_of_rows,
 )
-from nad_attr.evaluation.result import Evaluation, FloatArray
+from nad_attr.evaluation.result import Evaluation
 from nad_attr.evaluation.sizes import (
     Activity,
     SiteCosts,
@@ -48,6 +48,7 @@ from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunFields, RunOptions, as_options
 from nad_attr.running.workers import Workers, in_order
 from nad_attr.stats.pairs import overlap_matrix
+from nad_attr.stats.tables import FloatArray
 from nad_attr.system.rng import permutation, seed_of
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from nad_attr.stats.held_out import apart
 from nad_attr.stats.measure_table import MEASURE_TABLE, MEASURES, p_against
 from nad_attr.stats.p_values import least_p, permutation_p
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import nan_mean, number, pandas, table
+from nad_attr.stats.tables import FloatArray, nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["MEASURES", "Evaluation"]
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def _none() -> FloatArray:

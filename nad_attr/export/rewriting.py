@@ -68,7 +68,10 @@ class Writer:
                 self._old[node] = new
                 self._inputs.append(new)
             elif node.op == "output":
-                self.graph.output(self._logits(node.args[0]))
+                logits, columns = node.args[0], plan.columns
+                every = range(plan.shape(logits)[1])
+                kept = list(every if columns is None else columns)
+                self.graph.output(self.get(logits, kept, axis=1, exact=True))
             elif node in plan.needs and node in plan.rules:
                 channels = plan.channels(node)
                 if channels != [] or plan.values[node].columns is not None:
@@ -78,11 +81,6 @@ class Writer:
         self.tensors = {name: t for name, t in self.tensors.items() if name in used}
         self.origins = {name: o for name, o in self.origins.items() if name in used}
         return as_module(self.graph, self.tensors, self.parameters)
-
-    def _logits(self, node: fx.Node) -> fx.Node:
-        columns = self.plan.columns
-        every = list(range(self.plan.shape(node)[1]))
-        return self.get(node, every if columns is None else columns, axis=1, exact=True)
 
     # What rules call
 

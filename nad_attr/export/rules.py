@@ -312,7 +312,9 @@ class Elementwise:
         varying &= ~zero
         known = None
         if not bool(varying.all()):
-            known = _masked(_filled(plan, node).nan_to_num(0.0), varying, axis)
+            known = plan.evaluate(node)
+            known = known if known.is_floating_point() else known.double()
+            known = _masked(known.nan_to_num(0.0), varying, axis)
         return Value(axis, varying, known)
 
     def backward(
@@ -339,11 +341,6 @@ class Elementwise:
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), given)
         return out.with_channels(out.call(node, node.target, args, kwargs), channels)
-
-
-def _filled(plan: Plan, node: fx.Node) -> Tensor:
-    result: Tensor = plan.evaluate(node)
-    return result if result.is_floating_point() else result.double()
 
 
 def _is_zero(known: Tensor, axis: int) -> Tensor:

@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nad_attr.flow.links import OUTPUT, TaskFlow
 from nad_attr.flow.result import InformationFlow, stacked, task_flows
-from nad_attr.stats.tables import pandas
+from nad_attr.stats.tables import FloatArray, pandas
 from nad_attr.system.rng import seed_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["flow_shape", "flow_sharing", "parting_depth"]
-
-FloatArray = NDArray[np.float64]
 
 
 def spread(flow: FloatArray) -> float:

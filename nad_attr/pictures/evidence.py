@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nad_attr.data.labels import Task
-from nad_attr.data.layout import Grid, grid_of
+from nad_attr.data.layout import grid_of
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply
 from nad_attr.running.forward import Runner
@@ -83,20 +82,6 @@ class _Recorder:
         return self.tensors[site.name].clone()
 
 
-@contextmanager
-def _gradients(runner: Runner) -> Iterator[None]:
-    """Record gradients of activations and not of weights, in any mode of the caller."""
-    with frozen(runner.model), torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def _grid(
-    site: GateSite, tensor: Tensor, aspect: float, prefix: int | None
-) -> tuple[Grid | None, str]:
-    dim, _ = channel_shape(site, tensor)
-    return grid_of(tensor.shape[:dim] + tensor.shape[dim + 1 :], aspect, prefix)
-
-
 def evidence_maps(
     runner: Runner,
     arch: SubArchitecture,
@@ -129,14 +114,17 @@ def evidence_maps(
     maps: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
     aspect = images.shape[-2] / images.shape[-1]
-    with _gradients(runner):
+    # Gradients of activations and not of weights, in any mode of the caller.
+    with frozen(runner.model), torch.inference_mode(False), torch.enable_grad():
         recorder = _Recorder(arch, runner.device)
         x = images.detach().clone().requires_grad_(measure == "evidence")
         with installed(runner.model, arch.sites, recorder):
             output = task_outputs(runner((x,)), [task]).sum()
         grids = {}
         for site in sites:
-            grid, reason = _grid(site, recorder.tensors[site.name], aspect, prefix_tokens)
+            shape = recorder.tensors[site.name].shape
+            dim, _ = channel_shape(site, recorder.tensors[site.name])
+            grid, reason = grid_of(shape[:dim] + shape[dim + 1 :], aspect, prefix_tokens)
             if grid is None:
                 left_out[site.name] = reason
             else:

@@ -73,6 +73,8 @@ def page(found: Contents) -> str:
     program, plotly = _program(), _plotly()
     pictures, body, data = _sections(found)
     tiles = _tiles(data["evaluation"])
+    mosaics = data["mosaics"]  # their pictures are in the page itself
+    mosaics = mosaics and {key: value for key, value in mosaics.items() if key != "examples"}
     policy = (
         f"default-src 'none'; script-src {_hash(program)} {_hash(plotly)}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -89,7 +91,7 @@ def page(found: Contents) -> str:
         "PICTURES": pictures,
         "TILES": tiles,
         "BODY": body,
-        "DATA": script_json({**data, "mosaics": _without_pictures(data["mosaics"])}),
+        "DATA": script_json({**data, "mosaics": mosaics}),
         "GATES": "\n".join(found.gates),
         "PROGRAM": program,
         "PLOTLY": plotly,
@@ -388,11 +390,6 @@ def _flow(part: dict[str, Any]) -> str:
         'shows everything</p><div id="flow-said" role="status" aria-live="polite"></div>'
     )
     return _section("flow", "Information flow", body, escape(note))
-
-
-def _without_pictures(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Mosaics as the chart needs them: the pictures stand in the page itself."""
-    return part and {key: value for key, value in part.items() if key != "examples"}
 
 
 def _mosaics(examples: Sequence[dict[str, Any]]) -> str:

@@ -115,10 +115,5 @@ def call(name: str, arguments: Mapping[str, Any]) -> Any:
         with isolated_rng(0):
             return factory(**arguments)
     except Exception as error:
-        raise SpecError(
-            f"{name}({_written(arguments)}) failed: {told(error)}", lines=True
-        ) from error
-
-
-def _written(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise SpecError(f"{name}({given}) failed: {told(error)}", lines=True) from error

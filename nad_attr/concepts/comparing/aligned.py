@@ -18,11 +18,11 @@ from nad_attr.evaluation.rows import named_architectures
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.scoring.rankings import ranks_of
+from nad_attr.stats.tables import FloatArray
 from nad_attr.store import GateStore
 
 __all__ = ["Aligned", "Gates", "align"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 #: What says which channels tasks keep.
 Gates: TypeAlias = (
     "TaskGates | SubArchitecture | Sequence[SubArchitecture] | GateStore | str | PathLike[str]"

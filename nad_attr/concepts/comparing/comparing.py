@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from nad_attr.stats.pairs import overlap_matrix
 from nad_attr.stats.ranks import midranks
 from nad_attr.stats.sentences import ALL_TASKS
 from nad_attr.stats.strata import Tables, permutations, with_tail
+from nad_attr.stats.tables import FloatArray
 from nad_attr.stats.tests import (
     MIN_PER_SIDE_FOR_NORMAL,
     count_test,
@@ -55,7 +56,6 @@ from nad_attr.system.rng import seed_of
 
 __all__ = ["compare"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 #: Random sub-architectures of all tasks whose overlaps are held against a similarity.
 _RANDOM_OVERLAPS = 20
@@ -197,16 +197,12 @@ def compare(
     }
     result = Comparison(rows.columns, notes=notes, info=info)
     if save_as is not None:
-        _save(result, gates, save_as)
+        if isinstance(gates, GateStore) and gates.mode == "a":
+            gates.write_result(f"comparison/{save_as}", *result.stored())
+        else:
+            path: Any = gates.path if isinstance(gates, GateStore) else gates
+            result.save(path, save_as)
     return result
-
-
-def _save(result: Comparison, gates: Any, name: str) -> None:
-    if isinstance(gates, GateStore) and gates.mode == "a":
-        arrays, about = result.stored()
-        gates.write_result(f"comparison/{name}", arrays, about)
-    else:
-        result.save(gates.path if isinstance(gates, GateStore) else gates, name)
 
 
 def _checked(similarities: Mapping[str, ArrayLike] | None, n: int) -> dict[str, FloatArray]:

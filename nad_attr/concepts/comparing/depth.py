@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from nad_attr.stats.ranks import rank_trends
 from nad_attr.stats.results import Result
 from nad_attr.stats.sentences import DEPTH_MEASURES
 from nad_attr.stats.strata import permutations, with_tail
-from nad_attr.stats.tables import nan_mean, pandas
+from nad_attr.stats.tables import FloatArray, nan_mean, pandas
 from nad_attr.system.rng import seed_of
 from nad_attr.system.safe_text import shown
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HIGH", "DepthSemantics", "semantics_along_depth"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 #: Categories of concepts that count as high-level; colours, textures and materials are low.
 HIGH = ("object", "part", "scene")
@@ -137,7 +136,8 @@ class DepthSemantics(Result):
                 permutation_p(mean, draws.T, tail="both", centre=control),
                 len(draws),
                 _standard(mean, draws),
-                _enough(draws),
+                # Draws of many values have tails that are nearly normal.
+                np.array([len(np.unique(c.round(12))) >= 20 for c in draws.T]),
             ),
             null=control,
             controls=(control, *ends),
@@ -279,11 +279,6 @@ def _standard(mean: FloatArray, draws: FloatArray) -> FloatArray:
     centre = nan_mean(draws)
     deviation = np.sqrt(nan_mean(np.square(draws - centre)))
     return np.asarray((mean - centre) / np.where(deviation > 0, deviation, np.nan))
-
-
-def _enough(draws: FloatArray) -> NDArray[np.bool_]:
-    """Sites whose draws take many values, so that their tails are nearly normal."""
-    return np.array([len(np.unique(np.round(column, 12))) >= 20 for column in draws.T])
 
 
 def semantics_along_depth(

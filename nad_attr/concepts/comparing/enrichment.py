@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,10 @@ from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.ranks import standard_ranks
 from nad_attr.stats.sentences import ALL_TASKS
 from nad_attr.stats.strata import Tables, permutations, with_tail
+from nad_attr.stats.tables import FloatArray
 from nad_attr.stats.tests import count_test, fisher_interval, normal_interval, normal_p
 
 __all__ = ["concept_enrichment"]
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def tables_of(aligned: Aligned, flags: list[NDArray[np.bool_]]) -> Tables:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nad_attr.stats.results import Result, is_json
 from nad_attr.stats.sentences import (
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ALL_TASKS", "Comparison", "RowList"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 _TEXTS = ("test", "task", "site", "concept", "other")
 _CONTROL = ("control", "control_low", "control_high")

@@ -489,7 +489,9 @@ class BrodenData(_Photos):
                     number = int(index[int(entry)])
                     labels.append(torch.full((height, width), number, device="cpu"))
                     continue
-                codes = self._codes(self._images / entry.strip())
+                with _opened(self._images / entry.strip(), "label image") as file:
+                    pixels = torch.from_numpy(np.array(file.convert("RGB")).astype(np.int64))
+                codes = pixels[:, :, 0] + 256 * pixels[:, :, 1]
                 if int(codes.max()) >= len(index):
                     raise ConceptDataError(
                         f"{entry} holds the label {int(codes.max())}, which label.csv does not "
@@ -497,12 +499,6 @@ class BrodenData(_Photos):
                     )
                 labels.append(index[codes])
         return image, labels or [-1]
-
-    @staticmethod
-    def _codes(path: Path) -> Tensor:
-        with _opened(path, "label image") as file:
-            pixels = np.array(file.convert("RGB")).astype(np.int64)
-        return torch.from_numpy(pixels[:, :, 0] + 256 * pixels[:, :, 1])
 
 
 def _number(text: str, path: Path) -> int:

@@ -248,10 +248,11 @@ class Plan:
         # Orthogonal as far as there is room, so that hardly any evidence looks like another.
         templates = torch.linalg.qr(drawn).Q.flatten(0, 1)[: layout.width].clone()
         shown = torch.zeros(layout.n_classes, layout.width, dtype=torch.bool, device="cpu")
+        first = {g.of: list(g.slots) for g in layout.of("circuit") if g.copy == 0}
         for group in layout.groups:
             slots = list(group.slots)
             if group.role == "circuit":
-                templates[slots] = templates[self._first_copy(group)]
+                templates[slots] = templates[first[group.of]]
                 # Of several copies one stands for all: the evidence is in the images once.
                 shown[group.of, slots] = group.copy == 0
             elif group.role == "pair":
@@ -265,10 +266,6 @@ class Plan:
             elif group.role == "constant":
                 templates[slots] = 0.0
         return templates, shown
-
-    def _first_copy(self, group: Group) -> list[int]:
-        circuits = self.layout.of("circuit")
-        return next(list(g.slots) for g in circuits if (g.of, g.copy) == (group.of, 0))
 
     def bias(self) -> Tensor:
         """(width,)."""

@@ -26,7 +26,6 @@ from nad_attr.evaluation.controls.randomisation import (
     shuffled_labels,
 )
 from nad_attr.evaluation.controls.stability import (
-    FloatArray,
     Learn,
     Stability,
     architectures_of,
@@ -39,7 +38,7 @@ from nad_attr.gating.hooks import check_eval
 from nad_attr.running.options import RunOptions
 from nad_attr.stats.bootstrap import bootstrap_interval
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import nan_mean
+from nad_attr.stats.tables import FloatArray, nan_mean
 from nad_attr.system.rng import seed_of
 from nad_attr.system.safe_text import shown
 

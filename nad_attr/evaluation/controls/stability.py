@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nad_attr.data.labels import Task, patterns
@@ -17,6 +16,7 @@ from nad_attr.evaluation.controls.randomisation import chosen
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.stats.results import Result
+from nad_attr.stats.tables import FloatArray
 from nad_attr.system.rng import permutation
 from nad_attr.system.safe_text import shown
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Learn", "Stability", "stability"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 #: Finds a network's sub-architectures: called with network, data and seed.
 Learn: TypeAlias = "Callable[[nn.Module, Data, int], TaskGates | Sequence[SubArchitecture]]"
 

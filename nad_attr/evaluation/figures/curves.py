@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nad_attr.evaluation.sweeps.curves import Curves
 from nad_attr.plots import style as figures
 from nad_attr.plots.style import label_of
-from nad_attr.stats.tables import intervals, nan_mean, number
+from nad_attr.stats.tables import FloatArray, intervals, nan_mean, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["plot_curves"]
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def _drawn(

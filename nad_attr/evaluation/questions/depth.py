@@ -22,7 +22,7 @@ from nad_attr.stats.bootstrap import check_interval, interval_of, times_drawn
 from nad_attr.stats.pairs import site_overlaps
 from nad_attr.stats.ranks import rank_trends
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import pandas, table
+from nad_attr.stats.tables import FloatArray, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DepthProfile", "NetworkProfile", "along_depth"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 Architectures: TypeAlias = "TaskGates | SubArchitecture | Sequence[SubArchitecture]"
 
 #: What a profile knows at each site.

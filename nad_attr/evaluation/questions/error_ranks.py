@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,10 +18,10 @@ from nad_attr._checks import check_count
 from nad_attr.stats.bootstrap import bootstrap_means, interval_of
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.results import Result
+from nad_attr.stats.tables import FloatArray
 
 __all__ = ["PartialCorrelation", "RankStatistics", "error_ranks", "partial_rank_correlation"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 #: Decimals to which similarities are compared: what differs less is rounding, and a tie.
 DECIMALS = 12
@@ -145,16 +145,6 @@ def others_above(similarity: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.
     return first - 1, last - first + 1
 
 
-def _hit_probability(above: NDArray[np.int64], equal: NDArray[np.int64], n: int) -> FloatArray:
-    """Probability to be among the first n, with ties broken at random."""
-    return np.asarray(np.clip((n - above) / equal, 0.0, 1.0))
-
-
-def _harmonic(n: int) -> FloatArray:
-    """0, 1, 1 + 1/2, ...: (n + 1,)."""
-    return np.concatenate([[0.0], (1 / np.arange(1, n + 1)).cumsum()])
-
-
 def binomial_p(successes: float, trials: int, probability: float) -> float:
     """P(X >= successes) of a binomial X; a fraction of a success is rounded down.
 
@@ -208,10 +198,11 @@ def error_ranks(
     wanted = sorted({check_count(k, "hits") for k in hits if check_count(k, "hits") < n - 1})
 
     above, equal = others_above(matrix)
-    harmonic = _harmonic(n)
+    harmonic = np.concatenate([[0.0], (1 / np.arange(1, n + 1)).cumsum()])  # 0, 1, 1 + 1/2, ...
     reciprocal = (harmonic[above + equal] - harmonic[above]) / equal
     # What each pair of classes is worth: hit@n for each n, reciprocal rank, rank.
-    worth = np.stack([*(_hit_probability(above, equal, k) for k in wanted), reciprocal], axis=-1)
+    hit = [np.clip((k - above) / equal, 0.0, 1.0) for k in wanted]  # ties are broken at random
+    worth = np.stack([*hit, reciprocal], axis=-1)
     y, called = counts.nonzero()
     times = counts[y, called]
     n_errors = int(times.sum())

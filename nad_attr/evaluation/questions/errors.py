@@ -33,10 +33,10 @@ from nad_attr.running.forward import Runner, check_classes, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.stats.pairs import chance_overlaps, cosines, overlap_matrix
+from nad_attr.stats.tables import FloatArray
 
 __all__ = ["SIMILARITIES", "errors"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 Architectures: TypeAlias = "TaskGates | SubArchitecture | Sequence[SubArchitecture]"
 
 #: Similarities of two sub-architectures: overlaps of masks, or the cosine of soft gates.

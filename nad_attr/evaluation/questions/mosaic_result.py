@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nad_attr.data.labels import Task
 from nad_attr.stats.bootstrap import bootstrap_means, check_interval, interval_of
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import number, pandas, table
+from nad_attr.stats.tables import FloatArray, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["MosaicResult"]
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 #: What :meth:`MosaicResult.mean` and :meth:`MosaicResult.interval` know: one number per site.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +31,10 @@ from nad_attr.gating.hooks import channel_shape, installed
 from nad_attr.running.forward import Runner, check_classes, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.tables import FloatArray
 from nad_attr.system.rng import seed_of
 
 __all__ = ["mosaics", "quadrant_shares"]
-
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 #: Maps that vary by less than this share of the activations that they sum are constant: rounding.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import nn
 
 from nad_attr.data.labels import Task
@@ -32,7 +32,7 @@ from nad_attr.running.options import RunOptions
 from nad_attr.scoring.rankings import SIZES, Ranking, Ranks, as_ranking, check_sizes
 from nad_attr.sites.site import GateSite
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import intervals, nan_mean, number, pandas, table
+from nad_attr.stats.tables import FloatArray, intervals, nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ __all__ = [
     "faithfulness",
 ]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 #: What :meth:`Curves.values` knows: two measured curves, and the same two on a common scale.
 KINDS = ("keep", "ablate", "faithfulness", "completeness")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nad_attr.data.labels import Task, other_images, own_images
@@ -29,10 +28,10 @@ from nad_attr.learning.session import fit_constants
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.tables import FloatArray
 
 __all__ = ["GRID_MEASURES", "Grid", "fitted", "measure_grid"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 #: What is measured at every size, as in :class:`nad_attr.evaluation.Evaluation`.
 GRID_MEASURES = (

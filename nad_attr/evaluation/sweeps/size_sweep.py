@@ -11,10 +11,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from nad_attr._checks import check_count, check_mapping
@@ -48,7 +47,7 @@ from nad_attr.sites.site import GateSite
 from nad_attr.stats.measure_table import MEASURE_TABLE, p_against
 from nad_attr.stats.p_values import least_p
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import intervals, nan_mean, number, pandas, table
+from nad_attr.stats.tables import FloatArray, intervals, nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -57,7 +56,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SizeSweep", "size_sweep"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 #: The name of random channels among the methods.
 RANDOM = "random"
