@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from nad_attr.export.rules import _masked, plan_all
+from nad_attr.export.rules import Fallback, _masked
 from nad_attr.export.tracing import aten, bound, op_name
-from nad_attr.export.values import Plan, Rule, Value, squeezed
+from nad_attr.export.values import Plan, Rule, Value, chosen, flags, squeezed
 
 __all__ = ["rules_of_mixing"]
 
@@ -67,12 +67,11 @@ class Mixing:
         x, axis = self._input(plan, node)
         value = plan.values[x]
         assert channels is not None
-        weight_node, bias_node = bound(node)["weight"], bound(node)["bias"]
-        offset = plan.offsets.get(node)
+        weight_node = bound(node)["weight"]
         if value.axis != axis:
             inputs, given = list(range(plan.shape(x)[axis])), out.get(x, None)
         else:
-            need = self.backward(plan, node, _mask(channels, plan.shape(node)[axis]))[x]
+            need = self.backward(plan, node, flags(plan.shape(node)[axis], channels))[x]
             assert need is not None
             assert value.varying is not None
             inputs = (need & value.varying).nonzero().flatten().tolist()
@@ -85,7 +84,7 @@ class Mixing:
             weight = out.made(
                 weight_node, torch.cat([whole[:, inputs], extra], 1), {0: channels, 1: inputs}
             )
-        return _with_offset(out, node, channels, given, weight, bias_node, offset, axis, 1)
+        return _with_offset(out, node, channels, given, weight, axis, 1)
 
 
 def _weight(plan: Plan, node: fx.Node) -> Tensor:
@@ -98,29 +97,16 @@ def _of_columns(weight: Tensor, columns: Tensor) -> Tensor:
     return torch.einsum("oc...,cr->or...", weight, columns)
 
 
-def _mask(channels: list[int], n: int) -> Tensor:
-    mask = torch.zeros(n, dtype=torch.bool, device="cpu")
-    mask[channels] = True
-    return mask
-
-
 def _with_offset(
-    out: Any,
-    node: fx.Node,
-    channels: list[int],
-    given: Any,
-    weight: Any,
-    bias_node: fx.Node | None,
-    offset: Tensor | None,
-    axis: int,
-    groups: int,
+    out: Any, node: fx.Node, channels: list[int], given: Any, weight: Any, axis: int, groups: int
 ) -> Any:
     """The operator with the part of the constant channels: in its bias, or as a map behind it."""
     bias, border = None, None
+    bias_node, offset = bound(node)["bias"], out.plan.offsets.get(node)
     if offset is None:
         bias = None if bias_node is None else out.sliced(bias_node, {0: channels})
     else:
-        rest = offset.index_select(axis, torch.tensor(channels, dtype=torch.long, device="cpu"))
+        rest = chosen(offset, axis, channels)
         if squeezed(rest, axis).numel() > len(channels):
             border = out.filled(node, rest, axis, exact=False, name="border")
         elif bias_node is not None or bool(rest.any()):
@@ -215,9 +201,7 @@ class Depthwise:
         else:
             kernel = out.made(source, cut, {0: channels, 1: inputs})
         if not filled:
-            bias = bound(node)["bias"]
-            offset = plan.offsets.get(node)
-            return _with_offset(out, node, channels, given, kernel, bias, offset, 1, len(outs))
+            return _with_offset(out, node, channels, given, kernel, 1, len(outs))
         args = [*node.args, *[None] * (3 - len(node.args))]
         args[:3], args[6:] = [given, kernel, None], [len(outs)]
         done = out.call(node, node.target, tuple(args), {})
@@ -226,7 +210,7 @@ class Depthwise:
         if rest is None and bound(node)["bias"] is not None:
             rest = plan.known(bound(node)["bias"]).view(1, -1, *[1] * (weight.dim() - 2))
         if rest is not None:
-            rest = rest.index_select(1, torch.tensor(channels, dtype=torch.long, device="cpu"))
+            rest = chosen(rest, 1, channels)
             border = out.filled(node, rest, 1, exact=False, name="border")
             done = out.call(node, aten.add.Tensor, (done, border))
         return out.with_channels(done, channels)
@@ -278,10 +262,7 @@ class LayerNorm:
         plan: Plan = out.plan
         x: Any = node.args[0]
         if node not in plan.constants_of_norms:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), out.whole)
-            return out.with_channels(
-                out.call(node, node.target, args, kwargs), plan_all(plan, node)
-            )
+            return Fallback().emit(out, node, channels)
         c, given, varying = plan.constants_of_norms[node], bound(node), plan.values[x].varying
         assert channels is not None
         assert varying is not None

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from nad_attr.export.mixing import rules_of_mixing
 from nad_attr.export.rules import Fallback, rules_of_channels
 from nad_attr.export.tracing import Graph, as_module, aten, op_name
-from nad_attr.export.values import Plan, same, squeezed
+from nad_attr.export.values import Plan, chosen, same, squeezed
 
 __all__ = ["Writer", "all_rules"]
 
@@ -129,9 +129,7 @@ class Writer:
             known = self.plan.known(node)
             for axis, index in cut.items():
                 if known.shape[axis] > 1:
-                    known = known.index_select(
-                        axis, torch.tensor(index, dtype=torch.long, device="cpu")
-                    )
+                    known = chosen(known, axis, index)
             return self.made(node, known, cut)
         tensor = self.plan.network.tensors[str(node.target)].detach()
         cut = {
@@ -143,9 +141,7 @@ class Writer:
         key = ("sliced", node, *((axis, tuple(index)) for axis, index in cut.items()))
         if key not in self._memo:
             for axis, index in cut.items():
-                tensor = tensor.index_select(
-                    axis, torch.tensor(index, dtype=torch.long, device=tensor.device)
-                )
+                tensor = chosen(tensor, axis, index)
             self._memo[key] = self._attribute(node, tensor.clone(), cut)
         return self._memo[key]
 
@@ -154,7 +150,7 @@ class Writer:
     ) -> fx.Node:
         """A parameter that is not a mere part of an old one, given in float64."""
         like = node.meta["val"]
-        return self._attribute(node, tensor.to(like.dtype).to(self._device(node)), cut, name)
+        return self._attribute(node, tensor.to(like.dtype).to(self._device), cut, name)
 
     def _constants(self, node: fx.Node, known: Tensor, name: str, axis: int) -> fx.Node:
         """A tensor of constants at a node, in as few numbers as its repeats allow."""
@@ -163,13 +159,11 @@ class Writer:
             if dim != axis and known.shape[dim] > 3:
                 first, index = _distinct(known.movedim(dim, 0))
                 if 2 * len(first) <= known.shape[dim]:
-                    known = known.index_select(
-                        dim, torch.tensor(first, dtype=torch.long, device="cpu")
-                    )
+                    known = chosen(known, dim, first)
                     repeats[dim] = index
         like = node.meta["val"]
         name = f"{node.meta['module'] or node.name}.{name}"
-        made = self._put(name, known.to(like.dtype).to(self._device(node)), False)
+        made = self._put(name, known.to(like.dtype).to(self._device), False)
         for dim, index in repeats.items():
             made = self.call(node, aten.index_select.default, (made, dim, self.index(index)))
         return made
@@ -178,7 +172,7 @@ class Writer:
         """Channel numbers as a tensor."""
         key = ("index", *values)
         if key not in self._memo:
-            device = self._device(self._now)
+            device = self._device
             self._memo[key] = self._put(
                 "channels.order", torch.tensor(list(values), dtype=torch.long, device=device), False
             )
@@ -226,7 +220,7 @@ class Writer:
             return self.sliced(node, {axis: channels})  # type: ignore[no-any-return]
         known = self.plan.known(node)
         if channels is not None and axis is not None:
-            known = known.index_select(axis, torch.tensor(channels, dtype=torch.long, device="cpu"))
+            known = chosen(known, axis, channels)
         return self.filled(node, known, axis, exact)
 
     def filled(
@@ -307,9 +301,7 @@ class Writer:
         value = self.plan.values[node]
         assert value.axis is not None
         assert value.known is not None
-        known = value.known.index_select(
-            value.axis, torch.tensor(channels, dtype=torch.long, device="cpu")
-        )
+        known = chosen(value.known, value.axis, channels)
         if value.columns is None:
             return self.filled(node, known, value.axis, exact=True)
         of_columns = value.columns[channels]
@@ -325,7 +317,7 @@ class Writer:
         like = node.meta["val"]
         weight = self._put(
             f"{node.meta['module'] or node.name}.columns",
-            of_columns.to(like.dtype).to(self._device(node)),
+            of_columns.to(like.dtype).to(self._device),
             False,
         )
         made = self.call(node, aten.linear.default, (part, weight))
@@ -337,7 +329,8 @@ class Writer:
 
     # Tensors
 
-    def _device(self, node: fx.Node | None) -> torch.device:
+    @property
+    def _device(self) -> torch.device:
         tensors = self.plan.network.tensors.values()
         return next((t.device for t in tensors), torch.device("cpu"))
 

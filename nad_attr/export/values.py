@@ -71,6 +71,19 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= _ROUNDING * scale).all())
 
 
+def chosen(tensor: Tensor, axis: int, numbers: Sequence[int]) -> Tensor:
+    """These channels of a tensor, in this order."""
+    index = torch.tensor(numbers, dtype=torch.long, device=tensor.device)
+    return tensor.index_select(axis, index)
+
+
+def flags(n: int, numbers: Any) -> Tensor:
+    """Flags of n channels, bool (n,): true at these."""
+    result = torch.zeros(n, dtype=torch.bool, device="cpu")
+    result[numbers] = True
+    return result
+
+
 def squeezed(known: Tensor, axis: int | None = None) -> Tensor:
     """A tensor cut to length one along each axis on which it does not change."""
     for dim in range(known.dim()):
@@ -151,9 +164,7 @@ class Plan:
         if self.columns is None or value.axis != 1:
             return None
         assert value.varying is not None
-        need = torch.zeros_like(value.varying)
-        need[self.columns] = True
-        return need
+        return flags(len(value.varying), self.columns)
 
     def _want(self, node: fx.Node, need: Tensor | None) -> None:
         value = self.values[node]
