@@ -14,7 +14,7 @@ from nad_attr.system.rng import isolated_rng, seed_of
 __all__ = ["check_embeddings", "check_n_clusters", "clusters", "embeddings", "pca"]
 
 FloatArray: TypeAlias = NDArray[np.float32]
-#: Points (N, 2), and what says how much each axis stands for, if the method has it.
+#: Points (N, 2), and the share of each axis, if the method has it.
 Embedded: TypeAlias = "tuple[FloatArray, NDArray[np.float64] | None]"
 
 #: The package that each embedding needs.

@@ -433,7 +433,7 @@ def heatmap_figure(
 
     Args:
         attributions: (B, C, H, W) or (B, H, W), or several of them by name.
-        images: (B, C, H, W), drawn beneath; each is scaled to its own range.
+        images: (B, C, H, W), drawn under them; each is scaled to its own range.
         method: One of Captum's: ``"heat_map"``, ``"blended_heat_map"``, ``"masked_image"``, ...
             None: blended where there are images.
         sign: ``"all"``, ``"positive"``, ``"negative"`` or ``"absolute_value"``.

@@ -121,7 +121,7 @@ class CRPComparison(Result):
         return self.figure(images)
 
     def figure(self, images: Tensor | None = None) -> Any:
-        """The heat-maps in three rows, a column for each of the images (B, C, H, W) beneath.
+        """The heat-maps in three rows, a column for each of the images (B, C, H, W) under them.
 
         Raises:
             ImportError: If matplotlib is not installed.

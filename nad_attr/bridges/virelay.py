@@ -360,7 +360,7 @@ def _write_gate_analysis(
     n_clusters: Sequence[int],
     seed: int,
 ) -> None:
-    """One point for each class, at which all its images stand."""
+    """One point for each class, for all its images."""
     index, labels = job.index, job.labels
     present = sorted({int(label) for label in labels[index]})
     table = np.stack([vectors[label] for label in present])

@@ -86,8 +86,7 @@ class GateCanonizer(Canonizer):  # type: ignore[misc]
         ValueError: If gates, sites, tasks or means do not fit together.
 
     Registering the composite also raises :class:`~nad_attr.SiteError` if the network has no such
-    site, and :class:`~nad_attr.GatingError` if a gate stands before a BatchNorm that is merged
-    already.
+    site, and :class:`~nad_attr.GatingError` if a gate is before a BatchNorm that is merged already.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))

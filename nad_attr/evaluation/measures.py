@@ -184,7 +184,7 @@ def spearman(a: Tensor, b: Tensor, *, weights: Tensor | None = None) -> Tensor:
     x = x - (share * x).sum(-1, keepdim=True)
     y = y - (share * y).sum(-1, keepdim=True)
     covariance = (share * x * y).sum(-1)
-    # The square root of each by itself: equal rankings give 1 up to rounding, never above.
+    # Two square roots, so that equal rankings give 1 up to rounding, never more.
     scale = (share * x * x).sum(-1).sqrt() * (share * y * y).sum(-1).sqrt()
     known = _varies(a, weights) & _varies(b, weights)
     return torch.where(known, (covariance / scale).clamp(-1, 1), torch.nan)
@@ -356,7 +356,7 @@ def measures_of_rows(
         called = torch.stack(
             [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
         )
-        # With no other class at all the margin is infinite for every image, and says nothing.
+        # Without other classes the margin is infinite for every image.
         margin_auc = auc(constant_up_to_rounding(margins, whole_margins), own)
         found["margin_auc"] = torch.where(torch.isfinite(margins).any(-1), margin_auc, torch.nan)
         found["other_accuracy"] = share_of(calls == labels, rest)

@@ -490,8 +490,8 @@ def _check_outputs(undefined: Tensor, chosen: range, tasks: Sequence[Task] | Non
     """Refuse NaN among the outputs: bool (R, B), R = 1 for the whole network (tasks None)."""
     if bool(undefined.any()):
         row, image = undefined.nonzero()[0].tolist()
-        who = "the network" if tasks is None else f"the sub-architecture of task {tasks[row]}"
-        raise ValueError(f"{who} gives NaN for image {chosen[image]}.")
+        name = "the network" if tasks is None else f"the sub-architecture of task {tasks[row]}"
+        raise ValueError(f"{name} gives NaN for image {chosen[image]}.")
 
 
 class _Differences(Rows):

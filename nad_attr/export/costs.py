@@ -62,7 +62,7 @@ class Summary(Result):
         outputs: The columns of the network's output that it returns.
         whole: Cost of the network it was cut from.
         smaller: Its own.
-        share_sliced: Share of the network's parameters that stood in weights which were cut.
+        share_sliced: Share of the network's parameters in weights that were cut.
         blocks: The operators before each site, and those after the last.
         sites: ``{site name: channels of the network that are kept there}``.
         tensors: For each tensor of the state dict that is cut from one of the network: ``of``, its

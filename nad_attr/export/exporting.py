@@ -150,7 +150,7 @@ def _summary(
     difference: float | None,
 ) -> Summary:
     network = writer.plan.network
-    # Sites in the order of the graph; what stands before one belongs to its block.
+    # Sites in the order of the graph; the operators before one belong to its block.
     block_of: dict[str, str] = {}
     names: list[str] = []
     waiting: list[fx.Node] = []

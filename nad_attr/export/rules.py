@@ -44,7 +44,7 @@ _ALONG = {
 _PADS = {"pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"}
 _PERMUTE = {"permute", "transpose", "t", "numpy_T", "mT", "swapaxes"}
 _AXES = {"unsqueeze", "squeeze"}
-#: A sum of carried numbers stays the same sum of them.
+#: Linear functions of columns stay linear functions of them.
 _LINEAR = {
     *_PERMUTE,
     *_AXES,

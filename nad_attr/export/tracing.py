@@ -32,7 +32,7 @@ _LIBRARY = torch.library.Library("nad_attr", "DEF")
 _LIBRARY.define("site(Tensor x, int index) -> Tensor")
 torch.library.impl(_LIBRARY, "site", "CompositeExplicitAutograd")(lambda x, index: x.clone())
 torch.library.register_fake("nad_attr::site", lambda x, index: torch.empty_like(x), lib=_LIBRARY)
-#: The marker that stands in the graph in place of a gate.
+#: The marker of a gate in the graph.
 SITE = torch.ops.nad_attr.site.default
 
 #: Operators that change no value in eval mode. What asks for a memory layout goes too: every view
@@ -128,7 +128,7 @@ def traced(model: nn.Module, sites: Sequence[GateSite], inputs: Sequence[Tensor]
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
-        sites: Where the gates stand.
+        sites: Where the gates are.
         inputs: What it is called with; the first axis is the batch.
 
     Raises:
@@ -224,7 +224,7 @@ def _lowered(program: Any) -> Graph:
 
 
 def _module_of(node: fx.Node) -> str:
-    """Name of the innermost module that an operator stands in."""
+    """Name of the innermost module of an operator."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     name = str(stack[-1][0]) if stack else ""
     return name.removeprefix("network").removeprefix(".")
@@ -402,7 +402,7 @@ def merge_batchnorm(network: Graph) -> int:
         made = []
         with graph.inserting_before(convolution):
             for tensor, old in zip(fused, (name, name.rpartition(".")[0] + ".bias"), strict=True):
-                # A weight that stands elsewhere too stays there as it is.
+                # A weight that others use too stays as it is for them.
                 new = old if old == name and len(sources[0].users) == 1 else _free(network, old)
                 network.tensors[new] = tensor.detach()
                 network.parameters.add(new)

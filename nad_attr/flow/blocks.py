@@ -64,7 +64,7 @@ class Blocks:
 
 
 class _StraightOnly(TorchFunctionMode):
-    """Let gradients through only where channels are carried: none passes what mixes channels."""
+    """Pass gradients only where channels are passed on, not through what mixes channels."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

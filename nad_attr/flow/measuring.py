@@ -409,7 +409,7 @@ class _OneTask:
     def _straight(
         self, inputs: Inputs, gradients: dict[str, Tensor], targets: dict[str, Tensor]
     ) -> bool:
-        """Add what takes shortcuts; returns whether there are any."""
+        """Add the flow through shortcuts; returns whether there are any."""
         found = straight_flow(self.runner, inputs, self.sites, self.gating, self.links, gradients)
         for (source, target), (where, flow) in found.items():
             own, reads = targets[target], self.by_name[target]

@@ -15,7 +15,7 @@ from nad_attr.sites.site import GateSite
 
 __all__ = ["NONE", "UNKNOWN", "straight_flow"]
 
-#: A channel that no shortcut carries on, and one that goes somewhere that cannot be told.
+#: A channel that no shortcut passes on, and one that goes to an unknown place.
 NONE, UNKNOWN = -1, -2
 
 
@@ -83,5 +83,5 @@ def _targets(site: GateSite, plain: Tensor, numbered: Tensor, n_targets: int) ->
     number = (moment / total.clamp_min(1e-300)).round().clamp(1, n_targets)
     one = (numbered - number[:, None] * plain).abs().amax(1) <= 1e-3 * plain.abs().amax(1)
     targets = torch.where(one, number.long() - 1, UNKNOWN)
-    # A channel that is dead on these images, or that no shortcut carries, brings nothing.
+    # A channel that is dead on these images, or that no shortcut passes on, adds nothing.
     return torch.where((total > 0) | (moment > 0), targets, NONE)

@@ -192,7 +192,7 @@ def contrast_maps(
     inside y's sub-architecture: with ``measure="evidence"`` as ``(a - m) * dz_y/da``, to first
     order the loss of y's output there without them (``a`` the activation, ``m`` the mean that
     replaces a closed channel, or zero); with ``"presence"`` as ``|a - m|``. The channels that only
-    y' keeps are summed likewise, for the output of y'.
+    y' keeps are summed in the same way, for the output of y'.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.

@@ -130,7 +130,7 @@ def measure(
     run: RunOptions | None = None,
     say: Callable[[str], object] | None = None,
 ) -> None:
-    """Measure what is asked for on held-out images, and put it into ``results``.
+    """Measure on held-out images and put the results into ``results``.
 
     A part of :data:`PARTS` that this network or these images do not allow is left out with a note.
     """

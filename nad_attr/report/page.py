@@ -47,7 +47,7 @@ def _plotly() -> str:
     except ImportError as error:
         raise ImportError("the report needs plotly: pip install 'nad-attr[report]'") from error
     path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-    # No text of the library may end the element that it stands in.
+    # No text of the library may end its element.
     return path.read_text(encoding="utf-8").replace("</script", "<\\/script")
 
 

@@ -248,7 +248,7 @@ def history_part(history: History | None, n_tasks: int) -> dict[str, Any] | None
         values = np.where(np.isfinite(curve), curve, np.nan)[steps].astype(np.float64)
         if np.isnan(values).all():
             continue
-        # A step that no task took has no middle, which is no news to the user.
+        # A step that no task took has no middle; no warning is needed.
         taken = ~np.isnan(values).all(1)
         ends = np.full((2, len(values)), np.nan)
         ends[:, taken] = np.nanquantile(values[taken], [0.1, 0.9], axis=1)

@@ -23,7 +23,7 @@ class SpecError(ValueError):
     """A name does not lead to a model, data or transform; the message says why."""
 
     def __init__(self, message: object, *, lines: bool = False) -> None:
-        # It quotes what stands in files; lines: what the user's own code said, line by line.
+        # It quotes files; lines: what the user's own code said, line by line.
         super().__init__(shown(message, lines=lines))
 
 

@@ -105,7 +105,7 @@ def compare(
         tasks: Only these; None: all.
         concepts: Names of the concepts to test one by one; None: all that ``min_units`` units
             carry; an empty list: none.
-        labels: ``"best"``: a unit carries its best concept only; ``"all"``: every concept with an
+        labels: ``"best"``: a unit has its best concept only; ``"all"``: every concept with an
             IoU above the threshold.
         min_units: Units that a concept needs to be tested.
         similarities: ``{name: (T, T)}`` of the tasks, see :func:`wordnet_similarity`,

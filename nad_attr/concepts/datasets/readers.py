@@ -55,7 +55,7 @@ class ConceptDataError(ValueError):
     """A folder does not hold what it should; the message says what is missing, and where."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(shown(message))  # it quotes what stands in files
+        super().__init__(shown(message))  # it quotes files
 
 
 def _pillow() -> Any:

@@ -189,7 +189,7 @@ def touched(activations: Tensor, over: Tensor, most: int | None = None) -> Touch
 
 
 def _either(mask: Tensor, axis: int) -> Tensor:
-    """Where a mask or what stands before it along an axis is true: one longer there."""
+    """Where a mask, or the mask one place before, is true; one longer along that axis."""
     n = mask.shape[axis]
     found = mask.new_empty(*mask.shape[:axis], n + 1, *mask.shape[axis + 1 :])
     found.narrow(axis, 0, 1).copy_(mask.narrow(axis, 0, 1))
@@ -202,7 +202,7 @@ def _either(mask: Tensor, axis: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _corners(n: int, height: int, width: int, n_units: int, device: torch.device) -> Tensor:
-    """Where unit 0 stands at the corners of each cell of n images, int64 (cells, 4)."""
+    """Where unit 0 is at the corners of each cell of n images, int64 (cells, 4)."""
     row, column = torch.arange(height + 1, device="cpu"), torch.arange(width + 1, device="cpu")
     image = torch.arange(n, device="cpu")[:, None, None] * (height * width)
     found = [
@@ -265,7 +265,7 @@ def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -
 
 
 def _in_order(unit: Tensor, n_units: int) -> Tensor:
-    """Where the units stand in rising order, int64 (n,): NumPy counts short numbers, not sorts."""
+    """Places of the units in rising order, int64 (n,); NumPy counts short numbers."""
     if unit.device.type == "cpu" and n_units <= 2**16:
         return torch.from_numpy(unit.numpy().astype(np.uint16).argsort(kind="stable"))
     return unit.to(torch.int32).sort(stable=True).indices
@@ -343,7 +343,7 @@ def _n_active(left: Tensor, right: Tensor, limit: Tensor, across: Tensor, grid: 
     there = n_there.index_select(0, across)
     change = right - left
     share = (limit - left).div_(change)
-    # Pixels stand at first + i * w / W.
+    # Pixels are at first + i * w / W.
     share -= first.index_select(0, across)
     share *= grid.size[1] / grid.shape[1]
     # Of two equal ends, which are above the limit, this is minus infinity: no pixel is before.

@@ -223,8 +223,8 @@ def import_dissect_report(
 ) -> UnitConcepts:
     """Read ``report.json`` of dissect (Bau et al. 2020), one file per layer.
 
-    It says of each unit (numbered from 0) its best label, that one's category and IoU; an IoU
-    without a number stands as the text "NaN". All other IoUs are NaN (if the best one is 0: 0); the
+    It holds the best label of each unit (numbered from 0), its category and IoU; an IoU without a
+    number is the text "NaN". All other IoUs are NaN (if the best one is 0: 0); the
     full matrix is in ``condi99.npz``, see :func:`import_condi99`.
 
     Args:
@@ -454,7 +454,7 @@ def import_clip_dissect(
     Raises:
         ImportFileError: If the file is missing, foreign, truncated or says what cannot be; names
             file and line.
-        ValueError: If a layer does not stand in the file.
+        ValueError: If a layer is not in the file.
 
     Source:
         The columns are those that CLIP-Dissect (``describe_neurons.py``) writes.

@@ -35,7 +35,7 @@ class ImportFileError(ValueError):
     """A file of another program is truncated, foreign or wrong; the message names file and line."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(shown(message))  # it quotes what stands in the file
+        super().__init__(shown(message))  # it quotes the file
 
 
 def check_room(n_cells: int, what: str) -> None:

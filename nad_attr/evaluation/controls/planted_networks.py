@@ -188,7 +188,7 @@ def _convolution(
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer, likewise."""
+    """A linear layer whose weights are not drawn."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     assert isinstance(layer, nn.Linear)
     return layer
@@ -253,7 +253,7 @@ class Plan:
             slots = list(group.slots)
             if group.role == "circuit":
                 templates[slots] = templates[first[group.of]]
-                # Of several copies one stands for all: the evidence is in the images once.
+                # The images hold the evidence once, for the first copy.
                 shown[group.of, slots] = group.copy == 0
             elif group.role == "pair":
                 templates[slots[1::2]] = templates[slots[::2]]

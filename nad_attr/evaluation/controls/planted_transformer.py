@@ -168,7 +168,7 @@ def planted_heads(
     rest = min(width - known, PATCH_NUMBERS - n)
     embedding[known : known + rest] = templates[n : n + rest]
     _set(tokens.patches, turn @ embedding)
-    circuits: dict[str, list[int]] = {}  # where the n circuit units of each site stand
+    circuits: dict[str, list[int]] = {}  # places of the n circuit units of each site
     decoys: dict[str, list[int]] = {}
     for b, (name, block) in enumerate(blocks):
         for site, start, plant in (

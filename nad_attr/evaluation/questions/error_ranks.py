@@ -45,7 +45,7 @@ class RankStatistics(Result):
             hit@n.
         hit_binomial_p: ``{n: p-value of the binomial test}``, which takes each error for an
             independent draw. Errors of the same two classes are not: it is too small unless they
-            are rare, and stands here for comparison.
+            are rare, and is here for comparison.
         hit_intervals: ``{n: (low, high)}``, 95 % bootstrap interval over true classes.
         mrr: Mean reciprocal rank.
         mrr_null: ``(1 + 1/2 + ... + 1/(K - 1)) / (K - 1)``.

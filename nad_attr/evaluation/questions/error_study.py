@@ -64,8 +64,8 @@ class ErrorStudy(Result):
         confusion: int64 (K, K), images of the row's class that were called the column's.
         similarity: What was compared: ``"kappa"``, ``"jaccard"``, ``"gates"`` or ``"given"``.
         similarities: float64 (K, K), the similarity of the sub-architectures.
-        ranks: Where errors stand by that similarity.
-        controls: ``{name: where errors stand by another similarity}``: the cosine of the rows of
+        ranks: Ranks of the errors by that similarity.
+        controls: ``{name: ranks by another similarity}``: the cosine of the rows of
             the classifier, the cosine of the class means of its input, and the overlap that random
             masks of the same sizes have. The fourth control, permuted labels, is in each
             statistic's ``permuted_hits`` and ``permuted_mrr``.

@@ -155,12 +155,12 @@ class MosaicResult(Result):
         return own / n, others / n, whole / n
 
     def by_task(self) -> dict[str, FloatArray]:
-        """Means over the quadrants in which each task stood, (T, S) each; NaN if in none.
+        """Means over the quadrants of each task, (T, S) each; NaN if in none.
 
         Returns:
             ``"hit"``: share of the highest positions in the task's quadrant, with its own gates;
             ``"others"``: with the gates of the other three tasks; ``"whole"``: without gates,
-            which says how much the task's images stand out to the network anyway; ``"difference"``
+            how much the task's images stand out to the network anyway; ``"difference"``
             and ``"gain"``: hit minus others, hit minus whole.
         """
         own, others, whole = self._by_task()

@@ -61,7 +61,7 @@ def check_measure(name: Any, known: Collection[str] = GRID_MEASURES) -> str:
     return name
 
 
-#: The ablation value that is fitted to each sub-architecture by itself.
+#: The ablation value that is fitted to each sub-architecture.
 OPTIMAL = "optimal"
 
 
