@@ -92,7 +92,7 @@ def pca(vectors: FloatArray) -> Embedded:
 def _tsne(vectors: FloatArray, seed: int) -> Embedded:
     from sklearn.manifold import TSNE
 
-    # The perplexity has to be below the number of points; a third of it is what t-SNE looks at.
+    # Below the number of points; t-SNE takes three times as many neighbours.
     perplexity = min(30.0, max(1.0, (len(vectors) - 1) / 3))
     method = TSNE(2, perplexity=perplexity, init="random", random_state=seed)
     return method.fit_transform(vectors).astype(np.float32), None

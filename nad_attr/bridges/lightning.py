@@ -28,7 +28,7 @@ from nad_attr.running.options import RunOptions, as_options
 if TYPE_CHECKING:
     _Callback: type[Any] = object
 else:
-    # This module is imported by nothing in the package; Lightning only when somebody imports it.
+    # The package never imports this module, so Lightning is imported with it alone.
     try:
         from lightning.pytorch import Callback as _Callback
     except ImportError:
@@ -265,14 +265,14 @@ def _some(data: Any) -> Any:
         if len(data) != 2 or not isinstance(data[1], (Labels, Tensor, list, np.ndarray)):
             return None
         if not isinstance(data[0], (Dataset, DataLoader)) or isinstance(data[0], TensorDataset):
-            return data  # at hand
+            return data  # in memory
         data, labels = data
     loader = data if isinstance(data, DataLoader) else None
     dataset = data if loader is None else loader.dataset
     if isinstance(dataset, IterableDataset) or (
         loader is not None and loader.batch_sampler is None
     ):
-        return None  # what is taken from a stream may be lost to the training
+        return None  # the training may lack what is taken from a stream
     if not isinstance(dataset, Dataset) or not hasattr(dataset, "__len__"):
         return None
     numbers = None if loader is None else numbers_of(loader)

@@ -47,7 +47,7 @@ __all__ = ["export_virelay"]
 
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int64]
-#: What each class is called, or its WordNet number: by class index.
+#: Names, or WordNet numbers, of classes by index.
 Names: TypeAlias = "Mapping[int, str] | Sequence[str] | None"
 
 PROJECT = "project.yaml"
@@ -216,7 +216,7 @@ def _exchange(made: Path, folder: Path, before: Path, files: Sequence[str]) -> N
             if os.path.lexists(source / name):
                 os.replace(source / name, target / name)
 
-    # The project file goes first and comes last: where it is, all that it names is there.
+    # The project file is removed first and written last: all files that it names are there.
     new = [name for name in files if (made / name).exists()]
     try:
         move(folder, before, reversed(files))

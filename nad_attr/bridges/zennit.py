@@ -486,7 +486,7 @@ def _with_gates(composite: Any, gates: GateCanonizer, canonizers: Sequence[Any] 
     """A copy of a composite, with the gates before its other canonizers, or the given ones."""
     new = copy.copy(composite)
     new.canonizers = [gates, *(composite.canonizers if canonizers is None else canonizers)]
-    # What is registered belongs to one composite each.
+    # Each composite has its own registered hooks.
     new.handles = RemovableHandleList()
     new.hook_refs = weakref.WeakSet()
     return new

@@ -79,7 +79,7 @@ def guarded(
             _fail(error, 2, debug)
         except Exception as error:
             if isinstance(error, BrokenPipeError):
-                # The reader of our output is gone, which is its right.
+                # The reader of our output has closed it, as head does.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 raise typer.Exit(0) from None
             _fail(error, code, debug)
@@ -167,7 +167,7 @@ def print_table(
     longest = max(SHORTEST_NAME, spare // max(1, left))
     for original, row in zip(rows, cells, strict=True):
         named = [shortened(cell, longest) for cell in row[:left]]
-        # As Text: names of classes may hold what rich takes for markup.
+        # As Text: names of classes may hold rich's markup.
         table.add_row(
             *(Text(cell) for cell in (*named, *row[left:])),
             style="bold" if original[0] in bold else None,
@@ -176,7 +176,7 @@ def print_table(
     Console(width=max(width, needed), highlight=False).print(table)
 
 
-#: Letters that a name in a table keeps, however many numbers stand beside it.
+#: Letters that a name in a table keeps, however many numbers are beside it.
 SHORTEST_NAME = 24
 
 

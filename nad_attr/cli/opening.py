@@ -177,7 +177,7 @@ def _check_shapes(images: ImageFolderData | PhotoTable, transform: Transform) ->
         return
     for number in range(0, len(images), max(1, len(images) // HEADS_READ)):
         try:
-            with Image.open(images.path(number)) as picture:  # its head alone
+            with Image.open(images.path(number)) as picture:  # reads its head only
                 known.setdefault(picture.size, number)
         except (OSError, ValueError, Image.DecompressionBombError):
             continue  # another check names it

@@ -22,7 +22,7 @@ __all__ = ["CATEGORIES", "Concept", "UnitConcepts"]
 
 FloatArray: TypeAlias = NDArray[np.float32]
 
-#: Kinds of concepts, from what is thought low to what is thought high; "" is not known.
+#: Kinds of concepts, from low to high level; "" is not known.
 CATEGORIES = ("colour", "texture", "material", "part", "object", "scene", "")
 _SPELLINGS = {"color": "colour", "colors": "colour", "colours": "colour"}
 

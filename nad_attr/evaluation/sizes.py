@@ -115,13 +115,13 @@ def count_costs(runner: Runner, sites: Sequence[GateSite], inputs: Inputs) -> Si
             # First of all hooks: a site at this module's input fires after it.
             handle = module.register_forward_pre_hook(owner.only(called(name)), prepend=True)
             stack.callback(handle.remove)
-        # torch 2.4 shows its counter layers in inference mode that the counter knows nothing of.
+        # In inference mode torch 2.4 calls operators that its counter does not know.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())  # after that, which switches gradients on
         inputs = tuple(
             x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in inputs
         )
-        # Its one kernel for all of attention is nothing that the counter knows.
+        # The counter does not know the one kernel for all of attention.
         stack.enter_context(no_attention_fast_path())
         counter = stack.enter_context(FlopCounterMode(display=False))
         stack.enter_context(installed(runner.model, sites, at_site))

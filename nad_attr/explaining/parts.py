@@ -38,7 +38,7 @@ class Size:
     certain: bool = False
 
 
-#: From the whole size to the smallest that says anything.
+#: From the whole size to the smallest that is of use.
 SIZES = {
     "full": Size(10, 10**9, 50, certain=True),
     "large": Size(6, 70, 40, certain=True),

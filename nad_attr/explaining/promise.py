@@ -27,7 +27,7 @@ from nad_attr.system.rng import seed_of
 
 __all__ = ["STEPS", "Promise", "Rates", "measured_rates", "n_certain", "passes", "promised"]
 
-#: What is done, in this order.
+#: The parts of the work, in this order.
 STEPS = ("learning", "evaluation", "certainty", "verdict", "flow", "pictures", "page")
 #: Random draws beside the evaluation and the verdict, and images of a task in the verdict.
 N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
@@ -36,7 +36,7 @@ N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
 #: closings, alone and in groups, of held-out ones: fewer where most channels do nothing.
 N_PAIRS, N_ALTERNATIVES, CLOSING_IMAGES = 2, 1, 32
 _CLOSINGS = 1.9
-#: The cost of passes in runs of the network: no clock decides what is done.
+#: The cost of passes in runs of the network; the plan does not depend on a clock.
 _COSTS = {"run": 1, "learn": 3, "fit": 3, "back": 2, "read": 0}
 #: Images of the timed passes, sub-architectures that they run through, and tasks that are learned.
 _IMAGES, _ROWS, _TASKS = 16, 8, 3
@@ -306,9 +306,9 @@ def measured_rates(
     source = TensorSource(inputs, pool.labels[numbers])
     source.fields = pool.fields
     archs = [_random(session.sites, n_kept, some[0], draw) for draw in range(_ROWS)]
-    sweep(model, archs[:1], source, run=run)  # warm
+    sweep(model, archs[:1], source, run=run)  # to warm up
     times: list[float] = []
-    while len(times) < _TIMED and sum(times) < _WORTH:  # what passes quickly is easily disturbed
+    while len(times) < _TIMED and sum(times) < _WORTH:  # short measurements are easily disturbed
         began = clock()
         sweep(model, archs, source, run=run)
         times.append(clock() - began)

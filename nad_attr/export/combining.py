@@ -20,7 +20,7 @@ from nad_attr.gating.hooks import check_eval
 
 __all__ = ["combine", "united"]
 
-#: Of the squared distance from a plain scale of one and shift of zero, against the cross-entropy.
+#: Weight of the squared distance from scale one and shift zero, beside the cross-entropy.
 _RIDGE = 1e-3
 
 

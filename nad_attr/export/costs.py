@@ -18,7 +18,7 @@ from nad_attr.stats.results import Result, decoded
 
 __all__ = ["Block", "Cost", "Summary", "latency", "summary"]
 
-#: Where a module keeps it: a plain dictionary, so that unpickling needs nothing of this library.
+#: Where a module keeps it: as a plain dictionary, so that unpickling does not need this library.
 _KEY = "sub_architecture"
 
 

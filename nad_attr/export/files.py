@@ -17,7 +17,7 @@ from nad_attr.system.files import check_output, replacing, write_text
 
 __all__ = ["FORMATS", "check_target", "save"]
 
-#: How the files beside a network begin; nothing else is replaced by them.
+#: First words of the files beside a network; only such files are replaced.
 _BEGINS = {".json": '{\n "format": ', ".py": '"""A smaller network, written by nad_attr;'}
 _SOURCE = '''"""A smaller network, written by nad_attr; it needs PyTorch alone.
 

@@ -82,7 +82,7 @@ class Writer:
         self.origins = {name: o for name, o in self.origins.items() if name in used}
         return as_module(self.graph, self.tensors, self.parameters)
 
-    # What rules call
+    # Methods for rules
 
     def call(
         self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] = {}
@@ -204,7 +204,7 @@ class Writer:
             self._memo[key] = made
         return self._memo[key]
 
-    # How
+    # Parts of get
 
     def _constant(
         self, node: fx.Node, channels: list[int] | None, axis: int | None, exact: bool

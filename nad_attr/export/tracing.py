@@ -35,8 +35,7 @@ torch.library.register_fake("nad_attr::site", lambda x, index: torch.empty_like(
 #: The marker of a gate in the graph.
 SITE = torch.ops.nad_attr.site.default
 
-#: Operators that change no value in eval mode. What asks for a memory layout goes too: every view
-#: is made a reshape below.
+#: Operators that change no value in eval mode. Memory layouts go too: every view becomes a reshape.
 _NOTHING = {"dropout", "feature_dropout", "alpha_dropout", "clone", "detach", "alias", "contiguous"}
 _NOTHING |= {"lift_fresh", "lift_fresh_copy", "_conj", "resolve_conj"}
 #: Read the kind of a tensor and none of its values.
@@ -251,7 +250,7 @@ def bound(node: fx.Node) -> dict[str, Any]:
     return result
 
 
-# One way to write each thing
+# Normal form: one way to write each operation
 
 
 def _normal_form(network: Graph) -> Graph:

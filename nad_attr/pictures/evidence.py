@@ -78,7 +78,7 @@ class _Recorder:
         gate = self.gates[site.name].to(tensor.device)
         mean = None if self.means is None else self.means[site.name].to(tensor.device)
         self.tensors[site.name] = multiply(site, tensor, gate, mean)
-        # A copy flows on: a later in-place ReLU would change what the gradient is taken for.
+        # Pass on a copy: a later in-place ReLU would change the tensor whose gradient is taken.
         return self.tensors[site.name].clone()
 
 

@@ -34,7 +34,7 @@ __all__ = [
 
 #: Inches of a picture's side.
 SIDE = 1.75
-#: How much of the picture is seen under a map.
+#: Share of the picture under a map.
 UNDER = 0.35
 
 

@@ -138,7 +138,7 @@ def run_method(
         x, target = runner.filled((x,))[0], target[[min(i, n - 1) for i in range(fixed)]]
     # First of all: tensors made in the caller's inference mode take no part in any gradient.
     with torch.inference_mode(False), torch.enable_grad(), explained(runner, arch) as network:
-        # With requires_grad: weights have none now, and some methods check no further.
+        # With requires_grad, which some methods check: weights have none now.
         inputs = x.detach().clone().requires_grad_(True)
         result = method(network, inputs, target.to(x.device).clone())
     name = getattr(method, "__name__", type(method).__name__)

@@ -26,7 +26,7 @@ from nad_attr.report.results import Results
 __all__ = ["BROKEN", "Contents", "Results", "check_parts", "contents", "not_there", "summary"]
 
 
-#: What malformed results of a file end in, wherever they are first looked at.
+#: Errors that malformed results of a file may raise, wherever they are first read.
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -213,7 +213,7 @@ def summary(gates: TaskGates, evaluation: Evaluation | None) -> list[str]:
 
 #: Tasks whose verdict is told in sentences, and in the table, at most.
 _JUDGED, _ANSWERED = 12, 200
-#: What ``explain`` tells of how it split the images.
+#: Numbers that ``explain`` stores about its split of the images.
 _SPLIT = ("n_left_out", "n_learned")
 
 

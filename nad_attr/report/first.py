@@ -16,7 +16,7 @@ from nad_attr.stats.tables import number
 
 __all__ = ["NEWCOMERS", "Question", "first_lines", "newcomers_questions"]
 
-#: What a newcomer asks, in this order: (name, question).
+#: A newcomer's questions, in this order: (name, question).
 NEWCOMERS = (
     ("channel", "What is a channel, and what is a sub-architecture?"),
     ("which", "Which channels does the network need for a class?"),

@@ -171,7 +171,7 @@ def _table(
 
 #: Sentences of statistics that are shown at once.
 _SENTENCES = 4
-#: What sections are called in the row of links.
+#: Names of sections in the row of links.
 _SHORT = {
     "numbers": "Answers",
     "where": "Where",

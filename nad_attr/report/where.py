@@ -20,7 +20,7 @@ __all__ = ["where_part"]
 
 #: Tasks, images of each, pixels of a picture's side.
 _TASKS, _IMAGES, _SIDE = 8, 3, 104
-#: Blue, and how much of the grey picture is seen under it.
+#: Blue, and the share of the grey picture under it.
 _COLOUR, _UNDER = np.array([0.0, 0.45, 0.7]), 0.55
 
 

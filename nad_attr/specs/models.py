@@ -23,12 +23,12 @@ __all__ = ["LoadedModel", "is_plain_model", "load_model", "load_weights", "n_out
 
 #: Where checkpoints keep the state dict, if it is not all that they hold.
 _CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
-#: What wrappers put before each name.
+#: Prefixes that wrappers add to each name.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _NO_WEIGHTS = ("none", "random", "untrained")
-#: Arguments that timm takes a word for, which it looks up in a list of its own.
+#: Arguments for which timm takes a word of a list of its own.
 _NAMED_LAYERS = ("act_layer", "global_pool", "norm_layer")
-#: Of numbers that a file may give to an architecture, so that it cannot ask for all memory.
+#: Largest number that a file may give to an architecture, so that it cannot ask for all memory.
 _MAX_NUMBER = 100_000
 
 
@@ -267,7 +267,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
         ):
             state = {key[len(prefix) :]: value for key, value in state.items()}
             notes.append(f"names in {path.name} were taken without their prefix {prefix!r}.")
-    # A counter that plays no part in eval mode; older files lack it.
+    # A counter without effect in eval mode; older files lack it.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     extra = [key for key in state if key not in own]
     wrong = [
@@ -328,7 +328,7 @@ def _other_kind(given: Tensor, own: Tensor) -> str:
     if given.layout != torch.strided and own.layout == torch.strided:
         return f"is sparse in the file ({given.layout}); save value.to_dense()"
     if _kind(given) != _kind(own):
-        # load_state_dict would cut them to what fits, without a word.
+        # load_state_dict would cut them to what fits, without a warning.
         return (
             f"holds {_kind(given)} ({given.dtype}) in the file and {_kind(own)} ({own.dtype}) in "
             "the model; save it as the model holds it"

@@ -23,7 +23,7 @@ from nad_attr.store import GateStore
 
 __all__ = ["Aligned", "Gates", "align"]
 
-#: What says which channels tasks keep.
+#: Sources of the channels that tasks keep.
 Gates: TypeAlias = (
     "TaskGates | SubArchitecture | Sequence[SubArchitecture] | GateStore | str | PathLike[str]"
 )

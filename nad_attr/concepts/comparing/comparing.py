@@ -57,7 +57,7 @@ from nad_attr.system.rng import seed_of
 __all__ = ["compare"]
 
 
-#: Random sub-architectures of all tasks whose overlaps are held against a similarity.
+#: Random sub-architectures of all tasks whose overlaps are compared with a similarity.
 _RANDOM_OVERLAPS = 20
 
 

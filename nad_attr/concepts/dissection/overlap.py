@@ -355,7 +355,7 @@ def _n_active(left: Tensor, right: Tensor, limit: Tensor, across: Tensor, grid: 
     after = table.index_select(0, at).mul_(change).add_(left) > limit
     rises = change >= 0
     n_active = torch.where(rises, there - n_before, n_before)
-    # Beyond an end there is no pixel: NaN is above nothing, though it should be on one side.
+    # Beyond an end there is no pixel. NaN is never above, though it should be on one side.
     at_start, at_end = n_before == 0, n_before == there
     right_before = at_start | (before != rises)
     right_after = at_end | (after == rises)

@@ -41,7 +41,7 @@ class Scratch:
     def __init__(self, n_bytes: int) -> None:
         free = shutil.disk_usage(tempfile.gettempdir()).free
         self._limit = min(n_bytes, int(free * (1 - _SPARED_DISK_SHARE)))
-        # Buffers of the file object would only copy megabytes once more.
+        # Buffers of the file object would copy megabytes once more.
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._full = False
         self._writer = ThreadPoolExecutor(1, "scratch")

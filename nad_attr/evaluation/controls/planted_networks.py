@@ -38,7 +38,7 @@ IN_CHANNELS, SIDE, PATCH = 3, 8, 4
 POSITIONS = (SIDE // PATCH) ** 2
 PATCH_NUMBERS = IN_CHANNELS * PATCH**2
 
-#: What a channel subtracts before its ReLU, so that no network is linear.
+#: A channel subtracts this before its ReLU, so that no network is linear.
 THRESHOLD = 0.05
 #: How much of the other channels of its group a channel reads, at most, against 1 of its own.
 MIX = 0.3

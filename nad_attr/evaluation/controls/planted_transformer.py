@@ -24,9 +24,9 @@ from nad_attr.system.rng import isolated_rng, seed_of
 
 __all__ = ["planted_heads"]
 
-#: Numbers that a head hands on.
+#: Numbers that a head writes.
 HEAD_WIDTH = 4
-#: How much louder a distractor is than what it hears, at least and at most.
+#: Lowest and highest gain of a distractor.
 LOUDER = (2.0, 4.0)
 #: How sharply a head looks at the tokens that hold its evidence.
 SHARPNESS = 4.0

@@ -49,7 +49,7 @@ __all__ = ["Control", "SanityReport", "sanity"]
 
 #: The largest gain in own AUC that counts as none, and the level of the test that says so.
 MARGIN, ALPHA = 0.05, 0.05
-#: How a table says what :meth:`SanityReport.vanishes` returns.
+#: Words for what :meth:`SanityReport.vanishes` returns.
 _VERDICTS = {True: "gone", False: "there", None: "unknown"}
 
 
@@ -336,7 +336,7 @@ def sanity(
         measured(model, archs, shuffled_labels(held_out, draw)) for draw in draws
     ]
     if stages:
-        # The last one is all random: it is measured above.
+        # All of the last one is random: it is measured above.
         options: dict[str, Any] = {"seed": draws[0], "stages": stages + 1, "run": run}
         for layer, network in list(cascading_randomisation(model, data, **options))[:-1]:
             name = f"random down to {layer}"

@@ -256,7 +256,7 @@ def plot_overlap(
     order = cluster_order(matrix) if clustered else np.arange(len(matrix))
     shown: NDArray[np.float64] = matrix[np.ix_(order, order)].copy()
     names = [given.task_names[row] for row in order]
-    # The diagonal is one by definition, and would take the colours from what matters.
+    # The diagonal is one by definition: its colours are needed for the rest.
     np.fill_diagonal(shown, np.nan)
     n = len(names)
     side = min(8.0, max(2.8, 0.22 * n + 1.2))

@@ -282,7 +282,7 @@ def mosaics(
     runner = Runner(model, run)
     source = as_source(data)
     chosen, images = choose(source.labels, given.tasks, n, seed)
-    # The whole network as one more row; its task plays no part.
+    # The whole network as one more row; its task has no effect.
     full = SubArchitecture.full(given.sites).masks
     whole = SubArchitecture(full, given.sites, task=given.tasks[0])
     (one,) = runner.draw(source, [[int(images[0, 0])]])
