@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -156,7 +154,6 @@ def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(engine, "multiply_learned", plain)
         patch.setattr(Network, "lean", lambda self: contextlib.nullcontext())
         patch.setattr(Network, "lighten", lambda self, inputs: None)
-        patch.setattr(selection, "lowest", lambda cost, n: cost.argsort(dim=1, stable=True)[:, :n])
         yield
 
 
@@ -166,7 +163,6 @@ def test_learned_gates_are_those_of_the_plain_step(
 ) -> None:
     model, data = build(make), labelled_images(18)
     recipe = Recipe(size=0.5, steps=8, images_per_step=4)
-    monkeypatch.setattr(selection, "MIN_CHANNELS_TO_SORT_FEW", 1)
     found = learn_gates(model, data, recipe=recipe)
     with _plainly(monkeypatch):
         expected = learn_gates(model, data, recipe=recipe)
@@ -192,20 +188,6 @@ def test_bfloat16_gates_are_those_of_the_plain_step(
     with _plainly(monkeypatch):
         expected = learn_gates(model, data, [1], recipe, run=RunOptions(amp=True))
     assert all(torch.equal(found[s.name], expected[s.name]) for s in found.sites)
-
-
-@given(st.lists(st.lists(st.integers(0, 4), min_size=9, max_size=9), min_size=1, max_size=3))
-def test_lowest_is_the_beginning_of_a_stable_sort(rows: list[list[int]]) -> None:
-    cost = torch.tensor(rows, dtype=torch.float64)
-    cost = cost.masked_fill(cost == 4, torch.inf)
-    wide = selection.MIN_CHANNELS_TO_SORT_FEW
-    try:
-        selection.MIN_CHANNELS_TO_SORT_FEW = 1
-        for n in range(1, 10):
-            expected = cost.argsort(dim=1, stable=True)[:, :n]
-            assert torch.equal(selection.lowest(cost, n), expected)
-    finally:
-        selection.MIN_CHANNELS_TO_SORT_FEW = wide
 
 
 # -- Convolutions ---------------------------------------------------------------------------------

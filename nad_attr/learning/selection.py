@@ -59,8 +59,6 @@ MIN_SWAP_GAIN = 1e-4
 N_GROUPS = 8
 #: Images of the quadratic model that are squared at a time.
 IMAGES_PER_BLOCK = 32
-#: Channels from which on it pays to sort those alone that close.
-MIN_CHANNELS_TO_SORT_FEW = 2048
 #: Channels from which on a step looks at candidates alone: those that are cheapest to close and to
 #: open, and those with the largest effect. Each flip costs a pass over the gradients of all that
 #: are looked at, and of a wide network's channels most are far from being flipped.
@@ -119,8 +117,6 @@ def steps_in_memory(recipe: Recipe) -> int:
 def lowest(cost: Tensor, n: int) -> Tensor:
     """Indices of the ``n`` lowest numbers of each row, rising; of equal ones, the first.
 
-    The beginning of a stable sort, without sorting all of a wide row.
-
     Args:
         cost: (R, n channels).
         n: How many.
@@ -132,17 +128,7 @@ def lowest(cost: Tensor, n: int) -> Tensor:
         >>> lowest(torch.tensor([[3.0, 1.0, 2.0, 1.0, 2.0]]), 3)
         tensor([[1, 3, 2]])
     """
-    if n == 0:
-        return cost.new_zeros(len(cost), 0, dtype=torch.int64)
-    if n == 1:
-        return cost.argmin(dim=1, keepdim=True)
-    if cost.shape[1] < MIN_CHANNELS_TO_SORT_FEW:
-        return cost.argsort(dim=1, stable=True)[:, :n]
-    highest = cost.topk(n, dim=1, largest=False).values.amax(1, keepdim=True)
-    below, equal = cost < highest, cost == highest
-    chosen = below | (equal & (equal.cumsum(1) <= n - below.sum(1, keepdim=True)))
-    places = chosen.to(torch.uint8).topk(n, dim=1).indices.sort(dim=1).values
-    return places.gather(1, cost.gather(1, places).argsort(dim=1, stable=True))
+    return cost.argsort(dim=1, stable=True)[:, :n]
 
 
 def any_of(values: Tensor) -> bool:
@@ -380,13 +366,7 @@ class QuadraticModel:
                 if self.prices is not None:
                     alone = alone - self.prices
                 cost = torch.maximum(cost, alone.masked_fill(cost.isinf(), math.inf))
-            cheapest = lowest(cost, group)
-            # As flip() does, but all in one direction.
-            self.gates.scatter_(1, cheapest, 0.0)
-            over_images = cheapest[:, None, :].expand(-1, self.residuals.shape[1], -1)
-            change = self.gradients.gather(2, over_images).sum(2)
-            self.residuals -= change
-            self._slope -= self._over_images(change)
+            self.flip(lowest(cost, group))
             n -= group
         self._curvature = self._charged()
 
