@@ -10,6 +10,7 @@ seconds.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import sys
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 
 import nad_attr.learning.constants
 import nad_attr.learning.selection
+from benchmarks import lite0_data
 from benchmarks.cifar import REPOSITORY
 from benchmarks.image_data import load_images, per_class
 from benchmarks.networks import DIGITS, load_network
 from nad_attr import Recipe, RunOptions, SubArchitecture, TaskGates, find_gate_sites
+from nad_attr.data.labels import own_images
 from nad_attr.evaluation import NeuronMCTScorer, evaluate, top_k
 from nad_attr.gates.channels import kappa, split_sites
 from nad_attr.gating.hooks import frozen
@@ -50,12 +53,13 @@ class Setting:
     """A network, images to learn from, images to judge by, tasks."""
 
     def __init__(self, pair: str, tasks: Any = None, n_held_out: int = 60) -> None:
-        self.pair, self.tasks = pair, tasks
+        self.pair, self.tasks, self.names = pair, tasks, tasks
         if pair == "lite0":
-            from benchmarks.lite0_data import load
-
-            self.model, self.train, self.held_out, every = load(SHARED)
-            self.tasks = [every[i] for i in (range(5) if tasks is None else tasks)]
+            self.model, self.train, self.held_out, every = lite0_data.load(SHARED)
+            names = list(lite0_data.GROUPS)
+            numbers = range(len(names)) if tasks is None else tasks
+            self.tasks = [every[i] for i in numbers]
+            self.names = [names[i] for i in numbers]
         elif pair == "digits":
             self.model, self.train, self.held_out = digits()
         else:
@@ -63,6 +67,18 @@ class Setting:
             self.model = load_network(pair, data, SHARED)
             self.train, self.held_out = data.train, per_class(data.held_out, n_held_out, 0)
         self.sites = find_gate_sites(self.model, self.train[0][:2])
+
+    def fewer(self, n: int) -> Setting:
+        """At most ``n`` images of each task to learn from, and the same images of no task."""
+        x, y = self.train
+        keep = torch.ones(len(y), dtype=torch.bool)
+        for own in own_images(y, self.tasks):
+            at = own.nonzero()[:, 0]
+            order = torch.randperm(len(at), generator=torch.Generator().manual_seed(0))
+            keep[at[order[n:]]] = False
+        result = copy.copy(self)
+        result.train = x[keep], y[keep]
+        return result
 
     def session(self, recipe: Recipe, seed: int, batch: int = 80) -> Session:
         """Ready to learn, in bfloat16."""
@@ -116,7 +132,7 @@ class Setting:
                         [round(float(v), 3) for v in values] for values in (auc, fid)
                     ]
             row = {
-                "pair": self.pair, "tasks": self.tasks, "variant": name, "seed": seed,
+                "pair": self.pair, "tasks": self.names, "variant": name, "seed": seed,
                 "cpu": round(spent, 1), "images": recipe.steps * recipe.images_per_step,
                 "sizes": cells,
             }  # fmt: skip
@@ -186,7 +202,7 @@ class Setting:
             groups = [archs(learned[i : i + n]) for i in range(0, len(learned) - n + 1, n)]
             found = [agreement(a, b) for a, b in itertools.combinations(groups, 2)]
             self.note({
-                "pair": self.pair, "tasks": self.tasks, "variant": f"mean of {n} runs of {recipe}",
+                "pair": self.pair, "tasks": self.names, "variant": f"mean of {n} runs of {recipe}",
                 "images": n * recipe.steps * recipe.images_per_step, "size": size,
                 "cpu_each": round(spent, 1), "kappa": round(float(np.mean(found)), 3),
             })  # fmt: skip

@@ -17,6 +17,8 @@ many images as ``--passes``), and rivals of today take part. The default recipe 
 along with gates from ``--passes`` gated images for each task and size; a rival is given as many to
 score or search with, and as many again for its constants. Searched rivals and paths use own and
 other images. Rows have ablation "best", and the paired differences to the default recipe.
+``--pairs lite0/superclasses lite2/superclasses`` are two large networks with super-classes of
+ImageNet as tasks (``benchmarks.lite0_data``).
 
 Finished cells are appended to ``benchmarks/results/disentanglement/NETWORK_SET.jsonl`` and skipped
 the next time, so a run may be stopped at any moment. ``python -m benchmarks.findings`` makes the
@@ -45,12 +47,13 @@ import nad_attr.learning.paper
 import nad_attr.learning.selection
 from benchmarks.cifar import REPOSITORY, SharedMissingError, add_shared_arguments, default_cache
 from benchmarks.image_data import ImageData, load_images, per_class
-from benchmarks.networks import DIGITS, PAIRS, load_network
+from benchmarks.networks import DIGITS, PAIRS, REAL, load_network
 from nad_attr import (
     GateSite,
     Recipe,
     RunOptions,
     SubArchitecture,
+    Task,
     TaskGates,
     find_gate_sites,
     fit_constants,
@@ -108,7 +111,8 @@ class Cell:
         self.data = data
         self.model = model.to(memory_format=torch.channels_last)
         self.sites: list[GateSite] = find_gate_sites(model, data.train[0][:1])
-        self.tasks = args.tasks or list(range(len(data.classes)))
+        self.numbers = args.tasks or list(range(len(data.tasks or data.classes)))
+        self.tasks: list[Task] = [data.tasks[i] if data.tasks else i for i in self.numbers]
         self.held_out = per_class(data.held_out, args.val_per_class, seed)
         self.choice = per_class(data.held_out, args.choice_per_class, 999)
         self.options = RunOptions(batch_size=args.batch)
@@ -154,7 +158,7 @@ class Cell:
             gates = learn_gates(
                 self.model,
                 self.data.train,
-                [0],
+                self.tasks[:1],
                 recipe,
                 self.sites,
                 seed=self.seed,
@@ -229,6 +233,8 @@ class Cell:
         passes = self.args.passes * (1 if method in FOR_EACH_SIZE else len(self.args.sizes))
         options: dict[str, Any] = dict(PATH.get(method, {}))
         images = self.data.train
+        if self.data.tasks:  # photos are few; the default recipe sees them mirrored as well
+            images = torch.cat([images[0], images[0].flip(3)]), images[1].repeat(2)
         if method in SEARCHED:
             options |= {"passes": passes, "seed": self.seed, "means": self.means("mean")}
             images = per_class(images, min(200, passes // 2), self.seed)
@@ -343,7 +349,7 @@ class Cell:
                 start = time.process_time()
                 common: dict[str, Any] = {"seed": self.seed, "ablation": ablation, "method": method}
                 if best:
-                    common |= {"tasks": self.tasks, "passes": self.args.passes}
+                    common |= {"tasks": self.numbers, "passes": self.args.passes}
                 try:
                     found = list(self.architectures(method, ablation, variants))
                 except (ValueError, TypeError, RuntimeError, AssertionError) as error:
@@ -512,7 +518,7 @@ class Chosen(nn.Module):
 def parser() -> argparse.ArgumentParser:
     """The options."""
     result = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    result.add_argument("--pairs", nargs="+", choices=(*PAIRS, DIGITS), default=list(PAIRS))
+    result.add_argument("--pairs", nargs="+", choices=(*PAIRS, *REAL, DIGITS), default=list(PAIRS))
     result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     result.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
     result.add_argument(
@@ -529,7 +535,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--learning-rate", type=float, help="of hard-concrete masks and UGS; theirs by itself"
     )
-    result.add_argument("--tasks", type=int, nargs="+", help="classes; all by itself")
+    result.add_argument("--tasks", type=int, nargs="+", help="classes or groups; all by itself")
     result.add_argument("--steps", type=int, default=25, help="of the default recipe, per size")
     result.add_argument("--val-per-class", type=int, default=12)
     result.add_argument("--choice-per-class", type=int, default=4)

@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.cifar import REPOSITORY
-from benchmarks.disentanglement import PER_TASK, RESULTS, read_rows
-from benchmarks.networks import PAIRS, kind_of
+from benchmarks.disentanglement import PER_TASK, RESULTS, read_rows, results_file
+from benchmarks.networks import PAIRS, REAL, kind_of
 from benchmarks.questions import RESULTS as QUESTIONS
 from nad_attr.evaluation import bootstrap_interval
 
@@ -59,7 +59,7 @@ class Pair:
         )
 
     def table(self, ablation: str, measure: str) -> Table:
-        """Values by method and size, over the seeds that NAD has too."""
+        """Values by method and size, over the seeds that NAD has: NaN where a method has none."""
         wanted = self.seeds(ablation)
         result: Table = {}
         by_method: dict[str, dict[int, dict[str, Any]]] = {}
@@ -67,12 +67,11 @@ class Pair:
             if row["ablation"] == ablation and row["seed"] in wanted:
                 by_method.setdefault(row["method"], {})[row["seed"]] = row["sizes"]
         for method, by_seed in by_method.items():
-            for size in next(iter(by_seed.values())):
-                values = [
-                    [np.nan if v is None else v for v in _listed(by_seed[seed][size][measure])]
-                    for seed in wanted
-                    if seed in by_seed
-                ]
+            for size in sorted({s for cells in by_seed.values() for s in cells}, key=float)[::-1]:
+                cells = [by_seed.get(seed, {}).get(size, {measure: None}) for seed in wanted]
+                listed = [_listed(cell[measure]) for cell in cells]
+                n = max(map(len, listed))
+                values = [v * n if v == [None] else v for v in listed]
                 result.setdefault(method, {})[size] = np.array(values, dtype=float)
         return result
 
@@ -85,9 +84,9 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def load(folder: Path = RESULTS) -> list[Pair]:
+def load(folder: Path = RESULTS, names: Sequence[str] = PAIRS) -> list[Pair]:
     """All pairs that have rows, in the benchmark's order."""
-    pairs = [Pair(name, read_rows(folder / f"{name.replace('/', '_')}.jsonl")) for name in PAIRS]
+    pairs = [Pair(name, read_rows(results_file(folder, name))) for name in names]
     return [pair for pair in pairs if any(row["method"] == "nad" for row in pair.rows)]
 
 
@@ -112,9 +111,8 @@ def comparisons(
             chance = pair.table(ablation, "own_auc")
             for size, nad in table["nad"].items():
                 rival, values = best_rival(table, size)
-                n = min(len(nad), len(values))
-                difference = nad[:n] - values[:n]
-                low, high = bootstrap_interval(difference)
+                both = ~np.isnan(values).all(1)  # of the seeds
+                low, high = bootstrap_interval(nad[both] - values[both])
                 above = any(
                     bootstrap_interval(v[size])[0] > 0.5 for v in chance.values() if size in v
                 )
@@ -123,13 +121,13 @@ def comparisons(
                     ablation,
                     size,
                     {
-                        "nad": float(np.nanmean(nad[:n])),
+                        "nad": float(np.nanmean(nad[both])),
                         "rival": rival,
                         "value": float(np.nanmean(values)),
                         "low": low,
                         "high": high,
                         "above_chance": above,
-                        "n_seeds": n,
+                        "n_seeds": int(both.sum()),
                     },
                 )
 
@@ -217,10 +215,31 @@ def methods(pairs: list[Pair], measure: str = "own_auc") -> str:
                     )
     sizes = list(sums["nad"])
     if pairs[0].ablations == ["best"]:  # a rival that was run on some pairs has no such mean
-        sums = {m: by for m, by in sums.items() if len(by[sizes[0]]) == len(pairs)}
+        sums = {
+            m: by for m, by in sums.items() if all(len(by[s]) == len(sums["nad"][s]) for s in sizes)
+        }
     order = sorted(sums, key=lambda m: -np.mean([np.mean(sums[m][s]) for s in sizes]))
     rows = [[m, *(_f(float(np.mean(sums[m][s]))) for s in sizes)] for m in order]
     return _lines(["method", *(f"{float(s):.0%}" for s in sizes)], rows)
+
+
+def real(pairs: list[Pair]) -> str:
+    """Own AUC and fidelity of every method on the large networks, means over tasks and seeds."""
+    rows = []
+    sizes = sorted({s for p in pairs for s in p.table("best", "own_auc")["nad"]}, key=float)[::-1]
+    for pair in pairs:
+        auc, fidelity = (pair.table("best", measure) for measure in ("own_auc", "fidelity"))
+        for method in sorted(auc, key=lambda m: -np.mean([np.nanmean(v) for v in auc[m].values()])):
+            n = max(int((~np.isnan(v).all(1)).sum()) for v in auc[method].values())
+            cells = [
+                f"{_f(float(np.nanmean(auc[method][s])), 2)} / "
+                f"{_f(float(np.nanmean(fidelity[method][s])), 2)}"
+                if s in auc[method]
+                else "-"
+                for s in sizes
+            ]
+            rows.append([pair.name, method, str(n), *cells])
+    return _lines(["network", "method", "seeds", *(f"{float(s):.0%}" for s in sizes)], rows, 2)
 
 
 def classifier(pairs: list[Pair]) -> str:
@@ -331,14 +350,17 @@ def tables() -> dict[str, str]:
         "methods by fidelity": methods(pairs, "fidelity"),
         "classifier": classifier(pairs),
     }
-    rivals = load(RIVALS)
+    rivals, large = load(RIVALS), load(RIVALS, REAL)
+    if large:
+        result |= {"real networks": real(large), "real networks wins": wins(large)}
     if rivals:
         result |= {
             "rivals": methods(rivals), "rivals by fidelity": methods(rivals, "fidelity"),
             "rivals wins": wins(rivals),
-            "own AUC against the best rival with constants": against_best(rivals, "own_auc"),
-            "fidelity against the best rival with constants": against_best(rivals, "fidelity"),
         }  # fmt: skip
+        for name, measure in (("own AUC", "own_auc"), ("fidelity", "fidelity")):
+            table = against_best(rivals + large, measure)
+            result[f"{name} against the best rival with constants"] = table
     if any("seeds" in parts for parts in found.values()):
         result["seeds"] = stability(found)
     for name, make in (

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import lite0_data
 from benchmarks.cifar import CLASSES, SharedMissingError, default_cache, load_cifar10
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -42,12 +43,14 @@ class ImageData:
         classes: Class names.
         train: Images float32 (N, 3, H, W), normalised, and labels int64 (N,).
         held_out: The same.
+        tasks: Groups of classes, where these are the tasks.
     """
 
     name: str
     classes: tuple[str, ...]
     train: tuple[Tensor, Tensor]
     held_out: tuple[Tensor, Tensor]
+    tasks: tuple[tuple[int, ...], ...] = ()
 
     @property
     def pixels(self) -> int:
@@ -56,7 +59,7 @@ class ImageData:
 
 
 def load_images(name: str, shared: Path, *, cache: Path | None = None) -> ImageData:
-    """Load a set by name: "cifar10", "scene15", "fashion" or "digits".
+    """Load a set by name: "cifar10", "scene15", "fashion", "digits" or "superclasses".
 
     Raises:
         SharedMissingError: If it is not there.
@@ -83,7 +86,12 @@ def load_images(name: str, shared: Path, *, cache: Path | None = None) -> ImageD
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         learned, held = ((x[at], labels[at]) for at in (order[:1000], order[1000:]))
         return ImageData(name, tuple(map(str, range(10))), learned, held)
-    raise ValueError(f"no set {name!r}; there are cifar10, scene15, fashion and digits.")
+    if name == "superclasses":
+        groups = tuple(lite0_data.GROUPS.values())
+        return ImageData(name, tuple(map(str, range(1000))), *lite0_data.photos(shared), groups)
+    raise ValueError(
+        f"no set {name!r}; there are cifar10, scene15, fashion, digits and superclasses."
+    )
 
 
 def per_class(images: tuple[Tensor, Tensor], n: int, seed: int) -> tuple[Tensor, Tensor]:

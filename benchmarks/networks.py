@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import lite0_data
 from benchmarks.cifar import (
     Block,
     SharedMissingError,
@@ -164,9 +165,10 @@ NETWORKS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
 GIVEN = {"resnet20": 20, "resnet56": 56}
 #: Passes over the training images.
 EPOCHS = {"cifar10": 8, "scene15": 40, "fashion": 2}
-#: In the order in which the benchmarks run them.
-#: A pair beside them that anybody has.
+#: A pair that anybody has, and two large networks with weights from a package.
 DIGITS = "cnn/digits"
+REAL = ("lite0/superclasses", "lite2/superclasses")
+#: In the order in which the benchmarks run them.
 PAIRS = (
     "resnet14/scene15",
     "vgg/cifar10",
@@ -260,6 +262,8 @@ def load_network(
         return digits_network(data)
     if name in GIVEN:
         return load_resnet(GIVEN[name], shared)
+    if pair in REAL:
+        return lite0_data.network(name)
     if name not in NETWORKS:
         raise ValueError(f"no network {name!r}; there are {', '.join((*NETWORKS, *GIVEN))}.")
     build = NETWORKS[name][1]

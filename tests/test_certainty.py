@@ -314,7 +314,7 @@ def test_what_is_found_is_a_function_of_the_task(
 def test_passes_are_counted() -> None:
     known = circuit("plain", n_images=40)
     seen: list[int] = []
-    handle = known.model[0].register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    handle = known.model[-1].register_forward_hook(lambda m, args, out: seen.append(len(out)))
     recipe = Recipe(size=known.size, steps=4, images_per_step=6)
     gates = learn_gates(known.model, known.data, [0], recipe, known.sites, run=RUN)
     options: dict[str, Any] = {"pairs": 1, "alternatives": 1, "checks": "off", "run": RUN}

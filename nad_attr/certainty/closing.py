@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 
 from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Source, check_finite
-from nad_attr.gates.channels import gate_of_channel, to_gates
+from nad_attr.gates.channels import gate_of_channel, split_sites, to_gates
+from nad_attr.gating.prefix import Prefix
 from nad_attr.learning.engine import Network
 from nad_attr.running.outputs import own_task_output
 from nad_attr.system.rng import seed_of
@@ -26,6 +27,8 @@ FloatArray: TypeAlias = NDArray[np.float64]
 ROUNDING = 1e-5
 #: Images that are drawn at a time.
 DRAWN = 64
+#: Sub-architectures that differ from one site on, from which on what is before it is kept.
+WORTH_KEEPING = 4
 
 
 class State(NamedTuple):
@@ -108,6 +111,11 @@ class TaskTrial:
         self, network: Network, source: Source, task: Task, most: int, key: tuple[object, ...]
     ) -> None:
         self.network, self.task, self.passes = network, task, 0
+        #: Gate sites but the first, in forward order; those at which a pass was begun, and those
+        #: at which none can begin.
+        self._later: list[str] | None = None
+        self._tried: set[str] = set()
+        self._whole: set[str] = set()
         members = [task] if isinstance(task, int) else list(task)
         self._classes = torch.tensor([members], device=network.device)
         chosen: list[int] = []
@@ -148,12 +156,16 @@ class TaskTrial:
         classes = self._classes.expand(len(outputs), -1)
         return own_task_output(outputs, classes, torch.ones_like(classes).bool())
 
-    def outputs(self, states: Sequence[State], images: int | None = None) -> FloatArray:
+    def outputs(
+        self, states: Sequence[State], images: int | None = None, near: State | None = None
+    ) -> FloatArray:
         """Task outputs of sub-architectures, side by side in shared passes.
 
         Args:
             states: S sub-architectures.
             images: Of the first own and other images, about so many in all; None: of all.
+            near: A sub-architecture that most of them differ from in few channels: passes begin
+                at the first site where they do; None: with the images.
 
         Returns:
             (S, images).
@@ -161,20 +173,92 @@ class TaskTrial:
         numbers = torch.arange(len(self.own), device="cpu")
         if images is not None and images < len(numbers):
             numbers = numbers[self.some(images)]
-        n, network = len(numbers), self.network
-        gates, constants = (
-            torch.stack(list(values)).to(network.device, network.dtype)
-            for values in zip(*states, strict=True)
-        )
-        gates = to_gates(gates, network.sites, mean=True)  # the network wants one for a group
-        found = []
+        gates, constants = (torch.stack(list(v)) for v in zip(*states, strict=True))
+        n, found = len(numbers), np.empty((len(states), len(numbers)))
+        done: list[int] = []
         with torch.no_grad():
-            for part in self._parts(n * len(states)):
-                rows = (part // n).to(network.device)
-                inputs = self._images(numbers[part % n])
-                found.append(self._own(network.gated(inputs, gates[rows], constants[rows])))
-        self.passes += n * len(states)
-        return torch.cat(found).double().cpu().numpy().reshape(len(states), n)
+            if near is not None:
+                done = self._beside(near, State(gates, constants), numbers, found)
+            rest = torch.tensor(sorted({*range(len(states))} - {*done}), device="cpu").long()
+            for part in self._parts(n * len(rest)):
+                each, image = rest[part // n], part % n
+                at = State(gates[each], constants[each])
+                found[each, image] = self._gated(numbers[image], at)
+        return found
+
+    def _gated(self, numbers: Tensor, states: State, prefix: Prefix | None = None) -> FloatArray:
+        """Task outputs of images, each with a sub-architecture of its own."""
+        network = self.network
+        gates, constants = (values.to(network.device, network.dtype) for values in states)
+        gates = to_gates(gates, network.sites, mean=True)  # the network wants one for a group
+        outputs = network.gated(self._images(numbers), gates, constants, prefix=prefix)
+        self.passes += len(numbers)
+        result: FloatArray = self._own(outputs).double().cpu().numpy()
+        return result
+
+    def _beside(self, near: State, states: State, numbers: Tensor, found: FloatArray) -> list[int]:
+        """Begin passes where sub-architectures differ from another, and fill in their outputs.
+
+        Returns:
+            Those that this was possible and worth it for.
+        """
+        groups = self._differing(near, states)
+        for part in self._parts(len(numbers)):
+            side = max(1, min(WORTH_KEEPING, (self.network.batch_size or 64) // len(part)))
+            images = numbers[part].repeat(side)
+            prefix: Prefix | None = None
+            for site in list(groups):
+                base = State(*(values.expand(len(images), -1) for values in near))
+                kept = self._kept(Prefix(self.network.model, site, prefix), site, images, base)
+                if kept is None:
+                    del groups[site]
+                    continue
+                prefix, rows = kept, groups[site]
+                for chosen in (rows[i : i + side] for i in range(0, len(rows), side)):
+                    filled = [*chosen, *chosen[-1:] * (side - len(chosen))]
+                    each = torch.tensor(filled, device="cpu").repeat_interleave(len(part))
+                    at = State(states.gates[each], states.constants[each])
+                    output = self._gated(images, at, prefix).reshape(side, -1)
+                    found[np.array(chosen)[:, None], part.numpy()] = output[: len(chosen)]
+        return [row for rows in groups.values() for row in rows]
+
+    def _differing(self, near: State, states: State) -> dict[str, list[int]]:
+        """The sub-architectures that first differ from another at each site, in forward order."""
+        network = self.network
+        if self._later is None:
+            run = network._run if isinstance(network._run, nn.Module) else network.model
+            possible = Prefix.possible(network.model) and Prefix.possible(run)
+            image = self._images(torch.zeros(1, dtype=torch.long, device="cpu"))
+            self._later = list(network.clean_recorded(image)[1]) if possible else []
+            self.passes += int(possible)
+        closed = (states.gates == 0) & (states.constants != near.constants)
+        differs = split_sites((states.gates != near.gates) | closed, network.sites)
+        left = torch.ones(len(states.gates), dtype=torch.bool, device="cpu")
+        for site, values in differs.items():
+            if site not in self._later:
+                left &= ~values.any(1)
+        groups = {}
+        for site in self._later:
+            rows = (left & differs[site].any(1)).nonzero().flatten().tolist()
+            left[rows] = False
+            if len(rows) >= WORTH_KEEPING and site not in self._whole:
+                groups[site] = rows
+        return groups
+
+    def _kept(self, prefix: Prefix, site: str, images: Tensor, near: State) -> Prefix | None:
+        """What a pass computes up to a site; None if passes that begin there would differ."""
+        try:
+            output = self._gated(images, near, prefix)
+            same = prefix.complete
+            if same and site not in self._tried:
+                self._tried.add(site)
+                again = self._gated(images, near, prefix)
+                same = bool((np.abs(again - output) <= ROUNDING * self.variance**0.5).all())
+        except Exception:  # whatever it is: whole passes need no prefix, or say what is wrong
+            same = False
+        if not same:
+            self._whole.add(site)
+        return prefix if same else None
 
     def some(self, images: int) -> NDArray[np.int64]:
         """Numbers of about so many images, evenly among own and other ones."""

@@ -135,7 +135,7 @@ class _Closer:
     def better(self, groups: Sequence[tuple[int, ...]]) -> list[float]:
         """Whether each group, closed together, does better at its constants (1) or at the means."""
         tried = [self.closed(group, share) for group in groups for share in (0.0, 1.0)]
-        some = self.learn.outputs(tried, TRIED)
+        some = self.learn.outputs(tried, TRIED, self.base)
         numbers = self.learn.some(TRIED) if len(self.learn.own) > TRIED else slice(None)
         errors = (some - self.learn.whole[numbers]) ** 2 @ self.learn.weights[numbers]
         best: list[float] = np.argmin(errors.reshape(-1, 2), axis=1).astype(float).tolist()
@@ -149,12 +149,17 @@ class _Closer:
             _, first, of = np.unique(self.groups, return_index=True, return_inverse=True)
             self.shares = self.shares[first[of]]
 
-    def outputs(self, groups: Sequence[tuple[int, ...]]) -> FloatArray:
-        """Outputs of held-out images with each group closed, at whichever constants are better."""
+    def outputs(self, groups: Sequence[tuple[int, ...]], near: tuple[int, ...] = ()) -> FloatArray:
+        """Outputs of held-out images with each group closed, at whichever constants are better.
+
+        ``near`` is a group from which most differ in few channels.
+        """
         new = [group for group in dict.fromkeys(groups) if group not in self.errors]
         if new:
             states = [self.closed(group) for group in new]
-            for group, output in zip(new, self.held_out.outputs(states), strict=True):
+            for group, output in zip(
+                new, self.held_out.outputs(states, near=self.closed(near)), strict=True
+            ):
                 self.errors[group] = output
         return np.stack([self.errors[group] for group in groups])
 
@@ -271,8 +276,9 @@ def standing_in(
         """The channels whose closing costs more among others than it did alone."""
         if not closed or not resisting:
             return []
-        now = closer.outputs([tuple(sorted([*closed, c])) for c in resisting])
-        before = closer.outputs([tuple(sorted(closed))])[0]
+        those = tuple(sorted(closed))
+        now = closer.outputs([tuple(sorted([*closed, c])) for c in resisting], those)
+        before = closer.outputs([those])[0]
         more = closer.held_out.added(now, before) - closer.added([(c,) for c in resisting])
         q = benjamini_hochberg(compared(more, own).p)
         return [c for c, small in zip(resisting, q <= alpha, strict=True) if small]

@@ -15,6 +15,7 @@ from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Draw, Inputs, Source
 from nad_attr.gates.channels import n_channels, n_gates, split_sites, to_channels, to_gates
 from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply_learned
+from nad_attr.gating.prefix import Prefix
 from nad_attr.learning.fast.batchnorm import lean_batchnorm
 from nad_attr.learning.fast.convolution import lean_convolutions
 from nad_attr.learning.fast.light_copy import light_copy
@@ -172,6 +173,7 @@ class Network(Runner):
         gates: Tensor,
         constants: Tensor | None = None,
         shift: Tensor | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """Outputs (B, K) under one gate vector per image.
 
@@ -180,13 +182,19 @@ class Network(Runner):
             gates: (B, all gates).
             constants: (B, all channels), what closed channels are replaced by; None: the means.
             shift: (B, all channels) of zeros, which is added to all channels.
+            prefix: Keeps this pass up to a site, or has kept one of these images with the same
+                gates up to there; without gradients. None: the whole pass.
         """
-        with self.gating(gates, constants, shift):
+        with self.gating(gates, constants, shift, prefix):
             return self(inputs)
 
     @contextmanager
     def gating(
-        self, gates: Tensor, constants: Tensor | None = None, shift: Tensor | None = None
+        self,
+        gates: Tensor,
+        constants: Tensor | None = None,
+        shift: Tensor | None = None,
+        prefix: Prefix | None = None,
     ) -> Iterator[None]:
         """One gate vector per image, for the passes inside.
 
@@ -196,6 +204,7 @@ class Network(Runner):
             gates: See :meth:`gated`.
             constants: See there.
             shift: See there.
+            prefix: See there.
         """
         parts = split_sites(to_channels(gates, self.sites), self.sites)
         of_image = None if constants is None else split_sites(constants, self.sites)
@@ -205,8 +214,14 @@ class Network(Runner):
             closed = self.means if of_image is None else of_image
             mean = None if closed is None else closed[site.name]
             added = None if shifts is None else shifts[site.name]
+            if prefix is not None:
+                prefix.reached(site.name)
             return multiply_learned(site, tensor, parts[site.name], mean, added)
 
+        if prefix is not None:
+            with installed(self.model, prefix.sites(self.sites), gate), prefix.active():
+                yield
+            return
         with installed(self.model, self.sites, gate), self.lean():
             yield
 
