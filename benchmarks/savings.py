@@ -20,15 +20,20 @@ from torch import Tensor, nn
 
 from benchmarks.learning_cost import CLOCKS, FEW, MODELS, RECIPES, UPDATES, _Case, peak_memory
 from nad_attr import GateSite
-from nad_attr.gating import hooks
-from nad_attr.gating.hooks import expand, frozen, multiply
-from nad_attr.learning import constants, engine, objective, paper, selection
+from nad_attr.gating.hooks import expand, frozen, multiply, recorded
+from nad_attr.learning import constants, engine, paper
+from nad_attr.learning.constants import ConstantModel
+from nad_attr.learning.engine import Network
 from nad_attr.learning.fast import light_copy
+from nad_attr.learning.objective import _difference
+from nad_attr.learning.selection import QuadraticModel
 
 __all__ = ["SAVINGS", "Saving", "compared", "without"]
 
 #: Above all numbers of channels.
 NEVER = 2**62
+#: Images and pixels where the update is measured, which does not depend on the images' size.
+UPDATE_BATCH, UPDATE_SIZE = 16, 64
 
 
 class Saving(NamedTuple):
@@ -36,7 +41,7 @@ class Saving(NamedTuple):
 
     Attributes:
         what: Its name.
-        part: Of a step, what it makes faster: "passes" or "update".
+        part: Of a step, what it makes cheaper: "passes" or "update".
         models: The networks that it is tried on.
         off: Objects, their attributes, and what stands there without the saving.
         recipe: The recipe that has it.
@@ -62,138 +67,77 @@ def _plain_difference(
     x: Tensor, gate: Tensor, clean: Tensor, *, rectified: bool = False
 ) -> tuple[Tensor, Tensor]:
     y = x * gate.to(x.dtype)
-    return y, objective._difference(y, clean, rectified).float().square().flatten(1).mean(1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return y, _difference(y, clean, rectified).to(wide).square().flatten(1).mean(1)
 
 
-def _all_recorded(self: Any, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    kept: dict[str, Tensor] = {}
-
-    def record(site: GateSite, tensor: Tensor) -> None:
-        kept[site.name] = tensor.clone()
-
-    with engine.torch.no_grad(), hooks.installed(self.model, self.sites, record):
-        return self(inputs), kept
+@torch.no_grad()
+def _all_recorded(network: Network, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    with recorded(network.model, network.sites) as kept:
+        return network(inputs), kept
 
 
-def _wide_model(self: Any, *args: Any, made: Any = constants.ConstantModel.__init__) -> None:
-    with mock.patch.object(constants, "MIN_CHANNELS_TO_NARROW", NEVER):
-        made(self, *args)
-
-
-def _close_by_flips(self: Any, n: int, least: int = 1) -> None:
-    while n > 0:
-        group = max(min(least, n), n // selection.N_GROUPS)
-        cost = self.cost(opening=False)
-        if group > 1:
-            alone = self._curvature if self.prices is None else self._curvature - self.prices
-            cost = selection.torch.maximum(
-                cost, alone.masked_fill(cost.isinf(), selection.math.inf)
-            )
-        self.flip(selection.lowest(cost, group))
-        n -= group
-    self._curvature = self._charged()
-
-
-def _no_candidates(self: Any, *args: Any) -> None:
+def _no_candidates(*args: Any) -> None:
     return None
 
 
-def _sorted(cost: Tensor, n: int) -> Tensor:
-    return cost.argsort(dim=1, stable=True)[:, :n]
+def _in_single_precision(model: Any, *args: Any, made: Any = ConstantModel.__init__) -> None:
+    with mock.patch.object(constants, "MIN_CHANNELS_TO_NARROW", NEVER):
+        made(model, *args)
 
 
-def _move_anew(
-    self: Any, gates: Tensor, n_flips: int, move: Any = constants.ConstantModel.move
+def _moved_anew(
+    model: ConstantModel, gates: Tensor, n_flips: int, moved: Any = ConstantModel.move
 ) -> None:
-    move(self, gates, n_flips)
-    at = range(self._gram.shape[1])
-    closed = self.slopes.float() * (1 - self.gates)[:, None, :]
-    self._gram[:, at] = constants.torch.cat(
-        [constants.torch.bmm(closed, part.mT) for part in self._parts("slopes")], dim=2
-    )
+    moved(model, gates, n_flips)
+    closed = model.slopes.to(gates.dtype) * (1 - gates)[:, None, :]
+    parts = [torch.bmm(closed, part.mT) for part in model._parts("slopes")]
+    model._gram = torch.cat(parts, dim=2)
 
 
-CONVOLUTIONAL = ("resnet50", "vgg16", "densenet121", "efficientnet_lite0")
-ALL = (*CONVOLUTIONAL, "vit_b_16")
 SAVINGS = (
     Saving(
-        "frozen BatchNorm keeps nothing", "passes", ("densenet121", "resnet50"),
-        ((engine, "lean_batchnorm", lambda *args: nullcontext()),),
+        "frozen BatchNorm keeps nothing", "passes", ("densenet121",),
+        ((engine, "lean_batchnorm", lambda model: nullcontext()),),
     ),
     Saving(
         "frozen BatchNorm keeps nothing", "passes", ("resnet50",),
-        ((engine, "lean_batchnorm", lambda *args: nullcontext()),), amp=True,
+        ((engine, "lean_batchnorm", lambda model: nullcontext()),), amp=True,
     ),
     Saving(
-        "constants of BatchNorm kept", "passes", ("densenet121",),
-        ((engine, "lean_batchnorm", lambda model, scales: lean_batchnorm(model)),),
+        "frozen convolutions keep nothing", "passes", ("resnet50", "vgg16"),
+        ((engine, "lean_convolutions", lambda model: nullcontext()),),
     ),
     Saving(
-        "frozen convolutions keep nothing", "passes", CONVOLUTIONAL,
-        ((engine, "lean_convolutions", lambda *args: nullcontext()),),
-    ),
-    Saving(
-        "BatchNorm merged into convolutions", "passes", ("resnet50", "densenet121", "efficientnet_lite0"),
+        "BatchNorm merged into convolutions", "passes", ("resnet50", "mobilenet_v2"),
         ((light_copy, "found_pairs", lambda model: nullcontext([])),),
     ),
     Saving(
-        "maxima of slices", "passes", ("vgg16", "resnet50", "densenet121"),
+        "maximum pooling keeps bits", "passes", ("vgg16",),
         ((light_copy, "MaxPool2d", nn.MaxPool2d),),
     ),
     Saving(
-        "gate and gradients in one operation", "passes", ALL,
+        "gate and gradients in one operation", "passes", ("resnet50", "efficientnet_lite0"),
         ((engine, "multiply_learned", _plain_gate),),
-    ),
-    Saving(
-        "large gradients image by image", "passes", ("resnet50", "vgg16", "densenet121"),
-        ((hooks, "LARGE_TENSOR", NEVER),),
     ),
     Saving(
         "candidates of wide networks", "update", ("resnet50", "efficientnet_lite0"),
         (
-            (selection.QuadraticModel, "candidates", _no_candidates),
-            (constants.ConstantModel, "candidates", _no_candidates),
+            (QuadraticModel, "candidates", _no_candidates),
+            (ConstantModel, "candidates", _no_candidates),
         ),
     ),
     Saving(
-        "candidates of wide networks", "update", ("resnet50", "efficientnet_lite0"),
-        ((selection.QuadraticModel, "candidates", _no_candidates),), recipe="selection",
+        "gradients of wide networks in half precision", "update", ("efficientnet_lite0",),
+        ((ConstantModel, "__init__", _in_single_precision),),
     ),
     Saving(
-        "gradients of wide networks in half precision", "update", ("resnet50", "efficientnet_lite0"),
-        ((constants.ConstantModel, "__init__", _wide_model),),
-    ),
-    Saving(
-        "lowest costs without a whole sort", "update", ("resnet50", "efficientnet_lite0"),
-        ((selection, "lowest", _sorted),),
-    ),
-    Saving(
-        "lowest costs without a whole sort", "update", ("resnet50", "efficientnet_lite0"),
-        ((selection, "lowest", _sorted),), recipe="selection",
-    ),
-    Saving(
-        "images squared in blocks", "update", ("resnet50", "efficientnet_lite0"),
-        ((selection, "IMAGES_PER_BLOCK", NEVER),), recipe="selection",
-    ),
-    Saving(
-        "images widened in blocks", "update", ("resnet50", "efficientnet_lite0"),
-        ((constants, "IMAGES_PER_BLOCK", NEVER),),
-    ),
-    Saving(
-        "channels closed in one direction", "update", ("resnet50", "efficientnet_lite0"),
-        ((selection.QuadraticModel, "close", _close_by_flips),),
-    ),
-    Saving(
-        "noise looked at every fourth step", "update", ("resnet50", "efficientnet_lite0"),
-        ((constants, "SHRINK_STEPS", 1),),
-    ),
-    Saving(
-        "products of gradients followed flip by flip", "update", ("resnet50", "efficientnet_lite0"),
-        ((constants.ConstantModel, "move", _move_anew),),
+        "products of gradients follow the flips", "update", ("resnet50", "efficientnet_lite0"),
+        ((ConstantModel, "move", _moved_anew),),
     ),
     Saving(
         "first site not copied", "passes", ("resnet50", "vgg16"),
-        ((engine.Network, "clean_recorded", _all_recorded),), recipe="paper",
+        ((Network, "clean_recorded", _all_recorded),), recipe="paper",
     ),
     Saving(
         "gate and difference in one operation", "passes", ("resnet50", "vgg16"),
@@ -243,12 +187,14 @@ def compared(
     Args:
         saving: The saving.
         model: A key of ``learning_cost.MODELS``.
-        batch: Images in a step, all of one task.
-        image_size: Height and width in pixels.
+        batch: Images in a step, all of one task; of the update ``UPDATE_BATCH``.
+        image_size: Height and width in pixels; of the update ``UPDATE_SIZE`` at most.
         repeats: Pairs of steps that are timed; which of a pair comes first, alternates.
         clock: A key of ``learning_cost.CLOCKS``.
         device: Where to run.
     """
+    if saving.part == "update":
+        batch, image_size = UPDATE_BATCH, min(UPDATE_SIZE, image_size)
     network, sites = MODELS[model]()
     network = network.to(device)
     generator = torch.Generator().manual_seed(0)

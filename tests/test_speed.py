@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nad_attr import GateSite, Recipe, RunOptions, SubArchitecture, find_gate_sites, learn_gates
 from nad_attr.evaluation import fit_ablation, sweep
-from nad_attr.gating import hooks as gating
 from nad_attr.gating.hooks import frozen
 from nad_attr.learning import constants, engine, selection
 from nad_attr.learning.engine import Network
@@ -72,13 +71,7 @@ def _plain_step(
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("mean", [False, True])
-@pytest.mark.parametrize("by_image", [False, True])
-def test_step_is_the_plain_one(
-    make: Callable[[], nn.Module], mean: bool, by_image: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if by_image:
-        monkeypatch.setattr(gating, "LARGE_TENSOR", 0)
-        monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
+def test_step_is_the_plain_one(make: Callable[[], nn.Module], mean: bool) -> None:
     model, x = build(make), images(5)
     sites = find_gate_sites(model, x)
     n = sum(site.n_channels for site in sites)
@@ -171,14 +164,10 @@ def test_learned_gates_are_those_of_the_plain_step(
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
-@pytest.mark.parametrize("by_image", [False, True])
 def test_bfloat16_gates_are_those_of_the_plain_step(
-    ablation: str, by_image: bool, monkeypatch: pytest.MonkeyPatch
+    ablation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On all channels: what is rounded is rounded in the same places."""
-    if by_image:
-        monkeypatch.setattr(gating, "LARGE_TENSOR", 0)
-        monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model, x = _wide().eval(), torch.randn(24, 3, 8, 8)

@@ -275,14 +275,7 @@ class QuadraticModel:
             shares: How much each image counts, if not as in :meth:`shares`: (R, M).
         """
         self._share = self.shares() if shares is None else shares
-        # A few images at a time: a second buffer as large as the gradients is never made.
-        self._square = torch.zeros_like(self.gates)
-        for share, part in zip(
-            self._share.split(IMAGES_PER_BLOCK, dim=1),
-            self.gradients.split(IMAGES_PER_BLOCK, dim=1),
-            strict=True,
-        ):
-            self._square += torch.bmm(share[:, None, :], part.square())[:, 0]
+        self._square = torch.bmm(self._share[:, None, :], self.gradients.square())[:, 0]
         self._slope = self._over_images(self.residuals)
         self._origin = self.gates.clone()
         self._curvature = self._charged()
