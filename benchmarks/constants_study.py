@@ -159,7 +159,7 @@ class Setting:
                 clean=CleanOutputs(network, session.source),
             )
             masks = torch.stack([torch.cat([a[s.name] for s in self.sites]) for a in archs])
-            (found,) = session._chosen(chunk, [1.0], masks)
+            (found,) = session._chosen(chunk, [1.0], recipe, masks)
         means = split_sites(found.constants, self.sites)
         result = [a.with_means({n: v[i] for n, v in means.items()}) for i, a in enumerate(archs)]
         spent = time.process_time() - start

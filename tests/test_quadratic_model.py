@@ -38,7 +38,7 @@ class Dense:
         return self.predicted(new) - self.predicted(self.gates) + charge
 
     def costs(self, opening: bool) -> list[float]:
-        """Of flipping each gate alone; inf where it stands there already."""
+        """Cost of flipping each gate alone; inf if it is there already."""
         there = 1.0 if opening else 0.0
         return [math.inf if self.gates[c] == there else self.cost(c) for c in range(N)]
 
@@ -395,7 +395,7 @@ def test_narrowed_is_the_model_of_its_channels_alone(seed: int) -> None:
             state = again._copy()
             again.flip(c.expand(ROWS, 1))
             rows = torch.arange(ROWS) != row
-            again._back(state, rows)
+            again._restore(state, rows)
             assert torch.equal(again.gates[rows], others[rows])
     for name in ("gates", "residuals", "_slope", "_curvature"):
         torch.testing.assert_close(getattr(again, name), getattr(whole, name))

@@ -41,7 +41,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop_at_once)
     try:
         _run()
-    finally:  # for who calls this from a program of their own
+    finally:  # for other programs that call this
         signal.signal(signal.SIGINT, before)
 
 

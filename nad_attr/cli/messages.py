@@ -29,11 +29,7 @@ class UsageError(ValueError):
 
 
 def check_size(size: float | None) -> None:
-    """Refuse what is not a share of the channels, before anything is read.
-
-    Raises:
-        UsageError: Says what was meant, where it looks like per cent.
-    """
+    """Refuse a size that is no share of the channels, before anything is read."""
     if size is None or 0 < size <= 1:
         return
     hint = f"; for {size:g} % write {size / 100:g}" if 1 < size <= 100 else ""
@@ -67,10 +63,8 @@ def guarded(
 ) -> Iterator[None]:
     """Print an error as one line, and not as a traceback.
 
-    Args:
-        debug: Show the traceback as well.
-        code: Exit code for errors of data, model and files.
-        stopped: What to say after Ctrl-C.
+    ``code`` is the exit code for errors of data, model and files; ``stopped`` gives the text after
+    Ctrl-C; ``debug`` shows the traceback as well.
     """
     with _plain_warnings(), _signals():
         try:
@@ -127,10 +121,7 @@ def _plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Let a request to terminate, such as a scheduler's, end the program as Ctrl-C does.
-
-    Ctrl-C itself is an exception from here on, so that what is open gets closed.
-    """
+    """Let a request to terminate, such as a scheduler's, end the program as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -26,18 +26,7 @@ def check_network(
     head: str,
     others: Sequence[Path | None] = (),
 ) -> None:
-    """Refuse what cannot be written, before anything is read.
-
-    Args:
-        path: The file of the network.
-        gates: The file of the gates.
-        tasks: As chosen.
-        head: As chosen.
-        others: Further files that are written.
-
-    Raises:
-        UsageError: Says what is wrong.
-    """
+    """Refuse a file of a network that cannot be written, before anything is read."""
     if path.suffix not in FORMATS:
         raise UsageError(f"--network takes a file that ends in {', '.join(FORMATS)}, got {path}.")
     if not tasks:
@@ -57,11 +46,7 @@ def check_network(
 
 
 def check_apart(path: Path, other: Path | None, what: str) -> None:
-    """Refuse to write a network or its companion files over another file.
-
-    Raises:
-        UsageError: Names the file.
-    """
+    """Refuse to write a network or its companion files over another file."""
     beside = path.with_name(f"{path.name}.json")
     written = [some.resolve() for some in (path, beside, path.with_suffix(".py"))]
     if other is not None and other.resolve() in written:
@@ -69,11 +54,7 @@ def check_apart(path: Path, other: Path | None, what: str) -> None:
 
 
 def image_like(opened: Opened, pixels: int | None) -> Tensor:
-    """One image as the network's transform makes it.
-
-    Raises:
-        UsageError: If the transform makes images of another size than was asked for.
-    """
+    """One image as the network's transform makes it, of the size that was asked for."""
     from PIL import Image
 
     side = pixels or 224

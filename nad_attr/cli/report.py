@@ -9,13 +9,7 @@ import typer
 
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, guarded, say
-from nad_attr.cli.opening import (
-    Study,
-    check_folder,
-    check_outputs,
-    chosen_device,
-    finished,
-)
+from nad_attr.cli.opening import Study, check_folder, check_outputs, chosen_device, finished
 from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import Evaluation
 from nad_attr.report import Report

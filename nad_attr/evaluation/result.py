@@ -72,9 +72,9 @@ class Evaluation(Result):
             result per draw.
         rivals: ``{name: result}``, the same measures of other methods' sub-architectures.
         learned: The same measures on images that the gates were learned from; None: not looked at.
-        closed: What stood in place of closed channels, in words: zero, their mean, or constants of
-            each task's own and on how many images they were fitted. Empty: not known, or none is
-            closed.
+        closed: What replaced closed channels, in words: zero, their mean, or each task's own
+            constants and the number of images that these were fitted on. Empty: not known, or no
+            channel is closed.
     """
 
     tasks: tuple[Task, ...]
@@ -179,7 +179,7 @@ class Evaluation(Result):
     ) -> tuple[float, float]:
         """Bootstrap interval of the mean over tasks (percentiles of resampled means).
 
-        Says how much the mean hangs on which tasks were looked at; the images are taken as given.
+        It shows how much the mean depends on the choice of tasks; the images are fixed.
 
         Args:
             measure: One of ``MEASURES``.
@@ -350,8 +350,6 @@ class Evaluation(Result):
             draws = [draw.mean(measure) for draw in self.random]
             found["random, same size"] = (float(np.mean(draws)), min(draws), max(draws))
         return plot_intervals(found, label_of(measure), axes=axes)
-
-    # -- files -------------------------------------------------------------------------------------
 
     @classmethod
     def _types(cls) -> dict[str, Any]:

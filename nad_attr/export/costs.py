@@ -129,9 +129,8 @@ class Summary(Result):
                 f"as constants: {some}"
             )
         if self.one_image:
-            number = (
-                "one image      " if self.n_images == 1 else f"{self.n_images} images".ljust(15)
-            )
+            number = "one image" if self.n_images == 1 else f"{self.n_images} images"
+            number = number.ljust(15)
             lines.append(
                 f"{number} the network's own code fixes how many images there are, as len(x) "
                 "or x.view(1, ...) does; x.shape[0] does not"
@@ -205,7 +204,7 @@ class _Counted(fx.Interpreter):
 def node_costs(
     module: fx.GraphModule, inputs: Sequence[Tensor], n_images: int = 1
 ) -> dict[fx.Node, Cost]:
-    """The cost of each node for an image, by a pass of so many on tensors without values."""
+    """The cost of each node for an image, by a pass of ``n_images`` on tensors without values."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     counted = _Counted(module)
     with torch.no_grad(), mode, counted.counter:
@@ -252,7 +251,7 @@ def latency(
         for module in modules.values():
             module(*given)
         end = time.perf_counter() + seconds
-        # In turns, so that what else the machine does meets all of them.
+        # In turns, so that other work of the machine slows all of them.
         while time.perf_counter() < end or len(next(iter(times.values()), [0])) < 3:
             for name, module in modules.items():
                 wait()

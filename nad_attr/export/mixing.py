@@ -1,7 +1,7 @@
 """How operators that form new channels from old ones are cut: convolutions, products, LayerNorm.
 
-What constant channels add to each output is computed once: a bias where it is the same at all
-positions, a map of border corrections where zero padding makes it differ.
+The part of constant channels in each output is computed once: a bias if it is the same at all
+positions, a map of border corrections if zero padding makes it differ.
 """
 
 # what the three methods of a rule do is said once, in values.Rule
@@ -115,8 +115,7 @@ def _with_offset(
     axis: int,
     groups: int,
 ) -> Any:
-    """The operator with what the constant channels add: in its bias, or as a map behind it."""
-    op_name(node)
+    """The operator with the part of the constant channels: in its bias, or as a map behind it."""
     bias, border = None, None
     if offset is None:
         bias = None if bias_node is None else out.sliced(bias_node, {0: channels})
@@ -183,9 +182,8 @@ class Depthwise:
         value, weight = plan.seen(x), _weight(plan, node)
         groups, n_in = bound(node)["groups"], weight.shape[1]
         per_group = len(weight) // groups
-        varying = (
-            torch.ones(groups * n_in, device="cpu") if value.varying is None else value.varying
-        )
+        every = torch.ones(groups * n_in, device="cpu")
+        varying = every if value.varying is None else value.varying
         reads = self._reads(plan, node)
         outs: dict[int, list[int]] = {}
         for channel in channels:
@@ -197,9 +195,8 @@ class Depthwise:
         wide_in, wide_out = max(map(len, ins.values())), max(map(len, outs.values()))
         # Groups of unequal numbers are filled up: any channel, at weight zero.
         inputs, rows = [], []
-        cut = torch.zeros(
-            len(outs) * wide_out, wide_in, *weight.shape[2:], dtype=weight.dtype, device="cpu"
-        )
+        shape = (len(outs) * wide_out, wide_in, *weight.shape[2:])
+        cut = torch.zeros(shape, dtype=weight.dtype, device="cpu")
         for i, group in enumerate(outs):
             inputs += ins[group] + ins[group][:1] * (wide_in - len(ins[group]))
             rows += [i * wide_out + j for j in range(len(outs[group]))]
@@ -236,10 +233,10 @@ class Depthwise:
 
 
 class LayerNorm:
-    """Over the channels: mean and deviation of all, of which the constant ones' part is known.
+    """Over the channels: mean and deviation of all; the part of the constant ones is known.
 
     A constant channel c becomes (c - mean) / deviation: a linear function of two numbers per
-    position, which are carried along as *columns* until a product takes them into its weights.
+    position, which stay as *columns* until a product takes them into its weights.
     """
 
     def forward(self, plan: Plan, node: fx.Node) -> Value | None:
@@ -260,9 +257,8 @@ class LayerNorm:
         scale, shift = (None if p is None else plan.known(p) for p in parameters)
         closed = ~value.varying
         centred = c - c.mean()
-        columns = torch.zeros(
-            len(closed), 1 + bool(centred.any()), dtype=torch.float64, device="cpu"
-        )
+        shape = (len(closed), 1 + bool(centred.any()))
+        columns = torch.zeros(shape, dtype=torch.float64, device="cpu")
         columns[closed, 0] = 1.0
         columns[closed, 1:] = centred[:, None]
         if scale is not None:

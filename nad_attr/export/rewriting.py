@@ -40,13 +40,8 @@ class SmallTensor:
 class Writer:
     """Writes the operators of a smaller network.
 
-    Attributes:
-        plan: What is needed of each tensor.
-        graph: The new graph.
-        tensors: Its tensors by name.
-        parameters: Which of them are parameters.
-        origins: For each tensor, which it was cut from, and which of its rows and columns
-            (axes 0 and 1) it keeps; None: all.
+    ``origins`` has, for each of its tensors, the one that it was cut from, and its kept rows and
+    columns (axes 0 and 1); None: all.
     """
 
     plan: Plan
@@ -200,14 +195,10 @@ class Writer:
         columns: bool = False,
         exact: bool = False,
     ) -> fx.Node:
-        """A tensor with these channels, in this order.
+        """A tensor of the old network with these channels (None: all), in this order.
 
-        Args:
-            node: In the old network.
-            channels: Their numbers there; None: all, if there are any.
-            axis: Where they lie; None: where the plan says.
-            columns: Whether the columns come with them.
-            exact: Constants in their full shape, not one that broadcasts to it.
+        They lie on ``axis`` (None: where the plan says); ``columns``: the columns come with them;
+        ``exact``: constants have their full shape, not one that broadcasts to it.
         """
         value = self.plan.values[node]
         key = ("get", node, None if channels is None else tuple(channels), axis, columns, exact)
@@ -353,11 +344,7 @@ class Writer:
         return next((t.device for t in tensors), torch.device("cpu"))
 
     def _attribute(
-        self,
-        node: fx.Node,
-        tensor: Tensor,
-        cut: Mapping[int, list[int]],
-        name: str | None = None,
+        self, node: fx.Node, tensor: Tensor, cut: Mapping[int, list[int]], name: str | None = None
     ) -> fx.Node:
         old = str(node.target) if node.op == "get_attr" else f"{node.meta['module']}.{node.name}"
         old = old.lstrip(".")

@@ -57,8 +57,7 @@ class Graph:
         graph: Placeholders are the network's inputs, ``get_attr`` nodes its tensors.
         tensors: Parameters, buffers and constants by name, the network's own.
         parameters: Which of them are parameters.
-        batch: The symbol of the batch; None if the graph is for a number of images alone.
-        n_images: That number.
+        batch: The symbol of the batch; None if the graph is for ``n_images`` images alone.
     """
 
     graph: fx.Graph
@@ -380,11 +379,7 @@ def _shuffle(network: Graph, node: fx.Node) -> None:
 
 
 def merge_batchnorm(network: Graph) -> int:
-    """Write each BatchNorm that alone follows a convolution into its weights.
-
-    Returns:
-        How many.
-    """
+    """Write each BatchNorm that alone follows a convolution into its weights; returns how many."""
     graph, merged = network.graph, 0
     for node in list(graph.nodes):
         if op_name(node) != "batch_norm":

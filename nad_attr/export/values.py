@@ -31,10 +31,10 @@ class Value:
         axis: Where its channels are; None: not known, and nothing of it is constant.
         varying: bool (C,), the channels that depend on the images.
         known: The tensor for one image, of use where a channel does not vary.
-        columns: (C, r): further r carried numbers per position of which the channels that do not
-            vary are linear functions (a LayerNorm's mean and deviation); None: there are none.
+        columns: (C, r): further r numbers per position of which the channels that do not vary are
+            linear functions (a LayerNorm's mean and deviation); None: there are none.
         constant: Nothing depends on the images.
-        static: Nor on a gate, so that the network's own operators can be kept.
+        static: Nothing depends on a gate, so that the network's own operators can stay.
     """
 
     axis: int | None = None
@@ -83,14 +83,10 @@ def squeezed(known: Tensor, axis: int | None = None) -> Tensor:
 
 @dataclass(eq=False)
 class Plan:
-    """Which channels of which tensor are computed, and what the others hold.
+    """Which channels of which tensor are computed, and the values of the others.
 
-    Attributes:
-        network: The traced network.
-        sites: Its gate sites.
-        masks: Which channels each keeps, bool (C,).
-        constants: What the others hold, float64 (C,).
-        columns: Output columns that are wanted; None: all.
+    ``masks`` (bool (C,)) says which channels each site keeps, ``constants`` (float64 (C,)) the
+    values of the others, ``columns`` the output columns that are wanted (None: all).
     """
 
     network: Graph

@@ -30,17 +30,10 @@ def straight_flow(
     """The flow along paths on which no operator mixes channels, summed over a batch.
 
     The network runs once with the gradient cut behind every operator that mixes channels (dense
-    convolutions, matrix products, attention). What still reaches a site from the next one came by
-    a shortcut. Two probes find which channel of the next site it came from: all weighted equally,
-    and weighted by their number; the quotient is the number, if there is one channel only.
-
-    Args:
-        runner: The network; no autocast is used, whose numbers are too coarse to count channels.
-        inputs: A batch.
-        sites: In forward order.
-        gating: Of the sub-architecture.
-        links: See :func:`nad_attr.sites.finding.site_links`.
-        gradients: Of the task output at each site.
+    convolutions, matrix products, attention), without autocast, which is too coarse to count
+    channels. A gradient that still reaches a site from the next one came by a shortcut. Two probes
+    find which channel of the next site it came from: all weighted equally, and weighted by their
+    number; the quotient is the number, if there is one channel only.
 
     Returns:
         ``{(site, next site): (targets, flow)}`` of the links with a shortcut: int64 (C,), the

@@ -42,10 +42,7 @@ STATISTICS = "Gates against concepts"
 
 
 def keep_results(path: Path, results: Results) -> list[str]:
-    """Write what was measured into the file of the gates.
-
-    Returns:
-        The groups that were written.
+    """Write what was measured into the file of the gates; returns the groups that were written.
 
     Raises:
         GateStoreError: If the file cannot be written.
@@ -69,14 +66,9 @@ def keep_results(path: Path, results: Results) -> list[str]:
 def found_results(
     path: Path, sites: Sequence[GateSite], *, evaluation: str | None = None
 ) -> Results:
-    """The results in the file of the gates.
+    """The results in the file of the gates; a part that cannot be read is left out with a note.
 
-    A part that cannot be read is left out with a note.
-
-    Args:
-        path: The file.
-        sites: Those of the gates.
-        evaluation: Name of the evaluation to show; None: "evaluation", or else the first.
+    ``evaluation`` names the one to show; None: "evaluation", or else the first.
 
     Raises:
         GateStoreError: If the file cannot be read, or there is no evaluation of that name.
@@ -199,11 +191,7 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
 
 
 def _check_flow(found: Mapping[str, Any]) -> None:
-    """Refuse a flow whose numbers do not fit.
-
-    Raises:
-        ValueError: If a node or link is none.
-    """
+    """Refuse a flow whose numbers do not fit."""
     n_tasks, nodes = len(found["tasks"]), found["nodes"]
     for node in nodes:
         check_parts(node, ("site", "channel", "effect", "n"))

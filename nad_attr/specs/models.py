@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class LoadedModel:
         arguments: What its factory was called with.
         class_names: Names of its outputs, if its weights say them.
         transform: What its weights want done to images, if they say so.
-        notes: What the user should know, such as that it is untrained.
+        notes: Notes for the user, such as that it is untrained.
     """
 
     model: nn.Module
@@ -109,24 +109,17 @@ def load_model(
         notes = load_weights(model, weights)
     elif trained and source in ("torchvision", "timm") and _untrained(name):
         notes = ("the weights are random: the network is untrained.",)
-    return LoadedModel(
-        model,
-        loaded.name,
-        None if weights is None else os.fspath(weights),
-        options,
-        loaded.class_names,
-        loaded.transform,
-        notes,
-    )
+    file = None if weights is None else os.fspath(weights)
+    return replace(loaded, model=model, weights=file, arguments=options, notes=notes)
 
 
 def is_plain_model(name: object, arguments: object = None) -> bool:
     """Whether a name from elsewhere can do no more than make a published architecture.
 
-    ``torchvision:NAME[:WEIGHTS]`` and ``timm:NAME[:none]``, the weights being those that the
-    package itself knows; arguments are numbers, truth values and lists of them, and the names of
-    a few kinds of layers. What leads to a function, a file, a folder or another repository
-    (``timm:hf-hub:...``, ``checkpoint_path=...``) is not plain.
+    Plain are ``torchvision:NAME[:WEIGHTS]`` and ``timm:NAME[:none]`` with the package's own
+    weights, and arguments that are numbers, truth values, lists of them, or the names of a few
+    kinds of layers. A function, file, folder or other repository (``timm:hf-hub:...``,
+    ``checkpoint_path=...``) is not plain.
 
     Example:
         >>> is_plain_model("timm:resnet18.a1_in1k", {"num_classes": 10})
@@ -137,9 +130,7 @@ def is_plain_model(name: object, arguments: object = None) -> bool:
         False
     """
     if not isinstance(name, str) or not re.fullmatch(
-        r"torchvision:\w+(:\w*)?|timm:[A-Za-z][\w.-]*(:(none|random|untrained))?",
-        name,
-        re.ASCII,
+        r"torchvision:\w+(:\w*)?|timm:[A-Za-z][\w.-]*(:(none|random|untrained))?", name, re.ASCII
     ):
         return False
     given = {} if arguments is None else arguments
@@ -210,7 +201,7 @@ def _timm_model(rest: str, options: dict[str, Any], trained: bool) -> LoadedMode
     import timm
 
     name, last = rest, ""
-    if _untrained(f":{rest.rpartition(':')[2]}"):
+    if _untrained(f":{rest}"):
         name, _, last = rest.rpartition(":")
     trained = trained and not last
     if ":" not in name and not timm.is_model(name):
@@ -306,10 +297,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
 def _network_inside(
     state: dict[str, Tensor], own: Mapping[str, Tensor], path: Path, notes: list[str]
 ) -> dict[str, Tensor]:
-    """The weights of the network alone, of those of something that holds it among others.
-
-    As a Lightning module does, whose ``self.net`` is the network and whose loss has weights too.
-    """
+    """The network's weights from the state of a larger module, such as a Lightning module."""
     needed = [key for key in own if not key.endswith("num_batches_tracked")]
     if not needed or all(key in state for key in needed):
         return state

@@ -43,10 +43,7 @@ def first_line(error: BaseException) -> str:
 
 
 def place_in_own_code(error: BaseException) -> str:
-    """File and line of an error in somebody's own code, " (file, line 3)"; "" if it is not there.
-
-    The innermost line outside of installed packages: where the user can look.
-    """
+    """The innermost place of an error in the user's own code, " (file, line 3)", or ""."""
     frames = traceback.extract_tb(error.__traceback__)
     installed = (str(Path(__file__).parents[1]), "site-packages", "<frozen")
     prefixes = (sys.prefix, sys.base_prefix)

@@ -147,9 +147,6 @@ def _bootstrap(
     return float(low), float(high)
 
 
-# -- similarities ------------------------------------------------------------------------------
-
-
 def classifier_similarity(
     weight: Tensor | ArrayLike, tasks: Sequence[Task] | None = None
 ) -> FloatArray:

@@ -113,9 +113,6 @@ def _check_units(path: Any, site: str, units: Sequence[int], first: int) -> None
         )
 
 
-# -- NetDissect-Lite ---------------------------------------------------------------------------
-
-
 def import_netdissect_lite(
     paths: Mapping[str, StrPath],
     *,
@@ -221,14 +218,8 @@ def _broden(label: str, category: str, clean: bool, row: Row) -> Concept:
     return Concept(name, category)
 
 
-# -- dissect (2020) ----------------------------------------------------------------------------
-
-
 def import_dissect_report(
-    paths: Mapping[str, StrPath],
-    *,
-    quantile: float | None = 0.01,
-    iou_threshold: float = 0.04,
+    paths: Mapping[str, StrPath], *, quantile: float | None = 0.01, iou_threshold: float = 0.04
 ) -> UnitConcepts:
     """Read ``report.json`` of dissect (Bau et al. 2020), one file per layer.
 
@@ -440,9 +431,6 @@ def _conditional(path: StrPath) -> dict[int, NDArray[np.float64]]:
         both = mean * truth
         result[label] = np.clip(both / np.maximum(means[0] + truth - both, 1e-300), 0, 1)
     return result
-
-
-# -- CLIP-Dissect ------------------------------------------------------------------------------
 
 
 def import_clip_dissect(

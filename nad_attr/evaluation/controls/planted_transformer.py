@@ -107,13 +107,13 @@ def planted_heads(
     """Build a transformer whose class-specific attention heads and hidden neurons are known.
 
     Nothing is trained. In each block each class has ``circuit_width`` heads and as many hidden
-    neurons of the MLP: the first block's heads look for a pattern of the class and bring what they
-    find to all tokens, the neurons read the heads, the next block's heads read the neurons, and the
-    class's logit the last neurons. As many *distractor* heads and neurons hear the same as those of
-    the circuit and are two to four times louder, and no logit hears them. The others are
-    background, which reads everything, and which only background reads. The
-    residual stream is turned at random, so none of its channels belongs to one class. There is no
-    LayerNorm, which would let each head change what all others write.
+    neurons of the MLP: the first block's heads detect a pattern of the class and write it to all
+    tokens, the neurons read the heads, the next block's heads read the neurons, and the class's
+    logit reads the last neurons. As many *distractor* heads and neurons read the same as those of
+    the circuit with two to four times larger activations; no logit reads them. The others are
+    background, which reads everything, and which only background reads. The residual stream is
+    rotated at random, so none of its channels belongs to one class. There is no LayerNorm: with
+    it, each head would change what all others write.
 
     Args:
         n_classes: Number of classes, at least 2.

@@ -156,11 +156,7 @@ def plot_architecture(
 
 
 def plot_sizes(
-    gates: TaskGates,
-    tasks: Sequence[object] = (),
-    *,
-    size: float | None = None,
-    axes: Any = None,
+    gates: TaskGates, tasks: Sequence[object] = (), *, size: float | None = None, axes: Any = None
 ) -> Figure:
     """The share of channels kept at each site: mean over tasks, the middle 80 %, and some tasks.
 
@@ -285,9 +281,7 @@ def plot_overlap(
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_xlabel(
-            f"{n} tasks, similar ones side by side",
-            fontsize=figures.LABEL_SIZE,
-            color=figures.INK,
+            f"{n} tasks, similar ones side by side", fontsize=figures.LABEL_SIZE, color=figures.INK
         )
     bar = figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03)
     bar.ax.tick_params(labelsize=figures.TICK_SIZE, colors=figures.INK, length=3)

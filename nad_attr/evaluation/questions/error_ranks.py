@@ -19,12 +19,7 @@ from nad_attr.stats.bootstrap import bootstrap_means, interval_of
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.results import Result
 
-__all__ = [
-    "PartialCorrelation",
-    "RankStatistics",
-    "error_ranks",
-    "partial_rank_correlation",
-]
+__all__ = ["PartialCorrelation", "RankStatistics", "error_ranks", "partial_rank_correlation"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -112,11 +107,7 @@ class PartialCorrelation(Result):
 
 
 def checked_similarity(similarity: ArrayLike, n: int, what: str = "similarity") -> FloatArray:
-    """Check a similarity matrix of n classes, and round it so that ties are equal.
-
-    Raises:
-        ValueError: If it has another shape or holds NaN.
-    """
+    """Check a similarity matrix of n classes, and round it so that ties are equal."""
     matrix = np.asarray(similarity, dtype=np.float64)
     if matrix.shape != (n, n):
         raise ValueError(f"{what} has shape {matrix.shape}; {n} classes need ({n}, {n}).")
@@ -141,11 +132,9 @@ def _checked_confusion(confusion: ArrayLike) -> FloatArray:
 
 
 def others_above(similarity: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each class y (row) and other class y' (column), by similarity to y among the others.
+    """How many other classes are more similar to y than y', and how many, with y', equally.
 
-    Returns:
-        How many of the other classes are more similar to y than y', and how many, y' itself
-        counted, equally so: int64 (K, K) each. The diagonal means nothing.
+    int64 (K, K) each, a row for each class y and a column for each y'; the diagonal means nothing.
     """
     from scipy.stats import rankdata  # takes long to load
 
@@ -277,9 +266,6 @@ def _over_classes(
     return interval_of(bootstrap_means(total / count, weights=count, seed=seed))
 
 
-# -- Does it add anything? ---------------------------------------------------------------------
-
-
 def _row_ranks(matrix: FloatArray) -> FloatArray:
     """Midranks within each row, off the diagonal, centred; 0 on the diagonal."""
     above, equal = others_above(matrix)
@@ -292,11 +278,10 @@ def _row_ranks(matrix: FloatArray) -> FloatArray:
 
 
 def _control_columns(control: FloatArray) -> FloatArray:
-    """What a control may explain: (K, K, 4), centred within each row, 0 on the diagonal.
+    """The part of a similarity that a control may explain: (K, K, 4), centred in rows.
 
-    Its ranks within the row, and a cubic in its ranks over all pairs. Ranks within the row alone
-    would leave some of what the control explains, and so make a similarity that merely repeats it
-    look as if it added something.
+    These are its ranks within the row, and a cubic in its ranks over all pairs. Ranks within the
+    row alone would leave some of it, so that a mere copy of the control would seem to add more.
     """
     n = len(control)
     off = ~np.eye(n, dtype=bool)
@@ -322,7 +307,6 @@ def _orthonormal(columns: FloatArray) -> FloatArray:
 def _residual(values: FloatArray, basis: FloatArray) -> FloatArray:
     """What is left of values (N,) without what the basis explains."""
     rest = values - basis @ (basis.T @ values)
-    # Rounding is nothing that is left.
     nothing = (rest @ rest) <= 1e-18 * (values @ values)
     return np.zeros_like(rest) if nothing else rest
 
@@ -343,12 +327,11 @@ def partial_rank_correlation(
     """Rank correlation of confusions with a similarity, beyond what a control explains of both.
 
     Confusions and similarity are ranked over the other classes within the row of each true class,
-    so that how often a class is mistaken at all plays no part; classes without errors are left
-    out. What the control's ranks (within the row, and a cubic in those over all pairs) explain is
-    taken away from both; the correlation is that of the rest. The p-value permutes the classes of
-    what the control does not explain of the similarity (a partial Mantel test on residuals). Where
-    a similarity nearly repeats its control, small p-values come somewhat too often (in simulations
-    with 20 classes, up to 10 % below 0.05).
+    so the number of a class's errors plays no part; classes without errors are left out. The part
+    that the control's ranks explain (within the row, and a cubic in those over all pairs) is taken
+    away from both; the correlation is that of the residuals. The p-value permutes the classes of
+    the similarity's residuals (a partial Mantel test). If a similarity nearly repeats its control,
+    small p-values come somewhat too often (in simulations with 20 classes, up to 10 % below 0.05).
 
     Args:
         confusion: (K, K), see :func:`error_ranks`.

@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr.evaluation.questions.error_ranks import (
-    DECIMALS,
-    PartialCorrelation,
-    RankStatistics,
-)
+from nad_attr.evaluation.questions.error_ranks import DECIMALS, PartialCorrelation, RankStatistics
 from nad_attr.stats.p_values import least_p, permutation_p
 from nad_attr.stats.results import Result
 from nad_attr.stats.tables import number, pandas, table
@@ -147,14 +143,13 @@ class ErrorStudy(Result):
             label = f"{name} ({self.similarity})" if ranks is self.ranks else name
             cells = [x for k in k_all for x in (number(ranks.hits[k]), number(ranks.hit_p[k]))]
             rows.append([label, *cells, number(ranks.mrr), number(ranks.mrr_p)])
-        permuted = [
-            x for k in k_all for x in (number(float(self.ranks.permuted_hits[k].mean())), "")
-        ]
-        rows.append(
-            ["permuted labels", *permuted, number(float(self.ranks.permuted_mrr.mean())), ""]
-        )
-        null = [x for k in k_all for x in (number(self.ranks.hit_null[k]), "")]
-        rows.append(["chance", *null, number(self.ranks.mrr_null), ""])
+        permuted = [self.ranks.permuted_hits[k].mean() for k in k_all]
+        null = [self.ranks.hit_null[k] for k in k_all]
+        for name, values in (
+            ("permuted labels", [*permuted, self.ranks.permuted_mrr.mean()]),
+            ("chance", [*null, self.ranks.mrr_null]),
+        ):
+            rows.append([name, *(x for value in values for x in (number(float(value)), ""))])
         n_draws = len(self.ranks.permuted_mrr)
         least = least_p(n_draws)
         lines = [
@@ -170,12 +165,9 @@ class ErrorStudy(Result):
             )
         lines += [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
         if self.voting is not None:
-            vote = self.voting
-            random = (
-                f", random channels {sum(vote.random) / len(vote.random):.3f}"
-                if vote.random
-                else ""
-            )
+            vote, random = self.voting, ""
+            if vote.random:
+                random = f", random channels {sum(vote.random) / len(vote.random):.3f}"
             lines.append(
                 f"voting: accuracy {vote.accuracy:.3f}, whole network {vote.whole:.3f}{random} "
                 f"({vote.n_images} images)"

@@ -117,8 +117,8 @@ class MosaicResult(Result):
             level: Coverage.
             n_draws: Times that mosaics, or tasks, are drawn with replacement.
             seed: Of the draws; the global random state is not used.
-            over: ``"mosaics"``: how much hangs on which mosaics were made, the images and tasks
-                taken as given; ``"tasks"``: on which tasks were looked at (of their means).
+            over: ``"mosaics"``: over the mosaics that were made, for the given images and tasks;
+                ``"tasks"``: over the tasks (of their means).
 
         Returns:
             Lower and upper ends, (S,) each; NaN with fewer than two mosaics or tasks.
@@ -189,11 +189,7 @@ class MosaicResult(Result):
         }
         for measure in ("excess", "difference"):
             low, high = self.interval(measure)
-            columns |= {
-                measure: self.mean(measure),
-                f"{measure}_low": low,
-                f"{measure}_high": high,
-            }
+            columns |= {measure: self.mean(measure), f"{measure}_low": low, f"{measure}_high": high}
         return pd.DataFrame(columns, index=pd.Index(list(self.sites), name="site"))
 
     def summary(self) -> str:
