@@ -320,9 +320,10 @@ def _terms(
     """What a site's tensor is multiplied by, and what is added, in its shape and dtype."""
     # The product is rounded, the gate itself never is: a bfloat16 gate flips at the threshold.
     factor = expand(gate, site, tensor).to(tensor.dtype)
-    offset = shift if mean is None else (1 - gate) * mean.to(gate.dtype)
-    if mean is not None and shift is not None:
-        offset = offset + shift
+    offset = shift
+    if mean is not None:
+        closed = (1 - gate) * mean.to(gate.dtype)
+        offset = closed if shift is None else closed + shift
     return factor, None if offset is None else expand(offset, site, tensor).to(tensor.dtype)
 
 
