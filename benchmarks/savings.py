@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.learning_cost import CLOCKS, FEW, MODELS, RECIPES, UPDATES, _Case, peak_memory
-from nad_attr.gating.hooks import frozen, recorded
+from nad_attr import GateSite
+from nad_attr.gating.hooks import expand, frozen, multiply, recorded
 from nad_attr.learning import constants, engine, paper
 from nad_attr.learning.constants import ConstantModel
 from nad_attr.learning.engine import Network
@@ -53,6 +54,13 @@ class Saving(NamedTuple):
     off: tuple[tuple[Any, str, Any], ...]
     recipe: str = "constants"
     amp: bool = False
+
+
+def _plain_gate(
+    site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None, shift: Tensor | None = None
+) -> Tensor:
+    gated = multiply(site, tensor, gate, mean)
+    return gated if shift is None else gated + expand(shift, site, tensor).to(tensor.dtype)
 
 
 def _plain_difference(
@@ -106,6 +114,10 @@ SAVINGS = (
     Saving(
         "maximum pooling keeps bits", "passes", ("vgg16",),
         ((light_copy, "MaxPool2d", nn.MaxPool2d),),
+    ),
+    Saving(
+        "gate and gradients in one operation", "passes", ("resnet50", "efficientnet_lite0"),
+        ((engine, "multiply_learned", _plain_gate),),
     ),
     Saving(
         "candidates of wide networks", "update", ("resnet50", "efficientnet_lite0"),

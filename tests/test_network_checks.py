@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from nad_attr import NADAttribution, Recipe, find_gate_sites, learn_gates, learn_to_store
 from nad_attr.evaluation import SCORERS, evaluate
-from nad_attr.gating.hooks import frozen
+from nad_attr.gating.hooks import frozen, multiply_learned
 from nad_attr.learning.engine import Network
 from nad_attr.learning.network_checks import NetworkCheckError, check_gradients, check_outputs
 from nad_attr.learning.session import Session
 from nad_attr.sites.coverage import NetworkCheckWarning
-from nad_attr.sites.site import SiteError
+from nad_attr.sites.site import GateSite, SiteError
 
 QUICK = Recipe(size=0.5, steps=3, images_per_step=4)
 Change = Callable[[Tensor], Tensor]
@@ -162,6 +162,16 @@ def test_sound_networks_pass(layer: type[nn.Module], dtype: torch.dtype) -> None
             warnings.simplefilter("error")
             check_gradients(network, (x,))
             check_outputs(net, network, (x,))
+
+
+def test_gradient_of_a_vector_site_closed_at_zero_is_that_of_the_product() -> None:
+    # The memory of the gate's gradient was used again before it was read.
+    x = torch.tensor([[2.0, -3.0]], requires_grad=True)
+    gate = torch.tensor([[0.5, 1.0]], requires_grad=True)
+    y = multiply_learned(GateSite("a", 2, 1), x, gate, None)
+    of_x, of_gate = torch.autograd.grad(y, (x, gate), torch.tensor([[10.0, 100.0]]))
+    assert of_gate.tolist() == [[20.0, -300.0]]
+    assert of_x.tolist() == [[5.0, 100.0]]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nad_attr import GateSite, Recipe, RunOptions, SubArchitecture, find_gate_sites, learn_gates
 from nad_attr.evaluation import fit_ablation, sweep
 from nad_attr.gating.hooks import frozen
-from nad_attr.learning import constants, selection
+from nad_attr.learning import constants, engine, selection
 from nad_attr.learning.engine import Network
 from nad_attr.learning.fast.convolution import lean_convolutions
 from nad_attr.learning.paper import initial_logits  # noqa: F401 (the recipe's own start, for comparison)
@@ -131,8 +131,20 @@ def _wide() -> nn.Sequential:
 @contextlib.contextmanager
 def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Learn without what was written for speed."""
+    from nad_attr.gating.hooks import expand, multiply
+
+    def plain(
+        site: GateSite,
+        tensor: Tensor,
+        gate: Tensor,
+        mean: Tensor | None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        gated = multiply(site, tensor, gate, mean)
+        return gated if shift is None else gated + expand(shift, site, tensor).to(tensor.dtype)
 
     with monkeypatch.context() as patch:
+        patch.setattr(engine, "multiply_learned", plain)
         patch.setattr(Network, "lean", lambda self: contextlib.nullcontext())
         patch.setattr(Network, "lighten", lambda self, inputs: None)
         yield

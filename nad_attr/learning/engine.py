@@ -14,7 +14,7 @@ from nad_attr._checks import GatingError
 from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Draw, Inputs, Source
 from nad_attr.gates.channels import n_channels, n_gates, split_sites, to_channels, to_gates
-from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply
+from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply_learned
 from nad_attr.gating.prefix import Prefix
 from nad_attr.learning.fast.batchnorm import lean_batchnorm
 from nad_attr.learning.fast.convolution import lean_convolutions
@@ -216,7 +216,7 @@ class Network(Runner):
             added = None if shifts is None else shifts[site.name]
             if prefix is not None:
                 prefix.reached(site.name)
-            return multiply(site, tensor, parts[site.name], mean, added)
+            return multiply_learned(site, tensor, parts[site.name], mean, added)
 
         if prefix is not None:
             with installed(self.model, prefix.sites(self.sites), gate), prefix.active():
@@ -237,7 +237,7 @@ class Network(Runner):
         parts = split_sites(gates, self.sites)
 
         def gate(site: GateSite, tensor: Tensor) -> Tensor:
-            return multiply(site, tensor, parts[site.name], None)
+            return multiply_learned(site, tensor, parts[site.name], None)
 
         kept = unchanged(self.model), isolated_rng(), frozen(self.model), torch.enable_grad()
         with ExitStack() as stack:
