@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from nad_attr.learning import selection
-from nad_attr.learning.selection import IMAGES_PER_BLOCK, QuadraticModel
+from nad_attr.learning.selection import QuadraticModel
 
-ROWS, N, IMAGES, TRUST = 3, 12, IMAGES_PER_BLOCK + 8, 0.3
+ROWS, N, IMAGES, TRUST = 3, 12, 40, 0.3
 
 
 class Dense:
@@ -187,7 +187,7 @@ def test_close_in_groups(
     assert_same(model, dense)
 
 
-@pytest.mark.parametrize("least_gain", [0.0, 0.5, 1e9])
+@pytest.mark.parametrize("least_gain", [1e-12, 0.5, 1e9])  # opening and closing one cancel
 def test_swap(filled: tuple[QuadraticModel, list[Dense]], least_gain: float) -> None:
     model, dense = filled
     for _ in range(4):

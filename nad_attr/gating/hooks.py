@@ -308,11 +308,6 @@ def _terms(
     return factor, expand((1 - gate) * mean.to(gate.dtype), site, tensor).to(tensor.dtype)
 
 
-#: From these numbers of elements of a site's tensor, and of one image of it, a CPU takes image by
-#: image.
-LARGE_TENSOR, LARGE_IMAGE = 2**21, 2**16
-
-
 class _Gate(torch.autograd.Function):
     """:func:`multiply` for one learned gate vector per image.
 
@@ -337,40 +332,22 @@ class _Gate(torch.autograd.Function):
         factor = expand(gate, ctx.site, x).to(grad.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return None if factor is None else grad * factor, None, None, None, None
-        parts = _parts(x)
-        # Before the first gate no gradient is needed: one part's memory then serves all.
-        grad_x = torch.empty_like(grad if factor is not None else grad[parts[0]])
-        grad_gate, grad_shift = [], []
-        wanted = mean is not None or ctx.needs_input_grad[3]
-        for part in parts:
-            of_output, of_x = grad[part], grad_x[part] if factor is not None else grad_x
-            torch.mul(of_output, x[part], out=of_x)
-            of_gate = _summed(of_x, over, gate.dtype)
-            if wanted:
-                of_shift = _summed(of_output, over, gate.dtype)
-                grad_shift.append(of_shift)
-            if mean is not None:
-                of_gate = of_gate - (mean[part] if mean.ndim == 2 else mean) * of_shift
-            if factor is not None:  # the product's memory serves twice
-                torch.mul(of_output, factor[part], out=of_x)
-            grad_gate.append(of_gate)
+        # The product's memory serves twice.
+        grad_x = grad * x
+        grad_gate, grad_shift = _summed(grad_x, over, gate.dtype), None
+        if mean is not None or ctx.needs_input_grad[3]:
+            grad_shift = _summed(grad, over, gate.dtype)
+        if mean is not None:
+            grad_gate = grad_gate - mean * grad_shift
+        if factor is not None:
+            torch.mul(grad, factor, out=grad_x)
         return (
             grad_x if factor is not None else None,
-            torch.cat(grad_gate),
+            grad_gate,
             None,
-            torch.cat(grad_shift) if ctx.needs_input_grad[3] else None,
+            grad_shift if ctx.needs_input_grad[3] else None,
             None,
         )
-
-
-def _parts(x: Tensor) -> list[slice]:
-    """The parts in which a batch is processed: on a CPU large images one by one.
-
-    The result of one operation is then still in the processor's cache for the next.
-    """
-    if x.device.type != "cpu" or x.numel() < LARGE_TENSOR or x[0].numel() < LARGE_IMAGE:
-        return [slice(None)]
-    return [slice(i, i + 1) for i in range(len(x))]
 
 
 def _summed(values: Tensor, over: list[int], dtype: torch.dtype) -> Tensor:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,6 @@ from nad_attr.gates.channels import budget, n_gates, to_channels, to_gates
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.engine import Chunk, Learned
 from nad_attr.learning.selection import (
-    IMAGES_PER_BLOCK,
     MIN_CHANNELS_TO_NARROW,
     MIN_VARIANCE,
     SWAPS_PER_STEP,
@@ -186,10 +185,6 @@ class ConstantModel:
         self.numbers = torch.full_like(self.residuals, -1, dtype=torch.int64)
         # G_C G_C', updated image by image and flip by flip.
         self._gram = like.new_zeros(rows, capacity, capacity)
-        self._blocks = [slice(None)]
-        if wide:  # converted to full precision a few at a time
-            starts = range(0, capacity, IMAGES_PER_BLOCK)
-            self._blocks = [slice(a, min(a + IMAGES_PER_BLOCK, capacity)) for a in starts]
         self._next = 0
 
     def add(
@@ -204,7 +199,7 @@ class ConstantModel:
         if numbers is not None:
             self.numbers[:, at] = numbers
         closed = self.slopes[:, at].to(slopes.dtype) * (1 - self.gates)[:, None, :]
-        products = torch.cat([torch.bmm(closed, part.mT) for part in self._parts("slopes")], dim=2)
+        products = torch.bmm(closed, self._columns("slopes").mT)
         self._gram[:, at] = products
         self._gram[:, :, at] = products.mT
         self._next = (self._next + b) % capacity
@@ -327,20 +322,15 @@ class ConstantModel:
         own = (effects * slopes).sum(1) / (1 / metric.freedom[:, None] + slopes.square().sum(1))
         return effects.sub_(slopes.mul_((own * gates)[:, None, :]))
 
-    def _columns(self, name: str, channels: Tensor | None) -> Tensor:
+    def _columns(self, name: str, channels: Tensor | None = None) -> Tensor:
         values: Tensor = getattr(self, name)
         if channels is not None:
             values = values.gather(2, channels[:, None, :].expand(-1, values.shape[1], -1))
         return values.to(self.residuals.dtype)
 
-    def _parts(self, name: str) -> Iterator[Tensor]:
-        values: Tensor = getattr(self, name)
-        return (values[:, at].to(self.residuals.dtype) for at in self._blocks)
-
     def _along(self, name: str, values: Tensor) -> Tensor:
         """Sum over channels: (R, n) to (R, M)."""
-        parts = [torch.bmm(part, values[:, :, None]) for part in self._parts(name)]
-        return torch.cat(parts, dim=1)[:, :, 0]
+        return torch.bmm(self._columns(name), values[:, :, None])[:, :, 0]
 
     def _over(self, name: str, values: Tensor) -> Tensor:
         """Sum over images: (R, M) to (R, n)."""
@@ -348,10 +338,7 @@ class ConstantModel:
 
     def _combined(self, name: str, values: Tensor) -> Tensor:
         """Several such sums: (R, k, M) to (R, k, n)."""
-        total = values.new_zeros(*values.shape[:2], self.gates.shape[1])
-        for at, part in zip(self._blocks, self._parts(name), strict=True):
-            total += torch.bmm(values[:, :, at], part)
-        return total
+        return torch.bmm(values, self._columns(name))
 
 
 class Apart(NamedTuple):

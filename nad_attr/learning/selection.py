@@ -56,10 +56,6 @@ TRUSTED_SLOPES = (0.3, 3.0)
 MIN_SWAP_GAIN = 1e-4
 #: Channels are closed in groups of at least 1/N_GROUPS of those that are still to close in a step.
 N_GROUPS = 8
-#: Images of the quadratic model that are squared at a time.
-IMAGES_PER_BLOCK = 32
-#: From this number of channels on it pays to sort only those that close.
-MIN_CHANNELS_TO_SORT_FEW = 2048
 #: From this number of channels on a step considers only candidates: those that are cheapest to
 #: close and to open, and those with the largest effect. Each flip costs a pass over the gradients
 #: of all candidates, and most channels of a wide network are far from being flipped.
@@ -115,23 +111,11 @@ def steps_in_memory(recipe: Recipe) -> int:
 def lowest(cost: Tensor, n: int) -> Tensor:
     """Indices int64 (R, n) of the ``n`` lowest costs of each row, rising; of equal ones, the first.
 
-    It is the beginning of a stable sort, without sorting all of a wide row.
-
     Example:
         >>> lowest(torch.tensor([[3.0, 1.0, 2.0, 1.0, 2.0]]), 3)
         tensor([[1, 3, 2]])
     """
-    if n == 0:
-        return cost.new_zeros(len(cost), 0, dtype=torch.int64)
-    if n == 1:
-        return cost.argmin(dim=1, keepdim=True)
-    if cost.shape[1] < MIN_CHANNELS_TO_SORT_FEW:
-        return cost.argsort(dim=1, stable=True)[:, :n]
-    highest = cost.topk(n, dim=1, largest=False).values.amax(1, keepdim=True)
-    below, equal = cost < highest, cost == highest
-    chosen = below | (equal & (equal.cumsum(1) <= n - below.sum(1, keepdim=True)))
-    places = chosen.to(torch.uint8).topk(n, dim=1).indices.sort(dim=1).values
-    return places.gather(1, cost.gather(1, places).argsort(dim=1, stable=True))
+    return cost.argsort(dim=1, stable=True)[:, :n]
 
 
 def any_of(values: Tensor) -> bool:
@@ -266,14 +250,7 @@ class QuadraticModel:
     def begin(self, shares: Tensor | None = None) -> None:
         """Compute the terms of a round of flips; ``shares`` (R, M) replace :meth:`shares`."""
         self._share = self.shares() if shares is None else shares
-        # A few images at a time, to avoid a second buffer as large as the gradients.
-        self._square = torch.zeros_like(self.gates)
-        for share, part in zip(
-            self._share.split(IMAGES_PER_BLOCK, dim=1),
-            self.gradients.split(IMAGES_PER_BLOCK, dim=1),
-            strict=True,
-        ):
-            self._square += torch.bmm(share[:, None, :], part.square())[:, 0]
+        self._square = torch.bmm(self._share[:, None, :], self.gradients.square())[:, 0]
         self._slope = self._over_images(self.residuals)
         self._origin = self.gates.clone()
         self._curvature = self._penalties()
@@ -345,13 +322,7 @@ class QuadraticModel:
                 if self.prices is not None:
                     alone = alone - self.prices
                 cost = torch.maximum(cost, alone.masked_fill(cost.isinf(), math.inf))
-            cheapest = lowest(cost, group)
-            # As flip() does, but all in one direction.
-            self.gates.scatter_(1, cheapest, 0.0)
-            over_images = cheapest[:, None, :].expand(-1, self.residuals.shape[1], -1)
-            change = self.gradients.gather(2, over_images).sum(2)
-            self.residuals -= change
-            self._slope -= self._over_images(change)
+            self.flip(lowest(cost, group))
             n -= group
         self._curvature = self._penalties()
 

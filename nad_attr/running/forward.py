@@ -237,7 +237,6 @@ class Runner:
         self.fixed_batch: int | None = None
         self._asked = unwrap(model) if forward_func is None and not options.arguments else None
         self._is_asked = False
-        self._adapted: tuple[object, ...] | None = None
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context of passes: autocast, or none even inside another autocast."""
@@ -261,11 +260,7 @@ class Runner:
 
     def call(self, *inputs: Any) -> Any:
         """What the network or ``forward_func`` returns for inputs and further arguments."""
-        key = self._run, self.fields
-        if self._adapted is None or self._adapted[0] != key:
-            self._adapted = key, call_with(self._run, self.fields)
-        function: Any = self._adapted[1]
-        return function(*inputs)
+        return call_with(self._run, self.fields)(*inputs)
 
     def fit(self, source: Source) -> None:
         """Read class indices 0 and 1 as the labels of one output, if the network has one.
