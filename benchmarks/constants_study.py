@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import json
 import sys
 import time
@@ -159,7 +158,7 @@ class Setting:
                 clean=CleanOutputs(network, session.source),
             )
             masks = torch.stack([torch.cat([a[s.name] for s in self.sites]) for a in archs])
-            (found,) = session._chosen(chunk, [1.0], masks)
+            (found,) = session._chosen(chunk, [1.0], recipe, masks)
         means = split_sites(found.constants, self.sites)
         result = [a.with_means({n: v[i] for n, v in means.items()}) for i, a in enumerate(archs)]
         spent = time.process_time() - start
@@ -172,41 +171,6 @@ class Setting:
             "constants": [round(float(v.mean()), 4) for v in after],
         })  # fmt: skip
         return result
-
-    def averaged(
-        self, recipe: Recipe, size: float, n_runs: Sequence[int], first_seed: int = 100,
-        steps: int = 33,
-    ) -> None:  # fmt: skip
-        """Gates that are means over several short runs, cut once, then constants of their own.
-
-        Two means of each number of runs are compared; constants are fitted to the first.
-        """
-        start = time.process_time()
-        learned = []
-        for seed in range(first_seed, first_seed + 2 * max(n_runs)):
-            (gates,) = self.session(recipe, seed).learn_sizes([size]).values()
-            learned.append(torch.cat([gates[site.name] for site in self.sites], dim=1))
-        spent = (time.process_time() - start) / len(learned)
-        k = round(size * learned[0].shape[1])
-
-        def archs(group: Sequence[Tensor]) -> list[SubArchitecture]:
-            mean = torch.stack(list(group)).mean(0)
-            kept = torch.zeros_like(mean, dtype=torch.bool).scatter(1, mean.topk(k).indices, True)
-            masks = split_sites(kept, self.sites)
-            return [
-                SubArchitecture({n: m[i] for n, m in masks.items()}, self.sites, task=task)
-                for i, task in enumerate(gates.tasks)
-            ]
-
-        for n in n_runs:
-            groups = [archs(learned[i : i + n]) for i in range(0, len(learned) - n + 1, n)]
-            found = [agreement(a, b) for a, b in itertools.combinations(groups, 2)]
-            self.note({
-                "pair": self.pair, "tasks": self.names, "variant": f"mean of {n} runs of {recipe}",
-                "images": n * recipe.steps * recipe.images_per_step, "size": size,
-                "cpu_each": round(spent, 1), "kappa": round(float(np.mean(found)), 3),
-            })  # fmt: skip
-            self.fitted(f"mean of {n} runs of {recipe}", groups[0], Recipe(steps=steps))
 
     def mct(self, size: float, n: int = 100, seed: int = 0) -> list[SubArchitecture]:
         """NeuronMCT top-K, own images."""

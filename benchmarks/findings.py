@@ -110,6 +110,8 @@ def comparisons(
             table = pair.table(ablation, measure)
             chance = pair.table(ablation, "own_auc")
             for size, nad in table["nad"].items():
+                if not any(size in table[method] for method in table if method != "nad"):
+                    continue
                 rival, values = best_rival(table, size)
                 both = ~np.isnan(values).all(1)  # of the seeds
                 low, high = bootstrap_interval(nad[both] - values[both])

@@ -92,10 +92,10 @@ def _efficientnet_lite0() -> Gateable:
     return model, find_gate_sites(model, torch.zeros(1, 3, 224, 224))
 
 
-def _vit_b_16() -> Gateable:
+def _found(name: str) -> Gateable:
     import torchvision
 
-    model = torchvision.models.vit_b_16(weights=None).eval()
+    model = torchvision.models.get_model(name, weights=None).eval()
     return model, find_gate_sites(model, torch.zeros(1, 3, 224, 224))
 
 
@@ -105,7 +105,8 @@ MODELS: dict[str, Callable[[], Gateable]] = {
     "resnet50": lambda: _torchvision("resnet50"),
     "densenet121": lambda: _torchvision("densenet121"),
     "efficientnet_lite0": _efficientnet_lite0,
-    "vit_b_16": _vit_b_16,
+    "mobilenet_v2": lambda: _found("mobilenet_v2"),
+    "vit_b_16": lambda: _found("vit_b_16"),
 }
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -20,13 +20,15 @@ Sections (``--sections``):
 - *captum*: LayerConductance and LayerIntegratedGradients on single images, per site and step of
   the integral.
 - *growth*: the step with 1 to 1,000 tasks, with few and many sites, with small and large batches.
+- *savings*: what each saving of ``docs/speed.md`` brings (``benchmarks.savings``): time and memory
+  without it over those with it, in turns in one process.
 - *quality*: on a trained network (CIFAR-10, ResNet-20, beside the repository), the images x passes
   and the seconds that the released loop, Captum's methods and the default recipe take, and the own
   AUC and fidelity that come of them, all at the same size, closed channels zero. An image counts
   once for a forward and once for a backward pass.
 - *projection*: hours for 1,000 ImageNet classes, worked out from the rates above and not measured.
 
-On one core the default takes about 25 minutes. What a package is missing for is left out,
+On one core the default takes about 45 minutes. What a package is missing for is left out,
 and said.
 """
 
@@ -55,6 +57,7 @@ from benchmarks.learning_cost import (
     used_heap,
 )
 from benchmarks.released_loop import BATCH, EPOCHS, ReleasedLoop
+from benchmarks.savings import SAVINGS, compared
 from nad_attr import GateSite, Recipe, RunOptions, TaskGates, find_gate_sites, learn_gates
 from nad_attr.evaluation import evaluate, top_k
 from nad_attr.gating.hooks import frozen
@@ -64,9 +67,12 @@ __all__ = ["main"]
 #: What a row of the result holds.
 Row = dict[str, Any]
 
-SECTIONS = ("steps", "released", "captum", "growth", "quality", "projection")
+SECTIONS = ("steps", "released", "captum", "growth", "savings", "quality", "projection")
 #: Images in a step, where none are asked for.
-BATCHES = {"vgg16": 16, "resnet50": 16, "densenet121": 8, "efficientnet_lite0": 8, "vit_b_16": 8}
+BATCHES = {
+    "vgg16": 16, "resnet50": 16, "densenet121": 8, "efficientnet_lite0": 8, "mobilenet_v2": 16,
+    "vit_b_16": 8,
+}  # fmt: skip
 #: The paper's beta; others take ResNet50's.
 BETAS = {"vgg16": 4.5}
 #: What the projection multiplies with: classes, own images of each, and for Captum images and
@@ -227,6 +233,17 @@ class Speed:
             self.add("growth", {"grows": "sites", **self._measured(name, n_sites=n, **common)})
         for b in (2, 4, 8):
             self.add("growth", {"grows": "batch", **self._measured(name, **{**common, "batch": b})})
+
+    def savings(self) -> None:
+        """Steps without a saving against steps with it."""
+        for name in self._models("savings"):
+            for saving in SAVINGS:
+                if name in saving.models and self.args.only in saving.what:
+                    batch, size = self._batch(name), self._size(name)
+                    row = compared(
+                        saving, name, batch, size, self.args.repeats, self.args.clock, self.device
+                    )
+                    self.add("savings", row)
 
     def quality(self) -> None:
         """What it takes to reach an own AUC."""
@@ -495,6 +512,7 @@ TITLES = {
     "released": "A step of the released loop, over the bare passes of its batch",
     "captum": "Captum's layer methods",
     "growth": "Growth with tasks, sites and batch",
+    "savings": "Without a saving, over with it",
     "quality": "CIFAR-10, ResNet-20: what own AUC and fidelity cost",
     "equal_quality": "Equal quality",
     "projection": f"PROJECTION, not measured: hours for {CLASSES:,} ImageNet classes",
@@ -515,6 +533,7 @@ def _parser() -> argparse.ArgumentParser:
     add_heap_argument(parser)
     parser.add_argument("--image-size", type=int, default=224, help="pixels (not for ViT)")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of step and bare passes")
+    parser.add_argument("--only", default="", help="of the savings, those whose name has this")
     parser.add_argument("--quality-tasks", type=int, default=3)
     parser.add_argument(
         "--released-images", type=int, default=160, help="of each class, for the released loop"

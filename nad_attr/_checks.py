@@ -22,11 +22,7 @@ class GatingError(RuntimeError):
 
 
 def as_tensor(value: Any, what: str) -> Tensor:
-    """A tensor of what was given for one site.
-
-    Raises:
-        TypeError: If it is not a tensor and cannot be made one.
-    """
+    """The values of one site as a tensor; a TypeError if that is not possible."""
     try:
         return tensor_of(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -34,21 +30,13 @@ def as_tensor(value: Any, what: str) -> Tensor:
 
 
 def check_mapping(values: Any, what: str) -> None:
-    """Refuse what is not a ``{site name: ...}``.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+    """Refuse values that are not a mapping from site names."""
     if not isinstance(values, Mapping):
         raise TypeError(f"{what} must be {{site name: tensor}}, got {type(values).__name__}.")
 
 
 def check_count(value: Any, what: str, *, least: int = 1) -> int:
-    """A whole number from ``least`` on.
-
-    Raises:
-        ValueError: Names it.
-    """
+    """Check that a value is a whole number from ``least`` on, and return it as an int."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{what} must be a whole number from {least} on, got {value!r}.")
     return int(value)

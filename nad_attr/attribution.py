@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from nad_attr.data.labels import Labels
+from nad_attr.data.labels import Labels, first_tasks
 from nad_attr.data.sources import Data, TensorSource, as_source, loading, numbers_of
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -23,21 +24,20 @@ from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import check_eval, expand, multiply, recorded
 from nad_attr.learning.api import learn_gates
 from nad_attr.running.options import FROM_RUN, RunOptions, as_options
-from nad_attr.sites.finding import asked_layers, find_gate_sites, fixed_batch_size
+from nad_attr.sites.finding import as_tuple, asked_layers, find_gate_sites, fixed_batch_size
 from nad_attr.sites.preserving import unchanged
 from nad_attr.sites.site import GateSite, SiteError, unwrap
 
 __all__ = ["NADAttribution"]
 
-#: A layer as Captum takes it (a module), by name, or with its channel axis spelt out.
+#: A layer: a module, as in Captum, or a site's name, or a site with its channel axis.
 Layer: TypeAlias = "nn.Module | str | GateSite"
 Target: TypeAlias = "int | Sequence[int] | Tensor"
 
-#: A path of one image is learned from this many versions of it ...
+#: Versions of an image that its path is learned from, and their noise as a share of its range.
 _N_COPIES = 32
-#: ... the noisy ones with Gaussian noise of this share of the image's range.
 _NOISE = 0.1
-#: How learn_gates begins its warning that there are no other images.
+#: Start of learn_gates' warning that there are no other images.
 _ONE_CLASS = r"task \d+ has own images only"
 
 
@@ -45,47 +45,43 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
     """Attribute a network's output to the channels that its class needs, as a Captum method.
 
     A channel's attribution is its activation times the gate of the target class, a number in
-    [0, 1] that is above one half for the channels that the class's sub-architecture keeps. Without
-    :meth:`learn`, :meth:`attribute` learns the gates of the targets from the very images it
-    explains; with it, attributing is a look-up and one forward pass.
+    [0, 1] that is above one half for the channels of the class's sub-architecture. Without
+    :meth:`learn`, :meth:`attribute` learns the gates of the targets from the images it explains;
+    after it, attributing is a look-up and one forward pass.
 
-    Works wherever Captum's layer methods do: under ``NoiseTunnel`` (with one layer; call
+    It works where Captum's layer methods do: under ``NoiseTunnel`` (with one layer; call
     :meth:`learn` first, or gates are learned from the noisy images of each draw), in ``TCAV``, and
     with ``interpolate``, which resizes an attribution to the image.
 
     Args:
-        forward_func: The network, in eval mode, whose output is (N, K), one column per class;
-            or any function of the inputs that calls it, if ``layer`` is given as modules.
-            DataParallel and ``torch.compile`` wrappers are looked through: the network inside
-            does the work, on its own device.
-        layer: Where the gates stand: a module, a site's name or a :class:`~nad_attr.GateSite`
-            (then ``attribute`` returns a tensor), or a list of these (then a list, in the order
-            asked for, as in Captum). None: all gate sites that the data flow shows (a list, in
-            forward order).
+        forward_func: The network, in eval mode, with output (N, K), one column per class; or, if
+            ``layer`` is given as modules, any function of the inputs that calls it. DataParallel
+            and ``torch.compile`` wrappers are removed: the network inside runs, on its own device.
+        layer: The gated layer: a module, a site's name or a :class:`~nad_attr.GateSite`
+            (then ``attribute`` returns a tensor), or a list of these (then it returns a list, in
+            the same order, as in Captum). None: all gate sites that the data flow shows (a list,
+            in forward order).
         device_ids: As in Captum. A function that spreads its batch over several devices is
             refused; the DataParallel network itself is not.
         recipe: How gates are learned; None: the default :class:`~nad_attr.Recipe`.
         scope: "task": one set of gates for each class. "example": one for each image, its
-            path through the network, as in Distillation Guided Routing; see :meth:`attribute`.
+            path through the network; see :meth:`attribute`.
         multiply_by_inputs: True: gate times activation. False: the bare gate, expanded to the
             layer's size.
         channel_dim: Channel axis of the layers (1 for convolutions, -1 for tokens), or
-            ``{name: axis}``, where the data flow does not tell.
-        seed: All randomness of learning comes from it.
+            ``{name: axis}``, where the data flow does not show it.
+        seed: Seed of learning.
         gates: Task gates learned before, in place of :meth:`learn`.
-        n_copies: ``scope="example"`` only: from how many versions of an image its path is learned.
-        run: How the network is run for learning; see :class:`nad_attr.RunOptions`. Attributing is
-            one pass where the network is, in its own precision, as in all of Captum's methods.
-        device: In place of that field of ``run``.
-        amp: In place of that field of ``run``.
-        batch_size: In place of that field of ``run``.
-        show_progress: In place of that field of ``run``.
+        n_copies: Versions of an image that its path is learned from; ``scope="example"`` only.
+        run: How the network is run for learning; see :class:`nad_attr.RunOptions`, whose fields
+            ``device``, ``amp``, ``batch_size`` and ``show_progress`` may be given by themselves.
+            Attributing is one pass on the network's device in its precision, as in Captum.
 
     Attributes:
-        task_gates: What :meth:`learn` learned or ``gates`` brought; None before.
+        task_gates: The gates that :meth:`learn` learned or that were given; None before.
 
     Raises:
-        TypeError: If ``forward_func`` or ``layer`` is something else, or scripted or traced.
+        TypeError: If ``forward_func`` or ``layer`` has a wrong type, or is scripted or traced.
         ValueError: If options are unknown or do not go together.
 
     Example:
@@ -158,9 +154,9 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         self.n_copies = n_copies
         self.task_gates = gates
         self._multiply_by_inputs = multiply_by_inputs
-        # Of the latest attribute() that learned: one for all classes, or one for each image.
+        # Gates that the latest attribute() learned: for all classes, or for each image.
         self._latest: TaskGates | list[TaskGates] | None = None
-        # What the sites were looked for with, the sites in forward order and in the order asked.
+        # The key of the sites, the sites in forward order, and in the order of ``layer``.
         self._found: tuple[object, tuple[GateSite, ...], tuple[GateSite, ...]] | None = None
 
     # -- learning ------------------------------------------------------------------------------
@@ -181,11 +177,11 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         Args:
             data: Images with labels, as :func:`~nad_attr.learn_gates` takes them.
             tasks: Class indices, groups of them, or named groups; None: all that the labels name.
-            recipe: In place of the one given to the constructor, for this call.
+            recipe: In place of the constructor's, for this call.
             attribute_to_layer_input: Put the gates on the inputs of the layers.
             additional_forward_args: Arguments of every call, the same for all images; an
                 argument with a value for each image is one more of the data's inputs.
-            run: In place of the one given to the constructor, for this call.
+            run: In place of the constructor's, for this call.
             **options: Further arguments of :func:`~nad_attr.learn_gates` (``seed``, ``device``,
                 ``batch_size``, ...).
 
@@ -194,7 +190,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
 
         Raises:
             SiteError, TypeError, ValueError: As ``learn_gates``; also if ``scope`` is
-                "example". Errors of the network itself come out as they are.
+                "example". The network's own errors are raised unchanged.
         """
         if self.scope == "example":
             raise ValueError(
@@ -218,7 +214,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                 example = tuple(item.to(place.device) for item in example)
             sites = self._find(root, layers, example, run.arguments, attribute_to_layer_input)
         if not isinstance(self.forward_func, nn.Module):
-            # Says that the network behind it cannot be copied to another device.
+            # Refuses another device: the network behind a function cannot be copied to one.
             run = replace(run, forward_func=root)
         options.setdefault("seed", self.seed)
         with _own_errors():
@@ -233,21 +229,21 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         self,
         root: nn.Module,
         sites: Sequence[GateSite],
+        own: Sequence[int],
+        one_output: bool,
         inputs: tuple[Tensor, ...],
         extra: tuple[Any, ...],
-        own: Sequence[int],
         targets: Sequence[int],
-        one_output: bool,
     ) -> TaskGates:
         """Learn the gates of the targets that occur, from exactly these images.
 
-        ``own`` says which of the extra arguments have a value for each image.
+        ``own`` are the positions of the extra arguments that have a value for each image.
         """
         # A tensor made in inference mode cannot take part in learning.
         with torch.inference_mode(False):
             tensors, forward = _bind(root, inputs, extra, own)
             labels = torch.tensor(targets, device="cpu")
-            # Each image is its target's own: of one output, all are.
+            # With one output, each image is an own image.
             given = Labels(torch.ones_like(labels)[:, None], kind="several")
             return learn_gates(
                 root,
@@ -261,13 +257,11 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
 
     def _learn_paths(
         self,
-        root: nn.Module,
-        sites: Sequence[GateSite],
+        learn: Callable[..., TaskGates],
+        own: Sequence[int],
         inputs: tuple[Tensor, ...],
         extra: tuple[Any, ...],
-        own: Sequence[int],
         targets: Sequence[int],
-        one_output: bool,
     ) -> list[TaskGates]:
         """Learn the gates of each image from versions of that image alone."""
         paths = []
@@ -278,13 +272,9 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             for k in own:
                 args[k] = extra[k][i : i + 1].expand(n, *extra[k].shape[1:])
             with warnings.catch_warnings():
-                # That there are own images only is the point here.
+                # Here there are only own images.
                 warnings.filterwarnings("ignore", message=_ONE_CLASS)
-                paths.append(
-                    self._learn_from(
-                        root, sites, copies, tuple(args), own, [target] * n, one_output
-                    )
-                )
+                paths.append(learn(copies, tuple(args), [target] * n))
         return paths
 
     # -- attributing ---------------------------------------------------------------------------
@@ -300,17 +290,16 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         """Attribute the target outputs to the channels of the layers.
 
         With ``scope="task"`` and no gates learned before, the gates of the targets that occur
-        are learned from these images, each taken as an own image of its target and an other image
-        of the rest: a function of network, images, targets, recipe and seed alone, forgotten by
-        the next call. A single image, or a single target, gives little to learn from (a warning
-        says so): learn from more images with :meth:`learn`.
+        are learned from these images, each an own image of its target and an other image of the
+        other targets. They depend on network, images, targets, recipe and seed alone, and the next
+        call learns again. A single image or target gives little to learn from (a warning says
+        so): learn from more images with :meth:`learn`.
 
-        With ``scope="example"``, each image is a task of its own: its gates are learned for its
-        target output from ``n_copies`` versions of it, half of them with Gaussian noise of 10 %
-        of its range (and one without), half of them scaled by factors evenly spread from 0 to 1,
-        so that the output varies. Inputs that are not floating-point numbers stay as they are. An
-        image's result depends on nothing else in the batch. This learns as many times as there
-        are images: choose a short recipe.
+        With ``scope="example"``, each image is a task: its gates are learned for its target output
+        from ``n_copies`` versions of it. Half of them have Gaussian noise of 10 % of its range
+        (one has none), half are scaled by factors evenly spread from 0 to 1. Inputs that are not
+        floating-point numbers stay as they are. An image's result depends on nothing else in the
+        batch. Each image takes one run of learning: choose a short recipe.
 
         Args:
             inputs: Images, dim 0 = examples; a tuple for a network of several inputs.
@@ -323,23 +312,23 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
 
         Returns:
             Gate times activation, of the layer's output size, dtype and device; one tensor for
-            one layer, otherwise a list, one tensor for each of ``sites``, in their order: that of
-            ``layer``, or forward order where no layers were named.
+            one layer, otherwise a list with one tensor for each of ``sites``: in the order of
+            ``layer``, or in forward order where no layers were named.
 
         Raises:
-            AssertionError: If the target is None where there are several outputs, a tuple, or no
-                class index of the output.
-            KeyError: If gates were learned before, but not of this target.
+            AssertionError: If the target is None where there are several outputs, is a tuple, or
+                is no class index of the output.
+            KeyError: If gates were learned before, but not for this target.
             SiteError: If a layer cannot be gated.
             TypeError: If inputs or outputs are not tensors.
-            ValueError: If the network is in train mode, or the images do not go together.
+            ValueError: If the network is in train mode, or the images differ in number.
         """
         _check_forward_func(self.forward_func, self.layer, self.device_ids)
-        images, extra = _check_inputs(inputs), _as_tuple(additional_forward_args)
+        images, extra = _check_inputs(inputs), as_tuple(additional_forward_args)
         n = len(images[0])
         targets = [0] * n if target is None else _read_target(target, n)
         if isinstance(self.forward_func, nn.DataParallel) and self.forward_func.device_ids:
-            # It would have scattered them from wherever they are.
+            # DataParallel moves its inputs to its own device.
             home = self.forward_func.src_device_obj
             images = tuple(item.to(home) for item in images)
             extra = tuple(arg.to(home) if isinstance(arg, Tensor) else arg for arg in extra)
@@ -349,7 +338,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             sites = self.task_gates.sites
         else:
             sites = self._find(root, layers, images, extra, attribute_to_layer_input)
-        own = [i for i, arg in enumerate(extra) if _is_per_image(arg, len(images[0]))]
+        own = [i for i, x in enumerate(extra) if isinstance(x, Tensor) and x.shape[:1] == (n,)]
         with torch.no_grad(), unchanged(root):
             outputs, activations = _run(root, sites, *_bind(root, images, extra, own))
         if isinstance(outputs, Tensor) and tuple(outputs.shape) == (n,):
@@ -360,18 +349,16 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                 "output for each image, (N,) or (N, 1), needs no target)."
             )
         _check_outputs(outputs, targets)
-        one_output = outputs.shape[1] == 1
+        learn = partial(self._learn_from, root, sites, own, outputs.shape[1] == 1)
         if self.task_gates is not None:
             at_input = attribute_to_layer_input if self.layer is None else None
             _check_learned(self.task_gates, sites, targets, at_input)
-
-        if self.task_gates is not None:
             gates = _rows(self.task_gates, sites, targets)
         elif self.scope == "task":
-            self._latest = self._learn_from(root, sites, images, extra, own, targets, one_output)
+            self._latest = learn(images, extra, targets)
             gates = _rows(self._latest, sites, targets)
         else:
-            self._latest = self._learn_paths(root, sites, images, extra, own, targets, one_output)
+            self._latest = self._learn_paths(learn, own, images, extra, targets)
             gates = {s.name: torch.cat([path[s.name] for path in self._latest]) for s in sites}
 
         attributions = []
@@ -384,7 +371,8 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
                 else:
                     full = expand(gate, site, activation).expand_as(activation)
                     attributions.append(full.to(activation.dtype, copy=True).contiguous())
-        return attributions if _is_many(self.layer) else attributions[0]
+        one = isinstance(self.layer, (nn.Module, str, GateSite))
+        return attributions[0] if one else attributions
 
     # -- results -------------------------------------------------------------------------------
 
@@ -392,7 +380,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
     def sites(self) -> tuple[GateSite, ...]:
         """The gate sites of the latest call, in the order of its results; empty before the first.
 
-        That is the order of ``layer``, or forward order where no layers were named.
+        The order is that of ``layer``, or forward order where no layers were named.
         """
         if self.layer is None and self.task_gates is not None:
             return self.task_gates.sites
@@ -402,7 +390,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         """The gates behind the attributions: ``{site name: float32 (C,)}``.
 
         Args:
-            target: A task that was learned (class index, group of them, or its name); for
+            target: A learned task (class index, group of them, or its name); with
                 ``scope="example"`` the position of the image in the latest batch.
 
         Raises:
@@ -413,7 +401,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         return of_task.gates_of(task)
 
     def sub_architecture(self, target: object, size: float | None = None) -> SubArchitecture:
-        """The channels that a target keeps, as yes or no.
+        """The channels that a target keeps.
 
         Args:
             target: As for :meth:`gates`.
@@ -443,7 +431,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
             ) from None
         return path, path.tasks[0]
 
-    # -- Captum's questions ----------------------------------------------------------------------
+    # -- what Captum asks of a method ------------------------------------------------------------
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -466,7 +454,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         """The method's name in plots and tables."""
         return "NAD"
 
-    # -- where the gates stand -------------------------------------------------------------------
+    # -- sites -----------------------------------------------------------------------------------
 
     def _root(self, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, list[Layer] | None]:
         """The module that is run and hooked, and the layers as it knows them."""
@@ -477,11 +465,10 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         return function, [f"layer{i}" for i in range(len(layers or []))]
 
     def _key(self, at_input: bool) -> object:
-        """What the sites depend on; TCAV changes ``layer`` between calls."""
-        # Modules and functions are equal only to themselves, and the key keeps them alive.
+        """Everything that the sites depend on; TCAV changes ``layer`` between calls."""
+        # Modules and functions equal only themselves, and the key keeps them alive.
         layers = _as_layers(self.layer)
-        of_layers = None if layers is None else tuple(layers)
-        return self.forward_func, of_layers, self.channel_dim, at_input
+        return self.forward_func, layers and tuple(layers), self.channel_dim, at_input
 
     def _find(
         self,
@@ -491,7 +478,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         extra: tuple[Any, ...],
         at_input: bool,
     ) -> tuple[GateSite, ...]:
-        """The sites in forward order, looked for only if what they depend on has changed."""
+        """The sites in forward order; they are searched for again only with another key."""
         key = self._key(at_input)
         if self._found is None or self._found[0] != key:
             with _own_errors():
@@ -508,11 +495,7 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
         return self._found[1]
 
     def _keep_found(
-        self,
-        root: nn.Module,
-        layers: list[Layer] | None,
-        sites: Sequence[GateSite],
-        at_input: bool,
+        self, root: nn.Module, layers: list[Layer] | None, sites: Sequence[GateSite], at_input: bool
     ) -> None:
         forward = asked = tuple(sites)
         if layers is not None:
@@ -522,9 +505,9 @@ class NADAttribution(LayerAttribution):  # type: ignore[misc]
 
 
 class _Function(nn.Module):
-    """A function with the layers it calls, as the module that sites, hooks and learning need.
+    """A function and the layers it calls, as a module for sites, hooks and learning.
 
-    Nothing about the layers changes; their names are ``layer0``, ``layer1``, ... as given.
+    The layers are not changed; their names are ``layer0``, ``layer1``, ... in the given order.
     """
 
     place: Tensor | None
@@ -539,11 +522,11 @@ class _Function(nn.Module):
             self.add_module(f"layer{i}", layer)
         floating = [item for item in inputs if item.is_floating_point()]
         if floating and next(self.parameters(), None) is None:
-            # Layers without parameters do not tell device and dtype of the network: the images do.
+            # Without parameters, device and dtype are those of the images.
             with torch.inference_mode(False):
                 nothing = torch.empty(0, dtype=floating[0].dtype, device=floating[0].device)
             self.register_parameter("place", nn.Parameter(nothing, requires_grad=False))
-        # Its own flag only: eval() would reach into the layers.
+        # Not eval(), which would change the layers.
         self.training = False
 
     def forward(self, *args: Any) -> Any:
@@ -552,7 +535,7 @@ class _Function(nn.Module):
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise an error of the network itself unchanged, as Captum's methods do."""
+    """Raise the network's own errors unchanged, as Captum's methods do."""
     try:
         yield
     except SiteError as error:
@@ -605,10 +588,6 @@ def _check_forward_func(forward_func: object, layer: object, device_ids: object)
         )
 
 
-def _is_many(layer: object) -> bool:
-    return layer is None or not isinstance(layer, (nn.Module, str, GateSite))
-
-
 def _as_layers(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
     if layer is None:
         return None
@@ -626,14 +605,8 @@ def _as_layers(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
     return list(layer)
 
 
-def _as_tuple(args: object) -> tuple[Any, ...]:
-    if args is None:
-        return ()
-    return args if isinstance(args, tuple) else (args,)
-
-
 def _check_inputs(inputs: object) -> tuple[Tensor, ...]:
-    images = _as_tuple(inputs)
+    images = as_tuple(inputs)
     if not images or not all(isinstance(item, Tensor) for item in images):
         kinds = ", ".join(type(item).__name__ for item in images) or "nothing"
         raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {kinds}.")
@@ -707,7 +680,7 @@ def _check_outputs(outputs: object, targets: Sequence[int]) -> None:
 def _check_learned(
     gates: TaskGates, sites: Sequence[GateSite], targets: Sequence[int], at_input: bool | None
 ) -> None:
-    """Refuse what the learned gates do not cover; ``at_input`` None: as the sites say."""
+    """Refuse sites and targets that the gates do not cover; ``at_input`` None: see the sites."""
     learned = {site.name: site for site in gates.sites}
     for site in sites:
         if site.name not in learned:
@@ -716,7 +689,7 @@ def _check_learned(
                 "learn() with this layer."
             )
         known = learned[site.name]
-        # Heads and neurons are at an input wherever they are.
+        # The gates of heads and neurons are always at an input.
         says = site.at_input if at_input is None or known.units != "channels" else at_input
         if known.at_input != says:
             raise ValueError(
@@ -731,25 +704,17 @@ def _check_learned(
             )
     missing = sorted(set(targets) - set(gates.tasks))
     if missing:
-        known_tasks = ", ".join(map(str, gates.tasks[:20])) + (
-            " ..." if len(gates.tasks) > 20 else ""
-        )
         raise KeyError(
-            f"no gates for target {missing[0]}; learned tasks are {known_tasks}. "
+            f"no gates for target {missing[0]}; learned tasks are {first_tasks(gates.tasks)}. "
             "Name it among the tasks of learn()."
         )
 
 
 def _rows(gates: TaskGates, sites: Sequence[GateSite], targets: Sequence[int]) -> dict[str, Tensor]:
-    """``{site name: (C,) for all images, or (N, C)}``."""
-    # Of these rows only: the gates of 1,000 tasks are 60 MB.
+    """``{site name: (C,) for all images, or (N, C)}``, of these rows only."""
     one = len(set(targets)) == 1
     found, _, _ = gates._gating(targets[0] if one else list(targets))
     return {site.name: found[site.name] for site in sites}
-
-
-def _is_per_image(value: object, n: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == n
 
 
 def _run(
@@ -765,7 +730,7 @@ def _run(
             return function(*inputs), activations
         except (RuntimeError, ValueError) as error:
             size = fixed_batch_size(root, inputs, forward_func=forward, error=str(error))
-            # BatchNorm's own words say nothing of images.
+            # BatchNorm's message does not mention images.
             if size is None and isinstance(error, ValueError) and inputs[0].ndim == 3:
                 raise ValueError(
                     f"the network takes no inputs of shape {tuple(inputs[0].shape)} ({error}); "
@@ -780,7 +745,7 @@ def _run(
             n = len(part[0])
             out = function(*(torch.cat([x, x[-1:].expand(size - n, *x.shape[1:])]) for x in part))
             if not isinstance(out, Tensor):
-                return out, activations  # refused below for what it is
+                return out, activations  # refused by _check_outputs
             outputs.append(out[:n])
             found.append({name: tensor[:n] for name, tensor in activations.items()})
         return torch.cat(outputs), {k: torch.cat([one[k] for one in found]) for k in activations}
@@ -789,7 +754,7 @@ def _run(
 def _bind(
     root: nn.Module, inputs: tuple[Tensor, ...], extra: tuple[Any, ...], own: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], Callable[..., Any] | None]:
-    """The inputs that differ from image to image, and a function of these (None: the network)."""
+    """The inputs with a value for each image, and a function of them (None: the network)."""
     if not extra:
         return inputs, None
     fixed = [
@@ -815,9 +780,8 @@ def _copies(image: tuple[Tensor, ...], n: int, seed: int) -> tuple[Tensor, ...]:
         )
     n_scaled = n // 2
     scale = torch.ones(n, dtype=torch.float64, device="cpu")
-    scale[n - n_scaled :] = (
-        torch.arange(n_scaled, dtype=torch.float64, device="cpu") + 0.5
-    ) / n_scaled
+    factors = torch.arange(n_scaled, dtype=torch.float64, device="cpu") + 0.5
+    scale[n - n_scaled :] = factors / n_scaled
     generator = torch.Generator().manual_seed(seed)
     copies = []
     for item in image:
@@ -844,15 +808,14 @@ def _first_images(data: Data) -> tuple[tuple[Tensor, ...], Data]:
         numbers = None
         if isinstance(data, DataLoader) and data.batch_sampler is not None:
             numbers = numbers_of(data)
-        few = Subset(dataset, (range(len(dataset)) if numbers is None else numbers)[:2])
+        few: Any = Subset(dataset, (range(len(dataset)) if numbers is None else numbers)[:2])
         if isinstance(data, DataLoader):
-            source = as_source(DataLoader(few, **loading(data)), any_labels=True)
-        else:
-            source = as_source(few, any_labels=True)
+            few = DataLoader(few, **loading(data))
+        source = as_source(few, any_labels=True)
     else:
         source = as_source(data, any_labels=True)
         if isinstance(source, TensorSource):
-            # What could be read only once has been read now.
+            # The data may be readable only once, and it has been read now.
             data = source
     draws = [(number, 0) for number in range(min(2, len(source.labels)))]
     return next(iter(source.batches([draws]))), data

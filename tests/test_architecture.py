@@ -248,7 +248,7 @@ def test_overlaps_against_fractions(n: int, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(("n", "k_a", "k_b"), [(7, 3, 4), (7, 1, 6), (8, 4, 4)])
 def test_random_masks_have_kappa_near_zero(n: int, k_a: int, k_b: int) -> None:
-    """Over all pairs of masks of these sizes, |A and B| has the mean that kappa takes off.
+    """Over all pairs of masks of these sizes, |A and B| has the mean that kappa subtracts.
 
     J is not linear in |A and B|, so kappa of small masks is a little off zero on average; it is
     exactly zero where |A and B| is what chance expects.
@@ -316,7 +316,7 @@ def test_overlap_is_symmetric_and_one_for_equal(a: SubArchitecture, b: SubArchit
     ],
 )
 def test_budget(size: float, kept: int) -> None:
-    """As Python rounds: halves go to the even number; at least one channel stays."""
+    """Rounded as by Python: halves to the even number; at least one channel stays."""
     assert budget(size, SITES) == kept
 
 

@@ -1,4 +1,4 @@
-"""The Captum face: attributions are gate times activation, and behave as Captum's own methods."""
+"""The Captum interface: attributions are gate times activation and behave as Captum's methods."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ except ModuleNotFoundError:  # shipped from captum 0.8 on
 
 RECIPE = Recipe(size=0.5, steps=1)
 
-# Single-class batches are meant here; that they warn is tested by itself.
+# Batches of a single class are intended here; their warning has a test of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:task .* has own images only")
 
 
@@ -70,7 +70,7 @@ def learned() -> tuple[nn.Module, TaskGates]:
 
 @pytest.fixture
 def no_learning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nothing be learned from now on."""
+    """Make any further learning fail."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("learned something")
@@ -407,7 +407,7 @@ def doubled(x):  # type: ignore[no-untyped-def]
 
 def test_refuses_scripted_and_traced_networks(tiny_cnn: nn.Module) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit itself is on its way out
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
         traced = torch.jit.trace(tiny_cnn, images(1))
         scripted = torch.jit.script(nn.ReLU())
         function = torch.jit.script(doubled)
@@ -597,7 +597,7 @@ def test_additional_forward_args(as_function: bool) -> None:
     model = build(TwoInputs)
     x, y = labelled_images()
     zero = torch.zeros(())
-    # One shift for each image: learning must keep them together, in whatever order it draws.
+    # One shift for each image: learning must keep them together, in any order of drawing.
     shift = torch.linspace(-2, 2, 12, dtype=torch.float64)[:, None, None, None]
     forward_func = (lambda *args: model(*args)) if as_function else model
     expected = NADAttribution(model.net, model.net.relu2, recipe=RECIPE).attribute(x + shift, y)
@@ -609,7 +609,7 @@ def test_additional_forward_args(as_function: bool) -> None:
     two = by_image.attribute(x[:2], y[:2], (zero, "a flag", shift[:2]))
     one = by_image.attribute(x[1:2], y[1:2], (zero, "a flag", shift[1:2]))
     torch.testing.assert_close(two[1:], one)
-    # Not one number for each image: the same for all, and no tuple is needed for one argument.
+    # One number for all images; a single argument needs no tuple.
     plain = NADAttribution(model, model.net.relu2, recipe=RECIPE)
     torch.testing.assert_close(
         plain.attribute(x, y, additional_forward_args=zero),
@@ -682,7 +682,7 @@ def test_on_the_gpu(tiny_cnn: nn.Module) -> None:
     torch.testing.assert_close(nad.learn((x, y)).attribute(x.cuda(), y).cpu(), expected)
     function = NADAttribution(lambda x: on_gpu(x), on_gpu.relu2, recipe=RECIPE)
     torch.testing.assert_close(function.attribute(x.cuda(), y).cpu(), expected)
-    # DataParallel takes its inputs from anywhere.
+    # DataParallel accepts inputs on any device.
     parallel = NADAttribution(nn.DataParallel(on_gpu), "relu2", recipe=RECIPE)
     torch.testing.assert_close(parallel.attribute(x, y).cpu(), expected)
 
@@ -708,7 +708,7 @@ def test_paths_of_single_images(tiny_cnn: nn.Module) -> None:
             torch.testing.assert_close(
                 one, activation.attribute(x[i : i + 1]) * expanded(paths[i][site.name], one)
             )
-    # Images 0 and 3 are of one class, and still have paths of their own.
+    # Images 0 and 3 are of one class and have different paths.
     assert any(not torch.equal(paths[0][name], paths[3][name]) for name in paths[0])
     assert nad.sub_architecture(0).task == y[3]
     with pytest.raises(KeyError, match="images 0 to 0"):
@@ -776,7 +776,7 @@ def test_paths_are_learned_from_versions_of_the_image(
     scale = first[200:].flatten(1).sum(1) / x[0].sum()
     torch.testing.assert_close(scale, (torch.arange(200, dtype=torch.float64) + 0.5) / 200)
     torch.testing.assert_close(first[200:], scale[:, None, None, None] * x[0])
-    # The same noise for each image, whatever its place in the batch.
+    # Each image gets the same noise at any place in the batch.
     torch.testing.assert_close((second[1:200] - x[1]) / (x[1].max() - x[1].min()), noise)
 
 
@@ -832,7 +832,7 @@ def test_noise_tunnel(learned: tuple[nn.Module, TaskGates], batch_size: int | No
         x, nt_samples=3, nt_samples_batch_size=batch_size, stdevs=0.0, target=y
     )
     torch.testing.assert_close(smooth, nad.attribute(x, y))
-    # It squares gates too, so that they must be laid out as a plain tensor.
+    # It squares gates too, so they must be contiguous tensors.
     bare = NADAttribution(model, model.relu2, gates=gates, multiply_by_inputs=False)
     squared = NoiseTunnel(bare).attribute(
         x, nt_type="smoothgrad_sq", nt_samples=2, stdevs=0.5, target=torch.tensor(y)
@@ -934,7 +934,7 @@ class LearnsOnce(NADAttribution):
 
 
 class Failing(nn.Module):
-    """Stands in for a layer and fails when it is run."""
+    """A layer that fails when it is run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -959,7 +959,7 @@ def _prepared(config: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], Any]:
 
 
 def _explains(config: dict[str, Any]) -> bool:
-    """Whether target and layer are of a kind that a gate can have at all."""
+    """Whether gates support this kind of target and layer."""
     args, layer = config["attribute_args"], config["layer"]
     target = args["target"]
     tuples = isinstance(target, tuple) or (

@@ -228,7 +228,7 @@ def as_float(model: nn.Module) -> Callable[..., Any]:
 
 
 class Yields(Dataset):
-    """A dataset of whatever."""
+    """A dataset of any items."""
 
     def __init__(self, item: Any, n: int = 6, **attributes: Any) -> None:
         self.item, self.n = item, n
@@ -1803,7 +1803,7 @@ def test_good_input_is_taken(c: Context) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Bad input that chance makes up
+# Random bad input
 # ---------------------------------------------------------------------------------------------
 
 DOCUMENTED = (ValueError, TypeError, KeyError, SiteError, GatingError, GateStoreError)

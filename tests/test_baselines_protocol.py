@@ -1,4 +1,4 @@
-"""Every scorer held to the one contract, learned gates included."""
+"""The contract of all scorers, learned gates included."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class TestCDRP(ScorerContract):
 
 
 def means_of(sites: list[GateSite]) -> dict[str, torch.Tensor]:
-    """Fixed ones: those over all images would let the other images in."""
+    """Fixed means: means over all images would depend on the other images."""
     return {site.name: torch.full((site.n_channels,), 0.1) for site in sites}
 
 
@@ -176,7 +176,7 @@ class TestGiven(_Given):
 
 
 class TestGates(_Given):
-    """NAD, through the same door as its rivals."""
+    """NAD with the interface of its rivals."""
 
     scorer = GatesScorer
     learned: ClassVar[dict[tuple[object, ...], TaskGates]] = {}
@@ -197,7 +197,7 @@ class TestGates(_Given):
             GatesScorer(gates, model=helpers.build(helpers.TinyCNN))
 
     def test_wrong_number_of_channels(self) -> None:
-        """No network is run: nothing to be wrong about."""
+        """No network is run, so there is nothing to check."""
 
 
 class TestOtherTask(_Given):

@@ -1,4 +1,4 @@
-"""Scorers against numbers worked out another way."""
+"""Scorers against independently computed numbers."""
 
 from __future__ import annotations
 

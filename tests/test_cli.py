@@ -635,7 +635,7 @@ def test_broken_images_are_counted_and_listed(here: Path, tmp_path: Path) -> Non
         (2, "--beta belongs to the published recipe", (*NEW, "--beta", "1")),
         (
             2,
-            "needs --beta",
+            "a network other than torchvision's vgg16, resnet50",
             ("learn", *MODEL, "--data", "train", "--recipe", "paper", "--out", "new.h5"),
         ),
         (2, "is there already: --resume goes on", (*LEARN, "--out", "gates.h5")),

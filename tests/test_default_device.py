@@ -1,4 +1,4 @@
-"""torch's default device is the user's: whatever this package makes says where it lies."""
+"""torch's default device is the user's: this package names the device of its tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures: what is in them, and what they leave alone."""
+"""Figures: their content, and what they do not change."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_palette_is_visible_on_white_and_apart() -> None:
 
 
 def test_colours_of_a_flow_are_apart_for_all_eyes() -> None:
-    """Two classes, and what is chosen, on the page and in the figure; signs are dashes."""
+    """Two classes, and the choice of channels, on the page and in the figure; signs are dashes."""
     style = (resources.files("nad_attr.report") / "static" / "report.css").read_text()
     themes = [dict(re.findall(r"--(\w+): (#[0-9a-f]{3,6})\b", rules))
               for rules in re.findall(r"\{([^{}]*--a: [^{}]*)\}", style)]  # fmt: skip

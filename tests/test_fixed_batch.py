@@ -1,4 +1,4 @@
-"""Networks that take batches of one size only: filled up, and the same results as of any size."""
+"""Networks that take batches of one size only: batches are filled up, with the same results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store of a run: appended to, killed, locked, read meanwhile, merged, cut and compared."""
+"""The store of a run: appending, crashes, locks, readers, merging, slicing, comparing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MEANS = {"conv": torch.arange(5.0), "blocks.0": torch.ones(3)}
 
 
 def some_gates(tasks: list[Any], **changes: Any) -> TaskGates:
-    """Gates that are a function of the task alone."""
+    """Gates that depend on the task only."""
     logits = {}
     for site in SITES:
         rows = [
@@ -67,7 +67,7 @@ def some_gates(tasks: list[Any], **changes: Any) -> TaskGates:
         "task_names": [f"class {task}" for task in tasks],
         **changes,
     }
-    # Row by row: a sigmoid's rounding depends on where in a tensor a number stands.
+    # Row by row: a sigmoid's rounding depends on the place of a number in its tensor.
     own = {name: torch.stack([row.sigmoid() for row in value]) for name, value in logits.items()}
     gates = options.pop("gates", own)
     return TaskGates(gates, SITES, tasks, **options)
@@ -81,7 +81,7 @@ def path(tmp_path: Path) -> Path:
 
 @contextmanager
 def begun(path: Path, tasks: list[Any], **options: Any) -> Iterator[GateStore]:
-    """A store that is being written and holds these tasks, each appended by itself."""
+    """A store open for writing with these tasks, appended one by one."""
     with GateStore.create(path, SITES, recipe=RECIPE, means=MEANS, **options) as store:
         for task in tasks:
             store.append(some_gates([task]))
@@ -90,7 +90,7 @@ def begun(path: Path, tasks: list[Any], **options: Any) -> Iterator[GateStore]:
 
 @contextmanager
 def forked(function: Any, *arguments: Any) -> Iterator[int]:
-    """A process forked off to run a function; ended when the block is."""
+    """A forked process that runs a function; ended at the end of the block."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -152,7 +152,7 @@ def test_parts_do_not_matter(path: Path, parts: list[int], flush: bool) -> None:
 
 
 def make_gates_of_five() -> TaskGates:
-    """Five tasks with everything, and with columns of the history of different lengths."""
+    """Five tasks with all optional content and histories of different lengths."""
     loss = np.arange(20, dtype=np.float32).reshape(4, 5)
     return some_gates([3, 1, 4, 0, 5], history=History({"loss": loss, "size": loss / 7}))
 
@@ -226,7 +226,7 @@ def test_what_was_read_is_nobody_elses(path: Path) -> None:
                 for value in values.values():
                     value.zero_()
             assert_same(store.read(tasks), expected)
-            # Nor does a site carry the memory of all others along.
+            # A site does not keep the memory of all other sites.
             size = 4 * len(expected) * SITES[0].n_channels
             assert store.read(tasks)._logits["conv"].untyped_storage().nbytes() == size
         assert all(torch.equal(store.means[name], mean) for name, mean in MEANS.items())
@@ -260,7 +260,7 @@ def test_extreme_numbers_come_back(path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_large_store_is_written_now_and_then(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that know nothing of the journal see a fair share of what is finished."""
+    """Programs that do not read the journal see part of the finished tasks."""
     monkeypatch.setattr(_gate_store, "_JOURNAL_BYTES", 2000)
     seen = []
     with GateStore.create(path, SITES) as store:
@@ -277,7 +277,7 @@ def test_a_large_store_is_written_now_and_then(path: Path, monkeypatch: pytest.M
 
 
 # ---------------------------------------------------------------------------------------------
-# What does not belong together
+# Gates that do not fit the store
 # ---------------------------------------------------------------------------------------------
 
 
@@ -373,11 +373,11 @@ def test_wrong_use(path: Path) -> None:
             store.read([0, "class 0"])
     with pytest.raises(GateStoreError, match="is closed"):
         store.read()
-    store.close()  # twice is once
+    store.close()  # a second call does nothing
 
 
 # ---------------------------------------------------------------------------------------------
-# Killed, locked, read meanwhile
+# Crashes, locks, readers
 # ---------------------------------------------------------------------------------------------
 
 
@@ -408,7 +408,7 @@ def test_killed_at_random_moments(path: Path, fold: int) -> None:
     assert held > 10
     with GateStore.open(path, "a") as store:  # its lock is free
         store.append(some_gates([held]))
-    assert os.listdir(path.parent) == ["gates.h5"]  # nor is anything left of those that died
+    assert os.listdir(path.parent) == ["gates.h5"]  # nothing is left of writers that died
     assert_same(TaskGates.load(path), some_gates(list(range(held + 1))))
 
 
@@ -429,7 +429,7 @@ def test_a_journal_cut_off_at_any_byte(path: Path, tmp_path: Path) -> None:
         journal.write_bytes(content[1][:length])
         complete = sum(length >= end for end in lengths[1:])
         assert len(GateStore.open(copy)) == 2 + complete
-    # A writer goes on after the last complete record, and not after the rest of another.
+    # A writer continues after the last complete record.
     copy.write_bytes(content[0])
     journal.write_bytes(content[1][: lengths[2] - 1])
     with GateStore.open(copy, "a") as store:
@@ -534,7 +534,7 @@ def test_files_that_are_no_stores_are_left_alone(path: Path) -> None:
 
 
 def test_a_journal_that_holds_nonsense(path: Path) -> None:
-    """Every checksum is right, and still nothing of it is believed."""
+    """A file with right checksums and wrong content is refused."""
     good = _journal.Record({"kind": "append"}).packed()
     assert _journal.unpacked(_journal.MAGIC + good)[1] == len(_journal.MAGIC + good)
     for header, arrays in (
@@ -593,7 +593,7 @@ def test_two_processes_that_write(path: Path) -> None:
             assert time.monotonic() < deadline
         with pytest.raises(GateStoreError, match=f"being written by process {pid} on "):
             GateStore.open(path, "a")
-    GateStore.open(path, "a").close()  # the lock of a process that died is none
+    GateStore.open(path, "a").close()  # the lock of a dead process does not count
 
 
 @needs_fork
@@ -626,13 +626,13 @@ def test_readers_read_while_a_writer_writes(path: Path, fold: int) -> None:
             until = time.monotonic() + 0.7
             while time.monotonic() < until or (n_seen < 5 and time.monotonic() < deadline):
                 with GateStore.open(path) as store:
-                    assert len(store) >= held  # never back in time
+                    assert len(store) >= held  # never fewer than before
                     n_seen += len(store) > held
                     held = len(store)
                     if held:
                         last = list(range(max(0, held - 3), held))
                         assert_same(store.read(last), some_gates(last))
-            assert len(kept) == 0  # what was opened stays as it was
+            assert len(kept) == 0  # an open store does not change
             kept.refresh()
             assert len(kept) >= held
             assert_same(kept.read(), some_gates(list(kept.tasks)))
@@ -641,7 +641,7 @@ def test_readers_read_while_a_writer_writes(path: Path, fold: int) -> None:
 
 @pytest.mark.slow
 def test_a_reader_in_a_process_of_its_own(path: Path) -> None:
-    """With nothing but h5py, as the documentation shows it."""
+    """With h5py only, as the documentation shows."""
     code = (
         "import h5py, json, sys\n"
         "with h5py.File(sys.argv[1]) as file:\n"

@@ -167,7 +167,7 @@ def test_a_gate_above_one_half_is_kept(gates: TaskGates) -> None:
     }
     assert arch.task == 4
     assert arch.means["b"].tolist() == [4.0, 5.0]
-    assert gates.sub_architecture("pair").kept["a"].tolist() == [1]  # one half itself is closed
+    assert gates.sub_architecture("pair").kept["a"].tolist() == [1]  # a gate of one half is closed
     assert [a.task for a in gates.sub_architectures()] == [4, (1, 2), 0]
 
 
@@ -196,7 +196,7 @@ def test_logits_rank_where_gates_are_saturated() -> None:
     seed=st.integers(0, 99),
 )
 def test_every_size_is_met_exactly(widths: list[int], size: float, levels: int, seed: int) -> None:
-    """Also with many equal gates, and smaller sizes are parts of larger ones."""
+    """Exact size also with many equal gates; smaller sizes are parts of larger ones."""
     sites = [GateSite(str(i), width) for i, width in enumerate(widths)]
     generator = torch.Generator().manual_seed(seed)
     values = {
@@ -318,9 +318,11 @@ def test_history_can_be_drawn() -> None:
     size, last = [[np.nan, 1.0], [np.nan, 0.5]], [[np.nan] * 2, [0.9, 0.8]]
     curves = {"loss": [[1.0, 2.0], [3.0, np.nan]], "size": size, "fidelity_apart": last}
     figure = History(curves | {"highest_apart": np.full((2, 2), np.nan)}).plot()
-    assert [axes.get_title() for axes in figure.axes] == ["loss", "size"]  # the rest are no curves
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "size"]  # the rest are not curves
     assert [len(axes.lines) for axes in figure.axes] == [3, 3]
     assert figure.axes[0].lines[-1].get_ydata().tolist() == [1.5, 3.0]
+    gap = History({"loss": [[1.0], [np.nan], [2.0]]}).plot().axes[0].lines[-1].get_ydata()
+    np.testing.assert_array_equal(gap, [1.0, np.nan, 2.0])
 
 
 def test_tensors_and_lists_are_taken_alike() -> None:

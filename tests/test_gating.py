@@ -1,4 +1,4 @@
-"""Gating and recording: products by hand, references by other means, and everything undone."""
+"""Gating and recording against products by hand and other references; everything is undone."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_autocast_keeps_the_activations_type(means: dict[str, Tensor] | None) ->
 
 
 def test_a_gate_near_the_threshold_is_not_rounded() -> None:
-    """In bfloat16, 0.5 + 1e-4 would be 0.5: closed in place of open."""
+    """In bfloat16, 0.5 + 1e-4 would be 0.5: closed, not open."""
     gate = torch.tensor([0.5 + 1e-4, 0.5 - 1e-4])
     site = GateSite("mid", 2)
     gates = TaskGates({"mid": gate[None].to(F64)}, [site], [0])
@@ -554,7 +554,7 @@ class Adding(nn.Module):
 
 
 class Twofold(nn.Module):
-    """`add` takes two inputs; `twice` is called twice; `pair` returns a tuple; `unused` rests."""
+    """Two inputs (`add`), two calls (`twice`), a tuple (`pair`), and a layer that is `unused`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -607,7 +607,7 @@ def test_running_another_network_inside_is_noticed(tiny_cnn: nn.Module) -> None:
 
 
 def test_modules_without_a_network_pass(tiny_cnn: nn.Module) -> None:
-    """A caller may run parts of a network; each site has to fire once all the same."""
+    """A caller may run parts of a network; each site must still fire once."""
     with recorded(tiny_cnn, [GateSite("relu1", 6)]) as seen:
         tiny_cnn.relu1(torch.ones(1, 6))
     assert list(seen) == ["relu1"]

@@ -1,4 +1,4 @@
-"""Labels of every kind, and rows of every kind: learned from, judged, scored and asked for."""
+"""Labels and rows of every kind in learning, evaluation and scorers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ N = 32
 
 
 class Net(nn.Module):
-    """Channel 2j and 2j + 1 say output j alone: what an output needs is known."""
+    """Channels 2j and 2j + 1 determine output j: the channels that it needs are known."""
 
     def __init__(self, n_outputs: int, form: str = "logits") -> None:
         super().__init__()
@@ -277,7 +277,7 @@ def test_curves_depth_stability_and_top_images_take_them(kind: str) -> None:
     read = read_labels(labels)
     own, other = own_images(read.labels, gates.tasks), other_images(read.labels, gates.tasks)
 
-    # At half size the network of the first output's channels says all about that output.
+    # At half size the first output's channels determine that output.
     scores = torch.zeros(len(gates.tasks), sites[0].n_channels)
     scores[:, :2] = 1.0
     archs = [SubArchitecture.from_kept({"relu": [0, 1]}, sites, task=task) for task in gates.tasks]

@@ -1,4 +1,4 @@
-"""Learning: the paper's recipe against an independent one, the default's promises, hygiene."""
+"""Learning: the paper's recipe against an independent one, the default recipe, side effects."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_paper_recipe_batches_its_own_images_and_keeps_the_last_partial_batch() 
     assert all(data_labels[i] == 1 for i in drawn)
     for epoch in range(3):
         assert sorted(drawn[7 * epoch : 7 * epoch + 7]) == (y == 1).nonzero().flatten().tolist()
-    assert drawn[:7] != drawn[7:14]  # shuffled anew
+    assert drawn[:7] != drawn[7:14]  # another order
     cut = [drawn[7 * e + i : 7 * e + min(i + 3, 7)] for e in range(3) for i in (0, 3, 6)]
     expected = reference_paper(
         model, sites, [(x[c], y[c]) for c in cut], {n: v[0] for n, v in start.items()}, 0.1
@@ -196,7 +196,7 @@ def test_paper_recipe_values() -> None:
         Recipe.paper()
     with pytest.raises(ValueError, match="size"):
         Recipe.paper("vgg16", size=0.3)
-    with pytest.raises(TypeError, match="steps"):  # what would do nothing is not taken
+    with pytest.raises(TypeError, match="steps"):  # an argument without effect is refused
         Recipe.paper("vgg16", steps=5)
     assert Recipe.from_json(densenet.to_json()) == densenet
 
@@ -281,7 +281,7 @@ def test_superclass_is_one_task_with_logsumexp_output() -> None:
     assert gates.task_names == ("first", "rest")
     assert gates.sub_architecture("rest") == gates.sub_architecture((1, 2))
     assert gates["relu1"].shape == (2, 6)
-    # Company changes nothing here either, padded groups included.
+    # Other tasks change nothing here either, padded groups included.
     assert learn_gates(model, data, [(1, 2)], QUICK) == gates.select(["rest"])
 
 

@@ -100,7 +100,7 @@ def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
 
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    assert not memory.keep_freed_memory()  # who has set something meant it
+    assert not memory.keep_freed_memory()  # the user's own setting stays
     result = subprocess.run(
         [sys.executable, "-c", KEPT], capture_output=True, text=True, check=True, env=own
     )

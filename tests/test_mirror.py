@@ -1,4 +1,4 @@
-"""Pictures seen mirrored as well, where images are few and the network does not mind."""
+"""Mirrored pictures are used if images are few and the network's output allows it."""
 
 from __future__ import annotations
 

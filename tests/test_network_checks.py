@@ -1,4 +1,4 @@
-"""What networks do that learning takes for granted they do not: noticed, named, before any work."""
+"""Networks that break an assumption of learning are refused, with the cause, before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How torch rounds is the user's choice, and no choice makes this package fail."""
+"""Every setting of torch's rounding works."""
 
 from __future__ import annotations
 

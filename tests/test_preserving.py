@@ -1,4 +1,4 @@
-"""A network that its own forward pass changes is as it was, and so are all random states."""
+"""A network that its forward pass changes is restored, and so are all random states."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RECIPE = Recipe(size=0.5, steps=2, images_per_step=4)
 
 
 class Changing(nn.Module):
-    """Writes down what it sees, in every way that a forward pass has."""
+    """Keeps its inputs in every way that a forward pass can."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Changing(nn.Module):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # What it has counted decides what it gives: passes must not depend on those before.
+        # Its output depends on its counter: passes must not depend on earlier ones.
         scale = self.ema.reshape(1, -1, 1, 1) * (1 + self.calls + self.n_calls + self.plain[0])
         self.calls += 1
         self.n_calls += 1

@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster of this machine: the same gates as in this process, whatever dies."""
+"""Runs on a Ray cluster of this machine: the same gates as in this process, also after crashes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> TaskGates:
-    """The gates of a run in this process that nothing happens to."""
+    """The gates of an undisturbed run in this process."""
     path = tmp_path_factory.mktemp("whole") / "gates.h5"
     learn_to_store(killable.network(), killable.data(), path, **killable.SETTINGS)
     return TaskGates.load(path)
@@ -216,7 +216,7 @@ def test_two_workers_give_the_same_bits(
     assert_same_bits(uninterrupted, TaskGates.load(path))
     assert (told[-1].done, told[-1].total, told[-1].lost) == (20, 20, 0)
     assert told[-1].steps == told[-1].n_steps == 20 * killable.RECIPE.steps
-    assert cluster.is_initialized()  # it was not the run's to end
+    assert cluster.is_initialized()  # the run did not start it
 
 
 @needs_ray

@@ -1,4 +1,4 @@
-"""Every result has the same face: table, text, figure, dictionary, files, notebook."""
+"""Every result has the same interface: table, text, figure, dictionary, files, notebook."""
 
 from __future__ import annotations
 

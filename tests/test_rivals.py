@@ -128,7 +128,7 @@ def test_eap_ig_is_complete(path: str) -> None:
 
 
 def test_eap_ig_is_the_sum_over_points() -> None:
-    """Plainly: gradients at j / 3 of the way of one site, times the whole way."""
+    """Directly: gradients at j / 3 of the way of one site, times the whole way."""
     net = Bent()
     x, y = some_images(4)
     found = EAPIGScorer(net, SITES[:1], steps=3, signed=True, means=MEANS_FIRST)(
@@ -388,7 +388,7 @@ def test_bad_options(make, options, message: str) -> None:
 
 
 def test_circuit_areas_are_mib_sums() -> None:
-    """The published sum, written plainly: trapezoids over shares, not divided by anything."""
+    """The published sum, directly: trapezoids over shares, not divided."""
     f = np.array([0.0, 0.1, -0.2, 0.3, 0.9, 1.2, 1.1, 0.8, 0.95, 1.0])
     cpr = cmd = 0.0
     for i in range(9):

@@ -1,4 +1,4 @@
-"""Runs into a store: whatever interrupts them, what they end with is the same."""
+"""Runs into a store: after any interruption they end with the same gates."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def runs() -> Iterator[killable.Runs]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of a run that nothing happened to."""
+    """The store of an undisturbed run."""
     path = tmp_path_factory.mktemp("whole") / "gates.h5"
     return learn_to_store(killable.network(), killable.data(), path, **SETTINGS)
 
 
 def content(path: Path) -> dict[str, Any]:
-    """All that was learned, bit by bit, in the canonical order of tasks."""
+    """All learned numbers, bit by bit, in the canonical order of tasks."""
     gates = TaskGates.load(path)
     gates = gates.select(sorted(gates.tasks))
     assert gates.logits is not None
@@ -82,9 +82,9 @@ def test_killed_at_random_moments(runs: killable.Runs, whole: Path, tmp_path: Pa
     partial = set()
     path = tmp_path / "gates.h5"
     while n_killed < 12 or (len(partial) < 4 and n_killed < 200):
-        if n_killed >= 12:  # the machine has become slower
+        if n_killed >= 12:  # the machine is slower now
             seconds *= 1.1
-        # Early moments fall into opening and checking, late ones into learning and writing.
+        # Early kills happen while opening and checking, late ones while learning and writing.
         code = runs(path, after=moments.uniform(0, 0.7 * seconds))
         assert code in (0, -signal.SIGKILL)
         n_killed += code == -signal.SIGKILL
@@ -515,7 +515,7 @@ def test_a_resumed_run_gives_the_same_constants(tmp_path: Path) -> None:
     found, expected = found.select(tasks), expected.select(tasks)
     assert found.constants is not None
     assert found == expected
-    # And they are those of learning at once.
+    # They equal those of learning in one call.
     at_once = learn_gates(killable.network(), killable.data(), recipe=recipe, seed=3, batch_size=12)
     for name, values in found.constants.items():
         torch.testing.assert_close(values, at_once.constants[name])

@@ -1,4 +1,4 @@
-"""Text of files does nothing to a terminal, a spreadsheet or the folder it is unpacked into."""
+"""Text of files does no harm to a terminal, a spreadsheet or a folder."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Gates, evaluations and stores are what they were before the modules moved (version 0.1.0).
+"""Gates, evaluations and stores are the same as in version 0.1.0.
 
 ``tests/stored/`` holds what that version computed. ``python -m tests.test_same_as_before FOLDER``
 computes it anew; do so only when a change of results is meant, and say so in the changelog.

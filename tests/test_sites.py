@@ -1,4 +1,4 @@
-"""Gate sites: found by the flow of data, checked when named, and refused with a remedy."""
+"""Gate sites: found by the data flow, checked if named, refused with a remedy."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def test_a_closed_site_cuts_the_output_off_from_the_input(
 
 
 class RealOnly(nn.Module):
-    """Looks at values, which fake tensors have not."""
+    """Looks at values, which fake tensors do not have."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -437,7 +437,7 @@ def test_modules_called_twice_are_no_sites() -> None:
 
 
 class Views(nn.Module):
-    """Writes into views and slices, so that tensors change behind their names."""
+    """Writes into views and slices, so that other tensors change too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -448,7 +448,7 @@ class Views(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        self.relu(x.view(-1))  # changes x, which goes on
+        self.relu(x.view(-1))  # changes x, which is used later
         out = torch.zeros_like(x)
         out[:, :, 1:] = self.second(x)[:, :, 1:]
         out[:, :, :1] = x[:, :, :1]
@@ -654,7 +654,7 @@ def test_inputs_must_be_tensors(vit: nn.Module, inputs: Any) -> None:
 
 
 class Detached(nn.Module):
-    """Leaves PyTorch on the way."""
+    """Uses NumPy inside its forward pass."""
 
     def __init__(self) -> None:
         super().__init__()

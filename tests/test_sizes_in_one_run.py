@@ -1,4 +1,4 @@
-"""One run of falling budget hands out gates at every size."""
+"""One run of falling budget gives gates at every size."""
 
 from __future__ import annotations
 

@@ -9,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nad_attr import GateSite, Recipe, RunOptions, SubArchitecture, find_gate_sites, learn_gates
 from nad_attr.evaluation import fit_ablation, sweep
-from nad_attr.gating import hooks as gating
 from nad_attr.gating.hooks import frozen
 from nad_attr.learning import constants, engine, selection
 from nad_attr.learning.engine import Network
@@ -74,13 +71,7 @@ def _plain_step(
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("mean", [False, True])
-@pytest.mark.parametrize("by_image", [False, True])
-def test_step_is_the_plain_one(
-    make: Callable[[], nn.Module], mean: bool, by_image: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if by_image:
-        monkeypatch.setattr(gating, "LARGE_TENSOR", 0)
-        monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
+def test_step_is_the_plain_one(make: Callable[[], nn.Module], mean: bool) -> None:
     model, x = build(make), images(5)
     sites = find_gate_sites(model, x)
     n = sum(site.n_channels for site in sites)
@@ -156,7 +147,6 @@ def _plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(engine, "multiply_learned", plain)
         patch.setattr(Network, "lean", lambda self: contextlib.nullcontext())
         patch.setattr(Network, "lighten", lambda self, inputs: None)
-        patch.setattr(selection, "lowest", lambda cost, n: cost.argsort(dim=1, stable=True)[:, :n])
         yield
 
 
@@ -166,7 +156,6 @@ def test_learned_gates_are_those_of_the_plain_step(
 ) -> None:
     model, data = build(make), labelled_images(18)
     recipe = Recipe(size=0.5, steps=8, images_per_step=4)
-    monkeypatch.setattr(selection, "MIN_CHANNELS_TO_SORT_FEW", 1)
     found = learn_gates(model, data, recipe=recipe)
     with _plainly(monkeypatch):
         expected = learn_gates(model, data, recipe=recipe)
@@ -175,14 +164,10 @@ def test_learned_gates_are_those_of_the_plain_step(
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
-@pytest.mark.parametrize("by_image", [False, True])
 def test_bfloat16_gates_are_those_of_the_plain_step(
-    ablation: str, by_image: bool, monkeypatch: pytest.MonkeyPatch
+    ablation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On all channels: what is rounded is rounded in the same places."""
-    if by_image:
-        monkeypatch.setattr(gating, "LARGE_TENSOR", 0)
-        monkeypatch.setattr(gating, "LARGE_IMAGE", 0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model, x = _wide().eval(), torch.randn(24, 3, 8, 8)
@@ -192,20 +177,6 @@ def test_bfloat16_gates_are_those_of_the_plain_step(
     with _plainly(monkeypatch):
         expected = learn_gates(model, data, [1], recipe, run=RunOptions(amp=True))
     assert all(torch.equal(found[s.name], expected[s.name]) for s in found.sites)
-
-
-@given(st.lists(st.lists(st.integers(0, 4), min_size=9, max_size=9), min_size=1, max_size=3))
-def test_lowest_is_the_beginning_of_a_stable_sort(rows: list[list[int]]) -> None:
-    cost = torch.tensor(rows, dtype=torch.float64)
-    cost = cost.masked_fill(cost == 4, torch.inf)
-    wide = selection.MIN_CHANNELS_TO_SORT_FEW
-    try:
-        selection.MIN_CHANNELS_TO_SORT_FEW = 1
-        for n in range(1, 10):
-            expected = cost.argsort(dim=1, stable=True)[:, :n]
-            assert torch.equal(selection.lowest(cost, n), expected)
-    finally:
-        selection.MIN_CHANNELS_TO_SORT_FEW = wide
 
 
 # -- Convolutions ---------------------------------------------------------------------------------

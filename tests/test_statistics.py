@@ -1,4 +1,4 @@
-"""Statistics on plain arrays: values worked out by hand, SciPy, and references written plainly."""
+"""Statistics on plain arrays: values worked out by hand, SciPy, and direct references."""
 
 from __future__ import annotations
 
@@ -298,7 +298,7 @@ def test_rank_biased_overlap_has_published_values():
 
 
 def _reference_rbo(a, b, p):
-    """Equation 32 of Webber et al., word by word."""
+    """Equation 32 of Webber et al., as written there."""
     short, long = sorted((a, b), key=len)
     s, n = len(short), len(long)
 

@@ -191,7 +191,7 @@ def test_rows_of_a_comparison_are_uniform_without_effect(null_rows):
         # Of four sites there are 24 orders: a trend is coarse; exact p-values of counts are, too.
         coarse = kind[0] in ("depth_trend", "detectors", "enrichment")
         checked += 1
-        # Never more small ones than there should be.
+        # Never too many small p-values.
         for level in (0.05, 0.1, 0.2, 0.5):
             room = 3.3 * np.sqrt(level * (1 - level) / len(p))
             assert (p <= level + 0.01).mean() < level + 0.01 + room, (kind, level)
@@ -261,11 +261,11 @@ def test_false_discoveries_stay_as_rare_as_asked_for():
         found = benjamini_hochberg(2 * stats.norm.sf(np.abs(z))) < 0.1
         shares.append(found[20:].sum() / max(found.sum(), 1))
     assert np.mean(shares) < 0.1
-    assert np.mean(shares) > 0.05  # 0.08: q-values are not needlessly large either
+    assert np.mean(shares) > 0.05  # 0.08: q-values are not too large
 
 
 def test_p_values_below_the_draws_are_as_rare_as_they_say():
-    """19 draws: below 1 / 20 the normal approximation speaks."""
+    """19 draws: below 1 / 20 the normal approximation is used."""
     generator = np.random.default_rng(16)
     strata = np.repeat([0, 1], 20)
     kept = np.tile([True, False], 20)

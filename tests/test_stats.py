@@ -1,4 +1,4 @@
-"""p-values look the right way, ties have one rule, and there is one bootstrap."""
+"""Direction of p-values, one rule for ties, one bootstrap."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NEITHER = {"size", "flop_size", "parameter_size", "other_accuracy"}
 
 
 def with_draws(name: str, observed: float, draws: list[float]) -> Evaluation:
-    """A result that has a value of one measure, beside random draws that have others."""
+    """A result with one measure's value, and random draws with other values."""
 
     def one(value: float) -> Evaluation:
         if name in ("own_auc", "other_auc", "disentanglement"):
@@ -112,7 +112,7 @@ def test_dead_fraction_of_a_real_evaluation() -> None:
 
 
 def test_no_other_module_says_which_way_is_better() -> None:
-    """Directions and rules for ties are in two modules; no other one makes its own."""
+    """Only two modules define directions and rules for ties."""
     for path in PACKAGE.rglob("*.py"):
         if path.name in ("measure_table.py", "p_values.py"):
             continue
@@ -135,7 +135,7 @@ def test_no_other_module_says_which_way_is_better() -> None:
     wobble=st.integers(0, 99),
 )
 def test_p_is_the_count_over_whole_numbers(observed, draws, scale, wobble) -> None:
-    """Rounding of any size of number plays no part."""
+    """Rounding has no effect at any size of numbers."""
     rng = np.random.default_rng(wobble)
     noisy = np.array(draws) * scale * (1 + rng.uniform(-1, 1, len(draws)) * 1e-14)
     n = len(draws)

@@ -1,4 +1,4 @@
-"""Files of gates and of sub-architectures: everything comes back, from old versions as well."""
+"""Files of gates and of sub-architectures are read back completely, also those of old versions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.stores import (
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file of task gates that holds everything there is."""
+    """A file of task gates with all optional content."""
     make_gates().save(tmp_path / "gates.h5")
     return tmp_path / "gates.h5"
 
@@ -96,7 +96,7 @@ def test_paths_may_be_text(tmp_path: Path) -> None:
 
 
 def test_many_sites_keep_their_order(tmp_path: Path) -> None:
-    """In the file's own, alphabetical order, site 10 would stand before site 2."""
+    """In the alphabetical order of the file, site 10 comes before site 2."""
     sites = [GateSite(f"s{23 - i}", i + 1) for i in range(23)]
     gates = TaskGates({s.name: torch.rand(1, s.n_channels) for s in sites}, sites, [0])
     gates.save(tmp_path / "gates.h5")
@@ -186,7 +186,7 @@ def test_any_hdf5_program_can_read_the_file(path: Path) -> None:
 
 
 def repacked(path: Path, other: Path, options: dict[str, Any]) -> None:
-    """Write a file anew as h5repack does, tables with other chunks and filters."""
+    """Rewrite a file as h5repack does, tables with other chunks and filters."""
 
     def copy(old: h5py.Group, new: h5py.Group) -> None:
         new.attrs.update(old.attrs)
@@ -221,7 +221,7 @@ def test_files_that_another_program_wrote_anew(path: Path, tmp_path: Path) -> No
         assert_same(TaskGates.load(other), make_gates())
         with GateStore.open(other) as store:
             assert store.read([0]) == make_gates().select([0])
-        # What was read before does not count for what is written.
+        # Earlier reading does not count towards the limit.
         more = make_gates(task_names=["a", "b", "c"])
         more.tasks = (4, 5, 6)
         with GateStore.open(other, "a") as store:

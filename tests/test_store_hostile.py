@@ -1,4 +1,4 @@
-"""Nothing that a file says is trusted: every file is read or refused, and nothing else happens."""
+"""Every file is read or refused; no claim of a file is trusted."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from tests.stores import make_arch, make_gates
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file of task gates that holds everything there is."""
+    """A file of task gates with all optional content."""
     make_gates().save(tmp_path / "gates.h5")
     return tmp_path / "gates.h5"
 
@@ -84,7 +84,7 @@ def test_a_truncated_file(path: Path) -> None:
 
 
 def test_a_damaged_file_is_read_or_refused(path: Path) -> None:
-    """Whatever a flipped byte does, it is never another exception, nor a crash."""
+    """A flipped byte causes no other exception and no crash."""
     whole = path.read_bytes()
     random = np.random.default_rng(0)
     for _ in range(100):
@@ -559,7 +559,7 @@ def test_hostile_sub_architectures(
 
 @pytest.mark.parametrize("size", [2**23, 2**25])
 def test_a_chunk_that_goes_on_after_its_end(path: Path, size: int) -> None:
-    """Deflate shrinks zeros a thousandfold: what a chunk may become is known beforehand."""
+    """Deflate shrinks zeros a thousandfold: the size of a chunk is known beforehand."""
     with h5py.File(path, "r+") as file:
         file["site/0/gate"].id.write_direct_chunk((1, 0), zlib.compress(bytes(size)))
     refused(path, TaskGates.load, r"claims too large a chunk")
@@ -567,7 +567,7 @@ def test_a_chunk_that_goes_on_after_its_end(path: Path, size: int) -> None:
 
 @pytest.mark.parametrize("name", ["logit", "site/0/gate"])
 def test_a_chunk_that_goes_on_within_its_room(tmp_path: Path, name: str) -> None:
-    """No longer than what could be left of a real one, and inflates to a thousand times that."""
+    """As short as a real one, but inflates to a thousand times its length."""
     sites = [GateSite("a", 30_000), GateSite("b", 20_000)]
     logits = {s.name: torch.randn(2, s.n_channels) for s in sites}
     values = {n: v.sigmoid() for n, v in logits.items()}

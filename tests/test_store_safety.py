@@ -1,4 +1,4 @@
-"""What stands beside a store or in it may be anything: nothing hangs, is lost or written over."""
+"""Any file beside a store or in it: nothing hangs, is lost or overwritten."""
 
 import json
 import os
@@ -172,7 +172,7 @@ def test_tasks_of_another_store_are_put_aside_and_counted(path: Path, how: str) 
         write()
     kept = path.with_name("gates.h5.journal.1")
     assert kept.read_bytes() == journal
-    # What the message says to do.
+    # The remedy of the message.
     path.write_bytes(old)
     kept.rename(beside(path))
     with warnings.catch_warnings():
@@ -286,7 +286,7 @@ def test_several_threads_read_one_store(tmp_path: Path) -> None:
 
 @posix
 def test_a_locked_file_is_read_and_written(path: Path) -> None:
-    """As by another program, or by a network file system that has no locks."""
+    """Another program, or a network file system without locks, has removed it."""
     import fcntl
 
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Hooks act for the one who put them there; other threads see the whole network."""
+"""Hooks act in the thread that registered them; other threads see the whole network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention heads, hidden units and groups of channels as gates, for each family of networks."""
+"""Attention heads, hidden neurons and groups of channels as gates, for each network family."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_closed_heads_and_neurons_are_columns_zeroed_by_hand(family: str) -> Non
                 expected = edited(net, site, ~mask, means)(x)
             assert (gated_output - expected).abs().max() < 1e-10
             assert (gated_output - whole).abs().max() > 1e-6
-    # Each image its own gates: what one image's are does not reach another.
+    # Each image has its own gates, which do not affect other images.
     gates = {s.name: torch.ones(len(x), s.n_channels, dtype=torch.float64) for s in sites}
     for site in sites:
         gates[site.name][0] = to_channels((torch.arange(site.n_gates) > 0).double(), [site])
@@ -356,7 +356,7 @@ def test_learning_opens_and_closes_heads_as_one(ablation: str, tmp_path: Path) -
 
 
 def test_the_gradient_of_a_group_is_what_closing_it_does() -> None:
-    """A linear network: the first-order effect of a head is exact, and chosen by."""
+    """A linear network: the first-order effect of a head is exact and ranks the heads."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -403,7 +403,7 @@ def test_attribution_and_flow_on_heads() -> None:
         {s.name: to_channels(torch.arange(s.n_gates) % 2.0, [s])[None] for s in sites}, sites, [1]
     )
     only = NADAttribution(net, gates=gates)
-    # Heads stand at an input, channels at an output: each as its site says.
+    # Heads are at an input, channels at an output.
     shapes = [tuple(found.shape) for found in only.attribute(x, target=1)]
     assert shapes[[s.units for s in sites].index("heads")] == (3, 5, 12)
     found = information_flow(net, gates.sub_architecture(1), x, tasks=1)

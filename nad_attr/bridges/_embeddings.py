@@ -14,7 +14,7 @@ from nad_attr.system.rng import isolated_rng, seed_of
 __all__ = ["check_embeddings", "check_n_clusters", "clusters", "embeddings", "pca"]
 
 FloatArray: TypeAlias = NDArray[np.float32]
-#: Points (N, 2), and what says how much each axis stands for, if the method has it.
+#: Points (N, 2), and the share of each axis, if the method has it.
 Embedded: TypeAlias = "tuple[FloatArray, NDArray[np.float64] | None]"
 
 #: The package that each embedding needs.
@@ -92,7 +92,7 @@ def pca(vectors: FloatArray) -> Embedded:
 def _tsne(vectors: FloatArray, seed: int) -> Embedded:
     from sklearn.manifold import TSNE
 
-    # The perplexity has to be below the number of points; a third of it is what t-SNE looks at.
+    # Below the number of points; t-SNE takes three times as many neighbours.
     perplexity = min(30.0, max(1.0, (len(vectors) - 1) / 3))
     method = TSNE(2, perplexity=perplexity, init="random", random_state=seed)
     return method.fit_transform(vectors).astype(np.float32), None

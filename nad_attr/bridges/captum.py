@@ -1,8 +1,8 @@
 """Captum's attributions of the network as a sub-architecture, and Captum's measures and figures.
 
-``with arch.applied(model): IntegratedGradients(model).attribute(images, target=7)`` is all that is
-needed for a heat-map. :class:`GatedAttribution` says the same as an object that can be handed on,
-and tidies up what Captum leaves on a network.
+``with arch.applied(model): IntegratedGradients(model).attribute(images, target=7)`` makes a
+heat-map. :class:`GatedAttribution` does the same as an object, and removes what Captum leaves on a
+network.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ Gates: TypeAlias = "SubArchitecture | TaskGates | Mapping[str, Tensor]"
 class GatedAttribution(Attribution):  # type: ignore[misc]
     """A Captum method on the network as a sub-architecture, as a Captum method itself.
 
-    ``attribute`` takes and returns what the method's own does. The gates are there for the length
-    of the call, and whatever Captum leaves behind on the network (LRP leaves attributes, a DeepLift
-    that fails leaves more) is gone afterwards, also after an exception. Every input, layer and
-    neuron attribution of Captum works; a layer method at a gate site sees the gated value.
+    ``attribute`` takes and returns what the method's own does. The gates are there during the call,
+    and everything that Captum leaves on the network (LRP, or a DeepLift that fails) is removed,
+    also after an exception. Every input, layer and neuron attribution of Captum works; a layer
+    method at a gate site gets the gated value.
 
     Args:
         method: A Captum attribution of the network, such as ``IntegratedGradients(model)``, or
@@ -58,8 +58,8 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
         sites: The gate sites, needed with a mapping.
         tasks: With task gates: one task. One for each image works for methods that run the images
             as they are (Saliency, LRP), not for those that repeat them (IntegratedGradients).
-        means: What stands in place of a closed channel; None: zero, or what the gates bring.
-        seed: What is random in a method comes from it; the global random state is left alone.
+        means: What replaces a closed channel; None: zero, or the gates' own.
+        seed: Of a method's random numbers; the global random state is left alone.
 
     Attributes:
         method: As given.
@@ -71,10 +71,9 @@ class GatedAttribution(Attribution):  # type: ignore[misc]
         ValueError: If gates, sites, tasks or means do not fit together, or the network is in train
             mode.
 
-    ``attribute`` also raises :class:`~nad_attr.GatingError`: if a site does not fire, if gates for
-    each image meet a method that repeats images, or if closed channels at their mean meet the
-    Gamma and Alpha-Beta rules of Captum's LRP, which change weights and hence lose what the means
-    contribute.
+    ``attribute`` also raises :class:`~nad_attr.GatingError`: if a site does not fire, for gates for
+    each image with a method that repeats images, and for closed channels at their mean with the
+    Gamma and Alpha-Beta rules of Captum's LRP, which change weights and lose the means' part.
 
     Example:
         >>> from captum.attr import InputXGradient
@@ -205,10 +204,7 @@ def _restored(model: nn.Module | None) -> AbstractContextManager[None]:
 def gaussian_perturbation(
     scale: float = 0.05,
 ) -> Callable[[Tensor | tuple[Tensor, ...]], tuple[Any, Any]]:
-    """A perturbation for :func:`infidelity`: subtract normal noise from the inputs.
-
-    Args:
-        scale: Its standard deviation.
+    """A perturbation for :func:`infidelity`: subtract normal noise of a standard deviation.
 
     Returns:
         A function of inputs that returns the noise and the inputs without it, as Captum asks for.
@@ -246,9 +242,9 @@ def infidelity(
 ) -> Tensor:
     """How badly an attribution predicts the effect of perturbations (Captum's infidelity).
 
-    A :class:`GatedAttribution` is measured on the gated network, which is what it explains. The
-    attribution of a layer method (:class:`~nad_attr.NADAttribution`, ...) is brought to the input's
-    shape first, see :func:`input_shaped`, and measured on the whole network.
+    A :class:`GatedAttribution` is measured on the gated network. The attribution of a layer method
+    (:class:`~nad_attr.NADAttribution`, ...) is brought to the input's shape first, see
+    :func:`input_shaped`, and measured on the whole network.
 
     Args:
         method: Attributes one tensor of the inputs, or one layer.
@@ -258,9 +254,9 @@ def infidelity(
         additional_forward_args: Passed on to the network.
         n_perturb_samples: Perturbations for each image.
         max_examples_per_batch: As in Captum.
-        normalize: Scale each attribution as it fits best (Captum's ``normalize``): True here, for
-            attributions of a layer have a scale of their own.
-        seed: The perturbations come from it.
+        normalize: Scale each attribution as it fits best (Captum's ``normalize``); attributions of
+            a layer have a scale of their own.
+        seed: Of the perturbations.
         **options: Further arguments of ``method.attribute``.
 
     Returns:
@@ -333,7 +329,7 @@ def sensitivity(
         n_perturb_samples: Perturbations for each image.
         norm_ord: Which norm, as in Captum.
         max_examples_per_batch: As in Captum.
-        seed: The perturbations come from it.
+        seed: Of the perturbations.
         **options: Arguments of ``method.attribute``: ``target``, ...
 
     Returns:
@@ -396,14 +392,8 @@ def _one_tensor(attributions: Any) -> Tensor:
 def input_shaped(attributions: Tensor, inputs: Tensor) -> Tensor:
     """A layer's attribution in the shape of the images: channels summed, positions interpolated.
 
-    The sum over an image is kept; its colour channels get equal parts.
-
-    Args:
-        attributions: Of a layer of channels first, (B, K, h, w), or already (B, C, H, W).
-        inputs: Images (B, C, H, W).
-
-    Returns:
-        (B, C, H, W).
+    The sum over an image stays the same; its colour channels get equal parts. Attributions are
+    (B, K, h, w) of a layer of channels first, or already (B, C, H, W).
 
     Raises:
         ValueError: If one has another number of axes.
@@ -443,7 +433,7 @@ def heatmap_figure(
 
     Args:
         attributions: (B, C, H, W) or (B, H, W), or several of them by name.
-        images: (B, C, H, W), drawn beneath; each is scaled to its own range.
+        images: (B, C, H, W), drawn under them; each is scaled to its own range.
         method: One of Captum's: ``"heat_map"``, ``"blended_heat_map"``, ``"masked_image"``, ...
             None: blended where there are images.
         sign: ``"all"``, ``"positive"``, ``"negative"`` or ``"absolute_value"``.
@@ -492,14 +482,9 @@ def heatmap_figure(
             image = None if images is None else _picture(images[i])
             flat = not value[i].any()
             # Captum scales by the greatest value and cannot draw a map of zeros.
-            visualization.visualize_image_attr(
-                np.full_like(value[i], 1e-12) if flat else value[i],
-                image,
-                method=style,
-                sign=sign,
-                plt_fig_axis=(figure, axis),
-                use_pyplot=False,
-            )
+            drawn = np.full_like(value[i], 1e-12) if flat else value[i]
+            how: dict[str, Any] = {"method": style, "sign": sign, "use_pyplot": False}
+            visualization.visualize_image_attr(drawn, image, plt_fig_axis=(figure, axis), **how)
         line[0].set_ylabel(name)
     for axis, title in zip(axes[0], titles or (), strict=False):
         axis.set_title(title)

@@ -1,9 +1,9 @@
 """Compare concept relevance propagation (CRP) with sub-architectures.
 
-A CRP condition lets relevance flow backward through some channels only, in the network as it is. A
+A CRP condition lets relevance flow backward through some channels only, in the unchanged network. A
 sub-architecture closes channels on the way forward. :func:`compare_with_condition` computes both
-heat-maps, with Zennit alone; zennit-crp itself takes what
-:meth:`~nad_attr.SubArchitecture.to_crp_condition` hands out, and is not needed here.
+heat-maps, with Zennit alone; zennit-crp takes the conditions of
+:meth:`~nad_attr.SubArchitecture.to_crp_condition`, and is not needed here.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ class CRPComparison(Result):
 
     Attributes:
         whole: Relevance in the whole network.
-        condition: The same with the condition of CRP: in the whole network, backward through the
-            kept channels only.
+        condition: The same with the condition of CRP: backward through the kept channels only.
         gated: Relevance in the network as the sub-architecture.
         output: The whole network's output for the class, (B,): where ``whole`` and ``condition``
             start.
@@ -122,10 +121,7 @@ class CRPComparison(Result):
         return self.figure(images)
 
     def figure(self, images: Tensor | None = None) -> Any:
-        """The heat-maps in three rows, an image each column; a ``matplotlib`` figure.
-
-        Args:
-            images: (B, C, H, W), drawn beneath.
+        """The heat-maps in three rows, a column for each of the images (B, C, H, W) under them.
 
         Raises:
             ImportError: If matplotlib is not installed.
@@ -149,11 +145,10 @@ def compare_with_condition(
 ) -> CRPComparison:
     """Heat-maps under CRP's condition and through the sub-architecture, of the same channels.
 
-    Where all channels are kept they are the same. Otherwise the condition still starts from the
-    whole network's output and shares it out by the whole network's activations, to which the closed
-    channels contributed: the relevance that would have gone through them is dropped, so that the
-    heat-map sums to less than the output. The gated network computes its own output without them,
-    and its heat-map sums to that.
+    If all channels are kept they are the same. Otherwise the condition starts from the whole
+    network's output and distributes it by the whole network's activations; the relevance of the
+    closed channels is dropped, so the heat-map sums to less than the output. The gated network
+    computes its own output without them, and its heat-map sums to that.
 
     Args:
         model: The network, in eval mode.
@@ -188,7 +183,7 @@ def compare_with_condition(
     arch.to_crp_condition(0)  # refuses what is not a condition
     explained = arch.task if target is None else target
     full = SubArchitecture.full(arch.sites)
-    # Zeros and ones multiply nothing here; it brings the checks and the tidying up.
+    # All gates are open; the attributor checks and cleans up.
     whole = SubArchitectureAttributor(model, GateCanonizer(full), composite)
     with whole:
         output, everything = whole(images, explained)

@@ -28,7 +28,7 @@ from nad_attr.running.options import RunOptions, as_options
 if TYPE_CHECKING:
     _Callback: type[Any] = object
 else:
-    # This module is imported by nothing in the package; Lightning only when somebody imports it.
+    # The package never imports this module, so Lightning is imported with it alone.
     try:
         from lightning.pytorch import Callback as _Callback
     except ImportError:
@@ -60,15 +60,15 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 class LearnSubArchitectures(_Callback):  # type: ignore[misc]  # Lightning is not checked
     """Learn the gates of a network's classes when its training ends, and log their measures.
 
-    A Lightning callback (``lightning`` or ``pytorch_lightning``). On the first process alone, while
-    the others wait, and fail with it if it fails. A few images and labels are tried before the
-    first training step, unless they come from a stream. Labels are class indices, several labels
-    an image, or targets; see :class:`nad_attr.Labels`. The module's weights, flags and hooks are
-    as before afterwards. The logged numbers are means over tasks on held-out images:
+    A Lightning callback (``lightning`` or ``pytorch_lightning``). It works on the first process
+    alone; the others wait, and fail with it. A few images and labels are tried before the first
+    training step, unless they come from a stream. Labels are class indices, several labels an
+    image, or targets; see :class:`nad_attr.Labels`. The module's weights, flags and hooks are
+    unchanged afterwards. The logged numbers are means over tasks on held-out images:
     ``nad/own_auc``, ``nad/fidelity``, ``nad/recall``, ``nad/fpr`` and so on, the random channels'
-    own AUC and fidelity beside them (``nad/random/own_auc``), and each task's own AUC
-    (``nad/own_auc/<task>``). Where images have targets in place of classes, ``target_r2`` stands in
-    place of ``own_auc``.
+    own AUC and fidelity (``nad/random/own_auc``), and each task's own AUC
+    (``nad/own_auc/<task>``). If images have targets, ``target_r2`` replaces ``own_auc``.
+
 
     Args:
         data: What gates are learned from, as for :func:`nad_attr.learn_gates`. None: the trainer's
@@ -265,14 +265,14 @@ def _some(data: Any) -> Any:
         if len(data) != 2 or not isinstance(data[1], (Labels, Tensor, list, np.ndarray)):
             return None
         if not isinstance(data[0], (Dataset, DataLoader)) or isinstance(data[0], TensorDataset):
-            return data  # at hand
+            return data  # in memory
         data, labels = data
     loader = data if isinstance(data, DataLoader) else None
     dataset = data if loader is None else loader.dataset
     if isinstance(dataset, IterableDataset) or (
         loader is not None and loader.batch_sampler is None
     ):
-        return None  # what is taken from a stream may be lost to the training
+        return None  # the training may lack what is taken from a stream
     if not isinstance(dataset, Dataset) or not hasattr(dataset, "__len__"):
         return None
     numbers = None if loader is None else numbers_of(loader)
@@ -290,11 +290,8 @@ def _some(data: Any) -> Any:
 def _first_alone(trainer: Any, work: Callable[[], None]) -> None:
     """Let the first process work and the others wait for it, also if it fails.
 
-    A barrier would have them wait forever for one that has failed, and NCCL's gives up after
-    minutes.
-
-    Raises:
-        RuntimeError: On the others, if the work fails.
+    After a failure a barrier would have them wait forever, or until NCCL gives up. They raise a
+    RuntimeError then.
     """
     error: BaseException | None = None
     if trainer.is_global_zero:

@@ -31,48 +31,30 @@ Attribution: TypeAlias = "Callable[..., Tensor]"
 Given: TypeAlias = "TaskGates | SubArchitecture | Mapping[int, SubArchitecture]"
 
 
-def _gradient(model: nn.Module, images: Tensor, classes: Tensor, **options: Any) -> Tensor:
-    from captum.attr import Saliency
+def _of_captum(name: str, **defaults: Any) -> Attribution:
+    """One of Captum's attributions, with defaults that differ from Captum's."""
 
-    result: Tensor = Saliency(model).attribute(images, target=classes, **({"abs": False} | options))
-    return result
+    def attribute(model: nn.Module, images: Tensor, classes: Tensor, **options: Any) -> Tensor:
+        from captum import attr  # takes long to load
 
+        given = defaults | options
+        if name == "Occlusion":
+            side = max(1, min(images.shape[2:]) // 8)
+            patch = (images.shape[1], side, side)
+            given = {"sliding_window_shapes": patch, "strides": patch} | given
+        result: Tensor = getattr(attr, name)(model).attribute(images, target=classes, **given)
+        return result
 
-def _input_x_gradient(model: nn.Module, images: Tensor, classes: Tensor, **options: Any) -> Tensor:
-    from captum.attr import InputXGradient
-
-    result: Tensor = InputXGradient(model).attribute(images, target=classes, **options)
-    return result
-
-
-def _integrated_gradients(
-    model: nn.Module, images: Tensor, classes: Tensor, **options: Any
-) -> Tensor:
-    from captum.attr import IntegratedGradients
-
-    result: Tensor = IntegratedGradients(model).attribute(
-        images, target=classes, **({"n_steps": 20} | options)
-    )
-    return result
-
-
-def _occlusion(model: nn.Module, images: Tensor, classes: Tensor, **options: Any) -> Tensor:
-    from captum.attr import Occlusion
-
-    side = max(1, min(images.shape[2:]) // 8)
-    patch = (images.shape[1], side, side)
-    window = {"sliding_window_shapes": patch, "strides": patch}
-    result: Tensor = Occlusion(model).attribute(images, target=classes, **(window | options))
-    return result
+    return attribute
 
 
 #: The attributions by name; ``"lrp"`` is Zennit's, the others are Captum's.
 ATTRIBUTIONS: dict[str, Attribution | None] = {
-    "gradient": _gradient,
-    "input_x_gradient": _input_x_gradient,
-    "integrated_gradients": _integrated_gradients,
-    "occlusion": _occlusion,
-    "lrp": None,  # brings the gates along with its canonizers
+    "gradient": _of_captum("Saliency", abs=False),
+    "input_x_gradient": _of_captum("InputXGradient"),
+    "integrated_gradients": _of_captum("IntegratedGradients", n_steps=20),
+    "occlusion": _of_captum("Occlusion"),
+    "lrp": None,  # its canonizers bring the gates
 }
 
 
@@ -94,9 +76,9 @@ class SubArchitectureExplainer:
         size: With task gates: a size other than their own.
         sum_channels: One heat-map for each image, (B, 1, H, W), the sum over its colour channels:
             what Quantus's metrics of localisation ask for. False: (B, C, H, W).
-        seed: What is random in an attribution comes from it.
-        run: How to run the network; see :class:`nad_attr.RunOptions`. Quantus's own ``device`` goes
-            before its field. Images are explained one by one.
+        seed: Of an attribution's random numbers.
+        run: How to run the network; see :class:`nad_attr.RunOptions`. Quantus's own ``device``
+            replaces its field. Images are explained one by one.
         **options: Further arguments of the attribution (``n_steps``, ...); for ``"lrp"``,
             ``composite``: a name or a function that makes one.
 
@@ -179,7 +161,7 @@ class SubArchitectureExplainer:
             inputs: Images (B, C, H, W).
             targets: Classes (B,), or one for all.
             device: Where to run; None: where the network is.
-            method: Of no account: ``quantus.evaluate`` passes the name it has for this function.
+            method: Not used; ``quantus.evaluate`` passes it.
 
         Returns:
             The heat-maps, (B, 1, H, W) or, without ``sum_channels``, (B, C, H, W), float32.
@@ -254,8 +236,8 @@ class SubArchitectureExplainer:
             network = Filled(network, runner.fixed_batch)
         parts = []
         with restored(model), inside:
-            # Image by image, each with the same seed: what is drawn for one must not depend on the
-            # others. Captum runs the steps of one image together anyway.
+            # Image by image, each with the same seed: random numbers of one must not depend on the
+            # others.
             for image in images.split(1):
                 with isolated_rng(seed):
                     classes = torch.tensor([task], device=images.device)
@@ -314,7 +296,7 @@ def explain_func(
     """Explain images through the sub-architectures of their classes: Quantus's ``explain_func``.
 
     The same as ``SubArchitectureExplainer(gates, attribution, **options)(model, inputs, targets)``,
-    for those who rather hand everything over in ``explain_func_kwargs``.
+    with everything in ``explain_func_kwargs``.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -323,7 +305,7 @@ def explain_func(
         gates: As :class:`SubArchitectureExplainer` takes them.
         attribution: As there.
         device: Where to run; None: where the network is.
-        method: Of no account: ``quantus.evaluate`` passes the name it has for this function.
+        method: Not used; ``quantus.evaluate`` passes it.
         **options: As there: ``classes``, ``soft``, ``size``, ``sum_channels``, ``seed``, ``run``,
             and the attribution's own.
 

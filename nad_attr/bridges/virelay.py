@@ -1,10 +1,10 @@
 """Write a project for ViRelAy: heat-maps through sub-architectures, to browse with a mouse.
 
-ViRelAy (Anders et al. 2021, arXiv 2106.13200) shows images, their heat-maps and a map of points,
-one for each image, in which neighbours and clusters can be picked. :func:`export_virelay` fills it
-with heat-maps that run through the sub-architecture of each image's class, and with two maps: of
-the gate vectors of the classes, and of what the images do in the kept channels. Writing needs
-nothing but h5py; t-SNE and k-means need scikit-learn, UMAP needs umap-learn.
+ViRelAy (Anders et al. 2021, arXiv 2106.13200) shows images, their heat-maps and a map with a point
+for each image, in which the user picks neighbours and clusters. :func:`export_virelay` writes
+heat-maps through the sub-architecture of each image's class, and two maps: of the classes' gate
+vectors, and of the images' activations in the kept channels. Writing needs nothing but h5py; t-SNE
+and k-means need scikit-learn, UMAP needs umap-learn.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = ["export_virelay"]
 
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int64]
-#: What each class is called, or its WordNet number: by class index.
+#: Names, or WordNet numbers, of classes by index.
 Names: TypeAlias = "Mapping[int, str] | Sequence[str] | None"
 
 PROJECT = "project.yaml"
@@ -89,11 +89,8 @@ def _gates_of(
             return _gates_of(opened, classes)
     if not isinstance(store, GateStore):
         return store
-    wanted = [
-        task
-        for task in store.tasks
-        if set(task if isinstance(task, tuple) else (task,)) & set(classes)
-    ]
+    members = [(task, task if isinstance(task, tuple) else (task,)) for task in store.tasks]
+    wanted = [task for task, own in members if set(own) & set(classes)]
     if not wanted:
         raise ValueError(
             f"{store.path} has no gates of any class of the images ({list(classes)[:10]})."
@@ -118,23 +115,15 @@ def _gate_vectors(
 
 
 def _named(names: Names, n: int, what: str, default: Callable[[int], str]) -> list[str]:
-    """One text for each of n classes.
-
-    Raises:
-        TypeError: If they are something else.
-        ValueError: If a class is missing or two share a text.
-    """
-    if names is None:
-        found = [default(k) for k in range(n)]
-    elif isinstance(names, str) or not isinstance(names, (Mapping, Sequence)):
+    """One text for each of n classes."""
+    names = {} if names is None else names
+    if isinstance(names, str) or not isinstance(names, (Mapping, Sequence)):
         raise TypeError(f"{what} must be a list of texts or {{class: text}}, got {names!r:.60}.")
-    elif isinstance(names, Mapping):
-        found = [str(names.get(k, default(k))) for k in range(n)]
-    elif len(names) != n:
+    if isinstance(names, Mapping):
+        return [str(names.get(k, default(k))) for k in range(n)]
+    if len(names) != n:
         raise ValueError(f"{len(names)} {what} were given for the network's {n} outputs.")
-    else:
-        found = [str(name) for name in names]
-    return found
+    return list(map(str, names))
 
 
 def _text(value: str) -> str:
@@ -172,18 +161,14 @@ def _project(
 
 @contextmanager
 def _appearing(folder: Path, overwrite: bool, source: Path | None) -> Iterator[Path]:
-    """A folder beside the wanted one; what is in it at the end is moved there, all or nothing.
+    """A folder beside the wanted one; its files are moved there at the end, all or nothing.
 
-    A new folder appears in one step. In one that is there, an earlier project's files are put
-    aside first, its project file before all others, and put back if anything fails.
-
-    Args:
-        folder: The wanted one.
-        overwrite: Whether to replace a project that is there.
-        source: The file of the gates, which is not replaced.
+    A new folder appears in one step. In an existing one, an earlier project's files are put aside
+    first (its project file before all others), and put back if anything fails. ``source``, the
+    file of the gates, is not replaced.
 
     Raises:
-        FileExistsError: If there is a project already.
+        FileExistsError: If there is a project already, and ``overwrite`` is false.
     """
     files = (DATASET, ATTRIBUTION, LABEL_MAP, GATES, ACTIVATIONS, PROJECT)
     there = [name for name in files if os.path.lexists(folder / name)]
@@ -215,7 +200,7 @@ def _appearing(folder: Path, overwrite: bool, source: Path | None) -> Iterator[P
         _exchange(made, folder, before, files)
         kept = False
     finally:
-        # What could not be put back is not thrown away.
+        # Files that could not be put back stay.
         if not kept or not any(before.iterdir()):
             shutil.rmtree(beside, ignore_errors=True)
 
@@ -223,8 +208,7 @@ def _appearing(folder: Path, overwrite: bool, source: Path | None) -> Iterator[P
 def _exchange(made: Path, folder: Path, before: Path, files: Sequence[str]) -> None:
     """Put a folder's files aside and others in their place, or leave everything as it is.
 
-    Raises:
-        OSError: If that failed; says where the old files are if they could not be put back.
+    The OSError of a failure says where the old files are if they could not be put back.
     """
 
     def move(source: Path, target: Path, names: Iterable[str]) -> None:
@@ -232,7 +216,7 @@ def _exchange(made: Path, folder: Path, before: Path, files: Sequence[str]) -> N
             if os.path.lexists(source / name):
                 os.replace(source / name, target / name)
 
-    # The project file goes first and comes last: where it is, all that it names is there.
+    # The project file is removed first and written last: all files that it names are there.
     new = [name for name in files if (made / name).exists()]
     try:
         move(folder, before, reversed(files))
@@ -251,11 +235,7 @@ def _exchange(made: Path, folder: Path, before: Path, files: Sequence[str]) -> N
 
 @torch.no_grad()
 def _n_outputs(job: _Job) -> int:
-    """The number of the network's outputs, found with one image.
-
-    Raises:
-        ValueError: If labels or gates name a class that it has none for.
-    """
+    """The number of the network's outputs, found with one image."""
     (inputs,) = job.runner.draw(job.source, [[int(job.index[0])]])
     only_images(inputs)
     n = job.runner(inputs).shape[1]
@@ -300,9 +280,8 @@ def _write_attributions(job: _Job, path: Path, outputs: FloatArray) -> FloatArra
         for label in sorted({int(label) for label in labels[index]}):
             arch = job.of_class[label]
             numbers = [int(i) for i in index[labels[index] == label]]
-            parts = [
-                numbers[part.start : part.stop] for part in chunks(len(numbers), job.batch_size)
-            ]
+            cuts = chunks(len(numbers), job.batch_size)
+            parts = [numbers[part.start : part.stop] for part in cuts]
             for part, inputs in zip(parts, job.runner.draw(job.source, parts), strict=True):
                 x = only_images(inputs)
                 target = torch.full((len(part),), label, dtype=torch.int64, device="cpu")
@@ -327,10 +306,7 @@ def _write_attributions(job: _Job, path: Path, outputs: FloatArray) -> FloatArra
 
 @torch.no_grad()
 def _activation_vectors(runner: Runner, arch: SubArchitecture, x: Tensor) -> FloatArray:
-    """Each channel's gated activation less its ablation value, mean over positions: (B, C).
-
-    Zero for closed channels.
-    """
+    """Each channel's gated activation less its ablation value, mean over positions: (B, C)."""
     parts = []
     with arch.applied(runner.model), recorded(runner.model, arch.sites) as activations:
         runner((x,))
@@ -384,26 +360,17 @@ def _write_gate_analysis(
     n_clusters: Sequence[int],
     seed: int,
 ) -> None:
-    """One point for each class, at which all its images stand."""
+    """One point for each class, for all its images."""
     index, labels = job.index, job.labels
     present = sorted({int(label) for label in labels[index]})
     table = np.stack([vectors[label] for label in present])
     at = np.searchsorted(present, labels[index])
+    found = embeddings(table, wanted, seed)
+    maps = {key: (points[at], values) for key, (points, values) in found.items()}
+    groups = {"class": labels[index], "called": called}
+    groups |= {key: numbers[at] for key, numbers in clusters(table, n_clusters, seed).items()}
     with h5py.File(path, "w") as file:
-        _write_category(
-            file,
-            ALL_CLASSES,
-            index,
-            {
-                key: (points[at], values)
-                for key, (points, values) in embeddings(table, wanted, seed).items()
-            },
-            {
-                "class": labels[index],
-                "called": called,
-                **{key: g[at] for key, g in clusters(table, n_clusters, seed).items()},
-            },
-        )
+        _write_category(file, ALL_CLASSES, index, maps, groups)
 
 
 def _write_activation_analysis(
@@ -461,23 +428,22 @@ def export_virelay(
 ) -> Path:
     """Write a ViRelAy project of heat-maps through each class's own sub-architecture.
 
-    The folder then holds ``project.yaml`` and what it names: ``dataset.h5`` (all images),
+    The folder then holds ``project.yaml`` and its files: ``dataset.h5`` (all images),
     ``attribution.h5`` (heat-maps of the images whose class has gates, towards that class, and the
     whole network's outputs), ``label_map.json`` and two analyses. *sub_architectures*: a point for
-    each class, from its gate vector; its images all stand there. *gated_activations*: a point for
-    each image, from the means of its gated activations over positions; one category of each class
-    that has images enough, and one of all. Clusters are the image's class, the class that the
-    network calls, and k-means. Open it with ``virelay project.yaml``.
+    each class, with all its images, from its gate vector. *gated_activations*: a point for each
+    image, from the means of its gated activations over positions; one category for each class with
+    enough images, and one for all. Clusters are the image's class, the class that the network
+    calls, and k-means. Open it with ``virelay project.yaml``.
 
     Args:
         model: The network, in eval mode; unchanged afterwards, whatever ``method`` does.
         store: A gate store or its path, task gates, or sub-architectures with tasks. Of a store,
             only the classes of the images are read.
         data: Images with labels: ``(inputs, labels)`` tensors, a Dataset or a DataLoader.
-        folder: Where to write; made if it is not there. Files appear when all are complete: a new
-            folder in one step; in a folder that is there, an earlier project stays if anything
-            fails. If the process is killed while files are moved there is no ``project.yaml``,
-            and the earlier files are in the hidden folder beside this one.
+        folder: Where to write; made if it is not there. Files appear when all are complete; an
+            earlier project stays if anything fails. If the process is killed while files are moved,
+            there is no ``project.yaml``, and the earlier files are in the hidden folder beside.
         method: The heat-maps, called as ``method(network, inputs, target)`` in the gated network,
             see :func:`nad_attr.pictures.heat_maps`.
         method_name: What ViRelAy calls it. None: the function's name.
@@ -553,11 +519,8 @@ def export_virelay(
     n_classes = _n_outputs(job)
     names = _named(class_names, n_classes, "class_names", lambda k: f"class {k}")
     ids = _named(word_net_ids, n_classes, "word_net_ids", lambda k: f"class_{k:04d}")
-    if (
-        len(set(ids)) < n_classes
-        or ALL_CLASSES in ids
-        or any("/" in i or i in ("", ".") for i in ids)
-    ):
+    odd = any("/" in i or i in ("", ".", ALL_CLASSES) for i in ids)
+    if len(set(ids)) < n_classes or odd:
         raise ValueError(
             f"word_net_ids must differ from each other and from {ALL_CLASSES!r}, without '/'."
         )
@@ -574,17 +537,12 @@ def export_virelay(
         _write_gate_analysis(job, made / GATES, by_class, called, wanted, ks, seed)
         # No hyphens: ViRelAy's server asks for "a-b" as "a_b".
         analyses = {"sub_architectures": GATES}
-        if _write_activation_analysis(
-            job, made / ACTIVATIONS, vectors, called, wanted, ks, ids, seed
-        ):
+        place = made / ACTIVATIONS
+        if _write_activation_analysis(job, place, vectors, called, wanted, ks, ids, seed):
             analyses["gated_activations"] = ACTIVATIONS
-        called_so = method_name or str(getattr(method, "__name__", type(method).__name__))
-        text = _project(
-            project_name,
-            model_name or type(job.runner.model).__name__,
-            dataset_name,
-            f"{called_so} through each class's sub-architecture",
-            analyses,
-        )
+        model_name = model_name or type(job.runner.model).__name__
+        method_name = method_name or str(getattr(method, "__name__", type(method).__name__))
+        method_name = f"{method_name} through each class's sub-architecture"
+        text = _project(project_name, model_name, dataset_name, method_name, analyses)
         (made / PROJECT).write_text(text, encoding="utf-8")
     return target / PROJECT

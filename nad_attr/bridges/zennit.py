@@ -63,32 +63,30 @@ _TOLERANCE = 1e-3
 class GateCanonizer(Canonizer):  # type: ignore[misc]
     """A Zennit canonizer that runs the network under gates while a composite is registered.
 
-    Goes into ``canonizers=[...]`` of any composite, with any other canonizers. Rules meet the
-    network that they would meet with the gates multiplied into its weights: a rule of LRP hands
-    relevance through a gate as through a layer of one weight for each channel, all of it where
-    closed channels are zero; where they are replaced by their mean, the mean keeps its share, as a
-    bias does. Rules that rewrite gradients, and none at all, meet the gradient times the gate.
+    Put it into ``canonizers=[...]`` of any composite, with any other canonizers. Rules work as if
+    the gates were multiplied into the weights: a rule of LRP treats a gate as a layer of one weight
+    for each channel and passes all relevance on if closed channels are zero; a mean that replaces
+    them keeps its share, as a bias does. Rules that rewrite gradients, and no rules, get the
+    gradient times the gate.
 
     The place in the list matters in one case only: a gate on a layer whose BatchNorm is merged into
-    it. Put this canonizer **before** the merging one then. It stands behind the BatchNorm in its
-    place and turns a closed channel into what the BatchNorm makes of its ablation value, which is
-    the same function; after merging this cannot be known any more, and is refused.
+    it. Put this canonizer **before** the merging one then. It moves the gate behind the BatchNorm
+    and closes a channel at the BatchNorm's output for the ablation value, which is the same
+    function. After merging that output is unknown, and the gate is refused.
 
     Args:
         gates: A sub-architecture; task gates (soft), with ``tasks`` unless there is only one; or
             ``{site name: tensor}`` with ``sites``, as :func:`nad_attr.gated` takes them.
         sites: The gate sites, needed with a mapping.
         tasks: With task gates: one task for the batch, or one for each image.
-        means: ``{site name: (C,)}``, what stands in place of a closed channel; None: zero, or what
-            the gates bring.
+        means: ``{site name: (C,)}``, what replaces a closed channel; None: zero, or the gates' own.
 
     Raises:
         TypeError: If ``gates`` is something else.
         ValueError: If gates, sites, tasks or means do not fit together.
 
     Registering the composite also raises :class:`~nad_attr.SiteError` if the network has no such
-    site, and :class:`~nad_attr.GatingError` if a gate stands before a BatchNorm that is merged
-    already.
+    site, and :class:`~nad_attr.GatingError` if a gate is before a BatchNorm that is merged already.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
@@ -132,12 +130,7 @@ class GateCanonizer(Canonizer):  # type: ignore[misc]
         with ExitStack() as stack:
             if moved:
                 stack.enter_context(
-                    gated(
-                        root_module,
-                        moved_gates,
-                        sites=list(moved.values()),
-                        means=moved_means,
-                    )
+                    gated(root_module, moved_gates, sites=list(moved.values()), means=moved_means)
                 )
                 for name, site in moved.items():
                     stack.enter_context(_Connected(root_module, name, site.name))
@@ -185,11 +178,8 @@ class GateCanonizer(Canonizer):  # type: ignore[misc]
                     "seems to be merged into the layer already, so that its ablation value cannot "
                     "be known: put GateCanonizer before the merging canonizer in the list."
                 )
-            mean = (
-                torch.zeros(site.n_channels, device="cpu")
-                if self.means is None
-                else self.means[site.name]
-            )
+            zero = torch.zeros(site.n_channels, device="cpu")
+            mean = zero if self.means is None else self.means[site.name]
             name = names[id(norm)]
             moved[site.name] = GateSite(name, site.n_channels, 1)
             gates[name] = self.gates[site.name]
@@ -202,7 +192,7 @@ def _is_merged(layer: Any, norm: Any) -> bool:
     values = (norm.running_mean, norm.running_var - 1, norm.weight - 1, norm.bias)
     if any(bool(value.detach().any()) for value in values):
         return False
-    # One that was never trained looks like it; where nothing is added, both come to the same.
+    # An untrained BatchNorm looks the same; if nothing is added, both give the same.
     return layer.bias is not None and bool(layer.bias.any())
 
 
@@ -210,9 +200,8 @@ def _normalised(norm: Any, mean: Tensor) -> Tensor:
     """The output of a BatchNorm for a constant in each channel, (C,)."""
     device = norm.running_mean.device
     with torch.no_grad():
-        scaled = (mean.to(device, norm.running_mean.dtype) - norm.running_mean) * (
-            norm.running_var + norm.eps
-        ).rsqrt()
+        centred = mean.to(device, norm.running_mean.dtype) - norm.running_mean
+        scaled = centred * (norm.running_var + norm.eps).rsqrt()
         if norm.weight is not None:
             scaled = scaled * norm.weight + norm.bias
         constant: Tensor = scaled.detach().clone()
@@ -292,16 +281,14 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
 
     Use it as any attributor of Zennit: called by itself, or several times in a ``with`` block. It
     registers the composite with the gates in it, checks with the first images that the composite's
-    canonizers leave the gated network's outputs as they are, runs the inner attributor, and leaves
-    the network as it was, also after an exception (Zennit 1.0's merging canonizer leaves traces of
-    its own). It works on a copy of the network that shares its weights (``model`` in a ``with``
-    block), so that other threads see the network unchanged; on the network itself, if it cannot be
-    copied.
+    canonizers do not change the gated network's outputs, runs the inner attributor, and restores
+    the network, also after an exception. It works on a copy of the network that shares its weights
+    (``model`` in a ``with`` block), so that other threads get the network unchanged; on the network
+    itself, if it cannot be copied.
 
-    With a composite of relevance rules, conserving rules, no biases and closed channels at zero,
-    the relevance of an image sums to its gated output. With biases, or closed channels at their
-    mean (a constant that is added, hence a bias), it sums to the gated output less what they
-    contributed, as LRP always does.
+    With conserving relevance rules, no biases and closed channels at zero, the relevance of an
+    image sums to its gated output. With biases, or closed channels at their mean (an added
+    constant, hence a bias), it sums to the gated output less their part, as LRP always does.
 
     Args:
         model: The network, in eval mode.
@@ -313,7 +300,7 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
         canonizers: In place of the composite's own. None: those, ``SequentialMergeBatchNorm`` for
             a name; ``[]``: none, as DenseNet needs.
         attr_output: The default target, in place of the sub-architecture's own task.
-        seed: SmoothGrad's noise comes from it; the global random state is left alone.
+        seed: Of SmoothGrad's noise; the global random state is left alone.
         **options: Arguments of the inner attributor: ``n_iter``, ``noise_level``, ``window``,
             ``stride``, ``baseline_fn``, ...
 
@@ -425,14 +412,12 @@ class SubArchitectureAttributor(Attributor):  # type: ignore[misc]
 
         Args:
             input: Images (B, ...).
-            attr_output: What is explained. A class index for all images (int, tensor of one
-                element) or one for each (list, integer tensor (B,)); a tensor of the output's
-                shape (B, K) or (1, K), as one-hot rows, or a function of the output, from which
-                the backward pass starts exactly as in Zennit. None: the default target, or the
-                sub-architecture's own task.
-
-                For class indices, relevance rules and occlusion start from the class's output, so
-                that relevance is a share of it; gradients start from one.
+            attr_output: The output to explain. A class index for all images (int, tensor of one
+                element) or one for each (list, integer tensor (B,)); one-hot rows, (B, K) or (1,
+                K), or a function of the output, from which the backward pass starts exactly as in
+                Zennit. None: the default target, or the sub-architecture's own task. For class
+                indices, relevance rules and occlusion start from the class's output, gradients from
+                one.
 
         Returns:
             The gated network's output (B, K), and the attribution, of the input's shape.
@@ -501,7 +486,7 @@ def _with_gates(composite: Any, gates: GateCanonizer, canonizers: Sequence[Any] 
     """A copy of a composite, with the gates before its other canonizers, or the given ones."""
     new = copy.copy(composite)
     new.canonizers = [gates, *(composite.canonizers if canonizers is None else canonizers)]
-    # What is registered belongs to one composite each.
+    # Each composite has its own registered hooks.
     new.handles = RemovableHandleList()
     new.hook_refs = weakref.WeakSet()
     return new

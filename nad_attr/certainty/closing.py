@@ -183,7 +183,7 @@ class TaskTrial:
             for part in self._parts(n * len(rest)):
                 each, image = rest[part // n], part % n
                 at = State(gates[each], constants[each])
-                found[each, image] = self._gated(numbers[image], at)
+                found[each.numpy(), image.numpy()] = self._gated(numbers[image], at)
         return found
 
     def _gated(self, numbers: Tensor, states: State, prefix: Prefix | None = None) -> FloatArray:

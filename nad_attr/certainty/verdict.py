@@ -254,7 +254,9 @@ def _fitted(
         )
     given = getattr(gates, "recipe", None)
     recipe = Recipe() if given is None or isinstance(given, PaperRecipe) else given
-    recipe = replace(recipe, ablation="optimal", steps=FIT_STEPS, fidelity=None, size=0.5)
+    recipe = replace(
+        recipe, ablation="optimal", steps=FIT_STEPS, fidelity=None, size=0.5, replicas=1
+    )
     tasks = tasks_of_rows(archs)
     session = Session(model, learned, tasks, recipe, archs[0].sites, seed=seed, run=run)
     bar = session.network.bar(len(groups) * len(tasks) * FIT_STEPS, "fitting constants", "step")

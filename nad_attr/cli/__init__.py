@@ -27,7 +27,7 @@ def app() -> typer.Typer:
         >>> [command.callback.__name__ for command in app().registered_commands][:3]
         ['explain', 'sites', 'learn']
     """
-    # Here, so that the entry point can say what is missing where typer is.
+    # Imported here, so that the entry point can say that typer is missing.
     from nad_attr.cli.application import make_app
 
     return make_app()
@@ -41,7 +41,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop_at_once)
     try:
         _run()
-    finally:  # for who calls this from a program of their own
+    finally:  # for other programs that call this
         signal.signal(signal.SIGINT, before)
 
 

@@ -200,17 +200,9 @@ def _top(
     for site, values in channels.items():
         gate = own[site]
         order = values.abs().argsort(descending=True, stable=True)[:top]
-        for channel in order.tolist():
-            yield _Row(
-                str(path),
-                task,
-                name,
-                output,
-                site,
-                channel,
-                float(gate[channel]),
-                float(values[channel]),
-            )
+        for c in order.tolist():
+            of_channel = (site, c, float(gate[c]), float(values[c]))
+            yield _Row(str(path), task, name, output, *of_channel)
 
 
 def _print(rows: list[_Row]) -> None:

@@ -131,33 +131,22 @@ def _overlaps(
     pairs = list(zip(a, b, strict=True))
     plain = [one.overlaps(other) for one, other in pairs]
     fair = [one.overlaps(other, chance_corrected=True) for one, other in pairs]
+    kinds = {"overlap": plain, "kappa": fair}
     return {
-        site: {
-            "overlap": float(np.mean([values[site] for values in plain])),
-            "kappa": float(np.mean([values[site] for values in fair])),
-        }
+        site: {kind: float(np.mean([v[site] for v in values])) for kind, values in kinds.items()}
         for site in plain[0]
     }
 
 
 def _per_site(methods: dict[str, dict[str, dict[str, float]]]) -> None:
-    sites = list(next(iter(methods.values())))
-    header = ["site"]
-    for name in methods:
-        header += [f"{name}\noverlap" if name else "overlap", f"{name}\nkappa" if name else "kappa"]
-    rows = [
-        [
-            site,
-            *(number(found[site][m]) for found in methods.values() for m in ("overlap", "kappa")),
-        ]
-        for site in sites
-    ]
-    means = [
-        number(float(np.mean([found[site][m] for site in sites])))
-        for found in methods.values()
-        for m in ("overlap", "kappa")
-    ]
-    print_table(header, [*rows, ["mean", *means]], bold=("mean",))
+    sites, columns = list(next(iter(methods.values()))), {}
+    for name, found in methods.items():
+        for kind in ("overlap", "kappa"):
+            values = [found[site][kind] for site in sites]
+            head = f"{name}\n{kind}" if name else kind
+            columns[head] = [*map(number, values), number(float(np.mean(values)))]
+    rows = [list(row) for row in zip([*sites, "mean"], *columns.values(), strict=True)]
+    print_table(["site", *columns], rows, bold=("mean",))
 
 
 def _two_files(files: Sequence[Path], tasks: list[str] | None, size: float | None) -> Any:

@@ -38,7 +38,7 @@ def demo(
       nad-attr demo
       nad-attr demo --classes 4 --steps 30 --out quick
     """
-    # All that can be wrong here are options and the installation.
+    # Only options and the installation can be wrong here.
     with guarded(debug, code=2):
         check_size(size)
         result = run_demo(

@@ -150,7 +150,10 @@ def evaluate(
         finished(images, work.quiet)
         print_evaluation(result)
         if out is not None:
-            _write(result, out)
+            if out.suffix == ".csv":
+                write_csv(result.frame(), out, index=True)
+            else:
+                result.save(out)
             say(f"written: {out}", work.quiet)
 
 
@@ -181,10 +184,3 @@ def print_evaluation(result: Evaluation) -> None:
     print_table([f"{result.n_images:,} images", *columns.values()], rows, bold=("mean",))
     for line in result.held_out_sentences():
         typer.echo(line)
-
-
-def _write(result: Evaluation, out: Path) -> None:
-    if out.suffix == ".csv":
-        write_csv(result.frame(), out, index=True)
-    else:
-        result.save(out)

@@ -100,15 +100,8 @@ def explain(
         run = RunOptions(device=chosen_device(work.device), batch_size=work.batch_size)
         if labels is None:
             check_folder(data)
-        opened = open_model(
-            model,
-            weights,
-            model_arguments(model_arg),
-            transform=pictures.transform,
-            options=pictures.options(),
-            data=data if labels is None else None,
-            quiet=work.quiet,
-        )
+        arguments, folder = model_arguments(model_arg), data if labels is None else None
+        opened = open_model(model, weights, arguments, pictures, data=folder, quiet=work.quiet)
         images = open_images(data, opened, check=True, labels=labels, **work.reading())
         present = tasks_in(as_source(images.data, any_labels=True).labels)
         with shown_progress(work.quiet, lambda progress: None) as on_progress:

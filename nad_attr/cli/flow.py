@@ -100,12 +100,7 @@ def flow(
                 means=learned.means,
             )
         found = information_flow(
-            study.model,
-            learned,
-            images.data,
-            receivers=receivers,
-            n_images=n_images,
-            run=run,
+            study.model, learned, images.data, receivers=receivers, n_images=n_images, run=run
         )
         finished(images, work.quiet)
         _print(found, top)

@@ -100,6 +100,10 @@ def learn(
     images_per_step: Annotated[
         int | None, typer.Option(min=1, help="Images for each class and step. [20]")
     ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs whose mean decides, for agreement between seeds. [1]"),
+    ] = None,
     ablation: Annotated[
         Ablation | None, typer.Option(help="What a closed channel becomes. [optimal]")
     ] = None,
@@ -153,10 +157,10 @@ def learn(
     *,
     pictures: opt.PictureOptions,
 ) -> None:
-    """Learn which channels a network needs for each class, and keep the gates in a file.
+    """Learn which channels a network needs for each class, and save the gates in a file.
 
-    Every class is in the file as soon as it is learned: after Ctrl-C or a crash, the same command
-    with --resume goes on, and ends with the same gates.
+    Every class is saved as soon as it is learned: after Ctrl-C or a crash, the same command with
+    --resume goes on, and ends with the same gates.
 
     Examples:
       nad-attr learn --model torchvision:resnet50 --data photos/train --tasks 0-9 --size 0.4
@@ -173,7 +177,7 @@ def learn(
         return f"{saved} To go on:\n  {_again()}"
 
     with guarded(debug, stopped=stopped):
-        budget = {"size": size, "fidelity": fidelity, "steps": steps}
+        budget = {"size": size, "fidelity": fidelity, "steps": steps, "replicas": replicas}
         made = _recipe(model, recipe, budget, images_per_step, ablation, beta, epochs)
         executor = _executor(ray, gpus_per_worker, ray_workers)
         unknown = [name for name in may_differ or () if name not in MAY_DIFFER]
@@ -191,15 +195,8 @@ def learn(
         check_outputs([(out, "HDF5")], [weights, class_index, labels, None if resume else data])
         place = None if executor is not None and device is None else chosen_device(device)
         check_folder(data, labels)
-        opened = open_model(
-            model,
-            weights,
-            model_arguments(model_arg),
-            transform=pictures.transform,
-            options=pictures.options(),
-            data=data if labels is None else None,
-            quiet=quiet,
-        )
+        arguments, folder = model_arguments(model_arg), data if labels is None else None
+        opened = open_model(model, weights, arguments, pictures, data=folder, quiet=quiet)
         images = open_images(
             data,
             opened,
@@ -250,7 +247,7 @@ def learn(
                 f"{out}: {counted(len(store.tasks), 'task')}, {counted(len(store.sites), 'site')}, "
                 f"{counted(channels, 'channel')} ({learned} learned in {duration(last.seconds)})"
             )
-            # Such a file may be yours; other people's cannot make us call or read what they like.
+            # The reader has to trust a file that names functions or weights.
             plain = weights is None and pictures.transform is None
             plain = plain and is_plain_model(opened.loaded.name, opened.loaded.arguments)
             trusted = "" if plain else " --trust-file"
@@ -276,20 +273,14 @@ def _recipe(
     epochs: int | None,
 ) -> Recipe:
     check_size(budget["size"])
-    fields: dict[str, Any] = {
-        **budget,
-        "ablation": None if ablation is None else ablation.value,
-        "beta": beta,
-        "epochs": epochs,
-    }
-    other = (
-        ("size", "fidelity", "steps", "ablation")
-        if kind is RecipeName.paper
-        else ("beta", "epochs")
-    )
+    fields: dict[str, Any] = {**budget, "beta": beta, "epochs": epochs}
+    fields["ablation"] = None if ablation is None else ablation.value
+    other: tuple[str, ...] = ("beta", "epochs")
+    belongs = "published"
+    if kind is RecipeName.paper:
+        other, belongs = ("size", "fidelity", "steps", "replicas", "ablation"), "default"
     for name in other:
         if fields.pop(name) is not None:
-            belongs = "default" if kind is RecipeName.paper else "published"
             raise UsageError(
                 f"--{name} belongs to the {belongs} recipe, not to --recipe {kind.value}."
             )
@@ -304,7 +295,7 @@ def _recipe(
         if beta is None:
             raise UsageError(
                 "the published recipe needs --beta, the weight of its size term, for a network "
-                "other than torchvision's {', '.join(_PUBLISHED)}."
+                f"other than torchvision's {', '.join(_PUBLISHED)}."
             )
         return Recipe.paper(**given)
     except ValueError as error:
@@ -319,9 +310,8 @@ def _executor(ray: str | None, gpus: float | None, workers: int | None) -> Execu
         return None
     from nad_attr.learning.ray_executor import RayExecutor
 
-    given: dict[str, Any] = {} if gpus is None else {"gpus_per_worker": gpus}
-    if workers is not None:
-        given["n_workers"] = workers
+    wanted = {"gpus_per_worker": gpus, "n_workers": workers}
+    given: dict[str, Any] = {name: n for name, n in wanted.items() if n is not None}
     try:
         executor: Executor = RayExecutor(ray, **given)
     except ValueError as error:
@@ -374,10 +364,7 @@ def shown_progress(
         def update(progress: Progress) -> None:
             also(progress)
             bar.update(
-                task,
-                total=progress.n_steps,
-                completed=progress.steps,
-                description=_text(progress),
+                task, total=progress.n_steps, completed=progress.steps, description=_text(progress)
             )
 
         yield update

@@ -29,11 +29,7 @@ class UsageError(ValueError):
 
 
 def check_size(size: float | None) -> None:
-    """Refuse what is not a share of the channels, before anything is read.
-
-    Raises:
-        UsageError: Says what was meant, where it looks like per cent.
-    """
+    """Refuse a size that is no share of the channels, before anything is read."""
     if size is None or 0 < size <= 1:
         return
     hint = f"; for {size:g} % write {size / 100:g}" if 1 < size <= 100 else ""
@@ -67,10 +63,8 @@ def guarded(
 ) -> Iterator[None]:
     """Print an error as one line, and not as a traceback.
 
-    Args:
-        debug: Show the traceback as well.
-        code: Exit code for errors of data, model and files.
-        stopped: What to say after Ctrl-C.
+    ``code`` is the exit code for errors of data, model and files; ``stopped`` gives the text after
+    Ctrl-C; ``debug`` shows the traceback as well.
     """
     with _plain_warnings(), _signals():
         try:
@@ -85,7 +79,7 @@ def guarded(
             _fail(error, 2, debug)
         except Exception as error:
             if isinstance(error, BrokenPipeError):
-                # The reader of our output is gone, which is its right.
+                # The reader of our output has closed it, as head does.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 raise typer.Exit(0) from None
             _fail(error, code, debug)
@@ -127,10 +121,7 @@ def _plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Let a request to terminate, such as a scheduler's, end the program as Ctrl-C does.
-
-    Ctrl-C itself is an exception from here on, so that what is open gets closed.
-    """
+    """Let a request to terminate, such as a scheduler's, end the program as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -176,7 +167,7 @@ def print_table(
     longest = max(SHORTEST_NAME, spare // max(1, left))
     for original, row in zip(rows, cells, strict=True):
         named = [shortened(cell, longest) for cell in row[:left]]
-        # As Text: names of classes may hold what rich takes for markup.
+        # As Text: names of classes may hold rich's markup.
         table.add_row(
             *(Text(cell) for cell in (*named, *row[left:])),
             style="bold" if original[0] in bold else None,
@@ -185,7 +176,7 @@ def print_table(
     Console(width=max(width, needed), highlight=False).print(table)
 
 
-#: Letters that a name in a table keeps, however many numbers stand beside it.
+#: Letters that a name in a table keeps, however many numbers are beside it.
 SHORTEST_NAME = 24
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,7 @@ def check_network(
     head: str,
     others: Sequence[Path | None] = (),
 ) -> None:
-    """Refuse what cannot be written, before anything is read.
-
-    Args:
-        path: The file of the network.
-        gates: The file of the gates.
-        tasks: As chosen.
-        head: As chosen.
-        others: Further files that are written.
-
-    Raises:
-        UsageError: Says what is wrong.
-    """
+    """Refuse a file of a network that cannot be written, before anything is read."""
     if path.suffix not in FORMATS:
         raise UsageError(f"--network takes a file that ends in {', '.join(FORMATS)}, got {path}.")
     if not tasks:
@@ -57,11 +46,7 @@ def check_network(
 
 
 def check_apart(path: Path, other: Path | None, what: str) -> None:
-    """Refuse to write a network or its companion files over another file.
-
-    Raises:
-        UsageError: Names the file.
-    """
+    """Refuse to write a network or its companion files over another file."""
     beside = path.with_name(f"{path.name}.json")
     written = [some.resolve() for some in (path, beside, path.with_suffix(".py"))]
     if other is not None and other.resolve() in written:
@@ -69,11 +54,7 @@ def check_apart(path: Path, other: Path | None, what: str) -> None:
 
 
 def image_like(opened: Opened, pixels: int | None) -> Tensor:
-    """One image as the network's transform makes it.
-
-    Raises:
-        UsageError: If the transform makes images of another size than was asked for.
-    """
+    """One image as the network's transform makes it, of the size that was asked for."""
     from PIL import Image
 
     side = pixels or 224
@@ -113,14 +94,10 @@ def write_network(
     for line in str(made).splitlines():
         say(line, quiet)
     times = latency({"whole": opened.loaded.model, "smaller": small}, image)
-    say(_times(times), quiet)
+    whole, smaller = 1e3 * times["whole"], 1e3 * times["smaller"]
+    said = f"{whole:.1f} ms -> {smaller:.1f} ms here, one image, {whole / smaller:.2f} x"
+    say(f"latency         {said}", quiet)
     beside = "gates on hooks" if len(archs) == 1 else "the networks cut, on hooks"
     say(f"difference      {made.difference:.1e} of the largest output, beside {beside}", quiet)
     say(f"written: {', '.join(map(str, files))}", quiet)
     return made
-
-
-def _times(times: Mapping[str, float]) -> str:
-    whole, smaller = 1e3 * times["whole"], 1e3 * times["smaller"]
-    ratio = f"{whole / smaller:.2f} x"
-    return f"latency         {whole:.1f} ms -> {smaller:.1f} ms here, one image, {ratio}"

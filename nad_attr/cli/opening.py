@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nad_attr.cli.messages import UsageError, progress_bar, say
-from nad_attr.cli.options import NetworkOptions, WorkOptions
+from nad_attr.cli.options import NetworkOptions, PictureOptions, WorkOptions
 from nad_attr.data.fingerprints import model_hash
 from nad_attr.data.images import (
     ClassMapping,
@@ -67,11 +67,7 @@ def model_arguments(items: Sequence[str] | None) -> dict[str, Any]:
 
 
 def chosen_device(name: str | None) -> str:
-    """The device of that name, or CUDA if there is one.
-
-    Raises:
-        UsageError: If it is not there.
-    """
+    """The device of that name, or CUDA if there is one."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -129,8 +125,9 @@ def open_images(
     if found.images is not None:
         say(f"data: {len(found.images):,} images in {data}, {found.mapping}", quiet)
         _check_shapes(found.images, transform)
-        if check:
-            checked(found.images, n_workers, quiet)
+        if check:  # read all images once and leave out those that cannot be read
+            with progress_bar("checking images", len(found.images), quiet) as advance:
+                found.images.check(n_workers=n_workers, progress=advance)
     else:
         say(f"data: {data}", quiet)
     say(found.note and f"      {found.note}", quiet)
@@ -141,11 +138,7 @@ def open_images(
 
 
 def _open_table(
-    labels: Path,
-    folder: str,
-    opened: Opened,
-    given: Mapping[str, int] | None,
-    quiet: bool,
+    labels: Path, folder: str, opened: Opened, given: Mapping[str, int] | None, quiet: bool
 ) -> LoadedData:
     """Images of a folder with the labels of a table."""
     loaded, transform = opened.loaded, opened.transform
@@ -157,11 +150,7 @@ def _open_table(
     def numbered(found: Sequence[str]) -> Mapping[str, int]:
         nonlocal mapping
         mapping = match_classes(
-            found,
-            n_classes,
-            class_index=given,
-            known=opened.known,
-            class_names=loaded.class_names,
+            found, n_classes, class_index=given, known=opened.known, class_names=loaded.class_names
         )
         return mapping.index
 
@@ -174,17 +163,13 @@ def _open_table(
     return LoadedData((photos, read), folder, names, mapping)
 
 
-#: Files whose sizes are looked at, and images of different sizes that are compared as the network
-#: gets them, at most.
+#: Files whose sizes are read, and images of different sizes that are compared behind the transform,
+#: at most.
 HEADS_READ, SIZES_COMPARED = 2000, 8
 
 
 def _check_shapes(images: ImageFolderData | PhotoTable, transform: Transform) -> None:
-    """Refuse pictures that have several sizes after the transform: no batch can hold them.
-
-    Raises:
-        UsageError: Names two of them.
-    """
+    """Refuse pictures that have several sizes after the transform: no batch can hold them."""
     from PIL import Image
 
     known: dict[tuple[int, int], int] = {}
@@ -192,10 +177,10 @@ def _check_shapes(images: ImageFolderData | PhotoTable, transform: Transform) ->
         return
     for number in range(0, len(images), max(1, len(images) // HEADS_READ)):
         try:
-            with Image.open(images.path(number)) as picture:  # its head alone
+            with Image.open(images.path(number)) as picture:  # reads its head only
                 known.setdefault(picture.size, number)
         except (OSError, ValueError, Image.DecompressionBombError):
-            continue  # what cannot be read is said elsewhere
+            continue  # another check names it
         if len(known) >= SIZES_COMPARED:
             break
     shapes: dict[tuple[int, ...], Path] = {}
@@ -218,13 +203,8 @@ def check_outputs(
 ) -> None:
     """Refuse to write where something would be lost, before any work is done.
 
-    Args:
-        outputs: Files to write, and of which kind, see :func:`nad_attr.system.files.check_output`;
-            None is not asked for.
-        inputs: Files and folders that are read, also as names of data; None is not given.
-
-    Raises:
-        UsageError: Says what would be lost.
+    ``outputs`` are files and their kinds, see :func:`nad_attr.system.files.check_output`;
+    ``inputs`` are files and folders that are read, also as names of data. None is left out.
     """
     places = [place for given in inputs if given is not None for place in _places(str(given))]
     wanted = [(path, kind) for path, kind in outputs if path is not None]
@@ -241,9 +221,6 @@ def check_result(out: Path | None, gates: Path, inputs: Iterable[object], *, csv
     """Refuse an output file that has an unknown suffix or is also an input.
 
     An HDF5 file may be that of the gates: the result is written beside them.
-
-    Raises:
-        UsageError: Says what is wrong.
     """
     text = (".json", ".csv") if csv else (".json",)
     if out is not None and out.suffix not in (*text, ".h5", ".hdf5"):
@@ -260,13 +237,7 @@ def _places(name: str) -> tuple[str, ...]:
 
 
 def check_folder(data: str, labels: Path | None = None) -> None:
-    """Refuse a folder that does not exist, before a network is made.
-
-    With a table of labels, any folder will do.
-
-    Raises:
-        FileNotFoundError: If the name can only be that of a folder, and there is none.
-    """
+    """Refuse data that can only name a folder, and none is there, before a network is made."""
     if labels is not None:
         if not Path(data).is_dir():
             raise FileNotFoundError(f"there is no folder {data}.")
@@ -284,12 +255,6 @@ def _first_image(data: str, transform: Transform) -> torch.Tensor:
             "in one (torchvision's ToTensor, for example)."
         )
     return image[None]
-
-
-def checked(images: ImageFolderData, n_workers: int, quiet: bool) -> None:
-    """Read all images once and leave out those that cannot be read."""
-    with progress_bar("checking images", len(images), quiet) as advance:
-        images.check(n_workers=n_workers, progress=advance)
 
 
 def pick_tasks(
@@ -315,9 +280,8 @@ def open_model(
     model: str,
     weights: Path | None,
     arguments: Mapping[str, Any],
+    pictures: PictureOptions,
     *,
-    transform: str | None = None,
-    options: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
     data: str | None = None,
     quiet: bool = False,
@@ -328,7 +292,9 @@ def open_model(
     say(f"model: {loaded.name}{beside}", quiet)
     for note in loaded.notes:
         say(f"       {note}", quiet)
-    made = make_transform(loaded, factory=transform, options=options, record=record, data=data)
+    made = make_transform(
+        loaded, factory=pictures.transform, options=pictures.options(), record=record, data=data
+    )
     say(f"images: {made.text}", quiet)
     say(made.note and f"        {made.note}", quiet)
     return Opened(loaded, made)
@@ -353,18 +319,17 @@ def rebuilt(
 ) -> Opened:
     """The network that gates were learned on, made again and compared.
 
-    A file from elsewhere may name any function and any file. Taken from it are plain names of
-    architectures (:func:`nad_attr.specs.is_plain_model`) and numbers of transforms; the rest has
-    to be said on the command line, or to be trusted.
+    A file from elsewhere may name any function and any file. Only plain names of architectures
+    (:func:`nad_attr.specs.is_plain_model`) and numbers of transforms are taken from it; the command
+    line has to say or trust the rest.
 
     Raises:
         SpecError: If the store does not say how to make it, says more than a file may, or it is
             another network.
     """
-    model, weights, transform = network.model, network.weights, network.pictures.transform
-    options = network.pictures.options()
-    name = model or provenance.get("model")
-    transform_record = provenance.get("transform")
+    model, weights, pictures = network.model, network.weights, network.pictures
+    name, record = model or provenance.get("model"), provenance.get("transform")
+    record = record if isinstance(record, dict) else None
     if model is None and (not isinstance(name, str) or ":" not in name):
         raise SpecError(
             "the file does not say how to make its network (it was not written by nad-attr "
@@ -383,24 +348,16 @@ def rebuilt(
         if weights is None and isinstance(file, str):
             weights = Path(file)
             named.append(("--weights", file))
-    if isinstance(transform_record, dict) and transform_record.get("kind") == "factory":
-        if transform is None and not options:
-            named.append(("--transform", str(transform_record.get("factory"))))
+    if record is not None and record.get("kind") == "factory":
+        if pictures.transform is None and not pictures.options():
+            named.append(("--transform", str(record.get("factory"))))
     check_trust(named, network.trust_file)
     if ("--weights", str(weights)) in named and not Path(str(weights)).is_file():
         raise SpecError(
             f"the network's weights were in {shown(str(weights))}, which is not there now; say "
             "where they are with --weights."
         )
-    opened = open_model(
-        str(name),
-        weights,
-        own,
-        transform=transform,
-        options=options,
-        record=transform_record if isinstance(transform_record, dict) else None,
-        quiet=quiet,
-    )
+    opened = open_model(str(name), weights, own, network.pictures, record=record, quiet=quiet)
     expected = provenance.get("model_hash")
     if isinstance(expected, str) and model_hash(opened.loaded.model) != expected:
         text = (
@@ -417,15 +374,7 @@ def rebuilt(
 
 
 def check_trust(named: Sequence[tuple[str, str]], trust: bool) -> None:
-    """Refuse what a file must not name, or print it before it is called.
-
-    Args:
-        named: Options that say the same, and their values.
-        trust: Whether the user trusts the file.
-
-    Raises:
-        SpecError: If not.
-    """
+    """Refuse what a file must not name; if the user trusts it, print that before it is called."""
     if not named:
         return
     said = " ".join(f"{option} {shown(shlex.quote(value))}" for option, value in named)
@@ -457,14 +406,7 @@ def opened_gates(
 
 
 class Study:
-    """A file of gates in use: its gates, their network made again, and images for it.
-
-    Args:
-        gates: The gates.
-        provenance: What their file says of network and data.
-        network: Options that say the network.
-        work: Options that say how to work.
-    """
+    """A file of gates in use: its gates, their network made again, and images for it."""
 
     def __init__(
         self,
@@ -491,11 +433,7 @@ class Study:
         option: str = "--train-data",
         **how: Any,
     ) -> LoadedData:
-        """Images that the user names, or else those that a trusted file names.
-
-        Raises:
-            SpecError: If none are known, or the file is not trusted.
-        """
+        """Images that the user names, or else those that a trusted file names."""
         if data is None:
             if held_out_labels and not labels:
                 table = {"--train-data": "--train-labels", "--data": "--labels"}[option]

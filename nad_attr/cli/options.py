@@ -19,7 +19,7 @@ Model: TypeAlias = Annotated[
     str,
     typer.Option(
         help="torchvision:NAME[:WEIGHTS], timm:NAME, or package.module:factory, a function that "
-        "returns the network.",
+        "returns the network."
     ),
 ]
 OtherModel: TypeAlias = Annotated[
@@ -56,12 +56,10 @@ LabelTable: TypeAlias = Annotated[
     ),
 ]
 TrainLabelTable: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--train-labels", help="The same for --train-data."),
+    Path | None, typer.Option("--train-labels", help="The same for --train-data.")
 ]
 HeldOutLabelTable: TypeAlias = Annotated[
-    Path | None,
-    typer.Option("--held-out-labels", help="The same for --held-out."),
+    Path | None, typer.Option("--held-out-labels", help="The same for --held-out.")
 ]
 AllowEmpty: TypeAlias = Annotated[
     bool, typer.Option("--allow-empty", help="Accept class folders without images.")
@@ -144,18 +142,14 @@ Units: TypeAlias = Annotated[
     str | None,
     typer.Option(
         help="What gates stand for, with a comma between several: channels, attention heads, "
-        "hidden neurons. [channels]",
+        "hidden neurons. [channels]"
     ),
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 
 
 def units_of(text: str | None) -> list[str]:
-    """The kinds of units that an option lists.
-
-    Raises:
-        UsageError: If there is no such kind.
-    """
+    """The kinds of units that an option lists."""
     listed = ["channels"] if text is None else [part.strip() for part in text.split(",")]
     for unit in listed:
         if unit not in UNITS:
@@ -175,7 +169,7 @@ Checks: TypeAlias = Annotated[
     ChecksName,
     typer.Option(
         help="What to do if outputs depend on chance or on other images, or if gradients are "
-        "wrong about closing channels: refuse the network, warn and go on, or do not check.",
+        "wrong about closing channels: refuse the network, warn and go on, or do not check."
     ),
 ]
 Store: TypeAlias = Annotated[
@@ -204,9 +198,6 @@ AnyModel: TypeAlias = Annotated[
         "--any-model", help="Go on even if the network's weights are not those of the gates."
     ),
 ]
-
-
-# -- Groups of options ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -267,11 +258,7 @@ class WorkOptions:
 
     def reading(self) -> dict[str, Any]:
         """What opening images takes."""
-        return {
-            "class_index": self.class_index,
-            "n_workers": self.workers,
-            "quiet": self.quiet,
-        }
+        return {"class_index": self.class_index, "n_workers": self.workers, "quiet": self.quiet}
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:

@@ -9,13 +9,7 @@ import typer
 
 from nad_attr.cli import options as opt
 from nad_attr.cli.messages import UsageError, guarded, say
-from nad_attr.cli.opening import (
-    Study,
-    check_folder,
-    check_outputs,
-    chosen_device,
-    finished,
-)
+from nad_attr.cli.opening import Study, check_folder, check_outputs, chosen_device, finished
 from nad_attr.cli.rivals import METHODS, check_methods, rivals_of
 from nad_attr.evaluation import Evaluation
 from nad_attr.report import Report
@@ -92,7 +86,10 @@ def report(
             raise UsageError("--labels needs --data, the folder of the images it names.")
         read = [gates, network.weights, work.class_index, labels, data, train_data, measured]
         check_outputs([(out, "text")], read)
-        result = Report(gates, evaluation=_evaluation(measured), title=title)
+        evaluation: Evaluation | str | None = measured
+        if measured is not None and measured.endswith(".json"):
+            evaluation = Evaluation.load(measured)
+        result = Report(gates, evaluation=evaluation, title=title)
         if data is not None:
             run = RunOptions(device=chosen_device(work.device), batch_size=work.batch_size)
             check_folder(data, labels)
@@ -125,9 +122,3 @@ def report(
         missing = result.missing()
         if missing and data is None:
             say(f"not in it: {'; '.join(missing)}; --data adds most of it.", work.quiet)
-
-
-def _evaluation(name: str | None) -> Evaluation | str | None:
-    if name is None or not name.endswith(".json"):
-        return name
-    return Evaluation.load(name)

@@ -18,7 +18,7 @@ from nad_attr.learning.session import fit_constants
 from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
 from nad_attr.specs import SpecError
-from nad_attr.system.rng import seed_of
+from nad_attr.system.rng import permutation, seed_of
 
 __all__ = ["METHODS", "check_methods", "rivals_of"]
 
@@ -45,11 +45,7 @@ METHODS = {
 
 
 def check_methods(names: Sequence[str] | None) -> list[str]:
-    """The methods of ``--with``.
-
-    Raises:
-        UsageError: If there is no such method.
-    """
+    """The methods of ``--with``."""
     unknown = [name for name in names or () if name not in METHODS]
     if unknown:
         raise UsageError(f"--with takes {', '.join(METHODS)}, got {unknown[0]!r}.")
@@ -67,17 +63,8 @@ def rivals_of(
 ) -> dict[str, list[SubArchitecture]]:
     """Each method's sub-architectures, of the sizes that those given have.
 
-    Args:
-        study: The network, its sites and the recipe of the gates: constants are fitted with as many
-            images and passes as it had.
-        names: Keys of :data:`METHODS`.
-        archs: Sub-architectures of T tasks.
-        data: Images to score channels on, and to fit constants to if those given have their own.
-        n_images: Of each class, at most.
-        run: How to run the network; see :class:`nad_attr.RunOptions`.
-
-    Raises:
-        SpecError: If there is no image of a task.
+    Channels are scored on the images, ``n_images`` of each class at most; constants are fitted to
+    them if those given have their own, with as many images and passes as the gates' recipe had.
     """
     model, seed, quiet = study.model, study.work.seed, study.work.quiet
     tasks = [arch.task for arch in archs if arch.task is not None]
@@ -91,11 +78,7 @@ def rivals_of(
         size = sum(arch.size for arch in archs) / len(archs)
         options = {"size": size} if name in ("hard-concrete", "ugs", "iterative") else {}
         scores = getattr(evaluation, METHODS[name])(model, study.gates.sites, **options)(
-            inputs,
-            labels,
-            tasks=tasks,
-            include_others=True,
-            run=run,
+            inputs, labels, tasks=tasks, include_others=True, run=run
         )
         found[name] = _same_sizes(scores, archs)
         if any(arch.own_constants for arch in archs):
@@ -113,19 +96,13 @@ def _some(source: Source, tasks: Sequence[Task], n: int, seed: int) -> tuple[Any
     for kind in range(len(known)):
         label = int(known[kind]) if known.ndim == 1 else tuple(known[kind].tolist())
         numbers = (place == kind).nonzero().flatten()
-        generator = torch.Generator().manual_seed(seed_of(seed, "compare", label))
-        chosen += numbers[
-            torch.randperm(len(numbers), generator=generator, device="cpu")[:n]
-        ].tolist()
+        chosen += numbers[permutation(len(numbers), seed, "compare", label)[:n]].tolist()
     labels = source.labels[chosen]
     missing = [t for t, own in zip(tasks, own_images(labels, tasks), strict=True) if not own.any()]
     if missing:
         raise SpecError(f"there is no image of task {missing[0]} to score channels on.")
-    draws = [
-        [(i, seed_of(seed, "compare", i)) for i in chosen[a : a + 32]]
-        for a in range(0, len(chosen), 32)
-    ]
-    parts = list(source.batches(draws))
+    seeded = [(i, seed_of(seed, "compare", i)) for i in chosen]
+    parts = list(source.batches(seeded[a : a + 32] for a in range(0, len(seeded), 32)))
     inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
     # Rows of a single 1 each would be read as classes.
     given = Labels(labels, kind="several") if labels.ndim == 2 else labels

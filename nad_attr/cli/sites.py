@@ -65,17 +65,12 @@ def sites(
             units=units_of(units),
         )
         modules = dict(loaded.model.named_modules())
-        rows = [
-            [
-                str(i),
-                site.name,
-                type(modules[site.name]).__name__,
-                f"{site.n_channels:,}",
-                str(site.channel_dim),
-                *([f"{site.n_gates:,} {site.units}"] if units else []),
-            ]
-            for i, site in enumerate(found)
-        ]
+        rows = []
+        for i, site in enumerate(found):
+            row = [str(i), site.name, type(modules[site.name]).__name__, f"{site.n_channels:,}"]
+            gates = [f"{site.n_gates:,} {site.units}"] if units else []
+            rows.append([*row, str(site.channel_dim), *gates])
+
         total = sum(site.n_channels for site in found)
         gates = [f"{n_gates(found):,}"] if units else []
         rows.append(["", "all", "", f"{total:,}", "", *gates])

@@ -57,15 +57,13 @@ def inspect(
         sizes = [arch.sizes for arch in archs]
         shares = {s.name: [size[s.name] for size in sizes] for s in learned.sites}
         if json_file:
+            closed = "zero" if learned.means is None else "mean"
+            closed = closed if learned.constants is None else "constants"
             content = {
                 "file": str(gates),
                 "provenance": facts,
                 "recipe": None if learned.recipe is None else json.loads(learned.recipe.to_json()),
-                "closed_channels": "constants"
-                if learned.constants is not None
-                else "zero"
-                if learned.means is None
-                else "mean",
+                "closed_channels": closed,
                 "tasks": [
                     {"index": task, "name": name, "size": arch.size}
                     for task, name, arch in zip(learned.tasks, names, archs, strict=True)
@@ -91,39 +89,35 @@ def inspect(
         if len(rows) > _MAX_ROWS:
             rows = [*rows[:_MAX_ROWS], [f"... {len(rows) - _MAX_ROWS} more", "", "", ""]]
         print_table(["task", "class", "kept channels", "size"], rows)
-        rows = [
-            [
-                site.name,
-                f"{site.n_channels:,}",
-                number(float(np.mean(shares[site.name]))),
-                number(min(shares[site.name])),
-                number(max(shares[site.name])),
-            ]
-            for site in learned.sites
-        ]
+        rows = []
+        for site in learned.sites:
+            share = shares[site.name]
+            numbers = (float(np.mean(share)), min(share), max(share))
+            rows.append([site.name, f"{site.n_channels:,}", *map(number, numbers)])
         print_table(["site", "channels", "mean size", "smallest", "largest"], rows)
 
 
 def _print_facts(
     path: Path, gates: TaskGates, facts: dict[str, Any], results: dict[str, list[str]]
 ) -> None:
-    lines = [("file", str(path)), ("model", facts.get("model"))]
-    lines.append(("weights", facts.get("weights")))
-    lines.append(("weights hash", str(facts.get("model_hash") or "")[:16]))
-    images = facts.get("n_images")
-    said = facts.get("data")
+    images, said = facts.get("n_images"), facts.get("data")
     if said and isinstance(images, int):
         said = f"{said} ({images:,} images)"
-    lines.append(("learned from", said))
-    lines.append(("recipe", None if gates.recipe is None else repr(gates.recipe)))
-    lines.append(("closed channels", gates.closed_at))
-    lines.append(("seed", facts.get("seed")))
+    lines = [
+        ("file", str(path)),
+        ("model", facts.get("model")),
+        ("weights", facts.get("weights")),
+        ("weights hash", str(facts.get("model_hash") or "")[:16]),
+        ("learned from", said),
+        ("recipe", None if gates.recipe is None else repr(gates.recipe)),
+        ("closed channels", gates.closed_at),
+        ("seed", facts.get("seed")),
+    ]
     environment = facts.get("environment")
     if isinstance(environment, dict):
         used = [f"{key} {environment[key]}" for key in ("nad_attr", "torch") if key in environment]
         lines.append(("with", ", ".join([*used, str(facts.get("device") or "")])))
-    for name, values in results.items():
-        lines.append((name, ", ".join(values)))
+    lines += [(name, ", ".join(values)) for name, values in results.items()]
     for name, value in lines:
         if value not in (None, ""):
             typer.echo(f"{name:16} {shown(value)}")
@@ -185,8 +179,7 @@ def export(
         ),
     ] = None,
     size: Annotated[
-        float | None,
-        typer.Option(help="Keep this share of the channels; default: as learned."),
+        float | None, typer.Option(help="Keep this share of the channels; default: as learned.")
     ] = None,
     kept_only: Annotated[
         bool, typer.Option("--kept-only", help="Leave closed channels out of the CSV file.")
@@ -311,20 +304,11 @@ def _csv(gates: TaskGates, size: float | None, kept_only: bool, file: IO[str]) -
 
 def _kept(gates: TaskGates, size: float | None) -> dict[str, Any]:
     names = gates.task_names or tuple(map(str, gates.tasks))
-    return {
-        "sites": {site.name: site.n_channels for site in gates.sites},
-        "tasks": [
-            {
-                "index": task,
-                "name": name,
-                "size": arch.size,
-                "kept": {site: channels.tolist() for site, channels in arch.kept.items()},
-            }
-            for task, name, arch in zip(
-                gates.tasks, names, gates.sub_architectures(size), strict=True
-            )
-        ],
-    }
+    tasks = []
+    for task, name, arch in zip(gates.tasks, names, gates.sub_architectures(size), strict=True):
+        kept = {site: channels.tolist() for site, channels in arch.kept.items()}
+        tasks.append({"index": task, "name": name, "size": arch.size, "kept": kept})
+    return {"sites": {site.name: site.n_channels for site in gates.sites}, "tasks": tasks}
 
 
 def _arrays(gates: TaskGates, size: float | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ __all__ = ["CATEGORIES", "Concept", "UnitConcepts"]
 
 FloatArray: TypeAlias = NDArray[np.float32]
 
-#: Kinds of concepts, from what is thought low to what is thought high; "" is not known.
+#: Kinds of concepts, from low to high level; "" is not known.
 CATEGORIES = ("colour", "texture", "material", "part", "object", "scene", "")
 _SPELLINGS = {"color": "colour", "colors": "colour", "colours": "colour"}
 
@@ -168,8 +168,6 @@ class UnitConcepts(Result):
             arrays[site] = array
         return arrays
 
-    # -- what is there -----------------------------------------------------------------------
-
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, in forward order."""
@@ -252,8 +250,6 @@ class UnitConcepts(Result):
             return np.arange(len(self.concepts))
         wanted = _SPELLINGS.get(category, category)
         return np.array([i for i, c in enumerate(self.concepts) if c.category == wanted], np.int64)
-
-    # -- detectors -----------------------------------------------------------------------------
 
     def best(self, site: str, category: str | None = None) -> tuple[NDArray[np.int64], FloatArray]:
         """The concept that each unit overlaps most.
@@ -345,8 +341,6 @@ class UnitConcepts(Result):
             raise KeyError(f"no concept is called {getattr(concept, 'name', concept)!r}.")
         return found
 
-    # -- tables --------------------------------------------------------------------------------
-
     def frame(self, *, all_concepts: bool = False) -> Any:
         """A tidy ``pandas.DataFrame``.
 
@@ -428,8 +422,6 @@ class UnitConcepts(Result):
             for i in self.best(site)[0][self.detectors(site)]:
                 parts[names[self.concepts[i].category]][s] += 1
         return plot_parts(self.sites, parts, "detectors", axes=axes)
-
-    # -- files ---------------------------------------------------------------------------------
 
     @classmethod
     def _types(cls) -> dict[str, Any]:

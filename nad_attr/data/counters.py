@@ -1,7 +1,7 @@
 """Random numbers from counters: a function of their key, independent of the batch.
 
-A generator gives its numbers in order, so what an image gets would depend on the images before it.
-Here each number is a hash of its key and its place, for a whole batch at once and on any device.
+A generator gives its numbers in order, so the numbers of an image would depend on the images before
+it. Here each number is a hash of its key and its place, for a whole batch and on any device.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _SIGN = 0x80000000
 
 
 def words(values: Tensor) -> Tensor:
-    """The lower 32 bits of whole numbers, as int32: its products are quick, and wrap around."""
+    """The lower 32 bits of whole numbers, as int32, whose products are fast and wrap around."""
     return (((values.long() & _LOW) ^ _SIGN) - _SIGN).int()
 
 
 def unsigned(bits: Tensor) -> Tensor:
-    """32 bits held in int32 as a number from 0 on, int64.
+    """32 bits in int32 as a number from 0 on, int64.
 
     Example:
         >>> unsigned(words(torch.tensor([7, 2**32 - 1])))
@@ -35,12 +35,12 @@ def unsigned(bits: Tensor) -> Tensor:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """A hash of 32 bits held in int32, the same on every device; x itself is overwritten.
+    """A hash of 32 bits in int32, the same on every device; x itself is overwritten.
 
-    The multiply-xorshift function "lowbias32" (C. Wellons, Hash Function Prospector, 2018), whose
-    bits each depend on all bits of the input.
+    It is the multiply-xorshift function "lowbias32" (C. Wellons, Hash Function Prospector, 2018),
+    whose output bits each depend on all input bits.
     """
-    # torch shifts the sign in, the mask takes it out again.
+    # torch shifts the sign in; the mask removes it.
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= 0x7FEB352D
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
@@ -61,14 +61,9 @@ def hashed(counter: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def standard_normal(keys: tuple[Tensor, Tensor], n: int) -> Tensor:
-    """Standard normal numbers, each row a function of its key alone (Box and Muller's method).
+    """Standard normal numbers, each row a function of its key (Box and Muller's method).
 
-    Args:
-        keys: Two int32 (B,).
-        n: Numbers for each key.
-
-    Returns:
-        float32 (B, n).
+    ``keys`` are two int32 (B,); the result is float32 (B, n).
     """
     half = (n + 1) // 2
     counter = torch.arange(2 * half, device=keys[0].device, dtype=torch.int32)

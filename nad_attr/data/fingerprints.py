@@ -1,4 +1,4 @@
-"""Where gates come from: the network, the data and the programs, in a form that can be compared."""
+"""The origin of gates, in a form that can be compared: network, data and programs."""
 
 from __future__ import annotations
 
@@ -27,26 +27,25 @@ __all__ = [
     "same_outputs",
 ]
 
-#: Images that a fingerprint of data draws, spread evenly over all: of files and tensors, which it
-#: reads as well, and of other data.
+#: Images that a fingerprint draws, spread evenly over all: of files and tensors, which it reads as
+#: well, and of other data.
 _IMAGES, _IMAGES_ALONE = 8, 64
-#: Files whose sizes and whose contents it looks at, at most, and bytes at the start, in the middle
-#: and at the end of each.
+#: Files whose sizes and contents it reads, at most, and bytes at the start, middle and end of each.
 _SIZES, _CONTENTS, _SAMPLE = 2**16, 2**10, 2**14
 #: Bytes of tensors that it reads, at most.
 _BYTES = 2**30
 #: Sums that are kept of the outputs of an image.
 _SUMS = 8
-#: Share of the outputs' size that two runs may differ by: on CPUs, and with a GPU, whose
-#: convolutions round to ten bits (TF32).
+#: Largest difference between two runs, as a share of the outputs' size: on CPUs, and with a GPU,
+#: whose convolutions round to ten bits (TF32).
 _ROUNDING, _ROUNDING_GPU = 1e-4, 1e-2
 
 
 def model_hash(model: nn.Module) -> str:
     """A fingerprint of a network's parameters and buffers.
 
-    The same for the same numbers, wherever they lie and whatever wraps the network
-    (``DataParallel``, ``torch.compile``); another one as soon as a single bit differs.
+    It depends on the numbers only, not on their place or a wrapper (``DataParallel``,
+    ``torch.compile``); a single different bit changes it.
 
     Args:
         model: The network; it is only read.
@@ -87,16 +86,16 @@ def _update(digest: Any, name: str, value: Tensor) -> None:
 def data_fingerprint(data: Data | Source) -> str:
     """A fingerprint of labelled images that does not read them all.
 
-    Looks at the number of images, all labels, the names of the classes where the dataset has them
-    (``classes``), and eight images spread evenly over the data, drawn with a fixed seed. Of data in
-    files (:class:`~nad_attr.datasets.ImageFolderData`, torchvision's folders) also at all names,
-    the sizes of 65,536 files and the start, middle and end of 1,024, and of tensors at 1 GiB: all
-    of them where there are no more, else spread evenly. Of other datasets it draws 64 images. So it
-    notices other data, another order, another transform, and one image that was changed or
-    exchanged, unless that one is among very many.
+    It reads the number of images, all labels, the names of the classes if the dataset has them
+    (``classes``), and eight images spread evenly over the data, drawn with a fixed seed. For data
+    in files (:class:`~nad_attr.datasets.ImageFolderData`, torchvision's folders) it also reads all
+    names, the sizes of 65,536 files and the start, middle and end of 1,024, and for tensors 1 GiB:
+    all of them if there are no more, else spread evenly. From other datasets it draws 64 images. So
+    it changes with other data, another order, another transform, and one changed or exchanged
+    image, unless that one is among very many.
 
     Args:
-        data: What :func:`nad_attr.learn_gates` takes, or a source made of it.
+        data: The data of :func:`nad_attr.learn_gates`, or a source made of it.
 
     Returns:
         64 hexadecimal digits.
@@ -135,22 +134,22 @@ def data_fingerprint(data: Data | Source) -> str:
 
 
 def _spread(n: int, most: int) -> list[int]:
-    """At most that many of 0 to n - 1, evenly, the first and the last among them."""
+    """At most that many of 0 to n - 1, evenly, including the first and the last."""
     return [int(i) for i in np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(np.int64))]
 
 
 def chosen_for_fingerprint(digest: Any, dataset: Any, numbers: Sequence[int]) -> list[int]:
-    """Add what lies in a dataset's files or tensors to a fingerprint.
+    """Add the content of a dataset's files or tensors to a fingerprint.
 
     Args:
         digest: A hash.
-        dataset: A dataset of tensors; one whose ``path(number)`` or ``samples`` say its files; or
+        dataset: A dataset of tensors; one whose ``path(number)`` or ``samples`` name its files; or
             another one.
-        numbers: Those of its items that count.
+        numbers: Its items that count.
 
     Returns:
-        Places in ``numbers`` whose images are to be drawn beside it: fewer where files or tensors
-        were read.
+        Places in ``numbers`` of images to be drawn in addition: fewer if files or tensors were
+        read.
     """
     n = len(numbers)
     while isinstance(dataset, Subset):
@@ -199,9 +198,9 @@ def _files(dataset: Any, numbers: Sequence[int]) -> list[str] | None:
 
 
 def fixed_outputs(run: Callable[[Inputs], Tensor], batches: Iterable[Inputs]) -> dict[str, Any]:
-    """A network's outputs on a few fixed images, as JSON holds them: eight fixed sums of each.
+    """A network's outputs on a few fixed images, for JSON: eight fixed sums of each.
 
-    The weights alone do not say what a network computes: GELU in place of ReLU has the same.
+    The weights alone do not define the outputs: GELU in place of ReLU has the same weights.
 
     Args:
         run: Gives outputs (B, K).
@@ -245,7 +244,7 @@ def same_outputs(known: Any, given: Any) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Versions of what computes, as texts.
+    """Versions of the programs and devices that compute, as texts.
 
     Example:
         >>> sorted(environment())

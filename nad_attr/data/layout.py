@@ -1,4 +1,4 @@
-"""Which positions of a site's tensor are which part of the image."""
+"""The positions of a site's tensor as parts of the image."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nad_attr.sites.site import GateSite
-
 
 def _token_grid(n_tokens: int, aspect: float, prefix: int | None) -> tuple[int, int, int] | None:
-    """(tokens that stand for no position, rows, columns) of a list of tokens, if it is a grid."""
+    """(tokens without a position, rows, columns) of a list of tokens, if it is a grid."""
     for skipped in (0, 1) if prefix is None else (prefix,):
         n = n_tokens - skipped
         if n < 1:
@@ -25,12 +23,12 @@ def _token_grid(n_tokens: int, aspect: float, prefix: int | None) -> tuple[int, 
 
 @dataclass(frozen=True)
 class Grid:
-    """How the positions of a site's tensor are laid out.
+    """The layout of the positions of a site's tensor.
 
     Attributes:
         height: Rows of positions.
         width: Columns of positions.
-        n_prefix: Tokens in front of those of the image, where positions are a list of tokens. None:
+        n_prefix: Tokens before those of the image, if positions are a list of tokens. None:
             height and width are axes of the tensor.
 
     Example:
@@ -51,25 +49,18 @@ class Grid:
         return maps
 
 
-def grid_of(
-    site: GateSite, shape: torch.Size, aspect: float, prefix: int | None
-) -> tuple[Grid | None, str]:
-    """Find the layout of a site's positions.
+def grid_of(shape: torch.Size, aspect: float, prefix: int | None) -> tuple[Grid | None, str]:
+    """The layout of a site's positions and "", or None and the reason.
 
     Args:
-        site: The site; which one plays no part in the layout.
-        shape: Of its tensor, without the axis of channels: (B, ...).
-        aspect: Height of the image divided by its width, which a grid of tokens has as well.
-        prefix: Tokens in front of those of the image; None: none or one, as their number says.
-
-    Returns:
-        The layout and ``""``, or None and why it has none, to be put behind the site's name.
+        shape: Shape of the site's tensor, without the axis of channels: (B, ...).
+        aspect: Height of the image divided by its width, as of a grid of tokens.
+        prefix: Tokens before those of the image; None: none or one, by their number.
 
     Example:
-        >>> site = GateSite("vit.block", 8, 2)
-        >>> grid_of(site, torch.Size([1, 17]), 1.0, None)
+        >>> grid_of(torch.Size([1, 17]), 1.0, None)
         (Grid(height=4, width=4, n_prefix=1), '')
-        >>> grid_of(site, torch.Size([1, 11]), 1.0, None)
+        >>> grid_of(torch.Size([1, 11]), 1.0, None)
         (None, "its 11 tokens are not a grid of the image's shape")
     """
     axes = shape[1:]

@@ -1,8 +1,8 @@
-"""Where learning and evaluation draw images from: tensors, datasets and loaders.
+"""Sources of images for learning and evaluation: tensors, datasets and loaders.
 
 Every draw is a function of a seed alone. Random transforms of a dataset read the global random
-states, so each item is fetched with those states seeded for it and put back afterwards: neither
-the caller's random numbers nor the number of loader workers change.
+states, so each item is fetched with those states seeded for it and restored afterwards: neither the
+caller's random numbers nor the number of loader workers have an effect.
 """
 
 from __future__ import annotations
@@ -40,22 +40,14 @@ from nad_attr.system.rng import isolated_rng, seed_all
 __all__ = ["Data", "Draw", "Inputs", "Source", "as_source"]
 
 
-#: Bytes of images that are read into memory where there is no other way to draw from them.
+#: Bytes of images that are read into memory if there is no other way to draw from them.
 MAX_BYTES = 2**32
-
-
-#: Items that are looked at for one that is not None.
+#: Items that are searched for one that is not None.
 ITEMS_TRIED = 100
-
-
-#: What learning and evaluation accept.
+#: Data for learning and evaluation.
 Data: TypeAlias = "DataLoader[Any] | Dataset[Any] | tuple[Any, Any] | list[Any] | Source"
-
-
 #: One image to fetch: its number, and the seed of its random transforms.
 Draw: TypeAlias = "tuple[int, int]"
-
-
 #: The network's inputs for a batch; axis 0 of each is the image.
 Inputs: TypeAlias = "tuple[Tensor, ...]"
 
@@ -74,11 +66,10 @@ class Source(Protocol):
 
     def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
         """The inputs of each list of draws, in order, on the CPU or where they are."""
-        ...
 
 
 def check_finite(inputs: Inputs) -> Inputs:
-    """Refuse NaN and infinity, which would spread over all gates of the batch."""
+    """Refuse NaN and infinity, which would spread to all gates of the batch."""
     for i, value in enumerate(inputs):
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             bad = (~torch.isfinite(value.flatten(1)).all(1)).nonzero().flatten().tolist()
@@ -111,12 +102,12 @@ def _as_inputs(value: Any) -> Inputs:
     return inputs
 
 
-#: Where a row's label is looked for, in this order.
+#: Names of a row's label, in this order.
 LABEL_FIELDS = ("labels", "label", "targets", "target", "y", "class", "cls")
 
 
 class _Parts(NamedTuple):
-    """A batch, or an item, taken apart."""
+    """The parts of a batch, or of an item."""
 
     inputs: Any
     label: Any
@@ -124,11 +115,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(batch: Any) -> _Parts:
-    """Inputs and label of what a dataset or loader yields.
-
-    Raises:
-        TypeError: If it is neither a pair nor a row with a label; says which.
-    """
+    """Inputs and label of an item or batch; a TypeError names what is neither a pair nor a row."""
     if isinstance(batch, Mapping):
         key = next((name for name in LABEL_FIELDS if name in batch), None)
         if key is None:
@@ -183,12 +170,12 @@ def _labels_of(parts: Sequence[Any], classes: Any) -> ReadLabels:
 
 
 class TensorSource:
-    """Images that lie in memory."""
+    """Images in memory."""
 
     augmented = False
 
     def __init__(self, inputs: Any, labels: Any) -> None:
-        # Tensors made in the caller's inference mode cannot be saved for backward; a copy can.
+        # Tensors made in the caller's inference mode cannot be saved for backward; copies can.
         with torch.inference_mode(False):
             self.inputs = tuple(
                 item.clone() if item.is_inference() else item for item in _as_inputs(inputs)
@@ -210,11 +197,7 @@ class TensorSource:
 
 
 class ChosenSource:
-    """Some images of another source.
-
-    Args:
-        source: The other source.
-        rows: int64 (N,), the numbers of the images in it.
+    """The images of another source with the numbers ``rows``, int64 (N,).
 
     Example:
         >>> whole = as_source((torch.eye(3), torch.tensor([0, 1, 2])))
@@ -240,7 +223,7 @@ class ChosenSource:
 
     @property
     def dataset(self) -> Dataset[Any]:
-        """The dataset that the images come from, if they do."""
+        """The dataset that the images come from, if there is one."""
         found: Dataset[Any] = self.source.dataset  # type: ignore[attr-defined]
         return found
 
@@ -256,10 +239,7 @@ class ChosenSource:
 
 
 class MirroredSource(ChosenSource):
-    """N pictures, and as many mirrored ones: number N + i is picture i, left for right.
-
-    Args:
-        source: Of one input, (B, C, H, W).
+    """The N pictures (C, H, W) of a source and as many mirrored ones: N + i is picture i mirrored.
 
     Example:
         >>> whole = as_source((torch.arange(3.0).view(1, 1, 1, 3), torch.tensor([0])))
@@ -290,7 +270,7 @@ class _SeededItems(Dataset[Any]):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
-        """The items of a batch; torch's loader asks for them so."""
+        """The items of a batch; called by torch's loader."""
         items = []
         with isolated_rng():
             for number, seed in keys:
@@ -301,12 +281,12 @@ class _SeededItems(Dataset[Any]):
 
 
 def _row(item: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A row whose lists of numbers are tensors, which batches are stacked from."""
+    """A row whose lists of numbers are tensors, from which batches are stacked."""
     lists = {k: v for k, v in item.items() if isinstance(v, list) and not _is_text(v)}
     return dict(item) | {k: torch.as_tensor(v, device="cpu") for k, v in lists.items()}
 
 
-#: What a loader says about how its items are loaded.
+#: A loader's settings for loading items.
 _SETTINGS = (
     "num_workers",
     "pin_memory",
@@ -328,35 +308,32 @@ class _WorkerInit:
         info = get_worker_info()
         inner = getattr(info.dataset, "dataset", None) if info is not None else None
         if inner is not None:
-            object.__setattr__(info, "dataset", inner)  # it lets nobody assign otherwise
+            object.__setattr__(info, "dataset", inner)  # it refuses a plain assignment
         if self.function is not None:
             self.function(number)
 
 
 def loading(loader: DataLoader[Any] | None) -> dict[str, Any]:
-    """How a loader loads its items, as arguments of another one: workers, memory, collating."""
+    """A loader's settings, as arguments of another one: workers, memory, collating."""
     if loader is None:
         return {}
     options = {name: getattr(loader, name) for name in _SETTINGS}
-    if not options["pin_memory_device"]:  # torch warns of whoever names it
+    if not options["pin_memory_device"]:  # torch warns if it is given
         del options["pin_memory_device"]
     return options | {"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn}
 
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start a loader's pass. It draws a seed by its CPU generator, on the user's default device."""
+    """Start a loader's pass on the CPU, whose generator draws its seed, for any default device."""
     with torch.device("cpu"):
         return iter(loader)
 
 
 class SeededLoader:
-    """Loads items of a dataset in any order, each a function of its number and seed.
+    """Loads items of a map-style dataset in any order, each a function of its number and seed.
 
-    Args:
-        dataset: A map-style dataset.
-        loader: Its settings are used: workers, pinned memory, timeout and so on.
-        collate: What makes a batch of items; None: the loader's.
-        n_workers: Processes; 0: the loader's.
+    The loader's settings are used: workers, pinned memory, timeout and so on. ``collate`` and
+    ``n_workers`` above 0 replace its own.
     """
 
     def __init__(
@@ -380,25 +357,20 @@ class SeededLoader:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_lasting": None, "_busy": False}  # processes cannot be sent
 
-    def _open(self, draws: _Draws) -> DataLoader[Any]:
+    def _open(self, draws: _Draws, **changes: Any) -> DataLoader[Any]:
         return DataLoader(
             _SeededItems(self.dataset),
             batch_sampler=draws,
             generator=torch.Generator().manual_seed(0),  # never the global one
-            **self.options,
+            **(self.options | changes),
         )
 
     def __call__(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Any]:
         """A batch for each list of (number, seed)."""
         if not self.options.get("persistent_workers") or self._busy:
-            options = self.options
-            if self._busy:  # workers that stay serve one at a time
-                self.options = options | {"persistent_workers": False}
-            try:
-                loader = self._open(_Draws(draws))
-            finally:
-                self.options = options
-            yield from started(loader)
+            # Persistent workers serve one pass at a time.
+            changes = {"persistent_workers": False} if self._busy else {}
+            yield from started(self._open(_Draws(draws), **changes))
             return
         if self._lasting is None:
             self._lasting = self._open(_Draws(()))
@@ -412,7 +384,7 @@ class SeededLoader:
 
 
 class _Draws:
-    """A batch sampler whose batches are given anew for each pass."""
+    """A batch sampler with other batches in each pass."""
 
     def __init__(self, draws: Iterable[Sequence[Draw]]) -> None:
         self.draws = draws
@@ -441,15 +413,15 @@ class DatasetSource:
         n = len(dataset)  # type: ignore[arg-type]
         self.numbers = range(n) if numbers is None else list(numbers)
         if loader is not None and _drops(loader.collate_fn, dataset, self.numbers):
-            self.numbers = self._sound()
+            self.numbers = self._numbers_of_items()
         read = self._labels() if labels is None else read_labels(labels)
         if len(read.labels) != len(self.numbers):
             raise ValueError(f"{len(self.numbers)} inputs came with {len(read.labels)} labels.")
         self._own_labels = labels is None
         self.labels, self.targets = read.labels, read.targets
 
-    def _sound(self) -> list[int]:
-        """The items that are not None, which the collate function would drop."""
+    def _numbers_of_items(self) -> list[int]:
+        """The items that are not None; the collate function would drop None."""
         one_by_one = copy.copy(self._loader)
         one_by_one.options = self._loader.options | {"collate_fn": _is_none}
         every = ([(number, 0)] for number in self.numbers)
@@ -463,15 +435,13 @@ class DatasetSource:
             )
         if len(self.numbers) == 0:
             return read_labels(torch.zeros(0, dtype=torch.long, device="cpu"))
-        # Nothing says the labels but the items themselves: read them all once.
-        every = ([(i, 0)] for i in range(len(self.numbers)))
-        parts = [parts.label for parts in self._load(every)]
-        return _labels_of(parts, _class_names(self.dataset))
-
-    def _load(self, draws: Iterable[Sequence[Draw]]) -> Iterator[_Parts]:
-        every = ([(self.numbers[i], s) for i, s in chosen] for chosen in draws)
-        for batch in self._collated(self._loader(every)):
-            yield _parts(batch)
+        # Only the items have the labels: read them all once.
+        every = ([(number, 0)] for number in self.numbers)
+        parts = [_parts(batch).label for batch in self._collated(self._loader(every))]
+        dataset = self.dataset
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        return _labels_of(parts, getattr(dataset, "classes", None))
 
     @staticmethod
     def _collated(loader: Iterator[Any]) -> Iterator[Any]:
@@ -504,7 +474,7 @@ class DatasetSource:
 
         every = ([(self.numbers[i], s) for i, s in chosen] for chosen in noted())
         for n, batch in enumerate(self._collated(self._loader(every))):
-            # With labels of its own a batch may be inputs alone.
+            # With labels given separately a batch may be inputs only.
             alone = not self._own_labels and not (
                 isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and len(batch) == 2)
             )
@@ -537,23 +507,16 @@ def _drops(collate: Any, dataset: Any, numbers: Sequence[int]) -> bool:
             return True
         try:
             return len(_as_inputs(_parts(collate([None, item])).inputs)[0]) == 1
-        except Exception:  # whatever theirs raises: it takes no None
+        except Exception:  # a collate function of others may raise anything for None
             return False
 
 
-def _class_names(dataset: Any) -> Any:
-    """A dataset's names of the classes, in the order of the outputs."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    return getattr(dataset, "classes", None)
-
-
 def _known_labels(dataset: Any) -> Tensor | None:
-    """Labels that a dataset tells without loading an image (``targets``, as torchvision's)."""
+    """Labels that a dataset has without loading an image (``targets``, as torchvision's)."""
     if isinstance(dataset, Subset):
         inner = _known_labels(dataset.dataset)
         return None if inner is None else inner[tensor_of(list(dataset.indices))]
-    # A target transform may turn the listed labels into others.
+    # A target transform may change the listed labels.
     if getattr(dataset, "target_transform", None) is not None:
         return None
     targets = getattr(dataset, "targets", None)
@@ -572,22 +535,21 @@ def as_source(data: Any, *, augmented: bool | None = None, any_labels: bool = Fa
     Args:
         data: ``(inputs, labels)`` with ``inputs`` a tensor, array, list of images, or a tuple or
             dictionary of tensors (axis 0 = images); a map-style dataset, or a list, of (input,
-            label) or of rows, dictionaries with a label among them; or a DataLoader, whose
-            dataset, collate function, workers with all their settings and choice of images are
-            used, each image once (:func:`numbers_of`). Labels of any kind that
-            :class:`~nad_attr.data.labels.Labels` names; ``(dataset, Labels)`` replaces a dataset's
-            own. Loaders without random access (iterable datasets, or any other iterable of batches
-            or items) are read into memory once, up to 4 GB.
-        augmented: Whether an image may look different each time it is drawn. None: as the
-            dataset's attribute ``augmented`` says, if it has one; else True for datasets (their
-            transforms may be random), False for tensors and lists.
+            label) or of rows, dictionaries that include a label; or a DataLoader, whose dataset,
+            collate function, workers with all their settings and choice of images are used, each
+            image once (:func:`numbers_of`). Labels are of any kind of
+            :class:`~nad_attr.data.labels.Labels`; ``(dataset, Labels)`` replaces a dataset's own.
+            Loaders without random access (iterable datasets, or any other iterable of batches or
+            items) are read into memory once, up to 4 GB.
+        augmented: Whether an image may look different each time it is drawn. None: the dataset's
+            attribute ``augmented``, if it has one; else True for datasets (their transforms may be
+            random), False for tensors and lists.
         any_labels: Whether labels may be others than one class an image.
 
     Raises:
         TypeError: If data is something else or yields something else.
-        ValueError: If there are no images, labels are of no known kind, or not class indices where
-            only these will do, or there is no random access to more images than memory should
-            take.
+        ValueError: If there are no images, labels are of no known kind, or not class indices
+            when only these are allowed, or too many images have no random access.
 
     Example:
         >>> source = as_source((torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])))
@@ -615,7 +577,15 @@ def _as_source(data: Any, augmented: bool | None) -> Source:
         and not isinstance(data.dataset, IterableDataset)
         and data.batch_sampler is not None  # else the dataset's items are batches
     ):
-        return _loader_source(data, augmented, labels)
+        if isinstance(data.dataset, TensorDataset) and data.collate_fn is not None:
+            augmented = False if augmented is None else augmented
+        return DatasetSource(
+            data.dataset,
+            numbers=numbers_of(data),
+            loader=data,
+            augmented=_augmented(data.dataset, augmented),
+            labels=labels,
+        )
     if isinstance(data, TensorDataset):
         if len(data.tensors) < 2:
             raise TypeError("a TensorDataset needs inputs and labels.")
@@ -664,7 +634,7 @@ class _Items(Dataset[Any]):
 
 
 def _stacked(inputs: Any, n: int) -> Any:
-    """A list of n images as one tensor; other inputs as they are."""
+    """A list of n images as one tensor; other inputs unchanged."""
     if not isinstance(inputs, list) or len(inputs) != n or not n:
         return inputs
     if not all(isinstance(x, (Tensor, np.ndarray)) and x.ndim for x in inputs):
@@ -677,26 +647,12 @@ def _stacked(inputs: Any, n: int) -> Any:
         raise ValueError(f"the list of images cannot be stacked to one tensor: {error}.") from None
 
 
-def _loader_source(
-    loader: DataLoader[Any], augmented: bool | None, labels: Labels | None
-) -> Source:
-    if isinstance(loader.dataset, TensorDataset) and loader.collate_fn is not None:
-        augmented = False if augmented is None else augmented
-    return DatasetSource(
-        loader.dataset,
-        numbers=numbers_of(loader),
-        loader=loader,
-        augmented=_augmented(loader.dataset, augmented),
-        labels=labels,
-    )
-
-
 def numbers_of(loader: DataLoader[Any]) -> list[int] | None:
     """The images that a loader has chosen, each once and in rising order; None: all.
 
-    A sampler that leaves images out (``SubsetRandomSampler``, say) means it. One that draws by
-    weight, with replacement, leaves out those of weight zero only: what else one pass of it misses
-    is chance. Warns where the loader's choice counts images otherwise than they are used.
+    Images that a sampler leaves out (``SubsetRandomSampler``, for example) stay out. A sampler by
+    weight, with replacement, leaves out only those of weight zero: its other omissions are chance.
+    Warns if the loader's choice counts images otherwise than they are used.
     """
     batches: Any = loader.batch_sampler
     sampler = getattr(batches, "sampler", None) if type(batches) is BatchSampler else batches
@@ -790,16 +746,7 @@ def _is_item(parts: _Parts, of_loader: bool) -> bool:
 
 
 def only_images(inputs: Inputs) -> Tensor:
-    """Take a batch that holds images only.
-
-    Args:
-        inputs: All inputs of the network.
-
-    Returns:
-        The one input, (B, C, H, W).
-
-    Raises:
-        ValueError: If there are several inputs, or one that holds no images; names their shapes.
+    """The one input of a network, (B, C, H, W); others are refused.
 
     Example:
         >>> only_images((torch.zeros(2, 3, 8, 8),)).shape

@@ -86,12 +86,7 @@ from nad_attr.scoring.learned_scorers import CDRPScorer
 from nad_attr.scoring.magnitude import MagnitudeScorer
 from nad_attr.scoring.path_scorers import EAPIGScorer
 from nad_attr.scoring.scorer import Batch, ChannelScorer, TaskScorer, tasks_of
-from nad_attr.scoring.searching import (
-    COARScorer,
-    HardConcreteScorer,
-    IterativeScorer,
-    UGSScorer,
-)
+from nad_attr.scoring.searching import COARScorer, HardConcreteScorer, IterativeScorer, UGSScorer
 from nad_attr.scoring.variants import Variant
 from nad_attr.scoring.zennit_scorers import LRPScorer, RelPScorer
 from nad_attr.stats.bootstrap import bootstrap_interval

@@ -1,8 +1,7 @@
 """Ablation values: the values that closed channels get.
 
-Whether a channel matters depends on what it is replaced by. Zero and a mean are single numbers per
-channel; values of another image and noise keep a channel varying, so that the network behind it
-meets what it is used to, without the information.
+Zero and a mean are single numbers per channel. Values of another image and noise keep a channel
+varying as the network behind it expects, without the information.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from nad_attr.gating.hooks import channel_shape, expand, installed, multiply, si
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
-from nad_attr.system.rng import seed_of
+from nad_attr.system.rng import permutation
 
 __all__ = [
     "ABLATIONS",
@@ -41,15 +40,14 @@ __all__ = [
 #: The kinds of ablation value that :func:`fit_ablation` prepares.
 ABLATIONS = ("zero", "mean", "other_mean", "resample", "noise")
 
-#: Noise is made for about so many numbers at once: what fits a processor's cache, or keeps a GPU
-#: busy without filling it.
+#: About so many numbers of noise are made at once: they fit a processor's cache or fill a GPU.
 NOISE_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 class Filler(ABC):
     """An ablation value made ready for R rows (sub-architectures) on a device.
 
-    Asked once per gate site in a forward pass, for all of its images together.
+    It is called once per gate site in a forward pass, for all images of the pass.
     """
 
     def donors(self, rows: Tensor, numbers: Tensor) -> tuple[Inputs, Tensor] | None:
@@ -60,8 +58,7 @@ class Filler(ABC):
             numbers: int64 (B,), the images' numbers in the data.
 
         Returns:
-            Inputs of D images, and for each of the B images which of these is its donor; None
-            without donors.
+            Inputs of D images, and the donor among them of each of the B images; None without.
         """
         return None
 
@@ -83,11 +80,11 @@ class Filler(ABC):
 
         Args:
             site: The gate site.
-            tensor: (B, ...), what it holds.
+            tensor: (B, ...), its values.
             gate: (B, C), 1 = kept, 0 = closed.
             rows: int64 (B,), as in :meth:`donors`.
             numbers: int64 (B,), as in :meth:`donors`.
-            donated: (B, ...), what the site holds for the donors, if there are.
+            donated: (B, ...), the site's values on the donors, if there are any.
         """
 
 
@@ -117,10 +114,9 @@ class Ablation(ABC):
 
 
 class VectorFiller(Filler):
-    """One number per channel for each row, or zero.
+    """One number per channel for each row: ``{site name: (R, C)}``, or (1, C) for all rows.
 
-    Args:
-        values: ``{site name: (R, C)}``, or (1, C) for the same in all rows; None: zero.
+    Without values, closed channels are zero.
     """
 
     def __init__(self, values: Mapping[str, Tensor] | None) -> None:
@@ -219,7 +215,7 @@ class MeanAblation(_Fitted):
 class OtherMeanAblation(_Fitted):
     """A closed channel is its mean over images of other classes than the task's.
 
-    One vector per task: what the channel says when there is nothing of the task to see.
+    One vector per task: the values that the channel has without the task's images.
 
     Args:
         sites: Gate sites.
@@ -324,14 +320,10 @@ class NoiseAblation(_Fitted):
     ) -> Filler:
         """See :meth:`Ablation.filler`."""
         self._check(sites)
-        keys = {
-            site.name: words(
-                torch.tensor(
-                    [key_of(self.seed, "noise", task, site.name) for task in tasks], device="cpu"
-                )
-            ).to(device)
-            for site in sites
-        }
+        keys = {}
+        for site in sites:
+            row = [key_of(self.seed, "noise", task, site.name) for task in tasks]
+            keys[site.name] = words(torch.tensor(row, device="cpu")).to(device)
         return _NoiseFiller(self, keys)
 
 
@@ -373,15 +365,14 @@ class _NoiseFiller(Filler):
 class ResampleAblation(Ablation):
     """A closed channel takes the values that it has on another image, of another class.
 
-    Each pair of an image and a task has one donor, from a fixed pool of images and of a class that
-    the task does not hold. The closed channels of all sites become what these sites hold when the
-    whole network sees the donor. Which donor it is, is a function of (seed, image number, task)
-    alone. The donors run through the network beside the images, so a pass costs up to twice as
-    much.
+    Each pair of an image and a task has one donor: an image from a fixed pool, of a class that the
+    task does not hold. The closed channels of all sites get the values that these sites have when
+    the whole network sees the donor. The choice of the donor is a function of (seed, image number,
+    task) alone. The donors run through the network beside the images, so a pass costs up to twice
+    as much.
 
     Args:
-        inputs: The pool's inputs, a tensor or tuple of tensors, axis 0 = P images of the same
-            shape as those that will be evaluated.
+        inputs: The pool's inputs, a tensor or tuple of tensors, P images of the evaluated shape.
         labels: int64 (P,), their classes.
         seed: Of the choice of donors.
 
@@ -420,16 +411,9 @@ class ResampleAblation(Ablation):
         # The numbers of the images that may be donors come first.
         table = other.int().argsort(dim=1, descending=True, stable=True)
         row_of = torch.tensor([different.index(task) for task in tasks], device="cpu")
-        keys = words(
-            torch.tensor([key_of(self.seed, "resample", task) for task in different], device="cpu")
-        )
-        return _DonorFiller(
-            tuple(x.to(device) for x in self.inputs),
-            table.to(device),
-            counts.to(device),
-            keys.to(device),
-            row_of.to(device),
-        )
+        keys = torch.tensor([key_of(self.seed, "resample", t) for t in different], device="cpu")
+        parts = (x.to(device) for x in (table, counts, words(keys), row_of))
+        return _DonorFiller(tuple(x.to(device) for x in self.inputs), *parts)
 
     def __repr__(self) -> str:
         return f"ResampleAblation({len(self.labels)} images)"
@@ -460,9 +444,6 @@ class _DonorFiller(Filler):
     ) -> Tensor:
         assert donated is not None
         return torch.where(expand(gate, site, tensor) < 0.5, donated, tensor)
-
-
-# -- Fitting -----------------------------------------------------------------------------------
 
 
 def as_ablation(ablation: Ablation | str | None) -> Ablation | None:
@@ -516,13 +497,13 @@ def fit_ablation(
         data: Training images, as in :func:`nad_attr.evaluation.evaluate`. "zero" does not look at
             them.
         kind: "zero"; "mean" (of the channel over all images and positions); "other_mean" (over
-            images of other classes than the task's); "resample" (what the channel holds on another
+            images of other classes than the task's); "resample" (the channel's values on another
             image, of another class); "noise" (normal, with the channel's mean and deviation).
-        tasks: Tasks that it will be used for, to check beforehand that there are images of other
-            classes; None: no check until then.
+        tasks: Tasks that it will be used for: checks at once that there are images of other
+            classes; None: this is checked when it is used.
         seed: Of donors and noise.
         n_donors: Images that "resample" keeps in memory to choose from, at most; the same number
-            of each class as far as there are.
+            of each class if there are enough.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Raises:
@@ -548,20 +529,22 @@ def fit_ablation(
         return ZeroAblation()
     source = as_source(data, any_labels=True)
     runner.fit(source)
-    if kind in ("other_mean", "resample") and tasks is not None:
+    if kind in ("other_mean", "resample") and tasks is not None and len(tasks):
         known = [as_task(task) for task in tasks]
-        other = (
-            other_images(source.labels, known)
-            if known
-            else torch.zeros(0, 1, dtype=torch.bool, device="cpu")
-        )
-        for task, has in zip(known, other.any(1).tolist(), strict=True):
+        has_other = other_images(source.labels, known).any(1).tolist()
+        for task, has in zip(known, has_other, strict=True):
             if not has:
                 raise ValueError(f"data holds no image of another class than those of task {task}.")
     if kind == "resample":
         return _donor_pool(runner, source, n_donors, seed)
     totals = _Totals(sites, source.labels, squares=kind == "noise")
-    _run_all(runner, sites, source, totals)
+    numbers = list(chunks(len(source.labels), runner.images_per_pass(source)))
+    # Every batch is drawn outside the hooks: drawing it may run the network for something else.
+    drawn = runner.draw(source, numbers, "fitting the ablation")
+    for chosen, inputs in zip(numbers, drawn, strict=True):
+        totals.rows = totals.place[chosen[0] : chosen[-1] + 1]
+        with torch.no_grad(), installed(runner.model, sites, totals):
+            runner.run(inputs)
     if kind == "other_mean":
         return OtherMeanAblation(sites, totals.sums, totals.counts, totals.classes)
     means = totals.means(totals.sums)
@@ -579,15 +562,14 @@ class _Totals:
 
     def __init__(self, sites: Sequence[GateSite], labels: Tensor, *, squares: bool) -> None:
         self.classes, self.place = patterns(labels)
-        shapes = {site.name: (len(self.classes), site.n_channels) for site in sites}
         self.sums = {
-            name: torch.zeros(s, dtype=torch.float64, device="cpu") for name, s in shapes.items()
+            site.name: torch.zeros(
+                len(self.classes), site.n_channels, dtype=torch.float64, device="cpu"
+            )
+            for site in sites
         }
         self.squares = {name: torch.zeros_like(t) for name, t in self.sums.items() if squares}
-        self.counts = {
-            name: torch.zeros(len(self.classes), dtype=torch.int64, device="cpu")
-            for name in self.sums
-        }
+        self.counts = {n: torch.zeros_like(t[:, 0]).long() for n, t in self.sums.items()}
         #: Which classes (rows) the images of the next pass have.
         self.rows = torch.empty(0, dtype=torch.int64, device="cpu")
 
@@ -614,21 +596,10 @@ def _summed(values: Tensor, over: list[int]) -> Tensor:
     return summed.cpu()
 
 
-def _run_all(runner: Runner, sites: Sequence[GateSite], source: Source, totals: _Totals) -> None:
-    numbers = list(chunks(len(source.labels), runner.images_per_pass(source)))
-    # Every batch is drawn outside the hooks: drawing it may run the network for something else.
-    drawn = runner.draw(source, numbers, "fitting the ablation")
-    for chosen, inputs in zip(numbers, drawn, strict=True):
-        totals.rows = totals.place[chosen[0] : chosen[-1] + 1]
-        with torch.no_grad(), installed(runner.model, sites, totals):
-            runner.run(inputs)
-
-
 def _donor_pool(runner: Runner, source: Source, n_donors: int, seed: int) -> ResampleAblation:
     """Images of all classes in turn, in an order that the seed draws."""
     _, labels = patterns(source.labels)
-    generator = torch.Generator().manual_seed(seed_of(seed, "donors"))
-    order = torch.randperm(len(labels), generator=generator, device="cpu")
+    order = permutation(len(labels), seed, "donors")
     # How many of its class come before each image, in that order.
     same = labels[order].argsort(stable=True)
     ordered = labels[order][same]

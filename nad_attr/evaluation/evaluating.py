@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr._checks import check_count
-from nad_attr.data.labels import Task, other_images, own_images, tasks_in
+from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import ChosenSource, Data, Source, as_source
 from nad_attr.evaluation.ablation import Ablation, as_ablation
 from nad_attr.evaluation.measures import (
@@ -21,19 +19,19 @@ from nad_attr.evaluation.measures import (
     auc,
     balanced_accuracy,
     constant_up_to_rounding,
-    fidelity,
     fit_threshold,
+    measures_of_rows,
     r_squared,
-    share_of,
 )
 from nad_attr.evaluation.responses import (
     Responses,
     answers,
     as_architectures,
+    check_own,
     progress_bar,
     tasks_of_rows,
 )
-from nad_attr.evaluation.result import Evaluation, FloatArray
+from nad_attr.evaluation.result import Evaluation
 from nad_attr.evaluation.sizes import (
     Activity,
     SiteCosts,
@@ -50,17 +48,18 @@ from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunFields, RunOptions, as_options
 from nad_attr.running.workers import Workers, in_order
 from nad_attr.stats.pairs import overlap_matrix
-from nad_attr.system.rng import seed_of
+from nad_attr.stats.tables import FloatArray
+from nad_attr.system.rng import permutation, seed_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["evaluate", "random_architectures"]
 
-#: Bytes of answers that are kept at once where nothing is said.
+#: Bytes of answers that are kept at once if the options give no limit.
 ANSWER_BYTES = 10**9
 
-#: What an image takes for one sub-architecture beside its task outputs, while ranks are made.
+#: Bytes that an image takes for one sub-architecture beside its task outputs, while ranks are made.
 ROW_BYTES = 128
 
 
@@ -130,21 +129,20 @@ def evaluate(
             "zero". None: what each sub-architecture says (zero, or its means).
         threshold_data: Training images, to fit the threshold of the detector's balanced accuracy
             on; None: leave that measure out.
-        learned_from: Images that the gates were learned from. The same is measured on as many of
-            them, at most, as ``data`` holds (``learned`` of the result), and the summary says
-            where the two part, and what would help. None: not looked at.
+        learned_from: Images that the gates were learned from. As many of them, at most, as
+            ``data`` holds are measured as well (``learned`` of the result), and the summary says
+            which measures differ and what would help. None: they are not measured.
         n_random: Draws of random channels, as many over all sites together as each
             sub-architecture keeps. Those beside task gates are closed at the gates' means.
         rivals: ``{name: sub-architectures}`` of other methods, of the same sites and tasks. Task
-            gates are cut to exactly the number of channels of the sub-architecture that they
-            compete with, sub-architectures are taken as they are. Where the gates have the best
-            constants in place of closed channels, give rivals theirs
-            (:func:`nad_attr.fit_constants`).
+            gates are cut to exactly as many channels as the sub-architecture beside them keeps,
+            sub-architectures are taken as they are. If the gates have the best constants in place
+            of closed channels, give rivals theirs (:func:`nad_attr.fit_constants`).
         seed: Of the random channels.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
         checks: What to do if an image's outputs depend on chance or on the other images of its
-            batch, which two images show: "refuse", "warn", or "off" for no check. With a
-            ``batch_size`` of one there is no other image, and one shows it.
+            batch (shown on two images; on one with a ``batch_size`` of one): "refuse", "warn", or
+            "off" for no check.
         executor: Runs blocks of sub-architectures elsewhere, such as on Ray's workers
             (:class:`nad_attr.distributed.RayExecutor`). Blocks are the same for any number of
             workers, and so is the result bit for bit; beside a run in this process it may differ
@@ -159,10 +157,9 @@ def evaluate(
         GatingError: If a site does not fire, fires twice or has another shape.
         SiteError: If the network has no such site.
         TypeError: If an argument is of a wrong kind.
-        ValueError: If the network is in train mode, a sub-architecture has no task, a task is
-            there twice, no task has own images, rivals are of other sites or tasks, the ablation
-            does not fit, labels or tasks are not a class of the network, or inputs or outputs hold
-            NaN.
+        ValueError: If the network is in train mode, a sub-architecture has no task, a task is there
+            twice, no task has own images, rivals are of other sites or tasks, the ablation does not
+            fit, labels or tasks are not a class of the network, or inputs or outputs hold NaN.
 
     Example:
         >>> from nad_attr import GateSite
@@ -196,11 +193,7 @@ def evaluate(
         if some is not None:
             runner.fit(some)
     has_own = own_images(source.labels, tasks).any(-1)
-    if not bool(has_own.any()):
-        raise ValueError(
-            f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
-            f"{tasks_in(source.labels)[:10]}."
-        )
+    check_own(has_own[:, None], tasks, source.labels, stacklevel=2)
     if checks != "off":
         # In company also where passes hold one image: a pass of two fits beside what that took.
         (first,) = runner.draw(source, [[0]])
@@ -219,12 +212,6 @@ def evaluate(
     else:
         measured = _by_workers(executor, pass_, model, rows)
 
-    missing = [task for task, has in zip(tasks, has_own.tolist(), strict=True) if not has]
-    if missing:
-        warnings.warn(
-            f"data holds no image of task(s) {missing[:10]}: their measures are NaN.",
-            stacklevel=2,
-        )
     common: dict[str, Any] = {
         "tasks": tasks,
         "task_names": tuple(names or [str(task) for task in tasks]),
@@ -274,8 +261,7 @@ def _some(data: Data, n: int, seed: int) -> Source:
     source = as_source(data, any_labels=True)
     if len(source.labels) <= n:
         return source
-    generator = torch.Generator().manual_seed(seed_of(seed, "learned from"))
-    rows = torch.randperm(len(source.labels), generator=generator, device="cpu")[:n]
+    rows = permutation(len(source.labels), seed, "learned from")[:n]
     return ChosenSource(source, rows.sort().values)
 
 
@@ -333,10 +319,7 @@ def _cut(gates: TaskGates, archs: Sequence[SubArchitecture]) -> list[SubArchitec
 
 
 def _sizes(
-    archs: Sequence[SubArchitecture],
-    costs: SiteCosts,
-    firing: Mapping[str, Tensor],
-    has_own: Tensor,
+    archs: Sequence[SubArchitecture], costs: SiteCosts, firing: Mapping[str, Tensor], own: Tensor
 ) -> dict[str, Any]:
     """The measures that need no answers."""
     masks = {name: torch.stack([arch[name] for arch in archs]) for name in archs[0]}
@@ -350,7 +333,7 @@ def _sizes(
         "sizes": {name: np.array([size[name] for size in sizes]) for name in archs[0]},
         "flop_size": np.array([flop_size(arch, costs) for arch in archs]),
         "parameter_size": np.array([parameter_size(arch, costs) for arch in archs]),
-        "dead_fraction": np.where(has_own.numpy(), np.array(dead), np.nan),
+        "dead_fraction": np.where(own.numpy(), np.array(dead), np.nan),
         "overlap": overlap_matrix(masks).numpy(),
         "kappa": overlap_matrix(masks, chance_corrected=True).numpy(),
     }
@@ -443,11 +426,8 @@ class _Measuring:
         with progress_bar(self.runner, len(rows), total) as bar:
             for block in blocks:
                 archs = rows[block[0] : block[-1] + 1]
-                options: dict[str, Any] = {
-                    "ablation": self.ablation,
-                    "bar": bar,
-                    "columns": self.tasks,
-                }
+                options: dict[str, Any] = {"bar": bar, "columns": self.tasks}
+                options["ablation"] = self.ablation
                 found = answers(
                     self.runner,
                     archs,
@@ -561,59 +541,27 @@ class _Measuring:
         thresholds: Tensor | None,
     ) -> dict[str, FloatArray]:
         """Measures of R rows, all arguments (R, N) but the thresholds, (R,)."""
-        whole = constant_up_to_rounding(whole, whole)
-        kept = {
-            "fidelity": _array(among(known, fidelity, whole, explained, own)),
-            "rank_fidelity": _array(
-                among(known, partial(fidelity, ranks=True), whole, explained, own)
-            ),
-        }
-        if self.source.labels.ndim == 2:
-            return kept | self._without_classes(tasks, explained, margin, own, known, thresholds)
-        called = torch.stack(
-            [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
-        )
-        labels = self.source.labels.to(self.device)
-        detector = torch.full((len(tasks),), torch.nan, device="cpu")
-        if thresholds is not None:
-            found = balanced_accuracy(explained > thresholds[:, None], own)
-            detector = torch.where(thresholds.isnan(), torch.nan, found)
-        # With no other class at all the margin is infinite for every image, and says nothing.
-        margin_auc = auc(constant_up_to_rounding(margin, whole_margin), own)
-        margin_auc = torch.where(torch.isfinite(margin).any(-1), margin_auc, torch.nan)
-        return kept | {
-            "margin_auc": _array(margin_auc),
-            "recall": _array(share_of(called, own)),
-            "fpr": _array(share_of(called, ~own)),
-            "other_accuracy": _array(share_of(calls == labels, ~own)),
-            "detector_ba": _array(detector),
-        }
-
-    def _without_classes(
-        self,
-        tasks: Sequence[Task],
-        explained: Tensor,
-        margin: Tensor,
-        own: Tensor,
-        known: Tensor,
-        thresholds: Tensor | None,
-    ) -> dict[str, FloatArray]:
-        """The measures that make sense with several labels an image, or with targets."""
-        nothing = torch.full((len(tasks),), torch.nan, dtype=torch.float64, device="cpu")
-        found = dict.fromkeys(
-            ("margin_auc", "recall", "fpr", "other_accuracy", "detector_ba"), nothing
-        )
         targets = self.source.targets
-        if targets is None:
-            called = margin > 0
-            found |= {"recall": share_of(called, own), "fpr": share_of(called, known & ~own)}
-            if thresholds is not None:
-                ba = among(known, balanced_accuracy, explained > thresholds[:, None], own)
-                found["detector_ba"] = torch.where(thresholds.isnan(), torch.nan, ba)
-        else:
+        found = measures_of_rows(
+            tasks,
+            explained,
+            constant_up_to_rounding(whole, whole),
+            margin,
+            whole_margin,
+            calls,
+            self.source.labels.to(self.device),
+            own,
+            known,
+            of_targets=targets is not None,
+        )
+        found["detector_ba"] = torch.full((len(tasks),), torch.nan, device="cpu")
+        if targets is None and thresholds is not None:
+            ba = among(known, balanced_accuracy, explained > thresholds[:, None], own)
+            found["detector_ba"] = torch.where(thresholds.isnan(), torch.nan, ba)
+        if targets is not None:
             columns = [task for task in tasks if isinstance(task, int)]
             if len(columns) < len(tasks):
                 raise ValueError("targets belong to single outputs; there are no groups of them.")
-            wanted = targets.T[columns].to(self.device)
-            found["target_r2"] = among(known, r_squared, wanted.nan_to_num(), explained)
+            wanted = targets.T[columns].to(self.device).nan_to_num()
+            found["target_r2"] = among(known, r_squared, wanted, explained)
         return {name: _array(values) for name, values in found.items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nad_attr._checks import tensor_of
+from nad_attr.data.labels import Task, own_images
 from nad_attr.running.forward import cumulative
 from nad_attr.stats.pairs import overlap_matrix
 
@@ -159,7 +161,7 @@ def spearman(a: Tensor, b: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Spearman's rank correlation: Pearson's correlation of the midranks.
 
     With whole-numbered weights it is exactly the rank correlation of the larger set in which each
-    image stands as often as its weight says.
+    image occurs as often as its weight says.
 
     Args:
         a: (..., N).
@@ -182,7 +184,7 @@ def spearman(a: Tensor, b: Tensor, *, weights: Tensor | None = None) -> Tensor:
     x = x - (share * x).sum(-1, keepdim=True)
     y = y - (share * y).sum(-1, keepdim=True)
     covariance = (share * x * y).sum(-1)
-    # The square root of each by itself: equal rankings give 1 up to rounding, never above.
+    # Two square roots, so that equal rankings give 1 up to rounding, never more.
     scale = (share * x * x).sum(-1).sqrt() * (share * y * y).sum(-1).sqrt()
     known = _varies(a, weights) & _varies(b, weights)
     return torch.where(known, (covariance / scale).clamp(-1, 1), torch.nan)
@@ -217,8 +219,7 @@ def fidelity(whole: Tensor, gated: Tensor, own: Tensor, *, ranks: bool = False) 
         whole: (..., N), the task output of the whole network.
         gated: (..., N), the task output of the sub-architecture.
         own: bool (..., N), which images are the task's own.
-        ranks: False: :func:`r_squared`; True: :func:`spearman`; both with
-            :func:`balanced_weights`.
+        ranks: False: :func:`r_squared`; True: :func:`spearman`; both with :func:`balanced_weights`.
 
     Returns:
         float64 (...); NaN where there are no own or no other images, or the whole network's
@@ -280,7 +281,7 @@ def fit_threshold(scores: Tensor, positive: Tensor) -> Tensor:
     middle = lower + (upper - lower) / 2
     middle = torch.where(middle < upper, middle, lower)  # neighbouring numbers have none
     between = torch.nn.functional.pad(middle, (1, 0), value=torch.inf)
-    best = torch.nn.functional.pad(gain, (1, 0)).argmax(-1, keepdim=True)  # nobody called: 0
+    best = torch.nn.functional.pad(gain, (1, 0)).argmax(-1, keepdim=True)  # none called: 0
     known = (n_positive > 0) & (n_negative > 0)
     return torch.where(known, between.gather(-1, best), torch.nan)[..., 0]
 
@@ -309,15 +310,7 @@ def balanced_accuracy(calls: Tensor, positive: Tensor) -> Tensor:
 
 
 def among(counts: Tensor, measure: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    """A measure of each row over the images that count for it.
-
-    Args:
-        counts: bool (R, N).
-        measure: Of tensors with the images on the last axis.
-        *values: Its arguments, each (R, N).
-
-    Returns:
-        float64 (R,).
+    """A measure of each row (R,) over the images that count for it; all arguments are (R, N).
 
     Example:
         >>> own = torch.tensor([[True, False, False]])
@@ -336,12 +329,50 @@ def share_of(flags: Tensor, among: Tensor) -> Tensor:
     return (flags & among).sum(-1, dtype=torch.float64) / count
 
 
+def measures_of_rows(
+    tasks: Sequence[Task],
+    outputs: Tensor,
+    whole: Tensor,
+    margins: Tensor,
+    whole_margins: Tensor,
+    calls: Tensor,
+    labels: Tensor,
+    own: Tensor,
+    known: Tensor,
+    of_targets: bool,
+) -> dict[str, Tensor]:
+    """Fidelities, margin AUC, recall, FPR and other accuracy of R rows, (R,) each.
+
+    All tensors are (R, N), but the labels, (N,) or (N, K). A measure that has no meaning for these
+    labels or targets is NaN.
+    """
+    rest = known & ~own
+    nothing = torch.full((len(tasks),), torch.nan, dtype=torch.float64, device="cpu")
+    found = {
+        "fidelity": among(known, fidelity, whole, outputs, own),
+        "rank_fidelity": among(known, partial(fidelity, ranks=True), whole, outputs, own),
+    }
+    if labels.ndim == 1:
+        called = torch.stack(
+            [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
+        )
+        # Without other classes the margin is infinite for every image.
+        margin_auc = auc(constant_up_to_rounding(margins, whole_margins), own)
+        found["margin_auc"] = torch.where(torch.isfinite(margins).any(-1), margin_auc, torch.nan)
+        found["other_accuracy"] = share_of(calls == labels, rest)
+    else:
+        called = margins > 0
+        found |= {"margin_auc": nothing, "other_accuracy": nothing}
+    if of_targets:
+        return found | {"recall": nothing, "fpr": nothing}
+    return found | {"recall": share_of(called, own), "fpr": share_of(called, rest)}
+
+
 def constant_up_to_rounding(values: Tensor, whole: Tensor) -> Tensor:
     """Make outputs (..., N) constant that vary by rounding alone, measured by the whole network's.
 
-    Where channels are closed at their means, a dead sub-architecture gives the same output for all
-    images up to rounding, which depends on an image's place in its batch, and so on its class if
-    the data are in order. Rank measures would take that for evidence.
+    Rounding depends on an image's place in its batch, and so on its class if the data are in
+    order: ranks would take it for evidence.
     """
     if values.shape[-1] == 0:
         return values

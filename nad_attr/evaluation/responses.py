@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from nad_attr.data.labels import Task, as_task, own_images
+from nad_attr.data.labels import Task, as_task, own_images, tasks_in
 from nad_attr.data.sources import Data, Inputs, Source, as_source
 from nad_attr.evaluation.ablation import Ablation, Filler, VectorFiller, as_ablation
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -150,14 +151,8 @@ class Rows:
 class DistinctNetworks:
     """Rows that are the same network: they need one pass for all of them.
 
-    In curves, for one, the empty sub-architectures of all tasks are, and so are the rankings of a
-    method that does not ask for the task.
-
-    Args:
-        rows: The sub-architectures.
-
-    Attributes:
-        first: int64 (U,), one row of each different network.
+    In curves, these are the empty sub-architectures of all tasks, and the rankings of a method
+    that is the same for every task. ``first`` is int64 (U,), one row of each different network.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -175,13 +170,9 @@ class DistinctNetworks:
         self.first = self._members[self._start]
 
     def members(self, which: Tensor) -> tuple[Tensor, Tensor]:
-        """All rows of some of the different networks.
+        """Where in ``which`` each row's network is, and the row, for U numbers of networks.
 
-        Args:
-            which: int64 (B,), numbers of different networks.
-
-        Returns:
-            int64 (M,), M >= B: where in ``which`` the row's network is, and the row.
+        Both are int64 (M,), M >= len(which).
         """
         if len(self.first) == len(self.of):
             return torch.arange(len(which), device=which.device), self._members[which]
@@ -266,13 +257,7 @@ def tasks_of_rows(architectures: Sequence[SubArchitecture]) -> tuple[Task, ...]:
 
 
 def _margins(outputs: Tensor, values: Tensor, members: Tensor) -> Tensor:
-    """Task outputs minus the highest output of any class outside the task; infinite without.
-
-    Args:
-        outputs: (B, K).
-        values: (B, J), task outputs.
-        members: bool (J, K), the classes of each task.
-    """
+    """Task outputs (B, J) minus the highest output (B, K) of any class that is no member (J, K)."""
     n_members = members.sum(1)
     if outputs.shape[1] > 1 and bool((n_members == 1).all()):
         # The highest other output is the highest, or the second where the class itself is that.
@@ -485,15 +470,28 @@ def answers(
     )
 
 
+def check_own(own: Tensor, tasks: Sequence[Task], labels: Tensor, stacklevel: int) -> None:
+    """Refuse data without own images of any task; warn where some tasks have none."""
+    has = own.any(-1).tolist()
+    if not any(has):
+        raise ValueError(
+            f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
+            f"{tasks_in(labels)[:10]}."
+        )
+    missing = [task for task, known in zip(tasks, has, strict=True) if not known]
+    if missing:
+        warnings.warn(
+            f"data holds no image of task(s) {missing[:10]}: their measures are NaN.",
+            stacklevel=stacklevel + 1,
+        )
+
+
 def _check_outputs(undefined: Tensor, chosen: range, tasks: Sequence[Task] | None) -> None:
     """Refuse NaN among the outputs: bool (R, B), R = 1 for the whole network (tasks None)."""
     if bool(undefined.any()):
         row, image = undefined.nonzero()[0].tolist()
-        who = "the network" if tasks is None else f"the sub-architecture of task {tasks[row]}"
-        raise ValueError(f"{who} gives NaN for image {chosen[image]}.")
-
-
-# -- How far the sites are from the whole network's ---------------------------------------------
+        name = "the network" if tasks is None else f"the sub-architecture of task {tasks[row]}"
+        raise ValueError(f"{name} gives NaN for image {chosen[image]}.")
 
 
 class _Differences(Rows):
@@ -558,9 +556,9 @@ def site_fidelity(
 ) -> dict[str, Tensor]:
     """How far each site's values are from the whole network's, on own images.
 
-    ``sum (x~ - x)^2 / sum x^2``, where x is what a site holds in the whole network and x~ what it
-    holds in the sub-architecture, behind the gate of that site and all gates before it; sums over
-    a task's own images, channels and positions. 0: nothing is lost; 1: as much as with zeros.
+    ``sum (x~ - x)^2 / sum x^2``, where x is a site's value in the whole network and x~ its value
+    in the sub-architecture, behind the gate of that site and all gates before it; sums over a
+    task's own images, channels and positions. 0: nothing is lost; 1: as much as with zeros.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.

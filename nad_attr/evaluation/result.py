@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from nad_attr.stats.held_out import apart
 from nad_attr.stats.measure_table import MEASURE_TABLE, MEASURES, p_against
 from nad_attr.stats.p_values import least_p, permutation_p
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import nan_mean, number, pandas, table
+from nad_attr.stats.tables import FloatArray, nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["MEASURES", "Evaluation"]
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def _none() -> FloatArray:
@@ -72,9 +70,9 @@ class Evaluation(Result):
             result per draw.
         rivals: ``{name: result}``, the same measures of other methods' sub-architectures.
         learned: The same measures on images that the gates were learned from; None: not looked at.
-        closed: What stood in place of closed channels, in words: zero, their mean, or constants of
-            each task's own and on how many images they were fitted. Empty: not known, or none is
-            closed.
+        closed: What replaced closed channels, in words: zero, their mean, or each task's own
+            constants and the number of images that these were fitted on. Empty: not known, or no
+            channel is closed.
     """
 
     tasks: tuple[Task, ...]
@@ -179,7 +177,7 @@ class Evaluation(Result):
     ) -> tuple[float, float]:
         """Bootstrap interval of the mean over tasks (percentiles of resampled means).
 
-        Says how much the mean hangs on which tasks were looked at; the images are taken as given.
+        It shows how much the mean depends on the choice of tasks; the images are fixed.
 
         Args:
             measure: One of ``MEASURES``.
@@ -350,8 +348,6 @@ class Evaluation(Result):
             draws = [draw.mean(measure) for draw in self.random]
             found["random, same size"] = (float(np.mean(draws)), min(draws), max(draws))
         return plot_intervals(found, label_of(measure), axes=axes)
-
-    # -- files -------------------------------------------------------------------------------------
 
     @classmethod
     def _types(cls) -> dict[str, Any]:

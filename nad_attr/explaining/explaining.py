@@ -54,7 +54,7 @@ from nad_attr.system.files import check_output
 
 __all__ = ["explain"]
 
-#: Under which name the store's provenance holds what was asked for.
+#: The name of the arguments in the store's provenance.
 _ASKED = "explain"
 
 
@@ -80,15 +80,14 @@ def explain(
 ) -> Explanation:
     """Which channels the network needs for some of its classes, and whether that is true.
 
-    Keeps some images apart, learns the gates of each task on the others
+    This keeps some images apart, learns the gates of each task on the others
     (:func:`nad_attr.learn_to_store`), judges them on those kept apart
     (:func:`nad_attr.evaluation.evaluate`, :func:`nad_attr.certainty`, :func:`nad_attr.verdict`),
     measures what flows between channels (:func:`nad_attr.information_flow`), and draws a page
-    (:class:`nad_attr.report.Report`). Before that it times a few passes and says how long all
-    will take.
+    (:class:`nad_attr.report.Report`). First it times a few passes and says how long all will take.
 
-    Every step's result is in the store as soon as it is there. After a crash or Ctrl-C the same
-    call goes on; a call that asks for something else is refused, and says what differs.
+    Every step's result is saved in the store at once. After a crash or Ctrl-C the same call goes
+    on; a call with other arguments is refused, and the error says what differs.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -100,9 +99,9 @@ def explain(
         recipe: How gates are learned; None: ``Recipe()``.
         quick: Fewer tasks, steps and images.
         minutes: The largest size that takes no longer than that, by the timed passes.
-        certainty: Whether to say for each kept channel how sure it is and whether it is needed,
-            which makes the verdict say whether other runs find it again; None: for as many tasks
-            as this takes no longer than all else, and for none where it has to be quick.
+        certainty: Whether to measure for each kept channel how sure it is and whether it is needed;
+            then the verdict also says whether other runs find it again. None: for as many tasks as
+            take no longer than all other steps, and for none with ``quick``.
         seed: Of the split and of everything else.
         overwrite: Replace the store if it is there.
         task_names: ``{class index: name}``; None: the dataset's ``classes``, if it has them.
@@ -276,15 +275,8 @@ class _Work:
         """Choose the size, and say how long it will take."""
         self.size_name = begun or ("quick" if quick else "full")
         self._prepare(self.size_name, recipe, tasks)
-        rates, n_kept = measured_rates(
-            self.model,
-            self.learned,
-            self.tasks,
-            self.recipe,
-            seed=self.seed,
-            run=self.run,
-            clock=self.clock,
-        )
+        given = (self.model, self.learned, self.tasks, self.recipe)
+        rates, n_kept = measured_rates(*given, seed=self.seed, run=self.run, clock=self.clock)
         promise = self._promise(rates, n_kept, page)
         if minutes is not None and begun is None:
             for name in SIZES:
@@ -334,7 +326,9 @@ class _Work:
         self.learned = ChosenSource(self.source, parts.learned)
         self.judged = ChosenSource(self.source, parts.judged)
         paper = isinstance(recipe, PaperRecipe)
-        self.recipe = recipe if paper else replace(recipe, steps=min(recipe.steps, size.steps))
+        self.recipe = recipe
+        if not paper and recipe.steps > size.steps:  # too few for several runs
+            self.recipe = replace(recipe, steps=size.steps, replicas=1)
 
     def _promise(self, rates: Rates, n_kept: int, page: bool) -> Promise:
         missing: list[Task] = list(self.tasks)
@@ -406,12 +400,7 @@ class _Work:
             return Evaluation.load(self.file, "evaluation")
         with self.step("evaluation"):
             found = evaluate(
-                self.model,
-                self.gates,
-                self.judged,
-                n_random=N_RANDOM,
-                seed=self.seed,
-                run=self.run,
+                self.model, self.gates, self.judged, n_random=N_RANDOM, seed=self.seed, run=self.run
             )
             found.save(self.file, "evaluation")
         return found
@@ -419,8 +408,8 @@ class _Work:
     def certain(self) -> ChannelCertainty | None:
         """The certainty of some of the tasks; None: of no task.
 
-        Task by task, each of which is kept at once: how many closings one needs shows when it is
-        done, and there are as many as cost no more than all else.
+        Each task is saved when it is done. The first shows how many closings a task needs; tasks
+        follow as long as they cost no more than everything else.
         """
         names = result_names(self.file)
         found = ChannelCertainty.load(self.file, "certainty") if "certainty" in names else None
@@ -431,17 +420,10 @@ class _Work:
             return found
         with self.step("certainty"):
             for task in self.unsure(found):
-                one = measure_certainty(
-                    self.model,
-                    self.gates.select([task]),
-                    self.learned,
-                    self.judged,
-                    pairs=N_PAIRS,
-                    images=CLOSING_IMAGES,
-                    alternatives=N_ALTERNATIVES,
-                    seed=self.seed,
-                    run=self.run,
-                )
+                given = (self.model, self.gates.select([task]), self.learned, self.judged)
+                how: dict[str, Any] = {"pairs": N_PAIRS, "images": CLOSING_IMAGES}
+                how |= {"alternatives": N_ALTERNATIVES, "seed": self.seed, "run": self.run}
+                one = measure_certainty(*given, **how)
                 found = one if found is None else joined([found, one])
                 found.save(self.file, "certainty")
                 if not self.unsure(found):
@@ -461,17 +443,9 @@ class _Work:
         if "verdict" in result_names(self.file):
             return Verdict.load(self.file, "verdict")
         with self.step("verdict"):
-            found = verdict(
-                self.model,
-                self.gates,
-                self.learned,
-                self.judged,
-                certainty=sure,
-                n_random=N_VERDICT,
-                n_images=VERDICT_IMAGES,
-                seed=self.seed,
-                run=self.run,
-            )
+            how: dict[str, Any] = {"n_random": N_VERDICT, "n_images": VERDICT_IMAGES}
+            how |= {"certainty": sure, "seed": self.seed, "run": self.run}
+            found = verdict(self.model, self.gates, self.learned, self.judged, **how)
             found.save(self.file, "verdict")
         return found
 
@@ -480,14 +454,9 @@ class _Work:
         if f"report/{part}" in result_names(self.file):
             return
         with self.step(part):
-            report = Report(self.file).measure(
-                self.model,
-                self.judged,
-                parts=[part, *more],
-                n_images=len(self.judged.labels),
-                seed=self.seed,
-                run=self.run,
-            )
+            how: dict[str, Any] = {"n_images": len(self.judged.labels), "seed": self.seed}
+            report = Report(self.file)
+            report.measure(self.model, self.judged, parts=[part, *more], run=self.run, **how)
             for note in report.results.notes:
                 self.say(note)
             report.keep()

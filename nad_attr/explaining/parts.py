@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nad_attr.data.labels import Task, as_task, other_images, own_images, patterns, tasks_in
-from nad_attr.system.rng import seed_of
+from nad_attr.system.rng import permutation
 
 __all__ = ["SIZES", "Parts", "Size", "chosen_tasks", "split"]
 
@@ -38,7 +38,7 @@ class Size:
     certain: bool = False
 
 
-#: From the whole size to the smallest that says anything.
+#: From the whole size to the smallest that is of use.
 SIZES = {
     "full": Size(10, 10**9, 50, certain=True),
     "large": Size(6, 70, 40, certain=True),
@@ -51,10 +51,7 @@ SIZES = {
 def chosen_tasks(
     labels: Tensor, wanted: Sequence[object] | None, most: int, names: Mapping[Any, str]
 ) -> tuple[list[Task], int]:
-    """The tasks to explain: those that are named, or those with the most images.
-
-    Returns:
-        The tasks in order, and how many more there are images of.
+    """The tasks to explain, named or those with the most images, and how many more there are.
 
     Raises:
         ValueError: If a class has too few images to be explained, or there is no other class.
@@ -134,8 +131,7 @@ def split(labels: Tensor, tasks: Sequence[Task], n_judged: int, seed: int) -> Pa
     for pool in pools.values():
         numbers = torch.isin(places, torch.tensor(pool, device="cpu")).nonzero().flatten()
         n, place = len(numbers), pool[0]
-        generator = torch.Generator().manual_seed(seed_of(seed, "explain", n, place))
-        order = numbers[torch.randperm(n, generator=generator, device="cpu")].tolist()
+        order = numbers[permutation(n, seed, "explain", n, place)].tolist()
         apart = max(round(SHARE_JUDGED * n), min(LEAST, n // 2))
         if any(of_tasks[place]):
             judged += order[: min(apart, n_judged)]

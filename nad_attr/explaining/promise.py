@@ -27,7 +27,7 @@ from nad_attr.system.rng import seed_of
 
 __all__ = ["STEPS", "Promise", "Rates", "measured_rates", "n_certain", "passes", "promised"]
 
-#: What is done, in this order.
+#: The parts of the work, in this order.
 STEPS = ("learning", "evaluation", "certainty", "verdict", "flow", "pictures", "page")
 #: Random draws beside the evaluation and the verdict, and images of a task in the verdict.
 N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
@@ -36,7 +36,7 @@ N_RANDOM, N_VERDICT, VERDICT_IMAGES = 3, 19, 200
 #: closings, alone and in groups, of held-out ones: fewer where most channels do nothing.
 N_PAIRS, N_ALTERNATIVES, CLOSING_IMAGES = 2, 1, 32
 _CLOSINGS = 1.9
-#: What passes cost, in runs of the network: only to say what is done, so that no clock decides it.
+#: The cost of passes in runs of the network; the plan does not depend on a clock.
 _COSTS = {"run": 1, "learn": 3, "fit": 3, "back": 2, "read": 0}
 #: Images of the timed passes, sub-architectures that they run through, and tasks that are learned.
 _IMAGES, _ROWS, _TASKS = 16, 8, 3
@@ -44,7 +44,7 @@ _IMAGES, _ROWS, _TASKS = 16, 8, 3
 _TIMED, _WORTH = 5, 0.5
 #: Images that timed learning draws from, and steps that are timed after those that close nothing.
 _POOL, _STEPS = 64, 4
-#: Seconds that each step takes whatever the network, and the page on top.
+#: Seconds that each step takes with any network, and the page besides.
 _BEGIN, _PAGE = 0.2, 0.1
 
 Passes = dict[str, int]
@@ -52,14 +52,14 @@ Passes = dict[str, int]
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured seconds.
+    """Measured seconds of one image.
 
     Attributes:
-        run: An image through the network.
-        learn: An image through the gated network and back, with what learning does beside it.
-        fit: The same where constants are fitted to given channels.
-        read: An image made ready.
-        setup: Checks of network and images before learning.
+        run: Through the network.
+        learn: Through the gated network and back, with the rest of a learning step.
+        fit: The same when constants are fitted to given channels.
+        read: Reading it.
+        setup: Checks of network and images before learning, in all.
     """
 
     run: float
@@ -82,8 +82,7 @@ class Promise:
     Attributes:
         seconds: ``{step: seconds}``, of the steps that are still to do.
         passes: ``{step: {kind: images}}``: "run" through the network, "learn" and "fit" through
-            the gated network and back, "back" back alone (for the flow, in pieces), "read" from
-            the data.
+            the gated network and back, "back" back alone (for the flow, in pieces), "read".
     """
 
     seconds: Mapping[str, float]
@@ -111,14 +110,8 @@ def passes(
 ) -> dict[str, Passes]:
     """Images that each step runs: see :class:`Promise`.
 
-    Args:
-        learned: Images to learn from.
-        judged: Images to judge on.
-        tasks: T tasks.
-        recipe: How they are learned.
-        n_kept: Channels that each keeps.
-        missing: Those that are still to learn.
-        certain: Those whose channels are learned again and closed one by one.
+    Each of the tasks keeps ``n_kept`` channels; ``missing`` ones are still to learn, ``certain``
+    ones are learned again, and their channels closed one by one.
     """
     n, n_learned, n_tasks = len(judged.labels), len(learned.labels), len(tasks)
     own, other = (
@@ -228,7 +221,7 @@ def all_else(every: Mapping[str, Passes]) -> int:
 
 
 def n_certain(every: Mapping[str, Passes], n_tasks: int) -> int:
-    """For how many tasks certainty costs no more than all other steps.
+    """The number of tasks for which certainty costs no more than all other steps.
 
     Example:
         >>> n_certain({"learning": {"learn": 100}, "certainty": {"run": 500, "learn": 100}}, 8)
@@ -264,16 +257,8 @@ def measured_rates(
 ) -> tuple[Rates, int]:
     """Time a few passes of each kind on the user's network and images.
 
-    Learning is really begun, on some of the images, and stopped after a few steps.
-
-    Args:
-        model: The network; unchanged afterwards.
-        learned: Images to learn from.
-        tasks: The tasks.
-        recipe: How they will be learned.
-        seed: Of the run.
-        run: How to run the network.
-        clock: Tells seconds.
+    Learning really starts, on some of the images, and stops after a few steps. ``clock`` gives
+    seconds.
 
     Returns:
         The rates, and how many channels a sub-architecture will keep.
@@ -301,9 +286,8 @@ def measured_rates(
     learn = _pace(lambda step: session.learn(some, advance=step), len(some), waiting, clock)
     fit = learn
     if recipe.ablation == "optimal":
-        fitting = Session(
-            model, pool, some, replace(recipe, steps=FIT_STEPS), session.sites, seed=seed, run=run
-        )
+        short = replace(recipe, steps=FIT_STEPS, replicas=1)
+        fitting = Session(model, pool, some, short, session.sites, seed=seed, run=run)
         # The second passes' worth of them: what the whole network says of the images is known then,
         # as it is for nearly all of the verdict's many fits.
         some = [some[i % len(some)] for i in range(fitting.width)]
@@ -322,9 +306,9 @@ def measured_rates(
     source = TensorSource(inputs, pool.labels[numbers])
     source.fields = pool.fields
     archs = [_random(session.sites, n_kept, some[0], draw) for draw in range(_ROWS)]
-    sweep(model, archs[:1], source, run=run)  # warm
+    sweep(model, archs[:1], source, run=run)  # to warm up
     times: list[float] = []
-    while len(times) < _TIMED and sum(times) < _WORTH:  # what passes quickly is easily disturbed
+    while len(times) < _TIMED and sum(times) < _WORTH:  # short measurements are easily disturbed
         began = clock()
         sweep(model, archs, source, run=run)
         times.append(clock() - began)

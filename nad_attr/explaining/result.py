@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation"]
 
-#: What has a place of its own in the store.
+#: Parts that have a place of their own in the store.
 _APART = ("gates", "certainty")
 
 

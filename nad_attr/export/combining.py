@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from nad_attr.data.labels import Task, as_task
-from nad_attr.export.costs import Cost, Summary, keep_summary, summary, total
+from nad_attr.export.costs import Summary, keep_summary, summary, total
 from nad_attr.export.exporting import cut
 from nad_attr.export.tracing import aten, traced
 from nad_attr.gates.sub_architecture import SubArchitecture
@@ -20,14 +20,12 @@ from nad_attr.gating.hooks import check_eval
 
 __all__ = ["combine", "united"]
 
-#: Of the squared distance from a plain scale of one and shift of zero, against the cross-entropy.
+#: Weight of the squared distance from scale one and shift zero, beside the cross-entropy.
 _RIDGE = 1e-3
 
 
 def united(archs: Mapping[Task, SubArchitecture]) -> SubArchitecture:
-    """The channels that any of several tasks needs.
-
-    A channel that all of them close is held at the mean of what they hold it at.
+    """The channels that any of several tasks needs; closed ones have the mean of their constants.
 
     Args:
         archs: ``{task: sub-architecture}``, of the same sites.
@@ -48,15 +46,11 @@ def united(archs: Mapping[Task, SubArchitecture]) -> SubArchitecture:
     constants = [arch._gating(None)[2] for arch in every]
     if all(values is None for values in constants):
         return union
-    means = {
-        site.name: torch.stack(
-            [
-                torch.zeros(site.n_channels, device="cpu") if h is None else h[site.name].float()
-                for h in constants
-            ]
-        ).mean(0)
-        for site in union.sites
-    }
+    means = {}
+    for site in union.sites:
+        zero = torch.zeros(site.n_channels, device="cpu")
+        each = [zero if values is None else values[site.name].float() for values in constants]
+        means[site.name] = torch.stack(each).mean(0)
     return union.with_means(means)
 
 
@@ -82,9 +76,9 @@ def combine(
 ) -> nn.Module:
     """Make one network of several classes' sub-architectures, which tells these classes apart.
 
-    Reuse one class's part of a network in another, put a class beside those a network has, or
-    replace a weak one: give the sub-architectures that are wanted, each from where it is best. A
-    part of another network is given as it was exported there (``head="task"``).
+    This reuses one class's part of a network in another, adds a class to a network, or replaces a
+    weak one: give the sub-architectures that you want. A part of another network is given as it was
+    exported there (``head="task"``).
 
     Args:
         model: The network that the sub-architectures are parts of; unchanged.
@@ -213,19 +207,12 @@ def _summary(parts: list[fx.GraphModule], columns: tuple[int, ...], foreign: lis
             sites[key] = sorted({*sites.get(key, ()), *channels})
     wholes = [one.whole for one, other in zip(each, foreign, strict=False) if other]
     wholes += [one.whole for one, other in zip(each, foreign, strict=False) if not other][:1]
-    tensors = {
-        f"part{i}.{name}": origin
-        for i, one in enumerate(each)
-        for name, origin in one.tensors.items()
-    }
+    tensors = {f"part{i}.{n}": o for i, one in enumerate(each) for n, o in one.tensors.items()}
     return Summary(
         task=None,
         outputs=columns,
         whole=total(wholes),
-        smaller=Cost(
-            sum(one.smaller.parameters for one in each),
-            sum(one.smaller.multiply_adds for one in each),
-        ),
+        smaller=total([one.smaller for one in each]),
         share_sliced=min(one.share_sliced for one in each),
         blocks=tuple(block for one in each for block in one.blocks),
         sites=sites,

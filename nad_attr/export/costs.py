@@ -18,7 +18,7 @@ from nad_attr.stats.results import Result, decoded
 
 __all__ = ["Block", "Cost", "Summary", "latency", "summary"]
 
-#: Where a module keeps it: a plain dictionary, so that unpickling needs nothing of this library.
+#: Where a module keeps it: as a plain dictionary, so that unpickling does not need this library.
 _KEY = "sub_architecture"
 
 
@@ -62,7 +62,7 @@ class Summary(Result):
         outputs: The columns of the network's output that it returns.
         whole: Cost of the network it was cut from.
         smaller: Its own.
-        share_sliced: Share of the network's parameters that stood in weights which were cut.
+        share_sliced: Share of the network's parameters in weights that were cut.
         blocks: The operators before each site, and those after the last.
         sites: ``{site name: channels of the network that are kept there}``.
         tensors: For each tensor of the state dict that is cut from one of the network: ``of``, its
@@ -129,9 +129,8 @@ class Summary(Result):
                 f"as constants: {some}"
             )
         if self.one_image:
-            number = (
-                "one image      " if self.n_images == 1 else f"{self.n_images} images".ljust(15)
-            )
+            number = "one image" if self.n_images == 1 else f"{self.n_images} images"
+            number = number.ljust(15)
             lines.append(
                 f"{number} the network's own code fixes how many images there are, as len(x) "
                 "or x.view(1, ...) does; x.shape[0] does not"
@@ -205,7 +204,7 @@ class _Counted(fx.Interpreter):
 def node_costs(
     module: fx.GraphModule, inputs: Sequence[Tensor], n_images: int = 1
 ) -> dict[fx.Node, Cost]:
-    """The cost of each node for an image, by a pass of so many on tensors without values."""
+    """The cost of each node for an image, by a pass of ``n_images`` on tensors without values."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     counted = _Counted(module)
     with torch.no_grad(), mode, counted.counter:
@@ -252,7 +251,7 @@ def latency(
         for module in modules.values():
             module(*given)
         end = time.perf_counter() + seconds
-        # In turns, so that what else the machine does meets all of them.
+        # In turns, so that other work of the machine slows all of them.
         while time.perf_counter() < end or len(next(iter(times.values()), [0])) < 3:
             for name, module in modules.items():
                 wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -68,14 +68,9 @@ def cut(
 ) -> fx.GraphModule:
     """A traced network as its sub-architecture; :func:`export` without its checks.
 
-    Args:
-        arch: The sub-architecture.
-        model: The network.
-        inputs: What it was traced with.
-        network: The trace; BatchNorm layers are merged in it.
-        columns: Of the output; None: all.
-        merge_bn: Whether BatchNorm layers are merged.
-        check: Whether the result is compared with the gated network.
+    ``inputs`` are those that it was traced with, ``columns`` those of the output (None: all).
+    ``merge_bn`` merges BatchNorm layers in the trace; ``check`` compares the result with the gated
+    network.
     """
     (output,) = (n for n in network.graph.nodes if n.op == "output")
     logits = network.shape(output.args[0], 2)
@@ -91,12 +86,9 @@ def cut(
     if merge_bn:
         merge_batchnorm(network)
     _, sites, means = arch._gating(None)
-    constants = [
-        torch.zeros(site.n_channels, dtype=torch.float64, device="cpu")
-        if means is None
-        else means[site.name].detach().cpu().double()
-        for site in sites
-    ]
+    constants = [torch.zeros(s.n_channels, dtype=torch.float64, device="cpu") for s in sites]
+    if means is not None:
+        constants = [means[site.name].detach().cpu().double() for site in sites]
     module, writer = written(network, sites, [arch[s.name] for s in sites], constants, columns)
     difference = _compared(arch, model, module, inputs, network, columns) if check else None
     made = _summary(arch, module, writer, whole_costs, inputs, columns, n_outputs, difference)
@@ -119,10 +111,12 @@ def _compared(
     for x in inputs:
         images = x[:1].expand(n, *x.shape[1:]).detach().clone()
         if images.is_floating_point():
-            noise = torch.randn(
-                images.shape, generator=generator, dtype=torch.float32, device="cpu"
-            )
-            images += noise.to(images.dtype).to(images.device)
+            noise: dict[str, Any] = {
+                "generator": generator,
+                "dtype": torch.float32,
+                "device": "cpu",
+            }
+            images += torch.randn(images.shape, **noise).to(images)
         given.append(images)
     model = unwrap(model)
     with torch.no_grad(), unchanged(model), isolated_rng():
@@ -156,7 +150,7 @@ def _summary(
     difference: float | None,
 ) -> Summary:
     network = writer.plan.network
-    # Sites in the order of the graph; what stands before one belongs to its block.
+    # Sites in the order of the graph; the operators before one belong to its block.
     block_of: dict[str, str] = {}
     names: list[str] = []
     waiting: list[fx.Node] = []

@@ -17,7 +17,7 @@ from nad_attr.system.files import check_output, replacing, write_text
 
 __all__ = ["FORMATS", "check_target", "save"]
 
-#: How the files beside a network begin; nothing else is replaced by them.
+#: First words of the files beside a network; only such files are replaced.
 _BEGINS = {".json": '{\n "format": ', ".py": '"""A smaller network, written by nad_attr;'}
 _SOURCE = '''"""A smaller network, written by nad_attr; it needs PyTorch alone.
 
@@ -67,7 +67,7 @@ def save(
 
     Args:
         module: As :meth:`nad_attr.SubArchitecture.export` returned it.
-        path: Its ending says what is written: ``.pt2``, a program of ``torch.export``
+        path: Its ending chooses the kind: ``.pt2``, a program of ``torch.export``
             (``torch.export.load(path).module()`` runs it); ``.onnx``, for ONNX Runtime and others
             (needs the extra ``export``); ``.safetensors``, the state dict, with a ``.py`` file
             beside it of the module that it is for.
@@ -104,7 +104,7 @@ def save(
 
 
 def check_target(path: Path) -> None:
-    """Refuse a place where :func:`save` cannot write, or where something would be lost.
+    """Refuse a place where :func:`save` cannot write, or where a file would be lost.
 
     Raises:
         FileExistsError: If a file of another kind is there, or beside it.
@@ -129,14 +129,18 @@ def check_target(path: Path) -> None:
             )
 
 
+def _dynamic(inputs: tuple[Tensor, ...], free: dict[int, str] | None) -> Any:
+    """The shapes that stay free, as torch takes them."""
+    return None if free is None else tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
+
+
 def _program(
     module: fx.GraphModule, path: Path, inputs: tuple[Tensor, ...], free: dict[int, str] | None
 ) -> None:
-    shapes = None
-    if free is not None:
-        shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     with torch.no_grad():
-        program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(
+            module, inputs, dynamic_shapes=_dynamic(inputs, free), strict=False
+        )
     torch.export.save(program, path)
 
 
@@ -160,9 +164,7 @@ def _onnx(
             verbose=False,
             input_names=names,
             output_names=["output"],
-            dynamic_shapes=None
-            if free is None
-            else tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs),
+            dynamic_shapes=_dynamic(inputs, free),
         )
 
 

@@ -1,7 +1,7 @@
 """How operators that form new channels from old ones are cut: convolutions, products, LayerNorm.
 
-What constant channels add to each output is computed once: a bias where it is the same at all
-positions, a map of border corrections where zero padding makes it differ.
+The part of constant channels in each output is computed once: a bias if it is the same at all
+positions, a map of border corrections if zero padding makes it differ.
 """
 
 # what the three methods of a rule do is said once, in values.Rule
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from nad_attr.export.rules import _masked, plan_all
+from nad_attr.export.rules import Fallback, _masked
 from nad_attr.export.tracing import aten, bound, op_name
-from nad_attr.export.values import Plan, Rule, Value, squeezed
+from nad_attr.export.values import Plan, Rule, Value, chosen, flags, squeezed
 
 __all__ = ["rules_of_mixing"]
 
@@ -67,12 +67,11 @@ class Mixing:
         x, axis = self._input(plan, node)
         value = plan.values[x]
         assert channels is not None
-        weight_node, bias_node = bound(node)["weight"], bound(node)["bias"]
-        offset = plan.offsets.get(node)
+        weight_node = bound(node)["weight"]
         if value.axis != axis:
             inputs, given = list(range(plan.shape(x)[axis])), out.get(x, None)
         else:
-            need = self.backward(plan, node, _mask(channels, plan.shape(node)[axis]))[x]
+            need = self.backward(plan, node, flags(plan.shape(node)[axis], channels))[x]
             assert need is not None
             assert value.varying is not None
             inputs = (need & value.varying).nonzero().flatten().tolist()
@@ -85,7 +84,7 @@ class Mixing:
             weight = out.made(
                 weight_node, torch.cat([whole[:, inputs], extra], 1), {0: channels, 1: inputs}
             )
-        return _with_offset(out, node, channels, given, weight, bias_node, offset, axis, 1)
+        return _with_offset(out, node, channels, given, weight, axis, 1)
 
 
 def _weight(plan: Plan, node: fx.Node) -> Tensor:
@@ -98,30 +97,16 @@ def _of_columns(weight: Tensor, columns: Tensor) -> Tensor:
     return torch.einsum("oc...,cr->or...", weight, columns)
 
 
-def _mask(channels: list[int], n: int) -> Tensor:
-    mask = torch.zeros(n, dtype=torch.bool, device="cpu")
-    mask[channels] = True
-    return mask
-
-
 def _with_offset(
-    out: Any,
-    node: fx.Node,
-    channels: list[int],
-    given: Any,
-    weight: Any,
-    bias_node: fx.Node | None,
-    offset: Tensor | None,
-    axis: int,
-    groups: int,
+    out: Any, node: fx.Node, channels: list[int], given: Any, weight: Any, axis: int, groups: int
 ) -> Any:
-    """The operator with what the constant channels add: in its bias, or as a map behind it."""
-    op_name(node)
+    """The operator with the part of the constant channels: in its bias, or as a map behind it."""
     bias, border = None, None
+    bias_node, offset = bound(node)["bias"], out.plan.offsets.get(node)
     if offset is None:
         bias = None if bias_node is None else out.sliced(bias_node, {0: channels})
     else:
-        rest = offset.index_select(axis, torch.tensor(channels, dtype=torch.long, device="cpu"))
+        rest = chosen(offset, axis, channels)
         if squeezed(rest, axis).numel() > len(channels):
             border = out.filled(node, rest, axis, exact=False, name="border")
         elif bias_node is not None or bool(rest.any()):
@@ -183,9 +168,8 @@ class Depthwise:
         value, weight = plan.seen(x), _weight(plan, node)
         groups, n_in = bound(node)["groups"], weight.shape[1]
         per_group = len(weight) // groups
-        varying = (
-            torch.ones(groups * n_in, device="cpu") if value.varying is None else value.varying
-        )
+        every = torch.ones(groups * n_in, device="cpu")
+        varying = every if value.varying is None else value.varying
         reads = self._reads(plan, node)
         outs: dict[int, list[int]] = {}
         for channel in channels:
@@ -197,9 +181,8 @@ class Depthwise:
         wide_in, wide_out = max(map(len, ins.values())), max(map(len, outs.values()))
         # Groups of unequal numbers are filled up: any channel, at weight zero.
         inputs, rows = [], []
-        cut = torch.zeros(
-            len(outs) * wide_out, wide_in, *weight.shape[2:], dtype=weight.dtype, device="cpu"
-        )
+        shape = (len(outs) * wide_out, wide_in, *weight.shape[2:])
+        cut = torch.zeros(shape, dtype=weight.dtype, device="cpu")
         for i, group in enumerate(outs):
             inputs += ins[group] + ins[group][:1] * (wide_in - len(ins[group]))
             rows += [i * wide_out + j for j in range(len(outs[group]))]
@@ -218,9 +201,7 @@ class Depthwise:
         else:
             kernel = out.made(source, cut, {0: channels, 1: inputs})
         if not filled:
-            bias = bound(node)["bias"]
-            offset = plan.offsets.get(node)
-            return _with_offset(out, node, channels, given, kernel, bias, offset, 1, len(outs))
+            return _with_offset(out, node, channels, given, kernel, 1, len(outs))
         args = [*node.args, *[None] * (3 - len(node.args))]
         args[:3], args[6:] = [given, kernel, None], [len(outs)]
         done = out.call(node, node.target, tuple(args), {})
@@ -229,17 +210,17 @@ class Depthwise:
         if rest is None and bound(node)["bias"] is not None:
             rest = plan.known(bound(node)["bias"]).view(1, -1, *[1] * (weight.dim() - 2))
         if rest is not None:
-            rest = rest.index_select(1, torch.tensor(channels, dtype=torch.long, device="cpu"))
+            rest = chosen(rest, 1, channels)
             border = out.filled(node, rest, 1, exact=False, name="border")
             done = out.call(node, aten.add.Tensor, (done, border))
         return out.with_channels(done, channels)
 
 
 class LayerNorm:
-    """Over the channels: mean and deviation of all, of which the constant ones' part is known.
+    """Over the channels: mean and deviation of all; the part of the constant ones is known.
 
     A constant channel c becomes (c - mean) / deviation: a linear function of two numbers per
-    position, which are carried along as *columns* until a product takes them into its weights.
+    position, which stay as *columns* until a product takes them into its weights.
     """
 
     def forward(self, plan: Plan, node: fx.Node) -> Value | None:
@@ -260,9 +241,8 @@ class LayerNorm:
         scale, shift = (None if p is None else plan.known(p) for p in parameters)
         closed = ~value.varying
         centred = c - c.mean()
-        columns = torch.zeros(
-            len(closed), 1 + bool(centred.any()), dtype=torch.float64, device="cpu"
-        )
+        shape = (len(closed), 1 + bool(centred.any()))
+        columns = torch.zeros(shape, dtype=torch.float64, device="cpu")
         columns[closed, 0] = 1.0
         columns[closed, 1:] = centred[:, None]
         if scale is not None:
@@ -282,10 +262,7 @@ class LayerNorm:
         plan: Plan = out.plan
         x: Any = node.args[0]
         if node not in plan.constants_of_norms:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), out.whole)
-            return out.with_channels(
-                out.call(node, node.target, args, kwargs), plan_all(plan, node)
-            )
+            return Fallback().emit(out, node, channels)
         c, given, varying = plan.constants_of_norms[node], bound(node), plan.values[x].varying
         assert channels is not None
         assert varying is not None

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from nad_attr.export.mixing import rules_of_mixing
 from nad_attr.export.rules import Fallback, rules_of_channels
 from nad_attr.export.tracing import Graph, as_module, aten, op_name
-from nad_attr.export.values import Plan, same, squeezed
+from nad_attr.export.values import Plan, chosen, same, squeezed
 
 __all__ = ["Writer", "all_rules"]
 
@@ -40,13 +40,8 @@ class SmallTensor:
 class Writer:
     """Writes the operators of a smaller network.
 
-    Attributes:
-        plan: What is needed of each tensor.
-        graph: The new graph.
-        tensors: Its tensors by name.
-        parameters: Which of them are parameters.
-        origins: For each tensor, which it was cut from, and which of its rows and columns
-            (axes 0 and 1) it keeps; None: all.
+    ``origins`` has, for each of its tensors, the one that it was cut from, and its kept rows and
+    columns (axes 0 and 1); None: all.
     """
 
     plan: Plan
@@ -73,7 +68,10 @@ class Writer:
                 self._old[node] = new
                 self._inputs.append(new)
             elif node.op == "output":
-                self.graph.output(self._logits(node.args[0]))
+                logits, columns = node.args[0], plan.columns
+                every = range(plan.shape(logits)[1])
+                kept = list(every if columns is None else columns)
+                self.graph.output(self.get(logits, kept, axis=1, exact=True))
             elif node in plan.needs and node in plan.rules:
                 channels = plan.channels(node)
                 if channels != [] or plan.values[node].columns is not None:
@@ -84,12 +82,7 @@ class Writer:
         self.origins = {name: o for name, o in self.origins.items() if name in used}
         return as_module(self.graph, self.tensors, self.parameters)
 
-    def _logits(self, node: fx.Node) -> fx.Node:
-        columns = self.plan.columns
-        every = list(range(self.plan.shape(node)[1]))
-        return self.get(node, every if columns is None else columns, axis=1, exact=True)
-
-    # What rules call
+    # Methods for rules
 
     def call(
         self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] = {}
@@ -136,9 +129,7 @@ class Writer:
             known = self.plan.known(node)
             for axis, index in cut.items():
                 if known.shape[axis] > 1:
-                    known = known.index_select(
-                        axis, torch.tensor(index, dtype=torch.long, device="cpu")
-                    )
+                    known = chosen(known, axis, index)
             return self.made(node, known, cut)
         tensor = self.plan.network.tensors[str(node.target)].detach()
         cut = {
@@ -150,9 +141,7 @@ class Writer:
         key = ("sliced", node, *((axis, tuple(index)) for axis, index in cut.items()))
         if key not in self._memo:
             for axis, index in cut.items():
-                tensor = tensor.index_select(
-                    axis, torch.tensor(index, dtype=torch.long, device=tensor.device)
-                )
+                tensor = chosen(tensor, axis, index)
             self._memo[key] = self._attribute(node, tensor.clone(), cut)
         return self._memo[key]
 
@@ -161,7 +150,7 @@ class Writer:
     ) -> fx.Node:
         """A parameter that is not a mere part of an old one, given in float64."""
         like = node.meta["val"]
-        return self._attribute(node, tensor.to(like.dtype).to(self._device(node)), cut, name)
+        return self._attribute(node, tensor.to(like.dtype).to(self._device), cut, name)
 
     def _constants(self, node: fx.Node, known: Tensor, name: str, axis: int) -> fx.Node:
         """A tensor of constants at a node, in as few numbers as its repeats allow."""
@@ -170,13 +159,11 @@ class Writer:
             if dim != axis and known.shape[dim] > 3:
                 first, index = _distinct(known.movedim(dim, 0))
                 if 2 * len(first) <= known.shape[dim]:
-                    known = known.index_select(
-                        dim, torch.tensor(first, dtype=torch.long, device="cpu")
-                    )
+                    known = chosen(known, dim, first)
                     repeats[dim] = index
         like = node.meta["val"]
         name = f"{node.meta['module'] or node.name}.{name}"
-        made = self._put(name, known.to(like.dtype).to(self._device(node)), False)
+        made = self._put(name, known.to(like.dtype).to(self._device), False)
         for dim, index in repeats.items():
             made = self.call(node, aten.index_select.default, (made, dim, self.index(index)))
         return made
@@ -185,7 +172,7 @@ class Writer:
         """Channel numbers as a tensor."""
         key = ("index", *values)
         if key not in self._memo:
-            device = self._device(self._now)
+            device = self._device
             self._memo[key] = self._put(
                 "channels.order", torch.tensor(list(values), dtype=torch.long, device=device), False
             )
@@ -200,14 +187,10 @@ class Writer:
         columns: bool = False,
         exact: bool = False,
     ) -> fx.Node:
-        """A tensor with these channels, in this order.
+        """A tensor of the old network with these channels (None: all), in this order.
 
-        Args:
-            node: In the old network.
-            channels: Their numbers there; None: all, if there are any.
-            axis: Where they lie; None: where the plan says.
-            columns: Whether the columns come with them.
-            exact: Constants in their full shape, not one that broadcasts to it.
+        They lie on ``axis`` (None: where the plan says); ``columns``: the columns come with them;
+        ``exact``: constants have their full shape, not one that broadcasts to it.
         """
         value = self.plan.values[node]
         key = ("get", node, None if channels is None else tuple(channels), axis, columns, exact)
@@ -221,7 +204,7 @@ class Writer:
             self._memo[key] = made
         return self._memo[key]
 
-    # How
+    # Parts of get
 
     def _constant(
         self, node: fx.Node, channels: list[int] | None, axis: int | None, exact: bool
@@ -237,7 +220,7 @@ class Writer:
             return self.sliced(node, {axis: channels})  # type: ignore[no-any-return]
         known = self.plan.known(node)
         if channels is not None and axis is not None:
-            known = known.index_select(axis, torch.tensor(channels, dtype=torch.long, device="cpu"))
+            known = chosen(known, axis, channels)
         return self.filled(node, known, axis, exact)
 
     def filled(
@@ -318,9 +301,7 @@ class Writer:
         value = self.plan.values[node]
         assert value.axis is not None
         assert value.known is not None
-        known = value.known.index_select(
-            value.axis, torch.tensor(channels, dtype=torch.long, device="cpu")
-        )
+        known = chosen(value.known, value.axis, channels)
         if value.columns is None:
             return self.filled(node, known, value.axis, exact=True)
         of_columns = value.columns[channels]
@@ -336,7 +317,7 @@ class Writer:
         like = node.meta["val"]
         weight = self._put(
             f"{node.meta['module'] or node.name}.columns",
-            of_columns.to(like.dtype).to(self._device(node)),
+            of_columns.to(like.dtype).to(self._device),
             False,
         )
         made = self.call(node, aten.linear.default, (part, weight))
@@ -348,16 +329,13 @@ class Writer:
 
     # Tensors
 
-    def _device(self, node: fx.Node | None) -> torch.device:
+    @property
+    def _device(self) -> torch.device:
         tensors = self.plan.network.tensors.values()
         return next((t.device for t in tensors), torch.device("cpu"))
 
     def _attribute(
-        self,
-        node: fx.Node,
-        tensor: Tensor,
-        cut: Mapping[int, list[int]],
-        name: str | None = None,
+        self, node: fx.Node, tensor: Tensor, cut: Mapping[int, list[int]], name: str | None = None
     ) -> fx.Node:
         old = str(node.target) if node.op == "get_attr" else f"{node.meta['module']}.{node.name}"
         old = old.lstrip(".")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from nad_attr.export.tracing import aten, bound, op_name
-from nad_attr.export.values import Plan, Rule, Value, squeezed
+from nad_attr.export.values import Plan, Rule, Value, flags, squeezed
 
 __all__ = ["Fallback", "rules_of_channels"]
 
@@ -44,7 +44,7 @@ _ALONG = {
 _PADS = {"pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"}
 _PERMUTE = {"permute", "transpose", "t", "numpy_T", "mT", "swapaxes"}
 _AXES = {"unsqueeze", "squeeze"}
-#: A sum of carried numbers stays the same sum of them.
+#: Linear functions of columns stay linear functions of them.
 _LINEAR = {
     *_PERMUTE,
     *_AXES,
@@ -70,15 +70,9 @@ class Fallback:
 
     def emit(self, out: Any, node: fx.Node, channels: list[int] | None) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), out.whole)
-        return out.with_channels(
-            out.call(node, node.target, args, kwargs), plan_all(out.plan, node)
-        )
-
-
-def plan_all(plan: Plan, node: fx.Node) -> list[int] | None:
-    """All channels of a node's tensor; None: their axis is not known."""
-    value = plan.values[node]
-    return None if value.varying is None else list(range(len(value.varying)))
+        varying = out.plan.values[node].varying  # None: the channels' axis is not known
+        every = None if varying is None else list(range(len(varying)))
+        return out.with_channels(out.call(node, node.target, args, kwargs), every)
 
 
 class Channelwise:
@@ -120,9 +114,7 @@ class Channelwise:
         _, order = _axis_after(plan, node, axis)  # type: ignore[misc]
         if order is None:
             return {x: need}
-        of_input = torch.zeros(plan.shape(x)[axis], dtype=torch.bool, device="cpu")
-        of_input[order[need]] = True
-        return {x: of_input}
+        return {x: flags(plan.shape(x)[axis], order[need])}
 
     def emit(self, out: Any, node: fx.Node, channels: list[int] | None) -> Any:
         plan: Plan = out.plan
@@ -135,12 +127,7 @@ class Channelwise:
         wanted, made = channels, channels
         if order is not None:
             wanted = sorted(set(order[channels].tolist()))
-            made = (
-                torch.isin(order, torch.tensor(wanted, dtype=torch.long, device="cpu"))
-                .nonzero()
-                .flatten()
-                .tolist()
-            )
+            made = [i for i, channel in enumerate(order.tolist()) if channel in {*wanted}]
         given = out.get(x, wanted, columns=columns)
         name = op_name(node)
         last = {"batch_norm": 5, "prelu": 2}.get(name, 1)
@@ -305,14 +292,15 @@ class Elementwise:
                 varying[:] = True
                 continue
             varying |= value.varying
-            if value.partial and op_name(node) == "mul":
-                zero |= _is_zero(plan.known(n), own) & ~value.varying
-            if value.partial and op_name(node) == "div" and n is node.args[0]:
+            name = op_name(node)
+            if value.partial and (name == "mul" or (name == "div" and n is node.args[0])):
                 zero |= _is_zero(plan.known(n), own) & ~value.varying
         varying &= ~zero
         known = None
         if not bool(varying.all()):
-            known = _masked(_filled(plan, node).nan_to_num(0.0), varying, axis)
+            known = plan.evaluate(node)
+            known = known if known.is_floating_point() else known.double()
+            known = _masked(known.nan_to_num(0.0), varying, axis)
         return Value(axis, varying, known)
 
     def backward(
@@ -339,11 +327,6 @@ class Elementwise:
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), given)
         return out.with_channels(out.call(node, node.target, args, kwargs), channels)
-
-
-def _filled(plan: Plan, node: fx.Node) -> Tensor:
-    result: Tensor = plan.evaluate(node)
-    return result if result.is_floating_point() else result.double()
 
 
 def _is_zero(known: Tensor, axis: int) -> Tensor:
@@ -378,9 +361,8 @@ class Side:
     """``cat`` along the channels."""
 
     def forward(self, plan: Plan, node: fx.Node) -> Value | None:
-        n = len(plan.shape(node))
-        axis = bound(node)["dim"] % n
-        varying, known = [], []
+        axis = bound(node)["dim"] % len(plan.shape(node))
+        varying = []
         for x in node.args[0]:  # type: ignore[union-attr]
             value = plan.seen(x)  # type: ignore[arg-type]
             count = plan.shape(x)[axis]  # type: ignore[arg-type]
@@ -389,12 +371,10 @@ class Side:
             own = value.varying if value.axis == axis else None
             all_of_it = torch.full((count,), not value.constant, device="cpu")
             varying.append(all_of_it if own is None or value.constant else own)
-            known.append(plan.known(x))  # type: ignore[arg-type]
         joined = torch.cat(varying)
         if bool(joined.all()):
             return Value(axis, joined)
-        whole = plan.evaluate(node)
-        return Value(axis, joined, _masked(whole, joined, axis))
+        return Value(axis, joined, _masked(plan.evaluate(node), joined, axis))
 
     def backward(
         self, plan: Plan, node: fx.Node, need: Tensor | None
@@ -417,8 +397,7 @@ class Side:
 
     def emit(self, out: Any, node: fx.Node, channels: list[int] | None) -> Any:
         axis = out.plan.values[node].axis
-        need = torch.zeros(out.plan.shape(node)[axis], dtype=torch.bool, device="cpu")
-        need[channels] = True
+        need = flags(out.plan.shape(node)[axis], channels)
         parts = [
             out.get(x, part.nonzero().flatten().tolist(), axis=axis, exact=True)
             for x, part in self._parts(out.plan, node, need)
@@ -438,17 +417,15 @@ class Chosen:
         order = self._order(plan, node)
         if order is None or value.varying is None:
             return None
-        varying = value.varying[order]
         known = plan.evaluate(node) if value.partial else None
-        return Value(value.axis, varying, known)
+        return Value(value.axis, value.varying[order], known)
 
     def backward(
         self, plan: Plan, node: fx.Node, need: Tensor | None
     ) -> Mapping[fx.Node, Tensor | None]:
         x: Any = node.args[0]
-        of_input = torch.zeros(plan.shape(x)[plan.values[x].axis], dtype=torch.bool, device="cpu")  # type: ignore[index]
-        of_input[self._order(plan, node)[need]] = True  # type: ignore[index]
-        return {x: of_input}
+        n = plan.shape(x)[plan.values[x].axis]  # type: ignore[index]
+        return {x: flags(n, self._order(plan, node)[need])}  # type: ignore[index]
 
     def emit(self, out: Any, node: fx.Node, channels: list[int] | None) -> Any:
         order = self._order(out.plan, node)

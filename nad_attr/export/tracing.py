@@ -32,11 +32,10 @@ _LIBRARY = torch.library.Library("nad_attr", "DEF")
 _LIBRARY.define("site(Tensor x, int index) -> Tensor")
 torch.library.impl(_LIBRARY, "site", "CompositeExplicitAutograd")(lambda x, index: x.clone())
 torch.library.register_fake("nad_attr::site", lambda x, index: torch.empty_like(x), lib=_LIBRARY)
-#: The marker that stands in the graph in place of a gate.
+#: The marker of a gate in the graph.
 SITE = torch.ops.nad_attr.site.default
 
-#: Operators that change no value in eval mode. What asks for a memory layout goes too: every view
-#: is made a reshape below.
+#: Operators that change no value in eval mode. Memory layouts go too: every view becomes a reshape.
 _NOTHING = {"dropout", "feature_dropout", "alpha_dropout", "clone", "detach", "alias", "contiguous"}
 _NOTHING |= {"lift_fresh", "lift_fresh_copy", "_conj", "resolve_conj"}
 #: Read the kind of a tensor and none of its values.
@@ -57,8 +56,7 @@ class Graph:
         graph: Placeholders are the network's inputs, ``get_attr`` nodes its tensors.
         tensors: Parameters, buffers and constants by name, the network's own.
         parameters: Which of them are parameters.
-        batch: The symbol of the batch; None if the graph is for a number of images alone.
-        n_images: That number.
+        batch: The symbol of the batch; None if the graph is for ``n_images`` images alone.
     """
 
     graph: fx.Graph
@@ -129,7 +127,7 @@ def traced(model: nn.Module, sites: Sequence[GateSite], inputs: Sequence[Tensor]
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
-        sites: Where the gates stand.
+        sites: Where the gates are.
         inputs: What it is called with; the first axis is the batch.
 
     Raises:
@@ -225,7 +223,7 @@ def _lowered(program: Any) -> Graph:
 
 
 def _module_of(node: fx.Node) -> str:
-    """Name of the innermost module that an operator stands in."""
+    """Name of the innermost module of an operator."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     name = str(stack[-1][0]) if stack else ""
     return name.removeprefix("network").removeprefix(".")
@@ -252,7 +250,7 @@ def bound(node: fx.Node) -> dict[str, Any]:
     return result
 
 
-# One way to write each thing
+# Normal form: one way to write each operation
 
 
 def _normal_form(network: Graph) -> Graph:
@@ -380,11 +378,7 @@ def _shuffle(network: Graph, node: fx.Node) -> None:
 
 
 def merge_batchnorm(network: Graph) -> int:
-    """Write each BatchNorm that alone follows a convolution into its weights.
-
-    Returns:
-        How many.
-    """
+    """Write each BatchNorm that alone follows a convolution into its weights; returns how many."""
     graph, merged = network.graph, 0
     for node in list(graph.nodes):
         if op_name(node) != "batch_norm":
@@ -407,7 +401,7 @@ def merge_batchnorm(network: Graph) -> int:
         made = []
         with graph.inserting_before(convolution):
             for tensor, old in zip(fused, (name, name.rpartition(".")[0] + ".bias"), strict=True):
-                # A weight that stands elsewhere too stays there as it is.
+                # A weight that others use too stays as it is for them.
                 new = old if old == name and len(sources[0].users) == 1 else _free(network, old)
                 network.tensors[new] = tensor.detach()
                 network.parameters.add(new)

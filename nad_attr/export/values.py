@@ -31,10 +31,10 @@ class Value:
         axis: Where its channels are; None: not known, and nothing of it is constant.
         varying: bool (C,), the channels that depend on the images.
         known: The tensor for one image, of use where a channel does not vary.
-        columns: (C, r): further r carried numbers per position of which the channels that do not
-            vary are linear functions (a LayerNorm's mean and deviation); None: there are none.
+        columns: (C, r): further r numbers per position of which the channels that do not vary are
+            linear functions (a LayerNorm's mean and deviation); None: there are none.
         constant: Nothing depends on the images.
-        static: Nor on a gate, so that the network's own operators can be kept.
+        static: Nothing depends on a gate, so that the network's own operators can stay.
     """
 
     axis: int | None = None
@@ -71,6 +71,19 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= _ROUNDING * scale).all())
 
 
+def chosen(tensor: Tensor, axis: int, numbers: Sequence[int]) -> Tensor:
+    """These channels of a tensor, in this order."""
+    index = torch.tensor(numbers, dtype=torch.long, device=tensor.device)
+    return tensor.index_select(axis, index)
+
+
+def flags(n: int, numbers: Any) -> Tensor:
+    """Flags of n channels, bool (n,): true at these."""
+    result = torch.zeros(n, dtype=torch.bool, device="cpu")
+    result[numbers] = True
+    return result
+
+
 def squeezed(known: Tensor, axis: int | None = None) -> Tensor:
     """A tensor cut to length one along each axis on which it does not change."""
     for dim in range(known.dim()):
@@ -83,14 +96,10 @@ def squeezed(known: Tensor, axis: int | None = None) -> Tensor:
 
 @dataclass(eq=False)
 class Plan:
-    """Which channels of which tensor are computed, and what the others hold.
+    """Which channels of which tensor are computed, and the values of the others.
 
-    Attributes:
-        network: The traced network.
-        sites: Its gate sites.
-        masks: Which channels each keeps, bool (C,).
-        constants: What the others hold, float64 (C,).
-        columns: Output columns that are wanted; None: all.
+    ``masks`` (bool (C,)) says which channels each site keeps, ``constants`` (float64 (C,)) the
+    values of the others, ``columns`` the output columns that are wanted (None: all).
     """
 
     network: Graph
@@ -155,9 +164,7 @@ class Plan:
         if self.columns is None or value.axis != 1:
             return None
         assert value.varying is not None
-        need = torch.zeros_like(value.varying)
-        need[self.columns] = True
-        return need
+        return flags(len(value.varying), self.columns)
 
     def _want(self, node: fx.Node, need: Tensor | None) -> None:
         value = self.values[node]

@@ -1,8 +1,7 @@
 """One forward pass of a network cut into blocks at its sites, and products with their Jacobians.
 
-At each site stands a leaf: a copy of the site's tensor without history. So the graph of each block
-reaches from its own site back to the sites that it reads and no further, and a vector-Jacobian
-product runs one block backward.
+Each site gets a leaf: a copy of the site's tensor without history. So the graph of each block ends
+at the sites that it reads, and a vector-Jacobian product runs one block backward.
 """
 
 from __future__ import annotations
@@ -57,13 +56,7 @@ class Gating:
 
 @dataclass(eq=False)
 class Blocks:
-    """A forward pass in pieces.
-
-    Attributes:
-        leaves: ``{site name: the tensor that the next blocks read}``.
-        returned: ``{site name: what the block before it made of its leaves, gated}``.
-        outputs: (B, K) of the network.
-    """
+    """A forward pass in pieces: leaves, gated results, and the outputs (B, K) of the network."""
 
     leaves: dict[str, Tensor] = field(default_factory=dict)
     returned: dict[str, Tensor] = field(default_factory=dict)
@@ -71,7 +64,7 @@ class Blocks:
 
 
 class _StraightOnly(TorchFunctionMode):
-    """Let gradients through only where channels are carried: none passes what mixes channels."""
+    """Pass gradients only where channels are passed on, not through what mixes channels."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -102,12 +95,7 @@ def cut_forward(
 ) -> Blocks:
     """Run a batch through the sub-architecture with a leaf at each site.
 
-    Args:
-        runner: The network.
-        inputs: A batch.
-        sites: In forward order.
-        gating: Of the sub-architecture.
-        straight: Keep only those paths in the graphs that carry channels and mix none.
+    With ``straight``, graphs keep only those paths that mix no channels.
     """
     blocks = Blocks()
 
@@ -132,11 +120,7 @@ def whole_gradients(
     gating: Gating,
     task: Task,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each site's tensor and the gradient of the task output there, by one plain backward pass.
-
-    Returns:
-        ``{site name: (x, g)}``.
-    """
+    """Each site's tensor and the gradient of the task output there, by one plain backward pass."""
     leaves: dict[str, Tensor] = {}
 
     def function(site: GateSite, tensor: Tensor) -> Tensor:
@@ -175,15 +159,9 @@ def products(
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Vector-Jacobian products of one block, several at a time.
 
-    Args:
-        returned: What the block made.
-        leaves: What it reads.
-        vectors: ``numbers -> (len(numbers), *returned.shape)``.
-        n: How many vectors there are.
-
-    Yields:
-        Some numbers, and ``{site name: products}`` with these numbers on axis 0; sites that the
-        block does not read are left out.
+    The n vectors are ``numbers -> (len(numbers), *returned.shape)``. Yields some numbers, and
+    ``{site name: products}`` with these numbers on axis 0, without sites that the block does not
+    read.
     """
     size = max(1, min(n, _MAX_BATCHED_ELEMENTS // max(1, returned.numel()))) if n > 1 else 1
     start = 0

@@ -1,8 +1,8 @@
 """Cut edges between channels for real: some channels do not see others.
 
-A site's channel j of which edges are cut gets what the block makes with their sources closed, while
-all other channels get what it makes with them as they are. So the block runs once for each set of
-sources that some channel lacks, on copies of the images side by side, from its sites on.
+A channel with cut edges gets what the block makes with their sources closed; all other channels get
+what it makes with them open. So the block runs once for each different set of closed sources, on
+copies of the images side by side, from its sites on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _ReachedError(Exception):
 
 
 @dataclass(eq=False)
-class _Now:
+class _PassState:
     """What the next pass does at the sites."""
 
     given: dict[str, Tensor] = field(default_factory=dict)
@@ -51,12 +51,8 @@ class _Now:
 class Machine:
     """Runs a sub-architecture from given tensors, with channels closed, up to a site.
 
-    Args:
-        model: The network.
-        architecture: The sub-architecture.
-        sites: In forward order.
-        links: See :func:`nad_attr.sites.finding.site_links`.
-        width: Images that go through a block at once, with their copies, at most.
+    ``links`` is from :func:`nad_attr.sites.finding.site_links`; ``width`` is the number of images
+    that go through a block at once, with their copies, at most.
     """
 
     def __init__(
@@ -72,14 +68,14 @@ class Machine:
         self.model, self.architecture = model, architecture
         self.sites, self.links = sites, links
         self.by_name = {site.name: site for site in sites}
-        self.now = _Now()
+        self.now = _PassState()
         self.inner = False
         self.n_images = -1
         #: What is added to channels that lack some of their sources: ``{site: (C,)}``.
         self.offsets: dict[str, Tensor] = {}
         #: The means that these offsets are to restore; set while they are fitted.
         self.wanted_means: Mapping[str, Tensor] | None = None
-        #: The share of what closed channels hold above their constants that is taken away.
+        #: The share of the closed channels' values above their constants that is taken away.
         self.share = 1.0
         #: Whether copies of the images go through the whole network, and not from a site on.
         self.from_start = False
@@ -132,16 +128,16 @@ class Machine:
         Args:
             call: Runs the network on so many copies of the images.
             wanted: The site, or ``"output"``.
-            copies: How many copies of the images stand side by side.
-            given: Tensors that take the place of sites', for one copy.
+            copies: Number of copies of the images side by side.
+            given: Tensors that replace those of sites, for one copy.
             closed: ``{site: bool (copies, C)}``.
             copied_at: The site where copies are made; None: of the images.
-            placed: A site and what stands there, for all copies.
+            placed: A site and its tensor, for all copies.
         """
         late = copied_at is not None or (placed is not None and self.isolates(placed[0]))
         if late and not self.from_start and copies > 1:
-            # A network that has noted the number of its images before cannot have more from a
-            # site on (``x.view(batch_size, -1)``): the images themselves are copied then.
+            # A network that has noted the number of its images (``x.view(batch_size, -1)``) cannot
+            # get more from a site on: the images themselves are copied then.
             try:
                 found = self._run(call, wanted, copies, given, closed, copied_at, placed, late=True)
                 n_images = len(found) / copies
@@ -165,7 +161,7 @@ class Machine:
         late: bool,
     ) -> Tensor:
         before, inner = self.now, self.inner
-        self.now = _Now(
+        self.now = _PassState(
             {
                 name: x.repeat(copies, *[1] * (x.ndim - 1))
                 if copies > 1 and (not late or name == copied_at)
@@ -208,10 +204,9 @@ class Machine:
         closed: Sequence[Mapping[str, Sequence[int]]],
         given: Mapping[str, Tensor],
     ) -> Iterator[tuple[range, Tensor]]:
-        """What a block makes with each of several sets of its sources closed.
+        """A block's results with each of several sets of its sources closed.
 
-        Yields:
-            Numbers of sets, and (len(numbers), B, ...) of the target site.
+        Yields numbers of sets, and (len(numbers), B, ...) of the target site.
         """
         sources = [self.by_name[name] for name in self.links[target]]
         if len(sources) > 1:
@@ -293,20 +288,11 @@ class Machine:
 def recentred(
     machine: Machine, call: Callable[[int], Any], edges: Edges, n_images: int
 ) -> dict[str, Tensor]:
-    """What to add to each receiver that lacks sources, so that its mean stays as it was.
+    """Constants for receivers that lack sources, which keep each one's mean: ``{site: (C,)}``.
 
-    Cutting an edge closes a source for one receiver, and what was a little off in each of many
-    edges adds up: receivers shift from site to site, and the output with them. One number for each
-    receiver undoes that; it is fitted site by site, behind the cuts before it.
-
-    Args:
-        machine: Of the sub-architecture.
-        call: Runs the network on the images to fit on.
-        edges: Those that are cut.
-        n_images: How many images these are.
-
-    Returns:
-        ``{site: (C,)}``, zero for channels that lack nothing.
+    Each cut edge shifts its receiver a little, and the shifts of many edges add up from site to
+    site. The constants undo that; they are fitted site by site, behind the cuts before, to the
+    ``n_images`` images that ``call`` runs. They are zero for channels that lack nothing.
     """
     means: dict[str, Tensor] = {}
 
@@ -355,7 +341,7 @@ def cut_edges(
         links: See :func:`nad_attr.sites.finding.site_links`.
         edges: Those that are cut, by the site that they lead to.
         width: Images that go through a block at once, with their copies, at most.
-        offsets: What is added to receivers that lack sources, see :func:`recentred`.
+        offsets: Constants of receivers that lack sources, see :func:`recentred`.
     """
     machine = Machine(model, architecture, sites, links, width)
     machine.offsets.update(offsets or {})
@@ -375,12 +361,12 @@ def cut_edges(
         machine.n_images = n_images
         given = machine.tensors(call, edges)
         output[:] = [given.pop(OUTPUT)] if OUTPUT in given else []
-        machine.now = _Now(given)
+        machine.now = _PassState(given)
 
     def end(module: nn.Module, args: Any, returned: Any) -> Any:
         if machine.inner:
             return None
-        machine.now = _Now()
+        machine.now = _PassState()
         return output[0] if output else None
 
     root = machine.root

@@ -20,7 +20,7 @@ from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.running.outputs import task_outputs
 from nad_attr.stats.tables import pandas
-from nad_attr.system.rng import seed_of
+from nad_attr.system.rng import permutation, seed_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,19 +58,20 @@ def edge_drops(
 ) -> Tensor:
     """How far the task output falls when each edge is cut by itself.
 
-    With a small ``share`` it is what the derivative says, that is, the flow: where cutting does
-    something else, ``share`` tells whether the block bends, or the network behind it.
+    With a small ``share`` this is the flow. Where cutting does something else, ``share`` tells
+    whether the block is curved, or the network behind it.
 
     Args:
         model: The network; unchanged afterwards.
         found: Its flow, whose edges they are.
         edges: ``(source site, source, target site, target)``.
-        images: All of a tensor's, or of a tuple of input tensors; of images with labels the task's
-            own.
+        images: A tensor, or a tuple of input tensors: all of these images. Images with labels: the
+            task's own.
         task: Whose; may be left out if there is one.
-        share: How much of the source is taken away, in (0, 1], and how much of what the receiver
-            loses by it; one number is for the source alone. Falls are divided by both. (1, 0.01)
-            is the real block with the rest of the network made linear; 0.01 is all of it.
+        share: The share of the source that is taken away, in (0, 1], and the share of the
+            receiver's loss that is passed on; one number is for the source alone. Falls are divided
+            by both. (1, 0.01): the real block, with the rest of the network made linear; 0.01: all
+            of the network made linear.
         run: How to run the network; see :class:`nad_attr.RunOptions`. ``batch_size`` counts the
             copies of the images in which different edges are cut; None: 256.
 
@@ -199,11 +200,8 @@ def agreement(
     rows = []
     for link in flow.links:
         told = [(i, j) for i in range(len(link.sources)) for j in range(len(link.targets))]
-        generator = torch.Generator().manual_seed(
-            seed_of(seed, "agreement", link.source_site, link.target_site)
-        )
-        order = torch.randperm(len(told), generator=generator, device="cpu")[:n_edges].tolist()
-        chosen = [told[k] for k in order]
+        order = permutation(len(told), seed, "agreement", link.source_site, link.target_site)
+        chosen = [told[k] for k in order[:n_edges].tolist()]
         edges = [
             (link.source_site, int(link.sources[i]), link.target_site, int(link.targets[j]))
             for i, j in chosen
@@ -276,20 +274,16 @@ def edge_fidelity(
         numbers = mask.nonzero().flatten()
         if not len(numbers):
             raise ValueError(f"fidelity needs images of task {flow.task} and others.")
-        generator = torch.Generator().manual_seed(seed_of(seed, "edges", "images", len(numbers)))
-        order = torch.randperm(len(numbers), generator=generator, device="cpu")
+        order = permutation(len(numbers), seed, "edges", "images", len(numbers))
         chosen += numbers[order[: max(1, n_images // 2)]].tolist()
     weights = balanced_weights(own[chosen])
     width = runner.images_per_pass(source, most=IMAGES)
     parts = [[chosen[i] for i in part] for part in chunks(len(chosen), min(width, _BATCH))]
 
     def answers() -> Tensor:
-        return torch.cat(
-            [
-                task_outputs(runner(x), [flow.task])[:, 0].cpu().double()
-                for x in runner.draw(source, parts, "fidelity of edges")
-            ]
-        )
+        drawn = runner.draw(source, parts, "fidelity of edges")
+        outputs = [task_outputs(runner(x), [flow.task])[:, 0].cpu().double() for x in drawn]
+        return torch.cat(outputs)
 
     with flow.architecture.applied(runner.model):
         base = answers()

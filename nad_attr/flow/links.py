@@ -40,7 +40,7 @@ class Link:
         strength: float64 (S, R + 1), means over images of the flow's absolute value.
         straight: float64 (S, R + 1), the part that no operator mixed; NaN where that is unknown.
         gradient: float64 (S, R + 1), means over images of the absolute derivative alone, summed
-            over positions: what the flow is without how much there is to flow.
+            over positions: the flow without the size of the activations.
     """
 
     source_site: str
@@ -110,12 +110,7 @@ class TaskFlow:
 
 @dataclass(frozen=True, eq=False)
 class EdgeSet:
-    """The edges between sites, cut in two.
-
-    Attributes:
-        kept: Those that stay.
-        cut: The others.
-    """
+    """The edges between sites: those that stay, and those that are cut."""
 
     kept: list[Edge]
     cut: list[Edge]

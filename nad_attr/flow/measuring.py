@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from nad_attr._checks import check_count
 from nad_attr.data.labels import ReadLabels, Task, as_task, own_images
 from nad_attr.data.sources import Data, Inputs, Source, TensorSource, as_source
-from nad_attr.flow.blocks import (
-    Blocks,
-    Gating,
-    cut_forward,
-    gate_sums,
-    products,
-    whole_gradients,
-)
+from nad_attr.flow.blocks import Blocks, Gating, cut_forward, gate_sums, products, whole_gradients
 from nad_attr.flow.links import OUTPUT, Link, TaskFlow
 from nad_attr.flow.result import InformationFlow
 from nad_attr.flow.straight import UNKNOWN, straight_flow
@@ -52,26 +45,25 @@ def information_flow(
 ) -> InformationFlow:
     r"""Measure what flows from each channel of a site to each channel of the next.
 
-    Sites are cuts: every path of the data passes each. With x the tensor of a site, a its
-    constants (the means of the sub-architecture, or zero), g the gradient of the task output at
-    the next site and J the derivative of the next site by this one, the flow from channel i to
-    channel j of the next site is ``F_ij = mean over images of sum over positions of
-    g_j J_ji (x_i - a_i)``: the first-order effect of i on the task output, as far as it passes j.
-    So what flows out of a channel is its effect, exactly: ``sum_j F_ij = mean of
-    sum of g_i (x_i - a_i)``. What flows into a channel is its effect minus its *source*: what
-    constants, biases and curvature inside the block bring (0 in a ReLU network without biases
-    whose closed channels are zero).
+    Sites are cuts: every path of the data passes each. With x the tensor of a site, a its constants
+    (the means of the sub-architecture, or zero), g the gradient of the task output at the next site
+    and J the derivative of the next site by this one, the flow from channel i to channel j of the
+    next site is ``F_ij = mean over images of sum over positions of g_j J_ji (x_i - a_i)``: the
+    first-order effect of i on the task output, as far as it passes j. So what flows out of a
+    channel is its effect, exactly: ``sum_j F_ij = mean of sum of g_i (x_i - a_i)``. What flows into
+    a channel is its effect minus its *source*: the part of constants, biases and curvature inside
+    the block (0 in a ReLU network without biases whose closed channels are zero).
 
-    The images run through the *sub-architecture*, where closed channels let nothing through; for
-    the whole network give ``SubArchitecture.full(sites)``. Where cells read two predecessors (as
-    in DARTS), edges lead from both. ``straight`` is the part of a flow that takes a shortcut: the
-    network is run with the gradient cut behind each operator that mixes channels, and what still
-    arrives was carried by identities, activations, normalisations and pooling alone. A shortcut
-    with a convolution of its own is not straight. It is NaN where a channel's way cannot be told
-    (a normalisation over channels on the shortcut).
+    The images run through the *sub-architecture*, with its channels closed; for the whole network
+    give ``SubArchitecture.full(sites)``. Where cells read two predecessors (as in DARTS), edges
+    lead from both. ``straight`` is the part of a flow that takes a shortcut, through identities,
+    activations, normalisations and pooling alone (the network runs with the gradient cut behind
+    each operator that mixes channels). A shortcut with a convolution of its own is not straight.
+    ``straight`` is NaN where a channel's way is unknown (a normalisation over channels on the
+    shortcut).
 
-    One vector-Jacobian product of one block for each receiving channel: R receivers cost R + 3
-    backward passes of the whole network, R + 1 of them in pieces, whatever the number of sites.
+    R receivers cost R + 3 backward passes of the whole network, R + 1 of them in pieces (one
+    vector-Jacobian product of one block for each receiver), whatever the number of sites.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -224,9 +216,7 @@ def images_of_tasks(
 ) -> tuple[Source, list[list[int]]]:
     """The source of the images, and the numbers of each task's images, at most ``n_images``.
 
-    Raises:
-        TypeError: If ``images`` is nothing that images come from.
-        ValueError: If there is no image, or none of a task.
+    A ValueError if there is no image, or none of a task.
     """
     inputs: Inputs | None = None
     if isinstance(images, Tensor):
@@ -352,8 +342,8 @@ class _OneTask:
                 passes.append(n)
             del blocks.returned[site.name], above[site.name]  # this block's graph may go
             self.advance(1)
-        # Blocks between cuts are passed one by one. Around heads and neurons a product runs through
-        # all that lies before them, which is the whole network at most.
+        # Blocks between cuts are passed one by one. A product around heads and neurons runs through
+        # everything before them, the whole network at most.
         inner = any(site.units != "channels" for site in self.sites)
         n_passes = 1 + (sum(passes) if inner else max(passes))
         self.cost["backward"] = max(self.cost["backward"], n_passes)
@@ -419,7 +409,7 @@ class _OneTask:
     def _straight(
         self, inputs: Inputs, gradients: dict[str, Tensor], targets: dict[str, Tensor]
     ) -> bool:
-        """Add what takes shortcuts; returns whether there are any."""
+        """Add the flow through shortcuts; returns whether there are any."""
         found = straight_flow(self.runner, inputs, self.sites, self.gating, self.links, gradients)
         for (source, target), (where, flow) in found.items():
             own, reads = targets[target], self.by_name[target]

@@ -35,19 +35,17 @@ def flow_picture(
 ) -> dict[str, Any]:
     """Sites as columns, channels as nodes, flows as links: plain values, ready to be drawn.
 
-    Args:
-        flows: Of the same sites; for all of them the same channels are shown.
-        channels: Of each site, at most; those with the largest effects on any task. None: 14 for
-            few sites, less for many. All other kept channels are one node.
-        links: Between two sites and for each task, at most; the strongest. None: twice as many as
-            there are channels.
+    For all flows the same ``channels`` of each site are nodes, those with the largest effects on
+    any task (None: 14 for few sites, less for many); all other kept channels are one node.
+    ``links`` is the number between two sites for each task, the strongest (None: twice as many as
+    channels).
 
     Returns:
-        ``sites`` (names, the last "output"), ``units`` (what a node of each site is: channel, head,
-        neuron or group), ``tasks`` (names), ``nodes`` (site's number, channel
-        or -1 for the others, effect on each task, how many channels), ``links`` (task's number,
-        two nodes' numbers, flow, straight part), ``drawn`` (for each task, the share of the
-        absolute flow between the nodes that its links carry), ``n_images``.
+        ``sites`` (names, the last "output"), ``units`` (of each site's nodes: channel, head, neuron
+        or group), ``tasks`` (names), ``nodes`` (site's number, channel or -1 for the others, effect
+        on each task, how many channels), ``links`` (task's number, two nodes' numbers, flow,
+        straight part), ``drawn`` (for each task, the share of the absolute flow that its links
+        have), ``n_images``.
 
     Raises:
         ValueError: If there is no flow, sites differ or a number makes no sense.

@@ -26,11 +26,10 @@ def plot_flow(
 ) -> Figure:
     """Draw what flows between the strongest channels of each site.
 
-    A column for each site, its channels from the largest effect down, all others together at the
-    bottom; the area of a node says how large its effect is, the width of a link how much flows
-    (both within their site, links within their class). Links that speak for the class are drawn
-    through, those that speak against it dashed. Two classes are laid over each other in two
-    colours.
+    Each site is a column, with its channels from the largest effect down and all others together
+    at the bottom. The area of a node is its effect, the width of a link its flow (both relative to
+    their site, links to their class). Links for the class are solid, those against it dashed. Two
+    classes are drawn over each other in two colours.
 
     Args:
         flow: The flow.
@@ -71,7 +70,7 @@ def plot_flow(
     for link in found["links"]:
         ends = nodes[link["from"]], nodes[link["to"]]
         hop = link["task"], ends[0]["site"], ends[1]["site"]
-        # What all other channels carry together would make every single one look thin.
+        # The flow of all other channels together would make every single one look thin.
         single = all(end["channel"] >= 0 for end in ends)
         largest[hop] = max(largest.get(hop, 1e-300), abs(link["flow"]) if single else 0.0)
     for link in sorted(found["links"], key=lambda k: abs(k["flow"])):
@@ -118,10 +117,8 @@ def plot_flow(
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
     upright = n_sites > 8 or max(map(len, found["sites"])) > 14
-    slanted: dict[str, Any] = (
-        {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if upright else {}
-    )
-    axis.set_xticks(range(n_sites), found["sites"], **slanted)
+    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(range(n_sites), found["sites"], **(slanted if upright else {}))
     axis.tick_params(axis="x", length=0)
     handles = [
         Line2D([], [], color=_COLOURS[t], linewidth=3, label=name)

@@ -141,9 +141,8 @@ class InformationFlow(Result):
 
         Columns ``site, channel, effect, inflow, outflow, source``, with two tasks ``task`` before
         them. A channel is a group where channels are in groups, as a head's are. ``source`` is what
-        the block before brings by itself: ``effect - inflow``. Channels
-        that are not told apart as receivers have no inflow of their own (NaN); the row of channel
-        -1 has that of all of them.
+        the block before adds by itself: ``effect - inflow``. Channels that are not told apart as
+        receivers have no inflow of their own (NaN); the row of channel -1 has that of all of them.
         """
         pd = pandas("nodes")
         rows: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
 """The shape of a flow: how much goes straight, how far it spreads, where classes part.
 
-The paper's third question, "how does the type of connection change the flow of information?", in
-numbers, each beside a null in which channels are permuted.
+These are numbers for the paper's third question, "how does the type of connection change the flow
+of information?", each beside a null in which channels are permuted.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nad_attr.flow.links import OUTPUT, TaskFlow
 from nad_attr.flow.result import InformationFlow, stacked, task_flows
-from nad_attr.stats.tables import pandas
+from nad_attr.stats.tables import FloatArray, pandas
 from nad_attr.system.rng import seed_of
 
 if TYPE_CHECKING:
@@ -25,17 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["flow_shape", "flow_sharing", "parting_depth"]
 
-FloatArray = NDArray[np.float64]
-
 
 def spread(flow: FloatArray) -> float:
     """How evenly each channel's flow spreads over the next site, 0 (one channel) to 1 (all alike).
 
-    The entropy of each row's absolute flows over the logarithm of their number, weighted by how
-    much flows.
-
-    Args:
-        flow: (channels, channels of the next site).
+    For a flow (channels, channels of the next site), this is the entropy of each row's absolute
+    flows over the logarithm of their number, weighted by the row's sum.
 
     Example:
         >>> spread(np.array([[1.0, -1.0], [0.0, 0.0]])), spread(np.array([[2.0, 0.0]]))
@@ -154,13 +148,9 @@ def flow_sharing(
         generator = _generator(seed, "sharing", site, after)
         null = []
         for _ in range(n_null):
-            moved = np.array(
-                [
-                    v[generator.permutation(v.shape[0])][:, generator.permutation(v.shape[1])]
-                    for v in values
-                ]
-            )
-            null.append(_shared(moved, top))
+            orders = ([generator.permutation(n) for n in v.shape] for v in values)
+            moved = [v[a][:, b] for v, (a, b) in zip(values, orders, strict=True)]
+            null.append(_shared(np.array(moved), top))
         own = _shared(values, top)
         low = np.mean(null, axis=0) if null else np.full(2, math.nan)
         rows.append(

@@ -15,7 +15,7 @@ from nad_attr.sites.site import GateSite
 
 __all__ = ["NONE", "UNKNOWN", "straight_flow"]
 
-#: A channel that no shortcut carries on, and one that goes somewhere that cannot be told.
+#: A channel that no shortcut passes on, and one that goes to an unknown place.
 NONE, UNKNOWN = -1, -2
 
 
@@ -30,17 +30,10 @@ def straight_flow(
     """The flow along paths on which no operator mixes channels, summed over a batch.
 
     The network runs once with the gradient cut behind every operator that mixes channels (dense
-    convolutions, matrix products, attention). What still reaches a site from the next one came by
-    a shortcut. Two probes find which channel of the next site it came from: all weighted equally,
-    and weighted by their number; the quotient is the number, if there is one channel only.
-
-    Args:
-        runner: The network; no autocast is used, whose numbers are too coarse to count channels.
-        inputs: A batch.
-        sites: In forward order.
-        gating: Of the sub-architecture.
-        links: See :func:`nad_attr.sites.finding.site_links`.
-        gradients: Of the task output at each site.
+    convolutions, matrix products, attention), without autocast, which is too coarse to count
+    channels. A gradient that still reaches a site from the next one came by a shortcut. Two probes
+    find which channel of the next site it came from: all weighted equally, and weighted by their
+    number; the quotient is the number, if there is one channel only.
 
     Returns:
         ``{(site, next site): (targets, flow)}`` of the links with a shortcut: int64 (C,), the
@@ -90,5 +83,5 @@ def _targets(site: GateSite, plain: Tensor, numbered: Tensor, n_targets: int) ->
     number = (moment / total.clamp_min(1e-300)).round().clamp(1, n_targets)
     one = (numbered - number[:, None] * plain).abs().amax(1) <= 1e-3 * plain.abs().amax(1)
     targets = torch.where(one, number.long() - 1, UNKNOWN)
-    # A channel that is dead on these images, or that no shortcut carries, brings nothing.
+    # A channel that is dead on these images, or that no shortcut passes on, adds nothing.
     return torch.where((total > 0) | (moment > 0), targets, NONE)

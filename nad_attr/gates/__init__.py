@@ -1,4 +1,4 @@
-"""Gates and sub-architectures: the values that learning gives and everything else takes."""
+"""Gates, sub-architectures and recipes, as values. Nothing here runs a network."""
 
 from __future__ import annotations
 

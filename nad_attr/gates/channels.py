@@ -24,7 +24,7 @@ def n_gates(sites: Sequence[GateSite]) -> int:
 
 
 def gate_of_channel(sites: Sequence[GateSite]) -> Tensor | None:
-    """For each channel of all sites the number of its gate: int64; None: each has its own."""
+    """The number of each channel's gate, int64; None: each channel has its own gate."""
     if all(site.groups is None for site in sites):
         return None
     numbers: list[int] = []
@@ -36,7 +36,7 @@ def gate_of_channel(sites: Sequence[GateSite]) -> Tensor | None:
 
 
 def to_channels(gates: Tensor, sites: Sequence[GateSite]) -> Tensor:
-    """Values of gates for each of their channels: (..., all gates) to (..., all channels).
+    """The value of each channel's gate: (..., all gates) to (..., all channels).
 
     Example:
         >>> to_channels(torch.tensor([1.0, 0.0]), [GateSite("a", 4, groups=2)])
@@ -57,8 +57,8 @@ def to_gates(channels: Tensor, sites: Sequence[GateSite], *, mean: bool = False)
     if numbers is None:
         return channels
     numbers = numbers.to(channels.device)
-    zeros = channels.new_zeros(*channels.shape[:-1], n_gates(sites))
-    total = zeros.index_add(-1, numbers, channels)
+    total = channels.new_zeros(*channels.shape[:-1], n_gates(sites))
+    total = total.index_add(-1, numbers, channels)
     return total / numbers.bincount() if mean else total
 
 
@@ -79,11 +79,7 @@ def channels_of(site: GateSite, gates: Sequence[int]) -> list[int]:
 
 
 def open_gates(site: GateSite, mask: Tensor) -> Tensor:
-    """Which gates of a site are open, of a mask over channels: bool (..., C) to (..., gates).
-
-    Raises:
-        ValueError: If a group is open in part.
-    """
+    """The open gates of a mask over channels, which has whole groups: bool (..., C) to (..., G)."""
     if site.groups is None:
         return mask
     share = to_gates(mask.float(), [site], mean=True)
@@ -96,12 +92,7 @@ def open_gates(site: GateSite, mask: Tensor) -> Tensor:
 
 
 def distinct_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
-    """Check that no site occurs twice.
-
-    Raises:
-        TypeError: If they are something else.
-        ValueError: If one is there twice.
-    """
+    """Return the sites as a tuple; check that they are gate sites and differ in name."""
     names = [site.name for site in check_sites(sites)]
     for name in names:
         if names.count(name) > 1:
@@ -110,11 +101,7 @@ def distinct_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
 
 
 def budget(size: float, sites: Sequence[GateSite]) -> int:
-    """Number of gates that a size keeps: ``round(size * all gates)``, at least one.
-
-    Raises:
-        ValueError: If ``size`` is not a number in (0, 1].
-    """
+    """Number of gates that a size in (0, 1] keeps: ``round(size * all gates)``, at least one."""
     if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size <= 1:
         raise ValueError(f"size must be a share of the channels in (0, 1], got {size!r}.")
     return max(1, round(size * n_gates(sites)))
@@ -131,12 +118,12 @@ def top_k_masks(
 ) -> dict[str, Tensor]:
     """Keep exactly the ``k`` highest scores over all sites together.
 
-    A group of channels has one score, the mean of theirs, and is kept as one. Equal scores are kept
-    in site and channel order, so the result is a function of the scores.
+    A group of channels has one score, the mean of its channels' scores. Equal scores are kept in
+    site and channel order, so the result depends on the scores alone.
 
     Args:
-        scores: ``{site name: (..., C)}``, higher is more important; leading axes (tasks) are
-            treated one by one.
+        scores: ``{site name: (..., C)}``, higher is more important; each row of the leading axes
+            (tasks) is treated alone.
         sites: Gate sites in forward order.
         k: Gates to keep, over all sites.
 
@@ -165,8 +152,8 @@ def jaccard(a: Tensor, b: Tensor) -> float:
 def kappa(a: Tensor, b: Tensor) -> float:
     """Overlap corrected for chance, ``(J - E J) / (1 - E J)``; 0 for random, 1 for equal masks.
 
-    ``E J = e / (|A| + |B| - e)`` with ``e = |A| |B| / C`` the expected intersection of random
-    masks of these sizes. 0/0 is 1 (both full or both empty).
+    ``E J = e / (|A| + |B| - e)``, where ``e = |A| |B| / C`` is the expected intersection of random
+    masks of these sizes. If both are full or both are empty, it is 1.
 
     Args:
         a: Boolean mask (C,).
@@ -183,15 +170,21 @@ def kappa(a: Tensor, b: Tensor) -> float:
     both = n_a * n_b / a.numel()
     union = n_a + n_b - both
     expected = both / union if union else 1.0
-    if expected == 1.0:
-        return 1.0
-    return (jaccard(a, b) - expected) / (1 - expected)
+    return 1.0 if expected == 1.0 else (jaccard(a, b) - expected) / (1 - expected)
+
+
+def float_copy(values: object, what: str) -> Tensor:
+    """A float32 copy of real numbers on the CPU; a ValueError if they are complex."""
+    tensor = as_tensor(values, what).detach().cpu()
+    if tensor.is_complex():
+        raise ValueError(f"{what} are complex.")
+    return tensor.float().clone()
 
 
 def check_means(
     means: Mapping[str, Tensor] | None, sites: Sequence[GateSite]
 ) -> dict[str, Tensor] | None:
-    """Copies of per-channel means as float32 (C,) on the CPU, checked; None stays None."""
+    """Check per-channel means and copy them as float32 (C,) to the CPU; None stays None."""
     if means is None:
         return None
     check_mapping(means, "means")
@@ -199,10 +192,7 @@ def check_means(
     for site in sites:
         if site.name not in means:
             raise ValueError(f"means lack gate site {site.name!r}.")
-        mean = as_tensor(means[site.name], f"means of {site.name!r}").detach().cpu()
-        if mean.is_complex():
-            raise ValueError(f"means of {site.name!r} are complex.")
-        mean = mean.float().clone()
+        mean = float_copy(means[site.name], f"means of {site.name!r}")
         if mean.shape != (site.n_channels,) or not bool(torch.isfinite(mean).all()):
             raise ValueError(
                 f"means of {site.name!r} must be {site.n_channels} finite numbers, got shape "

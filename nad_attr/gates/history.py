@@ -21,14 +21,14 @@ __all__ = ["History"]
 class History(Result, Mapping[str, npt.NDArray[np.float32]]):
     """Learning curves, ``{quantity: float32 (steps, T)}``.
 
-    A task that takes fewer steps than others has NaN in the rest of its column.
+    A task with fewer steps than others has NaN in the rest of its column.
 
     Args:
         curves: The curves, all of one shape.
 
     Raises:
-        TypeError: If they are not a mapping.
-        ValueError: If the curves have different shapes or hold no numbers.
+        TypeError: If ``curves`` is not a mapping.
+        ValueError: If the curves have different shapes or are not numbers.
 
     Example:
         >>> history = History({"loss": np.array([[1.0, 2.0], [0.5, 1.5]])})
@@ -100,7 +100,7 @@ class History(Result, Mapping[str, npt.NDArray[np.float32]]):
 
     @classmethod
     def _kind(cls) -> str:
-        return "learning_history"  # "history" is where stores keep the tasks' own
+        return "learning_history"  # stores use "history" for the history of each task
 
     @classmethod
     def _types(cls) -> dict[str, Any]:
@@ -114,7 +114,9 @@ class History(Result, Mapping[str, npt.NDArray[np.float32]]):
         return cls(fields["curves"])
 
     def plot(self) -> Figure:
-        """One panel per quantity that has a curve, one line per task, the mean in black.
+        """Draw one panel per quantity: one line per task, and their mean in black.
+
+        Quantities that are known at one step only are left out.
 
         Returns:
             A matplotlib figure, not shown.
@@ -126,7 +128,7 @@ class History(Result, Mapping[str, npt.NDArray[np.float32]]):
             from matplotlib.figure import Figure
         except ImportError:
             raise ImportError("plotting needs matplotlib: pip install 'nad-attr[plot]'") from None
-        # What is known at the end alone is a point, and no curve.
+        # A quantity that is known only at the end has no curve.
         shown = {
             name: curve
             for name, curve in self._curves.items()
@@ -136,10 +138,7 @@ class History(Result, Mapping[str, npt.NDArray[np.float32]]):
         for i, (name, curve) in enumerate(shown.items()):
             axes = figure.add_subplot(1, len(shown), i + 1)
             axes.plot(curve, color="0.75", linewidth=0.8)
-            # A column of NaN (a task without steps) must not turn the mean into a warning.
-            seen = np.isfinite(curve)
-            n = np.maximum(seen.sum(axis=1), 1)
-            axes.plot(np.where(seen, curve, 0).sum(axis=1) / n, color="black", linewidth=1.5)
+            axes.plot(nan_mean(curve.T.astype(np.float64)), color="black", linewidth=1.5)
             axes.set_xlabel("step")
             axes.set_title(name.replace("_", " "))
         return figure

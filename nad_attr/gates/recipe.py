@@ -22,8 +22,12 @@ _PAPER_BETA = {
     ("darts", "places365"): 0.20,
 }
 
-#: Settings that follow the ablation, and what they are unless it is "optimal".
+#: Settings whose default depends on the ablation, and the default unless it is "optimal".
 FOLLOWING: dict[Literal["free_scale", "boundary"], float] = {"free_scale": 0.3, "boundary": 0.9}
+
+
+#: Of the steps, the share that fits constants to the mean of replicas, and the fewest of a replica.
+FITTING_SHARE, LEAST_STEPS = 0.28, 4
 
 
 def _check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
@@ -42,56 +46,52 @@ def _settable(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind) if field.init]
 
 
-def _check_ablation(value: object) -> None:
-    if value not in ("mean", "zero", "optimal"):
-        raise ValueError(f"recipe: ablation must be 'mean', 'zero' or 'optimal', got {value!r}.")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How gates are learned: the default recipe.
 
-    Keeps the task output, as a function of the image, on own and other images alike, with exactly
-    the number of channels asked for: it minimises the mean squared difference of the task output
-    between sub-architecture and whole network, over as many own as other images, those next to
-    the boundary between them first; part of what another scale and offset of the output would
-    mend is forgiven. So it cannot be met by always answering the class, nor by an output that
-    hardly changes. Channels are closed one by one, by a quadratic model of what closing does (see
-    :mod:`nad_attr.learning.selection`).
+    It minimises the mean squared difference of the task output between sub-architecture and whole
+    network, with exactly the asked number of channels, over as many own as other images. Images
+    near the boundary between own and other count most, and part of a difference in scale and
+    offset is forgiven. A sub-architecture that always answers the class has a high loss, and so
+    has one whose output hardly changes. Channels are closed one by one, by a quadratic model of
+    what closing does (see :mod:`nad_attr.learning.selection`).
 
     Attributes:
         size: Kept channels / all channels over all sites, in (0, 1]; reached exactly. None: 0.5,
-            or as small as ``fidelity`` allows.
-        ablation: What a closed channel is replaced by: its "mean" over data, "zero", or the
-            "optimal" constant of each task, which is learned together with the gates.
+            or with ``fidelity`` the smallest that keeps it.
+        ablation: What replaces a closed channel: its "mean" over data, "zero", or the "optimal"
+            constant of each task, which is learned together with the gates.
         steps: Steps per task. None: 100, with ``fidelity`` 350.
         images_per_step: Images per task and step, half of them own images. ``steps *
             images_per_step`` images pass the gated network for each task.
-        removal: Share of the steps in which channels are closed; the rest exchanges some.
-        memory: How much images of earlier steps count, per step. 1: nothing is forgotten; runs
-            with other seeds then agree better, and memory grows with ``steps``. They agree best
-            with many images as well, and with care: ``images_per_step=200, memory=1.0,
-            trust=1.0, removal=0.9``.
-        trust: How much more a change of gates is charged for being a guess from gradients.
-        free_scale: How much is forgiven of a difference that is one of scale and offset alone, in
-            [0, 1], where that is all; the more of the task output's variance no scale can mend,
-            the more is forgiven (0.3 becomes 0.9). 0 asks for the task output's values, always
-            (highest fidelity), 1 for what rises and falls with it. None: what fits the ablation,
-            see :meth:`fitting`.
-        boundary: How much less images count that lie far from the class's boundary, in [0, 1]:
-            there own and other images are told apart. 0: all count the same (highest fidelity).
-            None: what fits the ablation.
+        removal: Share of the steps in which channels are closed; later steps exchange channels.
+        memory: Weight of earlier steps' images, per step. With 1 nothing is forgotten, and memory
+            grows with ``steps``.
+        trust: Penalty on a change of gates, because the model is estimated from gradients.
+        free_scale: Share of a difference in scale and offset alone that is forgiven, in [0, 1].
+            The more of the task output's variance no scale can mend, the more is forgiven (0.3
+            becomes 0.9). 0: the values of the task output count (highest fidelity); 1: only what
+            rises and falls with it. None: by the ablation, see :meth:`fitting`.
+        boundary: How much less images count that are far from the class's boundary, in [0, 1].
+            0: all count the same (highest fidelity). None: by the ablation.
 
         fidelity: In place of ``size``: the fidelity to keep, in (0, 1). Each task gets the smallest
-            size that is shown to keep it on a third of the images, which are not learned from: on
-            as many fresh images it is measured again with the probability ``confidence``. One run
-            tries 14 sizes from 1 to 0.05 (:mod:`nad_attr.learning.targets`). A task of which no
-            size below 1 is shown to keep it keeps all channels.
+            size that keeps it on a third of the images, which are not learned from, so that
+            another measurement on as many fresh images reaches it with the probability
+            ``confidence``. One run tries 14 sizes from 1 to 0.05
+            (:mod:`nad_attr.learning.targets`). A task for which no size below 1 is shown to keep
+            it keeps all channels.
         confidence: Of ``fidelity``.
-        mirror: Whether pictures are seen mirrored as well, left for right. None: with the optimal
-            constants, of tasks with fewer than 50 own images, where the network gives mirrored
-            pictures nearly the same task output
+        mirror: Whether mirrored images (left for right) are used as well. None: with the optimal
+            constants, for tasks with fewer than 50 own images, if the network gives mirrored
+            images nearly the same task output
             (:meth:`nad_attr.learning.session.Session.mirrored`).
+
+        replicas: Runs of each task that share the steps; a channel's rank is the mean of its ranks
+            in all of them. With 6 to 8, runs with other seeds agree much better, at the same cost
+            (docs/findings.md); at sizes below a third, a task with several equivalent circuits
+            keeps parts of several. 1: one run.
 
     Raises:
         ValueError: If a field has no sensible value.
@@ -114,6 +114,7 @@ class Recipe:
     fidelity: float | None = field(default=None, repr=False)
     confidence: float = field(default=0.95, repr=False)
     mirror: bool | None = field(default=None, repr=False)
+    replicas: int = field(default=1, repr=False)
 
     def __post_init__(self) -> None:
         self._check()
@@ -144,7 +145,10 @@ class Recipe:
         if self.size == 0:
             raise ValueError("recipe: size must be above 0: something has to be kept.")
         self._default("steps", 100 if self.fidelity is None else 350)
-        _check_ablation(self.ablation)
+        if self.ablation not in ("mean", "zero", "optimal"):
+            raise ValueError(
+                f"recipe: ablation must be 'mean', 'zero' or 'optimal', got {self.ablation!r}."
+            )
         _check_count("steps", self.steps)
         _check_count("images_per_step", self.images_per_step, 2)
         _check_number("removal", self.removal, 0, 1)
@@ -155,14 +159,31 @@ class Recipe:
                 _check_number(name, getattr(self, name), 0, 1)
         if self.mirror not in (None, True, False):
             raise ValueError(f"recipe: mirror must be True, False or None, got {self.mirror!r}.")
+        _check_count("replicas", self.replicas)
+        if self.replicas > 1 and self.replica_steps[0] < LEAST_STEPS:
+            raise ValueError(
+                f"recipe: {self.replicas} replicas share {self.steps} steps, and each needs "
+                f"{LEAST_STEPS} at least; raise steps or lower replicas."
+            )
+
+    @property
+    def replica_steps(self) -> tuple[int, int]:
+        """Steps of each replica, and those in which the constants of their mean are fitted.
+
+        Example:
+            >>> Recipe(replicas=6).replica_steps
+            (12, 28)
+        """
+        fitting = round(FITTING_SHARE * self.steps) if self.ablation == "optimal" else 0
+        each = (self.steps - fitting) // self.replicas
+        return each, fitting and self.steps - each * self.replicas
 
     def fitting(self, name: Literal["free_scale", "boundary"]) -> float:
         """A setting as a number; None is replaced by the default for the ablation.
 
-        ``free_scale`` and ``boundary`` are 0.3 and 0.9 for closed channels at their mean or zero.
-        With the optimal constants both are 0: constants of its own let a sub-architecture keep the
-        values of all images. The field itself stays None, so that it follows where
-        ``dataclasses.replace`` changes the ablation.
+        ``free_scale`` and ``boundary`` are 0.3 and 0.9 with the ablations "mean" and "zero", and 0
+        with "optimal", where a sub-architecture can keep the values of all images. The field
+        itself stays None, so that ``dataclasses.replace`` can change the ablation.
 
         Example:
             >>> Recipe().fitting("boundary"), Recipe(ablation="mean").fitting("boundary")
@@ -211,7 +232,7 @@ class Recipe:
                 )
             overrides.setdefault("beta", _PAPER_BETA[key])
             if key[0] == "densenet121":
-                # Its last ReLU is a function call after the module `features`.
+                # Its last ReLU is a function, called after the module `features`.
                 rectified = ("features",)
         elif "beta" not in overrides:
             raise ValueError(
@@ -224,9 +245,9 @@ class Recipe:
     def to_json(self) -> str:
         """All fields as JSON, with the kind of recipe."""
         values = {name: getattr(self, name) for name in _settable(type(self))}
-        for name, default in (("fidelity", None), ("confidence", 0.95), ("mirror", None)):
-            if values.get(name) == default:  # as the versions wrote that knew no such field
-                values.pop(name, None)
+        # Without these fields' defaults, earlier versions read the text.
+        newer = {"fidelity": None, "confidence": 0.95, "mirror": None, "replicas": 1}
+        values = {k: v for k, v in values.items() if k not in newer or v != newer[k]}
         return json.dumps({"kind": type(self).__name__, **values})
 
     @staticmethod
@@ -252,7 +273,7 @@ class Recipe:
         if set(fields) - set(known):
             raise ValueError(f"unknown recipe fields {sorted(set(fields) - set(known))}.")
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        if kind is Recipe:  # an earlier version's, for which all images counted the same
+        if kind is Recipe:  # in earlier versions all images counted the same
             fields.setdefault("boundary", 0.0)
         return kind(**fields)
 
@@ -261,13 +282,13 @@ class Recipe:
 class PaperRecipe(Recipe):
     """The released NAD recipe; make it with :meth:`Recipe.paper`.
 
-    Gates are sigmoids of logits drawn from N(0, 1), learned on own images alone: cross-entropy plus
-    squared difference of each site to the whole network, on images that the whole network gets
-    right, plus ``beta`` times the mean squared gate. Steps of constant length 0.1 per site. A
-    channel is kept iff its logit is positive, so the size is whatever ``beta`` makes of it.
+    Gates are sigmoids of logits drawn from N(0, 1), learned on own images alone. The loss is the
+    cross-entropy, plus the squared difference of each site to the whole network, on images that the
+    whole network gets right, plus ``beta`` times the mean squared gate. Steps have length 0.1 per
+    site. A channel is kept iff its logit is positive, so ``beta`` decides the size.
 
-    High recall is easily had this way: see the documentation on false positives before using it
-    for anything but comparison.
+    Use it for comparison only: it reaches a high recall easily, see the documentation on false
+    positives.
 
     Source: Hu et al., Architecture Disentanglement for Deep Neural Networks, ICCV 2021
     (arXiv 2003.13268), released code.
@@ -275,9 +296,9 @@ class PaperRecipe(Recipe):
     Attributes:
         beta: Weight of the size term.
         epochs: Passes over the task's own images.
-        images_per_step: Own images in a step.
-        learning_rate: Length of the step that each site's logits take.
-        rectified_sites: Sites that are compared after a ReLU the network applies by a function.
+        images_per_step: Own images per step.
+        learning_rate: Length of a step, for each site's logits.
+        rectified_sites: Sites whose ReLU is a function that the network calls after them.
 
     Raises:
         ValueError: If a field has no sensible value.
@@ -294,7 +315,7 @@ class PaperRecipe(Recipe):
     epochs: int = 20
     learning_rate: float = 0.1
     rectified_sites: tuple[str, ...] = ()
-    # Of the default recipe, and nothing that could be set here.
+    # Fields of the default recipe that have no meaning here.
     steps: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     removal: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     memory: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
@@ -302,6 +323,7 @@ class PaperRecipe(Recipe):
     fidelity: None = field(default=None, init=False, repr=False)
     confidence: None = field(default=None, init=False, repr=False)  # type: ignore[assignment]
     mirror: None = field(default=None, init=False, repr=False)
+    replicas: int = field(default=1, init=False, repr=False)
     free_scale: None = field(default=None, init=False, repr=False)
     boundary: None = field(default=None, init=False, repr=False)
 

@@ -1,4 +1,4 @@
-"""The sub-architecture: the channels one task needs, as a yes or no for each channel."""
+"""The sub-architecture of one task: for each channel, kept or closed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["SubArchitecture"]
 
 
 def fitting(n_images: int | None) -> str:
-    """A note on the images that constants were fitted on."""
+    """The number of images that constants were fitted on, for a text."""
     return "" if n_images is None else f", fitted on {n_images} images"
 
 
@@ -42,19 +42,19 @@ class SubArchitecture(Result):
         sites: The gate sites, in forward order.
         task: The class index, or tuple of class indices, that it was found for, if any.
         means: ``{site name: (C,)}``, what replaces a closed channel; None: zero.
-        own_constants: Whether these are constants fitted to this sub-architecture, rather than
+        own_constants: Whether ``means`` are constants fitted to this sub-architecture, rather than
             means over data.
-        fitted_on: On how many images they were, if that is known.
+        fitted_on: Number of images they were fitted on, if known.
 
     Attributes:
         sites: The gate sites, in forward order.
-        task: As given.
-        means: As given.
-        own_constants: As given.
-        fitted_on: As given; None without constants of its own.
+        task: The task, or None.
+        means: Float32 copies of the means, on the CPU, or None.
+        own_constants: As given; False without means.
+        fitted_on: As given; None without ``own_constants``.
 
     Raises:
-        TypeError: If a mask is not boolean, or an argument is of another kind.
+        TypeError: If a mask is not boolean, or an argument has a wrong type.
         ValueError: If masks and sites do not fit.
 
     Example:
@@ -67,8 +67,8 @@ class SubArchitecture(Result):
         >>> arch | ~arch == SubArchitecture.full([site])
         True
 
-    Two are equal if sites, masks, task and means are. Those made from one another, or by one call
-    of :meth:`TaskGates.sub_architectures`, share their means: they are not to be written to.
+    Two are equal if sites, masks, task and means are. Sub-architectures that are made from one
+    another, or by one :meth:`TaskGates.sub_architectures`, share their means: do not change them.
     """
 
     _ALONE = True
@@ -113,7 +113,7 @@ class SubArchitecture(Result):
 
     @property
     def closed_at(self) -> str:
-        """What closed channels are, in words, as :attr:`TaskGates.closed_at`."""
+        """What replaces closed channels, in words, as :attr:`TaskGates.closed_at`."""
         if self.own_constants:
             return f"at constants of their own{fitting(self.fitted_on)}"
         return "zero" if self.means is None else "at their mean"
@@ -134,7 +134,7 @@ class SubArchitecture(Result):
         task: Task | None = None,
         means: Mapping[str, Tensor] | None = None,
     ) -> SubArchitecture:
-        """Make one from channel numbers; sites that are not named keep nothing.
+        """Make one from channel numbers; sites without an entry keep nothing.
 
         Raises:
             TypeError: If channels are not whole numbers.
@@ -159,9 +159,7 @@ class SubArchitecture(Result):
                 raise TypeError(
                     f"kept channels of {site.name!r} are {channels.dtype}, not whole numbers."
                 )
-            if channels.numel() and not (
-                int(channels.min()) >= 0 and int(channels.max()) < site.n_channels
-            ):
+            if bool(((channels < 0) | (channels >= site.n_channels)).any()):
                 raise ValueError(
                     f"{site.name!r} has channels 0 to {site.n_channels - 1}, not "
                     f"{channels.tolist()}."
@@ -196,7 +194,7 @@ class SubArchitecture(Result):
     @property
     def n_kept(self) -> int:
         """Kept channels over all sites; a group of channels counts once."""
-        return sum(int(open_gates(s, self._masks[s.name]).sum()) for s in self.sites)
+        return sum(map(self._kept_at, self.sites))
 
     @property
     def n_channels(self) -> int:
@@ -211,9 +209,11 @@ class SubArchitecture(Result):
     @property
     def sizes(self) -> dict[str, float]:
         """``{site name: kept / all channels}``; a group of channels counts once."""
-        return {
-            s.name: int(open_gates(s, self._masks[s.name]).sum()) / s.n_gates for s in self.sites
-        }
+        return {s.name: self._kept_at(s) / s.n_gates for s in self.sites}
+
+    def _kept_at(self, site: GateSite) -> int:
+        """The number of open gates of a site."""
+        return int(open_gates(site, self._masks[site.name]).sum())
 
     def gates(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The masks as numbers 0 and 1, ``{site name: (C,)}``."""
@@ -242,29 +242,29 @@ class SubArchitecture(Result):
     ) -> nn.Module:
         """This sub-architecture as a smaller network: a plain module with the same outputs.
 
-        Weights are cut to the kept channels of their sites; channels inside a block that nothing
-        reads any more go too; constants of closed channels go into biases, or into maps of border
-        corrections where zero padding makes them differ. An operator that cannot be cut keeps
-        reading all channels, closed ones as constants, and the summary says so.
+        Weights are cut to the kept channels of their sites, and channels inside a block that
+        nothing reads are removed. Constants of closed channels go into biases, or into maps of
+        border corrections where zero padding makes them differ. An operator that cannot be cut
+        still reads all channels, closed ones as constants; the summary says so.
 
-        The result is a ``torch.fx.GraphModule`` of PyTorch's own operators. Nothing of this library
-        is needed to run, pickle, fine-tune or export it. :func:`nad_attr.export.save` writes it to
-        a file, :func:`nad_attr.export.summary` says what it costs and which channels it kept.
+        The result is a ``torch.fx.GraphModule`` of PyTorch's own operators: it can be run, pickled,
+        fine-tuned and exported without this library. :func:`nad_attr.export.save` writes it to a
+        file, :func:`nad_attr.export.summary` gives its cost and its kept channels.
 
         Args:
-            model: The network, in eval mode; unchanged, and sharing nothing with the result.
-            example_inputs: What it is called with, one image or more. The result takes any number
-                of images of this size, on the device of the network.
+            model: The network, in eval mode; unchanged. It shares nothing with the result.
+            example_inputs: Its input, one image or more. The result takes any number of images of
+                this size, on the device of the network.
             head: ``"task"`` keeps the task's column of the output alone, (B, 1); a group of classes
                 keeps a column each.
             merge_bn: Whether BatchNorm layers are merged into the convolutions before them.
-            check: Whether the result is run beside the gated network, on noise.
+            check: Whether to compare the result with the gated network, on noise.
 
         Raises:
             ExportError: If ``torch.export`` cannot write the network as a graph, or the result
                 differs from the gated network by more than rounding.
             GatingError, SiteError: If the sites are not this network's.
-            TypeError, ValueError: If an argument is of another kind, there is no task for
+            TypeError, ValueError: If an argument has a wrong type, there is no task for
                 ``head="task"``, or the network is in train mode.
 
         Example:
@@ -281,11 +281,11 @@ class SubArchitecture(Result):
     def cost(
         self, model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], **options: Any
     ) -> Any:
-        """The cost of this sub-architecture as a separate network, and that of the whole network.
+        """The costs of this sub-architecture as a separate network and of the whole network.
 
         Args:
             model: The network, in eval mode; unchanged.
-            example_inputs: What it is called with.
+            example_inputs: Its input.
             options: ``head`` and ``merge_bn``, as for :meth:`export`.
 
         Returns:
@@ -309,8 +309,8 @@ class SubArchitecture(Result):
     def to_crp_condition(self, target: object = None) -> dict[str, list[int]]:
         """The kept channels as a condition of concept relevance propagation (zennit-crp).
 
-        A condition masks the backward pass of the whole network, and nothing else; it is not the
-        network as this sub-architecture. :mod:`nad_attr.bridges.crp` shows both side by side.
+        A condition masks the backward pass of the whole network only; it does not run the network
+        as this sub-architecture. :mod:`nad_attr.bridges.crp` shows both side by side.
 
         Args:
             target: The class index, or several, at which relevance starts; None: the task.
@@ -363,9 +363,9 @@ class SubArchitecture(Result):
 
         Args:
             means: ``{site name: (C,)}``.
-            own_constants: Whether these are constants fitted to this sub-architecture, rather than
+            own_constants: Whether they are constants fitted to this sub-architecture, rather than
                 means over data.
-            fitted_on: On how many images they were, if that is known.
+            fitted_on: Number of images they were fitted on, if known.
         """
         return SubArchitecture(
             self._masks,
@@ -377,7 +377,7 @@ class SubArchitecture(Result):
         )
 
     def _with_masks(self, masks: Mapping[str, Tensor], task: Task | None) -> SubArchitecture:
-        """Other channels of the same sites, with the same means, which are not copied."""
+        """Other channels of the same sites, with the same means (not copied)."""
         made = SubArchitecture(masks, self.sites, task=task)
         made.means, made.own_constants = self.means, self.own_constants
         made.fitted_on = self.fitted_on
@@ -403,8 +403,7 @@ class SubArchitecture(Result):
     ) -> SubArchitecture:
         self._check_same_sites(other)
         masks = {name: function(mask, other._masks[name]) for name, mask in self._masks.items()}
-        task = self.task if self.task == other.task else None
-        return self._with_masks(masks, task)
+        return self._with_masks(masks, self.task if self.task == other.task else None)
 
     def __or__(self, other: SubArchitecture) -> SubArchitecture:
         """Channels kept by either."""
@@ -429,9 +428,9 @@ class SubArchitecture(Result):
         """Overlap with another sub-architecture at each site.
 
         Args:
-            other: Of the same sites.
-            chance_corrected: :func:`kappa` (0 = what random channels of these sizes share) in
-                place of |A and B| / |A or B|.
+            other: A sub-architecture of the same sites.
+            chance_corrected: Whether to use :func:`kappa`, which is 0 for random channels of these
+                sizes, in place of |A and B| / |A or B|.
 
         Returns:
             ``{site name: overlap}``.
@@ -450,7 +449,7 @@ class SubArchitecture(Result):
         Compare with ``chance_corrected=True``, which is 0 for them.
 
         Args:
-            other: Of the same sites.
+            other: A sub-architecture of the same sites.
             chance_corrected: See :meth:`overlaps`.
 
         Raises:
@@ -471,7 +470,7 @@ class SubArchitecture(Result):
         )
 
     def __hash__(self) -> int:
-        # Adding zero makes -0, which is equal to 0, the same bytes.
+        # Adding zero turns -0 into 0, which is equal to it but has other bytes.
         means = [self.means[site.name] + 0.0 for site in self.sites] if self.means else []
         numbers = [*self._masks.values(), *means]
         bits = b"".join(value.numpy().tobytes() for value in numbers)
@@ -491,13 +490,8 @@ class SubArchitecture(Result):
         return "channels" if all(site.groups is None for site in self.sites) else "gates"
 
     def _repr_html_(self) -> str:
-        rows = [
-            [
-                site.name,
-                f"{int(open_gates(site, self._masks[site.name]).sum()):,} of {site.n_gates:,}",
-            ]
-            for site in self.sites[:MOST_ROWS]
-        ]
+        shown = self.sites[:MOST_ROWS]
+        rows = [[site.name, f"{self._kept_at(site):,} of {site.n_gates:,}"] for site in shown]
         note = f"closed channels {self.closed_at}"
         if len(self.sites) > MOST_ROWS:
             note = f"and {len(self.sites) - MOST_ROWS} more sites; {note}"
@@ -516,7 +510,7 @@ class SubArchitecture(Result):
         return [
             {**first, "site": s.name, "n_channels": s.n_gates, "n_kept": n, "size": n / s.n_gates}
             for s in self.sites
-            for n in [int(open_gates(s, self._masks[s.name]).sum())]
+            for n in [self._kept_at(s)]
         ]
 
     def summary(self) -> str:
@@ -551,7 +545,7 @@ class SubArchitecture(Result):
 
 
 def same_tensors(a: Mapping[str, Tensor] | None, b: Mapping[str, Tensor] | None) -> bool:
-    """Whether two ``{site name: numbers}`` hold the same sites and numbers, or both are None."""
+    """Whether both hold the same sites and numbers, or both are None."""
     if a is None or b is None:
         return a is b
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nad_attr._checks import as_tensor, check_mapping
+from nad_attr._checks import check_mapping
 from nad_attr._display import MOST_ROWS, html_table
-from nad_attr.data.labels import Task, as_task
-from nad_attr.gates.channels import budget, check_means, distinct_sites, n_channels, top_k_masks
+from nad_attr.data.labels import Task, as_task, first_tasks
+from nad_attr.gates.channels import (
+    budget,
+    check_means,
+    distinct_sites,
+    float_copy,
+    n_channels,
+    top_k_masks,
+)
 from nad_attr.gates.history import History
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture, fitting, same_tensors
@@ -26,6 +33,17 @@ if TYPE_CHECKING:
 __all__ = ["Task", "TaskGates", "as_task"]
 
 
+def _check_listed(tasks: object) -> None:
+    if not isinstance(tasks, Iterable) or isinstance(tasks, (str, bytes)):
+        raise TypeError(f"tasks must be a list of tasks, got {tasks!r}.")
+
+
+def _map(
+    values: Mapping[str, Tensor] | None, function: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor] | None:
+    return None if values is None else {name: function(v) for name, v in values.items()}
+
+
 class TaskGates(Result):
     """The gates of T tasks at all sites.
 
@@ -36,27 +54,21 @@ class TaskGates(Result):
         gates: ``{site name: (T, C)}`` in [0, 1].
         sites: The gate sites, in forward order.
         tasks: T class indices or tuples of class indices.
-        logits: ``{site name: (T, C)}``, what the gates are made from, in full resolution: they
-            rank the channels when another size is asked for. None: the gates rank.
+        logits: ``{site name: (T, C)}``, from which the gates were made: they rank the channels when
+            another size is asked for. None: the gates rank.
         means: ``{site name: (C,)}``, what replaces a closed channel; None: zero.
         constants: ``{site name: (T, C)}``, what replaces a closed channel for each task, in place
-            of ``means``: the best constants that were learned together with the gates.
-        recipe: How they were learned.
-        history: How learning went.
+            of ``means``: the best constants, which are learned together with the gates.
+        recipe: The recipe that they were learned with.
+        history: The learning curves.
         task_names: T names, for display and look-up.
-        info: Anything else worth keeping; numbers, strings and lists of them.
+        info: Further numbers, strings and lists of them.
 
-    Attributes:
-        sites: As given.
-        tasks: As given.
-        means: As given.
-        recipe: As given.
-        history: As given.
-        task_names: As given.
-        info: As given.
+    ``sites``, ``tasks``, ``means``, ``recipe``, ``history``, ``task_names`` and ``info`` are
+    attributes too.
 
     Raises:
-        TypeError: If an argument is of another kind.
+        TypeError: If an argument has a wrong type.
         ValueError: If shapes do not fit, a task is there twice or gates leave [0, 1].
 
     Example:
@@ -70,8 +82,8 @@ class TaskGates(Result):
         >>> gates.sub_architecture(7, size=1 / 3)["layer1"]
         tensor([ True, False, False])
 
-    Two are equal if they do the same: if sites, tasks, gates, logits and means are. What the tasks
-    are called and how they were learned (recipe, history, info) plays no part.
+    Two are equal if sites, tasks, gates, logits, means and constants are. Task names, recipe,
+    history and info are not compared.
     """
 
     _ALONE = True
@@ -91,8 +103,7 @@ class TaskGates(Result):
         info: Mapping[str, Any] | None = None,
     ) -> None:
         self.sites = distinct_sites(sites)
-        if not isinstance(tasks, Iterable) or isinstance(tasks, (str, bytes)):
-            raise TypeError(f"tasks must be a list of tasks, got {tasks!r}.")
+        _check_listed(tasks)
         self.tasks: tuple[Task, ...] = tuple(as_task(task) for task in tasks)
         if not self.sites or not self.tasks:
             raise ValueError("task gates need at least one site and one task.")
@@ -143,9 +154,9 @@ class TaskGates(Result):
         task_names: tuple[str, ...] | None,
         info: Mapping[str, Any],
     ) -> TaskGates:
-        """Make one from checked values, for files: gates and logits are not copied.
+        """Make one from values that a file's reader checked; gates and logits are not copied.
 
-        Looking at each site's numbers again takes as long as reading them.
+        Another check takes as long as reading them.
         """
         made = cls.__new__(cls)
         made.sites, made.tasks, made.task_names = sites, tasks, task_names
@@ -161,10 +172,7 @@ class TaskGates(Result):
             raise ValueError(f"{what} are for {list(values)}, the sites are {names}.")
         checked = {}
         for site in self.sites:
-            value = as_tensor(values[site.name], f"{what} of {site.name!r}").detach().cpu()
-            if value.is_complex():
-                raise ValueError(f"{what} of {site.name!r} are complex.")
-            value = value.float().clone()
+            value = float_copy(values[site.name], f"{what} of {site.name!r}")
             expected = (len(self.tasks), site.n_channels)
             if tuple(value.shape) != expected:
                 raise ValueError(
@@ -190,42 +198,40 @@ class TaskGates(Result):
     def __iter__(self) -> Iterator[str]:
         return iter(self._gates)
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.task_names or tuple(map(str, self.tasks))
+
     def keys(self) -> Iterable[str]:
         """The site names, in forward order."""
         return self._gates.keys()
 
     @property
     def logits(self) -> dict[str, Tensor] | None:
-        """``{site name: float32 (T, C)}`` that rank the channels (copies), if kept."""
-        if self._logits is None:
-            return None
-        return {name: value.clone() for name, value in self._logits.items()}
+        """``{site name: float32 (T, C)}`` that rank the channels (copies), or None."""
+        return _map(self._logits, Tensor.clone)
 
     @property
     def constants(self) -> dict[str, Tensor] | None:
-        """``{site name: float32 (T, C)}``, each task's own constants (copies), if it has any."""
-        if self._constants is None:
-            return None
-        return {name: value.clone() for name, value in self._constants.items()}
+        """``{site name: float32 (T, C)}``, the constants of each task (copies), or None."""
+        return _map(self._constants, Tensor.clone)
 
     @property
     def closed_at(self) -> str:
-        """What closed channels are, in words: zero, at their mean, or at their best constants."""
+        """What replaces closed channels, in words: zero, their mean, or their best constants."""
         if self._constants is not None:
             return f"at their best constants{fitting(self.fitted_on)}"
         return "zero" if self.means is None else "at their mean"
 
     @property
     def fitted_on(self) -> int | None:
-        """On how many images constants of the tasks' own were learned, if any were."""
+        """On how many images the constants were learned, if there are any."""
         n_images = self.info.get("n_images")
         return n_images if self._constants is not None and isinstance(n_images, int) else None
 
     def _means_of(self, rows: int | list[int]) -> Mapping[str, Tensor] | None:
         """What replaces closed channels: (C,) for a row or for all, (rows, C) for several."""
-        if self._constants is None:
-            return self.means
-        return {name: value[rows] for name, value in self._constants.items()}
+        return self.means if self._constants is None else _map(self._constants, lambda v: v[rows])
 
     @property
     def n_channels(self) -> int:
@@ -245,7 +251,7 @@ class TaskGates(Result):
             wanted = as_task(task)
             if wanted in self.tasks:
                 return self.tasks.index(wanted)
-        known = ", ".join(map(str, self.tasks[:20])) + (" ..." if len(self.tasks) > 20 else "")
+        known = first_tasks(self.tasks)
         raise KeyError(f"no gates for task {task!r}; learned tasks are {known}.")
 
     def gates_of(self, task: object) -> dict[str, Tensor]:
@@ -262,9 +268,9 @@ class TaskGates(Result):
 
         Args:
             task: Class index, group of class indices, or task name.
-            size: None: channels with a gate above one half, which is exactly the size that the
-                default recipe was asked for. A number in (0, 1]: the ``round(size * channels)``
-                highest-ranked channels over all sites.
+            size: None: channels with a gate above one half (the default recipe's size, exactly).
+                A number in (0, 1]: the ``round(size * channels)`` highest-ranked channels over all
+                sites.
 
         Raises:
             KeyError: If these gates hold no such task.
@@ -288,11 +294,11 @@ class TaskGates(Result):
 
     def sub_architectures(self, size: float | None = None) -> list[SubArchitecture]:
         """The sub-architecture of every task, in the order of ``tasks``."""
-        found = [self.sub_architecture(task, size) for task in self.tasks[:1]]
-        for task in self.tasks[1:]:
+        found: list[SubArchitecture] = []
+        for task in self.tasks:
             found.append(self.sub_architecture(task, size))
             if self._constants is None:
-                found[-1].means = found[0].means  # one copy, not one for each task
+                found[-1].means = found[0].means  # one copy for all
         return found
 
     def select(self, tasks: Sequence[object]) -> TaskGates:
@@ -301,20 +307,15 @@ class TaskGates(Result):
         Raises:
             KeyError: If these gates hold no such task.
         """
-        if not isinstance(tasks, Iterable) or isinstance(tasks, (str, bytes)):
-            raise TypeError(f"tasks must be a list of tasks, got {tasks!r}.")
+        _check_listed(tasks)
         rows = [self.index(task) for task in tasks]
         return TaskGates(
             {name: gate[rows] for name, gate in self._gates.items()},
             self.sites,
             [self.tasks[row] for row in rows],
-            logits=None
-            if self._logits is None
-            else {name: value[rows] for name, value in self._logits.items()},
+            logits=_map(self._logits, lambda value: value[rows]),
             means=self.means,
-            constants=None
-            if self._constants is None
-            else {name: value[rows] for name, value in self._constants.items()},
+            constants=_map(self._constants, lambda value: value[rows]),
             recipe=self.recipe,
             history=None if self.history is None else self.history.select(rows),
             task_names=None if self.task_names is None else [self.task_names[r] for r in rows],
@@ -333,8 +334,7 @@ class TaskGates(Result):
             return self.gates_of(self.tasks[0]), self.sites, self._means_of(0)
         if isinstance(tasks, Tensor):
             tasks = tasks.tolist()
-        # A tuple that is itself a known group of classes is one task; anything else listed is one
-        # task per image.
+        # A tuple is one task if it is a known group of classes, and else one task per image.
         if isinstance(tasks, (int, str)) or (isinstance(tasks, tuple) and tasks in self.tasks):
             return self.gates_of(tasks), self.sites, self._means_of(self.index(tasks))
         if not isinstance(tasks, Iterable):
@@ -348,12 +348,9 @@ class TaskGates(Result):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TaskGates):
             return NotImplemented
-        return (
-            (self.sites, self.tasks) == (other.sites, other.tasks)
-            and same_tensors(self._gates, other._gates)
-            and same_tensors(self._logits, other._logits)
-            and same_tensors(self.means, other.means)
-            and same_tensors(self._constants, other._constants)
+        return (self.sites, self.tasks) == (other.sites, other.tasks) and all(
+            same_tensors(getattr(self, name), getattr(other, name))
+            for name in ("_gates", "_logits", "means", "_constants")
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -370,7 +367,7 @@ class TaskGates(Result):
 
     def _repr_html_(self) -> str:
         archs = self.sub_architectures()
-        names = self.task_names or tuple(map(str, self.tasks))
+        names = self._names
         mean = sum(arch.size for arch in archs) / len(archs)
         shown = MOST_ROWS // 2
         tasks = html_table(
@@ -401,15 +398,13 @@ class TaskGates(Result):
         )
 
     def _records(self) -> list[dict[str, Any]]:
-        names = self.task_names or tuple(map(str, self.tasks))
-        archs = self.sub_architectures()
-        return [row for name, arch in zip(names, archs, strict=True) for row in arch._records(name)]
+        pairs = zip(self._names, self.sub_architectures(), strict=True)
+        return [row for name, arch in pairs for row in arch._records(name)]
 
     def summary(self) -> str:
         """Kept channels of each task, over all sites, as plain text."""
-        names = self.task_names or tuple(map(str, self.tasks))
-        archs = self.sub_architectures()
-        cells = [[n, f"{a.n_kept:,}", f"{a.size:.3f}"] for n, a in zip(names, archs, strict=True)]
+        pairs = zip(self._names, self.sub_architectures(), strict=True)
+        cells = [[name, f"{arch.n_kept:,}", f"{arch.size:.3f}"] for name, arch in pairs]
         return "\n".join([repr(self), *table([["task", "kept channels", "size"], *cells])])
 
     def plot(self, tasks: Sequence[object] = (), axes: Any = None) -> Figure:

@@ -1,10 +1,9 @@
 """Put gates in the right order among hooks of other libraries that rewrite the backward pass.
 
 Captum's DeepLift, LRP, GuidedBackprop and Deconvolution, and every rule of Zennit, replace the
-gradient that a module hands down by one of their own. A gate on that module's output has to act
-behind them, or its factor is replaced with the rest. And where relevance flows in place of
-gradients, a gate hands it down as a layer of one weight for each channel does: all of it through an
-open one, save what the ablation value contributed.
+gradient that a module hands down. A gate on that module's output has to act after them, or its
+factor is replaced too. Where relevance flows in place of gradients, a gate passes it on as a layer
+with one weight per channel does: all of it if open, but for the part of the ablation value.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ import inspect
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,14 +32,14 @@ def _is_lrp(owner: object) -> bool:
     return _is_instance(owner, "captum.attr._utils.lrp_rules", "PropagationRule")
 
 
-def _whose(hook: Any) -> object:
+def _hook_owner(hook: Any) -> object:
     """The object whose method a hook is, also if the hook acts for one owner only."""
     return getattr(inspect.unwrap(hook), "__self__", None)
 
 
 def _rewrites(hook: Any) -> bool:
     """Whether a forward hook rewrites the gradient or relevance of its module."""
-    owner = _whose(hook)
+    owner = _hook_owner(hook)
     if _is_instance(owner, "zennit.core", "Hook") or _is_lrp(owner):
         return True
     # Captum's own backward hooks are closures that watch a module's output.
@@ -51,11 +51,8 @@ def _rewrites(hook: Any) -> bool:
 def move_behind_rewriters(module: nn.Module, function: object) -> None:
     """Move the forward hook that runs ``function`` behind the last one that rewrites gradients.
 
-    Hooks that come later than those stay behind it: a layer method of Captum sees the gated value.
-
-    Args:
-        module: The gated module.
-        function: What :func:`nad_attr.gating.installed` was given; it marks its hooks with it.
+    Later hooks stay behind it: a layer method of Captum sees the gated value. ``function`` is the
+    argument of :func:`nad_attr.gating.installed`, which marks its hooks with it.
     """
     hooks = cast("OrderedDict[int, Any]", module._forward_hooks)
     if len(hooks) < 2:
@@ -64,7 +61,7 @@ def move_behind_rewriters(module: nn.Module, function: object) -> None:
     mine = [key for key in order if getattr(hooks[key], "site_function", None) is function]
     if not mine:
         return
-    # Gates of contexts further out were registered before, and stay in front.
+    # Gates of outer contexts were registered before, and stay in front.
     last = max(
         (
             place
@@ -78,55 +75,35 @@ def move_behind_rewriters(module: nn.Module, function: object) -> None:
             hooks.move_to_end(key)
 
 
+def _hook_owners(model: nn.Module) -> Iterator[object]:
+    for module in model.modules():
+        yield from map(_hook_owner, module._forward_hooks.values())
+
+
 def relevance_rules(model: nn.Module) -> list[Callable[[], bool]]:
-    """One function for each relevance rule in a network, which says whether it is active.
+    """For each relevance rule in a network, a function that says whether it is active.
 
-    Args:
-        model: The network.
-
-    Returns:
-        Empty when gradients flow back as usual, or rewritten (guided backpropagation).
+    Empty when gradients flow back as usual, or rewritten (guided backpropagation).
     """
     found: list[Callable[[], bool]] = []
-    for module in model.modules():
-        for hook in module._forward_hooks.values():
-            owner = _whose(hook)
-            if _is_instance(owner, "zennit.core", "BasicHook"):
-                found.append(_Active(owner))
-            elif _is_lrp(owner):
-                found.append(_always)
+    for owner in _hook_owners(model):
+        if _is_instance(owner, "zennit.core", "BasicHook"):
+            found.append(partial(_is_active, weakref.ref(owner)))
+        elif _is_lrp(owner):
+            found.append(lambda: True)
     return found
 
 
 def changes_weights(model: nn.Module) -> bool:
-    """Whether Captum's LRP runs the network with other weights, so that activations differ.
-
-    Args:
-        model: The network, while Captum's hooks are on it.
-    """
-    for module in model.modules():
-        for hook in module._forward_hooks.values():
-            owner = _whose(hook)
-            if _is_lrp(owner) and not _is_instance(
-                owner, "captum.attr._utils.lrp_rules", "EpsilonRule"
-            ):
-                return True
-    return False
+    """Whether Captum's LRP runs the network with other weights, so that activations differ."""
+    epsilon = "captum.attr._utils.lrp_rules", "EpsilonRule"
+    return any(_is_lrp(o) and not _is_instance(o, *epsilon) for o in _hook_owners(model))
 
 
-def _always() -> bool:
-    return True
-
-
-class _Active:
-    """Whether a rule of Zennit is there and switched on; it can be switched off before backward."""
-
-    def __init__(self, rule: Any) -> None:
-        self.rule = weakref.ref(rule)
-
-    def __call__(self) -> bool:
-        rule = self.rule()
-        return rule is not None and bool(rule.active)
+def _is_active(reference: weakref.ref[Any]) -> bool:
+    """Whether a rule of Zennit still exists and is switched on."""
+    rule = reference()
+    return rule is not None and bool(rule.active)
 
 
 class _GateRelevance(torch.autograd.Function):
@@ -151,8 +128,8 @@ class _GateRelevance(torch.autograd.Function):
         x, factor, *rest = ctx.saved_tensors
         if not any(rule() for rule in ctx.rules):
             return grad * factor, None, None, None
-        # As a layer of one weight does: nothing through a weight of zero, all of it where nothing
-        # is added, and otherwise what the image's part has in the sum.
+        # As a layer of one weight: nothing through a weight of zero, all of it if nothing is added,
+        # and otherwise the image's share of the sum.
         closed = factor == 0
         if not rest:
             return grad.masked_fill(closed, 0), None, None, None
@@ -171,7 +148,7 @@ def gate_relevance(
     Args:
         x: A site's tensor.
         factor: Its gates, in a shape that multiplies it.
-        offset: What stands for the closed part; None: zero.
+        offset: What is added for the closed part; None: zero.
         rules: From :func:`relevance_rules`.
 
     Example:

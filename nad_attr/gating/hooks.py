@@ -1,8 +1,8 @@
 """Multiply gates into a network and record its tensors, by hooks that are removed again.
 
-Everything here is a context manager. Only forward (pre-)hooks are used, never inserted modules: an
-inserted module breaks Captum's LRP and Zennit's BatchNorm merging. All products are out of place,
-because an in-place ReLU may write into the tensor that a hook has just seen.
+Everything here is a context manager. Only forward (pre-)hooks are used, since an inserted module
+breaks Captum's LRP and Zennit's BatchNorm merging. All products are out of place, because an
+in-place ReLU may write into the tensor that a hook has just seen.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["check_eval", "frozen", "gated", "recorded", "site_modules"]
 SiteFunction = Callable[[GateSite, Tensor], "Tensor | None"]
 
 
-#: Images of the pass; rows behind them only fill a batch whose size is fixed. None: all rows.
+#: Images of the pass; further rows only fill a batch whose size is fixed. None: all rows.
 _N_IMAGES: ContextVar[int | None] = ContextVar("n_images", default=None)
 
 
@@ -58,7 +58,7 @@ def site_modules(model: nn.Module, sites: Sequence[GateSite]) -> dict[str, nn.Mo
     """The module of each gate site.
 
     Args:
-        model: The network; DataParallel and ``torch.compile`` wrappers are looked through.
+        model: The network, or a DataParallel or ``torch.compile`` wrapper of it.
         sites: Gate sites of that network.
 
     Returns:
@@ -93,7 +93,7 @@ def check_eval(model: nn.Module) -> None:
     """Refuse a network in train mode: its output depends on the other images of the batch.
 
     Raises:
-        SiteError: If hooks would break it, or do nothing on it; see ``check_kind``.
+        SiteError: If hooks would break it, or do nothing on it.
         ValueError: Names the first module in train mode.
     """
     check_kind(model)
@@ -110,9 +110,9 @@ def check_eval(model: nn.Module) -> None:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Switch ``requires_grad`` off for all parameters, and restore it afterwards.
 
-    Gates are the only thing that is learned, so no graph is built before the first gate and no
-    weight gradient is computed. What forward passes inside change on the network's modules is put
-    back too (:func:`nad_attr.sites.preserving.unchanged`).
+    No graph is built before the first gate, and no weight gradient is computed. Changes that
+    forward passes make on the network's modules are undone too
+    (:func:`nad_attr.sites.preserving.unchanged`).
 
     Example:
         >>> net = torch.nn.Linear(2, 1)
@@ -152,22 +152,11 @@ def installed(
 ) -> Iterator[dict[str, int]]:
     """Run ``function`` on the tensor of each site in every forward pass, and check that it ran.
 
-    The foundation of :func:`gated` and :func:`recorded`. Checks after each forward pass of
-    ``model`` that each site fired exactly once, and at the end that each fired at all. Acts in the
-    thread that entered it, see :class:`~nad_attr.system.threads.Owner`.
-
-    Args:
-        model: The network.
-        sites: Where to stand.
-        function: Called as ``function(site, tensor)``; what it returns takes the tensor's place,
-            None leaves it.
-
-    Yields:
-        How often each site has fired so far.
-
-    Raises:
-        GatingError: If a site did not fire, fired twice in a pass, or holds no single tensor.
-        SiteError: If a site is not a module of the network.
+    :func:`gated` and :func:`recorded` are built on it. It checks after each forward pass of
+    ``model`` that each site fired exactly once with a single tensor, and at the end that each fired
+    at all; else it raises a GatingError. It acts in the thread that entered it, see
+    :class:`~nad_attr.system.threads.Owner`. The result of ``function(site, tensor)`` replaces the
+    tensor, None leaves it. Yields how often each site has fired so far.
     """
     root = unwrap(model)
     modules = site_modules(root, sites)
@@ -202,12 +191,12 @@ def installed(
                     "a layer can be gated only where it is one tensor."
                 )
             taken = _only_tensor(args[0], site, "takes")
-            # Shapes, and not len(), which would fix the size of the batch in an exported graph.
+            # Not len(), which would fix the size of the batch in an exported graph.
             n = taken.shape[0]
             rows = batch[0] if batch and site.units != "channels" else n
             if rows == n or not rows or n % rows:
                 new = fire(site, taken)
-            else:  # an image's windows lie side by side, as find_gate_sites has checked
+            else:  # an image's windows are side by side, as find_gate_sites has checked
                 new = fire(site, taken.reshape(rows, -1, *taken.shape[1:]))
                 new = None if new is None else new.flatten(0, 1)
             return None if new is None else (new,)
@@ -237,7 +226,7 @@ def installed(
         except RuntimeError as error:
             raise GatingError(str(error)) from None
         if any(isinstance(module, nn.TransformerEncoderLayer) for module in root.modules()):
-            # In torch 2.4, for one, its fast path does not ask whether there are hooks to call.
+            # In torch 2.4 its fast path ignores hooks.
             stack.enter_context(no_attention_fast_path())
         stack.enter_context(called_projections(root, [site.name for site in sites]))
         start = root.register_forward_pre_hook(owner.only(begin), with_kwargs=True)
@@ -311,7 +300,7 @@ def multiply(site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None) 
 def _terms(
     site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What a site's tensor is multiplied by, and what is added, in its shape and dtype."""
+    """The factor and the offset of a site's tensor, in its shape and dtype."""
     # The product is rounded, the gate itself never is: a bfloat16 gate flips at the threshold.
     factor = expand(gate, site, tensor).to(tensor.dtype)
     if mean is None:
@@ -319,15 +308,11 @@ def _terms(
     return factor, expand((1 - gate) * mean.to(gate.dtype), site, tensor).to(tensor.dtype)
 
 
-#: Elements of a site's tensor, and of one image of it, from which on a CPU takes image by image.
-LARGE_TENSOR, LARGE_IMAGE = 2**21, 2**16
-
-
 class _Gate(torch.autograd.Function):
-    """What :func:`multiply` gives, for one gate vector per image that is learned.
+    """:func:`multiply` for one learned gate vector per image.
 
-    Written out, because autograd would make a tensor of the site's size for the gradient of the
-    gates and another for that of the site, and sum over the site once more for the mean's part.
+    Autograd would make two tensors of the site's size, for the gradients of the gates and of the
+    site, and sum over the site once more for the mean's part.
     """
 
     @staticmethod
@@ -347,65 +332,36 @@ class _Gate(torch.autograd.Function):
         factor = expand(gate, ctx.site, x).to(grad.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return None if factor is None else grad * factor, None, None, None, None
-        parts = _parts(x)
-        # At the first gate no gradient goes on: one part's memory then serves all.
-        grad_x = torch.empty_like(grad if factor is not None else grad[parts[0]])
-        grad_gate, grad_shift = [], []
-        wanted = mean is not None or ctx.needs_input_grad[3]
-        for part in parts:
-            of_output, of_x = grad[part], grad_x[part] if factor is not None else grad_x
-            torch.mul(of_output, x[part], out=of_x)
-            of_gate = _summed(of_x, over, gate.dtype)
-            if wanted:
-                of_shift = _summed(of_output, over, gate.dtype)
-                grad_shift.append(of_shift)
-            if mean is not None:
-                of_gate = of_gate - (mean[part] if mean.ndim == 2 else mean) * of_shift
-            if factor is not None:  # the product's memory serves twice
-                torch.mul(of_output, factor[part], out=of_x)
-            grad_gate.append(of_gate)
+        # The product's memory serves twice.
+        grad_x = grad * x
+        grad_gate, grad_shift = _summed(grad_x, over, gate.dtype), None
+        if mean is not None or ctx.needs_input_grad[3]:
+            grad_shift = _summed(grad, over, gate.dtype)
+        if mean is not None:
+            grad_gate = grad_gate - mean * grad_shift
+        if factor is not None:
+            torch.mul(grad, factor, out=grad_x)
         return (
             grad_x if factor is not None else None,
-            torch.cat(grad_gate),
+            grad_gate,
             None,
-            torch.cat(grad_shift) if ctx.needs_input_grad[3] else None,
+            grad_shift if ctx.needs_input_grad[3] else None,
             None,
         )
 
 
-def _parts(x: Tensor) -> list[slice]:
-    """The parts in which a batch is processed: on a CPU a large one image by image.
-
-    What one operation leaves in the processor's cache is then still there for the next.
-    """
-    if x.device.type != "cpu" or x.numel() < LARGE_TENSOR or x[0].numel() < LARGE_IMAGE:
-        return [slice(None)]
-    return [slice(i, i + 1) for i in range(len(x))]
-
-
 def _summed(values: Tensor, over: list[int], dtype: torch.dtype) -> Tensor:
-    # Rounded as autograd rounds. An empty list of axes would mean all of them; the values of a
-    # vector are copied, for their memory is used again.
+    # Rounded as autograd rounds. An empty list of axes would mean all axes; the copy is needed
+    # because the memory of the values is used again.
     return values.sum(over).to(dtype) if over else values.to(dtype, copy=True)
 
 
 def multiply_learned(
-    site: GateSite,
-    tensor: Tensor,
-    gate: Tensor,
-    mean: Tensor | None,
-    shift: Tensor | None = None,
+    site: GateSite, tensor: Tensor, gate: Tensor, mean: Tensor | None, shift: Tensor | None = None
 ) -> Tensor:
-    """The same as :func:`multiply`, at less cost if the gates are learned.
+    """:func:`multiply` with gates (B, C), at less cost if they are learned; first derivatives only.
 
-    Only first derivatives are possible.
-
-    Args:
-        site: The gate site.
-        tensor: (B, ...), what it holds.
-        gate: (B, C), one gate vector per image.
-        mean: (C,) or (B, C), what stands in place of a closed channel; None: zero.
-        shift: (B, C) of zeros, whose gradient is that of a constant added to each channel.
+    ``shift`` is (B, C) of zeros, whose gradient is that of a constant added to each channel.
     """
     result: Tensor = _Gate.apply(tensor, gate, mean, shift, site)
     return result
@@ -454,22 +410,17 @@ def gates_and_sites(
     tasks: Task | Sequence[Task] | None = None,
     means: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[GateSite], dict[str, Tensor] | None]:
-    """The arguments of :func:`gated` as plain tensors of each site.
+    """The checked arguments of :func:`gated`: gates, sites in the given order, ablation values.
 
-    Returns:
-        ``{site name: (C,) or (B, C)}``, the sites in the order given, and the ablation values
-        ``{site name: (C,) or (B, C)}`` or None for zero.
-
-    Raises:
-        TypeError, ValueError: As :func:`gated`.
+    Gates and values are ``{site name: (C,) or (B, C)}``; None: the value is zero.
     """
     mapping, used, own_means = _as_mapping(gates, sites, tasks, means)
-    values = _checked(mapping, used, "gates", (1, 2))
-    return values, used, None if own_means is None else _checked(own_means, used, "means", (1, 2))
+    values = _checked(mapping, used, "gates")
+    return values, used, None if own_means is None else _checked(own_means, used, "means")
 
 
 def _checked(
-    gates: Mapping[str, Tensor], sites: Sequence[GateSite], what: str, dims: tuple[int, ...]
+    gates: Mapping[str, Tensor], sites: Sequence[GateSite], what: str
 ) -> dict[str, Tensor]:
     check_mapping(gates, what)
     checked = {}
@@ -478,10 +429,9 @@ def _checked(
             value = as_tensor(gates[site.name], f"{what} of {site.name!r}")
         except KeyError:
             raise ValueError(f"{what} lack gate site {site.name!r}.") from None
-        if value.ndim not in dims or value.shape[-1] != site.n_channels:
-            shapes = " or ".join("(C,)" if d == 1 else "(B, C)" for d in dims)
+        if value.ndim not in (1, 2) or value.shape[-1] != site.n_channels:
             raise ValueError(
-                f"{what} of {site.name!r} have shape {tuple(value.shape)}; expected {shapes} "
+                f"{what} of {site.name!r} have shape {tuple(value.shape)}; expected (C,) or (B, C) "
                 f"with C = {site.n_channels}."
             )
         if value.is_complex() or not bool(torch.isfinite(value).all()):
@@ -499,26 +449,26 @@ def gated(
     tasks: Task | Sequence[Task] | None = None,
     means: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Run a network with its channels multiplied by gates, for the length of a ``with`` block.
+    """Run a network with its channels multiplied by gates inside a ``with`` block.
 
     Gradients flow through the product, to the images and to gates that require them. Contexts
     may be nested: the products apply one after the other. Works under autocast and with
     channels-last memory; a network wrapped by ``torch.compile`` runs eagerly inside the block.
-    Other threads that run the same network meanwhile see the whole of it: gates act in the thread
-    that entered the block, in its backward passes and in what it starts by ``asyncio.to_thread``.
-    Hooks of Captum and Zennit that rewrite the backward pass meet the network that they would meet
-    with the gates in its weights, in whatever order they are put on.
+    Gates act in the thread that entered the block, in its backward passes and in threads that it
+    starts by ``asyncio.to_thread``; other threads see the whole network.
+    Hooks of Captum and Zennit that rewrite the backward pass work as if the gates were part of the
+    network's weights, in whatever order they are registered.
 
     Args:
-        model: The network. Nothing of it is changed; the hooks are removed at the end, also after
-            an exception.
+        model: The network. It is not changed; the hooks are removed at the end, also after an
+            exception.
         gates: Task gates (then say which with ``tasks``), a sub-architecture, or
             ``{site name: tensor}``: (C,) for all images, (B, C) for one gate vector per image.
         sites: The gate sites, needed with a mapping.
         tasks: With task gates: one task for the whole batch, or one task for each image.
-        means: ``{site name: (C,)}``, or (B, C) for each image its own, what stands in place of a
-            closed channel: the site's output becomes ``g * x + (1 - g) * mean``. None: zero, or
-            what the gates were learned with.
+        means: ``{site name: (C,)}``, or (B, C) for one vector per image, the values of closed
+            channels: the site's output becomes ``g * x + (1 - g) * mean``. None: zero, or the
+            values that the gates were learned with.
 
     Raises:
         GatingError: If a site is not called, is called twice, or has another shape.
@@ -583,9 +533,8 @@ def recorded(
     Args:
         model: The network.
         sites: Where to record.
-        clone: Keep detached copies, safe from a later in-place ReLU (what Captum's layer methods
-            forget). False keeps the very tensors, with their graph: only for networks that write
-            nothing in place.
+        clone: Keep detached copies, safe from a later in-place ReLU. False keeps the tensors
+            themselves, with their graph: only for networks that write nothing in place.
 
     Yields:
         A dictionary ``{site name: tensor}`` in forward order, filled by each forward pass.

@@ -25,7 +25,7 @@ def channel_means(
     """Mean of each channel over all images and positions, in one pass over the data.
 
     Every position of every image counts the same. Sums are kept in float64, so that the result
-    hardly depends on how the images are cut into batches.
+    hardly depends on the batches.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -60,17 +60,10 @@ def channel_moments(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Mean and standard deviation of each channel over all images and positions, in one pass.
 
-    Args:
-        model: See :func:`channel_means`.
-        sites: See there.
-        batches: See there.
-        forward: See there.
+    Arguments and errors are those of :func:`channel_means`.
 
     Returns:
-        Twice ``{site name: float64 (C,)}``, as :func:`channel_means`.
-
-    Raises:
-        GatingError, SiteError, TypeError, ValueError: As :func:`channel_means`.
+        Twice ``{site name: float64 (C,)}`` on the CPU.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
@@ -98,7 +91,7 @@ def channel_moments(
         counts[site.name] += values.numel() // site.n_channels
 
     n_batches = 0
-    # Every batch is drawn outside the hooks: drawing it may run the network for something else.
+    # Batches are drawn outside the hooks: drawing may run the network for another purpose.
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or not all(isinstance(x, Tensor) for x in batch):
             raise TypeError(

@@ -20,4 +20,3 @@ class HasGates(Protocol):
         self, tasks: Task | Sequence[Task] | None
     ) -> tuple[Mapping[str, Tensor], tuple[GateSite, ...], Mapping[str, Tensor] | None]:
         """Gates by site, the sites, and the ablation values."""
-        ...

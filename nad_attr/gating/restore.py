@@ -21,9 +21,9 @@ __all__ = ["Explained", "flowing_copies", "own_copy", "restored", "untouched"]
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Undo all changes of a network's modules at the end, also after an exception.
+    """Undo all changes of a network's modules and of the global random numbers at the end.
 
-    As :func:`restored`; nor does anything reach the global random numbers.
+    See :func:`restored`.
     """
     with isolated_rng(0), restored(model):
         yield
@@ -33,13 +33,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
 def restored(model: nn.Module) -> Iterator[None]:
     """Undo all changes of a network's modules at the end, also after an exception.
 
-    Hooks that were left behind, attributes that were added (as Captum's DeepLift and Zennit's
-    canonizers do), parameters that were exchanged. Hooks that are put on inside act in this thread
-    alone; another thread that comes here with the same network waits.
+    These are left hooks, added attributes (by Captum's DeepLift and Zennit's canonizers) and
+    exchanged parameters. Hooks that are registered inside act in this thread only; another thread
+    that comes here with the same network waits.
     """
     root = unwrap(model)
     with alone(root):
-        # Zennit's canonizers exchange what a parameter holds; when they fail, it stays.
+        # Zennit's canonizers exchange the data of parameters, and leave it so when they fail.
         contents = [(parameter, parameter.data) for parameter in root.parameters()]
         hooks = [
             (table, dict(table))
@@ -54,7 +54,7 @@ def restored(model: nn.Module) -> Iterator[None]:
             for tensor, content in contents:
                 if tensor.data_ptr() != content.data_ptr() or tensor.shape != content.shape:
                     tensor.data = content
-            # The user's own: those of other threads come and go.
+            # The user's hooks only: those of other threads come and go.
             lost = {
                 key
                 for table, kept in hooks
@@ -72,14 +72,14 @@ def restored(model: nn.Module) -> Iterator[None]:
 def own_copy(model: nn.Module, user: Any = None) -> Any:
     """A copy for one thread that changes weights for a while, as Zennit and Captum's LRP do.
 
-    Its modules and parameters are others, and hold the very same numbers in the same memory.
+    Its modules and parameters are new objects that share the memory of the network's numbers.
 
     Args:
         model: The network.
         user: An object that has the network, to be copied with it.
 
     Returns:
-        The copy, and that of the object if there is one; the very same where they cannot be copied.
+        The copy, or the copies of both; the originals if they cannot be copied.
 
     Example:
         >>> import torch
@@ -104,8 +104,8 @@ def own_copy(model: nn.Module, user: Any = None) -> Any:
 def flowing_copies(model: nn.Module, sites: Sequence[GateSite]) -> Iterator[None]:
     """Pass copies on from the sites, for networks that write into them in place.
 
-    Captum's integrated gradients puts a leaf at a site, which must not be written into. For one
-    forward pass: enter it when the other hooks are in place, as hooks run in the order they came.
+    Captum's integrated gradients puts a leaf at a site, which must not be written into. Enter it
+    for one forward pass, after the other hooks are registered: hooks run in that order.
     """
 
     def output_hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -129,11 +129,11 @@ def flowing_copies(model: nn.Module, sites: Sequence[GateSite]) -> Iterator[None
 
 
 class Explained(nn.Module):
-    """A network as the function of its inputs that is explained, for methods that want a module.
+    """A function of a network as a module, for methods that want a module.
 
     Args:
         model: The network.
-        function: Returns what is explained, (B, columns); runs the network.
+        function: Returns the explained outputs, (B, columns); runs the network.
     """
 
     def __init__(self, model: nn.Module, function: Callable[..., Tensor]) -> None:
@@ -143,5 +143,5 @@ class Explained(nn.Module):
         self.training = False  # its own flag only: eval() would reach into the network
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return what is explained."""
+        """Return the explained outputs."""
         return self.function(*inputs)

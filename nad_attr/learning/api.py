@@ -37,17 +37,16 @@ def learn_gates(
 ) -> TaskGates:
     """Learn which channels of a network each task needs.
 
-    The network itself is not changed, not even for the time of learning in a way that an exception
-    could leave behind. The result is a function of network, data, recipe and seed: a task's gates
-    do not depend on which tasks are learned with it, in what order, or on the batch size (beyond
-    the rounding of the arithmetic).
+    The network is not changed. The result is a function of network, data, recipe and seed: a task's
+    gates do not depend on the other tasks, their order, or the batch size (beyond the rounding of
+    the arithmetic).
 
     Args:
-        model: A classifier in eval mode, on any device. DataParallel and ``torch.compile``
-            wrappers are looked through.
+        model: A classifier in eval mode, on any device, also in a DataParallel or ``torch.compile``
+            wrapper.
         data: Images with labels: ``(inputs, labels)`` tensors, a Dataset of (input, label), or a
-            DataLoader of such (its dataset, workers and choice of images are used; the order is
-            drawn anew). ``inputs`` may be a tuple of tensors for networks that take several.
+            DataLoader of such (its dataset, workers and choice of images are used, not its order).
+            ``inputs`` may be a tuple of tensors for networks that take several.
         tasks: Class indices; groups of class indices (a superclass is one task, its output the
             logsumexp over the group); or ``{name: class index or group}``. None: every class that
             the data holds.
@@ -58,15 +57,16 @@ def learn_gates(
         run: How to run the network; see :class:`nad_attr.RunOptions`. With the paper's recipe, a
             task's images of one step always go together, whatever the batch size.
         augmented: Whether the same image may look different each time it is drawn. None: yes for
-            datasets and loaders, no for tensors. False lets the whole network's outputs be
+            datasets and loaders, no for tensors. With False the whole network's outputs are
             computed once per image and kept.
-        checks: Before learning, two images tell whether an image's outputs are its own and whether
-            gradients say what closing channels does (:mod:`nad_attr.learning.network_checks`):
-            "refuse" a network where that is not so, "warn" and go on, or "off".
+        checks: Before learning, two images show whether an image's outputs are its own and whether
+            gradients predict what closing channels does (:mod:`nad_attr.learning.network_checks`):
+            "refuse" a network that fails, "warn" and continue, or "off".
         initial_logits: ``{site name: (T, C)}``, the paper recipe's starting point in place of
             N(0, 1).
-        **fields: In place of those fields of ``run``: ``device``, ``amp``, ``batch_size``,
-            ``memory_limit``, ``forward_func``, ``additional_forward_args``, ``show_progress``.
+        **fields: Fields of ``run``, which replace those of ``run``: ``device``, ``amp``,
+            ``batch_size``, ``memory_limit``, ``forward_func``, ``additional_forward_args``,
+            ``show_progress``.
 
     Returns:
         The gates, with history and everything needed to repeat the run in ``info``.
@@ -75,8 +75,8 @@ def learn_gates(
         SiteError: If sites cannot be gated; says which and what to do.
         TypeError: If data, tasks or recipe are of another kind.
         ValueError: If data is empty or holds NaN, a class is unknown or without images, the
-            network is in train mode, or an argument has no sensible value; NetworkCheckError, a
-            ValueError, if ``checks`` find that what is learned would not be true.
+            network is in train mode, or an argument is invalid; NetworkCheckError, a ValueError, if
+            ``checks`` find a fault.
 
     Example:
         >>> import torch
@@ -116,9 +116,9 @@ def learn_sizes(
 ) -> dict[float, TaskGates]:
     """Learn which channels each task needs at several sizes, in one run of falling budget.
 
-    The run passes through all sizes on its way down and stays at each for a while. Smaller
-    sub-architectures need not be parts of larger ones. The recipe's steps are shared equally among
-    the sizes, so many sizes need more steps: the default has 25 for each from four sizes on.
+    The run passes through all sizes on its way down. Smaller sub-architectures need not be parts of
+    larger ones. The recipe's steps are shared equally among the sizes, so many sizes need more
+    steps: the default has 25 for each from four sizes on.
 
     Args:
         model: See :func:`learn_gates`.
@@ -129,19 +129,18 @@ def learn_sizes(
             ``Recipe(steps=max(100, 25 * len(sizes)))``.
         sites: See :func:`learn_gates`.
         seed: See there.
-        run: How to run the network; see :class:`nad_attr.RunOptions`.
+        run: See there.
         augmented: See there.
         checks: See there.
-        **fields: In place of those fields of ``run``.
+        **fields: See there.
 
     Returns:
         ``{size: task gates}`` in the order of ``sizes``.
 
     Raises:
-        SiteError: See :func:`learn_gates`.
-        TypeError: See there.
-        ValueError: See there; also if sizes mean the same number of channels, there are none, or
-            more than steps, or the recipe is the paper's.
+        SiteError, TypeError, ValueError: See :func:`learn_gates`; a ValueError also if sizes mean
+            the same number of channels, there are none, or more than steps, or the recipe is the
+            paper's.
 
     Example:
         >>> import torch

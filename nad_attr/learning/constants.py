@@ -1,7 +1,7 @@
 """Learn gates and the best constants of closed channels together.
 
-A closed channel is replaced by a constant, one number for each task, which can carry nothing of the
-image. The mean over data is one such number; the best is the one with which the task output is kept
+A closed channel is replaced by a constant, one number for each task, which carries nothing of the
+image. The mean over data is one such number; the best is the one that keeps the task output
 (optimal ablation). The Gauss-Newton model of :mod:`nad_attr.learning.selection` gets a further
 coordinate for each channel. With m_c the channel's mean, s_c its deviation, g the gradient of image
 i's task output at the site, one backward pass gives
@@ -9,19 +9,19 @@ i's task output at the site, one backward pass gives
     S_ic = sum over positions of g (x - m_c)      closing channel c at its mean takes this away
     G_ic = s_c * sum over positions of g          its constant m_c + s_c b_c adds b_c of this
 
-Let q_i be what the task output would lack of the whole network's if all closed channels C were at
-their mean. Constants b with a normal prior of deviation PRIOR around the mean then leave
+Let q_i be the difference of the task output from the whole network's if all closed channels C are
+at their mean. Constants b with a normal prior of deviation PRIOR around the mean then leave
 
     min over b of sum_i w_i (q_i + sum over C of G_ic b_c)^2 + |b|^2 / d  =  q' P q,
     P = (W^-1 + d G_C G_C')^-1,      d = PRIOR^2 * images / mean squared residual
 
 which is the loss of the quadratic model in another metric. So channels are chosen by what *no
 constant explains*: the residuals and effects of the quadratic model are multiplied by a root of P,
-and a channel's effect is taken less what its own constant would make good. Then the constants go to
-the minimum, where each is held back by where it is now as well, as if a step moved it by MOVE.
+and a channel's effect is reduced by the part that its own constant would mend. Then the constants
+move to the minimum, with a second pull to where they are now, as if a step moved them by MOVE.
 
-In the end each task's constants are drawn back towards the means as far as images say that were not
-learned from (:func:`held_back`): constants that do not help are the means.
+At the end each task's constants are shrunk towards the means as far as images demand that were not
+learned from (:func:`shrinkage`).
 
 Source: Li and Janson, "Optimal ablation for interpretability", NeurIPS 2024, arXiv 2409.09951.
 """
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,6 @@ from nad_attr.gates.channels import budget, n_gates, to_channels, to_gates
 from nad_attr.gates.recipe import Recipe
 from nad_attr.learning.engine import Chunk, Learned
 from nad_attr.learning.selection import (
-    IMAGES_PER_BLOCK,
     MIN_CHANNELS_TO_NARROW,
     MIN_VARIANCE,
     SWAPS_PER_STEP,
@@ -58,46 +57,42 @@ from nad_attr.running.forward import sent
 
 __all__ = ["ConstantModel", "learn_with_constants"]
 
-#: How far constants are from the mean, in the channel's own deviations: the prior's deviation.
+#: The prior's deviation: how far constants are from the mean, in the channel's own deviations.
 PRIOR = 1.0
-#: The same of what one step moves them by: gradients are good for a small change only.
+#: The same for one step: gradients are good for a small change only.
 MOVE = 0.2
-#: What each closed channel is charged of its own squared effect, for as long as it is closed, in
-#: units of the share of the channels' correlations that is noise: what channels do together is
-#: shrunk towards what each does alone. More than that share itself, because gradients of earlier
-#: steps, at one point, err as well.
+#: The charge of each closed channel, in its own squared effect times the share of the channels'
+#: correlations that is noise: joint effects are shrunk towards those of single channels. It is more
+#: than that share, because gradients of earlier steps err as well.
 SHRINK = 8.0
-#: Steps for which that share of noise is taken to stay the same.
+#: Steps for which that share of noise is assumed to be constant.
 SHRINK_STEPS = 4
-#: Mean squared residual that is reckoned with, at least, in units of the task output's variance.
+#: Smallest mean squared residual assumed, in units of the task output's variance.
 FLOOR = 0.01
-#: Shares of the largest number on the diagonal that are added where rounding leaves no root, in
-#: units of a number's rounding.
+#: Shares of the largest diagonal element that are added if rounding leaves no root, in units of a
+#: number's rounding.
 ADDED_WHERE_ROUNDED = (30.0, 30_000.0)
 #: Random projections by which candidates are chosen.
 N_PROBES = 16
-#: Channels, at most, whose correlations say how much of all is noise.
+#: Channels, at most, whose correlations give the share of noise.
 MAX_CORRELATED = 512
-#: Share of a task's images that are kept apart, and how many of each kind at most; with fewer
-#: images of a kind than the third number none can be spared.
+#: Share of a task's images that are kept apart, the largest number of each kind, and the smallest
+#: number of images of a kind with which any are kept apart.
 KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP = 0.2, 32, 50
-#: Shares of the way from mean to constant that are tried, and the images that it takes.
+#: Shares of the way from mean to constant that are tried, and the images that this needs.
 SHARES_TRIED, MIN_TRIED = (1 / 3, 2 / 3, 1.0), 4
-#: Standard errors that are taken off what a share gains, by images kept apart and by images that
-#: were learned from: those are few, and so few are often right by chance.
+#: Standard errors that are taken off the gain of a share, with images kept apart, and with images
+#: that were learned from, which are few and often right by chance.
 DOUBT, DOUBT_WHERE_FEW = 0.5, 1.5
-#: Of the normal distribution.
+#: A quantile of the normal distribution.
 ONE_SIDED_95 = 1.645
 
 
 def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
-    """Share of the squared correlations between channels that so few images make by chance: (R,).
+    """Share of the squared correlations between channels that is chance, with few images: (R,).
 
-    The best weight with which to shrink a correlation matrix towards the unit matrix.
-
-    Args:
-        effects: (R, M, n), weighted so that a sum over images is a mean.
-        n_images: (R,), how many images that is worth.
+    It is the best weight to shrink a correlation matrix towards the unit matrix. ``effects`` are
+    (R, M, n), weighted so that a sum over images is a mean; ``n_images`` (R,) is effective.
 
     Source: Schaefer and Strimmer, "A shrinkage approach to large-scale covariance matrix
     estimation", Statistical Applications in Genetics and Molecular Biology 2005.
@@ -117,10 +112,9 @@ def noise_share(effects: Tensor, n_images: Tensor) -> Tensor:
 def rooted(matrices: Tensor) -> Tensor:
     """Cholesky factors of positive definite matrices, (R, M, M), also if rounding disturbs them.
 
-    Sums to which products were added and from which they were taken again keep the rounding of the
-    largest that they ever were. As much of the diagonal is added as it takes, to those rows alone.
-    A matrix that has no root even so, because it is not finite, gets one of NaN, which goes on into
-    the constants: a look at it would have the host wait for its GPU.
+    Sums of added and subtracted products keep the rounding of their largest value. As much as
+    needed is added to the diagonal, in the failing rows only. A matrix that still has no root,
+    because it is not finite, gets one of NaN, so that the host need not wait for its GPU.
     """
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(matrices)
@@ -145,7 +139,7 @@ class Metric(NamedTuple):
     freedom: Tensor
 
     def __call__(self, values: Tensor) -> Tensor:
-        """Values of images (R, M, k), so that a sum of their squares is P's."""
+        """Values of images (R, M, k), transformed so that a sum of their squares is P's."""
         seen: Tensor = torch.linalg.solve_triangular(self.root, values * self.weight, upper=False)
         return seen
 
@@ -168,16 +162,16 @@ class ConstantModel:
     """Effects of channels and of their constants, from recent gradients.
 
     Args:
-        like: (R, n), says how many tasks and channels, dtype and device.
+        like: (R, n), gives the numbers of tasks and channels, dtype and device.
         capacity: M, images kept.
 
     Attributes:
         gates: (R, n) of zeros and ones, at first all open; see :meth:`move`.
-        effects: S, (R, M, n). A wide network's are held in half precision, as are the slopes:
+        effects: S, (R, M, n). Those of a wide network are in half precision, as are the slopes:
             both then take no more memory than the gradients of the recipes without constants.
         slopes: G, (R, M, n), in units of the channels' deviations.
         residuals: q, (R, M), with closed channels at their mean.
-        numbers: int64 (R, M), of the images; -1 where there is none yet.
+        numbers: int64 (R, M), of the images; -1 for none.
     """
 
     def __init__(self, like: Tensor, capacity: int) -> None:
@@ -189,18 +183,14 @@ class ConstantModel:
         self.slopes = like.new_zeros(rows, capacity, n, dtype=dtype)
         self.residuals = like.new_zeros(rows, capacity)
         self.numbers = torch.full_like(self.residuals, -1, dtype=torch.int64)
-        # G_C G_C', brought up to date image by image and flip by flip.
+        # G_C G_C', updated image by image and flip by flip.
         self._gram = like.new_zeros(rows, capacity, capacity)
-        self._blocks = [slice(None)]
-        if wide:  # turned into numbers to reckon with a few at a time
-            starts = range(0, capacity, IMAGES_PER_BLOCK)
-            self._blocks = [slice(a, min(a + IMAGES_PER_BLOCK, capacity)) for a in starts]
         self._next = 0
 
     def add(
         self, residuals: Tensor, effects: Tensor, slopes: Tensor, numbers: Tensor | None = None
     ) -> None:
-        """Take in images: (R, b), (R, b, n), (R, b, n) and (R, b); the oldest make room."""
+        """Add images: (R, b), (R, b, n), (R, b, n) and (R, b); the oldest ones are dropped."""
         b, capacity = residuals.shape[1], self.residuals.shape[1]
         at = (torch.arange(b, device=residuals.device) + self._next) % capacity
         self.effects[:, at] = effects.to(self.effects.dtype)
@@ -209,18 +199,13 @@ class ConstantModel:
         if numbers is not None:
             self.numbers[:, at] = numbers
         closed = self.slopes[:, at].to(slopes.dtype) * (1 - self.gates)[:, None, :]
-        products = torch.cat([torch.bmm(closed, part.mT) for part in self._parts("slopes")], dim=2)
+        products = torch.bmm(closed, self._columns("slopes").mT)
         self._gram[:, at] = products
         self._gram[:, :, at] = products.mT
         self._next = (self._next + b) % capacity
 
     def move(self, gates: Tensor, n_flips: int) -> None:
-        """Open and close channels: residuals and metric follow.
-
-        Args:
-            gates: (R, n).
-            n_flips: How many are flipped in each row, at most.
-        """
+        """Open and close channels, at most ``n_flips`` in each row; update residuals and metric."""
         change = gates - self.gates
         flipped = change.abs().topk(min(n_flips, gates.shape[1]), dim=1).indices
         sign = change.gather(1, flipped)
@@ -235,19 +220,14 @@ class ConstantModel:
         return self.residuals + self._along("slopes", (1 - self.gates) * constants)
 
     def metric(self, shares: Tensor, freedom: Tensor) -> Metric:
-        """The metric P.
-
-        Args:
-            shares: (R, M), how much each image counts.
-            freedom: d, (R,).
-        """
+        """The metric P, for the weights of images ``shares`` (R, M) and d (R,)."""
         weight = shares.sqrt()[:, :, None]
         inner = self._gram * weight * weight.mT * freedom[:, None, None]
         inner.diagonal(dim1=1, dim2=2).add_(1.0)
         return Metric(rooted(inner), weight, freedom)
 
     def shrink(self, metric: Metric) -> Tensor:
-        """What closed channels are charged of their own squared effect: (R, 1)."""
+        """The charge of closed channels on their own squared effect: (R, 1)."""
         rows, n = self.gates.shape
         some = torch.arange(0, n, -(-n // MAX_CORRELATED), device=self.gates.device)
         effects = self._unexplained(metric, some.expand(rows, -1))
@@ -264,12 +244,8 @@ class ConstantModel:
     ) -> QuadraticModel:
         """The quadratic model of what no constant explains, ready for a round of flips.
 
-        Args:
-            metric: See :meth:`metric`.
-            residuals: (R, M), with closed channels at their mean.
-            trust: See :class:`QuadraticModel`.
-            shrink: See there.
-            channels: int64 (R, K), of these channels alone; None: of all.
+        ``residuals``, (R, M), are with closed channels at their mean. ``channels``, int64 (R, K),
+        limits the model to these; see :class:`QuadraticModel` for ``trust`` and ``shrink``.
         """
         gates = self.gates if channels is None else self.gates.gather(1, channels)
         model = QuadraticModel(gates, 1, trust, shrink=shrink)
@@ -287,19 +263,19 @@ class ConstantModel:
         flips: tuple[int, int, int],
         prices: Tensor | None = None,
     ) -> tuple[Tensor, int] | None:
-        """As :meth:`QuadraticModel.candidates`, without seeing all channels in the metric.
+        """As :meth:`QuadraticModel.candidates`, without all channels in the metric.
 
-        What flips do to the loss is taken as it is; each channel's own squared effect is estimated
-        from a few random projections of the images (Johnson and Lindenstrauss 1984): exact, it
-        would take a solution for every channel.
+        The linear term of flips is exact; each channel's own squared effect is estimated from a few
+        random projections of the images (Johnson and Lindenstrauss 1984), since the exact value
+        would need a solution for every channel.
 
         Args:
-            metric: See :meth:`quadratic`.
+            metric: See :meth:`quadratic`, as for the next three.
             residuals: See there.
             trust: See there.
             shrink: See there.
-            flips: How many gates are open, will be closed, and will be exchanged.
-            prices: (R, n), what each open channel costs beside the squared error.
+            flips: Numbers of gates that are open, will be closed, and will be exchanged.
+            prices: (R, n), the cost of each open channel beside the squared error.
         """
         if self.gates.shape[1] < MIN_CHANNELS_TO_NARROW:
             return None
@@ -309,57 +285,52 @@ class ConstantModel:
             (a * b).sum(1) for a, b in ((effects, effects), (effects, slopes), (slopes, slopes))
         )
         own = both.square() / (1 / metric.freedom[:, None] + slope_square) * self.gates
-        scout = QuadraticModel(self.gates, 1, trust, shrink=shrink)
-        scout.prices = prices
-        scout._square = square - own
-        scout._slope = self._over("effects", metric.twice(residuals))
-        scout._origin = self.gates
-        scout._curvature = scout._charged()
-        return scout.candidates(*flips)
+        trial = QuadraticModel(self.gates, 1, trust, shrink=shrink)
+        trial.prices = prices
+        trial._square = square - own
+        trial._slope = self._over("effects", metric.twice(residuals))
+        trial._origin = self.gates
+        trial._curvature = trial._penalties()
+        return trial.candidates(*flips)
 
     def best(
         self, shares: Tensor, freedom: Tensor, residuals: Tensor, now: Tensor, move: float
     ) -> Tensor:
-        """Where constants go from where they are: (R, n), zero for open channels.
+        """New constants from those of now: (R, n), zero for open channels.
 
         Args:
-            shares: (R, M), how much each image counts.
+            shares: (R, M), weights of the images.
             freedom: d, (R,).
             residuals: (R, M), with closed channels at their mean.
             now: (R, n).
-            move: How far they go at once, in deviations.
+            move: Deviation of one move, as of ``PRIOR``.
         """
-        # Two pulls, to the mean and to where they are, are one to a point between the two.
+        # Two pulls, to the mean and to the present value, equal one to a point between the two.
         ratio = (PRIOR / move) ** 2
         closed = 1 - self.gates
         start = now * closed * (ratio / (1 + ratio))
         metric = self.metric(shares, freedom / (1 + ratio))
         left = residuals + self._along("slopes", start)
-        # As many equations as images, not as there are channels.
+        # As many equations as images, not as channels.
         change = self._over("slopes", metric.twice(left))
         return start - metric.freedom[:, None] * change * closed
 
     def _unexplained(self, metric: Metric, channels: Tensor | None) -> Tensor:
-        """Effects in the metric, without what open channels' own constants would make good."""
+        """Effects in the metric, without the parts that open channels' own constants would mend."""
         gates = self.gates if channels is None else self.gates.gather(1, channels)
         effects, slopes = (metric(self._columns(name, channels)) for name in ("effects", "slopes"))
         own = (effects * slopes).sum(1) / (1 / metric.freedom[:, None] + slopes.square().sum(1))
         return effects.sub_(slopes.mul_((own * gates)[:, None, :]))
 
-    def _columns(self, name: str, channels: Tensor | None) -> Tensor:
+    def _columns(self, name: str, channels: Tensor | None = None) -> Tensor:
         values: Tensor = getattr(self, name)
         if channels is not None:
             values = values.gather(2, channels[:, None, :].expand(-1, values.shape[1], -1))
         return values.to(self.residuals.dtype)
 
-    def _parts(self, name: str) -> Iterator[Tensor]:
-        values: Tensor = getattr(self, name)
-        return (values[:, at].to(self.residuals.dtype) for at in self._blocks)
-
     def _along(self, name: str, values: Tensor) -> Tensor:
         """Sum over channels: (R, n) to (R, M)."""
-        parts = [torch.bmm(part, values[:, :, None]) for part in self._parts(name)]
-        return torch.cat(parts, dim=1)[:, :, 0]
+        return torch.bmm(self._columns(name), values[:, :, None])[:, :, 0]
 
     def _over(self, name: str, values: Tensor) -> Tensor:
         """Sum over images: (R, M) to (R, n)."""
@@ -367,24 +338,20 @@ class ConstantModel:
 
     def _combined(self, name: str, values: Tensor) -> Tensor:
         """Several such sums: (R, k, M) to (R, k, n)."""
-        total = values.new_zeros(*values.shape[:2], self.gates.shape[1])
-        for at, part in zip(self._blocks, self._parts(name), strict=True):
-            total += torch.bmm(values[:, :, at], part)
-        return total
+        return torch.bmm(values, self._columns(name))
 
 
 class Apart(NamedTuple):
-    """What images say of constants that were not fitted to them, all (R,)."""
+    """Results on images that constants were not fitted to, all (R,)."""
 
     #: How far from the means constants should be, in [0, 1]
     share: Tensor
-    #: There: the fidelity on those images, and what it is at most, with 95 % confidence; NaN where
-    #: they are too few
+    #: The fidelity there, and its upper bound with 95 % confidence; NaN with too few images
     fidelity: Tensor
     highest: Tensor
 
     def take(self, row: int, share: Tensor, whole: Tensor, change: Tensor) -> None:
-        """Note what a row's images (n,) say: the standard error is that of targets.bound."""
+        """Set a row's results from images (n,): the standard error is that of targets.bound."""
         error, spread = change.square(), (whole - whole.mean()).square()
         e, v = error.mean(), spread.mean().clamp(min=MIN_VARIANCE)
         ratio = e / v
@@ -394,7 +361,7 @@ class Apart(NamedTuple):
         self.highest[row] = 1 - ratio * torch.exp(-ONE_SIDED_95 * deviation)
 
 
-def held_back(
+def shrinkage(
     chunk: Chunk,
     recipe: Recipe,
     draws: Sequence[Sequence[Sequence[Draw]]],
@@ -406,18 +373,11 @@ def held_back(
 ) -> Apart:
     """How far from the means constants should be, by images that they were not fitted to.
 
-    Of some shares of the way from means to constants the one is taken that lessens the squared
-    change of the task output most, with some doubt taken off: 0 if none does.
-
-    Args:
-        chunk: The tasks.
-        recipe: The recipe.
-        draws: For each row the images, in two halves.
-        gates: (R, n) of zeros and ones.
-        constants: Twice (R, n), in deviations from the mean, for each half of the images.
-        means: (channels,).
-        deviations: (channels,).
-        apart: For each row whether its images were kept apart from those that were learned from.
+    Of some shares of the way from means to constants, take the one that reduces the squared change
+    of the task output most, minus some doubt: 0 if none does. ``draws`` are each row's images in
+    two halves, ``gates`` (R, n) zeros and ones, ``constants`` twice (R, n), one for each half, in
+    deviations from the mean, ``means`` and ``deviations`` (channels,); ``apart`` says for each row
+    whether its images were kept apart from those learned from.
     """
     network = chunk.network
     (batch,) = chunk.batches([[[draw for half in row for draw in half] for row in draws]])
@@ -479,28 +439,23 @@ def learn_with_constants(
     deviations: Tensor,
     masks: Tensor | None = None,
 ) -> list[Learned]:
-    """Learn gates and constants of a chunk of tasks.
+    """Learn gates and constants of a chunk of tasks, as :func:`learn_selection` does gates.
 
     Args:
         chunk: The tasks.
-        recipe: The recipe; its own size plays no part.
+        recipe: The recipe; its own size is not used.
         sizes: See :func:`nad_attr.learning.selection.learn_selection`.
         means: (channels,).
-        deviations: (channels,). The constants of a group go from the means along these together.
-        masks: (R, n) of zeros and ones: keep these channels and fit constants alone; None: learn
+        deviations: (channels,). The constants of a group move from the means along these together.
+        masks: (R, n) of zeros and ones: keep these channels and fit constants only; None: learn
             the gates as well.
-
-    Returns:
-        As :func:`nad_attr.learning.selection.learn_selection`, with the constants.
     """
     network = chunk.network
     rows, n = len(chunk), n_gates(network.sites)
     like = torch.ones(rows, n, device=network.device, dtype=network.dtype)
-    path = (
-        [[n] * recipe.steps]
-        if masks is not None
-        else (budgets(recipe, n, [budget(size, network.sites) for size in sizes]))
-    )
+    path = [[n] * recipe.steps]
+    if masks is None:
+        path = budgets(recipe, n, [budget(size, network.sites) for size in sizes])
     steps = [open_after for part in path for open_after in part]
     ends = set(itertools.accumulate(map(len, path)))
     per_task = recipe.images_per_step
@@ -511,7 +466,7 @@ def learn_with_constants(
     halves = [[[d for kind in row for d in kind[i::2]] for i in (0, 1)] for row, _ in kept]
     apart = torch.tensor([is_apart for _, is_apart in kept], device=network.device)[:, None]
     beside = [bool(len(images.pools["other"])) for images in chunk.images]
-    # Outputs, present residuals and ages of images alone.
+    # Only for outputs, present residuals and ages of images.
     boundary = recipe.fitting("boundary") * like.new_tensor(beside)
     outputs = QuadraticModel(like[:, :1], capacity, 0.0, boundary)
     model = ConstantModel(like, capacity)
@@ -553,7 +508,7 @@ def learn_with_constants(
             spread = PRIOR**2 / torch.maximum(loss, FLOOR * variance)
 
             def freedom(shares: Tensor, spread: Tensor = spread) -> Tensor:
-                # No image at all, where a task's only one is left out: nothing is explained.
+                # Without any image, as when a task's only one is left out, nothing is explained.
                 return spread / shares.square().sum(1).clamp(min=MIN_VARIANCE)
 
             if masks is None:
@@ -588,7 +543,7 @@ def learn_with_constants(
         curves["size"].append(model.gates.mean(1))
         chunk.advance(rows)
         if last:
-            # A task that can spare no images is judged on those it learns from, by constants
+            # A task that can spare no images is judged on those it learns from, with constants
             # fitted to the other half of them.
             fitted = []
             for half in (0, 1) if not bool(apart.all()) else ():
@@ -600,15 +555,15 @@ def learn_with_constants(
                 spread_there = freedom(without.clamp(min=0))
                 fitted.append(model.best(without, spread_there, residuals, constants, math.inf))
             tried = [torch.where(apart, constants, c) for c in fitted] or [constants] * 2
-            judged = held_back(
+            judged = shrinkage(
                 chunk, recipe, halves, model.gates, tried, means, deviations, apart[:, 0].tolist()
             )
             ranks = model.gates if masks is not None else ranks
             so_far = {name: torch.stack(curve) for name, curve in curves.items()}
-            for name in ("fidelity", "highest"):  # known at the end alone
+            for name in ("fidelity", "highest"):  # known only at the end
                 so_far[f"{name}_apart"] = torch.full_like(so_far["loss"], math.nan)
                 known = so_far[f"{name}_apart"][-1]
-                # Where none are kept apart, channels were chosen by the images that judge them.
+                # Without images kept apart, channels were chosen by the images that judge them.
                 known.copy_(torch.where(apart[:, 0], getattr(judged, name), known))
             of_channels = to_channels(judged.share[:, None] * constants, network.sites)
             result = means + deviations * of_channels

@@ -66,7 +66,6 @@ class Network(Runner):
         double = parameter is not None and parameter.dtype == torch.float64
         self.dtype = torch.float64 if double else torch.float32
         self.means: dict[str, Tensor] | None = None
-        self._scales: dict[nn.Module, Tensor] = {}
 
     def lighten(self, batches: Iterable[Inputs]) -> None:
         """Run a copy of the network from now on that does the same with less work.
@@ -108,8 +107,7 @@ class Network(Runner):
         )
         copied = light_copy(whole, next(runs), runs, folding=self.amp is None)
         self.model = self._run = whole if copied is None else copied
-        # What was kept of the networks that were compared.
-        self._scales, self._copies = {}, Copies()
+        self._copies = Copies()  # none of the networks that were compared
 
     @contextmanager
     def lean(self) -> Iterator[None]:
@@ -119,7 +117,7 @@ class Network(Runner):
         :func:`nad_attr.learning.fast.batchnorm.lean_batchnorm` and
         :func:`nad_attr.learning.fast.convolution.lean_convolutions`.
         """
-        with lean_batchnorm(self.model, self._scales), lean_convolutions(self.model):
+        with lean_batchnorm(self.model), lean_convolutions(self.model):
             yield
 
     @property
@@ -143,7 +141,7 @@ class Network(Runner):
             self(tuple(item[part.start : part.stop] for item in inputs))
             for part in self._passes(len(inputs[0]))
         ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return torch.cat(outputs)
 
     def _passes(self, n: int) -> list[range]:
         """Images 0 to n - 1 in as many passes as it takes, of about equal size."""
@@ -310,8 +308,6 @@ class Network(Runner):
             )
             for part in self._passes(len(gates))
         ]
-        if len(results) == 1:
-            return results[0]
         outputs, gradients = zip(*results, strict=True)
         return torch.cat(outputs), torch.cat(gradients)
 
@@ -506,11 +502,7 @@ class CleanOutputs:
         if new:
             device = batch.inputs[0].device
             at = sent(torch.tensor(list(new.values()), device="cpu"), device)
-            # All of them, normally: then no copy of the images is made.
-            whole = len(new) == len(batch.numbers)
-            outputs = self.network.clean(
-                batch.inputs if whole else tuple(item[at] for item in batch.inputs)
-            )
+            outputs = self.network.clean(tuple(item[at] for item in batch.inputs))
             if self._known is None:
                 if self.n_images * outputs.shape[1] > self.LIMIT:
                     self.n_images = 0

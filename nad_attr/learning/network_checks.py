@@ -4,20 +4,20 @@ Learning assumes three things that a network may break without any error:
 
 - an image's outputs are a function of the image alone (:func:`check_outputs`): not of chance, nor
   of the other images of the batch;
-- the gradient of each gate says what closing channels does (:func:`check_gradients`);
+- the gradient of each gate predicts what closing channels does (:func:`check_gradients`);
 - the gate sites that were found cover the network (:func:`poor_coverage`).
 
-The first two run the network a few times, on two images. Nothing of the network is changed, and
-no global random state.
+The first two run the network a few times, on two images. They change neither the network nor a
+global random state.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal, Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from nad_attr.sites.tracing import graph_nodes, tensors_in
 from nad_attr.system.rng import isolated_rng, random_states
 from nad_attr.system.threads import owned
 
+if TYPE_CHECKING:
+    from nad_attr.learning.engine import Network
+
 __all__ = [
     "Checks",
     "NetworkCheckError",
@@ -39,41 +42,24 @@ __all__ = [
 ]
 
 
-#: What becomes of a doubt: an error, a warning, or no check at all.
+#: The effect of a doubt: an error, a warning, or no check at all.
 Checks: TypeAlias = Literal["refuse", "warn", "off"]
-
-
 _Inputs: TypeAlias = "tuple[Tensor, ...]"
 
-
-#: Random combinations of the outputs that gradients are compared for.
+#: Random combinations of the outputs for which gradients are compared.
 _N_OUTPUTS = 4
-
-
-#: How far gates are moved, as a share of them; the first one everywhere, the rest after a doubt.
+#: How far gates are moved, as a share of them; the first one always, the others after a doubt.
 _STEPS = (0.02, 0.005, 0.2, 0.7)
-
-
 #: Difference of predicted and real change, over the larger of the two: a doubt, and a fault.
 _DOUBT, _FAULT = 0.4, 0.5
-
-
-#: How far from open the gates stand, at most.
+#: Largest distance of the gates from open.
 _JITTER = 0.2
-
-
-#: Images, where there is still a doubt.
+#: Images, after a doubt.
 _N_IMAGES = 16
-
-
 #: Effect of channels without a gradient, over that of as many with one, that is a fault.
 _SILENT = 0.25
-
-
-#: More directions, where there is a doubt.
+#: More directions, after a doubt.
 _N_DIRECTIONS = 4
-
-
 #: Operators whose gradient is zero wherever it exists.
 _FLAT = ("Round", "Sign", "Sgn", "Floor", "Ceil", "Trunc", "Heaviside", "Zeros")
 
@@ -82,44 +68,8 @@ class NetworkCheckError(GatingError, ValueError):
     """Gates learned from this network would not be true; the message says why."""
 
 
-class _Site(Protocol):
-    """What is asked of a :class:`~nad_attr.GateSite` here."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def n_channels(self) -> int: ...
-    @property
-    def n_gates(self) -> int: ...
-
-
-class _Network(Protocol):
-    """What is asked of a :class:`~nad_attr.learning.engine.Network` here; see there."""
-
-    model: nn.Module
-    device: torch.device
-    dtype: torch.dtype
-    means: dict[str, Tensor] | None
-    amp: torch.dtype | None
-    batch_size: int | None
-
-    @property
-    def sites(self) -> Sequence[_Site]: ...
-    @property
-    def half(self) -> bool: ...
-    def __call__(self, inputs: _Inputs) -> Tensor: ...
-    def clean(self, inputs: _Inputs) -> Tensor: ...
-    def gating(self, gates: Tensor) -> AbstractContextManager[None]: ...
-    def ready(self, inputs: _Inputs) -> _Inputs: ...
-    def gate_gradient(self, value: Tensor, gates: Tensor, *, retain: bool = False) -> Tensor: ...
-
-
 def check_option(checks: object) -> Checks:
-    """One of "refuse", "warn" and "off".
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """Check that a value is one of "refuse", "warn" and "off"."""
     if checks not in ("refuse", "warn", "off"):
         raise ValueError(f"checks must be 'refuse', 'warn' or 'off', got {checks!r}.")
     return checks
@@ -134,14 +84,8 @@ def _doubt(message: str, checks: Checks) -> None:
 
 
 def _fake_quantised(module: nn.Module) -> bool:
-    """Whether it rounds as an int8 layer would, with the gradient of no rounding."""
+    """Whether it rounds as an int8 layer would, with the gradient of a layer without rounding."""
     return hasattr(module, "fake_quant_enabled") or "FakeQuant" in type(module).__name__
-
-
-@contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    with unchanged(model), isolated_rng():
-        yield
 
 
 # Outputs
@@ -164,14 +108,14 @@ def check_outputs(
     Args:
         model: The network.
         run: Runs it: gives the outputs (B, K) for a batch.
-        inputs: A few images, two at best.
-        outputs: What a run of them gave, if one is done already.
+        inputs: A few images, best two.
+        outputs: The outputs of these images, if they are known.
         checks: "refuse" raises, "warn" warns, "off" does nothing.
-        half: Whether the network computes in half precision, where another batch size rounds
-            otherwise.
+        half: Whether the network computes in half precision, where rounding depends on the batch
+            size.
 
     Raises:
-        NetworkCheckError: Names the module that it comes from, where it can be told.
+        NetworkCheckError: Names the responsible module, if it is known.
 
     Example:
         >>> class Noisy(nn.Module):
@@ -184,19 +128,19 @@ def check_outputs(
     """
     if checks == "off":
         return
-    # Eight bits are coarser still; an observer that is on moves their range a little in each pass.
+    # Eight bits are coarser still; an active observer moves their range a little in each pass.
     half = half or any(map(_fake_quantised, model.modules()))
-    with _left_alone(model):
+    with unchanged(model), isolated_rng():
         before: tuple[object, ...] = random_states()
         first = run(inputs) if outputs is None else outputs
         second = run(inputs)
         again = 0
         while _close(first, second, 1e-5) and random_states() != before and again < 8:
-            # Random numbers were drawn; those of one pass need not matter.
+            # Random numbers were drawn; the outputs of one pass need not depend on them.
             before, again = random_states(), again + 1
             second = run(inputs)
         if not _close(first, second, 1e-5):
-            where = _guilty(run, model, inputs, inputs)
+            where = _differing_module(run, model, inputs, inputs)
             _doubt(
                 f"the network gives another output each time it is run on the same image: {where} "
                 "draws random numbers in eval mode too (dropout or noise in forward, stochastic "
@@ -215,7 +159,7 @@ def check_outputs(
             warnings.warn(message, NetworkCheckWarning, stacklevel=3)
             return
         if not _close(single, first[:1], 5e-2 if half else 1e-3, scale=first):
-            where = _guilty(run, model, alone, inputs)
+            where = _differing_module(run, model, alone, inputs)
             _doubt(
                 f"the network's output for an image depends on the other images of its batch: "
                 f"{where} mixes them (BatchNorm without running statistics, a mean over the "
@@ -231,11 +175,11 @@ def _close(a: Tensor, b: Tensor, tolerance: float, scale: Tensor | None = None) 
     if not a.is_floating_point():
         return bool(torch.equal(a, b))
     size = (a if scale is None else scale.detach()).abs().max() if a.numel() else 0
-    # Written so that NaN is close to NaN alone.
+    # NaN is close to NaN only.
     return bool((((a - b).abs() <= tolerance * size) | (a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _guilty(
+def _differing_module(
     run: Callable[[_Inputs], Tensor], model: nn.Module, inputs: _Inputs, others: _Inputs
 ) -> str:
     """The innermost module that made different tensors from equal ones, in words."""
@@ -284,7 +228,7 @@ def _guilty(
 
 
 def _same_rows(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether the first tensor is the beginning of the second; True where that says nothing."""
+    """Whether the first tensor is the beginning of the second; True if that cannot be told."""
     if a.ndim != b.ndim or a.shape[1:] != b.shape[1:] or not a.ndim or len(a) > len(b):
         return True
     return _close(a, b[: len(a)], tolerance, scale=b)
@@ -294,7 +238,7 @@ def _same_rows(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def check_gradients(
-    network: _Network,
+    network: Network,
     inputs: _Inputs,
     *,
     more: Callable[[int], _Inputs] | None = None,
@@ -302,15 +246,15 @@ def check_gradients(
 ) -> None:
     """Refuse a network whose gradient is wrong about closing channels at some gate site.
 
-    One backward pass on two images gives the gradient of every gate; at each site a few channels
-    are then moved a little, and the change is compared with what the gradient says: an image pass
-    for each site, and one for all channels without any gradient. Where there is a doubt, more of
-    them, other steps and more images decide.
+    One backward pass on two images gives the gradient of every gate. At each site a few channels
+    are then moved a little, and the change is compared with the prediction: an image pass for each
+    site, and one for all channels without any gradient. After a doubt, more directions, other steps
+    and more images decide.
 
     Args:
         network: The network with its sites.
-        inputs: A few images, two at best, where the network is.
-        more: Gives as many others: on two, all that a site feeds may be dead.
+        inputs: A few images, best two, where the network is.
+        more: Gives as many other images: on two, all channels after a site may be dead.
         checks: "refuse" raises, "warn" warns, "off" does nothing.
 
     Raises:
@@ -321,7 +265,7 @@ def check_gradients(
     means, amp = network.means, network.amp
     network.means, network.amp = None, None
     try:
-        with _left_alone(network.model), torch.enable_grad():
+        with unchanged(network.model), isolated_rng(), torch.enable_grad():
             probe = _Probe(network, tuple(item[:2] for item in inputs))
             faults = probe.faults(list(probe.columns))
             if faults and more is not None:
@@ -350,19 +294,19 @@ def check_gradients(
 
 
 class _Probe:
-    """The gradient of each gate of a network, and what moving gates really does."""
+    """The gradient of each gate of a network, and the real effect of moving gates."""
 
-    def __init__(self, network: _Network, images: _Inputs) -> None:
+    def __init__(self, network: Network, images: _Inputs) -> None:
         self.network, self.images = network, images
         self.n = len(images[0])
         widths = [site.n_gates for site in network.sites]
-        ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+        ends = [*itertools.accumulate(widths)]
         self.columns = {
             site.name: slice(end - width, end)
             for site, width, end in zip(network.sites, widths, ends, strict=True)
         }
         self.generator = torch.Generator("cpu").manual_seed(0)
-        # Not quite open: exactly there a network may have a kink, where no gradient says it all.
+        # Not quite open: there a network may have a kink, where no gradient is right.
         jitter = torch.rand(self.n, ends[-1], generator=self.generator, device="cpu")
         self.gates = (1 - _JITTER * jitter).to(network.device, network.dtype)
         self.graph: Any = None
@@ -384,7 +328,7 @@ class _Probe:
             except ValueError as error:
                 if "nference tensor" not in str(error):
                     raise
-                # Made under torch.inference_mode inside forward: no graph can hold it.
+                # Made under torch.inference_mode inside forward: no graph can contain it.
                 self.passing, self.error = passing, str(error)
                 self._set_outputs(self.network.clean(self.images))
                 return leaf.new_zeros(self.n, self.weights.shape[1], leaf.shape[1])
@@ -408,7 +352,7 @@ class _Probe:
 
     @torch.no_grad()
     def _change(self, rows: Sequence[tuple[int, Tensor]]) -> Tensor:
-        """(rows, outputs): what moving the gates of an image by so much changes."""
+        """(rows, outputs): the change by moves of the gates of images."""
         changes = []
         size = max(1, self.network.batch_size or len(rows))
         for start in range(0, len(rows), size):
@@ -420,8 +364,8 @@ class _Probe:
             changes.append(outputs @ self.weights - self.values[at, 0])
         return torch.cat(changes)
 
-    def _direction(self, name: str, image: int, silent: bool) -> Tensor:
-        """Some of a site's channels closed by the whole step, the others opened."""
+    def _direction(self, name: str, *, silent: bool) -> Tensor:
+        """Some of a site's channels are closed by the whole step, the others opened."""
         columns = self.columns[name]
         width = columns.stop - columns.start
         signs = torch.randint(2, (width,), generator=self.generator, device="cpu") * 2 - 1
@@ -433,7 +377,7 @@ class _Probe:
         return move
 
     def faults(self, names: Sequence[str]) -> dict[str, str]:
-        """``{site name: what is wrong}`` for some of the sites."""
+        """``{site name: fault}`` for some of the sites."""
         rows: list[tuple[str, int, Tensor, str]] = []
         silent: list[str] = []
         for name in names:
@@ -441,13 +385,13 @@ class _Probe:
             if not bool(here.any()):
                 rows += [(name, i, self._whole(name, i), "none") for i in range(self.n)]
                 continue
-            # The image that says most: on another, all that the site feeds may be dead.
+            # The image with the largest gradient: on another, all channels after it may be dead.
             image = int(here.flatten(1).norm(dim=1).argmax())
-            rows.append((name, image, self._direction(name, image, silent=False), "all"))
+            rows.append((name, image, self._direction(name, silent=False), "all"))
             silent += [name] * bool(self._silent(name).any())
-        if silent and self._silent_matter(silent):
+        if silent and self._silent_have_effect(silent):
             rows += [
-                (name, i, self._direction(name, i, silent=True), "silent")
+                (name, i, self._direction(name, silent=True), "silent")
                 for name in silent
                 for i in range(self.n)
             ]
@@ -458,19 +402,18 @@ class _Probe:
         for (name, image, move, what), real in zip(rows, change, strict=True):
             if self._error(image, step[what] * move, real) > (_DOUBT if what == "all" else 0):
                 doubts.setdefault(name, set()).add(what)
-        found = {name: self._judged(name, kinds) for name, kinds in doubts.items()}
+        found = {name: self._fault_of(name, kinds) for name, kinds in doubts.items()}
         return {name: what for name, what in found.items() if what}
 
     def _silent(self, name: str) -> Tensor:
         """The channels of a site without any gradient: bool (C,)."""
         return (self.gradient[:, :, self.columns[name]] == 0).all(0).all(0)
 
-    def _silent_matter(self, names: Sequence[str]) -> bool:
-        """Whether closing such channels does anything: at all of these sites in one pass."""
+    def _silent_have_effect(self, names: Sequence[str]) -> bool:
+        """Whether closing such channels has an effect, at all of these sites in one pass."""
         moves = [
-            (i, _STEPS[0] * torch.stack(closed).sum(0))
+            (i, _STEPS[0] * torch.stack([self._direction(n, silent=True) for n in names]).sum(0))
             for i in range(self.n)
-            if (closed := [self._direction(name, i, silent=True) for name in names])
         ]
         real = self._change(moves)
         return any(
@@ -491,9 +434,9 @@ class _Probe:
         return float(difference / torch.maximum(predicted.norm(), real.norm()))
 
     def _error_of_many(self, name: str, step: float, n_directions: int) -> float:
-        """The same for random directions at a site together; 1 if the step is too small to tell."""
+        """The same for random directions at a site together; 1 if the step is too small."""
         moves = [
-            (i, step * self._direction(name, i, silent=False))
+            (i, step * self._direction(name, silent=False))
             for _ in range(n_directions)
             for i in range(self.n)
         ]
@@ -504,15 +447,15 @@ class _Probe:
             return 0.0 if step == _STEPS[-1] else 1.0
         return float(difference / torch.maximum(real.norm(), predicted.norm()))
 
-    def _judged(self, name: str, kinds: set[str]) -> str:
-        """What is wrong with a doubtful site; empty if nothing is."""
+    def _fault_of(self, name: str, kinds: set[str]) -> str:
+        """The fault of a doubtful site; empty if it has none."""
         columns = self.columns[name]
         if "none" in kinds:
             return "no gradient arrives, though closing it changes the outputs"
         if "silent" in kinds:
             shares: list[float] = []
             for step in _STEPS[1:]:
-                moves = [(i, step * self._direction(name, i, silent=True)) for i in range(self.n)]
+                moves = [(i, step * self._direction(name, silent=True)) for i in range(self.n)]
                 here = self.gradient[:, :, columns]
                 n_silent = sum(float((move != 0).sum()) for _, move in moves) / self.n
                 typical = step * float(here[here != 0].abs().median()) * max(n_silent, 1) ** 0.5
@@ -525,7 +468,7 @@ class _Probe:
                 return f"no gradient arrives at {zero} channels, though closing them matters"
         if "all" in kinds:
             errors: list[float] = []
-            # One direction is often enough to see that all is well, and never that it is not.
+            # One direction is often enough to prove a site right, and never to prove it wrong.
             for n_directions, step in itertools.product((1, _N_DIRECTIONS), _STEPS[1:]):
                 errors.append(self._error_of_many(name, step, n_directions))
                 if errors[-1] <= _FAULT:

@@ -15,8 +15,8 @@ __all__ = ["gate_and_difference", "paper_loss"]
 class _GateAndDifference(torch.autograd.Function):
     """``y = x * gate`` and the mean squared difference of y to the clean x, image by image.
 
-    Written out, because autograd would keep y - clean beside x, y and clean at every site: this
-    is most of what learning costs in memory.
+    Autograd would keep y - clean beside x, y and clean at every site, which is most of the memory
+    that learning needs.
     """
 
     @staticmethod
@@ -48,7 +48,7 @@ class _GateAndDifference(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             over = [d for d in range(x.ndim) if gate.shape[d] == 1 and x.shape[d] != 1]
             product = grad * x
-            # An empty list of axes would mean all of them.
+            # An empty list of axes would mean all axes.
             grad_gate = (
                 product.sum(over, keepdim=True, dtype=gate.dtype)
                 if over
@@ -64,7 +64,7 @@ def _difference(y: Tensor, clean: Tensor, rectified: bool) -> Tensor:
 def gate_and_difference(
     x: Tensor, gate: Tensor, clean: Tensor, *, rectified: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Gate a site and measure how far that moves it from the clean network.
+    """Gate a site and measure its distance from the clean network.
 
     Args:
         x: The site's output in the gated network, (B, ...).

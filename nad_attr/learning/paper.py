@@ -17,16 +17,12 @@ __all__ = ["initial_logits", "learn_paper", "paper_steps"]
 
 
 def initial_logits(chunk: Chunk) -> Tensor:
-    """N(0, 1) for each gate, from a generator of each task's own: (R, all gates)."""
+    """N(0, 1) for each gate, from one generator per task: (R, all gates)."""
     total = n_gates(chunk.network.sites)
-    draws = [
-        torch.randn(
-            total,
-            generator=torch.Generator().manual_seed(seed_of(seed, task, "logits")),
-            device="cpu",
-        )
-        for seed, task in zip(chunk.seeds, chunk.tasks, strict=True)
-    ]
+    draws = []
+    for seed, task in zip(chunk.seeds, chunk.tasks, strict=True):
+        generator = torch.Generator().manual_seed(seed_of(seed, task, "logits"))
+        draws.append(torch.randn(total, generator=generator, device="cpu"))
     return torch.stack(draws)
 
 
@@ -38,16 +34,9 @@ def paper_steps(n_own: int, recipe: PaperRecipe) -> int:
 def learn_paper(chunk: Chunk, recipe: PaperRecipe, start: Tensor | None = None) -> Learned:
     """Learn the gates of a chunk of tasks with the released recipe.
 
-    Each task sees its own images alone and takes its own steps; that several tasks share a batch
-    changes nothing, because every image has the gates of its own task.
-
-    Args:
-        chunk: The tasks.
-        recipe: The recipe.
-        start: (R, all gates), logits to start from in place of N(0, 1).
-
-    Returns:
-        Gates and logits, and the curves "loss" and "size".
+    Each task sees only its own images and takes its own steps. Tasks may share a batch, because
+    every image has the gates of its own task. ``start`` are logits (R, all gates) in place of
+    N(0, 1). The curves are "loss" and "size".
     """
     network = chunk.network
     sites = network.sites
@@ -72,7 +61,7 @@ def learn_paper(chunk: Chunk, recipe: PaperRecipe, start: Tensor | None = None) 
         gates = list(leaf.sigmoid().split(widths, dim=1))
         by_site = split_sites(to_channels(leaf.sigmoid(), sites), sites)
         differences: dict[str, Tensor] = {}
-        # Freed as soon as it is used, unless backward runs the block again.
+        # Freed after use, unless backward runs the block again.
         take = clean.get if network.recomputes else clean.pop
 
         def gate(site: GateSite, tensor: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Learn on many machines: chunks of tasks as Ray tasks (extra ``ray``).
 
-Ray is imported when a run begins and at no other time. The network, the images and what else a
-run needs are packed once and put into Ray's object store; each worker process unpacks them once.
-Results stream back to the one process that writes the store.
+Ray is imported only when a run begins. The network, the images and the rest of a run are packed
+once and put into Ray's object store; each worker process unpacks them once. Results stream back to
+the one process that writes the store.
 
-What goes over the cluster is pickled by Ray's cloudpickle. That is transport between processes of
-one run, which trust each other as Ray's own do; nothing of it is ever read from a file.
+Ray's cloudpickle transports objects between the processes of one run, which trust each other as
+Ray's own do; no file is read with it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nad_attr._checks import check_count
 from nad_attr.data.labels import Task
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.system.processes import check_processes, most_processes, n_cpus
@@ -47,33 +48,32 @@ class WorkersLostError(RuntimeError):
 
 
 class RayExecutor:
-    """Learns chunks of tasks on the workers of a Ray cluster, or of this machine.
+    """Learn chunks of tasks on the workers of a Ray cluster, or of this machine.
 
-    The gates are the same whatever the number of workers: a chunk is learned as a whole by one
-    worker, with as many threads as this process has, and on CPUs of one kind bit for bit as in
-    this process.
+    The gates are the same for any number of workers: a chunk is learned as a whole by one worker,
+    with as many threads as this process has, and on CPUs of one kind bit for bit as in this
+    process.
 
     Args:
         address: "auto": the cluster that this machine belongs to. "local": a cluster of this
-            machine alone, started for the run and ended with it. Else a cluster's address,
-            ``HOST:6379`` from a machine of the cluster or ``ray://HOST:10001`` from outside. If
-            this program has called ``ray.init`` itself, that connection is used, and kept.
-        n_workers: Chunks that are learned at the same time, at most; None: as many as fit. Not far
-            more than there are CPUs: four for each, and sixteen in any case.
+            machine alone, started and ended with the run. Else a cluster's address, ``HOST:6379``
+            from a machine of the cluster or ``ray://HOST:10001`` from outside. A connection that
+            this program has made with ``ray.init`` is used, and kept.
+        n_workers: Chunks that are learned at the same time, at most; None: as many as fit. At most
+            four for each CPU, or sixteen.
         gpus_per_worker: Share of a GPU for each worker, 0 to 1: with 0.5 two workers share one.
             With 0 the workers use CPUs.
-        cpus_per_worker: CPUs that are set aside for each worker. None: as many as this process has
-            threads, one if workers use GPUs. How many threads a worker uses is not changed by it.
-        retries: How often a chunk is given to another worker after its worker was lost.
+        cpus_per_worker: CPUs that are reserved for each worker. None: as many as this process has
+            threads, one if workers use GPUs. It does not change the threads of a worker.
+        retries: How many times a chunk is given to another worker after its worker was lost.
         runtime_env: Ray's ``runtime_env`` for the workers, for example ``{"working_dir": "."}`` if
-            they cannot import the module that the network is from.
+            they cannot import the network's module.
 
     Attributes:
         lost: Workers that were lost so far.
 
     Raises:
-        TypeError: If an argument is of another kind.
-        ValueError: If an argument has no sensible value.
+        TypeError, ValueError: If an argument is invalid.
 
     Example:
         >>> RayExecutor("local", n_workers=2)
@@ -92,11 +92,9 @@ class RayExecutor:
     ) -> None:
         if not isinstance(address, str) or not address:
             raise TypeError(f"address must be 'auto', 'local' or an address, got {address!r}.")
-        for name, count, low in (("n_workers", n_workers, 1), ("retries", retries, 0)):
-            if count is None and name == "n_workers":
-                continue
-            if not isinstance(count, int) or isinstance(count, bool) or count < low:
-                raise ValueError(f"{name} must be a whole number from {low} on, got {count!r}.")
+        if n_workers is not None:
+            check_count(n_workers, "n_workers")
+        check_count(retries, "retries", least=0)
         if not _is_number(gpus_per_worker) or not 0 <= gpus_per_worker <= 1:
             raise ValueError(
                 f"gpus_per_worker must be from 0 to 1, got {gpus_per_worker!r}: a worker uses one "
@@ -121,7 +119,7 @@ class RayExecutor:
         )
 
     def session_device(self, device: str | torch.device | None) -> str:
-        """The CPU: this process only checks, takes channel means and writes.
+        """The CPU, since this process only checks, takes channel means and writes.
 
         Raises:
             ImportError: If ray is not installed.
@@ -149,12 +147,12 @@ class RayExecutor:
         advance: Callable[[int], object],
         device: str | torch.device | None = None,
     ) -> Iterator[TaskGates]:
-        """The gates of each chunk, in the order in which they get done.
+        """The gates of each chunk, in the order of completion.
 
         Args:
-            session: What to learn from, on the CPU.
+            session: The session, on the CPU.
             parts: The tasks of each chunk.
-            means: What closed channels are replaced by.
+            means: The values of closed channels.
             advance: Called with the task steps of each chunk that is done.
             device: Where the workers learn; None: on their GPU if they have one, else their CPU.
 
@@ -188,7 +186,7 @@ class RayExecutor:
         idle: Callable[[], object] = lambda: None,
         what: str = "work",
     ) -> Iterator[tuple[int, Any]]:
-        """``call(shared, item)`` for each item on the workers, in the order they get done.
+        """``call(shared, item)`` for each item on the workers, in the order of completion.
 
         A lost worker's item is given to another, so a call's result must be a function of its
         arguments alone.
@@ -196,12 +194,12 @@ class RayExecutor:
         Args:
             call: A function of a module, which workers can import.
             shared: Sent once; each worker process unpacks it once.
-            items: What differs from call to call.
-            begin: ``begin(shared, device)``, once in each worker process: what takes the place of
-                ``shared`` there.
+            items: The second arguments.
+            begin: ``begin(shared, device)``, called once in each worker process; its result
+                replaces ``shared`` there.
             device: Where the workers run; None: on their GPU if they have one, else their CPU.
             idle: Called about once in a second.
-            what: An item is some of it, for messages.
+            what: Word for an item's work in messages.
 
         Yields:
             An item's number, and its result.
@@ -228,17 +226,14 @@ class RayExecutor:
             cpus = 1 if self.gpus_per_worker else torch.get_num_threads()
         with self._cluster(ray, cpus):
             self._check_room(ray, cpus, len(items))
-            # In a list they are handed on as references; each process fetches them when it must.
+            # A list passes them on as references; each process fetches them when needed.
             shared_at = [ray.put(packed), *map(ray.put, storages)]
             del packed, storages
             how = (uuid.uuid4().hex, call, begin, str(self._worker_device(device)), _settings())
-            # Lost workers are counted and tried again here and not by Ray, which would do it
-            # without a word and, for a result that is lost later, not at all.
+            # Lost workers are counted and retried here, since Ray would do it silently, and not at
+            # all for a result that is lost later.
             remote = ray.remote(_work).options(
-                num_cpus=cpus,
-                num_gpus=self.gpus_per_worker,
-                max_retries=0,
-                name="nad_attr chunk",
+                num_cpus=cpus, num_gpus=self.gpus_per_worker, max_retries=0, name="nad_attr chunk"
             )
             waiting = deque(range(len(items)))
             running: dict[Any, int] = {}
@@ -262,7 +257,7 @@ class RayExecutor:
                     waiting.append(number)
                     return []
                 except ray.exceptions.RayTaskError as error:
-                    # What went wrong on the worker, as it would have been raised here.
+                    # Raise the worker's error, as if it had been raised here.
                     cause = getattr(error, "cause", None)
                     raise (cause if isinstance(cause, Exception) else error) from error
 
@@ -271,13 +266,13 @@ class RayExecutor:
                     while waiting and len(running) < limit:
                         number = waiting.popleft()
                         running[remote.remote(shared_at, items[number], *how)] = number
-                    # With a limit, so that Ctrl-C is heard and the bar's clock goes on.
+                    # With a limit, so that Ctrl-C works and the bar's clock goes on.
                     ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
                     idle()
                     for ref in ready:
                         yield from result(ref)
             except KeyboardInterrupt:
-                # What came in meanwhile is handed on before the run ends.
+                # Results that have come in are handed on before the run ends.
                 if running:
                     ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
                     for ref in ready:
@@ -306,7 +301,7 @@ class RayExecutor:
             # Ray counts CPUs and does not pin them, so more workers than cores are possible.
             options["num_cpus"] = math.ceil(self.n_workers * cpus if self.n_workers else here)
             options["include_dashboard"] = False
-            # A cluster of one program on one machine reports to nobody.
+            # A cluster of one program on one machine sends no statistics.
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             try:
@@ -327,9 +322,9 @@ class RayExecutor:
                     del os.environ[name]
 
     def _check_room(self, ray: Any, cpus: float, n_chunks: int) -> None:
-        """Refuse far more workers than CPUs, and say if no machine is large enough for one.
+        """Refuse far more workers than CPUs, and report if no machine is large enough for one.
 
-        Ray would start the former until memory ends, and wait for the latter without a word.
+        Ray would start workers until memory ends, and wait for a larger machine silently.
         """
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         there = sum(node.get("CPU", 0) for node in nodes)
@@ -352,7 +347,7 @@ class RayExecutor:
         )
         if self.address == "local":
             raise ValueError(f"{text}; ask for less (gpus_per_worker, cpus_per_worker).")
-        # A cluster that grows on demand may have none yet.
+        # A cluster that grows on demand may still get one.
         warnings.warn(
             f"{text}; waiting for one to join. If none will, ask for less (gpus_per_worker, "
             "cpus_per_worker).",
@@ -396,9 +391,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _packed(ray: Any, shared: Any) -> tuple[bytes, list[npt.NDArray[np.uint8]]]:
-    """What workers need, and beside it the numbers of its tensors, which are not copied here.
+    """The pickled object, and beside it the numbers of its tensors, which are not copied here.
 
-    The images can be most of this process's memory; pickle would hold them two or three times.
+    Images can fill most of the memory; pickle would hold them two or three times.
     """
     storages: list[npt.NDArray[np.uint8]] = []
     numbers: dict[int, int] = {}
@@ -432,7 +427,7 @@ def _packed(ray: Any, shared: Any) -> tuple[bytes, list[npt.NDArray[np.uint8]]]:
 
 
 def _unpacked(packed: bytes, storages: Sequence[npt.NDArray[np.uint8]]) -> Any:
-    """What :func:`_packed` packed, with memory of its own: Ray's is read-only."""
+    """Unpack what :func:`_packed` packed, into new memory: Ray's is read-only."""
     known: dict[int, torch.UntypedStorage] = {}
 
     class Unpickler(pickle.Unpickler):
@@ -449,7 +444,7 @@ def _unpacked(packed: bytes, storages: Sequence[npt.NDArray[np.uint8]]) -> Any:
     return Unpickler(io.BytesIO(packed)).load()
 
 
-#: Where torch says how float32 is rounded, in its old way and in that of 2.9: wholes before parts.
+#: torch's settings of float32 rounding, in the old form and in that of 2.9: wholes before parts.
 _OLD = ("cuda.matmul.allow_tf32", "cudnn.allow_tf32")
 _NEW = tuple(
     f"{part}fp32_precision"
@@ -461,10 +456,10 @@ _NEW = tuple(
 
 
 def _float32() -> dict[str, Any]:
-    """How this process rounds float32; what torch does not tell is left out."""
+    """How this process rounds float32; settings that torch does not tell are left out."""
     found: dict[str, Any] = {}
     for name in (*_OLD, *_NEW):
-        # torch refuses to be asked in the old way what was set in the new one.
+        # torch does not answer in the old form if the new one was used to set it.
         with suppress(AttributeError, RuntimeError):
             found[name] = attrgetter(name)(torch.backends)
     with suppress(RuntimeError):
@@ -473,7 +468,7 @@ def _float32() -> dict[str, Any]:
 
 
 def _set_float32(wanted: Mapping[str, Any]) -> None:
-    """Round float32 as another process does; what is so already is left alone."""
+    """Round float32 as another process does; equal settings are left alone."""
     if "matmul" in wanted:
         torch.set_float32_matmul_precision(wanted["matmul"])
     for name in (*_OLD, *_NEW):
@@ -483,7 +478,7 @@ def _set_float32(wanted: Mapping[str, Any]) -> None:
 
 
 def _settings() -> dict[str, Any]:
-    """What of this process decides how numbers are rounded."""
+    """The settings of this process that decide how numbers are rounded."""
     return {
         "threads": torch.get_num_threads(),
         "float32": _float32(),
@@ -494,7 +489,7 @@ def _settings() -> dict[str, Any]:
 
 # -- on the worker ---------------------------------------------------------------------------------
 
-#: What this process has unpacked, by run: the last one only.
+#: The object that this process has unpacked last, by run.
 _UNPACKED: dict[str, Any] = {}
 
 

@@ -1,9 +1,8 @@
 """Runs that can be resumed: many tasks learned chunk by chunk into a store.
 
-The full list of tasks, in its canonical order, is cut into chunks. A chunk is learned as a whole,
-by itself, and written when it is done; nothing of it depends on which chunks were learned before,
-in which process or on which machine. So a run that was killed at any moment and resumed ends with
-the gates of the run that was not, bit for bit on one kind of CPU.
+The sorted list of all tasks is cut into chunks. A chunk is learned as a whole and written when it
+is done; it does not depend on chunks learned before, the process or the machine. So a run that was
+killed and resumed ends with the gates of an undisturbed run, bit for bit on one kind of CPU.
 """
 
 from __future__ import annotations
@@ -40,16 +39,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MAY_DIFFER", "Executor", "InProcess", "Progress", "learn_to_store"]
 
-#: What a resumed run may be told to have otherwise, and where the store's provenance holds it.
-MAY_DIFFER = {
-    "model": "model_hash",
-    "data": "data_fingerprint",
-    "seed": "seed",
-    "amp": "amp",
-    "batch_size": "batch_size",
-    "chunk_size": "chunk_size",
+#: Settings that a resumed run may change, and their keys in the store's provenance.
+MAY_DIFFER = {"model": "model_hash", "data": "data_fingerprint"} | {
+    name: name for name in ("seed", "amp", "batch_size", "chunk_size")
 }
-#: Seconds between two calls of ``on_progress`` that tell of steps only.
+#: Seconds between two calls of ``on_progress`` for steps only.
 PROGRESS_SECONDS = 0.5
 
 
@@ -64,11 +58,11 @@ class Progress(NamedTuple):
         450.0
     """
 
-    #: Tasks that are in the store.
+    #: Tasks in the store.
     done: int
     #: Tasks that were asked for.
     total: int
-    #: Tasks that were in the store already when the run began.
+    #: Tasks that were in the store when the run began.
     found: int
     #: Task steps that this run has done.
     steps: int
@@ -102,13 +96,12 @@ class Executor(Protocol):
         advance: Callable[[int], object],
         device: str | torch.device | None,
     ) -> Iterator[TaskGates]:
-        """The gates of each chunk, in whatever order they are done.
+        """The gates of each chunk, in any order.
 
         Args:
-            session: What to learn from.
-            parts: The tasks of each chunk; ``session.learn(part, means=means)`` says what is
-                wanted.
-            means: What closed channels are replaced by.
+            session: Its ``session.learn(part, means=means)`` learns a chunk.
+            parts: The tasks of each chunk.
+            means: The values of closed channels.
             advance: To be called with the number of task steps that are done.
             device: Where to learn.
         """
@@ -121,7 +114,7 @@ class Executor(Protocol):
 
 
 class InProcess:
-    """Learns one chunk after the other, here.
+    """Learn one chunk after the other, in this process.
 
     Example:
         >>> InProcess().session_device("cuda:1")
@@ -172,15 +165,14 @@ def learn_to_store(
     """Learn task gates into a store, chunk by chunk, so that a killed run can be resumed.
 
     Every chunk of tasks is in the file as soon as it is learned. After Ctrl-C, an exception, a
-    ``kill -9`` or a power cut, the same call with ``resume=True`` learns what is missing, and the
-    gates are those of a run that nothing happened to: bit for bit on the same kind of CPU with the
-    same number of threads. Chunks are cut from the list of *all* tasks, sorted; a chunk of which
-    some tasks are missing is learned whole again and only what is missing is written.
+    ``kill -9`` or a power cut, the same call with ``resume=True`` learns the missing tasks, with
+    the gates of an undisturbed run: bit for bit on the same kind of CPU with the same number of
+    threads. Chunks are cut from the sorted list of *all* tasks; a chunk with missing tasks is
+    learned whole again and only the missing ones are written. Channel means are computed once, when
+    the run begins, and read from the store afterwards.
 
-    Between two runs the gates of a task may differ in rounding if the chunks are cut otherwise
-    (other tasks, ``chunk_size`` or ``batch_size``); within one store this is refused.
-
-    Channel means are computed once, when the run begins, and read from the store from then on.
+    Between two runs the gates of a task may differ in rounding if the chunks differ (other tasks,
+    ``chunk_size`` or ``batch_size``); within one store this is refused.
 
     Args:
         model: See :func:`nad_attr.learn_gates`.
@@ -190,41 +182,37 @@ def learn_to_store(
         recipe: See there.
         sites: See there.
         seed: See there.
-        run: How to run the network; see :class:`nad_attr.RunOptions`. With no device, an
-            executor's workers run it where they are best. A batch size of "auto" is, on resume,
-            what the store was begun with; an executor takes none, as its workers' memory is not
-            known here.
-        chunk_size: Tasks in a chunk: what is lost at most, and what is handed to a worker. None:
-            as many as share a pass of the network, ``batch_size // recipe.images_per_step``; on
-            resume, what the store was begun with.
-        resume: Go on with the file if it is there.
-        overwrite: Replace the file if it is there.
-        may_differ: What a resumed run may have otherwise than the store: any of "model", "data",
-            "seed", "amp", "batch_size", "chunk_size". With "data" or "amp", of the network only
-            the weights are compared. The store says what it was begun with, and
-            under ``resumed/`` in its results, which tasks were learned otherwise, and how. Another
-            recipe or other sites need another file.
+        run: How to run the network; see :class:`nad_attr.RunOptions`. Without a device, an
+            executor's workers choose theirs. A batch size of "auto" is, on resume, that of the
+            store; an executor takes none, as its workers' memory is not known here.
+        chunk_size: Tasks in a chunk: the largest loss, and the work of one worker call. None: as
+            many as share a pass of the network, ``batch_size // recipe.images_per_step``; on
+            resume, that of the store.
+        resume: Continue the file if it exists.
+        overwrite: Replace the file if it exists.
+        may_differ: Settings that a resumed run may change: any of "model", "data", "seed", "amp",
+            "batch_size", "chunk_size". With "data" or "amp", only the weights of the network are
+            compared. The store says what it was begun with, and under ``resumed/`` in its results,
+            which tasks were learned otherwise, and how. Another recipe or other sites need another
+            file.
         task_names: ``{class index: name}``, or one name for each of ``tasks`` in that order.
         augmented: See :func:`nad_attr.learn_gates`.
         checks: See there.
         provenance: Further facts to keep in the store, as JSON can hold them.
         executor: Where chunks are learned; None: in this process. See
             :class:`nad_attr.distributed.RayExecutor`.
-        on_progress: Called with a :class:`Progress` when a chunk is written, and now and then in
-            between.
+        on_progress: Called with a :class:`Progress` when a chunk is written, and at intervals.
         **fields: In place of those fields of ``run``.
 
     Returns:
         The path of the store, for :meth:`nad_attr.TaskGates.load`.
 
     Raises:
-        FileExistsError: If the file is there and neither ``resume`` nor ``overwrite`` is asked for.
+        FileExistsError: If the file exists and neither ``resume`` nor ``overwrite`` is given.
         GateStoreError: If the file is not a store, another process writes it, or it was begun
             with another network (other weights, or other outputs on four of the images), recipe,
             seed, other sites or data (:func:`nad_attr.data.fingerprints.data_fingerprint`).
-        SiteError: See :func:`nad_attr.learn_gates`.
-        TypeError: See there.
-        ValueError: See there; or an argument has no sensible value.
+        SiteError, TypeError, ValueError: See :func:`nad_attr.learn_gates`.
 
     Example:
         >>> import tempfile
@@ -288,7 +276,7 @@ def learn_to_store(
         progress = _Run(store, session, parts, executor, on_progress)
         with progress.bar():
             learned = executor.learn(session, parts, store.means, progress.advance, options.device)
-            # Closed by hand, for what lends workers must give them back at once after Ctrl-C.
+            # Closed explicitly, so that workers are given back at once after Ctrl-C.
             with closing(learned):  # type: ignore[type-var]
                 for gates in learned:
                     progress.save(gates)
@@ -329,10 +317,7 @@ def _name_and_sort(session: Session, task_names: Mapping[Any, str] | Sequence[st
     if names is not None and len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name {twice!r} is there twice; tasks need different names.")
-    order = sorted(
-        range(len(tasks)),
-        key=lambda i: (isinstance(tasks[i], tuple), tasks[i]),
-    )
+    order = sorted(range(len(tasks)), key=lambda i: (isinstance(tasks[i], tuple), tasks[i]))
     session.tasks = [tasks[i] for i in order]
     session.names = None if names is None else [names[i] for i in order]
 
@@ -347,14 +332,14 @@ def _store(
     overwrite: bool,
     may_differ: Sequence[str],
 ) -> Iterator[GateStore]:
-    """The store to write to: a new one, or one that this run may go on with."""
+    """The store to write to: a new one, or one that this run may continue."""
     if resume and target.exists():
         with GateStore.open(target, "a") as store:
             _check_resumable(store, session, facts, chunk_size, may_differ)
             yield store
     else:
         facts = {**facts, "chunk_size": chunk_size or session.width}
-        # The store holds float32, so what is learned with is read from there, now and on resume.
+        # The means are read from the store, which holds float32, now and on resume.
         with GateStore.create(
             target,
             session.sites,
@@ -407,7 +392,7 @@ def _check_resumable(
 
 
 class _Run:
-    """Writes what is learned, and reports the progress."""
+    """Write gates, and report the progress."""
 
     def __init__(
         self,
@@ -423,57 +408,46 @@ class _Run:
         self.done = self.found
         self.steps = 0
         self.n_steps = sum(session.n_steps(task) for part in parts for task in part)
-        self.began = self.told = time.monotonic()
+        self.began = self.reported = time.monotonic()
         self._bar: Any = None
 
     @contextmanager
     def bar(self) -> Iterator[None]:
         with self.session.network.bar(self.n_steps, "learning gates", "step") as self._bar:
-            self._tell()
+            self._report()
             yield
 
     def advance(self, n: int) -> None:
         self.steps += n
         self._bar.update(n)
-        if time.monotonic() - self.told >= PROGRESS_SECONDS:
-            self._tell()
+        if time.monotonic() - self.reported >= PROGRESS_SECONDS:
+            self._report()
 
     def save(self, gates: TaskGates) -> None:
-        """Write what is missing of a chunk."""
+        """Write the missing tasks of a chunk."""
         missing = [task for task in gates.tasks if task not in self.store]
         if missing:
-            labels = self.session.source.labels
-            own = own_images(labels, missing).sum(1).tolist() if missing else []
+            own = own_images(self.session.source.labels, missing).sum(1).tolist()
             counts = dict(zip(missing, own, strict=True))
-            with _interrupted_later():
+            with _interrupts_delayed():
                 self.store.append(gates.select(missing), sample_counts=counts)
         self.done += len(missing)
-        self._tell()
+        self._report()
 
-    def _tell(self) -> None:
-        self.told = time.monotonic()
-        lost = self.executor.lost
+    def _report(self) -> None:
+        self.reported = time.monotonic()
+        lost, total = self.executor.lost, len(self.session.tasks)
         self._bar.set_postfix_str(
-            f"{self.done}/{len(self.session.tasks)} tasks saved"
-            + (f", {lost} workers lost" if lost else "")
+            f"{self.done}/{total} tasks saved" + (f", {lost} workers lost" if lost else "")
         )
         if self.on_progress is not None:
-            self.on_progress(
-                Progress(
-                    self.done,
-                    len(self.session.tasks),
-                    self.found,
-                    self.steps,
-                    self.n_steps,
-                    self.told - self.began,
-                    lost,
-                )
-            )
+            counts = self.done, total, self.found, self.steps, self.n_steps
+            self.on_progress(Progress(*counts, self.reported - self.began, lost))
 
 
 @contextmanager
-def _interrupted_later() -> Iterator[None]:
-    """Delay Ctrl-C until the block is done, so that what is learned is written."""
+def _interrupts_delayed() -> Iterator[None]:
+    """Delay Ctrl-C until the block is done, so that learned gates are written."""
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield

@@ -1,12 +1,12 @@
 """The default recipe: close the channels that matter least, one by one.
 
-Gates are yes or no from the beginning to the end, so nothing is trained soft and judged hard. Each
-step runs a few own and other images through the network as it is now and takes, for each image,
-the gradient of the task output with respect to every gate. To first order these say what closing
-or opening any set of channels does to the task output of each image: the squared change of the
-task output becomes a quadratic function of the gates, interactions included (a Gauss-Newton model,
-as in Optimal Brain Surgeon, but for the outputs of channels). The gates then move to what that
-model likes best at the step's budget, which shrinks from all channels to the size asked for.
+Gates are zero or one all the time, so nothing is trained soft and judged hard. Each step runs a few
+own and other images through the present network and takes, for each image, the gradient of the task
+output with respect to every gate. To first order these predict how closing or opening any set of
+channels changes the task output of each image: its squared change becomes a quadratic function of
+the gates, interactions included (a Gauss-Newton model, as in Optimal Brain Surgeon, but for the
+outputs of channels). The gates then move to the best point of that model at the step's budget,
+which shrinks from all channels to the size asked for.
 """
 
 from __future__ import annotations
@@ -27,64 +27,56 @@ from nad_attr.running.forward import cumulative
 
 __all__ = ["QuadraticModel", "budgets", "learn_selection"]
 
-#: Images of a step are let go once they count e to the power of minus this.
+#: Images of a step are dropped once their weight is e to the power of minus this.
 FORGETTING_EXPONENT = 3
 #: Steps before the first channel closes, at most: fewer images are no base for a choice.
 MAX_WAITING_STEPS = 5
 #: Swaps of an open for a closed channel in each step (one in the last fifth of the steps).
 SWAPS_PER_STEP = 4
-#: Open channels, at most, that are looked at for two that may close together.
+#: Open channels, at most, among which two are sought that may close together.
 MAX_PAIR_CANDIDATES = 256
-#: Share of the open channels that each step may exchange for closed ones (a wide network has more
-#: to put right than a few swaps can).
+#: Share of the open channels that each step may exchange for closed ones: a few swaps are not
+#: enough for a wide network.
 MAX_EXCHANGED_SHARE = 0.02
 #: Share of the steps after which only single channels are swapped, and fewer of them.
 SETTLING_SHARE = 0.8
-#: By how much the power of ``free_scale`` falls, so that 0.3 becomes 0.9, until MAX_UNEXPLAINED of
-#: the task output's variance can be mended by no other scale: what hardly varies any more is
-#: closest in value to the whole network's output when it is constant, and only forgiving keeps it
-#: from going there. While another scale mends nearly all, it stays: half of each of two redundant
-#: copies looks like that.
+#: By how much the power of ``free_scale`` falls, so that 0.3 becomes 0.9, as the part of the task
+#: output's variance that no other scale explains rises to MAX_UNEXPLAINED. If the output varies
+#: little, a constant is closest in value to the whole network's; a larger free scale prevents it.
+#: If another scale explains nearly all, as in one of two redundant copies, the power stays.
 SCALE_POWER_DROP, MAX_UNEXPLAINED = 0.9, 0.15
-#: How fast images count less with their distance from the boundary, in ranks (half of it at 0.1).
+#: How fast the weight of images falls with their distance from the boundary, in ranks (0.1: half).
 BOUNDARY_SHARPNESS = 9.0
-#: The power of the lost share of the variance with which the boundary fades: where nearly all is
-#: lost, few images near it would say too little.
+#: The power of the lost share of the variance with which the boundary fades: if nearly all is lost,
+#: the few images near it are not enough.
 BOUNDARY_FADING_POWER = 8
-#: Straight lines that are flatter or steeper than these are not trusted.
+#: Straight lines flatter or steeper than these are not trusted.
 TRUSTED_SLOPES = (0.3, 3.0)
-#: What a swap must gain, in units of the task output's variance.
+#: The smallest gain of a swap, in units of the task output's variance.
 MIN_SWAP_GAIN = 1e-4
 #: Channels are closed in groups of at least 1/N_GROUPS of those that are still to close in a step.
 N_GROUPS = 8
-#: Images of the quadratic model that are squared at a time.
-IMAGES_PER_BLOCK = 32
-#: Channels from which on it pays to sort those alone that close.
-MIN_CHANNELS_TO_SORT_FEW = 2048
-#: Channels from which on a step looks at candidates alone: those that are cheapest to close and to
-#: open, and those with the largest effect. Each flip costs a pass over the gradients of all that
-#: are looked at, and of a wide network's channels most are far from being flipped.
+#: From this number of channels on a step considers only candidates: those that are cheapest to
+#: close and to open, and those with the largest effect. Each flip costs a pass over the gradients
+#: of all candidates, and most channels of a wide network are far from being flipped.
 MIN_CHANNELS_TO_NARROW = 2048
 #: Candidates for each flip that a step makes, and candidates beside them.
 CANDIDATES_PER_FLIP, SPARE_CANDIDATES = 2, 256
-#: Stands in for the variance of a task output that is the same for all images.
+#: Replaces the variance of a task output that is the same for all images.
 MIN_VARIANCE = 1e-12
 
 
 def budgets(recipe: Recipe, n: int, ks: Sequence[int]) -> list[list[int]]:
     """Channels that are open after each step: from ``n`` geometrically down to each of ``ks``.
 
-    The first steps close nothing. What they leave open is not made up for at once: the gradients
-    are good for a small change of the network only. The steps are shared equally among the sizes,
-    and the last ones of each share close nothing more.
+    The first steps close nothing, and this is not caught up at once: the gradients are good only
+    for a small change of the network. The steps are shared equally among the sizes, and the last
+    ones of each share close nothing more.
 
     Args:
-        recipe: Says how many steps there are, and which share of them closes channels.
+        recipe: Gives the number of steps, and the share of them that closes channels.
         n: All channels.
         ks: Channels to keep, falling.
-
-    Returns:
-        The budgets of the steps towards each of ``ks``.
 
     Example:
         >>> budgets(Recipe(steps=10, removal=0.8), 100, [10])
@@ -105,7 +97,7 @@ def budgets(recipe: Recipe, n: int, ks: Sequence[int]) -> list[list[int]]:
 
 
 def steps_in_memory(recipe: Recipe) -> int:
-    """Steps whose images the quadratic model holds; older ones hardly count any more.
+    """Steps whose images the quadratic model holds; older ones hardly count.
 
     Example:
         >>> steps_in_memory(Recipe(memory=0.9)), steps_in_memory(Recipe(memory=1.0))
@@ -117,57 +109,37 @@ def steps_in_memory(recipe: Recipe) -> int:
 
 
 def lowest(cost: Tensor, n: int) -> Tensor:
-    """Indices of the ``n`` lowest numbers of each row, rising; of equal ones, the first.
-
-    The beginning of a stable sort, without sorting all of a wide row.
-
-    Args:
-        cost: (R, n channels).
-        n: How many.
-
-    Returns:
-        int64 (R, n).
+    """Indices int64 (R, n) of the ``n`` lowest costs of each row, rising; of equal ones, the first.
 
     Example:
         >>> lowest(torch.tensor([[3.0, 1.0, 2.0, 1.0, 2.0]]), 3)
         tensor([[1, 3, 2]])
     """
-    if n == 0:
-        return cost.new_zeros(len(cost), 0, dtype=torch.int64)
-    if n == 1:
-        return cost.argmin(dim=1, keepdim=True)
-    if cost.shape[1] < MIN_CHANNELS_TO_SORT_FEW:
-        return cost.argsort(dim=1, stable=True)[:, :n]
-    highest = cost.topk(n, dim=1, largest=False).values.amax(1, keepdim=True)
-    below, equal = cost < highest, cost == highest
-    chosen = below | (equal & (equal.cumsum(1) <= n - below.sum(1, keepdim=True)))
-    places = chosen.to(torch.uint8).topk(n, dim=1).indices.sort(dim=1).values
-    return places.gather(1, cost.gather(1, places).argsort(dim=1, stable=True))
+    return cost.argsort(dim=1, stable=True)[:, :n]
 
 
 def any_of(values: Tensor) -> bool:
-    """Whether any is true; on a GPU yes unseen, for a look would have to wait for it."""
+    """Whether any is true; on a GPU always True, since a look would wait for it."""
     return values.device.type != "cpu" or bool(values.any())
 
 
 class QuadraticModel:
-    """What the task output would do if gates were flipped, from recent gradients.
+    """The predicted task output after flips of gates, from recent gradients.
 
-    Holds for each task (row) the last M images: the gradient S of the image's task output with
-    respect to the gates, and the residual r, its present difference to the whole network's.
+    It holds for each task (row) the last M images: the gradient S of the image's task output with
+    respect to the gates, and the residual r, its difference from the whole network's.
     Flipping gate c by d (closing: -1, opening: +1) moves the residuals to ``r + d S[:, c]``; the
     loss is the weighted mean of their squares.
 
     Args:
         gates: (R, n) of zeros and ones.
         capacity: M, images kept.
-        trust: Share of a channel's own squared effect that a flip is charged on top, since the
+        trust: Extra charge of a flip, as a share of the channel's own squared effect, since the
             gradient is only local.
-        boundary: (R,), how much less the images count whose task output is far from the median of
-            all; None: all count the same.
-        shrink: Share of its own squared effect that each closed channel is charged for as long as
-            it is closed, one or (R, 1): what channels do together is shrunk towards what each does
-            alone.
+        boundary: (R,), how much less the images count whose task output is far from the median;
+            None: all count the same.
+        shrink: Charge of each closed channel, as a share of its own squared effect, one or (R, 1):
+            joint effects are shrunk towards those of single channels.
     """
 
     def __init__(
@@ -181,7 +153,7 @@ class QuadraticModel:
         rows, n = gates.shape
         self.gates = gates.clone()
         self.trust, self.shrink = trust, shrink
-        #: (R, n), what each open channel costs beside the squared error; None: nothing.
+        #: (R, n), the cost of each open channel beside the squared error; None: nothing.
         self.prices: Tensor | None = None
         self.boundary = gates.new_zeros(rows) if boundary is None else boundary
         self.gradients = gates.new_zeros(rows, capacity, n)
@@ -191,11 +163,11 @@ class QuadraticModel:
         self._next = 0
 
     def age(self, factor: float) -> None:
-        """Make all images that are held count less."""
+        """Make all present images count less."""
         self.weights *= factor
 
     def add(self, whole: Tensor, residuals: Tensor, gradients: Tensor) -> None:
-        """Take in images that were run under the present gates; the oldest make room.
+        """Add images that were run under the present gates; the oldest ones are dropped.
 
         Args:
             whole: (R, b), the whole network's task output.
@@ -211,12 +183,12 @@ class QuadraticModel:
         self._next = (self._next + b) % len(self.weights)
 
     def candidates(self, n_open: int, n_close: int, n_exchange: int) -> tuple[Tensor, int] | None:
-        """Channels worth looking at in a round of flips; after :meth:`begin`.
+        """Candidates for a round of flips; after :meth:`begin`.
 
         Args:
-            n_open: How many gates are open in each row.
-            n_close: How many will be closed.
-            n_exchange: How many more will be opened, and closed.
+            n_open: Open gates in each row.
+            n_close: Gates that will be closed.
+            n_exchange: Further gates that will be opened, and closed.
 
         Returns:
             int64 (R, K), rising, and how many of each row's K are open; None: all channels.
@@ -237,14 +209,7 @@ class QuadraticModel:
         return channels, n_effect + n_cheap
 
     def narrowed(self, channels: Tensor) -> QuadraticModel:
-        """The same model for some channels of each row; all others stay as they are.
-
-        Args:
-            channels: int64 (R, K), different ones in a row.
-
-        Returns:
-            A model whose channels are 0 to K - 1; :meth:`widened` takes over what it did.
-        """
+        """The same model for channels int64 (R, K) of each row; see :meth:`widened`."""
         part = copy.copy(self)
         over_images = channels[:, None, :].expand(-1, self.residuals.shape[1], -1)
         part.gradients = self.gradients.gather(2, over_images)
@@ -259,14 +224,14 @@ class QuadraticModel:
         self.gates = self.gates.scatter(1, channels, part.gates)
         self.residuals = part.residuals
         self._slope = self._over_images(self.residuals)
-        self._curvature = self._charged()
+        self._curvature = self._penalties()
 
     def shares(self) -> Tensor:
-        """How much each image counts in the loss: (R, M), summing to 1 in each row.
+        """The weight of each image in the loss: (R, M), summing to 1 in each row.
 
-        Recent ones more than older ones, and those more whose rank, by the whole network's task
-        output, is close to one half: of as many own as other images, those next to the boundary
-        between the two. There it is decided which images the sub-architecture tells apart.
+        Recent images count more, and those whose rank by the whole network's task output is close
+        to one half: with as many own as other images these are next to the boundary, where it is
+        decided which images the sub-architecture tells apart.
         """
         weights = (self.weights / self.weights.sum()).expand_as(self.residuals)
         mean = (self.whole * weights).sum(1, keepdim=True)
@@ -283,38 +248,24 @@ class QuadraticModel:
         return counted / counted.sum(1, keepdim=True)
 
     def begin(self, shares: Tensor | None = None) -> None:
-        """Compute what a round of flips needs, once.
-
-        Args:
-            shares: How much each image counts, if not as in :meth:`shares`: (R, M).
-        """
+        """Compute the terms of a round of flips; ``shares`` (R, M) replace :meth:`shares`."""
         self._share = self.shares() if shares is None else shares
-        # A few images at a time: a second buffer as large as the gradients is never made.
-        self._square = torch.zeros_like(self.gates)
-        for share, part in zip(
-            self._share.split(IMAGES_PER_BLOCK, dim=1),
-            self.gradients.split(IMAGES_PER_BLOCK, dim=1),
-            strict=True,
-        ):
-            self._square += torch.bmm(share[:, None, :], part.square())[:, 0]
+        self._square = torch.bmm(self._share[:, None, :], self.gradients.square())[:, 0]
         self._slope = self._over_images(self.residuals)
         self._origin = self.gates.clone()
-        self._curvature = self._charged()
+        self._curvature = self._penalties()
 
     def forgiven(self, share: float, shares: Tensor | None = None) -> Tensor:
-        """Part of the residuals that another scale and offset of the task output would mend.
+        """The part of the residuals, (R, M), that another scale and offset would mend.
 
         With z the whole network's output, y the gated one's and a y + b the straight line through
-        (y, z), an image's residual y - z splits into y - (z - b) / a, which no scale and offset
-        can mend, and the rest.
+        (y, z), an image's residual y - z is y - (z - b) / a, which no scale and offset can mend,
+        and the rest.
 
         Args:
-            share: How much of the rest is forgiven where it is all there is, in [0, 1]; the more
-                of the variance of z no scale and offset can mend, the more is forgiven.
-            shares: How much each image counts, if not as in :meth:`shares`: (R, M).
-
-        Returns:
-            (R, M), to be subtracted from the residuals.
+            share: How much of the rest is forgiven if it is everything, in [0, 1]; it grows with
+                the part of the variance of z that no scale and offset can mend.
+            shares: (R, M), in place of :meth:`shares`.
         """
         weights = self.shares() if shares is None else shares
         gated = self.residuals + self.whole
@@ -326,16 +277,16 @@ class QuadraticModel:
         slope = (covariance / variance).clamp(*TRUSTED_SLOPES)
         aim = mean_gated + centred_whole / slope
         full = (centred_whole.square() * weights).sum(1, keepdim=True).clamp(min=MIN_VARIANCE)
-        unmended = (1 - covariance.square() / (variance * full)).clamp(0, MAX_UNEXPLAINED)
-        return share ** (1 - SCALE_POWER_DROP * unmended / MAX_UNEXPLAINED) * (aim - self.whole)
+        unexplained = (1 - covariance.square() / (variance * full)).clamp(0, MAX_UNEXPLAINED)
+        return share ** (1 - SCALE_POWER_DROP * unexplained / MAX_UNEXPLAINED) * (aim - self.whole)
 
     def _over_images(self, values: Tensor) -> Tensor:
         """Weighted mean over images of a value times the gradients: (R, M) to (R, n)."""
         return torch.bmm((values * self._share)[:, None, :], self.gradients)[:, 0]
 
-    def _charged(self) -> Tensor:
-        """Each channel's own squared effect, with what distrust adds to the next flip: (R, n)."""
-        # A flip back to where the gradients were taken has nothing to distrust.
+    def _penalties(self) -> Tensor:
+        """Each channel's own squared effect, with the charge of the next flip: (R, n)."""
+        # A flip back to where the gradients were taken is not charged.
         moved = (self.gates != self._origin).to(self.gates.dtype)
         kept = self.shrink * (2 * self.gates - 1)
         return self._square * (1 + kept + self.trust * (1 - 2 * moved))
@@ -348,14 +299,10 @@ class QuadraticModel:
         return cost.masked_fill_(self.gates == (1.0 if opening else 0.0), math.inf)
 
     def flip(self, channels: Tensor) -> None:
-        """Flip some gates in each row.
-
-        Args:
-            channels: int64 (R, g), different ones in a row.
-        """
+        """Flip gates, int64 (R, g), different ones in a row."""
         step = 1 - 2 * self.gates.gather(1, channels)
         self.gates.scatter_add_(1, channels, step)
-        # What was a charge for the flip is a discount for the flip back, and the other way round.
+        # The charge for the flip is a discount for the flip back, and the other way round.
         turned = 2 * self._square.gather(1, channels) - self._curvature.gather(1, channels)
         self._curvature.scatter_(1, channels, turned)
         over_images = channels[:, None, :].expand(-1, self.residuals.shape[1], -1)
@@ -364,34 +311,23 @@ class QuadraticModel:
         self._slope += self._over_images(change)
 
     def close(self, n: int, least: int = 1) -> None:
-        """Close the ``n`` gates of each row that cost least, by small groups.
-
-        Args:
-            n: How many.
-            least: Of a group, as long as so many are left.
-        """
+        """Close the ``n`` gates of each row that cost least, in groups of at least ``least``."""
         while n > 0:
             group = max(min(least, n), n // N_GROUPS)
             cost = self.cost(opening=False)
             if group > 1:
-                # Channels that each make good the same residual would overshoot together, so
-                # within a group what closing gains is not counted, only what it costs.
+                # Channels that each mend the same residual would overshoot together, so within a
+                # group only the cost of closing counts, not its gain.
                 alone = self._curvature
                 if self.prices is not None:
                     alone = alone - self.prices
                 cost = torch.maximum(cost, alone.masked_fill(cost.isinf(), math.inf))
-            cheapest = lowest(cost, group)
-            # As flip() does, but all in one direction.
-            self.gates.scatter_(1, cheapest, 0.0)
-            over_images = cheapest[:, None, :].expand(-1, self.residuals.shape[1], -1)
-            change = self.gradients.gather(2, over_images).sum(2)
-            self.residuals -= change
-            self._slope -= self._over_images(change)
+            self.flip(lowest(cost, group))
             n -= group
-        self._curvature = self._charged()
+        self._curvature = self._penalties()
 
     def _loss(self) -> Tensor:
-        """What the model thinks the loss is, with what distrust adds: (R,)."""
+        """The predicted loss, with charges: (R,)."""
         moved = (self.gates != self._origin).to(self.gates.dtype)
         charged = self.trust * moved + self.shrink * (1 - self.gates)
         guess = (self._square * charged).sum(1)
@@ -400,10 +336,10 @@ class QuadraticModel:
         return (self.residuals.square() * self._share).sum(1) + guess
 
     def _copy(self) -> tuple[Tensor, ...]:
-        """What a round of flips changes, as it is now; see :meth:`_back`."""
+        """Copies of the tensors that flips change; see :meth:`_restore`."""
         return tuple(x.clone() for x in (self.gates, self.residuals, self._slope, self._curvature))
 
-    def _back(self, before: tuple[Tensor, ...], rows: Tensor | None = None) -> None:
+    def _restore(self, before: tuple[Tensor, ...], rows: Tensor | None = None) -> None:
         """Undo all flips since a copy, in some rows (R,) or in all."""
         after = (self.gates, self.residuals, self._slope, self._curvature)
         if rows is not None:
@@ -413,15 +349,10 @@ class QuadraticModel:
         self.gates, self.residuals, self._slope, self._curvature = before
 
     def exchange(self, n: int, least_gain: Tensor) -> None:
-        """Open ``n`` gates and close as many in each row, by small groups, where that gains.
-
-        Args:
-            n: How many, no more than are closed.
-            least_gain: See :meth:`swap`.
-        """
+        """Open ``n`` gates and close as many in each row, in groups, if that gains enough."""
         before = self._copy()
         loss = self._loss()
-        # Each group costs a pass over all gradients: a wide network's are not let become many.
+        # Each group costs a pass over all gradients, so a wide network has few groups.
         left, least = n, max(1, n // (2 * N_GROUPS))
         while left > 0:
             group = max(min(least, left), left // N_GROUPS)
@@ -429,13 +360,10 @@ class QuadraticModel:
             left -= group
         self.close(n, least)
         keep = self._loss() < loss - least_gain
-        self._back(before, ~keep)
+        self._restore(before, ~keep)
 
     def swap(self, least_gain: Tensor) -> bool:
-        """Open one gate and close another in each row, where that gains more than a minimum.
-
-        Args:
-            least_gain: (R,), in squared units of the task output.
+        """Open one gate and close another in each row, if that gains ``least_gain`` (R,).
 
         Returns:
             Whether any row swapped. If none did, another try would end the same way.
@@ -448,18 +376,15 @@ class QuadraticModel:
         swapped = any_of(keep)
         if swapped:
             self.flip(channel[:, None])
-        self._back(before, ~keep if swapped else None)
+        self._restore(before, ~keep if swapped else None)
         return swapped
 
     def swap_pair(self, least_gain: Tensor, n_open: int | None = None) -> bool:
-        """Open two gates, then close the two that cost least *together*, where that gains.
+        """Open two gates, then close the two that cost least *together*, if that gains enough.
 
         Channels that cancel each other cost much one by one and nothing together. Opening comes
-        first, or channels of different pairs would be closed to fit the residual.
-
-        Args:
-            least_gain: See :meth:`swap`.
-            n_open: How many gates are open in each row; None: they are counted.
+        first, or channels of different pairs would be closed to fit the residual. ``n_open`` is the
+        number of open gates in each row; None: they are counted.
 
         Returns:
             Whether any row swapped.
@@ -473,7 +398,7 @@ class QuadraticModel:
             cost, channel = self.cost(opening=True).min(dim=1)
             self.flip(channel[:, None])
             total = total + cost
-        # Those with the largest effect by themselves, which look as if they were needed.
+        # Those with the largest own effect, which look as if they were needed.
         m = min(n_open + 2, MAX_PAIR_CANDIDATES)
         chosen = self._square.masked_fill(self.gates < 0.5, -1.0).topk(m, dim=1).indices
         over_images = chosen[:, None, :].expand(-1, self.residuals.shape[1], -1)
@@ -490,7 +415,7 @@ class QuadraticModel:
         swapped = any_of(keep)
         if swapped:
             self.flip(chosen.gather(1, pair))
-        self._back(before, ~keep if swapped else None)
+        self._restore(before, ~keep if swapped else None)
         return swapped
 
 
@@ -507,15 +432,9 @@ def drawn(chunk: Chunk, recipe: Recipe) -> list[list[list[Draw]]]:
 def flip_round(
     model: QuadraticModel, recipe: Recipe, t: int, n_open: int, n_after: int, variance: Tensor
 ) -> None:
-    """Close channels down to a step's budget, and exchange some; after :meth:`begin`.
+    """Close channels from ``n_open`` to ``n_after`` in each row in step ``t``, and exchange some.
 
-    Args:
-        model: What flips are judged by.
-        recipe: The recipe.
-        t: Number of the step.
-        n_open: How many gates are open in each row.
-        n_after: How many will be.
-        variance: (R,), of the task output.
+    The model comes from :meth:`QuadraticModel.begin`; ``variance`` (R,) is the task output's.
     """
     n_exchanged = exchanged(recipe, t, model.gates.shape[1], n_after)
     n_close = n_open - n_after
@@ -543,7 +462,7 @@ def flip_some(
     n_exchanged: int,
     variance: Tensor,
 ) -> None:
-    """The flips of :func:`flip_round` among the channels that are looked at."""
+    """The flips of :func:`flip_round` among the candidates."""
     settling, least_gain = t >= SETTLING_SHARE * recipe.steps, MIN_SWAP_GAIN * variance
     part.close(n_close)
     if not settling:
@@ -559,13 +478,12 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
 
     Args:
         chunk: The tasks.
-        recipe: The recipe; its own size plays no part.
-        sizes: At which sizes to hand out gates, falling: the run passes through all of them.
+        recipe: The recipe; its own size is not used.
+        sizes: The sizes of the gates to return, falling: the run passes through all of them.
 
     Returns:
-        For each size gates and logits, and the curves of the run up to there: "loss" (squared
-        change of the task output over its variance, on the images of a step before its flips) and
-        "size".
+        For each size gates and logits, and the curves of the run so far: "loss" (squared change of
+        the task output over its variance, on the images of a step before its flips) and "size".
     """
     network = chunk.network
     rows, n = len(chunk), n_gates(network.sites)
@@ -576,7 +494,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     capacity = steps_in_memory(recipe) * per_task
     gates = torch.ones(rows, n, device=network.device, dtype=network.dtype)
     closed_at = torch.full_like(gates, -1.0)
-    # Own images alone have no boundary among them.
+    # Own images alone have no boundary.
     beside = [bool(len(images.pools["other"])) for images in chunk.images]
     boundary = recipe.fitting("boundary") * gates.new_tensor(beside)
     model = QuadraticModel(gates, capacity, recipe.trust, boundary)
@@ -598,7 +516,7 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
         model.add(whole, residual, gradient[batch.places].view(rows, per_task, n))
         seen = min((t + 1) * per_task, capacity)
         variance = model.whole[:, :seen].var(dim=1, correction=0).clamp(min=MIN_VARIANCE)
-        if steps[t] < n or t + 1 in ends:  # the last step also ranks what is open
+        if steps[t] < n or t + 1 in ends:  # the last step also ranks the open channels
             before = model.gates.clone()
             shares = model.shares()
             forgiven = model.forgiven(recipe.fitting("free_scale"), shares)
@@ -620,11 +538,24 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     return learned
 
 
-def ranked(model: QuadraticModel, closed_at: Tensor) -> Tensor:
-    """Gates that keep what is open, and rank both the open and the closed channels.
+def in_order(score: Tensor, k: int) -> Tensor:
+    """Gates that keep the ``k`` channels of highest score, evenly spaced in its order.
 
-    Open channels by what closing them would cost, closed ones by when they were closed last.
-    They are evenly spaced above and below one half.
+    Example:
+        >>> in_order(torch.tensor([[0.2, 0.9, 0.4]]), 1)
+        tensor([[0.1667, 0.7500, 0.3333]])
+    """
+    n = score.shape[1]
+    rank = score.argsort(dim=1, stable=True).argsort(dim=1)
+    above = 0.5 + 0.5 * (rank - (n - k) + 1) / (k + 1)
+    return torch.where(rank >= n - k, above, 0.5 * (rank + 1) / (n - k + 1)).to(score.dtype)
+
+
+def ranked(model: QuadraticModel, closed_at: Tensor) -> Tensor:
+    """Gates that keep the open channels, and rank both the open and the closed ones.
+
+    Open channels are ranked by the cost of closing them, closed ones by the step of their last
+    closing. Gates are evenly spaced above and below one half.
     """
     kept = model.gates > 0.5
     n = model.gates.shape[1]

@@ -1,4 +1,4 @@
-"""Learn task gates: many tasks in shared batches, gradients to gates alone."""
+"""Learn task gates: many tasks in shared batches, with gradients of gates only."""
 
 from __future__ import annotations
 
@@ -17,14 +17,7 @@ from torch import Tensor, nn
 from nad_attr._checks import check_mapping
 from nad_attr._version import __version__
 from nad_attr.data.fingerprints import fixed_outputs
-from nad_attr.data.labels import (
-    Task,
-    as_task,
-    other_images,
-    own_images,
-    patterns,
-    tasks_in,
-)
+from nad_attr.data.labels import Task, as_task, other_images, own_images, patterns, tasks_in
 from nad_attr.data.sources import ChosenSource, Data, Inputs, MirroredSource, Source, as_source
 from nad_attr.gates.channels import budget, n_gates, open_gates, split_sites, to_channels, to_gates
 from nad_attr.gates.history import History
@@ -33,40 +26,34 @@ from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.gating.hooks import frozen
 from nad_attr.gating.means import channel_moments
-from nad_attr.learning.constants import MIN_TO_KEEP, learn_with_constants
-from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network, Replica
+from nad_attr.learning.constants import KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP, learn_with_constants
+from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network, Replica, TaskImages
 from nad_attr.learning.network_checks import Checks, check_gradients, check_option, check_outputs
 from nad_attr.learning.paper import learn_paper, paper_steps
-from nad_attr.learning.selection import learn_selection, steps_in_memory
+from nad_attr.learning.selection import in_order, learn_selection, steps_in_memory
 from nad_attr.learning.targets import reached, split, target_sizes
 from nad_attr.running.forward import check_classes, chunks, most_in_batch, repeated
 from nad_attr.running.options import RunOptions, as_options
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite, unwrap
-from nad_attr.stats.held_out import parted_tasks, unchecked_tasks
+from nad_attr.stats.held_out import mixed_tasks, parted_tasks, unchecked_tasks
 from nad_attr.system.memory import largest_batch
 from nad_attr.system.rng import seed_of
 
 __all__ = ["Session", "fit_constants"]
 
 
-#: Images that the ablation value "mean" is taken over, at most.
+#: Largest number of images for the ablation value "mean".
 MEAN_IMAGES = 512
-
-
-#: A recipe that asks for no fidelity, where the channels are given.
+#: Fields of a recipe without fidelity, for given channels.
 _ANY_SIZE: dict[str, Any] = {"size": 0.5, "fidelity": None}
-
-
-#: Own images of a task from which on mirrored ones are not needed.
+#: From this number of own images of a task on, mirrored ones are not needed.
 ENOUGH_OWN_IMAGES = 50
-#: Own images, and others, that say what the network makes of mirrored ones, and the share of the
-#: task output's variance that has to stay.
+#: Own images, and others, on which mirrored ones are tried, and the share of the task output's
+#: variance that has to stay.
 MIRRORED_TRIED, MIRRORED_KEEPS = 32, 0.8
-
-
-#: Images that a lighter copy is compared on one by one, and together in one pass.
+#: Images on which a light copy is compared one by one, and together in one pass.
 N_COMPARED = 16
 
 
@@ -80,19 +67,19 @@ def fit_constants(
     run: RunOptions | None = None,
     augmented: bool | None = None,
 ) -> list[SubArchitecture]:
-    """Give any method's channels the constants with which they keep the task output best.
+    """Give any method's channels the constants that keep the task output best.
 
-    What stands in place of the closed channels is part of a sub-architecture, and decides as much
-    as the choice of channels does: compare methods with the best constants of each, fitted on the
-    same images with the same number of passes (optimal ablation).
+    The values of closed channels decide as much as the choice of channels: compare methods with the
+    best constants of each, fitted on the same images with the same number of passes (optimal
+    ablation).
 
     Args:
         model: See :func:`learn_gates`.
         architectures: Task gates, or sub-architectures of the same sites, each with its task. Cut
             scores with :func:`nad_attr.evaluation.top_k` first.
         data: See :func:`learn_gates`; images to fit on, not those to judge by.
-        recipe: Steps, images of a step and what is kept of the task output; its size plays no
-            part. None: ``Recipe()``.
+        recipe: Gives steps, images of a step and the terms of the task output; its size is not
+            used. None: ``Recipe()``.
         seed: See :func:`learn_gates`.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
         augmented: See :func:`learn_gates`.
@@ -128,19 +115,10 @@ def fit_constants(
         raise ValueError(
             "a sub-architecture has no task, so it is not known which output its constants keep."
         )
-    if recipe is None:
-        recipe = Recipe()
+    recipe = Recipe() if recipe is None else recipe
     recipe = dataclasses.replace(recipe, ablation="optimal", **_ANY_SIZE)
-    session = Session(
-        model,
-        data,
-        tasks,
-        recipe,
-        archs[0].sites,
-        seed=seed,
-        run=run,
-        augmented=augmented,
-    )
+    sites = archs[0].sites
+    session = Session(model, data, tasks, recipe, sites, seed=seed, run=run, augmented=augmented)
     with session.network.bar(len(archs) * recipe.steps, "fitting constants", "step") as bar:
         return session.fit(archs, advance=bar.update)
 
@@ -148,19 +126,8 @@ def fit_constants(
 class Session:
     """A network, data and a recipe that fit together, ready to learn tasks.
 
-    What :func:`learn_gates` and runs into a store do in common: everything is checked here, before
-    any work is done.
-
-    Args:
-        model: See :func:`learn_gates`, as all that follows.
-        data: See there.
-        tasks: See there.
-        recipe: See there.
-        sites: See there.
-        seed: See there.
-        run: See there.
-        augmented: See there.
-        checks: See there.
+    All checks are made here, before any work is done. The arguments and errors are those of
+    :func:`learn_gates`.
 
     Attributes:
         network: The network with its gate sites.
@@ -168,14 +135,9 @@ class Session:
         tasks: The tasks, in the order given.
         names: Their names, or None.
         recipe: The recipe.
-        seed: As given.
+        seed: The seed.
         batch_size: Images in one pass, at most.
         width: Tasks that are learned together, at most.
-
-    Raises:
-        SiteError: See :func:`learn_gates`.
-        TypeError: See there.
-        ValueError: See there.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
@@ -214,7 +176,7 @@ class Session:
         self.seed = seed
         self._known_moments: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self.network = Network(model, run=options)
-        # Tensors made in inference mode cannot enter a graph, so it must end before any is made.
+        # Tensors made in inference mode cannot enter a graph, so it must end before.
         with torch.inference_mode(False):
             self.source = as_source(data, augmented=augmented, any_labels=True)
             both = [(0, 0), (len(self.source.labels) - 1, 0)]
@@ -223,13 +185,13 @@ class Session:
             self.network.find_batch_size(example)
             example = tuple(item[: self.network.fixed_batch] for item in example)
             _check_fixed(self.network.fixed_batch, self.recipe)
-            with suppress(TypeError, ValueError, RuntimeError):  # said below, when sites are known
+            with suppress(TypeError, ValueError, RuntimeError):  # reported later, with the sites
                 self.network.fit(self.source)
             labels = self.source.labels
             check_recipe(self.recipe, labels)
             self.tasks, self.names = _tasks(tasks, labels)
             _check_images(self.tasks, labels, self.recipe)
-            #: What is learned from, and the numbers of the images that are kept apart.
+            #: The images to learn from, and the numbers of the images that are kept apart.
             self.learned_from: Source = self.source
             self.apart: Tensor | None = None
             if self.recipe.fidelity is not None:
@@ -238,7 +200,7 @@ class Session:
             self.network.sites = tuple(_sites(self.network, sites, example))
             if self.recipe.fidelity is not None:
                 _check_steps(len(target_sizes(self.sites)), self.recipe)
-            outputs = _check_outputs(self.network, example, self.tasks, labels)
+            outputs = _first_outputs(self.network, example, self.tasks, labels)
             images = self.network.to_device(example)
             check_outputs(
                 self.network.model,
@@ -259,14 +221,14 @@ class Session:
             asked = self.network.options.batch_size
             self.network.batch_size = asked if isinstance(asked, int) else 8
             with frozen(self.network.model):
-                check_gradients(self.network, images, more=self._some, checks=checks)
+                check_gradients(self.network, images, more=self._spread_images, checks=checks)
             self.network.batch_size = None
             self.batch_size = asked if isinstance(asked, int) else self._largest_batch(example)
         self.network.batch_size = self.batch_size
         self.width = max(1, self.batch_size // self.recipe.images_per_step)
 
-    def _some(self, n: int) -> Inputs:
-        """Images from all over the data, where the network is."""
+    def _spread_images(self, n: int) -> Inputs:
+        """Images from all over the data, on the network's device."""
         n = min(n, self.network.fixed_batch or n)
         numbers = sorted({i * len(self.source.labels) // n for i in range(n)})
         inputs = next(iter(self.source.batches([[(number, 0) for number in numbers]])))
@@ -281,17 +243,17 @@ class Session:
         yield from self.source.batches([[image] for image in alone] + together)
 
     def _largest_batch(self, example: Inputs) -> int:
-        """Images of a step that fit into memory, together with what the recipe holds for them."""
+        """Images of a step that fit into memory, with the memory that the recipe needs for them."""
         network, recipe = self.network, self.recipe
         n = n_gates(network.sites)
-        # What learn_selection holds for each image of a batch: the gradients of past steps, and
-        # those of the candidates, a third of all at most.
-        # With constants, their gradients as well, and both as the metric sees them.
+        # learn_selection holds for each image of a batch the gradients of past steps, and those of
+        # the candidates, at most a third of all. With constants, it holds their gradients as well,
+        # and both in the metric.
         copies = 5 if recipe.ablation == "optimal" else 4 / 3
         numbers = n * copies
-        if recipe.ablation == "optimal":  # the metric, and what it is made of
+        if recipe.ablation == "optimal":  # the metric and its parts
             numbers += 4 * steps_in_memory(recipe) * recipe.images_per_step
-        held_for_image = steps_in_memory(recipe) * numbers * torch.finfo(network.dtype).bits / 8
+        bytes_per_image = steps_in_memory(recipe) * numbers * torch.finfo(network.dtype).bits / 8
         image = network.to_device(tuple(item[:1] for item in example))
         most = max(most_in_batch(network.device, image), recipe.images_per_step)
 
@@ -311,8 +273,8 @@ class Session:
                     network.device,
                     run,
                     limit=network.options.limit,
-                    fixed=held_for_image * recipe.images_per_step,
-                    beside=held_for_image,
+                    fixed=bytes_per_image * recipe.images_per_step,
+                    beside=bytes_per_image,
                     most=min(most, recipe.images_per_step * len(self.tasks)),
                 )
         finally:
@@ -326,22 +288,33 @@ class Session:
 
     def n_steps(self, task: Task) -> int:
         """Steps that a task takes."""
-        return _steps(task, self.source.labels, self.recipe)
+        if isinstance(self.recipe, PaperRecipe):
+            return paper_steps(int(own_images(self.source.labels, [task]).sum()), self.recipe)
+        return self.recipe.steps
 
     def means(self) -> dict[str, Tensor] | None:
-        """What closed channels are replaced by, ``{site name: float64 (C,)}``; None: zero.
+        """The values of closed channels, ``{site name: float64 (C,)}``; None: zero.
 
-        The same for all tasks: means over images of all classes.
+        They are the same for all tasks: means over images of all classes.
         """
         if self.recipe.ablation == "zero":
             return None
         return self._moments()[0]
 
     def _moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Mean and deviation of each channel, ``{site name: float64 (C,)}``, taken once."""
+        """Mean and deviation of channels over images of all classes, ``{site: float64 (C,)}``."""
         if self._known_moments is None:
-            with torch.inference_mode(False), frozen(self.network.model):
-                self._known_moments = _moments(self.network, self.learned_from, self.seed)
+            network, source, seed = self.network, self.learned_from, self.seed
+            width = min(32, network.fixed_batch or 32)
+            generator = torch.Generator().manual_seed(seed_of(seed, "means"))
+            order = torch.randperm(len(source.labels), generator=generator, device="cpu")
+            drawn = [(i, seed_of(seed, "means", i)) for i in order[:MEAN_IMAGES].tolist()]
+            draws = [drawn[a : a + width] for a in range(0, len(drawn), width)]
+            with torch.inference_mode(False), frozen(network.model):
+                batches = map(network.to_device, source.batches(draws))
+                self._known_moments = channel_moments(
+                    network.model, network.sites, batches, forward=lambda *inputs: network(inputs)
+                )
         return self._known_moments
 
     def outputs(self) -> dict[str, Any]:
@@ -363,9 +336,9 @@ class Session:
         """Learn the gates of some of the tasks.
 
         Args:
-            tasks: Some of ``self.tasks``; None: all. Their order and company decide what shares a
-                pass, so the same list gives the same gates bit by bit, on the same machine.
-            means: What closed channels are replaced by; None: computed if the recipe needs it.
+            tasks: Some of ``self.tasks``; None: all. Tasks that share a pass are fixed by this
+                list, so the same list gives the same gates bit by bit, on the same machine.
+            means: The values of closed channels; None: computed if the recipe needs them.
             start: (T, all channels), the logits that the paper's recipe starts from.
             advance: Called with a number of task steps that are done.
         """
@@ -386,14 +359,7 @@ class Session:
     ) -> dict[float, TaskGates]:
         """Learn the gates of some of the tasks at several sizes, in one run.
 
-        Args:
-            sizes: See :func:`learn_sizes`.
-            tasks: See :meth:`learn`.
-            means: See there.
-            advance: See there.
-
-        Raises:
-            ValueError: See :func:`learn_sizes`.
+        See :func:`learn_sizes` for sizes and errors, :meth:`learn` for the other arguments.
         """
         if isinstance(self.recipe, PaperRecipe):
             raise ValueError(
@@ -426,8 +392,11 @@ class Session:
         started = datetime.now(timezone.utc)
         network, source, recipe = self.network, self.learned_from, self.recipe
         wanted = self.tasks if tasks is None else list(tasks)
-        parts = self._parts(wanted, sizes, means, start, advance)
-        self._say_where_parted([part[-1] for part in parts], wanted, sizes[-1])
+        if recipe.replicas > 1:
+            parts = [self._agreed([Replica(t, self.seed) for t in wanted], sizes, means, advance)]
+        else:
+            parts = self._parts(wanted, sizes, means, start, advance, recipe)
+        self._warn_of_unfit([part[-1] for part in parts], wanted, sizes[-1])
         info = {
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
             "model": type(unwrap(network.model)).__name__,
@@ -436,7 +405,7 @@ class Session:
             "device": str(network.device),
             "amp": None if network.amp is None else str(network.amp),
             "n_images": len(source.labels),
-            "own_images_only": _own_only(wanted, source.labels, recipe),
+            "own_images_only": _tasks_without_others(wanted, source.labels, recipe),
             "started": started.isoformat(timespec="seconds"),
             "seconds": round((datetime.now(timezone.utc) - started).total_seconds(), 1),
         }
@@ -445,7 +414,7 @@ class Session:
             for i, size in enumerate(sizes)
         ]
 
-    def _say_where_parted(
+    def _warn_of_unfit(
         self, learned: Sequence[Learned], tasks: Sequence[Task], size: float | None
     ) -> None:
         """Warn of tasks whose gates do not keep the task output on other images."""
@@ -458,7 +427,12 @@ class Session:
         size = self.recipe.size if size is None else size
         unchecked = np.flatnonzero(np.isnan(curves["fidelity_apart"][-1])).tolist()
         n = n_gates(self.sites)
+        mixed = None
+        if self.recipe.replicas > 1:
+            ends = self.recipe.replica_steps[0] - 1
+            mixed = mixed_tasks(curves["fidelity_apart"], ends, names)
         for found in (
+            mixed,
             parted_tasks(curves, names, n_own, size),
             unchecked_tasks(
                 [names[t] for t in unchecked], [n_own[t] for t in unchecked], MIN_TO_KEEP,
@@ -479,12 +453,17 @@ class Session:
         Args:
             replicas: R of them, side by side in shared passes as tasks are.
             advance: Called with a number of steps that are done.
-            size: What they keep; None: as the recipe says.
+            size: Their size; None: the recipe's.
 
         Returns:
             Gates (R, all channels), and the constants of closed channels if the recipe has them.
         """
-        found = [part[0] for part in self._parts(replicas, [size], None, None, advance)]
+        if self.recipe.replicas > 1:
+            found = self._agreed(replicas, [size], None, advance)
+        else:
+            found = [
+                part[0] for part in self._parts(replicas, [size], None, None, advance, self.recipe)
+            ]
         constants = [part.constants for part in found if part.constants is not None]
         gates = to_channels(torch.cat([part.gates for part in found]).cpu(), self.sites)
         return gates, torch.cat(constants).cpu() if constants else None
@@ -496,9 +475,11 @@ class Session:
         means: Mapping[str, Tensor] | None,
         start: Tensor | None,
         advance: Callable[[int], object],
+        recipe: Recipe,
+        masks: Tensor | None = None,
     ) -> list[list[Learned]]:
-        """What is learned of each chunk at each size."""
-        network, recipe = self.network, self.recipe
+        """The results of each chunk at each size; with masks, only constants are learned."""
+        network = self.network
         parts: list[list[Learned]] = []
         with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
             means = self.means() if means is None else means
@@ -510,18 +491,72 @@ class Session:
                     parts.append([learn_paper(chunk, recipe, first)])
                 else:
                     asked = [recipe.size if size is None else size for size in sizes]
-                    parts.append(self._chosen(chunk, asked))
+                    given = None if masks is None else masks[rows]
+                    parts.append(self._chosen(chunk, asked, recipe, given))
         return parts
 
-    def fit(
+    def _agreed(
         self,
-        archs: Sequence[SubArchitecture],
-        advance: Callable[[int], object] = lambda n: None,
+        replicas: Sequence[Replica],
+        sizes: Sequence[float | None],
+        means: Mapping[str, Tensor] | None,
+        advance: Callable[[int], object],
+    ) -> list[Learned]:
+        """At each size, gates that are the mean of several short runs, and their constants.
+
+        The images that are kept apart for the constants are learned from in none of the runs.
+        """
+        recipe, rows = self.recipe, len(replicas)
+        each, fitting = recipe.replica_steps
+        short = dataclasses.replace(recipe, steps=each, replicas=1)
+        runs = [
+            Replica(r.task, seed_of(r.seed, r.task, "replica", i), among, r.prices)
+            for r in replicas
+            for among in [self._not_apart(r)]
+            for i in range(recipe.replicas)
+        ]
+        parts = self._parts(runs, sizes, means, None, advance, short)
+        result = []
+        for i, size in enumerate(sizes):
+            of_runs = torch.cat([part[i].gates for part in parts]).view(rows, recipe.replicas, -1)
+            k = budget(recipe.size if size is None else size, self.sites)
+            gates = in_order(of_runs.mean(1), k)
+            curves = {
+                name: torch.cat([part[i].curves[name] for part in parts], dim=1)
+                .view(-1, rows, recipe.replicas).mean(2)
+                for name in parts[0][i].curves
+            }  # fmt: skip
+            constants = None
+            if fitting:
+                fit = dataclasses.replace(short, steps=max(1, fitting // len(sizes)))
+                fitted = self._parts(replicas, [1.0], means, None, advance, fit, (gates > 0.5))
+                constants = torch.cat(
+                    [p[0].constants for p in fitted if p[0].constants is not None]
+                )
+                curves = {
+                    name: torch.cat(
+                        [curve, torch.cat([part[0].curves[name] for part in fitted], dim=1)]
+                    )
+                    for name, curve in curves.items()
+                }
+            result.append(Learned(gates, gates.logit(), curves, constants))
+        return result
+
+    def _not_apart(self, replica: Replica) -> Tensor | None:
+        """The images that a run may learn from, without those that judge the constants."""
+        if self.recipe.ablation != "optimal":
+            return replica.among
+        images = TaskImages(self.learned_from.labels, replica.task, replica.seed, replica.among)
+        images.keep_apart(KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP)
+        return torch.cat(list(images.pools.values()))
+
+    def fit(
+        self, archs: Sequence[SubArchitecture], advance: Callable[[int], object] = lambda n: None
     ) -> list[SubArchitecture]:
         """The sub-architectures with constants fitted, several of a task side by side.
 
-        See :func:`fit_constants`. Each is fitted on its own task's images alone, the same for all
-        of a task.
+        See :func:`fit_constants`. Each is fitted on its own task's images, the same for all of a
+        task.
         """
         network = self.network
         tasks = [arch.task for arch in archs if arch.task is not None]
@@ -534,7 +569,7 @@ class Session:
             if means is not None:
                 network.set_means(means)
             for rows, chunk in self._chunks(tasks, advance):
-                (found,) = self._chosen(chunk, [1.0], masks[rows])
+                (found,) = self._chosen(chunk, [1.0], self.recipe, masks[rows])
                 assert found.constants is not None
                 constants = split_sites(found.constants.cpu(), self.sites)
                 result += [
@@ -550,32 +585,22 @@ class Session:
     def _chunks(
         self, tasks: Sequence[Task | Replica], advance: Callable[[int], object]
     ) -> Iterator[tuple[slice, Chunk]]:
-        """As many tasks at a time as go side by side, and where they stand in the list."""
+        """Chunks of tasks that are learned side by side, and their places in the list."""
         source, turned = self.mirrored(
             [task.task if isinstance(task, Replica) else task for task in tasks]
         )
         clean = CleanOutputs(self.network, source)
         for part in chunks(len(tasks), self.width):
             rows = slice(part.start, part.stop)
-            yield (
-                rows,
-                Chunk(
-                    self.network,
-                    source,
-                    tasks[rows],
-                    self.seed,
-                    clean=clean,
-                    advance=advance,
-                    mirrored=turned[rows],
-                ),
-            )
+            more: dict[str, Any] = {"clean": clean, "advance": advance, "mirrored": turned[rows]}
+            yield rows, Chunk(self.network, source, tasks[rows], self.seed, **more)
 
     @torch.no_grad()
     def mirrored(self, tasks: Sequence[Task]) -> tuple[Source, list[bool]]:
-        """The images to learn from, and for each task whether it sees mirrored ones as well.
+        """The images to learn from, and for each task whether it gets mirrored ones as well.
 
-        Those are new images that cost nothing, where own ones are few, and where mirrored pictures
-        are to the network what pictures are: their task output keeps 0.8 of its variance.
+        Mirrored images are free new images. They are used if own images are few and the network
+        treats them like the originals: their task output keeps 0.8 of its variance.
 
         Raises:
             ValueError: If the recipe asks for them, and the images are no pictures.
@@ -597,11 +622,7 @@ class Session:
         if asked:
             return MirroredSource(source), [True] * len(tasks)
         different = list(dict.fromkeys(tasks))
-        kinds = zip(
-            own_images(source.labels, different),
-            other_images(source.labels, different),
-            strict=True,
-        )
+        kinds = zip(*(f(source.labels, different) for f in (own_images, other_images)), strict=True)
         turned = {
             task: int(pair[0].sum()) < ENOUGH_OWN_IMAGES
             and self._keeps_mirrored(source, task, pair)
@@ -632,18 +653,22 @@ class Session:
         return bool(torch.stack(error).mean() <= (1 - MIRRORED_KEEPS) * variance)
 
     def _chosen(
-        self, chunk: Chunk, sizes: Sequence[float], masks: Tensor | None = None
+        self,
+        chunk: Chunk,
+        sizes: Sequence[float],
+        recipe: Recipe,
+        masks: Tensor | None = None,
     ) -> list[Learned]:
-        """Gates of a chunk by the default recipe, with constants if it asks for the best."""
-        if self.recipe.ablation != "optimal":
-            return learn_selection(chunk, self.recipe, sizes)
+        """Gates of a chunk by the default recipe, with the best constants if it has them."""
+        if recipe.ablation != "optimal":
+            return learn_selection(chunk, recipe, sizes)
         network = self.network
         assert network.means is not None
         means, deviations = (
             torch.cat([values[site.name] for site in self.sites]).to(network.device, network.dtype)
             for values in (network.means, self._moments()[1])
         )
-        return learn_with_constants(chunk, self.recipe, sizes, means, deviations, masks)
+        return learn_with_constants(chunk, recipe, sizes, means, deviations, masks)
 
     def _gates(
         self,
@@ -679,9 +704,11 @@ class Session:
 
 def _check_steps(n_sizes: int, recipe: Recipe) -> None:
     """Refuse a run that passes through more sizes than it has steps."""
-    if n_sizes > recipe.steps:
+    steps = recipe.steps if recipe.replicas == 1 else recipe.replica_steps[0]
+    if n_sizes > steps:
+        of = "the recipe" if recipe.replicas == 1 else "each replica"
         raise ValueError(
-            f"{n_sizes} sizes need at least as many steps, and the recipe has {recipe.steps}; "
+            f"{n_sizes} sizes need at least as many steps, and {of} has {steps}; "
             "raise recipe.steps."
         )
 
@@ -710,11 +737,7 @@ def _check_fixed(fixed_batch: int | None, recipe: Recipe) -> None:
 
 
 def check_recipe(recipe: Recipe, labels: Tensor) -> None:
-    """Refuse labels that the recipe does not learn from.
-
-    Raises:
-        ValueError: Says which recipe does.
-    """
+    """Refuse labels that the recipe does not learn from; says which recipe does."""
     if isinstance(recipe, PaperRecipe) and labels.ndim == 2:
         raise ValueError(
             "the paper's recipe learns from the cross-entropy of classes; for one output, several "
@@ -775,7 +798,7 @@ def _check_images(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> None
             )
     if isinstance(recipe, PaperRecipe):
         return
-    alone = _own_only(tasks, labels, recipe)
+    alone = _tasks_without_others(tasks, labels, recipe)
     if alone:
         warnings.warn(
             f"task {alone[0]} has own images only: its gates keep the task output on those, and "
@@ -785,7 +808,7 @@ def _check_images(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> None
         )
 
 
-def _own_only(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> list[Any]:
+def _tasks_without_others(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> list[Any]:
     """Tasks that are learned from own images alone: all of them with the paper's recipe."""
     if isinstance(recipe, PaperRecipe):
         return list(tasks)
@@ -794,9 +817,7 @@ def _own_only(tasks: Sequence[Task], labels: Tensor, recipe: Recipe) -> list[Any
 
 
 def _sites(
-    network: Network,
-    sites: Sequence[GateSite | str | nn.Module] | None,
-    example: Inputs,
+    network: Network, sites: Sequence[GateSite | str | nn.Module] | None, example: Inputs
 ) -> list[GateSite]:
     if sites is not None:
         if isinstance(sites, (str, nn.Module, GateSite)):
@@ -817,7 +838,7 @@ def _sites(
     )
 
 
-def _check_outputs(
+def _first_outputs(
     network: Network, example: Inputs, tasks: Sequence[Task], labels: Tensor
 ) -> Tensor:
     """Run one real pass, to check that sites, inputs and outputs fit."""
@@ -862,31 +883,6 @@ def _start(
     if not bool(torch.isfinite(start).all()):
         raise ValueError("initial_logits hold NaN or infinity.")
     return start
-
-
-def _steps(task: Task, labels: Tensor, recipe: Recipe) -> int:
-    if isinstance(recipe, PaperRecipe):
-        return paper_steps(int(own_images(labels, [task]).sum()), recipe)
-    return recipe.steps
-
-
-def _moments(
-    network: Network, source: Source, seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Mean and deviation of each channel over images of all classes, whatever the tasks."""
-    n, width = len(source.labels), min(32, network.fixed_batch or 32)
-    order = torch.randperm(
-        n, generator=torch.Generator().manual_seed(seed_of(seed, "means")), device="cpu"
-    )
-    chosen = order[:MEAN_IMAGES].tolist()
-    draws = [
-        [(i, seed_of(seed, "means", i)) for i in chosen[a : a + width]]
-        for a in range(0, len(chosen), width)
-    ]
-    batches = (network.to_device(inputs) for inputs in source.batches(draws))
-    return channel_moments(
-        network.model, network.sites, batches, forward=lambda *inputs: network(inputs)
-    )
 
 
 def _history(curves: Sequence[Mapping[str, Tensor]]) -> History:

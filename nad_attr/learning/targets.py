@@ -1,15 +1,15 @@
 """Size from a target: the smallest sub-architecture that keeps a given fidelity.
 
 One run of falling budget passes through the sizes of :data:`PATH`. It learns from two thirds of the
-images; the others, kept apart, are what each size is tested on, from the largest down. The first
-size that is not shown to keep the fidelity ends it (fixed-sequence testing: however many sizes
-there are, the error rate is that of one test), and the last one before is taken.
+images; each size is tested on the others, kept apart, from the largest down. The first size that is
+not shown to keep the fidelity ends it (fixed-sequence testing: for any number of sizes the error
+rate is that of one test), and the last one before is taken.
 
 With E the mean squared difference of the task output and V its variance, over own and other images
 in equal parts, the fidelity is 1 - E/V, and log(E/V) is nearly normal: its standard error follows
-from what each image adds (the delta method). A size passes if on *as many fresh images* the
-fidelity measured will be what was asked for, with the confidence that was asked for: the bound
-reckons with the chance in the fresh images as well as in those kept apart.
+from the share of each image (the delta method). A size passes if the fidelity measured on *as many
+fresh images* will be as high as asked for, with the confidence asked for: the bound includes the
+chance in the fresh images as well as in those kept apart.
 
 Source: Marcus, Peritz and Gabriel, "On closed testing procedures with special reference to ordered
 analysis of variance", Biometrika 1976, for tests in a fixed sequence.
@@ -38,11 +38,11 @@ from nad_attr.system.rng import seed_of
 
 __all__ = ["PATH", "Kept", "bound", "reached", "split", "target_sizes"]
 
-#: Sizes that are tried, from the largest down; all channels keep everything.
+#: Sizes that are tried, from the largest down.
 PATH = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.28, 0.22, 0.17, 0.13, 0.1, 0.07, 0.05)
 #: Share of each class's images that is kept apart.
 APART = 1 / 3
-#: Images kept apart of a task, own or other: so many are looked at, and so many are needed.
+#: Images kept apart of a task, own or other: the largest number used, and the smallest needed.
 MAX_APART, LEAST = 300, 5
 
 
@@ -53,7 +53,7 @@ def target_sizes(sites: Sequence[GateSite]) -> list[float]:
 
 
 def split(labels: Tensor, tasks: Sequence[Task], seed: int) -> tuple[Tensor, Tensor]:
-    """Numbers of the images to learn from and of those kept apart, a share of each class.
+    """Numbers of the images to learn from, and of a share of each class that is kept apart.
 
     Raises:
         ValueError: If a task has too few images for that.
@@ -78,14 +78,14 @@ def split(labels: Tensor, tasks: Sequence[Task], seed: int) -> tuple[Tensor, Ten
 
 
 class Kept(NamedTuple):
-    """What images kept apart say of a size: the fidelity, and its lower bound on fresh ones."""
+    """The fidelity at a size on images kept apart, and its lower bound on fresh ones."""
 
     fidelity: float
     bound: float
 
 
 def bound(whole: Tensor, gated: Tensor, own: Tensor, confidence: float) -> Kept:
-    """The fidelity on these images, and what it will be at least on as many fresh ones.
+    """The fidelity on these images, and a lower bound of it on as many fresh ones.
 
     Args:
         whole: float64 (N,), the whole network's task output.
@@ -127,15 +127,15 @@ def reached(
 
     Args:
         network: With the means of closed channels, if there are any.
-        found: Gates at falling sizes, the first of them all channels.
+        found: Gates at falling sizes, first those of all channels.
         source: All images.
         apart: int64, the numbers of those kept apart.
         recipe: With the fidelity.
         seed: Of the run.
 
     Returns:
-        The gates. The last step of their history says for each task the fidelity on the images
-        kept apart ("fidelity_apart"), and its bound ("bound_apart").
+        The gates. The last step of their history has for each task the fidelity on the images kept
+        apart ("fidelity_apart"), and its bound ("bound_apart").
     """
     assert recipe.fidelity is not None
     clean = CleanOutputs(network, source)
@@ -185,12 +185,9 @@ def _gated(network: Network, gates: TaskGates, row: int, inputs: tuple[Tensor, .
 
 
 def _joined(
-    found: Sequence[TaskGates],
-    rows: Sequence[int],
-    recipe: Recipe,
-    kept: Sequence[Kept],
+    found: Sequence[TaskGates], rows: Sequence[int], recipe: Recipe, kept: Sequence[Kept]
 ) -> TaskGates:
-    """One set of task gates, each task's from its own size."""
+    """One set of task gates, those of each task at its own size."""
     first, last = found[0], found[-1]
 
     def joined(values: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor] | None:
@@ -203,7 +200,7 @@ def _joined(
     assert gates is not None
     assert last.history is not None
     curves = dict(last.history)
-    for name in Kept._fields:  # known at the end alone
+    for name in Kept._fields:  # known only at the end
         curve = np.full_like(next(iter(curves.values())), np.nan)
         curve[-1] = [getattr(one, name) for one in kept]
         curves[f"{name}_apart"] = curve

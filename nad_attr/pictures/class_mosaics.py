@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nad_attr._checks import check_count
 from nad_attr.data.labels import Task
@@ -18,7 +17,14 @@ from nad_attr.evaluation.questions.mosaics import assemble, choose
 from nad_attr.evaluation.rows import named_architectures
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
-from nad_attr.pictures.evidence import Measure, check_measure, evidence_maps
+from nad_attr.pictures.evidence import (
+    Measure,
+    check_measure,
+    chosen_sites,
+    enlarged,
+    evidence_maps,
+    no_positions,
+)
 from nad_attr.pictures.pixels import ToPixels
 from nad_attr.running.forward import Runner
 from nad_attr.running.options import RunOptions
@@ -75,16 +81,9 @@ class ClassMosaics(Result):
         Raises:
             KeyError: If there is no map of that site.
         """
-        names = self.sites if site is None else (site,)
-        if names[0] not in self.maps:
-            raise KeyError(f"no map of site {site!r}; there are {list(self.sites)}.")
-        large = []
-        for name in names:
-            positive = self.maps[name].clamp_min(0)
-            largest = positive.amax((2, 3), keepdim=True)
-            unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-            size = self.images.shape[-2:]
-            large.append(F.interpolate(positive / unit, size, mode="bilinear", align_corners=False))
+        height, width = self.images.shape[-2:]
+        names = chosen_sites(self.maps, site)
+        large = [enlarged(self.maps[n].clamp_min(0), (height, width), 2, 3) for n in names]
         return torch.stack(large).mean(0)
 
     def own_share(self, site: str | None = None) -> Tensor:
@@ -94,7 +93,7 @@ class ClassMosaics(Result):
             site: One site, or None: the mean over sites.
 
         Returns:
-            float32 (M, 4); NaN for a class that says nothing.
+            float32 (M, 4); NaN for a class without evidence.
 
         Raises:
             KeyError: If there is no map of that site.
@@ -116,21 +115,15 @@ class ClassMosaics(Result):
             for q, t in enumerate(quadrants)
         ]
 
-    def plot(
-        self,
-        *,
-        site: str | None = None,
-        to_pixels: ToPixels | None = None,
-    ) -> Figure:
+    def plot(self, *, site: str | None = None, to_pixels: ToPixels | None = None) -> Figure:
         """Draw each mosaic twice: as it is, and coloured by class.
 
-        Each position has the colour of the class that has most to say there, the stronger the
-        more it has to say. Frames have the colours of the quadrants' classes.
+        Each position has the colour of the class with the most evidence there; more evidence gives
+        a stronger colour. Frames have the colours of the quadrants' classes.
 
         Args:
             site: One site, or None: the mean over sites.
-            to_pixels: Undoes the network's preprocessing, see
-                :func:`nad_attr.pictures.as_pixels`.
+            to_pixels: Undoes the network's preprocessing, see :func:`nad_attr.pictures.as_pixels`.
 
         Returns:
             A figure with one row per mosaic.
@@ -221,23 +214,16 @@ def class_mosaics(
                 name: mask[row] & ~mask[others].any(0) if exclusive else mask[row]
                 for name, mask in masks.items()
             }
-            result = evidence_maps(
-                runner,
-                given.architectures[row],
-                given.tasks[row],
-                mosaic,
-                channels,
-                measure=measure,
-                prefix_tokens=prefix_tokens,
-            )
+            arch, task = given.architectures[row], given.tasks[row]
+            how: Any = {"measure": measure, "prefix_tokens": prefix_tokens}
+            result = evidence_maps(runner, arch, task, mosaic, channels, **how)
             left_out = result.left_out
             for name, one in result.maps.items():
                 of_mosaic.setdefault(name, []).append(one[0])
         for name, four in of_mosaic.items():
             maps.setdefault(name, []).append(torch.stack(four))
     if not maps:
-        why = "; ".join(f"{k!r}: {v}" for k, v in left_out.items())
-        raise ValueError(f"no gate site has positions to look at ({why}).")
+        raise no_positions(left_out)
     return ClassMosaics(
         images=torch.cat(kept),
         maps={name: torch.stack(parts) for name, parts in maps.items()},

@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nad_attr.data.labels import Task
 from nad_attr.data.sources import check_finite, only_images
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
-from nad_attr.pictures.evidence import Measure, SiteMaps, check_measure, evidence_maps
+from nad_attr.pictures.evidence import (
+    Measure,
+    SiteMaps,
+    check_measure,
+    chosen_sites,
+    enlarged,
+    evidence_maps,
+    no_positions,
+)
 from nad_attr.pictures.pixels import ToPixels
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
@@ -71,20 +78,12 @@ class ContrastMaps(Result):
         Raises:
             KeyError: If there is no map of that site.
         """
-        names = self.sites if site is None else (site,)
-        if names[0] not in self.first:
-            raise KeyError(f"no map of site {site!r}; there are {list(self.sites)}.")
-        sums: list[list[Tensor]] = [[], []]
-        for name in names:
+        pairs = []
+        for name in chosen_sites(self.first, site):
             pair = torch.stack([self.first[name], self.second[name]], dim=1)
-            largest = pair.abs().amax((1, 2, 3), keepdim=True)
-            unit = torch.where(largest > 0, largest, torch.ones_like(largest))
-            large = F.interpolate(
-                pair / unit, self.image_size, mode="bilinear", align_corners=False
-            )
-            sums[0].append(large[:, 0])
-            sums[1].append(large[:, 1])
-        return torch.stack(sums[0]).mean(0), torch.stack(sums[1]).mean(0)
+            pairs.append(enlarged(pair, self.image_size, 1, 2, 3))
+        first, second = torch.stack(pairs).mean(0).unbind(1)
+        return first, second
 
     def difference(self, site: str | None = None) -> Tensor:
         """First minus second: above zero where the image holds what only the first class needs.
@@ -128,8 +127,7 @@ class ContrastMaps(Result):
         Args:
             images: The images that the maps are of, (N, C, H, W).
             site: One site, or None: the mean over sites.
-            to_pixels: Undoes the network's preprocessing, see
-                :func:`nad_attr.pictures.as_pixels`.
+            to_pixels: Undoes the network's preprocessing, see :func:`nad_attr.pictures.as_pixels`.
             titles: What to call each image.
 
         Returns:
@@ -150,12 +148,7 @@ def two_architectures(
     tasks: tuple[object, object] | None,
     size: float | None,
 ) -> tuple[list[SubArchitecture], tuple[str, str]]:
-    """The two sub-architectures to contrast, and their names.
-
-    Raises:
-        TypeError: If they are something else.
-        ValueError: If they are not two, differ in sites or lack a task.
-    """
+    """The two sub-architectures to contrast, and their names."""
     if isinstance(architectures, TaskGates):
         wanted: Sequence[object] = architectures.tasks if tasks is None else tasks
         if len(wanted) != 2:
@@ -197,9 +190,9 @@ def contrast_maps(
 
     At each gate site, the channels that y keeps and y' does not are summed, position by position,
     inside y's sub-architecture: with ``measure="evidence"`` as ``(a - m) * dz_y/da``, to first
-    order what y's output would lose there without them (``a`` the activation, ``m`` the mean that
-    stands for a closed channel, or zero); with ``"presence"`` as ``|a - m|``. And the other way
-    round, the channels that only y' keeps, for the output of y'.
+    order the loss of y's output there without them (``a`` the activation, ``m`` the mean that
+    replaces a closed channel, or zero); with ``"presence"`` as ``|a - m|``. The channels that only
+    y' keeps are summed in the same way, for the output of y'.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -266,15 +259,14 @@ def contrast_maps(
                 into.setdefault(name, []).append(maps)
     bar.close()
     if not found[0]:
-        why = "; ".join(f"{k!r}: {v}" for k, v in left_out.items())
-        raise ValueError(f"no gate site has positions to look at ({why}).")
+        raise no_positions(left_out)
     first, second = ({name: torch.cat(parts) for name, parts in into.items()} for into in found)
-    tasks_of_pair = (pair[0].task, pair[1].task)
-    assert tasks_of_pair[0] is not None
-    assert tasks_of_pair[1] is not None
+    task, other = pair[0].task, pair[1].task
+    assert task is not None
+    assert other is not None
     height, width = images.shape[-2:]
     return ContrastMaps(
-        tasks=(tasks_of_pair[0], tasks_of_pair[1]),
+        tasks=(task, other),
         task_names=names,
         first=first,
         second=second,

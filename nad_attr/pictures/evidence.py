@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nad_attr.data.labels import Task
-from nad_attr.data.layout import Grid, grid_of
+from nad_attr.data.layout import grid_of
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gating.hooks import channel_shape, frozen, installed, multiply
 from nad_attr.running.forward import Runner
@@ -26,12 +26,7 @@ Measure: TypeAlias = Literal["evidence", "presence"]
 
 @dataclass(frozen=True, eq=False)
 class SiteMaps:
-    """Maps of a batch at the sites that have positions.
-
-    Attributes:
-        maps: ``{site name: float32 (B, H, W)}`` in forward order, on the CPU.
-        left_out: ``{site name: why it has no map}``.
-    """
+    """Maps of a batch, float32 (B, H, W) on the CPU, and why other sites have none."""
 
     maps: dict[str, Tensor]
     left_out: dict[str, str]
@@ -41,10 +36,31 @@ def check_measure(measure: str) -> None:
     """Check the name of a measure.
 
     Raises:
-        ValueError: Names those that are.
+        ValueError: If there is no such measure.
     """
     if measure not in ("evidence", "presence"):
         raise ValueError(f"measure must be 'evidence' or 'presence', got {measure!r}.")
+
+
+def chosen_sites(maps: Mapping[str, Tensor], site: str | None) -> tuple[str, ...]:
+    """The site, or all sites that have maps."""
+    names = tuple(maps) if site is None else (site,)
+    if names[0] not in maps:
+        raise KeyError(f"no map of site {site!r}; there are {list(maps)}.")
+    return names
+
+
+def enlarged(maps: Tensor, size: tuple[int, int], *over: int) -> Tensor:
+    """Maps (N, C, h, w) at a size, divided by their largest absolute values over some axes."""
+    largest = maps.abs().amax(over, keepdim=True)
+    unit = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return F.interpolate(maps / unit, size, mode="bilinear", align_corners=False)
+
+
+def no_positions(left_out: Mapping[str, str]) -> ValueError:
+    """The error if no site has a map."""
+    why = "; ".join(f"{k!r}: {v}" for k, v in left_out.items())
+    return ValueError(f"no gate site has positions to look at ({why}).")
 
 
 class _Recorder:
@@ -62,22 +78,8 @@ class _Recorder:
         gate = self.gates[site.name].to(tensor.device)
         mean = None if self.means is None else self.means[site.name].to(tensor.device)
         self.tensors[site.name] = multiply(site, tensor, gate, mean)
-        # A copy flows on: a later in-place ReLU would change what the gradient is taken for.
+        # Pass on a copy: a later in-place ReLU would change the tensor whose gradient is taken.
         return self.tensors[site.name].clone()
-
-
-@contextmanager
-def _gradients(runner: Runner) -> Iterator[None]:
-    """Record gradients of activations and not of weights, in any mode of the caller."""
-    with frozen(runner.model), torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def _grid(
-    site: GateSite, tensor: Tensor, aspect: float, prefix: int | None
-) -> tuple[Grid | None, str]:
-    dim, _ = channel_shape(site, tensor)
-    return grid_of(site, tensor.shape[:dim] + tensor.shape[dim + 1 :], aspect, prefix)
 
 
 def evidence_maps(
@@ -93,34 +95,36 @@ def evidence_maps(
     """Maps of a batch inside one sub-architecture, summed over some channels at each site.
 
     ``evidence``: ``sum over channels of (a - m) * dz/da``, with ``a`` the activation inside the
-    sub-architecture, ``m`` what would replace it if it were closed (its mean, or zero) and ``z``
-    the task output: to first order, what the output would lose without the channel at this
-    position. Of either sign. ``presence``: ``sum of |a - m|``, which asks for no output.
+    sub-architecture, ``m`` its value if it were closed (its mean, or zero) and ``z`` the task
+    output: to first order, the loss of the output without the channel at this position. Of either
+    sign. ``presence``: ``sum of |a - m|``, without an output.
 
     Args:
         runner: The network and how it is called.
         arch: The sub-architecture.
         task: Whose output.
         images: (B, C, H, W), where the network is.
-        channels: ``{site name: bool (C,)}``, which channels to sum over; sites that are not named
-            have no map.
+        channels: ``{site name: bool (C,)}``, which channels to sum over; other sites have no map.
         measure: See above.
-        prefix_tokens: Tokens that stand for no position, in front of those that do. None: none or
-            one, as their number says.
+        prefix_tokens: Tokens without a position, before the others. None: none or one, as their
+            number says.
     """
     check_measure(measure)
     sites = [site for site in arch.sites if site.name in channels]
     maps: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
     aspect = images.shape[-2] / images.shape[-1]
-    with _gradients(runner):
+    # Gradients of activations and not of weights, in any mode of the caller.
+    with frozen(runner.model), torch.inference_mode(False), torch.enable_grad():
         recorder = _Recorder(arch, runner.device)
         x = images.detach().clone().requires_grad_(measure == "evidence")
         with installed(runner.model, arch.sites, recorder):
             output = task_outputs(runner((x,)), [task]).sum()
         grids = {}
         for site in sites:
-            grid, reason = _grid(site, recorder.tensors[site.name], aspect, prefix_tokens)
+            shape = recorder.tensors[site.name].shape
+            dim, _ = channel_shape(site, recorder.tensors[site.name])
+            grid, reason = grid_of(shape[:dim] + shape[dim + 1 :], aspect, prefix_tokens)
             if grid is None:
                 left_out[site.name] = reason
             else:

@@ -34,7 +34,7 @@ __all__ = [
 
 #: Inches of a picture's side.
 SIDE = 1.75
-#: How much of the picture is seen under a map.
+#: Share of the picture under a map.
 UNDER = 0.35
 
 
@@ -140,7 +140,7 @@ def coloured_by_class(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mosaics as pictures, and coloured: (M, H, W, 3) in [0, 1] each.
 
-    Each position has the colour of the class that has most to say there, the stronger the more.
+    Each position has the colour of the class with the most evidence there.
     """
     colours = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in PALETTE[:4]])
     rgb = _rgb(found.images, to_pixels)
@@ -201,7 +201,7 @@ def draw_class_mosaics(
         for text in legend.get_texts():
             text.set_color(INK)
     figure.suptitle(
-        f"who has most to say where, {_of_title(site, found.sites)}; chance: 0.25",
+        f"class with the most evidence, {_of_title(site, found.sites)}; chance: 0.25",
         fontsize=TITLE_SIZE,
         color=INK,
     )
@@ -260,11 +260,7 @@ def draw_top_images(
                 axis.set_axis_off()
                 continue
             highest = float(maps[i].max())
-            mask = (
-                large[i] > threshold * highest
-                if highest > 0
-                else torch.zeros(size, device="cpu").bool()
-            )
+            mask = (large[i] > threshold * highest) & (highest > 0)
             picture = np.where(mask.numpy()[..., None], rgb[i], 0.75 + 0.25 * _grey(rgb[i]))
             if crop is not None:
                 position = found.positions[site][at, i].tolist()
@@ -277,9 +273,7 @@ def draw_top_images(
     task = found.architecture.task
     whose = "" if task is None else f" kept for task {task}"
     figure.suptitle(
-        f"channels of {site}{whose}: images that drive them most",
-        fontsize=TITLE_SIZE,
-        color=INK,
+        f"channels of {site}{whose}: images that drive them most", fontsize=TITLE_SIZE, color=INK
     )
     return figure
 
@@ -299,7 +293,7 @@ def draw_heat_maps(
         images: (N, C, H, W).
         columns: ``{title: heat-maps (N, C or 1, H, W)}``; colours are summed.
         to_pixels: Undoes the network's preprocessing, see :func:`nad_attr.pictures.as_pixels`.
-        titles: What to call each image.
+        titles: A title for each image.
 
     Returns:
         A figure with one row per image: the image, then one column for each entry.
@@ -333,7 +327,7 @@ def draw_heat_maps(
             )
         summed = maps.detach().cpu().float().sum(1)
         for i, row in enumerate(axes):
-            # A few extreme pixels would leave nothing else to be seen.
+            # A few extreme pixels would hide all others.
             size = summed[i].abs().flatten()
             limit = float(torch.quantile(size, 0.995)) or float(size.max()) or 1.0
             _picture(

@@ -77,11 +77,7 @@ def class_architectures(
 
 
 def as_targets(targets: int | Tensor | Sequence[int], n: int) -> Tensor:
-    """One class index for each of n images: int64 (n,).
-
-    Raises:
-        ValueError: If they are something else.
-    """
+    """One class index for each of n images: int64 (n,)."""
     try:
         chosen = tensor_of(targets)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -116,24 +112,17 @@ def _own_gradients(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def explained(runner: Runner, arch: SubArchitecture | None) -> Iterator[nn.Module]:
-    """The network as a module to explain, gated by a sub-architecture and then restored.
-
-    Args:
-        runner: The network and how it is called.
-        arch: None: the whole network.
-    """
+    """The network as a module to explain, gated by a sub-architecture and then restored."""
     with ExitStack() as stack:
         stack.enter_context(untouched(runner.model))
         stack.enter_context(_own_gradients(runner.model))
         stack.enter_context(frozen(runner.model))
         if arch is not None:
             stack.enter_context(arch.applied(runner.model))
-        # The network itself where that will do: methods look for its layers by name or type.
-        network = (
-            runner.model
-            if runner.plain
-            else Explained(runner.model, lambda *inputs: runner(tuple(inputs)))
-        )
+        # The network itself if possible: methods look for its layers by name or type.
+        network = runner.model
+        if not runner.plain:
+            network = Explained(runner.model, lambda *inputs: runner(tuple(inputs)))
         yield network if runner.fixed_batch is None else Filled(network, runner.fixed_batch)
 
 
@@ -142,18 +131,14 @@ def run_method(
 ) -> Tensor:
     """One batch's heat-maps through one sub-architecture, checked and on the CPU.
 
-    Shaped as ``x``, or with one channel.
-
-    Raises:
-        TypeError: If the method returns no tensor.
-        ValueError: If it returns another shape, or values that are not finite.
+    They have the shape of ``x``, or one channel.
     """
     n, fixed = len(x), runner.fixed_batch
     if fixed is not None:
         x, target = runner.filled((x,))[0], target[[min(i, n - 1) for i in range(fixed)]]
-    # First of all: what is made in the caller's inference mode takes no part in any gradient.
+    # First of all: tensors made in the caller's inference mode take no part in any gradient.
     with torch.inference_mode(False), torch.enable_grad(), explained(runner, arch) as network:
-        # With requires_grad, for weights have none now and some methods look no further.
+        # With requires_grad, which some methods check: weights have none now.
         inputs = x.detach().clone().requires_grad_(True)
         result = method(network, inputs, target.to(x.device).clone())
     name = getattr(method, "__name__", type(method).__name__)
@@ -187,15 +172,15 @@ def heat_maps(
 ) -> Tensor:
     """Attribute outputs to images, each inside the sub-architecture of its target.
 
-    The attribution explains the output of the network whose closed channels are closed: what it
-    shows reached the output through the kept channels. Images of one target are run together, so
-    that any method works, also one that runs more images than it was given.
+    The attribution explains the output of the gated network, so it shows what reached the output
+    through the kept channels. Images of one target run together, so that any method works, also one
+    that runs more images than it was given.
 
     Args:
         model: The network, in eval mode; unchanged afterwards, whatever ``method`` does.
         architectures: Task gates or sub-architectures, one for each target class (a group of
-            classes serves all its members); a single sub-architecture: for all images, whatever
-            their target; None: the whole network, for comparison.
+            classes serves all its members); a single sub-architecture: for all images and targets;
+            None: the whole network, for comparison.
         inputs: (N, ...).
         targets: Class index of each image, or one for all: the output to explain.
         method: Called as ``method(network, inputs, target)`` in the gated network. Any of

@@ -60,15 +60,18 @@ class TopImages(Result):
     pool: Pool
     inside: bool
 
+    def _channels_of(self, site: str) -> Tensor:
+        if site not in self.channels:
+            raise KeyError(f"no channels of site {site!r}; there are {list(self.channels)}.")
+        return self.channels[site]
+
     def row(self, site: str, channel: int) -> int:
         """The row of a channel in the tables of a site.
 
         Raises:
             KeyError: If it was not looked at.
         """
-        if site not in self.channels:
-            raise KeyError(f"no channels of site {site!r}; there are {list(self.channels)}.")
-        found = (self.channels[site] == channel).nonzero().flatten()
+        found = (self._channels_of(site) == channel).nonzero().flatten()
         if len(found) == 0:
             raise KeyError(f"channel {channel} of {site!r} was not looked at.")
         return int(found[0])
@@ -83,11 +86,9 @@ class TopImages(Result):
         Raises:
             KeyError: If there are no channels of that site.
         """
-        if site not in self.channels:
-            raise KeyError(f"no channels of site {site!r}; there are {list(self.channels)}.")
-        scores = self.selectivity[site].nan_to_num(0.0)
-        order = scores.argsort(descending=True, stable=True)[:n]
-        channels: list[int] = self.channels[site][order].tolist()
+        known = self._channels_of(site)
+        order = self.selectivity[site].nan_to_num(0.0).argsort(descending=True, stable=True)[:n]
+        channels: list[int] = known[order].tolist()
         return channels
 
     def _records(self) -> list[dict[str, Any]]:
@@ -131,8 +132,7 @@ class TopImages(Result):
             crop: Show only a square around the highest activation, of this share of the image's
                 shorter side. None: the whole image.
             threshold: Not dimmed: where the activation is above this share of its highest one.
-            to_pixels: Undoes the network's preprocessing, see
-                :func:`nad_attr.pictures.as_pixels`.
+            to_pixels: Undoes the network's preprocessing, see :func:`nad_attr.pictures.as_pixels`.
             run: How to run the network; see :class:`nad_attr.RunOptions`.
 
         Returns:
@@ -211,7 +211,7 @@ def _by_channel(
     """A site's tensor with the channels last, its grid and the shape of its positions."""
     dim, _ = channel_shape(site, tensor)
     shape = tensor.shape[:dim] + tensor.shape[dim + 1 :]
-    grid, _ = grid_of(site, shape, aspect, None)
+    grid, _ = grid_of(shape, aspect, None)
     return tensor.movedim(dim, -1), grid, tuple(shape[1:])
 
 
@@ -255,7 +255,7 @@ class _Best:
         candidates = torch.cat([self.values, scores.T], dim=1)
         images = torch.cat([self.images, numbers.expand(len(self.channels), -1)], dim=1)
         places = torch.cat([self.where, where.T], dim=1)
-        # What is not there yet comes last; stable, and images come in order.
+        # Empty places come last; the sort is stable, and images come in order.
         order = candidates.nan_to_num(-float("inf")).argsort(dim=1, descending=True, stable=True)
         order = order[:, : self.k]
         self.values, self.images = candidates.gather(1, order), images.gather(1, order)
@@ -280,9 +280,7 @@ class _Best:
 
 
 def _chosen_channels(
-    arch: SubArchitecture,
-    sites: Sequence[str] | None,
-    channels: Mapping[str, Any] | None,
+    arch: SubArchitecture, sites: Sequence[str] | None, channels: Mapping[str, Any] | None
 ) -> dict[str, Tensor]:
     known = {site.name: site.n_channels for site in arch.sites}
     wanted = list(known) if sites is None else list(sites)
@@ -374,7 +372,7 @@ def top_images(
     chosen = _chosen_channels(architecture, sites, channels)
     runner = Runner(model, run)
     source = as_source(data, any_labels=True)
-    with suppress(TypeError, ValueError):  # of a network that is not a classifier nothing is asked
+    with suppress(TypeError, ValueError):  # the network need not be a classifier
         runner.fit(source)
     at = [site for site in architecture.sites if site.name in chosen]
     best = {site.name: _Best(site, chosen[site.name], k, pool) for site in at}

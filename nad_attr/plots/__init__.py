@@ -1,1 +1,1 @@
-"""The style of all figures, and the order of tasks in them. Figures stand beside their results."""
+"""Style of all figures, and the order of tasks in them; a figure is a method of its result."""

@@ -7,8 +7,7 @@ from numpy.typing import NDArray
 
 __all__ = ["cluster_order"]
 
-#: Tasks up to which the best of all orders of the tree is looked for.
-_FEW = 200
+_MAX_OPTIMAL = 200  # tasks up to which the best of all orders of the tree is searched for
 
 
 def cluster_order(similarity: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -38,6 +37,6 @@ def cluster_order(similarity: NDArray[np.float64]) -> NDArray[np.int64]:
     tree = linkage(
         squareform((distance + distance.T) / 2, checks=False),
         method="average",
-        optimal_ordering=n <= _FEW,
+        optimal_ordering=n <= _MAX_OPTIMAL,
     )
     return np.asarray(leaves_list(tree), dtype=np.int64)

@@ -1,8 +1,7 @@
 """What all figures share: colours, sizes, panels, lines with bands, legends.
 
-Figures are plain ``matplotlib.figure.Figure`` objects, attached to no window: nothing is registered
-with pyplot, no default of matplotlib is changed. Matplotlib is imported when the first figure is
-drawn, and is in the extra ``plot``.
+Figures are plain ``matplotlib.figure.Figure`` objects without a window; pyplot and matplotlib's
+defaults are not touched. Matplotlib (extra ``plot``) is imported when the first figure is drawn.
 """
 
 from __future__ import annotations
@@ -38,23 +37,23 @@ __all__ = [
     "switch_off",
 ]
 
-#: Colours that stay apart for all common kinds of colour blindness (Okabe and Ito 2008), without
-#: their yellow, which is hard to see on white.
+#: Colours that differ for all common kinds of colour blindness (Okabe and Ito 2008), without their
+#: yellow, which is hard to see on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
 #: Text, axes.
 INK = "#333333"
 #: References: random channels, the whole network, chance.
 GREY = "#8C8C8C"
 GRID = "#E4E4E4"
-#: Colour maps for shares, and for what has a middle.
+#: Colour maps for shares, and for values with a middle.
 SEQUENTIAL = "cividis"
 DIVERGING = "RdBu_r"
 
-#: Points: titles, labels, ticks and legends.
+#: Font sizes in points.
 TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 10.0, 9.0, 8.0
 #: Inches of one panel, width and height.
 PANEL = (3.1, 2.5)
-#: Rows of a table that are drawn, at most.
+#: Most rows of a table that are drawn.
 _MOST_BARS = 40
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -81,13 +80,13 @@ def new_figure(
     sharex: bool = False,
     sharey: bool = False,
 ) -> tuple[Figure, NDArray[np.object_]]:
-    """A white figure of equal panels, whose labels and legends get the room that they need.
+    """A white figure of equal panels, with room for their labels and legends.
 
     Args:
         rows: Panels below each other.
         columns: Panels side by side.
         panel: Inches of a panel, width and height.
-        extra: Inches added to the figure's width and height, for a legend beside or below.
+        extra: Inches added to the figure's width and height, for a legend.
         sharex: Same limits on x for all panels.
         sharey: Same limits on y for all panels.
 
@@ -125,12 +124,12 @@ def panels(
     sharex: bool = False,
     sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """``n`` panels: the axes that were given, or those of a new figure.
+    """``n`` panels: the given axes, or those of a new figure.
 
     Args:
         n: Panels.
         axes: One matplotlib Axes, or a sequence or array of exactly ``n``. None: a new figure.
-        columns: Of a new figure, at most; panels left over in its last row are switched off.
+        columns: Most columns of a new figure; unused panels of its last row are removed.
         panel: See :func:`new_figure`.
         extra: See :func:`new_figure`.
         sharex: See :func:`new_figure`.
@@ -141,8 +140,8 @@ def panels(
 
     Raises:
         ImportError: If matplotlib is missing.
-        TypeError: If ``axes`` are none of matplotlib's.
-        ValueError: If they are not ``n``.
+        TypeError: If ``axes`` are not matplotlib's.
+        ValueError: If there are not ``n``.
 
     Example:
         >>> figure, axes = panels(4, columns=3)
@@ -170,7 +169,7 @@ def panels(
         raise TypeError(f"axes must be matplotlib Axes, one for each panel, got {axes!r:.80}.")
     if len(given) != n:
         raise ValueError(f"{len(given)} axes were given for {n} panels.")
-    # A panel inside a sub-figure has that as its figure; legends and sizes are the whole one's.
+        # A panel in a sub-figure: legends and sizes belong to the whole figure.
     found: Any = given[0].figure
     while found.figure is not found:
         found = found.figure
@@ -223,7 +222,7 @@ def style(
 
 
 def switch_off(axis: Axes, text: str | None = None) -> None:
-    """Show nothing in a panel but, if given, a note why.
+    """Empty a panel, or show only a note in it.
 
     Example:
         >>> figure, axes = new_figure()
@@ -237,17 +236,8 @@ def switch_off(axis: Axes, text: str | None = None) -> None:
         spine.set_visible(False)
     axis.grid(False)
     if text:
-        wrapped = textwrap.fill(text, 30)
-        axis.text(
-            0.5,
-            0.5,
-            wrapped,
-            transform=axis.transAxes,
-            ha="center",
-            va="center",
-            fontsize=LABEL_SIZE,
-            color=GREY,
-        )
+        look: dict[str, Any] = {"ha": "center", "va": "center", "transform": axis.transAxes}
+        axis.text(0.5, 0.5, textwrap.fill(text, 30), fontsize=LABEL_SIZE, color=GREY, **look)
 
 
 def line_styles(
@@ -255,12 +245,11 @@ def line_styles(
 ) -> dict[str, dict[str, Any]]:
     """Colour, marker and dash of each line, the same in all panels of a figure.
 
-    Colours are repeated only with other markers and dashes, so lines can be told apart without
-    colour as well.
+    A colour is repeated only with another marker and dash, so that lines differ without colour too.
 
     Args:
-        names: Of the lines, in the order of the legend.
-        references: Names that are drawn in grey and without markers: what others are held against.
+        names: Names of the lines, in the order of the legend.
+        references: Names of reference lines: grey, without markers.
 
     Returns:
         ``{name: keyword arguments of matplotlib's plot}``.
@@ -282,7 +271,7 @@ def line_styles(
         turn, place = divmod(number, len(PALETTE))
         styles[name] = {
             "color": PALETTE[place],
-            # Shifted in each turn: the same colour never has the same marker again.
+            # The shift gives a repeated colour another marker.
             "marker": MARKERS[(place + turn) % len(MARKERS)],
             "linestyle": DASHES[turn % len(DASHES)],
             "linewidth": 1.6,
@@ -301,7 +290,7 @@ def line(
     high: ArrayLike | None = None,
     **look: Any,
 ) -> None:
-    """A line with the band between ``low`` and ``high`` behind it; NaN points are left out.
+    """A line, and the band between ``low`` and ``high`` behind it; NaN points are left out.
 
     Args:
         axis: Where to draw.
@@ -310,7 +299,7 @@ def line(
         label: For the legend.
         low: (N,), lower end of the band.
         high: (N,), upper end of the band.
-        **look: Of matplotlib's ``plot``, as from :func:`line_styles`.
+        **look: Arguments of matplotlib's ``plot``, as from :func:`line_styles`.
 
     Example:
         >>> figure, axes = new_figure()
@@ -327,15 +316,8 @@ def line(
     lows, highs = np.asarray(low, dtype=float), np.asarray(high, dtype=float)
     known &= np.isfinite(lows) & np.isfinite(highs)
     if known.any():
-        axis.fill_between(
-            xs[known],
-            lows[known],
-            highs[known],
-            color=look.get("color"),
-            alpha=0.16,
-            linewidth=0,
-            zorder=1,
-        )
+        band: dict[str, Any] = {"color": look.get("color"), "alpha": 0.16, "linewidth": 0}
+        axis.fill_between(xs[known], lows[known], highs[known], zorder=1, **band)
 
 
 def _percent(share: float) -> str:
@@ -345,12 +327,12 @@ def _percent(share: float) -> str:
 def size_axis(
     axis: Axes, sizes: Sequence[float], *, log: bool = True, label: str = "channels kept (%)"
 ) -> None:
-    """Make x the size of sub-architectures, with ticks in per cent at sizes that were measured.
+    """Make x the size of sub-architectures, with ticks in per cent at the given sizes.
 
     Args:
         axis: A matplotlib Axes.
         sizes: The sizes, shares of the channels in [0, 1].
-        log: Logarithmic: small sizes, where methods differ, get their room. Size 0 is left out.
+        log: Whether the axis is logarithmic, which shows small sizes better; it omits size 0.
         label: Of the x axis.
 
     Example:
@@ -364,8 +346,7 @@ def size_axis(
     if shown:
         places = np.log(shown) if log else np.array(shown)
         span = max(places[-1] - places[0], 1e-9)
-        # Labels of neighbours that are too close would overlap: the tick stays, its text goes. The
-        # last one always has its text.
+        # A label too close to the one before, or to the last, is left out; its tick stays.
         texts, last = [], -np.inf
         for place, size in zip(places, shown, strict=True):
             near = (place - last) / span < 0.09 or 0 < (places[-1] - place) / span < 0.09
@@ -384,14 +365,14 @@ def legend(
     columns: int | None = None,
     order: Sequence[str] = (),
 ) -> None:
-    """One legend for all panels, each name once: below the panels, or in the first of given axes.
+    """One legend for all panels, each name once: below the panels, or in the first given axes.
 
     Args:
         figure: The figure.
-        axes: Its panels, from which the names are taken.
-        own_figure: The figure was made by :func:`new_figure`: it is made higher by the legend.
-        columns: Of the legend; None: as many as fit the figure's width.
-        order: Names in the order of the legend; others follow as they were drawn.
+        axes: Its panels, whose names it shows.
+        own_figure: Whether :func:`new_figure` made the figure: it gets higher for the legend.
+        columns: Columns of the legend; None: as many as fit the figure's width.
+        order: Names in the order of the legend; others follow in the order of drawing.
 
     Example:
         >>> figure, axes = new_figure(1, 2)
@@ -415,7 +396,7 @@ def legend(
         axes[0].legend(entries.values(), entries.keys(), **common)
         return
     if columns is None:
-        # About 0.075 inches a letter in this size, and 0.5 for the handle.
+        # In this size a letter is about 0.075 inches wide, the handle 0.5.
         width = 0.5 + 0.075 * max(len(name) for name in entries)
         columns = max(1, min(len(entries), int(figure.get_figwidth() / width)))
     # The panels keep their height.
@@ -426,22 +407,11 @@ def legend(
 
 
 def plot_intervals(
-    rows: Mapping[str, tuple[float, ...]],
-    x: str,
-    *,
-    at: float | None = None,
-    axes: Any = None,
+    rows: Mapping[str, tuple[float, ...]], x: str, *, at: float | None = None, axes: Any = None
 ) -> Figure:
-    """Values with their intervals, one below the other.
+    """Values with their intervals, ``{name: (value, low, high)}``, one row each; NaN is left out.
 
-    Args:
-        rows: ``{name: (value, low, high)}``; NaN is left out.
-        x: What the values are.
-        at: Where to draw a dashed line: what chance gives.
-        axes: One matplotlib Axes; None: a new figure.
-
-    Raises:
-        ImportError: If matplotlib is missing.
+    ``x`` is the label of the values, ``at`` the place of a dashed line (the value by chance).
 
     Example:
         >>> figure = plot_intervals({"nad": (0.9, 0.8, 1.0), "taylor": (0.7, 0.6, 0.8)}, "own AUC")
@@ -463,16 +433,7 @@ def plot_intervals(
 def plot_parts(
     names: Sequence[str], parts: Mapping[str, Sequence[float]], y: str, *, axes: Any = None
 ) -> Figure:
-    """Bars made of parts, one beside the other.
-
-    Args:
-        names: Of the bars.
-        parts: ``{part: height in each bar}``, from below.
-        y: What the heights are.
-        axes: One matplotlib Axes; None: a new figure.
-
-    Raises:
-        ImportError: If matplotlib is missing.
+    """Bars with these names, made of ``{part: height in each bar}`` from below; y is their label.
 
     Example:
         >>> figure = plot_parts(["conv1", "conv2"], {"kept": [3, 4], "closed": [5, 4]}, "channels")
@@ -492,14 +453,7 @@ def plot_parts(
 
 
 def plot_rows(rows: Sequence[Mapping[str, Any]], axes: Any = None) -> Figure:
-    """Bars for each column of numbers of a table, row below row.
-
-    Args:
-        rows: Texts and numbers by the names of the columns; texts name the rows.
-        axes: Axes, one for each column of numbers; None: a new figure.
-
-    Raises:
-        ImportError: If matplotlib is missing.
+    """Bars for each column of numbers of a table, one panel each; its texts name the rows.
 
     Example:
         >>> rows = [{"site": "a", "flops": 6, "parameters": 9}]

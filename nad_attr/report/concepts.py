@@ -16,14 +16,8 @@ __all__ = ["units_part"]
 def units_part(units: Any, sites: Sequence[GateSite]) -> dict[str, Any]:
     """The best concept of each channel, over the page's sites in order.
 
-    Args:
-        units: ``nad_attr.concepts.UnitConcepts``, of these sites or some of them.
-        sites: Those of the page.
-
-    Returns:
-        ``concepts``, rows of (name, category); ``best``, base64 of int32 (all channels,), -1
-        where none is known; ``iou``, base64 of float32; ``detector``, base64 of uint8; ``sites``
-        that were dissected, ``source``, ``counts`` of detectors per category.
+    ``best`` is base64 of int32 (all channels,), -1 where none is known; ``iou`` of float32,
+    ``detector`` of uint8; ``counts`` has the detectors of each category.
 
     Raises:
         ValueError: If a site has another number of units, or none of the sites was dissected.

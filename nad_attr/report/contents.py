@@ -26,28 +26,13 @@ from nad_attr.report.results import Results
 __all__ = ["BROKEN", "Contents", "Results", "check_parts", "contents", "not_there", "summary"]
 
 
-#: What malformed results of a file end in, wherever they are first looked at.
+#: Errors that malformed results of a file may raise, wherever they are first read.
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A page's contents.
-
-    Attributes:
-        title: Of the page.
-        first: What was asked, the answer, how sure, compared with what.
-        questions: What a newcomer asks, answered.
-        sentences: The numbers in sentences.
-        verdict: Answers to each question, a row for each class.
-        where: See :func:`nad_attr.report.where.where_part`.
-        facts: (name, value) of where everything comes from.
-        missing: (what is not there, how to get it).
-        data: For the page's program, as JSON can hold it.
-        gates: One line of base64 for each task.
-        statistics: Named tables.
-        notes: What did not work.
-    """
+    """A page's contents: ``data`` for its program, a line of base64 in ``gates`` for each task."""
 
     title: str
     first: dict[str, str]
@@ -71,15 +56,7 @@ def contents(
     file: str | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Contents:
-    """Put together what a page says.
-
-    Args:
-        gates: Of all tasks of the page.
-        results: Beside them.
-        title: Of the page; None: the model's name.
-        file: Name of the store, for the commands that the page names.
-        provenance: Where the gates come from.
-    """
+    """Put together what a page says; ``file`` is the store's name for the commands on the page."""
     origin = provenance or {}
     names = [str(name) for name in gates.task_names or map(str, gates.tasks)]
     values = {site.name: gates[site.name] for site in gates.sites}
@@ -89,16 +66,14 @@ def contents(
     bits = 8 if everything.size <= MAX_GATES_OF_EIGHT_BITS else 4
     levels = gate_levels(everything, bits)
     evaluation = results.evaluation
-    part = None
+    part, sentences = None, summary(gates, None)
     if evaluation is not None:
         try:
             part = evaluation_part(evaluation, gates.tasks)
-            sentences = summary(gates, evaluation, file)
+            sentences = summary(gates, evaluation)
         except BROKEN as error:
             results.notes.append(f"No evaluation: it cannot be shown ({error!r:.200}).")
-            part = results.evaluation = evaluation = None
-    if part is None:
-        sentences = summary(gates, None, file)
+            part = results.evaluation = None
     sure = None
     if results.certainty is not None:
         try:
@@ -175,16 +150,11 @@ def _number(value: float) -> str:
     return "unknown" if math.isnan(value) else f"{value:.2f}"
 
 
-def summary(gates: TaskGates, evaluation: Evaluation | None, file: str | None = None) -> list[str]:
+def summary(gates: TaskGates, evaluation: Evaluation | None) -> list[str]:
     """The numbers that matter, in sentences.
 
-    Recall never stands without the false-positive rate, nor either without what random channels
-    and the best rival of the same size reach.
-
-    Args:
-        gates: The gates.
-        evaluation: Of them, if they were measured.
-        file: Of the gates, for the command that would measure them.
+    Recall comes with the false-positive rate, and both with what random channels and the best rival
+    of the same size reach.
 
     Example:
         >>> from nad_attr.sites import GateSite
@@ -209,29 +179,14 @@ def summary(gates: TaskGates, evaluation: Evaluation | None, file: str | None = 
     if evaluation is None:
         return [first, "Whether these channels do the class's work was not measured."]
     of = "" if len(evaluation.tasks) == len(gates) else f" ({len(evaluation.tasks):,} of them)"
-    beside: dict[str, list[float]] = {"own_auc": [], "fidelity": [], "ba": []}
-    random = {
-        m: float(np.mean([draw.mean(m) for draw in evaluation.random])) if evaluation.random
-        else math.nan
-        for m in beside
-    }  # fmt: skip
-    best = {
-        m: max(
-            (
-                (r.mean(m), name)
-                for name, r in evaluation.rivals.items()
-                if not math.isnan(r.mean(m))
-            ),
-            default=None,
-        )
-        for m in beside
-    }
 
     def compared(measure: str, *, whole: bool) -> str:
         parts = []
         if evaluation.random:
-            parts.append(f"random channels {_number(random[measure])}")
-        found = best[measure]
+            random = float(np.mean([draw.mean(measure) for draw in evaluation.random]))
+            parts.append(f"random channels {_number(random)}")
+        rivals = [(r.mean(measure), name) for name, r in evaluation.rivals.items()]
+        found = max((rival for rival in rivals if not math.isnan(rival[0])), default=None)
         if found is not None:
             parts.append(f"best rival, {found[1]}, {_number(found[0])}")
         if whole and evaluation.whole is not evaluation:
@@ -258,7 +213,7 @@ def summary(gates: TaskGates, evaluation: Evaluation | None, file: str | None = 
 
 #: Tasks whose verdict is told in sentences, and in the table, at most.
 _JUDGED, _ANSWERED = 12, 200
-#: What ``explain`` tells of how it split the images.
+#: Numbers that ``explain`` stores about its split of the images.
 _SPLIT = ("n_left_out", "n_learned")
 
 
@@ -308,11 +263,7 @@ def _network(origin: Mapping[str, Any]) -> str:
 
 
 def _facts(
-    gates: TaskGates,
-    origin: Mapping[str, Any],
-    file: str | None,
-    results: Results,
-    bits: int,
+    gates: TaskGates, origin: Mapping[str, Any], file: str | None, results: Results, bits: int
 ) -> list[tuple[str, str]]:
     environment = origin.get("environment")
     environment = environment if isinstance(environment, dict) else {}
@@ -348,57 +299,51 @@ def _facts(
 def not_there(gates: TaskGates, results: Results, file: str) -> list[tuple[str, str]]:
     """What a page cannot show, and how to get it."""
     measured = f"nad-attr report {file} --data HELD_OUT"
-    found: list[tuple[str, str]] = []
-    if results.evaluation is None:
-        found.append(
-            (
-                "recall, false-positive rate, AUC, fidelity",
-                f"nad-attr evaluate {file} --data HELD_OUT --out {file}",
-            )
-        )
-    if results.verdict is None:
-        found.append(
-            (
-                "a verdict on each class",
-                f"nad-attr verdict {file} --held-out HELD_OUT --out {file}",
-            )
-        )
-    if results.evaluation is not None and not results.evaluation.rivals:
-        found.append(("other methods at equal size", f"{measured} --with taylor --with neuron-mct"))
-    if results.certainty is None:
-        asked = f"nad-attr certainty {file} --held-out HELD_OUT --out {file}"
-        found.append(("how sure each channel is, and whether it is needed", asked))
-    if results.curves is None:
-        found.append(("keep and ablate curves", measured))
-    if results.mosaics is None and len(gates) >= 4:
-        found.append(("mosaics", measured))
-    if results.errors is None and len(gates) >= 3:
-        found.append(("errors and why they were made", measured))
-    if results.flow is None:
-        found.append(("what flows between channels", measured))
-    if results.pictures is None:
-        found.append(("pictures of what channels respond to", measured))
-    if results.where is None:
-        found.append(("where in the image the kept channels speak for the class", measured))
-    if results.export is None:
-        found.append(("what a class's network alone costs", measured))
-    if results.units is None:
-        found.append(("concepts of channels", f'dissect(...).save("{file}") of nad_attr.concepts'))
-    if not results.statistics:
-        found.append(
-            (
-                "statistics of gates against concepts",
-                f'compare("{file}", units).save("{file}") of nad_attr.concepts',
-            )
-        )
-    return found
+    with_images = f"--held-out HELD_OUT --out {file}"
+    r, evaluation = results, results.evaluation
+    parts = (
+        (
+            evaluation is None,
+            "recall, false-positive rate, AUC, fidelity",
+            f"nad-attr evaluate {file} --data HELD_OUT --out {file}",
+        ),
+        (r.verdict is None, "a verdict on each class", f"nad-attr verdict {file} {with_images}"),
+        (
+            evaluation is not None and not evaluation.rivals,
+            "other methods at equal size",
+            f"{measured} --with taylor --with neuron-mct",
+        ),
+        (
+            r.certainty is None,
+            "how sure each channel is, and whether it is needed",
+            f"nad-attr certainty {file} {with_images}",
+        ),
+        (r.curves is None, "keep and ablate curves", measured),
+        (r.mosaics is None and len(gates) >= 4, "mosaics", measured),
+        (r.errors is None and len(gates) >= 3, "errors and why they were made", measured),
+        (r.flow is None, "what flows between channels", measured),
+        (r.pictures is None, "pictures of what channels respond to", measured),
+        (r.where is None, "where in the image the kept channels speak for the class", measured),
+        (r.export is None, "what a class's network alone costs", measured),
+        (
+            r.units is None,
+            "concepts of channels",
+            f'dissect(...).save("{file}") of nad_attr.concepts',
+        ),
+        (
+            not r.statistics,
+            "statistics of gates against concepts",
+            f'compare("{file}", units).save("{file}") of nad_attr.concepts',
+        ),
+    )
+    return [(what, how) for lacks, what, how in parts if lacks]
 
 
 def check_parts(found: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a saved part that lacks what the page reads of it.
+    """Refuse a saved part that lacks a name that the page reads.
 
     Raises:
-        ValueError: If a name is not there.
+        ValueError: If it lacks one.
     """
     for name in names:
         if name not in found:

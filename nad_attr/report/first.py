@@ -1,4 +1,4 @@
-"""The first screen: what was asked, the answer, how sure, compared with what; and ten questions."""
+"""The first screen: question, answer, certainty, comparison; and ten questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nad_attr.stats.tables import number
 
 __all__ = ["NEWCOMERS", "Question", "first_lines", "newcomers_questions"]
 
-#: What a newcomer asks, in this order: (name, question).
+#: A newcomer's questions, in this order: (name, question).
 NEWCOMERS = (
     ("channel", "What is a channel, and what is a sub-architecture?"),
     ("which", "Which channels does the network need for a class?"),
@@ -78,17 +78,9 @@ def first_lines(
     n_left_out: int = 0,
     n_learned: int | None = None,
 ) -> dict[str, str]:
-    """What was asked, the answer, how sure that is, and compared with what: a sentence each.
+    """The question, the answer, how sure it is, and what it was compared with: a sentence each.
 
-    Args:
-        names: Of T classes.
-        n_kept: Channels that each keeps.
-        n_channels: All channels.
-        evaluation: As far as they were measured, tested, and closed one by one.
-        verdict: See there.
-        certainty: See there.
-        n_left_out: Further classes that were not explained.
-        n_learned: Images that they were learned from.
+    ``names`` and ``n_kept`` are of T classes; results are None if they were not measured.
 
     Example:
         >>> first_lines(["cat"], [3], 12, None, None, None)["Asked"]
@@ -146,11 +138,7 @@ def newcomers_questions(
 ) -> list[Question]:
     """The ten questions with what this page knows of them.
 
-    Args:
-        gates: Of the page.
-        results: Beside them.
-        lines: From :func:`first_lines`.
-        missing: ``{section: how to add it}`` of what is not there.
+    ``lines`` is from :func:`first_lines`, ``missing`` is ``{section: how to add it}``.
     """
     verdict, evaluation, sure = results.verdict, results.evaluation, results.certainty
     n = len(gates)

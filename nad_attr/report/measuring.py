@@ -37,7 +37,7 @@ from nad_attr.report.where import where_part
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.stats.pairs import overlap_matrix
-from nad_attr.system.rng import seed_of
+from nad_attr.system.rng import permutation, seed_of
 
 __all__ = ["PARTS", "Sample", "measure", "sampled"]
 
@@ -59,15 +59,7 @@ _EXAMPLES, _TOP = 12, 5
 
 
 class Sample:
-    """Some of the images, read into memory once.
-
-    Attributes:
-        source: Where they come from.
-        numbers: Their numbers there.
-        inputs: The network's inputs.
-        labels: int64 (N,) or (N, K), see :mod:`nad_attr.data.labels`.
-        targets: float64 (N, K) of regression, or None.
-    """
+    """Some of the images, read into memory once; ``numbers`` are theirs in the source."""
 
     def __init__(self, source: Source, numbers: list[int], inputs: tuple[Tensor, ...]) -> None:
         self.source, self.numbers, self.inputs = source, numbers, inputs
@@ -103,11 +95,7 @@ def evenly(labels: Tensor, n: int, seed: int) -> list[int]:
     known, places = patterns(labels)
     for place, label in enumerate(known.tolist() if known.ndim == 1 else range(len(known))):
         own = (places == place).nonzero().flatten()
-        order = torch.randperm(
-            len(own),
-            generator=torch.Generator().manual_seed(seed_of(seed, "report", label)),
-            device="cpu",
-        )
+        order = permutation(len(own), seed, "report", label)
         turns += [(turn, label, int(number)) for turn, number in enumerate(own[order].tolist())]
     return sorted(number for _, _, number in sorted(turns)[:n])
 
@@ -116,18 +104,15 @@ def sampled(data: Any, n_images: int, *, seed: int = 0) -> Sample:
     """Read at most ``n_images`` images, evenly over their classes.
 
     Raises:
-        TypeError: If ``data`` is nothing that images come from.
+        TypeError: If images cannot come from ``data``.
         ValueError: If it is empty or holds NaN.
     """
     source = as_source(data, any_labels=True)
     if len(source.labels) <= n_images and isinstance(source, TensorSource):
         return Sample(source, list(range(len(source.labels))), source.inputs)
     numbers = evenly(source.labels, n_images, seed)
-    draws = [
-        [(numbers[i], seed_of(seed, "report", numbers[i])) for i in part]
-        for part in chunks(len(numbers), 64)
-    ]
-    parts = list(source.batches(draws))
+    draws = [(i, seed_of(seed, "report", i)) for i in numbers]
+    parts = list(source.batches(draws[a : a + 64] for a in range(0, len(draws), 64)))
     inputs = tuple(torch.cat(items) for items in zip(*parts, strict=True))
     return Sample(source, numbers, inputs)
 
@@ -145,21 +130,9 @@ def measure(
     run: RunOptions | None = None,
     say: Callable[[str], object] | None = None,
 ) -> None:
-    """Measure what is asked for, and put it into ``results``.
+    """Measure on held-out images and put the results into ``results``.
 
-    What cannot be measured on this network or with these images is left out with a note.
-
-    Args:
-        model: The network, in eval mode; unchanged afterwards.
-        gates: The gates.
-        sample: Held-out images.
-        results: Where everything goes.
-        parts: Of :data:`PARTS`.
-        rivals: Other methods' sub-architectures, for the evaluation.
-        n_random: Draws of random channels.
-        seed: Of all random numbers.
-        run: How to run the network; see :class:`nad_attr.RunOptions`.
-        say: Told what is being done.
+    A part of :data:`PARTS` that this network or these images do not allow is left out with a note.
     """
     options: dict[str, Any] = {"seed": seed, "run": run}
     tell = say or (lambda text: None)
@@ -196,10 +169,7 @@ def measure(
             or []
         )
     if "flow" in parts:
-        results.flow = attempt(
-            "flow",
-            lambda: flow_part(_flows(model, gates, sample, run)),
-        )
+        results.flow = attempt("flow", lambda: flow_part(_flows(model, gates, sample, run)))
     album = Album(sample.source)
     calls: NDArray[np.int64] | None = None
     if "pictures" in parts or "errors" in parts:
@@ -227,12 +197,9 @@ def measure(
 
 
 def export_part(model: nn.Module, gates: TaskGates, inputs: Sequence[Tensor]) -> dict[str, Any]:
-    """What classes' networks cost by themselves, beside the whole one.
+    """Costs of classes' networks by themselves, beside the whole one.
 
-    Returns:
-        ``rows`` of the whole network and some classes, each with ``name``, ``parameters``,
-        ``multiply_adds`` and ``seconds`` (one image, on this machine); ``stays_whole``, modules
-        that could not be cut; ``pixels``.
+    ``seconds`` are of one image, on this machine; ``stays_whole``: modules that could not be cut.
     """
     place = next(model.parameters(), inputs[0])
     image = tuple(x[:1].to(place.device) for x in inputs)
@@ -245,18 +212,12 @@ def export_part(model: nn.Module, gates: TaskGates, inputs: Sequence[Tensor]) ->
     costs = {name: export_summary(module) for name, module in modules.items()}
     whole = "whole network"
     seconds = latency({whole: model, **modules}, image, seconds=_SECONDS)
-    rows = [
-        {
-            "name": name,
-            "parameters": cost.parameters,
-            "multiply_adds": cost.multiply_adds,
-            "seconds": plain(seconds[name]),
-        }
-        for name, cost in (
-            (whole, next(iter(costs.values())).whole),
-            *((name, made.smaller) for name, made in costs.items()),
-        )
-    ]
+    every = {whole: next(iter(costs.values())).whole}
+    every |= {name: made.smaller for name, made in costs.items()}
+    rows = []
+    for name, cost in every.items():
+        numbers = {"parameters": cost.parameters, "multiply_adds": cost.multiply_adds}
+        rows.append({"name": name, **numbers, "seconds": plain(seconds[name])})
     stays = sorted({module for made in costs.values() for module in made.stays_whole})
     return {"rows": rows, "stays_whole": stays, "input": [list(x.shape[1:]) for x in image]}
 
@@ -271,18 +232,13 @@ def _curves(
         site.name: torch.rand(len(chosen), site.n_channels, generator=generator, device="cpu")
         for site in chosen.sites
     }
-    data = sample.some(_CURVE_IMAGES)
-    made = {
-        "these gates": curves(model, chosen, data, sizes=_SIZES, run=options["run"]),
-        ("random order" if chosen.constants is None else "random order, at means"): curves(
-            model,
-            TaskGates(random, chosen.sites, chosen.tasks, means=chosen.means),
-            data,
-            sizes=_SIZES,
-            run=options["run"],
-        ),
-    }
-    return curves_part(made)
+    name = "random order" if chosen.constants is None else "random order, at means"
+    shuffled = TaskGates(random, chosen.sites, chosen.tasks, means=chosen.means)
+    data, run = sample.some(_CURVE_IMAGES), options["run"]
+    ranked = {"these gates": chosen, name: shuffled}
+    return curves_part(
+        {n: curves(model, gates, data, sizes=_SIZES, run=run) for n, gates in ranked.items()}
+    )
 
 
 def _flows(

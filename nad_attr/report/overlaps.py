@@ -23,14 +23,9 @@ _NEAREST = 8
 def block_means(
     matrix: NDArray[np.float64], most: int = MAX_TASKS_WITH_PAIRS
 ) -> NDArray[np.float64]:
-    """A smaller matrix whose cells are means over neighbouring rows and columns.
+    """A smaller matrix whose cells are means over neighbouring rows and columns, ``most`` of each.
 
-    The diagonal, where something is compared with itself, does not count, unless a cell has
-    nothing else.
-
-    Args:
-        matrix: (T, T).
-        most: Rows of the result, at most.
+    The diagonal does not count, unless a cell has nothing else.
 
     Example:
         >>> block_means(np.arange(16.0).reshape(4, 4), 2)
@@ -54,15 +49,10 @@ def block_means(
 
 
 def overlaps_part(masks: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Kappa of all pairs of tasks, in cluster order, and the nearest tasks of each.
+    """Kappa of all pairs of tasks (masks bool (T, C)), in cluster order, and each one's nearest.
 
-    Args:
-        masks: ``{site name: bool (T, C)}``.
-
-    Returns:
-        ``order``; ``step``, tasks per cell; ``cells``, base64 of uint8 (cells, cells) where
-        kappa -1 is 0 and 1 is 254; ``nearest``, rows of (task, kappa); mean and ends over
-        pairs. None for a single task.
+    ``cells`` is base64 of uint8, where kappa -1 is 0 and 1 is 254, with ``step`` tasks per cell;
+    ``nearest`` has rows of (task, kappa). None for a single task.
     """
     kappa = overlap_matrix(masks, chance_corrected=True).numpy()
     n = len(kappa)

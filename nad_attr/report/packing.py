@@ -31,18 +31,12 @@ def gate_levels(gates: ArrayLike, bits: int = 8) -> NDArray[np.uint8]:
     """Gates in few bits, such that the upper half of the levels is exactly the kept channels.
 
     Level q of n = 2^(bits - 1) levels in each half stands for ``q / (n - 1) / 2`` if it is below n,
-    else for ``1/2 + (q - n) / (n - 1) / 2``: rounding never moves a channel over the threshold.
-
-    Args:
-        gates: In [0, 1]; a channel is kept iff its gate is above one half.
-        bits: 8 or 4; with 4, two neighbours of the last axis share a byte, the first in its
-            upper half.
-
-    Returns:
-        uint8 of the same shape; with 4 bits, the last axis is half as long (rounded up).
+    else for ``1/2 + (q - n) / (n - 1) / 2``: rounding never moves a channel over the threshold of
+    one half. With 4 bits, two neighbours of the last axis share a byte, the first in its upper
+    half.
 
     Raises:
-        ValueError: If ``bits`` are neither.
+        ValueError: If ``bits`` is neither 4 nor 8.
 
     Example:
         >>> gate_levels([0.0, 0.5, 0.5001, 1.0]).tolist()
@@ -85,7 +79,7 @@ def plain(value: Any, digits: int = 4) -> Any:
 
 
 def script_json(value: Any) -> str:
-    r"""JSON that may stand inside a ``<script>`` element, whatever texts are in it.
+    r"""JSON that is safe inside a ``<script>`` element, for any texts.
 
     Example:
         >>> print(script_json(["</script>"]))

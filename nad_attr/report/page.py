@@ -14,6 +14,7 @@ from typing import Any
 from nad_attr.certainty.verdict_result import QUESTIONS
 from nad_attr.report.contents import BROKEN, Contents
 from nad_attr.report.packing import script_json
+from nad_attr.report.parts import SHOWN
 from nad_attr.system.safe_text import shown
 
 __all__ = ["page"]
@@ -22,14 +23,9 @@ __all__ = ["page"]
 SCRIPTS = ("base", "architecture", "tasks", "charts", "sections", "flow", "start")
 
 #: (measure, heading) of the table of means.
-_COLUMNS = (
-    ("own_auc", "own AUC"),
-    ("other_auc", "other AUC"),
-    ("fidelity", "fidelity"),
-    ("target_r2", "R² of targets"),
-    ("recall", "recall"),
-    ("fpr", "FPR"),
-    ("ba", "BA"),
+_COLUMNS = tuple(
+    (name, SHOWN[name])
+    for name in ("own_auc", "other_auc", "fidelity", "target_r2", "recall", "fpr", "ba")
 )
 
 
@@ -51,7 +47,7 @@ def _plotly() -> str:
     except ImportError as error:
         raise ImportError("the report needs plotly: pip install 'nad-attr[report]'") from error
     path = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-    # No text of the library may end the element that it stands in.
+    # No text of the library may end its element.
     return path.read_text(encoding="utf-8").replace("</script", "<\\/script")
 
 
@@ -76,8 +72,9 @@ def page(found: Contents) -> str:
     """
     program, plotly = _program(), _plotly()
     pictures, body, data = _sections(found)
-    # The tiles show what the section of the measures shows.
     tiles = _tiles(data["evaluation"])
+    mosaics = data["mosaics"]  # their pictures are in the page itself
+    mosaics = mosaics and {key: value for key, value in mosaics.items() if key != "examples"}
     policy = (
         f"default-src 'none'; script-src {_hash(program)} {_hash(plotly)}; "
         "style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
@@ -94,12 +91,12 @@ def page(found: Contents) -> str:
         "PICTURES": pictures,
         "TILES": tiles,
         "BODY": body,
-        "DATA": script_json({**data, "mosaics": _without_pictures(data["mosaics"])}),
+        "DATA": script_json({**data, "mosaics": mosaics}),
         "GATES": "\n".join(found.gates),
         "PROGRAM": program,
         "PLOTLY": plotly,
     }
-    # One pass: what is put in is never looked at again.
+    # One pass: inserted text is not searched.
     pieces = _asset("page.html").split("@@")
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 
@@ -174,7 +171,7 @@ def _table(
 
 #: Sentences of statistics that are shown at once.
 _SENTENCES = 4
-#: What sections are called in the row of links.
+#: Names of sections in the row of links.
 _SHORT = {
     "numbers": "Answers",
     "where": "Where",
@@ -262,8 +259,7 @@ def _where(part: Sequence[dict[str, Any]]) -> str:
 def _sections(found: Contents) -> tuple[str, str, dict[str, Any]]:
     """Sections of pictures, all others, and the page's data without what could not be shown.
 
-    Results come from files, and a page has more to say than each of them: one that is malformed is
-    left out, with a note.
+    A malformed result from a file is left out, with a note.
     """
     data, notes = dict(found.data), list(found.notes)
     parts: list[str] = []
@@ -396,11 +392,6 @@ def _flow(part: dict[str, Any]) -> str:
     return _section("flow", "Information flow", body, escape(note))
 
 
-def _without_pictures(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Mosaics as the chart needs them: the pictures stand in the page itself."""
-    return part and {key: value for key, value in part.items() if key != "examples"}
-
-
 def _mosaics(examples: Sequence[dict[str, Any]]) -> str:
     """Mosaics plain and coloured by class, with each class's share in its quadrant."""
     if not examples:
@@ -421,7 +412,7 @@ def _mosaics(examples: Sequence[dict[str, Any]]) -> str:
         )
     return (
         '<p class="note">Some of them, and the same coloured by the class whose kept channels have '
-        "most to say at each place, mean over sites. Beside each class stands the share of it "
+        "the most evidence at each place, mean over sites. Beside each class is the share of it "
         "that lies in its own quadrant; chance is 0.25.</p>"
         f'<div class="mosaics">{"".join(figures)}</div>'
     )
@@ -489,10 +480,7 @@ def _errors(part: dict[str, Any]) -> str:
         for k in hits:
             value, null = row["hits"].get(k), (row.get("null") or {}).get(k)
             p = (row.get("p") or {}).get(k)
-            cells += [
-                f"{_shown(value)} ({_shown(null)})",
-                "–" if p is None else f"{p:.2g}",
-            ]
+            cells += [f"{_shown(value)} ({_shown(null)})", "–" if p is None else f"{p:.2g}"]
         rows.append([row["name"], *cells, _shown(row.get("mrr"))])
     header = ["ranked by"]
     for k in hits:

@@ -56,16 +56,10 @@ _STATISTICS, _SENTENCES = 200, 8
 
 
 def evaluation_part(result: Evaluation, tasks: Sequence[Task]) -> dict[str, Any]:
-    """The measures of each task, and the table of means beside random channels and rivals.
+    """The measures of each of the page's tasks, and the table of means beside baselines.
 
-    Args:
-        result: As measured; of these tasks or some of them.
-        tasks: Those of the page.
-
-    Returns:
-        ``values`` ``{measure: one number or None per task}``; ``random_auc``, ``whole_auc``
-        likewise; ``rows``, each with ``name``, ``kind``, ``mean`` and ``interval`` per measure,
-        ``p`` against random channels; ``n_images``, ``n_tasks``, ``n_random``.
+    ``values`` is ``{measure: one number or None per task}``; ``rows`` have ``name``, ``kind``,
+    ``mean`` and ``interval`` per measure, and ``p`` against random channels.
     """
     measures = [name for name in SHOWN if not np.isnan(result.values(name)).all()]
     where = {task: row for row, task in enumerate(result.tasks)}
@@ -104,15 +98,10 @@ def evaluation_part(result: Evaluation, tasks: Sequence[Task]) -> dict[str, Any]
 
 
 def certainty_part(result: ChannelCertainty, gates: TaskGates) -> dict[str, Any]:
-    """What certainty says of the channels of a page's gates.
+    """The certainty of the channels of a page's gates.
 
-    Args:
-        result: As measured; of these tasks or some of them.
-        gates: Those of the page.
-
-    Returns:
-        ``names`` of labels; ``labels`` and ``chosen`` (share of the halves, 255: all), each base64
-        of uint8 (T, channels), zero for tasks that were not measured.
+    ``labels`` (of ``names``) and ``chosen`` (share of the halves, 255: all) are base64 of uint8 (T,
+    channels), zero for tasks that were not measured.
 
     Raises:
         ValueError: If it was measured on other gates.
@@ -207,15 +196,10 @@ def errors_part(result: ErrorStudy, examples: Sequence[Mapping[str, Any]] = ()) 
 
 
 def statistics_part(result: Any) -> dict[str, Any]:
-    """A table of statistics, the smallest q-values first, and what may be concluded.
+    """A table of statistics, the smallest q-values first, and the conclusions from it.
 
-    Args:
-        result: A :class:`nad_attr.concepts.Comparison`, anything else with ``frame()``, or a
-            pandas frame.
-
-    Returns:
-        ``columns``, without those that are empty; ``rows`` of texts and numbers, at most 200;
-        ``n``, all rows; ``sentences``.
+    ``result`` is a :class:`nad_attr.concepts.Comparison`, anything else with ``frame()``, or a
+    pandas frame. At most 200 rows are shown; ``n`` is the number of all.
 
     Raises:
         ImportError: If pandas is missing.
@@ -264,7 +248,7 @@ def history_part(history: History | None, n_tasks: int) -> dict[str, Any] | None
         values = np.where(np.isfinite(curve), curve, np.nan)[steps].astype(np.float64)
         if np.isnan(values).all():
             continue
-        # A step that no task took has no middle, which is no news to the user.
+        # A step that no task took has no middle; no warning is needed.
         taken = ~np.isnan(values).all(1)
         ends = np.full((2, len(values)), np.nan)
         ends[:, taken] = np.nanquantile(values[taken], [0.1, 0.9], axis=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,12 +86,9 @@ def array_picture(pixels: NDArray[np.float64]) -> Image:
 
 
 class Album:
-    """The pictures of a page, numbered as they are asked for.
+    """The pictures of a page, numbered in the order of their first use, ``side`` pixels at most.
 
-    Args:
-        source: Where the images come from: files, if there are any, else the input tensors, whose
-            range is that of a sample of them.
-        side: Pixels of the longer side.
+    They are files if the source has files, else input tensors in the range of a sample of them.
     """
 
     def __init__(self, source: Source, side: int = SIDE) -> None:
@@ -110,16 +108,11 @@ class Album:
         from nad_attr.data.images import ImageFolderData, read_image
 
         data = getattr(self._source, "dataset", None)
-        picture: Image
         if isinstance(data, ImageFolderData):
             numbers: Any = getattr(self._source, "numbers", range(len(data)))
-            try:
-                picture = read_image(data.path(numbers[image]))
-            except ValueError:  # another image took its place
-                picture = self.of_tensor(image)
-        else:
-            picture = self.of_tensor(image)
-        return encoded(picture, self._side)
+            with suppress(ValueError):  # another image took its place
+                return encoded(read_image(data.path(numbers[image])), self._side)
+        return encoded(self.of_tensor(image), self._side)
 
     def _input(self, image: int) -> Tensor:
         draw = [[(image, seed_of("report", image))]]

@@ -35,9 +35,9 @@ __all__ = ["Report"]
 class Report:
     """One page about the gates of a file.
 
-    What the file holds beside the gates (evaluations, concepts of units, what an earlier report
-    measured and kept) is shown; what is given here takes its place. What is not known is left out,
-    and the page says in a line how to add it.
+    The page shows the file's other results (evaluations, concepts of units, results kept by an
+    earlier report); results that are given here replace them. The page says in a line how to add
+    what is missing.
 
     Args:
         store: A file written by ``nad-attr learn`` or :class:`nad_attr.GateStore`, an open store,
@@ -115,34 +115,6 @@ class Report:
                 f"store must be a file, a GateStore or TaskGates, got {type(store).__name__}."
             )
         self.title = title
-        self._take(evaluation, curves, mosaics, errors, units, comparison)
-        if verdict is not None:
-            if not isinstance(verdict, Verdict):
-                raise TypeError(f"verdict must be a Verdict, got {type(verdict).__name__}.")
-            self.results.verdict = verdict
-        if flow is not None:
-            flows = [flow] if isinstance(flow, InformationFlow) else list(flow)
-            if not all(isinstance(one, InformationFlow) for one in flows):
-                raise TypeError("flow must be an InformationFlow, or several of them.")
-            self.results.flow = flow_part(flows)
-
-    def _read(self, store: GateStore, evaluation: str | None) -> None:
-        if not len(store):
-            raise GateStoreError(f"{store.path}: no task is finished yet.")
-        self._path = store.path
-        self.gates = store.read()
-        self.provenance = {**store.info, **store.provenance}
-        self.results = found_results(store.path, self.gates.sites, evaluation=evaluation)
-
-    def _take(
-        self,
-        evaluation: Evaluation | str | None,
-        curves: Curves | Mapping[str, Curves] | None,
-        mosaics: MosaicResult | None,
-        errors: ErrorStudy | None,
-        units: UnitConcepts | None,
-        comparison: Any,
-    ) -> None:
         results = self.results
         for value, kind in ((mosaics, MosaicResult), (errors, ErrorStudy), (units, UnitConcepts)):
             if value is not None and not isinstance(value, kind):
@@ -152,8 +124,8 @@ class Report:
         elif evaluation is not None and not isinstance(evaluation, str):
             raise TypeError(f"evaluation must be an Evaluation, got {type(evaluation).__name__}.")
         if curves is not None:
-            named = {"these gates": curves} if isinstance(curves, Curves) else curves
-            results.curves = curves_part(named)
+            by_name = {"these gates": curves} if isinstance(curves, Curves) else curves
+            results.curves = curves_part(by_name)
         if mosaics is not None:
             results.mosaics = mosaics_part(mosaics)
         if errors is not None:
@@ -162,9 +134,24 @@ class Report:
             results.units = units_part(units, self.gates.sites)
         if comparison is not None:
             tables = comparison if isinstance(comparison, Mapping) else {STATISTICS: comparison}
-            results.statistics = {
-                str(name): statistics_part(value) for name, value in tables.items()
-            }
+            results.statistics = {str(name): statistics_part(t) for name, t in tables.items()}
+        if verdict is not None:
+            if not isinstance(verdict, Verdict):
+                raise TypeError(f"verdict must be a Verdict, got {type(verdict).__name__}.")
+            results.verdict = verdict
+        if flow is not None:
+            flows = [flow] if isinstance(flow, InformationFlow) else list(flow)
+            if not all(isinstance(one, InformationFlow) for one in flows):
+                raise TypeError("flow must be an InformationFlow, or several of them.")
+            results.flow = flow_part(flows)
+
+    def _read(self, store: GateStore, evaluation: str | None) -> None:
+        if not len(store):
+            raise GateStoreError(f"{store.path}: no task is finished yet.")
+        self._path = store.path
+        self.gates = store.read()
+        self.provenance = {**store.info, **store.provenance}
+        self.results = found_results(store.path, self.gates.sites, evaluation=evaluation)
 
     def measure(
         self,
@@ -182,8 +169,8 @@ class Report:
         """Measure what is not known yet, on held-out images.
 
         At most ``n_images`` images are read, evenly over the classes, into memory. Curves are
-        measured on at most 100 of them and 20 tasks. What cannot be measured on this network, or
-        with these images, is left out with a note on the page.
+        measured on at most 100 of them and 20 tasks. A part that this network or these images do
+        not allow is left out with a note on the page.
 
         Args:
             model: The network, in eval mode; unchanged afterwards.
@@ -215,18 +202,9 @@ class Report:
             if rivals and "evaluation" not in parts:
                 parts = ["evaluation", *parts]
         if parts:
-            measure(
-                model,
-                self.gates,
-                sampled(data, n_images, seed=seed),
-                self.results,
-                parts=parts,
-                rivals=rivals,
-                n_random=n_random,
-                seed=seed,
-                run=run,
-                say=say,
-            )
+            sample = sampled(data, n_images, seed=seed)
+            how: dict[str, Any] = {"n_random": n_random, "seed": seed, "run": run, "say": say}
+            measure(model, self.gates, sample, self.results, parts=parts, rivals=rivals, **how)
         return self
 
     def _known(self, part: str) -> bool:
@@ -235,7 +213,7 @@ class Report:
         return getattr(self.results, part) is not None
 
     def keep(self) -> list[str]:
-        """Write what was measured for this report into the file of the gates.
+        """Write this report's results into the file of the gates.
 
         Returns:
             The groups that were written.
@@ -253,12 +231,9 @@ class Report:
 
     def contents(self) -> Contents:
         """What the page says, as plain values."""
+        file = None if self._path is None else self._path.name
         return contents(
-            self.gates,
-            self.results,
-            title=self.title,
-            file=None if self._path is None else self._path.name,
-            provenance=self.provenance,
+            self.gates, self.results, title=self.title, file=file, provenance=self.provenance
         )
 
     def missing(self) -> list[str]:

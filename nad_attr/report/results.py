@@ -14,23 +14,10 @@ __all__ = ["Results"]
 
 @dataclass
 class Results:
-    """All results that a page can show with the gates; None is not there.
+    """All results that a page can show with the gates; None: it is not there.
 
-    Attributes:
-        evaluation: See :class:`nad_attr.evaluation.Evaluation`.
-        evaluation_from: What it is called.
-        certainty: See :class:`nad_attr.ChannelCertainty`.
-        verdict: See :func:`nad_attr.verdict`.
-        curves: See :func:`nad_attr.report.parts.curves_part`.
-        mosaics: See :func:`nad_attr.report.parts.mosaics_part`.
-        errors: See :func:`nad_attr.report.parts.errors_part`.
-        flow: See :func:`nad_attr.report.parts.flow_part`.
-        pictures: See :func:`nad_attr.report.measuring.pictures_part`.
-        where: See :func:`nad_attr.report.where.where_part`.
-        export: Classes' networks by themselves, see :func:`nad_attr.report.measuring.export_part`.
-        units: Concepts of units, see :func:`nad_attr.report.concepts.units_part`.
-        statistics: Named tables, see :func:`nad_attr.report.parts.frame_part`.
-        notes: What could not be shown, and why.
+    Parts are as :mod:`nad_attr.report.parts` and its neighbours make them; ``evaluation_from`` is
+    the evaluation's name, ``notes`` say what could not be shown, and why.
     """
 
     evaluation: Evaluation | None = None

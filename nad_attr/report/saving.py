@@ -24,7 +24,7 @@ from nad_attr.store import GateStoreError, read_result, result_names, unit_names
 
 __all__ = ["STATISTICS", "found_results", "keep_results"]
 
-#: What the page reads of each part that is kept as JSON.
+#: Names that the page reads from each part that is kept as JSON.
 _NEEDED: dict[str, tuple[str, ...]] = {
     "mosaics": ("n", "n_tasks", "top", "sites", "excess", "low", "high", "tasks", "left_out"),
     "errors": ("n_errors", "n_images", "n_others", "similarity", "rows", "confused", "examples"),
@@ -42,10 +42,7 @@ STATISTICS = "Gates against concepts"
 
 
 def keep_results(path: Path, results: Results) -> list[str]:
-    """Write what was measured into the file of the gates.
-
-    Returns:
-        The groups that were written.
+    """Write what was measured into the file of the gates; returns the groups that were written.
 
     Raises:
         GateStoreError: If the file cannot be written.
@@ -69,14 +66,9 @@ def keep_results(path: Path, results: Results) -> list[str]:
 def found_results(
     path: Path, sites: Sequence[GateSite], *, evaluation: str | None = None
 ) -> Results:
-    """The results in the file of the gates.
+    """The results in the file of the gates; a part that cannot be read is left out with a note.
 
-    A part that cannot be read is left out with a note.
-
-    Args:
-        path: The file.
-        sites: Those of the gates.
-        evaluation: Name of the evaluation to show; None: "evaluation", or else the first.
+    ``evaluation`` names the one to show; None: "evaluation", or else the first.
 
     Raises:
         GateStoreError: If the file cannot be read, or there is no evaluation of that name.
@@ -153,7 +145,7 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
     if attributes.get("format") != FORMAT or attributes.get("what") != f"report {name}":
         raise ValueError(f"format {attributes.get('format')!r} is not known")
     found = json.loads(np.asarray(arrays["json"], np.uint8).tobytes().decode("utf-8"))
-    # NaN and infinity, which JSON has not and Python reads all the same.
+    # NaN and infinity, which are not JSON, but Python reads them.
     found = plain(found, 6)
     if name == "curves":
         for curve in found:
@@ -173,7 +165,7 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
     if name == "pictures":
         if not all(map(is_picture, found["album"])):
             raise ValueError("it holds an invalid picture")
-        # The page's program takes it for int32 as soon as it begins.
+        # The page's program reads it as int32 at once.
         if found.get("top") and len(base64.b64decode(found["top"], validate=True)) % 4:
             raise ValueError("the channels' pictures are cut short")
     if name == "errors" and not isinstance(found["examples"], list):
@@ -199,11 +191,7 @@ def _part(name: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -
 
 
 def _check_flow(found: Mapping[str, Any]) -> None:
-    """Refuse a flow whose numbers do not fit.
-
-    Raises:
-        ValueError: If a node or link is none.
-    """
+    """Refuse a flow whose numbers do not fit."""
     n_tasks, nodes = len(found["tasks"]), found["nodes"]
     for node in nodes:
         check_parts(node, ("site", "channel", "effect", "n"))

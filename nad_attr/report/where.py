@@ -20,7 +20,7 @@ __all__ = ["where_part"]
 
 #: Tasks, images of each, pixels of a picture's side.
 _TASKS, _IMAGES, _SIDE = 8, 3, 104
-#: Blue, and how much of the grey picture is seen under it.
+#: Blue, and the share of the grey picture under it.
 _COLOUR, _UNDER = np.array([0.0, 0.45, 0.7]), 0.55
 
 
@@ -33,19 +33,11 @@ def where_part(
     numbers: list[int],
     run: RunOptions | None = None,
 ) -> list[dict[str, Any]]:
-    """Pictures of some tasks, plain and with what speaks for the task coloured.
+    """Pictures of some tasks, plain and with the evidence for the task coloured.
 
-    To first order, what the output would lose without the kept channels at a place, at the last
-    gate site that has places; what speaks against the task is left out.
-
-    Args:
-        model: The network, in eval mode; unchanged afterwards.
-        gates: The gates.
-        inputs: Of N images, (N, C, H, W) the first.
-        labels: Theirs.
-        album: Makes pictures.
-        numbers: Of the images in the album's source.
-        run: How to run the network.
+    Evidence is, to first order, the loss of the output without the kept channels at a place, at the
+    last gate site that has places; evidence against the task is left out. ``numbers`` are those of
+    the images (N, C, H, W) in the album's source.
 
     Returns:
         For each task ``task``, ``site`` and ``images``, each a pair of data URIs.
@@ -78,12 +70,9 @@ def where_part(
             grey = (1 - _UNDER + _UNDER * pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
             share = (heat / max(float(heat.max()), 1e-12))[..., None]
             coloured = grey * (1 - 0.85 * share) + _COLOUR * 0.85 * share
-            images.append(
-                [
-                    encoded(picture, _SIDE, grow=True),
-                    encoded(array_picture(coloured), _SIDE, grow=True),
-                ]
-            )
+            both = (picture, array_picture(coloured))
+            images.append([encoded(each, _SIDE, grow=True) for each in both])
+
         found.append({"task": str(name), "site": wide[-1], "images": images})
     if not found:
         raise ValueError("there is no image of any task.")

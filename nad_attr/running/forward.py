@@ -39,15 +39,15 @@ __all__ = [
     "what_came",
 ]
 
-#: Images in a batch, at most, where the size is found: more are hardly faster.
+#: Images in a batch at most, where the size is found: more are hardly faster.
 MAX_FOUND_BATCH = 512
-#: On a CPU a batch is slower once its activations leave the caches: with CIFAR's images on a
-#: ResNet-20, 200 images at a time take 1.2 times what 40 to 64 do. So no more than so many are
-#: taken, or as many as have this many numbers, if those are small.
+#: A CPU is slower if a batch's activations do not fit into its caches: with CIFAR's images on a
+#: ResNet-20, 200 images at a time take 1.2 times the time of 40 to 64. So a batch has at most this
+#: many images, or this many numbers in small images.
 MAX_ON_CPU, NUMBERS_ON_CPU = 64, 64 * 3 * 32 * 32
 
 
-#: Networks that were asked already what batches they take; see :meth:`Runner.find_batch_size`.
+#: The fixed batch sizes of networks that were examined; see :meth:`Runner.find_batch_size`.
 _FIXED: weakref.WeakKeyDictionary[nn.Module, int | None] = weakref.WeakKeyDictionary()
 
 
@@ -63,11 +63,7 @@ def chunks(n: int, size: int) -> Iterator[range]:
 
 
 def check_classes(labels: Tensor, tasks: Sequence[Task], n_classes: int) -> None:
-    """Refuse labels and tasks that the network has no output for.
-
-    Raises:
-        ValueError: Names the highest one.
-    """
+    """Refuse labels and tasks for which the network has no output; names the highest one."""
     named = [m for task in tasks for m in (task if isinstance(task, tuple) else (task,))]
     if labels.ndim == 2 and labels.shape[1] != n_classes:
         given = "one label" if labels.shape[1] == 1 else f"{labels.shape[1]} labels or targets"
@@ -91,11 +87,7 @@ def check_classes(labels: Tensor, tasks: Sequence[Task], n_classes: int) -> None
 
 
 def copied_to(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of the network on another device.
-
-    Raises:
-        ValueError: If that device is not there.
-    """
+    """A copy of the network on another device; a ValueError if there is no such device."""
     try:
         return copy.deepcopy(model).to(device)
     except torch.cuda.OutOfMemoryError:
@@ -105,15 +97,12 @@ def copied_to(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device, without waiting for the copy to a GPU.
-
-    Without that, each batch would have the host wait until all that the GPU has queued is done.
-    """
+    """The tensor on a device, without making the host wait for the copy to a GPU."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def cumulative(values: Tensor) -> Tensor:
-    """``values.cumsum(-1)``, also where deterministic algorithms are asked for.
+    """``values.cumsum(-1)``, also under deterministic algorithms.
 
     On a GPU torch has none for floating-point numbers. Source: Hillis and Steele 1986.
 
@@ -132,11 +121,7 @@ def cumulative(values: Tensor) -> Tensor:
 
 @contextmanager
 def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Say which inputs a network was given that cannot be run on them.
-
-    Raises:
-        ValueError: In place of the errors that torch raises for wrong shapes and types.
-    """
+    """Raise a ValueError that names the inputs, in place of torch's errors for wrong inputs."""
     try:
         yield
     except (GatingError, torch.cuda.OutOfMemoryError):
@@ -149,7 +134,7 @@ def network_errors(inputs: Sequence[Tensor]) -> Iterator[None]:
 
 
 def what_came(outputs: object) -> str:
-    """Describe what a network returned instead of outputs, and what to do."""
+    """Describe a result that is not a tensor of outputs, and say what to do."""
     if isinstance(outputs, Tensor):
         if outputs.is_complex():
             return f"complex numbers ({outputs.dtype}); give a forward_func that returns real ones."
@@ -174,14 +159,14 @@ class Runner:
     """A network in eval mode with the device it runs on and the way it is called.
 
     Each pass leaves the network's modules as it found them (:mod:`nad_attr.sites.preserving`), so
-    what a pass gives depends on no pass before it. Where gradients are wanted, the buffers that a
-    pass changes are put back by the next pass, and by the ``frozen`` around all of them.
+    no pass depends on an earlier one. With gradients, the buffers that a pass changes are put back
+    by the next pass, and by the ``frozen`` around all passes.
 
     Args:
-        model: The network. Wrappers that spread a batch over devices are looked through: one gate
+        model: The network. Wrappers that spread a batch over devices are taken off, since one gate
             vector per image cannot be spread.
-        run: How it is run. None: as :class:`~nad_attr.RunOptions` says by itself.
-        batch_size: What ``run.batch_size`` None stands for.
+        run: How it is run. None: the defaults of :class:`~nad_attr.RunOptions`.
+        batch_size: The meaning of ``run.batch_size`` None.
 
     Attributes:
         model: The network to put hooks on.
@@ -189,9 +174,9 @@ class Runner:
         options: How it is run.
         amp: Autocast dtype; None: none.
         fields: The names of the inputs, if they have any; set by :meth:`draw`.
-        fixed_batch: The only number of images that the network takes in a pass; None: any. Passes
-            of fewer are filled up with the last image, whose outputs are dropped; hooks do not see
-            it. Set by :meth:`find_batch_size`.
+        fixed_batch: The only number of images that the network takes in a pass; None: any. Smaller
+            passes are filled up with the last image, which hooks do not see and whose outputs are
+            dropped. Set by :meth:`find_batch_size`.
 
     Raises:
         TypeError: If the network is not a module, or ``run`` is something else.
@@ -228,7 +213,7 @@ class Runner:
             )
         here = places[0] if places else torch.device("cpu")
         self.device = here if device is None else torch.device(device)
-        # "cuda" is wherever on CUDA the network is.
+        # "cuda" is the CUDA device on which the network is.
         same = here.type == self.device.type and self.device.index in (None, here.index)
         if same:
             self.device = here
@@ -252,7 +237,6 @@ class Runner:
         self.fixed_batch: int | None = None
         self._asked = unwrap(model) if forward_func is None and not options.arguments else None
         self._is_asked = False
-        self._adapted: tuple[object, ...] | None = None
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context of passes: autocast, or none even inside another autocast."""
@@ -276,16 +260,12 @@ class Runner:
 
     def call(self, *inputs: Any) -> Any:
         """What the network or ``forward_func`` returns for inputs and further arguments."""
-        key = self._run, self.fields
-        if self._adapted is None or self._adapted[0] != key:
-            self._adapted = key, call_with(self._run, self.fields)
-        function: Any = self._adapted[1]
-        return function(*inputs)
+        return call_with(self._run, self.fields)(*inputs)
 
     def fit(self, source: Source) -> None:
         """Read class indices 0 and 1 as the labels of one output, if the network has one.
 
-        Runs one image where the labels leave open whether the network has one output or two.
+        If the labels leave open whether it has one output or two, one image is run.
         """
         if source.labels.ndim == 1 and int(source.labels.max()) <= 1:
             (inputs,) = self.draw(source, [[0]])
@@ -299,13 +279,7 @@ class Runner:
         return tuple(sent(x.detach(), self.device) for x in inputs)
 
     def find_batch_size(self, inputs: Inputs) -> None:
-        """Find out whether the network takes batches of one size only, before anything is run.
-
-        Three images are run once for each network.
-
-        Args:
-            inputs: An image or more.
-        """
+        """Find out, with three images, whether the network takes batches of one size only."""
         if self._is_asked or any(not x.ndim or not len(x) for x in inputs):
             return
         self._is_asked = True
@@ -317,7 +291,7 @@ class Runner:
             try:
                 with stranger(), isolated_rng(), torch.no_grad():
                     self.run(few)
-            except Exception as error:  # whatever it is, the real run says it
+            except Exception as error:  # the real run reports other errors
                 function = None if self.is_plain else self.call
                 size = fixed_batch_size(self.model, few, self._extra, function, str(error))
                 self.fixed_batch = size
@@ -327,7 +301,7 @@ class Runner:
             self.options = replace(self.options, batch_size=self.fixed_batch)
 
     def run(self, inputs: Inputs) -> Any:
-        """Run the network and return its result unchecked, for callers that read its sites only.
+        """Run the network and return its result unchecked, for callers that only read its sites.
 
         Raises:
             ValueError: If the network cannot be run on them.
@@ -382,15 +356,14 @@ class Runner:
     def draw(
         self, source: Source, numbers: Sequence[Sequence[int]], desc: str = ""
     ) -> Iterator[Inputs]:
-        """The images of each list of numbers, where the network is.
+        """The images of each list of numbers, on the network's device.
 
-        A random transform gives the same image in every evaluation. ``desc`` names the progress
-        bar, if one is wanted.
+        A random transform gives the same image in every evaluation. ``desc``: the progress bar.
 
         Raises:
             ValueError: If an image holds NaN or infinity.
         """
-        # One batch at a time: all draws of a large data set would fill the memory.
+        # One batch at a time: the draws of a large data set would fill the memory.
         draws = ([(i, seed_of("evaluation", i)) for i in chosen] for chosen in numbers)
         shown = bool(desc) and self.options.show_progress
         with tqdm(total=sum(map(len, numbers)), desc=desc, unit="image", disable=not shown) as bar:
@@ -409,12 +382,12 @@ class Runner:
         """Images in a pass: as many as were asked for, or as fit into memory.
 
         Args:
-            images: What the need of memory is measured with: the first one of them.
-            probe: What is done with a batch; None: a pass without gradients.
-            most: Where the number is found: no more than this; None: :func:`most_in_batch`.
+            images: The first image is used to measure the need of memory.
+            probe: Handles a batch; None: a pass without gradients.
+            most: Upper limit of a number that is found; None: :func:`most_in_batch`.
 
         Raises:
-            ValueError: If one image does not fit, or nothing tells how much memory there is.
+            ValueError: If one image does not fit, or the free memory is unknown.
         """
         if isinstance(self.options.batch_size, int) and self._is_asked:
             return self.options.batch_size
@@ -439,12 +412,7 @@ class Runner:
 
 
 def most_in_batch(device: torch.device, image: Inputs) -> int:
-    """Images in a batch, at most, where the size is found.
-
-    Args:
-        device: Where the network is.
-        image: A batch, whose first image tells how large one is.
-    """
+    """Largest batch size that is found automatically, for images like the first of a batch."""
     if device.type != "cpu":
         return MAX_FOUND_BATCH
     numbers = max(1, image[0][0].numel())
@@ -462,8 +430,7 @@ class Filled(nn.Module):
     Args:
         network: Takes batches of one size only.
         size: That size.
-        one_pass: Refuse more images than that, for methods that keep what they see in a pass on the
-            network's modules.
+        one_pass: Refuse more images, for methods that keep data of a pass on the network's modules.
 
     Example:
         >>> class Fixed(nn.Linear):
@@ -491,11 +458,9 @@ class Filled(nn.Module):
         for images in chunks(n, self.size):
             rows = [min(i, n - 1) for i in range(images.start, images.start + self.size)]
             with filled_batch(len(images)):
+                batched = (isinstance(x, Tensor) and x.ndim and len(x) == n for x in inputs)
                 outputs = self.network(
-                    *(
-                        x[rows] if isinstance(x, Tensor) and x.ndim and len(x) == n else x
-                        for x in inputs
-                    )
+                    *(x[rows] if cut else x for x, cut in zip(inputs, batched, strict=True))
                 )
             parts.append(outputs[: len(images)])
         return torch.cat(parts)
@@ -504,13 +469,10 @@ class Filled(nn.Module):
 def any_batch(
     model: nn.Module, inputs: Inputs, asked: nn.Module | None = None, *, one_pass: bool = False
 ) -> nn.Module:
-    """A network to be called with any number of images: itself, if its batch size is not fixed.
+    """A network that takes any number of images: itself, if its batch size is not fixed.
 
-    Args:
-        model: The network.
-        inputs: An image or more.
-        asked: The network that is asked, for a copy of it; answers are kept.
-        one_pass: See :class:`Filled`.
+    ``asked`` is the network to examine in place of a copy, since results of that are kept;
+    ``one_pass``: see :class:`Filled`.
     """
     runner = Runner(model if asked is None else asked)
     runner.find_batch_size(inputs)

@@ -14,7 +14,7 @@ __all__ = ["FROM_RUN", "RunFields", "RunOptions", "as_options"]
 
 
 class _FromRun:
-    """Stands for a keyword that was not given, so that the field of ``run`` counts."""
+    """Marks a keyword that was not given, so that the field of ``run`` counts."""
 
     def __repr__(self) -> str:
         return "<as in run>"
@@ -22,7 +22,7 @@ class _FromRun:
 
 FROM_RUN: Any = _FromRun()
 
-#: Autocast's dtypes, by what may be asked for.
+#: Autocast's dtypes, by the value of ``amp``.
 _AMP = {None: None, False: None, True: torch.bfloat16} | {
     dtype: dtype for dtype in (torch.bfloat16, torch.float16)
 }
@@ -39,15 +39,14 @@ class RunOptions:
         batch_size: Images in one pass of the network, at most; copies of an image and donors of an
             ablation count as images. "auto": as many as fit into memory, measured with the first
             image (on a CPU or CUDA). None: 64; 32 for pictures, 16 for a dissection, 8 for a flow.
-            It changes memory and speed, not the results beyond the rounding of the arithmetic.
-        memory_limit: Bytes, or a text such as "8GB": what "auto" may fill with a batch, and what
-            the answers of sub-architectures may take that are kept at once (at least one's; the
-            data are gone through several times if need be, with the same results). With both, the
-            answers have a quarter. None: half of what is free on a CPU, 90 % on a GPU; 1 GB of
-            answers, or 256 MB where many sizes are measured.
+            It changes memory and speed; results change only by rounding.
+        memory_limit: Bytes, or a text such as "8GB": the limit of a batch with "auto", and of the
+            answers of sub-architectures that are kept at once (at least one's; with too little, the
+            data are read several times, with the same results). With both, the answers have a
+            quarter. None: half of the free memory on a CPU, 90 % on a GPU; 1 GB of answers, or
+            256 MB where many sizes are measured.
         forward_func: Called with the inputs in place of the network, to choose among several
-            outputs, for example. It must run the network, and return (B, K), one output for each
-            class.
+            outputs, for example. It must run the network, and return (B, K), one output per class.
         additional_forward_args: Further arguments of every call, one or a tuple of them, the same
             for all images.
         show_progress: Show a progress bar with the time left.
@@ -82,12 +81,9 @@ class RunOptions:
                 raise ValueError(
                     f"device must be 'cpu', 'cuda' or the like, got {self.device!r}."
                 ) from None
-        if not (self.amp is None or isinstance(self.amp, (bool, torch.dtype))) or (
-            self.amp not in _AMP
-        ):
-            raise ValueError(
-                f"amp must be True, torch.bfloat16 or torch.float16, got {self.amp!r}."
-            )
+        amp = self.amp
+        if not (amp is None or isinstance(amp, (bool, torch.dtype))) or amp not in _AMP:
+            raise ValueError(f"amp must be True, torch.bfloat16 or torch.float16, got {amp!r}.")
         n = self.batch_size
         whole = isinstance(n, int) and not isinstance(n, bool) and n > 0
         if not (n is None or n == "auto" or whole):
@@ -142,7 +138,7 @@ class RunFields(TypedDict, total=False):
 
 
 def as_options(run: RunOptions | None = None, **fields: Any) -> RunOptions:
-    """The options that were given, with the keywords beside them in place of their fields.
+    """The options, with the given keywords in place of their fields.
 
     Args:
         run: The options; None: the defaults.

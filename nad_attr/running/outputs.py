@@ -40,14 +40,14 @@ def task_outputs(outputs: Tensor, tasks: Sequence[Task]) -> Tensor:
 
 
 def label_loss(outputs: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
-    """How far outputs are from what the images' labels say, summed over images.
+    """The loss of outputs against the images' labels, summed over images.
 
     Args:
         outputs: (B, K).
         labels: int64 (B,) classes: cross-entropy. (B, K) memberships: binary cross-entropy of each
             output (of logits, or of probabilities where all outputs are in [0, 1]) over those that
             are known.
-        targets: (B, K), NaN where unknown: the squared difference in place of that.
+        targets: (B, K), NaN where unknown: the squared difference from these instead.
 
     Example:
         >>> outputs, labels = torch.tensor([[1.0, 3.0]]), torch.tensor([[1, 0]])
@@ -67,12 +67,9 @@ def label_loss(outputs: Tensor, labels: Tensor, targets: Tensor | None = None) -
 
 
 def own_task_output(outputs: Tensor, classes: Tensor, valid: Tensor) -> Tensor:
-    """The task output of each image for its own task: (B,).
+    """The task output of each image for its own task, by outputs (B, K): (B,).
 
-    Args:
-        outputs: (B, K).
-        classes: int64 (B, M), the classes of each image's task, padded with any class.
-        valid: bool (B, M), which of them count.
+    ``classes``, int64 (B, M), are the task's, padded; ``valid``, bool (B, M), says which count.
     """
     members = outputs.gather(1, classes)
     if classes.shape[1] == 1:

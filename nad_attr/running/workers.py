@@ -23,15 +23,15 @@ class Workers(Protocol):
         device: str | torch.device | None = None,
         what: str = "work",
     ) -> Iterator[tuple[int, Any]]:
-        """``call(shared, item)`` for each item: its number and the result, in whatever order.
+        """``call(shared, item)`` for each item: its number and the result, in any order.
 
         Args:
             call: A function of a module.
             shared: Sent once.
-            items: What differs from call to call.
-            begin: Once on each worker: what takes the place of ``shared`` there.
+            items: The second arguments.
+            begin: Called once on each worker; its result replaces ``shared`` there.
             device: Where to run.
-            what: An item is some of it, for messages.
+            what: Word for an item's work in messages.
         """
         ...
 

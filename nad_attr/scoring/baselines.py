@@ -1,7 +1,7 @@
 """Other ways to rank a network's channels for a task: baselines for learned gates.
 
-These need nothing but the network. :func:`top_k` makes sub-architectures of the highest scores at
-exactly the size of the learned ones.
+They need only the network. :func:`top_k` makes sub-architectures of the highest scores at exactly
+the size of the learned ones.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ __all__ = [
 class RandomScorer(TaskScorer):
     """Uniform random numbers: random sub-architectures of the same size.
 
-    A task's numbers depend on the seed and the task alone, not on which other tasks are scored, in
-    what order, or on the images.
+    A task's numbers depend on the seed and the task alone, not on the other tasks, their order, or
+    the images.
 
     Args:
         model: The network.
@@ -67,12 +67,17 @@ class RandomScorer(TaskScorer):
 
     def task_scores(self, runner: Runner, source: Source, tasks: Sequence[Task]) -> Scores:
         """Uniform in [0, 1)."""
-        n = sum(site.n_channels for site in self.sites)
-        draws = []
-        for task in tasks:
-            generator = torch.Generator().manual_seed(seed_of("RandomScorer", self.seed, task))
-            draws.append(torch.rand(n, generator=generator, dtype=torch.float64, device="cpu"))
-        return split_sites(torch.stack(draws), self.sites)
+        return random_scores(self.sites, tasks, "RandomScorer", self.seed)
+
+
+def random_scores(sites: Sequence[GateSite], tasks: Sequence[Task], *key: object) -> Scores:
+    """Uniform numbers in [0, 1) for each task and channel, a function of the key and the task."""
+    n = sum(site.n_channels for site in sites)
+    draws = []
+    for task in tasks:
+        generator = torch.Generator().manual_seed(seed_of(*key, task))
+        draws.append(torch.rand(n, generator=generator, dtype=torch.float64, device="cpu"))
+    return split_sites(torch.stack(draws), sites)
 
 
 class EnergyScorer(ChannelScorer):
@@ -146,11 +151,7 @@ class GradientXActivationScorer(ChannelScorer):
 
     def image_scores(self, batch: Batch) -> Scores:
         """Sum over positions of the product."""
-        return self.effects(
-            batch,
-            lambda outputs: batch.explained(outputs).sum(),
-            lambda site, a, gradient: (a * gradient).sum(-1),
-        )
+        return self.effects(batch, batch.summed, lambda site, a, gradient: (a * gradient).sum(-1))
 
 
 class NeuronMCTScorer(GradientXActivationScorer):
@@ -158,9 +159,8 @@ class NeuronMCTScorer(GradientXActivationScorer):
 
     The marginal contribution of a channel as a whole to the task output, to first order, as in
     Khakzar et al., "Neural Response Interpretation through the Lens of Critical Pathways", CVPR
-    2021 (NeuronMCT). The absolute value is taken for each image, so channels count that speak for
-    or against the task. Taking it at each position instead scores channels of large maps too low
-    and was clearly the weaker rival.
+    2021 (NeuronMCT). The absolute value is taken for each image, so both signs count. Taken at each
+    position instead, it scores channels of large maps too low and was clearly the weaker rival.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
@@ -176,9 +176,9 @@ class NeuronMCTScorer(GradientXActivationScorer):
 class TaylorOutputScorer(ChannelScorer):
     """E over images of ``(sum over positions of a dz_k/da)^2``, with z_k the task output.
 
-    :class:`TaylorScorer` with the task output in the loss's place: the loss hardly changes any
-    more on images that the network is sure of, the output does. :class:`NeuronMCTScorer` is the
-    same with the absolute value; the square lets the images count on which a channel does most.
+    This is :class:`TaylorScorer` with the task output in place of the loss, which hardly changes on
+    images that the network is sure of. :class:`NeuronMCTScorer` is the same with the absolute
+    value; the square gives more weight to the images on which a channel has most effect.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
@@ -192,19 +192,17 @@ class TaylorOutputScorer(ChannelScorer):
     def image_scores(self, batch: Batch) -> Scores:
         """Square of the derivative of the task output by the gate."""
         return self.effects(
-            batch,
-            lambda outputs: batch.explained(outputs).sum(),
-            lambda site, a, gradient: (a * gradient).sum(-1).square(),
+            batch, batch.summed, lambda site, a, gradient: (a * gradient).sum(-1).square()
         )
 
 
 class MeansScorer(ChannelScorer):
-    """A scorer of closing channels at their means; a subclass says what one image gives.
+    """A scorer of closing channels at their means; a subclass defines the score of one image.
 
     Args:
         model: The network.
         sites: Gate sites of that network, in forward order.
-        means: ``{site name: (C,)}``, as closed channels get them. None: over all images that the
+        means: ``{site name: (C,)}``, the values of closed channels. None: over all images that the
             scorer is called with, which takes one more forward pass of each.
 
     Raises:
@@ -228,22 +226,17 @@ class MeansScorer(ChannelScorer):
         if self.means is not None:
             return {name: mean.double() for name, mean in self.means.items()}
         numbers = [list(cut) for cut in chunks(len(source.labels), batch_size)]
-
-        def forward(*inputs: Tensor) -> Tensor:
-            return runner(inputs)
-
-        return channel_means(
-            runner.model, self.sites, runner.draw(source, numbers), forward=forward
-        )
+        draws = runner.draw(source, numbers)
+        return channel_means(runner.model, self.sites, draws, forward=lambda *x: runner(x))
 
 
 class CentredEffectScorer(MeansScorer):
     """E over images of ``|sum over positions of (a - mean) dz_k/da|``: attribution patching.
 
-    What replacing a channel by its mean takes from the task output z_k, to first order, where
-    :class:`NeuronMCTScorer` replaces it by zero. Exact for each channel by itself where the network
-    is linear from the site on. The strongest of the cheap scores where closed channels are at
-    their mean.
+    The first-order change of the task output z_k when a channel is replaced by its mean;
+    :class:`NeuronMCTScorer` replaces it by zero. It is exact for single channels if the network is
+    linear after the site. It is the strongest of the cheap scores if closed channels are at their
+    mean.
 
     The first-order effect of patching an activation: Nanda, "Attribution Patching", 2023; Syed et
     al., "Attribution Patching Outperforms Automated Circuit Discovery", 2023 (arXiv 2310.10348).
@@ -253,7 +246,7 @@ class CentredEffectScorer(MeansScorer):
         model: The network.
         sites: Gate sites of that network, in forward order.
         signed: Keep the sign: channels that speak against the task come last.
-        means: ``{site name: (C,)}``, as closed channels get them. None: over all images that the
+        means: ``{site name: (C,)}``, the values of closed channels. None: over all images that the
             scorer is called with, which takes one more forward pass of each.
 
     Raises:
@@ -286,18 +279,13 @@ class CentredEffectScorer(MeansScorer):
         def reduce(site: GateSite, a: Tensor, gradient: Tensor) -> Tensor:
             return ((a - means[site.name].to(a.device)[:, None]) * gradient).sum(-1)
 
-        return self.effects(batch, lambda outputs: batch.explained(outputs).sum(), reduce)
+        return self.effects(batch, batch.summed, reduce)
 
 
 def check_scores(
     scores: Mapping[str, Tensor], sites: Sequence[GateSite], tasks: Sequence[Task]
 ) -> list[Task]:
-    """The tasks, if there is one score for each of them and each channel.
-
-    Raises:
-        TypeError: If scores are no ``{site name: tensor}``.
-        ValueError: If scores, sites and tasks do not fit, or scores hold NaN.
-    """
+    """Check that there is one score for each task and channel, and return the tasks."""
     rows = tasks_of(torch.empty(0, device="cpu"), tasks)
     check_mapping(scores, "scores")
     missing = {site.name for site in sites} ^ set(scores)
@@ -333,9 +321,9 @@ def top_k(
         sites: Gate sites in forward order.
         tasks: The T tasks, in the order of the scores' rows (:func:`tasks_of`).
         size: Share of the channels to keep, in (0, 1].
-        means: ``{site name: (C,)}``, what replaces a closed channel; None: zero.
-        per_site: Keep this share at each site, rather than of all channels together. Says how
-            much of a score lies in how it spreads channels over the sites.
+        means: ``{site name: (C,)}``, the values of closed channels; None: zero.
+        per_site: Keep this share at each site, rather than of all channels together. It shows how
+            much of a score is in how it spreads channels over the sites.
 
     Returns:
         T sub-architectures; equal scores are kept in site and channel order.

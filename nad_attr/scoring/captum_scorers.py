@@ -42,20 +42,20 @@ __all__ = [
 #: Methods that run an image twice in one pass.
 _TWO_ROWS = (LayerDeepLift, LayerConductance)
 
-#: These attribute to a list of layers what they attribute to each by itself. (Integrated gradients
-#: take one as well, but then move all layers along their paths at once: another method.)
+#: They attribute to a list of layers as to each by itself. (Integrated gradients take a list too,
+#: but then move all layers along their paths at once, which is another method.)
 _TAKE_LISTS = (LayerActivation, LayerGradientXActivation)
-#: What the scorer says itself.
+#: Arguments that the scorer sets itself.
 _OWN_ARGUMENTS = ("inputs", "target", "additional_forward_args", "attribute_to_layer_input")
 
 
 class CaptumLayerScorer(ChannelScorer):
     """Any layer method of Captum: E over images of the attribution, summed over positions.
 
-    The task output of each image is what the method explains. Cost, in passes (forward and
-    backward) for each image and task: one for gradient x activation, one without backward for the
-    activation (for all tasks together), and for each site by itself two for DeepLift and
-    ``n_steps`` (by default 50) for the methods that integrate along a path.
+    The method explains the task output of each image. Cost, in passes (forward and backward) for
+    each image and task: one for gradient x activation; one without backward, for all tasks
+    together, for the activation; and for each site by itself two for DeepLift, and ``n_steps`` (by
+    default 50) for methods that integrate along a path.
 
     Args:
         model: The network.
@@ -75,10 +75,10 @@ class CaptumLayerScorer(ChannelScorer):
         TypeError: If the method is none of Captum's, or its ``attribute`` has no such argument.
         ValueError: If there are no sites.
 
-    Called, it also raises :class:`~nad_attr.GatingError` where the method fails on the network, or
-    its result does not have the site's shape. DeepLift is refused where a network calls one
-    activation module several times (as torchvision's ResNets do), for then its rule is wrong.
-    DeepLift does not see activations that are not modules, and takes their plain gradient.
+    A call also raises :class:`~nad_attr.GatingError` if the method fails on the network, or its
+    result does not have the site's shape. DeepLift is refused if a network calls one activation
+    module several times (as torchvision's ResNets do), since its rule is then wrong. DeepLift does
+    not see activations that are not modules, and takes their plain gradient.
 
     Example:
         >>> from captum.attr import LayerGradientShap
@@ -147,12 +147,12 @@ class CaptumLayerScorer(ChannelScorer):
         return {site.name: scores[site.name] for site in self.sites}
 
     def _filled(self, batch: Batch) -> Batch:
-        """The batch with its last image again and again, so that all passes are of a fixed size."""
+        """The batch, filled with its last image, so that all passes are of a fixed size."""
         n, size = len(batch.labels), batch.fixed_batch
         if size is None:
             return batch
-        # DeepLift runs images and baselines in one pass, conductance two steps of a path at least,
-        # all others one step.
+        # DeepLift runs images and baselines in one pass, conductance at least two steps of a path,
+        # the others one step.
         two = isinstance(self._class, type) and issubclass(self._class, _TWO_ROWS)
         wanted = size // 2 if two else size
         if n > wanted:
@@ -170,7 +170,7 @@ class CaptumLayerScorer(ChannelScorer):
         )
 
     def _groups(self) -> list[list[GateSite]]:
-        """The sites that one call of the method is for."""
+        """Groups of sites, one for each call of the method."""
         if isinstance(self._class, type) and issubclass(self._class, _TAKE_LISTS):
             sides = [
                 [s for s in self.sites if s.at_input == at_input] for at_input in (False, True)
@@ -184,7 +184,7 @@ class CaptumLayerScorer(ChannelScorer):
         different, column = batch.columns() if self.task_specific else ([], None)
 
         def function(*inputs: Tensor) -> Tensor:
-            # With frozen weights, backward hooks before the sites stand on a graph only so.
+            # With frozen weights, backward hooks before the sites need this to have a graph.
             traced = tuple(_traced(item) for item in inputs)
             with flowing_copies(batch.model, group), _called_once(batch.model, self._class):
                 outputs = batch.run(traced)
@@ -231,7 +231,7 @@ class CaptumLayerScorer(ChannelScorer):
 
 @contextmanager
 def _called_once(model: nn.Module, method: Any) -> Iterator[None]:
-    """Refuse DeepLift where a module that it changes the gradient of is called several times."""
+    """Refuse DeepLift if a module whose gradient it changes is called several times."""
     calls: dict[str, int] = {}
 
     def counter(name: str) -> Callable[..., None]:
@@ -256,14 +256,14 @@ def _called_once(model: nn.Module, method: Any) -> Iterator[None]:
 
 
 def _traced(tensor: Tensor) -> Tensor:
-    """A tensor that gradients are kept of, where there can be any."""
+    """A tensor that keeps gradients, if that is possible."""
     if tensor.requires_grad or not torch.is_grad_enabled() or not tensor.is_floating_point():
         return tensor
     return tensor.detach().requires_grad_()
 
 
 def _as_leaf(site: GateSite, tensor: Tensor) -> Tensor | None:
-    """Start a graph at a site that none leads to, because the inputs are whole numbers."""
+    """Start a graph at a site that has none, because the inputs are whole numbers."""
     traced = _traced(tensor)
     return None if traced is tensor else traced
 

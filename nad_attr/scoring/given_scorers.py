@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from nad_attr.data.labels import Task
+from nad_attr.data.labels import Task, first_tasks
 from nad_attr.data.sources import Source
 from nad_attr.gates.channels import to_channels, to_gates
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.running.forward import Runner
 from nad_attr.scoring.baselines import check_scores
+from nad_attr.scoring.rankings import ranks_of
 from nad_attr.scoring.scorer import Scores, TaskScorer
 from nad_attr.sites.site import GateSite, check_sites
 from nad_attr.system.rng import seed_of
@@ -23,15 +24,15 @@ __all__ = ["GatesScorer", "GivenScorer", "OtherTaskScorer", "shuffled"]
 class GivenScorer(TaskScorer):
     """Scores from elsewhere, returned by task.
 
-    For a unit-level method's scores, such as the IoU of each channel with the class's concept from
-    Network Dissection, or any file of numbers.
+    For example the IoU of each channel with the class's concept from Network Dissection, or any
+    file of numbers.
 
     Args:
         scores: ``{site name: (T, C)}``, higher = more important.
         sites: Gate sites in forward order.
         tasks: The T tasks, in the order of the scores' rows.
-        model: The network, to check that it has the sites; needed where sub-architectures made of
-            the scores are run (:func:`~nad_attr.evaluation.best_variant`).
+        model: The network, to check that it has the sites; needed if sub-architectures of the
+            scores are run (:func:`~nad_attr.evaluation.best_variant`).
 
     Raises:
         SiteError: If the network has no such site.
@@ -70,9 +71,7 @@ class GivenScorer(TaskScorer):
         """The tasks' rows."""
         for task in tasks:
             if task not in self.tasks:
-                known = ", ".join(map(str, self.tasks[:20])) + (
-                    " ..." if len(self.tasks) > 20 else ""
-                )
+                known = first_tasks(self.tasks)
                 raise ValueError(f"there are no scores for task {task}, only for {known}.")
         rows = [self.tasks.index(task) for task in tasks]
         return {name: score[rows] for name, score in self._scores.items()}
@@ -81,9 +80,9 @@ class GivenScorer(TaskScorer):
 class GatesScorer(GivenScorer):
     """Learned task gates as scores, to compare them with rivals.
 
-    The scores are the gates' logits, which rank the channels in full resolution, or the gates
-    themselves where no logits were kept. :func:`~nad_attr.evaluation.top_k` makes the same
-    sub-architectures of them as ``TaskGates.sub_architecture(task, size)``.
+    The scores are the gates' logits, which rank all channels, or the gates themselves if there are
+    no logits. :func:`~nad_attr.evaluation.top_k` makes the same sub-architectures of them as
+    ``TaskGates.sub_architecture(task, size)``.
 
     Args:
         gates: Task gates.
@@ -102,9 +101,9 @@ class GatesScorer(GivenScorer):
 class OtherTaskScorer(GivenScorer):
     """The gates of another task in place of each task's own.
 
-    What is left of a result then owes nothing to the class: which channels any class needs. The
-    other task is the next one of the gates' tasks (the first for the last), or with a seed the
-    next one in a random order; never the task itself.
+    The remaining result does not depend on the class: it shows which channels any class needs. The
+    other task is the next one of the gates' tasks (the first for the last), or with a seed the next
+    one in a random order; never the task itself.
 
     Args:
         gates: Task gates of at least two tasks.
@@ -155,8 +154,8 @@ def _reordered(values: Tensor, order: Tensor, site: GateSite) -> Tensor:
 def shuffled(gates: TaskGates, *, seed: int = 0) -> TaskGates:
     """The same gates on other channels: each task's gates of each site in a random order.
 
-    Keeps how many channels each task has at each site, and nothing else. A task's order depends on
-    the seed, the task and the site alone.
+    Only the number of channels of each task at each site stays. A task's order depends on the seed,
+    the task and the site alone.
 
     Args:
         gates: Task gates; unchanged.
@@ -204,5 +203,4 @@ def _check_gates(gates: object) -> None:
 
 def _ranks(gates: TaskGates) -> dict[str, Tensor]:
     _check_gates(gates)
-    logits = gates.logits
-    return {name: gates[name] for name in gates} if logits is None else logits
+    return ranks_of(gates)

@@ -19,11 +19,11 @@ __all__ = ["CDRPScorer"]
 class CDRPScorer(ChannelScorer):
     """E over images of gates that are learned for each image alone (CDRP).
 
-    The gates of an image start at one and go down the gradient of ``cross-entropy of the gated
-    network's probabilities to the whole network's + penalty * sum of gates``, held inside an
-    interval from zero on. The scores hang on the task by its images alone: what is kept for an
-    image is the network's own prediction, whatever it is. Costs a forward pass, and ``steps``
-    forward and backward passes, of each image; all tasks share them.
+    The gates of an image start at one and follow the gradient of ``cross-entropy of the gated
+    network's probabilities to the whole network's + penalty * sum of gates``, limited to an
+    interval that starts at zero. The scores depend on the task only by its images: for each image
+    the network's own prediction is kept. Costs a forward pass, and ``steps`` forward and backward
+    passes, of each image; all tasks share them.
 
     Args:
         model: The network.
@@ -31,7 +31,7 @@ class CDRPScorer(ChannelScorer):
         steps: Gradient steps.
         learning_rate: Their length.
         momentum: Share of a step that the next one keeps. Without it, 30 steps would move a gate
-            that the outputs do not need by 0.15 only.
+            that the outputs do not need by only 0.15.
         penalty: Weight of the sum of gates.
         highest: Highest gate.
 

@@ -22,7 +22,7 @@ from nad_attr.system.threads import owned
 __all__ = ["MagnitudeScorer"]
 
 _FILTERED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-#: Images that the flow of data is seen on, and how far it is stirred (standard deviations).
+#: Images on which the flow of data is examined, and the noise on them (standard deviations).
 _N_IMAGES = 8
 _NOISE = 3.0
 
@@ -36,17 +36,17 @@ class MagnitudeScorer(TaskScorer):
     concatenation. Each norm is multiplied by the largest slope from the filter's output to the
     channel: ``|weight| / sqrt(running_var + eps)`` of a BatchNorm, 1 through ReLU, maximum pooling
     and sums, ``1 / k`` through an average over k positions. Several filters count as one long
-    filter. The same for all tasks; a floor that says what is gained by looking at data.
+    filter. All tasks get the same scores; they show what data add.
 
-    The first few images are run once, stirred by noise, to see the flow; they play no other part.
-    Costs one forward and, for each site, two backward passes of them.
+    The first few images are run once, with noise, to examine the flow. This costs one forward and,
+    for each site, two backward passes of them.
 
     Args:
         model: The network.
         sites: Gate sites of that network, in forward order.
 
-    Called, it also raises :class:`~nad_attr.GatingError` if a site's channels are made by no
-    filters, or each by the same ones (after a LayerNorm or attention, say).
+    A call also raises :class:`~nad_attr.GatingError` if a site's channels are made by no filters,
+    or each by the same ones (after a LayerNorm or attention, for example).
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
@@ -64,7 +64,7 @@ class MagnitudeScorer(TaskScorer):
         def see(module: nn.Module, output: Tensor) -> None:
             spreads.append(_spread(module, output))
 
-        # Sites are in place here as well: at some, projections are called that are not otherwise.
+        # Hooks are at the sites here as well, because some projections are called only with them.
         with (
             torch.no_grad(),
             _hooked(runner.model, see),
@@ -75,7 +75,7 @@ class MagnitudeScorer(TaskScorer):
         cuts: list[tuple[nn.Module, Tensor]] = []
 
         def cut(module: nn.Module, output: Tensor) -> Tensor:
-            # From here on, everything is a function of what this one module put out.
+            # Everything after this is a function of this one module's output.
             number = len(cuts)
             generator = torch.Generator().manual_seed(seed_of("MagnitudeScorer", number))
             noise = torch.randn(output.shape, generator=generator, device="cpu").to(output)
@@ -100,7 +100,7 @@ class MagnitudeScorer(TaskScorer):
     def _norms(
         self, site: GateSite, tensor: Tensor, cuts: Sequence[tuple[nn.Module, Tensor]]
     ) -> Tensor:
-        """Of one site: float64 (C,)."""
+        """The norms of one site: float64 (C,)."""
         dim, _ = channel_shape(site, tensor)
         shape = [1] * tensor.ndim
         shape[dim] = site.n_channels
@@ -108,8 +108,8 @@ class MagnitudeScorer(TaskScorer):
         squares = torch.zeros(site.n_channels, dtype=torch.float64, device="cpu")
         made, mixed = torch.zeros(site.n_channels, dtype=torch.bool, device="cpu"), False
         leaves = [leaf for _, leaf in cuts]
-        # A filter that reaches channel c alone has a slope to (c + 1) x_c of c + 1 times that to
-        # x_c: the ratio says which channel it is, and whether there is only one.
+        # The slope of (c + 1) x_c to a filter that reaches only channel c is c + 1 times that of
+        # x_c: the ratio identifies the channel, and shows whether there is only one.
         plain = _slopes(tensor.sum(), leaves)
         numbered = _slopes((tensor * number).sum(), leaves)
         for (module, _), one, many in zip(cuts, plain, numbered, strict=True):

@@ -26,23 +26,22 @@ class EAPIGScorer(MeansScorer):
     """E over images of ``(a - mean)`` times the gradient averaged along a path (EAP-IG, for nodes).
 
     The gradient of the task output z_k is taken at ``steps`` points ``j / steps`` of the way from
-    closed to whole, j = 1 to ``steps``, and multiplied by the difference that the whole way makes
-    to the channel, summed over positions. Where the gradient changes along the way, as behind a
-    ReLU that closing switches off, that is closer to what closing does than
-    :class:`~nad_attr.evaluation.CentredEffectScorer`, which is the last point alone.
+    closed to whole, j = 1 to ``steps``, multiplied by the channel's change over the whole way, and
+    summed over positions. If the gradient changes along the way, as behind a ReLU that closing
+    switches off, this is closer to the effect of closing than
+    :class:`~nad_attr.evaluation.CentredEffectScorer`, which uses only the last point.
 
     Args:
         model: The network.
         sites: Gate sites of that network, in forward order.
-        path: What moves. ``"activations"``: the channels of one site at a time, from their means,
-            ``steps`` passes for each site; with many steps each site's scores sum to what closing
-            the whole site changes. ``"gates"``: the channels of all sites at once, ``steps`` passes
-            in all; the scores of all sites sum to what closing all changes. ``"inputs"``: the
+        path: The path. ``"activations"``: the channels of one site at a time, from their means,
+            ``steps`` passes for each site; with many steps each site's scores sum to the effect of
+            closing the whole site. ``"gates"``: the channels of all sites at once, ``steps`` passes
+            in all; the scores of all sites sum to the effect of closing all. ``"inputs"``: the
             images, from the mean image; the difference is to the activations of the mean image.
         steps: Points on the path.
         signed: Keep the sign: channels that speak against the task come last.
-        means: As for :class:`~nad_attr.evaluation.CentredEffectScorer`; of no use for the path of
-            inputs.
+        means: As for :class:`~nad_attr.evaluation.CentredEffectScorer`; not used for inputs.
 
     Raises:
         TypeError, ValueError: If an option is out of its range, or means and sites do not fit.
@@ -84,7 +83,7 @@ class EAPIGScorer(MeansScorer):
         return self.steps * (len(self.sites) if self.path == "activations" else 1)
 
     def prepare(self, runner: Runner, source: Source, batch_size: int) -> Any:
-        """The means, or of images the mean image."""
+        """The means, or the mean image."""
         if self.path != "inputs":
             return super().prepare(runner, source, batch_size)
         numbers = [list(cut) for cut in chunks(len(source.labels), batch_size)]
@@ -112,14 +111,11 @@ class EAPIGScorer(MeansScorer):
         return scores
 
     def _at(self, batch: Batch, group: Sequence[GateSite], share: float) -> Scores:
-        """Derivative of the task output by the gates of some sites at a point of the way."""
-        tensor = next(
-            (x for x in batch.inputs if x.is_floating_point()), torch.empty(0, device="cpu")
-        )
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        leaf = torch.full(
-            (len(batch.labels), n_channels(group)), share, dtype=dtype, device=batch.labels.device
-        ).requires_grad_()
+        """Derivative of the task output by the gates of some sites at a point of the path."""
+        floats = (x.dtype for x in batch.inputs if x.is_floating_point())
+        dtype = torch.promote_types(next(floats, torch.get_default_dtype()), torch.float32)
+        shape = (len(batch.labels), n_channels(group))
+        leaf = torch.full(shape, share, dtype=dtype, device=batch.labels.device).requires_grad_()
         means = {site.name: batch.prepared[site.name].to(leaf) for site in group}
         with gated(batch.model, split_sites(leaf, group), sites=group, means=means):
             explained = batch.explained(batch.outputs())
@@ -146,7 +142,7 @@ class EAPIGScorer(MeansScorer):
                 change = positions(whole[site.name], site) - positions(closed[site.name], site)
                 return (change * gradient).sum(-1)
 
-            found = self.effects(moved, lambda outputs: batch.explained(outputs).sum(), reduce)
+            found = self.effects(moved, batch.summed, reduce)
             for name, score in found.items():
                 scores[name] = scores.get(name, 0) + score / self.steps
         return scores

@@ -14,18 +14,17 @@ from torch import Tensor
 
 from nad_attr._checks import check_mapping
 from nad_attr.data.labels import Task
-from nad_attr.gates.channels import budget, n_gates, split_sites
+from nad_attr.gates.channels import budget, n_gates
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
-from nad_attr.scoring.baselines import top_k
+from nad_attr.scoring.baselines import random_scores, top_k
 from nad_attr.scoring.scorer import tasks_of
 from nad_attr.scoring.variants import Variant
 from nad_attr.sites.site import GateSite, check_sites
-from nad_attr.system.rng import seed_of
 
 __all__ = ["SIZES", "Ranking", "Ranks", "as_ranking", "check_sizes", "random_ranking"]
 
-#: What ranks channels: task gates, scores ``{site name: (T, C)}``, or for each size task gates or
+#: A ranking of channels: task gates, scores ``{site name: (T, C)}``, or for each size task gates or
 #: a variant of a scorer, as :func:`nad_attr.evaluation.best_variants` chooses it.
 Ranks: TypeAlias = (
     "TaskGates | Mapping[float, TaskGates] | Mapping[float, Variant] | Mapping[str, Tensor]"
@@ -62,7 +61,7 @@ def check_sizes(sizes: Sequence[float]) -> tuple[float, ...]:
 
 
 def ranks_of(gates: TaskGates) -> dict[str, Tensor]:
-    """What ranks the channels of task gates: their logits, or the gates themselves."""
+    """The numbers that rank the channels of task gates: their logits, or the gates themselves."""
     logits = gates.logits
     return {name: gates[name] for name in gates} if logits is None else logits
 
@@ -75,11 +74,10 @@ class Ranking:
         sites: Gate sites in forward order.
         tasks: T class indices or groups of them.
         task_names: T names.
-        scores: ``{size: {site name: (T, C)}}``; under the key None what serves any other size.
-        means: What replaces a closed channel, under the same keys, or zero where that is None.
-            None in all: the ranking does not say, as scores do not.
-        per_site: Under the same keys: whether the share is kept at each site, where the ranking
-            goes with one of the two. None: it goes with either.
+        scores: ``{size: {site name: (T, C)}}``; under the key None those for any other size.
+        means: The values of closed channels, under the same keys; None for a key: zero. None for
+            all: the ranking does not define them, as scores do not.
+        per_site: Under the same keys: whether the share is kept at each site. None: not defined.
         learned: Under the same keys: the task gates that this is the order of.
     """
 
@@ -100,7 +98,7 @@ class Ranking:
         return None
 
     def missing(self, sizes: Sequence[float]) -> str:
-        """Says which of the sizes have no gates; empty if all have."""
+        """Names the sizes that have no gates; empty if all have."""
         if None in self.scores:
             return ""
         known = [key for key in self.scores if key is not None]
@@ -111,7 +109,7 @@ class Ranking:
         return f"gates were given for sizes {sorted(known)}, not for {listed}."
 
     def means_at(self, size: float) -> Mapping[str, Tensor] | None:
-        """What replaces a channel that is closed at this size; None: zero."""
+        """The values of channels that are closed at this size; None: zero."""
         return None if self.means is None else self.means[self._key(size)]
 
     def has_constants(self, size: float) -> bool:
@@ -131,9 +129,9 @@ class Ranking:
 
         Args:
             size: Share of the channels to keep.
-            per_site: At each site, rather than of all channels together, where the ranking does
-                not say.
-            like: Where this ranking does not say what closed channels become, take it from there.
+            per_site: At each site, rather than of all channels together, if the ranking does not
+                define it.
+            like: The ranking whose values of closed channels are used if this one has none.
         """
         teller = like if self.means is None and like is not None else self
         key = self._key(size)
@@ -160,7 +158,7 @@ class Ranking:
 
     @property
     def closes_at_constants(self) -> bool:
-        """Whether closed channels are at constants of each task's own."""
+        """Whether each task has constants of its own for closed channels."""
         return any(gates.constants is not None for gates in (self.learned or {}).values())
 
     @property
@@ -177,17 +175,17 @@ def as_ranking(
     task_names: Sequence[str] | None = None,
     what: str = "scores_or_gates",
 ) -> Ranking:
-    """The order that scores or gates put channels in, checked.
+    """The checked order of channels by scores or gates.
 
     Args:
-        ranks: Task gates (ranked by their logits); ``{size: task gates}`` where each size was
-            learned by itself, or ``{size: variant}`` of :func:`best_variants`; or
-            ``{site name: (T, C)}``, higher = more important.
-        sites: Gate sites in forward order; gates bring their own, which have to be these.
-        tasks: The T tasks, in the order of the scores' rows; of gates: those wanted. None: all of
+        ranks: Task gates (ranked by their logits); ``{size: task gates}``, each size learned by
+            itself, or ``{size: variant}`` of :func:`best_variants`; or ``{site name: (T, C)}``,
+            higher = more important.
+        sites: Gate sites in forward order; those of gates have to be these.
+        tasks: The T tasks, in the order of the scores' rows; of gates: a selection. None: all of
             the gates'.
         task_names: T names, for display; None: the gates', or the tasks.
-        what: How messages call ``ranks``.
+        what: Name of ``ranks`` in messages.
 
     Raises:
         TypeError: If it is something else.
@@ -240,9 +238,7 @@ def as_ranking(
             per_site={key: variant.per_site for key, variant in variants.items()},
         )
     chosen = {key: gates.select(rows) for key, gates in by_size.items()}
-    names = task_names
-    if names is None:
-        names = next(iter(chosen.values())).task_names
+    names = next(iter(chosen.values())).task_names if task_names is None else task_names
     return Ranking(
         first.sites,
         tuple(rows),
@@ -296,17 +292,12 @@ def random_ranking(like: Ranking, seed: int, draw: int) -> Ranking:
         >>> random_ranking(ranking, seed=0, draw=1).scores[None]["layer1"].shape
         torch.Size([1, 3])
     """
-    n = sum(site.n_channels for site in like.sites)
-    rows = []
-    for task in like.tasks:
-        generator = torch.Generator().manual_seed(seed_of("random ranking", seed, draw, task))
-        rows.append(torch.rand(n, generator=generator, dtype=torch.float64, device="cpu"))
-    scores = split_sites(torch.stack(rows), like.sites)
+    scores = random_scores(like.sites, like.tasks, "random ranking", seed, draw)
     return Ranking(like.sites, like.tasks, like.task_names, {None: scores})
 
 
 def kept_share(size: float, sites: Sequence[GateSite], *, per_site: bool) -> float:
-    """Share of the channels that a size really keeps: budgets are whole channels, at least one."""
+    """The exact share of channels that a size keeps: budgets are whole channels, at least one."""
     groups = [[site] for site in sites] if per_site else [list(sites)]
     kept = sum(budget(size, group) for group in groups)
     return kept / n_gates(sites)

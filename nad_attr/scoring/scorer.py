@@ -1,9 +1,8 @@
-"""The protocol of everything that scores channels: what one image gives each channel of a site.
+"""The protocol of everything that scores channels: the score of each channel on one image.
 
-A scorer gives each channel a number per task. A new one says what one image gives each channel
-(:meth:`ChannelScorer.image_scores`), or, where images play no part, what a task gives it
-(:meth:`TaskScorer.task_scores`); which images count for which task, and how much, is the base
-class's work.
+A scorer gives each channel a number per task. A subclass defines the score of each channel on one
+image (:meth:`ChannelScorer.image_scores`), or, without images, for one task
+(:meth:`TaskScorer.task_scores`); the base class weights the images for each task.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from nad_attr.system.rng import seed_of
 
 __all__ = ["Batch", "ChannelScorer", "Scores", "TaskScorer", "Variants", "positions", "tasks_of"]
 
-#: Of each task (rows) and channel: ``{site name: (T, C)}``.
+#: For each task (rows) and channel: ``{site name: (T, C)}``.
 Scores: TypeAlias = "dict[str, Tensor]"
 #: ``{(include_others, signed): scores}``
 Variants: TypeAlias = "dict[tuple[bool, bool], Scores]"
@@ -79,7 +78,7 @@ class Batch:
         tasks: The B tasks that the images are scored for; empty for a scorer whose scores do not
             depend on the task.
         run: Runs the network on any number of inputs: float (B, K), checked, with its graph.
-        prepared: What :meth:`ChannelScorer.prepare` returned.
+        prepared: The result of :meth:`ChannelScorer.prepare`.
         targets: float64 (B, K), the images' regression targets, if they have any.
         fixed_batch: The only number of images that the network takes in a pass; None: any.
     """
@@ -108,13 +107,13 @@ class Batch:
         different, column = self.columns()
         return task_outputs(outputs, different).gather(1, column[:, None])[:, 0]
 
+    def summed(self, outputs: Tensor) -> Tensor:
+        """The sum of :meth:`explained`, whose gradient is that of each image's own."""
+        return self.explained(outputs).sum()
+
 
 def check_differentiable(value: Tensor) -> None:
-    """Refuse outputs that have no gradient.
-
-    Raises:
-        GatingError: Says why there may be none.
-    """
+    """Refuse outputs that have no gradient; says why there may be none."""
     if not value.requires_grad:
         raise GatingError(
             "no gradient leads from the outputs back to the gate sites: the network (or "
@@ -123,7 +122,7 @@ def check_differentiable(value: Tensor) -> None:
 
 
 def _weights(labels: Tensor, tasks: Sequence[Task], include_others: bool) -> Tensor:
-    """How much each image counts for each task: float64 (T, N), rows sum to one."""
+    """The weight of each image for each task: float64 (T, N), rows sum to one."""
     own = own_images(labels, tasks)
     parts = [(own, "own")]
     if include_others:
@@ -145,7 +144,7 @@ def tied(values: Tensor, site: GateSite) -> Tensor:
 
 
 class _Scored:
-    """Images that are loaded when they are scored; a random transform has its own draw for that."""
+    """Images that are loaded when they are scored, with random transforms of their own."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.labels, self.augmented = source, source.labels, source.augmented
@@ -159,13 +158,13 @@ class _Scored:
 
 
 class ChannelScorer(ABC):
-    """Scores the channels of a network for each task; a subclass says what one image gives.
+    """Scores the channels of a network for each task; a subclass defines the score on one image.
 
     The score of a task is the mean of :meth:`image_scores` over its own images, or with
-    ``include_others`` over own and other images in equal parts. Where these numbers have a sign
-    (``has_sign``), ``signed`` says whether it counts: if not, the absolute value of each image's
-    number is averaged, so that channels count which speak for or against the task. Means are taken
-    in float64, so that neither the order of the images nor the batch size matters.
+    ``include_others`` over own and other images in equal parts. If these numbers have a sign
+    (``has_sign``), ``signed`` keeps it; else the absolute value of each image's number is averaged,
+    so that channels for and against the task count. Means are taken in float64, so that neither the
+    order of the images nor the batch size matters.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -194,7 +193,7 @@ class ChannelScorer(ABC):
     has_sign: ClassVar[bool] = False
     #: Whether that sign is kept.
     signed: bool = False
-    #: Whether it changes weights for a while, so that it needs a network of its own.
+    #: Whether it changes weights temporarily, so that it needs a network of its own.
     changes_weights: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, sites: Sequence[GateSite]) -> None:
@@ -206,18 +205,18 @@ class ChannelScorer(ABC):
 
     @abstractmethod
     def image_scores(self, batch: Batch) -> dict[str, Tensor]:
-        """What each image gives each channel: ``{site name: (B, C)}``, images by themselves.
+        """The score of each channel on each image by itself: ``{site name: (B, C)}``.
 
-        Called with gradients enabled and the network's parameters frozen. With the sign, if the
-        scorer has one.
+        Called with gradients enabled and the network's parameters frozen. Signed, if the scorer has
+        a sign.
         """
 
     def prepare(self, runner: Runner, source: Source, batch_size: int) -> Any:
-        """Compute what all batches need, before the first one (``Batch.prepared``)."""
+        """Compute ``Batch.prepared``, which all batches need, before the first one."""
         return None
 
     def images_per_batch(self, batch_size: int) -> int:
-        """How many images to score together so that no pass holds more than ``batch_size``."""
+        """Number of images to score together, so that no pass has more than ``batch_size``."""
         return batch_size
 
     def __call__(
@@ -242,7 +241,7 @@ class ChannelScorer(ABC):
             include_others: Take the mean over own and other images in equal parts, not over own
                 images only.
             run: How to run the network; see :class:`nad_attr.RunOptions`.
-            dtype: Of the result.
+            dtype: Dtype of the result.
 
         Returns:
             ``{site name: (T, C)}`` on the CPU, rows in the order of the tasks.
@@ -251,8 +250,8 @@ class ChannelScorer(ABC):
             GatingError: If a site does not fire, fires twice or has another shape.
             TypeError: If an argument is of a wrong kind.
             ValueError: If the network is in train mode, shapes do not fit, values are not finite,
-                targets or tasks are not a class of the network, or a task has no own (or, where
-                they count, no other) images.
+                targets or tasks are not a class of the network, or a task has no own (or, if they
+                count, no other) images.
         """
         found = self._scored(inputs, targets, tasks, (include_others,), (self.signed,), run, dtype)
         return found[include_others, self.signed]
@@ -271,21 +270,21 @@ class ChannelScorer(ABC):
         """All ways to average this scorer's numbers, from one pass over the images.
 
         Args:
-            inputs: As in calling the scorer, like all that is not named here.
+            inputs: As in calling the scorer, like all arguments not described here.
             targets: See there.
             tasks: See there.
             include_others: Over which images: own (False), own and other (True).
-            signed: Without (False) or with the sign (True); None: both, where there is one.
+            signed: Without (False) or with the sign (True); None: both, if there is a sign.
             run: See there.
             dtype: See there.
 
         Returns:
-            ``{(include_others, signed): {site name: (T, C)}}``; scores that have no sign are
-            under False, scores that no image plays a part in under (False, False) alone.
+            ``{(include_others, signed): {site name: (T, C)}}``; scores without a sign are under
+            False, scores without images under (False, False) alone.
 
         Raises:
             GatingError, TypeError, ValueError: As in calling the scorer; also if a sign is asked
-                of a scorer that has none.
+                for and the scorer has none.
 
         Example:
             >>> from nad_attr.evaluation import GradientXActivationScorer
@@ -323,7 +322,7 @@ class ChannelScorer(ABC):
     ) -> Variants:
         private = self.changes_weights and as_options(run).forward_func is None
         runner = Runner(own_copy(self.model) if private else self.model, run)
-        # A caller's inference mode would leave nothing to differentiate.
+        # The caller's inference mode would prevent gradients.
         with torch.inference_mode(False), torch.enable_grad(), frozen(runner.model):
             source: Source = (
                 TensorSource(inputs, targets)
@@ -353,17 +352,9 @@ class ChannelScorer(ABC):
         weights: Tensor,
         signed: Sequence[bool],
     ) -> dict[str, Tensor]:
-        """Weighted sums of image scores.
+        """Weighted sums of image scores: ``{site name: float64 (V, S, T, C)}`` on the CPU.
 
-        Args:
-            runner: The network.
-            source: N images.
-            tasks: T tasks.
-            weights: float64 (V, T, N), how much each image counts.
-            signed: S times, whether the sign counts.
-
-        Returns:
-            ``{site name: float64 (V, S, T, C)}`` on the CPU.
+        ``weights`` are float64 (V, T, N); ``signed`` says S times whether the sign counts.
         """
         shape = (len(weights), len(signed), len(tasks))
         totals = {
@@ -378,10 +369,8 @@ class ChannelScorer(ABC):
                 order = image.argsort(stable=True)
                 row, image = row[order], image[order]
         else:
-            row, image = (
-                torch.empty(0, dtype=torch.long, device="cpu"),
-                counts.any(0).nonzero()[:, 0],
-            )
+            row = torch.empty(0, dtype=torch.long, device="cpu")
+            image = counts.any(0).nonzero()[:, 0]
 
         def as_batch(inputs: Inputs, rows: Tensor, chosen: Sequence[int]) -> Batch:
             return Batch(
@@ -413,7 +402,7 @@ class ChannelScorer(ABC):
                 places = {number: place for place, number in enumerate(drawn)}
                 inputs = tuple(x[[places[number] for number in chosen]] for x in inputs)
             for name, scores in self.image_scores(as_batch(inputs, here, chosen)).items():
-                # What the channels of a group do together, with their signs, is the group's.
+                # The score of a group is the signed sum over its channels.
                 values = tied(scores.detach().cpu().double(), sites[name])
                 for s, sign in enumerate(signed):
                     kept = values if sign or not self.has_sign else values.abs()
@@ -444,7 +433,7 @@ class ChannelScorer(ABC):
 
         Args:
             batch: The images.
-            objective: Of the outputs (B, K), a number that is a sum over images.
+            objective: A sum over images, of the outputs (B, K).
             reduce: Makes float64 (B, C) of a site, its activations and its gradients, each float64
                 (B, C, P) with P positions.
 
@@ -463,8 +452,8 @@ class ChannelScorer(ABC):
                     f"gate site {site.name!r} has {len(tensor)} rows for {len(batch.labels)} "
                     "images; axis 0 must be the images."
                 )
-            # A copy, which no in-place ReLU can overwrite. The shift by zero is where the gradient
-            # is read; one number is stored for all of it.
+            # A copy, which no in-place ReLU can overwrite. The gradient is read at the shift by
+            # zero, for which one number is stored.
             activations[site.name] = tensor.detach().clone()
             shifts[site.name] = tensor.new_zeros(()).expand(tensor.shape).requires_grad_()
             return tensor + shifts[site.name]
@@ -472,14 +461,14 @@ class ChannelScorer(ABC):
         with installed(batch.model, self.sites, function):
             value = objective(batch.outputs())
             check_differentiable(value)
-            # Inside, because the backward pass runs checkpointed blocks again.
+            # Inside, because the backward pass may run checkpointed blocks again.
             gradients = torch.autograd.grad(
                 value,
                 [shifts[site.name] for site in self.sites],
                 allow_unused=True,
                 materialize_grads=True,
             )
-        # Site by site: in float64, all of them together would be the largest thing in memory.
+        # Site by site: in float64, all of them together would need most of the memory.
         return {
             site.name: reduce(site, positions(activations.pop(site.name), site), positions(g, site))
             for site, g in zip(self.sites, gradients, strict=True)
@@ -491,9 +480,9 @@ class ChannelScorer(ABC):
 
 
 class TaskScorer(ChannelScorer):
-    """A scorer that uses no images; a subclass says what a task gives each channel.
+    """A scorer that uses no images; a subclass defines the score of a channel for a task.
 
-    Images and their labels are checked like any other scorer's, and say which tasks there are.
+    Images and their labels are checked as by any other scorer, and define the tasks.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -511,10 +500,10 @@ class TaskScorer(ChannelScorer):
 
     @abstractmethod
     def task_scores(self, runner: Runner, source: Source, tasks: Sequence[Task]) -> Scores:
-        """What each task gives each channel: ``{site name: float64 (T, C)}`` on the CPU."""
+        """The score of each channel for each task: ``{site name: float64 (T, C)}`` on the CPU."""
 
     def image_scores(self, batch: Batch) -> Scores:
-        """Never asked for: images play no part."""
+        """Not used: there are no images."""
         raise NotImplementedError(f"{type(self).__name__} scores no images.")
 
     def variants(

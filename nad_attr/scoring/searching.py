@@ -1,7 +1,7 @@
 """Masks searched for each task by running gated images: rivals that learn masks, too.
 
-All take ``passes``, the images that are run with gates on for each task, so that methods can be
-given the same number.
+All take ``passes``, the number of images that are run with gates for each task, so that all methods
+can have the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nad_attr._checks import check_count
 from nad_attr.data.labels import Task
-from nad_attr.data.sources import Inputs, Source
+from nad_attr.data.sources import Source
 from nad_attr.gates.channels import budget, n_channels, split_sites
 from nad_attr.gating.hooks import gated
 from nad_attr.running.forward import Runner, chunks
@@ -40,9 +40,9 @@ __all__ = [
 
 #: Hard-concrete gates: temperature, and the ends of the stretched interval (Louizos et al. 2018).
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
-#: Expected size, at most: all open for certain would have no gradient.
+#: Largest expected size, since a mask that is certainly open has no gradient.
 MAX_EXPECTED_SIZE = 0.99
-#: Share of the steps in which the wanted size falls from 1 to what was asked for.
+#: Share of the steps in which the wanted size falls from 1 to the final one.
 FALLING_SHARE = 0.5
 
 
@@ -50,7 +50,7 @@ FALLING_SHARE = 0.5
 
 
 def hard_concrete(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """Gates in [0, 1] of uniform numbers in (0, 1); both ends have a probability of their own.
+    """Gates in [0, 1] of uniform numbers in (0, 1); both ends have a positive probability.
 
     ``clamp(s (1.1 + 0.1) - 0.1, 0, 1)`` with ``s = sigmoid((logit(u) + log_alpha) / (2/3))``.
 
@@ -76,7 +76,7 @@ def open_probability(log_alpha: Tensor) -> Tensor:
 
 
 def expected_gate(log_alpha: Tensor) -> Tensor:
-    """The gate of a finished mask: ``clamp(1.2 sigmoid(log_alpha) - 0.1, 0, 1)`` (equation 13).
+    """The gate of a final mask: ``clamp(1.2 sigmoid(log_alpha) - 0.1, 0, 1)`` (equation 13).
 
     Example:
         >>> expected_gate(torch.tensor([-9.0, 0.0, 9.0]))
@@ -119,16 +119,16 @@ def window_gradient(gates: Tensor, gradients: Tensor) -> Tensor:
 def component_effects(
     closed: Tensor, change: Tensor, *, ridge: float = 0.0, intercept: bool = True
 ) -> Tensor:
-    """What closing each channel changes, by linear regression on random ablations.
+    """The effect of closing each channel, by linear regression on random ablations.
 
     Args:
         closed: (M, n), 1 where a channel was closed.
         change: (M,) or (M, k), of the output.
         ridge: Penalty of the squared effects.
-        intercept: With a constant, as in the paper. Without, closing nothing changes nothing.
+        intercept: With a constant, as in the paper. Without, closing nothing has no effect.
 
     Returns:
-        float64 (n,) or (n, k); the shortest solution where there are several.
+        float64 (n,) or (n, k); the shortest of several solutions.
 
     Source: Shah, Ilyas, Madry, "Decomposing and Editing Predictions by Modeling Model
     Computation", ICML 2024 (COAR).
@@ -150,12 +150,12 @@ def component_effects(
 
 
 class Search:
-    """One task, and the images that count for it.
+    """One task, and the images that are used for it.
 
     Attributes:
         task: The task.
         generator: All random numbers of this search.
-        variance: Of the task output over these images, each kind with the same weight.
+        variance: Variance of the task output over these images, each kind with the same weight.
     """
 
     def __init__(
@@ -171,26 +171,22 @@ class Search:
     ) -> None:
         self.task, self._scorer, self._runner, self._source = task, scorer, runner, source
         self._pools, self._clean, self._means, self._width = pools, clean, means, width
-        self.generator = torch.Generator().manual_seed(
-            seed_of(
-                type(scorer).__name__,
-                scorer.seed,
-                task[0] if isinstance(task, tuple) and len(task) == 1 else task,
-            )
-        )
+        key = task[0] if isinstance(task, tuple) and len(task) == 1 else task
+        seed = seed_of(type(scorer).__name__, scorer.seed, key)
+        self.generator = torch.Generator().manual_seed(seed)
         self._waiting = [torch.empty(0, dtype=torch.long, device="cpu") for _ in pools]
         centre = torch.stack([clean[pool].mean() for pool in pools]).mean()
         spread = torch.stack([(clean[pool] - centre).square().mean() for pool in pools]).mean()
         self.variance = float(spread) if spread > 1e-12 else 1.0
 
     def uniform(self, rows: int) -> Tensor:
-        """Numbers in (0, 1), one for each of so many images and each channel: float64."""
+        """Numbers in (0, 1), one for each image and channel: float64."""
         shape = rows, n_channels(self._scorer.sites)
         drawn = torch.rand(*shape, generator=self.generator, dtype=torch.float64, device="cpu")
         return drawn.clamp(1e-6, 1 - 1e-6)
 
     def draw(self, n: int) -> Tensor:
-        """The numbers of the next n images, of each kind in turn, each kind shuffled anew."""
+        """The numbers of the next n images, of each kind in turn; each kind is shuffled."""
         chosen = []
         for i, pool in enumerate(self._pools):
             wanted = n // len(self._pools) + (i < n % len(self._pools))
@@ -208,9 +204,9 @@ class Search:
         return torch.cat(found) - self._clean[numbers]
 
     def gradient(self, numbers: Tensor, gates: Tensor, *, of_error: bool) -> Tensor:
-        """By each image's gates, float64 (B, n).
+        """Gradient by each image's gates, float64 (B, n).
 
-        Of the task output, or of the image's squared error of it in units of its variance.
+        It is that of the task output, or of the image's squared error over the variance.
         """
         found = []
         for now, leaf, some in self._passes(numbers, gates):
@@ -228,7 +224,7 @@ class Search:
         drawn = self._runner.draw(self._source, [numbers[cut].tolist() for cut in cuts])
         model, sites = self._runner.model, self._scorer.sites
         for cut, inputs in zip(cuts, drawn, strict=True):
-            # Single precision where the network's inputs have it, so that no gate is rounded.
+            # At least single precision, so that no gate is rounded.
             dtype = next((x.dtype for x in inputs if x.is_floating_point()), torch.float32)
             dtype = torch.promote_types(dtype, torch.float32)
             leaf = gates[cut].to(self._runner.device, dtype).requires_grad_(torch.is_grad_enabled())
@@ -239,16 +235,16 @@ class Search:
 
 
 class SearchScorer(MeansScorer):
-    """Searches a mask for each task; a subclass says how.
+    """Searches a mask for each task; a subclass defines how.
 
-    Closed channels are at their means. Which images count is as for every scorer: own images, or
-    with ``include_others`` own and other images in equal parts. They are drawn in an order that
-    depends on the seed and the task, each kind without repetition before all have been drawn.
+    Closed channels are at their means. Images count as for every scorer: own images, or with
+    ``include_others`` own and other images in equal parts. They are drawn in an order that depends
+    on the seed and the task, each kind without repetition before all have been drawn.
 
     Args:
         model: The network.
         sites: Gate sites of that network, in forward order.
-        passes: Images that are run with gates on, for each task.
+        passes: Images that are run with gates, for each task.
         images_per_step: Of these, together.
         means: As for :class:`~nad_attr.evaluation.CentredEffectScorer`.
         seed: Another draw for each seed.
@@ -275,11 +271,11 @@ class SearchScorer(MeansScorer):
 
     @property
     def n_steps(self) -> int:
-        """How many steps the passes allow."""
+        """Number of steps that the passes allow."""
         return self.passes // self.images_per_step
 
     def image_scores(self, batch: object) -> dict[str, Tensor]:
-        """Never asked for: a mask is searched with all images together."""
+        """Not used: a mask is searched with all images together."""
         raise NotImplementedError(f"{type(self).__name__} scores no single images.")
 
     def _totals(
@@ -297,39 +293,21 @@ class SearchScorer(MeansScorer):
         numbers = [counting[cut[0] : cut[-1] + 1].tolist() for cut in chunks(len(counting), width)]
         drawn = runner.draw(source, numbers, f"scoring with {type(self).__name__}")
         for chosen, inputs in zip(numbers, drawn, strict=True):
-            clean[:, chosen] = self._clean(runner, source, tasks, inputs)
-        found = torch.stack(
-            [
-                torch.stack(
-                    [
-                        self.search(
-                            Search(
-                                self, runner, source, task, pools_of(row), clean[t], means, width
-                            )
-                        )
-                        for t, (task, row) in enumerate(zip(tasks, weight, strict=True))
-                    ]
-                )
-                for weight in weights
-            ]
-        )
-        shown = [found if sign or not self.has_sign else found.abs() for sign in signed]
+            with torch.no_grad():
+                outputs = self._outputs(runner, source.labels, tasks, inputs)
+            clean[:, chosen] = task_outputs(outputs, tasks).T.cpu().double()
+        found = []
+        for weight in weights:
+            scores = []
+            for t, (task, row) in enumerate(zip(tasks, weight, strict=True)):
+                # Images of the same weight are of one kind.
+                pools = [(row == w).nonzero()[:, 0] for w in row[row > 0].unique().flip(0)]
+                search = Search(self, runner, source, task, pools, clean[t], means, width)
+                scores.append(self.search(search))
+            found.append(torch.stack(scores))
+        every = torch.stack(found)
+        shown = [every if sign or not self.has_sign else every.abs() for sign in signed]
         return split_sites(torch.stack(shown, dim=1), self.sites)
-
-    def _clean(
-        self, runner: Runner, source: Source, tasks: Sequence[Task], inputs: Inputs
-    ) -> Tensor:
-        with torch.no_grad():
-            outputs = self._outputs(runner, source.labels, tasks, inputs)
-        return task_outputs(outputs, tasks).T.cpu().double()
-
-
-def pools_of(weights: Tensor) -> list[Tensor]:
-    """Images of each kind: those of the same weight, (N,) to lists of numbers.
-
-    Own and other images of equal number have one weight and are one kind: it is all the same.
-    """
-    return [(weights == w).nonzero()[:, 0] for w in weights[weights > 0].unique().flip(0)]
 
 
 # -- Masks learned by gradients ----------------------------------------------------------------
@@ -338,12 +316,12 @@ def pools_of(weights: Tensor) -> list[Tensor]:
 class _Sparse(SearchScorer):
     """Learns a number for each channel by Adam, at a wanted expected size.
 
-    The price of a channel is the one that keeps the expected size as it is: a Lagrange multiplier,
-    solved for in each step. What Adam's steps change of the size nevertheless is put right by
-    adding the same to all numbers. The wanted size falls from 1 in the first half of the steps.
+    The price of a channel is the one that keeps the expected size: a Lagrange multiplier, solved
+    for in each step. Remaining changes of the size by Adam's steps are corrected by adding the same
+    value to all numbers. The wanted size falls from 1 in the first half of the steps.
     """
 
-    #: Where the channels' numbers start: open with a high probability.
+    #: Initial value of the channels' numbers: open with a high probability.
     start: float
 
     def __init__(
@@ -392,7 +370,7 @@ class _Sparse(SearchScorer):
         return numbers.detach()
 
     def _shift(self, numbers: Tensor, wanted: float) -> float:
-        """What to add to all numbers for an expected size: by bisection."""
+        """The value to add to all numbers for an expected size, by bisection."""
         low, high = -60.0, 60.0
         for _ in range(60):
             middle = (low + high) / 2
@@ -408,18 +386,18 @@ class HardConcreteScorer(_Sparse):
 
     Each image gets gates drawn from the hard-concrete distribution (:func:`hard_concrete`); Adam
     moves their ``log_alpha`` down the squared error of the task output, in units of its variance,
-    at the price of L0 (:func:`open_probability`) with which the expected size is the one asked for.
-    The scores are ``log_alpha``; cut them at ``size``.
+    plus a price of L0 (:func:`open_probability`) that keeps the expected size as asked for. The
+    scores are ``log_alpha``; cut them at ``size``.
 
     Args:
         model: The network.
         sites: Gate sites of that network, in forward order.
         size: Share of the channels that the mask is learned for, in (0, 1].
         learning_rate: Of Adam.
-        passes: Images that are run with gates on, for each task: one forward and one backward pass.
+        passes: Images that are run with gates, for each task: one forward and one backward pass.
         images_per_step: Of these, together.
-        means: What stands in place of closed channels, ``{site name: (C,)}``. None: the means
-            over all images that the scorer is called with.
+        means: The values of closed channels, ``{site name: (C,)}``. None: the means over all images
+            that the scorer is called with.
         seed: Another draw for each seed.
 
     Raises:
@@ -445,7 +423,7 @@ class HardConcreteScorer(_Sparse):
         return open_probability(numbers)
 
     def error_gradient(self, task: Search, numbers: Tensor, images: Tensor) -> Tensor:
-        """Through the gates' formula."""
+        """Gradient through the gates' formula."""
         leaf = numbers.clone().requires_grad_()
         gates = hard_concrete(leaf, task.uniform(len(images)))
         by_gates = task.gradient(images, gates.detach(), of_error=True) / len(images)
@@ -457,22 +435,19 @@ class UGSScorer(_Sparse):
     """Uniform gradient sampling: the probabilities with which channels are open in a good mask.
 
     Each image gets gates that are 0, 1 or uniform between (:func:`uniform_gates`). The derivative
-    of the expected loss by a channel's probability is the mean of the loss's derivative by its
-    gate where that is uniform (:func:`window_gradient`). The loss is the squared error of the task
-    output in units of its variance, plus the price for each channel with which the expected size is
-    the one asked for (the paper learns one mask for each of several prices). The scores
-    are the probabilities' logits; cut them at ``size``.
+    of the expected loss by a channel's probability is the mean of the loss's derivative by its gate
+    over uniform gates (:func:`window_gradient`). The loss is the squared error of the task output
+    in units of its variance, plus a price for each channel that keeps the expected size as asked
+    for (the paper learns one mask for each of several prices). The scores are the probabilities'
+    logits; cut them at ``size``.
 
     Args:
         model: The network.
         sites: Gate sites of that network, in forward order.
-        size: See :class:`HardConcreteScorer`, as all that follows.
-        learning_rate: See there.
-        passes: See there.
-        images_per_step: See there.
-        means: See there. The paper learns constants along with the mask; give the finished
-            sub-architecture its own with :func:`nad_attr.fit_constants`.
-        seed: See there.
+        size: See :class:`HardConcreteScorer`, as ``learning_rate``, ``passes``,
+            ``images_per_step`` and ``seed``.
+        means: See there. The paper learns constants with the mask; give the final sub-architecture
+            its own with :func:`nad_attr.fit_constants`.
 
     Raises:
         TypeError, ValueError: See there.
@@ -495,7 +470,7 @@ class UGSScorer(_Sparse):
         return numbers.sigmoid()
 
     def error_gradient(self, task: Search, numbers: Tensor, images: Tensor) -> Tensor:
-        """The estimate, by the logits."""
+        """The estimate, as a gradient of the logits."""
         probability = numbers.sigmoid()
         gates = uniform_gates(probability, task.uniform(len(images)))
         by_gates = task.gradient(images, gates, of_error=True)
@@ -506,11 +481,11 @@ class UGSScorer(_Sparse):
 
 
 class COARScorer(SearchScorer):
-    """Component attribution by regression: a linear model of what random ablations change.
+    """Component attribution by regression: a linear model of the effects of random ablations.
 
     Each image is run with a random share of all channels closed; the change of the task output is
-    regressed on which were closed, through zero, because closing none changes nothing. The score
-    is the output that a channel brings; unsigned, its absolute value. No gradients are needed.
+    regressed on the closed channels, through zero, because closing none has no effect. The score is
+    the output that a channel adds; unsigned, its absolute value. No gradients are needed.
 
     Args:
         model: The network.
@@ -537,8 +512,8 @@ class COARScorer(SearchScorer):
 
     Source:
         Shah, Ilyas, Madry, "Decomposing and Editing Predictions by Modeling Model Computation",
-        ICML 2024, arXiv 2404.11534. There each image has a regression of its own; here the images
-        of a task share one, which is its mean where all images see all ablations.
+        ICML 2024, arXiv 2404.11534. There each image has its own regression; here the images of a
+        task share one, which is the mean of theirs if all images see all ablations.
     """
 
     has_sign = True
@@ -585,18 +560,18 @@ class COARScorer(SearchScorer):
 class IterativeScorer(SearchScorer):
     """Closes a few channels, scores the others again, until the size is reached.
 
-    In each round the images' task outputs are differentiated by the gates of the network as it is
-    by now, and the open channels with the least ``E |dz_k/dg|`` are closed for good: what closing
-    changes to first order, as in :class:`~nad_attr.evaluation.CentredEffectScorer`, which is the
-    first round alone. The number of open channels falls geometrically. Later closed channels score
-    higher, so that one run serves all sizes from ``size`` on.
+    In each round the images' task outputs are differentiated by the gates of the present network,
+    and the open channels with the least ``E |dz_k/dg|`` are closed: the first-order effect of
+    closing, as in :class:`~nad_attr.evaluation.CentredEffectScorer`, which is only the first round.
+    The number of open channels falls geometrically. Channels that are closed later score higher, so
+    that one run serves all sizes from ``size`` on.
 
     Args:
         model: The network.
         sites: Gate sites of that network, in forward order.
         size: Share of the channels that stay open to the end, in (0, 1].
         rounds: Rounds of scoring. None: as many as there are steps of ``images_per_step``.
-        passes: Images that are run with gates on, for each task: one forward and one backward pass.
+        passes: Images that are run with gates, for each task: one forward and one backward pass.
         images_per_step: Of these, together.
         means: See :class:`HardConcreteScorer`.
         seed: Another draw for each seed.

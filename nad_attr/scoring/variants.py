@@ -19,10 +19,10 @@ __all__ = ["Variant"]
 
 @dataclass(frozen=True, eq=False)
 class Variant(Result):
-    """One way to make sub-architectures of a scorer's numbers, and how good they are.
+    """One way to make sub-architectures of a scorer's numbers, and their quality.
 
     Attributes:
-        include_others: Whether scores are means over own and other images, not over own alone.
+        include_others: Whether scores are means over own and other images, not over own ones only.
         signed: Whether the sign of each image's score counts.
         per_site: Whether the same share is kept at each site, not the highest of all together.
         size: Share of the channels that is kept.
@@ -30,7 +30,7 @@ class Variant(Result):
         scores: ``{site name: (T, C)}``.
         sites: The gate sites.
         tasks: The T tasks.
-        tried: ``{(include_others, signed, per_site): own AUC}`` of all that were compared.
+        tried: ``{(include_others, signed, per_site): own AUC}`` of all compared variants.
     """
 
     include_others: bool
@@ -58,7 +58,7 @@ class Variant(Result):
 
         Args:
             size: None: the size that the variant was chosen at.
-            means: What replaces a closed channel; None: zero.
+            means: The values of closed channels; None: zero.
         """
         return top_k(
             self.scores,

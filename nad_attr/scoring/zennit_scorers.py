@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,24 +19,24 @@ from nad_attr.sites.site import GateSite, unwrap
 
 __all__ = ["LRPScorer", "RelPScorer"]
 
-#: How far canonizers may move an output, as a share of the outputs' spread.
+#: Largest change of an output by canonizers, as a share of the outputs' spread.
 _TOLERANCE = 1e-3
-#: What the named composites let pass as if it were an activation, or do not know.
+#: Modules that the named composites treat as an activation, or do not know.
 _WITHOUT_RULES = (nn.MultiheadAttention, nn.LayerNorm, nn.GroupNorm)
 
 
 class LRPScorer(ChannelScorer):
     """E over images of a channel's LRP relevance for the task output, summed over positions.
 
-    The task output z_k starts the relevance, which Zennit's rules pass on to the sites; with
+    The relevance starts as the task output z_k, and Zennit's rules pass it on to the sites; with
     conserving rules and no biases the relevance of a site sums to z_k. Costs a forward pass and
     about two (epsilon) to four (gamma, alpha-beta) backward passes for each image and task.
 
     For networks of convolutions, linear layers, BatchNorms, poolings and activations: Zennit's own
-    composites have no rules for attention and LayerNorm, and would pass the plain gradient through
-    them. Sums of a functional residual connection pass the full relevance to both sides; give
-    Zennit's canonizers for them (``zennit.torchvision.ResNetCanonizer``) where they matter. The
-    weights that canonizers merge are put back after each batch.
+    composites have no rules for attention and LayerNorm, and would pass the plain gradient. Sums of
+    a functional residual connection pass the full relevance to both sides; give Zennit's canonizers
+    for them (``zennit.torchvision.ResNetCanonizer``) if they matter. Weights that canonizers merge
+    are restored after each batch.
 
     Args:
         model: The network.
@@ -55,8 +54,8 @@ class LRPScorer(ChannelScorer):
         ValueError: If there is no composite of that name, it needs arguments, or it has no rule
             for a module of the network.
 
-    Called, it also raises :class:`~nad_attr.GatingError` if canonizers change what the network
-    computes, as when modules are not listed in the order in which they run.
+    A call also raises :class:`~nad_attr.GatingError` if canonizers change the network's outputs, as
+    when modules are not listed in the order in which they run.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU()).eval()
@@ -93,12 +92,12 @@ class LRPScorer(ChannelScorer):
             )
 
     def prepare(self, runner: Runner, source: Source, batch_size: int) -> Any:
-        """Check on one image that canonizers leave the network's outputs as they are."""
+        """Check on one image that canonizers do not change the network's outputs."""
         for inputs in runner.draw(source, [[0]]):
             with torch.no_grad(), untouched(runner.model):
                 before = runner(inputs)
                 try:
-                    with self._registered(runner.model):
+                    with self.composite.context(runner.model):
                         after = runner(inputs)
                 except torch.cuda.OutOfMemoryError:
                     raise
@@ -138,11 +137,11 @@ class LRPScorer(ChannelScorer):
             return tensor + shifts[site.name]
 
         check_weights(batch.model)
-        # The sites' hooks come first, so that they stand outside the rules' at a module's input.
+        # The sites' hooks come first, so that at a module's input they are outside the rules'.
         with (
             untouched(batch.model),
             installed(batch.model, self.sites, function),
-            self._registered(batch.model),
+            self.composite.context(batch.model),
         ):
             explained = batch.explained(batch.outputs())
             check_differentiable(explained)
@@ -159,10 +158,6 @@ class LRPScorer(ChannelScorer):
             except RuntimeError as error:
                 raise GatingError(f"the composite's rules fail on this network: {error}") from error
         return found, activations
-
-    def _registered(self, model: nn.Module) -> AbstractContextManager[Any]:
-        context: AbstractContextManager[Any] = self.composite.context(model)
-        return context
 
 
 class RelPScorer(LRPScorer, MeansScorer):
@@ -199,7 +194,7 @@ class RelPScorer(LRPScorer, MeansScorer):
         ValueError: If gamma is negative, means and sites do not fit, or there is no rule for a
             module of the network.
 
-    Called, it also raises :class:`~nad_attr.GatingError` as :class:`LRPScorer` does.
+    A call also raises :class:`~nad_attr.GatingError` as :class:`LRPScorer` does.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2, bias=False)).eval()
@@ -288,17 +283,8 @@ def _coefficients(gamma: float, canonizers: Sequence[Any] | None) -> Any:
         def backward(self, module: Any, grad_input: Any, grad_output: Any) -> Any:
             return (grad_output[0] * self.stored_tensors["ratio"],)
 
-    smooth = (
-        nn.GELU,
-        nn.SiLU,
-        nn.Hardswish,
-        nn.ELU,
-        nn.SELU,
-        nn.CELU,
-        nn.Mish,
-        nn.Tanh,
-        nn.Softplus,
-    )
+    smooth: tuple[type[nn.Module], ...] = (nn.GELU, nn.SiLU, nn.Hardswish, nn.ELU, nn.SELU)
+    smooth += (nn.CELU, nn.Mish, nn.Tanh, nn.Softplus)
     layers: list[Any] = [(smooth, Secant())]
     if gamma:
         layers.append(((Convolution, Linear), Gamma()))
@@ -327,10 +313,8 @@ def _composite(composite: Any, canonizers: Sequence[Any] | None) -> Any:
 def check_weights(model: nn.Module) -> None:
     """Refuse weight and spectral normalisation: relevance rules read and change plain weights.
 
-    Behind a parametrization they change nothing, and relevance comes out several times too large.
-
-    Raises:
-        GatingError: Names the layer and how to fold it.
+    Behind a parametrization they would change nothing, and relevance would be several times too
+    large.
     """
     for name, module in model.named_modules():
         how = ""
@@ -352,17 +336,10 @@ def check_weights(model: nn.Module) -> None:
 def composite_named(
     name: Any, canonizers: Sequence[Any] | None, remedy: str, **arguments: Any
 ) -> Any:
-    """One of Zennit's composites by its name.
+    """One of Zennit's composites by its name, a key of ``zennit.composites.COMPOSITES``.
 
-    Args:
-        name: A key of ``zennit.composites.COMPOSITES``.
-        canonizers: Zennit's canonizers. None: ``SequentialMergeBatchNorm``.
-        remedy: What to do where the arguments do not go with the composite.
-        **arguments: What the composite needs or allows.
-
-    Raises:
-        TypeError: If the name is not a string.
-        ValueError: If there is no such composite, or its arguments are others.
+    ``canonizers`` None is ``SequentialMergeBatchNorm``; ``remedy`` ends the message about arguments
+    that do not fit the composite.
     """
     from zennit.canonizers import SequentialMergeBatchNorm
     from zennit.composites import COMPOSITES

@@ -1,7 +1,4 @@
-"""Gate sites: where in a network a gate closes a channel for good.
-
-They are found by the flow of data through one forward pass, or named by the user.
-"""
+"""Gate sites: the places in a network where a gate can close a channel completely."""
 
 from __future__ import annotations
 

@@ -10,12 +10,7 @@ __all__ = ["Fields", "call_with"]
 
 
 class Fields(NamedTuple):
-    """The names of inputs that come as a dictionary.
-
-    Attributes:
-        names: One for each input.
-        row: Whether the label lay among them, as in the rows of a table.
-    """
+    """The names of inputs that come as a dictionary; ``row``: the label was among them."""
 
     names: tuple[str, ...]
     row: bool = False
@@ -25,11 +20,7 @@ def call_with(function: Callable[..., Any], fields: Fields | None) -> Callable[.
     """A function of the inputs' tensors that passes them on as the given function takes them.
 
     By keyword, where it has parameters of these names; else as one dictionary, where it has one
-    parameter (the only field of a row as it is); else in order.
-
-    Args:
-        function: A module or a function.
-        fields: The names of the inputs; None: they have none and go in order.
+    parameter (the only field of a row as it is); else in order. Without ``fields``: in order.
 
     Example:
         >>> fields = Fields(("ids", "mask"))
@@ -45,18 +36,14 @@ def call_with(function: Callable[..., Any], fields: Fields | None) -> Callable[.
     names, row = fields
     n = len(names)
     try:
-        parameters = list(
-            inspect.signature(getattr(function, "forward", function)).parameters.values()
-        )
+        signature = inspect.signature(getattr(function, "forward", function))
+        parameters = [*signature.parameters.values()]
     except (TypeError, ValueError):
         parameters = []
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in positional if p.default is p.empty]
     known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    needed = [
-        p
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
     # A wrapper such as DataParallel says only *inputs, **kwargs: keywords go through.
     if set(names) <= known or (takes_any and not needed):
 

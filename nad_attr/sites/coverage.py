@@ -23,19 +23,16 @@ def poor_coverage(
     """A warning about gate sites that leave out much of a network; None: they cover it.
 
     Args:
-        gaps: For each stretch without a site: the site before and after it ("" is the input, or
-            the output), how many operators that form new channels are in it, modules inside that
-            a gate could stand at, and modules that make most of it and are called several times
-            in one pass, with how often.
+        gaps: For each stretch without a site: the site before and after it ("": input, output), the
+            number of operators in it that form new channels, modules inside that could have a gate,
+            and modules that make most of it, with how often a pass calls them.
         n_operators: Such operators in the whole network.
-        not_called: Modules with weights that this pass did not call, where another image may take
-            another path.
+        not_called: Modules with weights that this pass did not call.
     """
     parts = []
     for before, after, n, inside, repeated in gaps:
-        where = f"{repr(before) if before else 'the input'} and " + (
-            f"{after!r}" if after else "the output"
-        )
+        where = f"{repr(before) if before else 'the input'} and "
+        where += repr(after) if after else "the output"
         text = f"no site covers the {n} of {n_operators} layers between {where}"
         if inside and not repeated:
             few = [inside[i * len(inside) // 6] for i in range(6)] if len(inside) > 6 else inside

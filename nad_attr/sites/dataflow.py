@@ -1,4 +1,4 @@
-"""What matters of a trace: the nodes between input and output, and the calls of modules at them."""
+"""Traces reduced to the nodes between input and output, and the calls of modules there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOAT = "give the float network that it was made from"
 
 
 class Flow:
-    """What matters of a trace: the nodes between input and output, and the calls at them."""
+    """The nodes of a trace between input and output, and the calls of modules at them."""
 
     def __init__(self, model: nn.Module, traced: Trace) -> None:
         self.nodes = traced.nodes
@@ -32,8 +32,8 @@ class Flow:
         for call in traced.calls:
             self.calls.setdefault(call.name, []).append(call)
         whole = next((c.name for c in traced.calls if c.kind == INT8), None)
-        #: Why some layers have no place for a gate; "": none is of that kind.
-        self.int8 = "" if whole is None else (f"layer {whole!r} returns {INT8}; {FLOAT}")
+        #: Why some layers cannot have a gate; "": no layer is of that kind.
+        self.int8 = "" if whole is None else f"layer {whole!r} returns {INT8}; {FLOAT}"
         self.sources = set(traced.sources)
         self.sinks = set(traced.sinks)
         reach = set(self.sources)
@@ -49,14 +49,14 @@ class Flow:
         self.on_path = set(self.path)
 
     def cut_points(self) -> list[int]:
-        """Nodes that every path from the inputs to the output passes: no edge jumps over them."""
+        """Nodes on every path from the inputs to the output: no edge jumps over them."""
         position = {index: p for p, index in enumerate(self.path)}
         end = len(self.path)
         edges = [(-1, position[s]) for s in self.sources & self.on_path]
         edges += [(position[s], end) for s in self.sinks & self.on_path]
         for index in self.path:
             edges += [(position[i], position[index]) for i in self.inputs_of(index)]
-        # Over how many positions' left border is there an edge that does not end there?
+        # Count the edges over each position that do not end there.
         change = [0] * (end + 2)
         for start, stop in edges:
             if stop - start > 1:
@@ -82,11 +82,11 @@ class Flow:
         return reached - {start}
 
     def carries(self, start: int, stop: int) -> bool:
-        """Whether the channels at ``stop`` are still those at ``start``.
+        """Whether ``stop`` has the channels of ``start`` (-1: input; len(nodes): output).
 
-        A tensor carries them if all it was made of carries them, by operators that form no new
-        channels; a product if one factor does, since zeros stay zeros: squeeze-and-excitation
-        rescales channels and forms none. ``start`` -1 is the input, ``stop`` len(nodes) the output.
+        A tensor keeps them if all tensors it was made of have them and the operator forms no new
+        channels. For a product one factor is enough, since zeros stay zeros: squeeze-and-excitation
+        rescales channels.
         """
         carrying = {start}
         for index in self.between(start, stop):
@@ -110,29 +110,23 @@ class Flow:
 
     def gateable(self) -> Iterator[Call]:
         """Calls whose outputs could have a gate."""
-        for name, calls in self.calls.items():
-            if not name or len(calls) != 1:
-                continue
-            call = calls[0]
-            if (
-                call.output in self.on_path
-                and call.output not in call.inputs
-                and call.floating
-                and call.shape is not None
-                and len(call.shape) > 1
-                and call.shape[0] == self.batch_size
-            ):
-                yield call
+        for call in (calls[0] for name, calls in self.calls.items() if name and len(calls) == 1):
+            shape = call.shape or ()
+            if call.floating and len(shape) > 1 and shape[0] == self.batch_size:
+                if call.output in self.on_path and call.output not in call.inputs:
+                    yield call
+
+    def formed(self) -> list[tuple[Call, set[int]]]:
+        """Every call inside the model, with the nodes in it that form new channels."""
+        named = (calls for name, calls in self.calls.items() if name)
+        return [(call, self.mixing(self.inside(call))) for calls in named for call in calls]
 
 
 def channel_axis(shape: tuple[int, ...], axes: frozenset[int]) -> int | None:
     """The axis of the channels as in GateSite.channel_dim, None if unknown."""
     if len(shape) == 2:
         return 1
-    if len(axes) != 1:
-        return None
-    (axis,) = axes
-    return canonical_axis(shape, axis) if axis else None
+    return canonical_axis(shape, next(iter(axes))) if len(axes) == 1 and axes != {0} else None
 
 
 def canonical_axis(shape: tuple[int, ...], axis: int) -> int:

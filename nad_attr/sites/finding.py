@@ -1,19 +1,19 @@
-"""Gate sites: the modules of a network at which a gate closes a channel for good.
+"""Gate sites: the modules of a network at which a gate closes a channel completely.
 
 :func:`find_gate_sites` finds them by the flow of data through one forward pass. A site is a *cut
-point*: a tensor through which everything that the output learns about the input must pass. Where a
-network has none for a stretch, because its cells read two predecessors, the cells are the sites.
+point*: a tensor through which all data flow from the input to the output passes. Where a network
+has none for a stretch, because its cells read two predecessors, the cells are the sites.
 
-Between two cut points without an operator that forms new channels (an activation, a normalization,
-a pooling or a depthwise convolution does not) the channels are the same, so there is one site for
-them, as late as it can be: a channel closed before a BatchNorm comes back as a constant, one closed
-after it does not.
+If no operator between two cut points forms new channels (an activation, a normalization, a pooling
+and a depthwise convolution do not), their channels are the same. They have one site then, the
+latest possible: a BatchNorm turns a channel closed before it into a constant.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,12 +43,8 @@ Layers: TypeAlias = "str | nn.Module | GateSite | Sequence[str | nn.Module | Gat
 
 
 def check_kind(model: nn.Module) -> None:
-    """Refuse networks on which hooks fail or do nothing, before anything is run.
-
-    Raises:
-        SiteError: Says what kind it is, and what to do.
-    """
-    unwrap(model)  # says so if it is not a module
+    """Refuse networks on which hooks fail or do nothing; the SiteError says what to do."""
+    unwrap(model)  # raises if it is not a module
     for name, module in model.named_modules():
         kind: Any = type(module)
         if problem := _problem_with(kind):
@@ -170,13 +166,19 @@ def find_gate_sites(
     called = None if "heads" in others else [a.name for a in asked or ()]
     with called_projections(model, called):
         flow, traced = _traced(model, inputs, additional_forward_args, forward_func)
-    if others:
+    if asked is None and not others:
+        sites = _found_sites(flow, channel_dim, vectors)
+        if vectors and (message := _coverage(model, flow, traced, sites)):
+            warnings.warn(message, NetworkCheckWarning, stacklevel=2)
+        return grouped(sites, groups)
+    if asked is not None:
+        sites = _user_sites(flow, asked, channel_dim)
+    else:
         found = [pair for unit in others for pair in unit_sites(model, flow, unit)]
         if "channels" in wanted:
-            if "heads" in others:  # without what projections that are called add to the graph
+            plain = flow
+            if "heads" in others:  # projections that are called add to the graph
                 plain, _ = _traced(model, inputs, additional_forward_args, forward_func)
-            else:
-                plain = flow
             names = {site.name for _, site in found}
             for site in _found_sites(plain, channel_dim, vectors):
                 if site.name in names:
@@ -185,28 +187,22 @@ def find_gate_sites(
                     )
                 found.append((_one_call(flow, site.name).output or 0, site))
         sites = [site for _, site in sorted(found, key=lambda pair: pair[0])]
-        _check_windows(model, flow, sites, inputs, additional_forward_args, forward_func)
-        return grouped(sites, groups)
-    if asked is None:
-        sites = _found_sites(flow, channel_dim, vectors)
-        if vectors:
-            message = _coverage(model, flow, traced, sites)
-            if message is not None:
-                warnings.warn(message, NetworkCheckWarning, stacklevel=2)
-        return grouped(sites, groups)
-    sites = _user_sites(flow, asked, channel_dim)
-    _check_windows(model, flow, sites, inputs, additional_forward_args, forward_func)
+    rows = {s.name: flow.calls[s.name][0].argument_shape for s in sites if s.units != "channels"}
+    windows = [s for s in sites if (rows.get(s.name) or (flow.batch_size,))[0] != flow.batch_size]
+    if windows:  # several rows of each image on the first axis
+        run = model if forward_func is None else forward_func
+        arguments = as_tuple(additional_forward_args)
+        check_rows(model, windows, inputs, lambda *images: run(*images, *arguments))
     return grouped(sites, groups)
 
 
 def _checked_units(units: object, layers: bool) -> list[str]:
     """The kinds of units, in order and once each."""
-    given = [units] if isinstance(units, str) else units
-    if not isinstance(given, Iterable) or not (listed := [*given]):
-        raise SiteError(f"units must be one or several of {UNITS}, got {units!r}")
-    for unit in listed:
-        if unit not in UNITS:
-            raise SiteError(f"units must be one or several of {UNITS}, got {unit!r}")
+    listed = [units] if isinstance(units, str) else [*units] if isinstance(units, Iterable) else []
+    unknown = [unit for unit in listed if unit not in UNITS]
+    if unknown or not listed:
+        got = unknown[0] if unknown else units
+        raise SiteError(f"units must be one or several of {UNITS}, got {got!r}")
     if layers and listed != ["channels"]:
         raise SiteError(
             "units= finds sites, and layers= names them: give one of the two, or name sites as "
@@ -218,7 +214,7 @@ def _checked_units(units: object, layers: bool) -> list[str]:
 def grouped(
     sites: Sequence[GateSite], groups: Mapping[str, int | Sequence[int]] | None
 ) -> list[GateSite]:
-    """The sites with groups of channels as one gate, where they are given."""
+    """The sites, with the given groups of channels as one gate."""
     if groups is None:
         return list(sites)
     if not isinstance(groups, Mapping):
@@ -229,28 +225,11 @@ def grouped(
             f"groups name {unknown[0]!r}, which is not a site; the sites are "
             f"{', '.join(repr(site.name) for site in sites)}"
         )
-    # GateSite checks what is given and spells it out.
+    # GateSite checks the groups.
     return [
         dataclasses.replace(site, groups=groups[site.name]) if site.name in groups else site
         for site in sites
     ]
-
-
-def _check_windows(
-    model: nn.Module,
-    flow: Flow,
-    sites: Sequence[GateSite],
-    inputs: tuple[Tensor, ...],
-    additional_forward_args: object,
-    forward_func: Callable[..., object] | None,
-) -> None:
-    """Check sites that hold several rows of each image on the first axis."""
-    rows = {s.name: flow.calls[s.name][0].argument_shape for s in sites if s.units != "channels"}
-    windows = [s for s in sites if (rows.get(s.name) or (flow.batch_size,))[0] != flow.batch_size]
-    if windows:
-        run = model if forward_func is None else forward_func
-        arguments = _as_tuple(additional_forward_args)
-        check_rows(model, windows, inputs, lambda *images: run(*images, *arguments))
 
 
 def site_links(
@@ -261,22 +240,11 @@ def site_links(
     additional_forward_args: object = None,
     forward_func: Callable[..., Any] | None = None,
 ) -> dict[str, tuple[str, ...]]:
-    """Which sites each site reads with no other site in between.
+    """For each site, the names of the sites that it reads with no other site in between.
 
-    Args:
-        model: The network, in eval mode.
-        example_inputs: As for :func:`find_gate_sites`.
-        sites: Sites that every path passes, the cells of a network of cells, attention heads and
-            hidden neurons.
-        additional_forward_args: As for :func:`find_gate_sites`.
-        forward_func: As for :func:`find_gate_sites`.
-
-    Returns:
-        ``{site name: names of the sites that it reads}`` in forward order, and at the end
-        ``"output"``. The first site reads none.
-
-    Raises:
-        SiteError: If a path of the data leads around a site; says which sites to take.
+    In forward order, ``"output"`` last; the first site reads none. ``sites`` are sites that every
+    path passes, the cells of a network of cells, attention heads and hidden neurons. If a path of
+    the data leads around one, a SiteError says which sites to take.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2), nn.ReLU(),
@@ -310,19 +278,15 @@ def site_links(
             )
         nodes[node] = site.name
     links: dict[str, tuple[str, ...]] = {}
-    ends = [(nodes[node], {node}) for node in sorted(nodes)]
-    for name, start in [*ends, ("output", flow.sinks)]:
-        # Sites are where the walk back to the input stops.
-        waiting = [i for node in start for i in flow.inputs_of(node)]
-        if name == "output":
-            waiting = list(start)
+    ends = [(nodes[node], flow.inputs_of(node)) for node in sorted(nodes)]
+    for name, waiting in [*ends, ("output", [*flow.sinks])]:
+        # The walk back to the input stops at sites.
         seen: set[int] = set()
         while waiting:
             node = waiting.pop()
             if node not in seen:
                 seen.add(node)
-                if node not in nodes:
-                    waiting += flow.inputs_of(node)
+                waiting += [] if node in nodes else flow.inputs_of(node)
         links[name] = tuple(nodes[node] for node in sorted(seen & set(nodes)))
     return links
 
@@ -335,10 +299,10 @@ def _traced(
 ) -> tuple[Flow, Trace]:
     """The flow of data through one forward pass, and its trace."""
     try:
-        traced = trace(model, inputs, _as_tuple(additional_forward_args), forward_func)
+        traced = trace(model, inputs, as_tuple(additional_forward_args), forward_func)
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-        arguments = _as_tuple(additional_forward_args)
+        arguments = as_tuple(additional_forward_args)
         size = fixed_batch_size(model, inputs, arguments, forward_func, str(error))
         if size is not None:  # sites are the same in any batch
             repeated = tuple(x[[i % len(x) for i in range(size)]] for x in inputs)
@@ -363,7 +327,7 @@ def _traced(
 
 
 def _cut_remedy(flow: Flow, name: str, cuts: Iterable[int]) -> str:
-    """The advice which site to take in place of one that is not a cut."""
+    """Which site to take in place of one that is not a cut."""
     at = {call.output: call.name for call in flow.gateable()}
     named = {at[node] for node in cuts if node in at}
     outer = name
@@ -429,7 +393,7 @@ _PAPER: dict[str, dict[str, int]] = {
 }
 
 
-# What is asked for
+# Layers that the user names
 
 
 def _checked_model(model: nn.Module) -> nn.Module:
@@ -454,7 +418,7 @@ def _checked_model(model: nn.Module) -> nn.Module:
     return model
 
 
-#: Batch sizes that people write into a forward pass or export with.
+#: Batch sizes that are often written into a forward pass or an export.
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 10, 20, 50, 100, 12, 24, 48, 3, 5, 6, 25, 96, 200)
 
 
@@ -467,15 +431,8 @@ def fixed_batch_size(
 ) -> int | None:
     """The batch size that a model runs on, if it fails on that of ``inputs``.
 
-    Args:
-        model: The model.
-        inputs: What it fails on.
-        arguments: Further arguments.
-        forward_func: What is called in its place.
-        error: How it fails; numbers in it are tried first.
-
-    Returns:
-        The size; None if it fails on others as well, or for other reasons.
+    Numbers in ``error``, the message of that failure, are tried first. None: it fails on other
+    sizes as well, or for other reasons.
     """
     if any(not tensor.ndim or not len(tensor) for tensor in inputs):
         return None
@@ -491,7 +448,7 @@ def fixed_batch_size(
     named = [int(n) for n in re.findall(r"\d{1,4}", error)]
     sizes = [n for n in dict.fromkeys((*named, *_BATCH_SIZES)) if 0 < n != len(inputs[0])]
     size = next((n for n in sizes if runs(n)), None)
-    # A size that fails beside many that do not is another matter, as of a squeeze() of one image.
+    # If most sizes work, the size is not fixed: a squeeze() of one image, for example.
     return None if size is None or (runs(size + 1) and runs(size + 2)) else size
 
 
@@ -504,7 +461,8 @@ def _checked_inputs(example_inputs: object) -> tuple[Tensor, ...]:
     return inputs
 
 
-def _as_tuple(arguments: object) -> tuple[object, ...]:
+def as_tuple(arguments: object) -> tuple[Any, ...]:
+    """Arguments as a tuple: None is none, a tuple stays, anything else is one."""
     if arguments is None:
         return ()
     return arguments if isinstance(arguments, tuple) else (arguments,)
@@ -512,7 +470,7 @@ def _as_tuple(arguments: object) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A layer that the user asks for; of a given GateSite, also what it says about the channels."""
+    """A layer that the user asks for; ``site``: the GateSite that names it."""
 
     name: str
     at_input: bool
@@ -520,7 +478,7 @@ class _Asked:
 
 
 def asked_layers(model: nn.Module, layers: Layers, at_input: bool) -> list[_Asked]:
-    """Resolves names, modules and sites to canonical names."""
+    """Resolve names, modules and sites to canonical names."""
     if isinstance(layers, (str, nn.Module, GateSite)):
         layers = [layers]
     if not isinstance(layers, Iterable):
@@ -622,7 +580,7 @@ def _site_of_segment(
     calls_at: Mapping[int, list[Call]],
     channel_dim: int | Mapping[str, int] | None,
 ) -> int | None:
-    """The cut point of a segment at which a gate closes its channels for good."""
+    """The cut point of a segment at which a gate closes its channels completely."""
     candidates = [index for index in segment if index in calls_at]
     if not candidates:
         return None
@@ -639,12 +597,10 @@ def _site_of_segment(
         return candidates[-1]
     first = next(iter(n_channels.values()))
     able = [index for index, n in n_channels.items() if n == first]
-    # Beyond a squeeze-and-excitation a closed channel would still have a say in the others' scale.
-    before = [index for index in able if not flow.mixing(flow.between(segment[0], index))]
-    able = before or able
-    wide = [index for index in able if _n_positions(flow.nodes[index].shape, first) > 1]
-    able = wide or able
-    # Of tensors that hold the same values in another layout, the one that a block returns.
+    # After a squeeze-and-excitation a closed channel would still affect the others' scale.
+    able = [i for i in able if not flow.mixing(flow.between(segment[0], i))] or able
+    able = [i for i in able if math.prod(flow.nodes[i].shape[1:]) > first] or able
+    # Of tensors that hold the same values in another layout, take the one that a block returns.
     same = [able[-1]]
     for earlier in reversed(able[:-1]):
         if not all(flow.nodes[i].moves for i in flow.between(earlier, same[0])):
@@ -655,27 +611,15 @@ def _site_of_segment(
     return (by_block or same)[0]
 
 
-def _n_positions(shape: tuple[int, ...], n_channels: int) -> int:
-    n = 1
-    for size in shape[1:]:
-        n *= size
-    return n // n_channels
-
-
 def _cells(flow: Flow, cuts: list[int], chosen: set[int]) -> list[Call]:
     """Modules that are the sites of stretches without cut points.
 
-    A stretch counts as a block, with no sites inside, if one module makes all of its channels, as
-    in a residual or dense block. Otherwise its largest modules are its cells, if they form a chain,
-    or if the stretch is the whole network's and not the inside of a block.
+    If one module makes all channels of a stretch (a residual or dense block), it has no sites
+    inside. Otherwise its largest modules are its cells, if they form a chain, or if no module
+    encloses the stretch.
     """
     gateable = {call.name for call in flow.gateable()}
-    spans = [
-        (call, flow.mixing(flow.inside(call)))
-        for name, calls in flow.calls.items()
-        if name
-        for call in calls
-    ]
+    spans = flow.formed()
     cells: list[Call] = []
     for start, stop in itertools.pairwise([-1, *cuts, len(flow.nodes)]):
         stretch = flow.mixing(flow.between(start, stop))
@@ -706,7 +650,7 @@ def _cells(flow: Flow, cuts: list[int], chosen: set[int]) -> list[Call]:
 
 
 def _ends(flow: Flow, index: int, stop: int) -> bool:
-    """Whether the channels of a cell are those at the end of its stretch, or of the output."""
+    """Whether a cell has the channels of the end of its stretch, or of the output."""
     if stop in flow.on_path and flow.carries(index, stop):
         return True
     return not flow.mixing(flow.after(index))
@@ -723,28 +667,24 @@ def _chained(flow: Flow, calls: Sequence[Call]) -> bool:
 
 
 def _best_name(flow: Flow, calls: Sequence[Call], others: set[int]) -> Call:
-    """The call to name a site after, among those of nested modules that return the same tensor.
+    """The call to name a site after, of nested modules that return the same tensor.
 
     The innermost block; else the innermost subclass of Sequential; else the innermost module.
-    Modules that hold many other sites are backbones rather than blocks.
+    Modules that hold many other sites are backbones, not blocks.
     """
-
-    def n_enclosed(call: Call) -> int:
-        return sum(call.start <= index < call.end for index in others)
-
     innermost = sorted(calls, key=lambda call: call.entered, reverse=True)
     blocks = [
         call
         for call in innermost
         if call.name in flow.has_children
         and call.name not in flow.plain
-        and n_enclosed(call) <= _MAX_ENCLOSED
+        and sum(call.start <= index < call.end for index in others) <= _MAX_ENCLOSED
     ]
     proper = [call for call in blocks if call.name not in flow.sequential]
     return (proper or blocks or innermost)[0]
 
 
-#: The share and the number of layers without a site from which on a warning is given.
+#: A warning is given from this share and number of layers without a site.
 _MIN_UNCOVERED_SHARE, _MIN_UNCOVERED_LAYERS = 0.25, 4
 
 
@@ -752,12 +692,7 @@ def _coverage(model: nn.Module, flow: Flow, traced: Trace, sites: Sequence[GateS
     """The warning if the sites leave out much of the network."""
     everything = flow.mixing(flow.path)
     at = [(site.name, flow.calls[site.name][0].output or 0) for site in sites]
-    spans = [
-        flow.mixing(flow.inside(call))
-        for name, calls in flow.calls.items()
-        if name
-        for call in calls
-    ]
+    spans = [mixing for _, mixing in flow.formed()]
     gaps = []
     for (before, start), (after, stop) in itertools.pairwise(
         [("", -1), *at, ("", len(flow.nodes))]
@@ -765,7 +700,7 @@ def _coverage(model: nn.Module, flow: Flow, traced: Trace, sites: Sequence[GateS
         layers = flow.mixing(flow.between(start, stop))
         if len(layers) < max(_MIN_UNCOVERED_LAYERS, _MIN_UNCOVERED_SHARE * len(everything)):
             continue
-        # One module that makes all of it is a block, which is what a site stands behind.
+        # One module that makes all of it is a block: the site after it covers it.
         if any(
             layers <= span and len(span) <= 1.5 * len(layers) < len(everything) for span in spans
         ):
@@ -824,13 +759,13 @@ def _user_sites(
         if layer.site is not None and _override(channel_dim, [layer.name]) is None:
             given = layer.site.channel_dim
         site = _site(layer.name, shape, axes or frozenset(), given, at_input=layer.at_input)
-        if layer.site is not None and layer.site.n_channels == site.n_channels:
+        if layer.site is not None:
+            if layer.site.n_channels != site.n_channels:
+                raise SiteError(
+                    f"site {layer.name!r} is said to have {layer.site.n_channels} channels, but "
+                    f"its tensor of shape {shape} has {site.n_channels} on axis {site.channel_dim}"
+                )
             site = dataclasses.replace(site, groups=layer.site.groups, units=layer.site.units)
-        if layer.site is not None and layer.site.n_channels != site.n_channels:
-            raise SiteError(
-                f"site {layer.name!r} is said to have {layer.site.n_channels} channels, but its "
-                f"tensor of shape {shape} has {site.n_channels} on axis {site.channel_dim}"
-            )
         ordered.append((node, site))
     _check_names(channel_dim, [layer.name for layer in asked])
     return [site for _, site in sorted(ordered, key=lambda pair: pair[0])]
@@ -853,7 +788,7 @@ def _one_call(flow: Flow, name: str) -> Call:
 
 
 def _gated_node(flow: Flow, call: Call, at_input: bool, *, windows: bool = False) -> int:
-    """The node at which a gate of this call acts, if it can stand there."""
+    """The node at which a gate of this call acts; an error if no gate is possible there."""
     name, remedy = call.name, _remedy(flow, call.name)
     shape = call.argument_shape if at_input else call.shape
     node = call.argument if at_input else call.output
@@ -883,7 +818,7 @@ def _gated_node(flow: Flow, call: Call, at_input: bool, *, windows: bool = False
 
 
 def _remedy(flow: Flow, name: str) -> str:
-    """The advice where a gate could stand instead."""
+    """Which module to gate instead."""
     gateable = {call.name for call in flow.gateable()}
     outer = name
     while "." in outer:
@@ -916,7 +851,7 @@ def _site(
     *,
     at_input: bool,
 ) -> GateSite:
-    """Makes a site of a tensor, with the given axis or the one that was found."""
+    """A site of a tensor, on the given axis or the one that was found."""
     axis = _override(channel_dim, [name])
     if axis is None:
         axis = channel_axis(shape, axes)

@@ -1,10 +1,9 @@
 """Undo what a forward pass leaves on a network's modules.
 
 Some networks change themselves when they run, in eval mode too: observers of quantisation-aware
-training, counters, moving averages, caches of features. Everything in this package that runs a
-user's network does so inside :func:`unchanged`, or through a ``Runner``, whose every pass starts
-from the state in which the network was handed over. Nothing is written where a pass has changed
-nothing, so threads may share such a network.
+training, counters, moving averages, caches of features. This package runs a user's network inside
+:func:`unchanged`, or through a ``Runner``, whose passes all start from the state that was handed
+over. Nothing is written if a pass has changed nothing, so threads may share such a network.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from torch import Tensor, nn
 
 __all__ = ["Copies", "Kept", "unchanged"]
 
-#: Hooks come and go with contexts, those of other threads among them; no pass adds any.
+#: Hooks come and go with contexts, also in other threads; no pass adds any.
 _HOOKS = frozenset(key for key in vars(nn.Module()) if "hook" in key)
 _TABLES = frozenset({"_parameters", "_modules"})
-#: What each module has, in this order.
+#: The attributes of each module, in this order.
 _BASE = list(vars(nn.Module()))
 _EMPTY: dict[str, Any] = {}
 #: How many contexts have ended.
 _EPOCH = [0]
-#: How many contexts for other libraries are open, which keep things on modules between passes.
+#: How many contexts of other libraries are open, which keep data on modules between passes.
 _FOREIGN = [0]
 _DICTS = (dict, OrderedDict, defaultdict, Counter)
 _CONTAINERS = frozenset({*_DICTS, list, set, deque, tuple})
@@ -41,8 +40,8 @@ class Copies(dict[int, "_Snapshot"]):
 
     Attributes:
         pending: A pass whose graph may still be needed.
-        stateful: A pass has changed a tensor. Writes that are not counted (through ``.data``, or
-            those of some observers) are then looked for in each pass; else in the first alone.
+        stateful: A pass has changed a tensor. Writes that do not count as versions (through
+            ``.data``, or by some observers) are then looked for in each pass, else in the first.
     """
 
     pending: Kept | None = None
@@ -53,7 +52,7 @@ class Copies(dict[int, "_Snapshot"]):
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; -1: it does not count."""
+    """How often a tensor was written to; -1: not counted."""
     return -1 if tensor.is_inference() else int(tensor._version)
 
 
@@ -76,13 +75,8 @@ def _same(now: Any, kept: Any) -> bool:
     return all(map(is_, *values))
 
 
-def _put_back(container: Any, kept: Any) -> None:
-    container.clear()
-    container.extend(kept) if isinstance(container, (list, deque)) else container.update(kept)
-
-
 class _Snapshot:
-    """One tensor: which memory it has, and what is in it."""
+    """The memory and the values of one tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.alias, self.copy = tensor, tensor.detach(), tensor.detach().clone()
@@ -114,8 +108,8 @@ class Kept:
 
     Args:
         model: The network.
-        copies: Where copies of its tensors are kept from one time to the next; None: nowhere. What
-            an earlier pass has left on them is put back first.
+        copies: Copies of its tensors, reused from one time to the next. Changes that an earlier
+            pass has left on them are undone first.
 
     Example:
         >>> net = nn.BatchNorm1d(2)  # in train mode
@@ -145,7 +139,7 @@ class Kept:
                 for table in (module._parameters, module._modules):
                     self._containers.append((table, table.copy() if table else _EMPTY))
                 if module._buffers:
-                    self._look(module._buffers)
+                    self._keep_value(module._buffers)
                 else:
                     self._containers.append((module._buffers, _EMPTY))
             for key, value in own:
@@ -156,35 +150,29 @@ class Kept:
                     if kind in _DICTS:
                         self._containers.append((value, dict(value)))
                 else:
-                    self._look(value)
+                    self._keep_value(value)
             # It scales its weights in its forward pass.
             if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-                self._hold(module.weight)
+                self._keep_tensor(module.weight)
         for buffer in model.buffers():  # those of scripted modules are not in a table
-            self._hold(buffer)
+            self._keep_tensor(buffer)
         del self._seen
 
-    def _hold(self, tensor: Tensor) -> None:
+    def _keep_tensor(self, tensor: Tensor) -> None:
         if id(tensor) in self._seen:
             return
         self._seen.add(id(tensor))
-        snapshot = self._copies.get(id(tensor))
-        known = self._copies
-        if (
-            snapshot is None
-            or snapshot.compared
-            or known.stateful
-            or snapshot.version != tensor._version
-        ):
+        snapshot, stateful = self._copies.get(id(tensor)), self._copies.stateful
+        if snapshot is None or snapshot.compared or stateful or snapshot.version != tensor._version:
             if torch.nn.parameter.is_lazy(tensor):
                 return
             snapshot = self._copies[id(tensor)] = _Snapshot(tensor)
         self._snapshots.append(snapshot)
 
-    def _look(self, value: Any) -> None:
+    def _keep_value(self, value: Any) -> None:
         if isinstance(value, Tensor):
             if not isinstance(value, nn.Parameter):
-                self._hold(value)
+                self._keep_tensor(value)
         elif isinstance(value, torch.Generator):
             self._generators.append((value, value.get_state()))
         elif type(value) in _CONTAINERS and id(value) not in self._seen:
@@ -194,15 +182,15 @@ class Kept:
                 self._containers.append((value, copied))
             for inner in value.values() if isinstance(value, dict) else value:
                 if type(inner) not in _PLAIN:
-                    self._look(inner)
+                    self._keep_value(inner)
 
     def restore(self, *, graph: bool = False) -> None:
         """Put back what has changed.
 
         Args:
-            graph: The pass's graph is still needed: tensors that it has written to may be in it,
-                and attributes that hooks have set for the backward pass. All of it stays until
-                the next pass with the same copies, or an :func:`unchanged` around it ends.
+            graph: The pass's graph is still needed. Tensors and attributes that it may use are put
+                back at the next pass with the same copies, or when an :func:`unchanged` around it
+                ends.
         """
         if not graph and not _FOREIGN[0]:
             self._restore_attributes()
@@ -216,7 +204,7 @@ class Kept:
             self._restore_tensors()
 
     def _finish(self) -> None:
-        """Restore what was kept for the graph, unless an outer context has done so."""
+        """Restore what was kept for the graph, unless an outer context has done so already."""
         if self._epoch == _EPOCH[0] and not _FOREIGN[0]:
             self._restore_attributes()
         self._restore_tensors()
@@ -231,13 +219,15 @@ class Kept:
                         attributes[key] = value
         for container, copied in self._containers:
             if not _same(container, copied):
-                _put_back(container, copied)
+                container.clear()
+                add = "extend" if isinstance(container, (list, deque)) else "update"
+                getattr(container, add)(copied)
         for generator, state in self._generators:
             if not torch.equal(generator.get_state(), state):
                 generator.set_state(state)
 
     def _restore_tensors(self) -> None:
-        """Put back the tensors that the pass has written to, unless somebody has since."""
+        """Put back the tensors that the pass has written to, unless they were written to since."""
         for snapshot in self._snapshots:
             if _version(snapshot.tensor) == snapshot.after:
                 snapshot.restore()
@@ -248,10 +238,10 @@ class Kept:
 def unchanged(model: nn.Module, *, foreign: bool = False) -> Iterator[None]:
     """Undo what forward passes inside leave on a network's modules, also after an exception.
 
-    Buffers and other tensors (values, memory, strides, the very objects), attributes such as
-    counters and caches, lists and dictionaries of them, and a module's own random generator. Not
-    seen are weights that a forward pass changes (save ``max_norm`` of embeddings), the inside of
-    other objects (a meter, a NumPy array), and what is outside of the network's modules.
+    It restores buffers and other tensors (values, memory, strides, the objects), attributes such as
+    counters and caches, lists and dictionaries of them, and a module's own random generator. It
+    does not see weights that a forward pass changes (but ``max_norm`` of embeddings), the inside of
+    other objects (a meter, a NumPy array), and anything outside of the network's modules.
 
     Args:
         model: The network.

@@ -1,17 +1,17 @@
-"""Make attention modules call their output projection, whose weights they only read.
+"""Make attention modules call their output projection, instead of only reading its weights.
 
 ``nn.MultiheadAttention`` and torchvision's shifted window attention hand ``out_proj.weight`` to a
 function, so a hook on the projection does not fire. Inside :func:`called_projections` they compute
-the heads' outputs with the unit matrix in the projection's place, and then call the projection as
-any module is called. The unit matrix changes no number, so the outputs are as before.
+the heads' outputs with the unit matrix as projection, which changes no number, and then call the
+projection.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,11 @@ _LOCK = threading.Lock()
 
 
 def _projection_of(module: nn.Module) -> str | None:
-    """The name of the projection in a module that does not call it; None: no such module."""
+    """The name of the projection in a module that does not call it; None: another module."""
     for kind in type(module).__mro__:
         child = _PROJECTION.get((kind.__name__, kind.__module__))
         if child is not None:
-            # Not a subclass that computes in a way of its own.
+            # A subclass with a forward pass of its own does not count.
             own: Any = type(module)
             same = own.forward is cast("Any", kind).forward or issubclass(own, _Calling)
             return child if same else None
@@ -68,13 +68,13 @@ class _UnitMatrix(nn.Module):
 
 
 class _Calling:
-    """The class that :func:`called_projections` puts before an attention module's class."""
+    """The class that is put before an attention module's class."""
 
     _owners: tuple[Owner, ...]
     _whole: type[nn.Module]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own, with the projection called."""
+        """The module's own forward pass, with the projection called."""
         whole = self._whole
         if not any(owner.acts(self) for owner in self._owners):
             return whole.forward(self, *args, **kwargs)
@@ -94,23 +94,15 @@ class _Calling:
         return (heads, *rest) if isinstance(result, tuple) else heads
 
 
-def _put_before(module: nn.Module, owner: Owner) -> None:
+_Owners: TypeAlias = tuple[Owner, ...]
+
+
+def _set_owners(module: nn.Module, change: Callable[[_Owners], _Owners]) -> None:
     with _LOCK:
         whole = getattr(type(module), "_whole", type(module))
-        owners = (*getattr(type(module), "_owners", ()), owner)
-        _set_class(module, whole, owners)
-
-
-def _take_away(module: nn.Module, owner: Owner) -> None:
-    with _LOCK:
-        whole = getattr(type(module), "_whole", type(module))
-        owners = tuple(o for o in getattr(type(module), "_owners", ()) if o is not owner)
-        _set_class(module, whole, owners)
-
-
-def _set_class(module: nn.Module, whole: type[nn.Module], owners: tuple[Owner, ...]) -> None:
-    facts = {"_owners": owners, "_whole": whole, "__module__": whole.__module__}
-    module.__class__ = type(whole.__name__, (_Calling, whole), facts) if owners else whole
+        owners = change(getattr(type(module), "_owners", ()))
+        facts = {"_owners": owners, "_whole": whole, "__module__": whole.__module__}
+        module.__class__ = type(whole.__name__, (_Calling, whole), facts) if owners else whole
 
 
 @contextmanager
@@ -121,8 +113,7 @@ def called_projections(model: nn.Module, names: Iterable[str] | None = None) -> 
 
     Args:
         model: The network, not wrapped.
-        names: Of modules that have to be called; others are left as
-            they are. None: all projections of :func:`uncalled_projections`.
+        names: Modules that have to be called. None: all of :func:`uncalled_projections`.
 
     Example:
         >>> model = nn.MultiheadAttention(4, 2, batch_first=True).eval()
@@ -136,17 +127,15 @@ def called_projections(model: nn.Module, names: Iterable[str] | None = None) -> 
         >>> handle.remove()
     """
     wanted = None if names is None else set(names)
-    if wanted is not None and not wanted:
-        yield
-        return
-    every: Mapping[str, nn.Module] = uncalled_projections(model)
+    every = {} if wanted == set() else uncalled_projections(model)
     chosen = [module for name, module in every.items() if wanted is None or name in wanted]
     if not chosen:
         yield
         return
-    with ExitStack() as stack:
-        owner = stack.enter_context(owned())
+    with owned() as owner, ExitStack() as stack:
         for module in chosen:
-            _put_before(module, owner)
-            stack.callback(_take_away, module, owner)
+            _set_owners(module, lambda owners: (*owners, owner))
+            stack.callback(
+                _set_owners, module, lambda owners: tuple(o for o in owners if o is not owner)
+            )
         yield

@@ -11,16 +11,12 @@ from torch import nn
 
 __all__ = ["UNITS", "GateSite", "SiteError", "unwrap"]
 
-#: What a site's gates can stand for.
+#: Kinds of units that a site's gates close.
 UNITS = ("channels", "heads", "neurons")
 
 
 def check_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
-    """Check that the values are sites.
-
-    Raises:
-        TypeError: If they are something else.
-    """
+    """Check that the values are sites."""
     if not isinstance(sites, Iterable) or not all(isinstance(s, GateSite) for s in (*sites,)):
         raise TypeError(
             f"sites must be a list of GateSite, as find_gate_sites returns it, got {sites!r:.80}."
@@ -29,7 +25,7 @@ def check_sites(sites: Sequence[GateSite]) -> tuple[GateSite, ...]:
 
 
 class SiteError(ValueError):
-    """A gate is not possible at this place; the message says where it is."""
+    """A gate is not possible at this place; the message says where one is possible."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class GateSite:
         n_channels: Number of channels.
         channel_dim: Axis of the channels, the batch counted as axis 0: 1 for convolutional and
             (batch, channels) tensors, -1 for channels last.
-        at_input: Whether the gate stands at the module's input rather than at its output.
+        at_input: Whether the gate is at the module's input rather than at its output.
         groups: For each channel the number of its group, 0 to G - 1: a group opens and closes as
             one gate. An int G: as many groups of neighbours, equally large. None: each channel is
             a gate of its own.
@@ -89,7 +85,7 @@ class GateSite:
             object.__setattr__(self, "groups", self._checked_groups(self.groups))
 
     def _checked_groups(self, given: object) -> tuple[int, ...]:
-        """The group of each channel, spelt out."""
+        """The group of each channel."""
         n, called = self.n_channels, f"site {self.name!r}: groups"
         if isinstance(given, int) and not isinstance(given, bool):
             if given < 1 or n % given:
@@ -111,7 +107,7 @@ class GateSite:
 
     @property
     def n_gates(self) -> int:
-        """Gates of their own: groups, or channels where there are none."""
+        """Number of gates: one for each group, or for each channel without groups."""
         return self.n_channels if self.group_of is None else max(self.group_of) + 1
 
 
@@ -123,13 +119,10 @@ def _neighbours(groups: tuple[int, ...]) -> int | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Strips what DataParallel, DistributedDataParallel and torch.compile put around a model.
-
-    Args:
-        model: A model, wrapped or not.
+    """Strip what DataParallel, DistributedDataParallel and torch.compile put around a model.
 
     Returns:
-        The model inside. The same parameters, and hooks on it fire whichever way it is called,
+        The model inside, with the same parameters. Hooks on it fire whichever way it is called,
         except through torch.compile.
 
     Raises:
@@ -154,16 +147,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def resolve_name(
     written: str, modules: Mapping[str, nn.Module], canonical: Mapping[int, str]
 ) -> str:
-    """The name of a module, from one that may have wrappers' prefixes or be an alias.
-
-    Args:
-        written: As the user wrote it.
-        modules: All modules by all their names.
-        canonical: The name of each module, by its id.
-
-    Raises:
-        SiteError: If there is no such module; names close ones.
-    """
+    """The canonical name of a module; ``written`` may be an alias or have wrappers' prefixes."""
     name = written
     while name not in modules:
         prefix = next((p for p in ("module.", "_orig_mod.") if name.startswith(p)), None)

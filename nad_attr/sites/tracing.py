@@ -1,14 +1,15 @@
 """The data flow of one forward pass, seen below the modules: which tensor was made from which.
 
-:func:`trace` runs a model once, on fake tensors (shapes only, no real compute) where it can, and
-writes down every operator that reads something that depends on the inputs, with the tensors it read
-and made, and every call of a module with the tensors it was given and gave back.
+:func:`trace` runs a model once, on fake tensors (shapes only) where it can. It records every
+operator that reads something that depends on the inputs, with the tensors it read and made, and
+every call of a module, with the tensors it got and returned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -59,12 +60,11 @@ class Node:
         op: Name of the operator that made it; ``"input"`` for an input, ``"alias"`` for a tensor
             changed because another one that shares its memory was written to.
         inputs: Indices of the nodes it was made from, all smaller than its own.
-        shape: Shape.
         axes: The axes over which the channels are laid out; empty if unknown.
-        mixes: Whether the operator forms new channels from the old ones (a dense convolution, a
-            matrix product, a reduction over channels).
+        mixes: Whether the operator forms new channels (a dense convolution, a matrix product, a
+            reduction over channels).
         scales: Whether the operator is a product, so that a zero in one factor stays a zero.
-        moves: Whether the operator only moves values about (a view, a permutation, a copy).
+        moves: Whether the operator only moves values (a view, a permutation, a copy).
     """
 
     op: str
@@ -82,17 +82,16 @@ class Call:
 
     Attributes:
         name: Qualified name of the module.
-        start: Number of nodes there were when the module was entered.
+        start: Number of nodes when the module was entered.
         entered: Rank of the call by the time it was entered.
-        inputs: Nodes of the tensors among its arguments, None for one that is a constant.
-        argument: The node of its one tensor input, if a tensor is its only positional argument and
-            no other tensor is given by keyword.
-        argument_shape: Shape of that input.
+        inputs: Nodes of the tensors among its arguments, None for a constant.
+        argument: The node of its only argument, if that is one tensor.
+        argument_shape: Shape of that tensor.
         argument_kind: What it was given, in words.
-        end: Number of nodes there were when it returned.
+        end: Number of nodes when it returned.
         returned: Rank of the call by the time it returned.
         output: The node it returned; None if it is not one tensor or does not depend on the inputs.
-        shape: Shape of what it returned, None if that is not one tensor.
+        shape: Shape of its output, None if that is not one tensor.
         floating: Whether it returned floating-point numbers.
         kind: What it returned, in words.
     """
@@ -117,15 +116,13 @@ class Trace:
     """The record of one forward pass.
 
     Attributes:
-        nodes: The tensors that depend on the inputs, in the order in which they were made (a
-            topological order).
-        calls: The finished calls of modules, in the order in which they were entered. The call of
-            the model itself has the name "".
+        nodes: The tensors that depend on the inputs, in the order of creation (topological).
+        calls: The finished calls of modules, in the order of entry; the model's own is named "".
         sources: Nodes of the inputs.
         sinks: Nodes of the output.
         batch_size: Length of the first axis of the first input.
-        on_values: Whether the real tensors had to be run, because the network looks at values:
-            another image may take another path.
+        on_values: Whether the network looks at values, so that the real tensors were run: another
+            image may take another path.
     """
 
     nodes: list[Node]
@@ -137,10 +134,7 @@ class Trace:
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """Yields the tensors in nested sequences, mappings and dataclasses, in order.
-
-    Args:
-        value: Anything.
+    """Yield the tensors in nested sequences, mappings and dataclasses, in order.
 
     Example:
         >>> len(list(tensors_in({"a": torch.zeros(1), "b": [torch.zeros(2), None]})))
@@ -165,25 +159,13 @@ def trace(
     additional_forward_args: Sequence[object] = (),
     forward_func: Callable[..., object] | None = None,
 ) -> Trace:
-    """Traces one forward pass of a model.
+    """Trace one forward pass of a model in eval mode.
 
-    Fake tensors carry the pass where the model allows it; where it looks at values (or an operator
-    has no fake version), the pass is run again on the real tensors, under ``no_grad``. The model,
-    its attributes and hooks and the random state are as before afterwards, also on an error. If
-    every parameter is on the meta device, so is the pass; if only inputs are, they stand for
-    tensors of their shape.
-
-    Args:
-        model: The model, in eval mode.
-        inputs: The model's inputs, of which the first axis is the batch.
-        additional_forward_args: More arguments, which count as constants.
-        forward_func: What is called in place of the model, which it runs.
-
-    Returns:
-        The trace.
-
-    Raises:
-        Exception: Whatever the model raises on the real tensors.
+    The pass runs on fake tensors. If the model looks at values, or an operator has no fake version,
+    it runs again on the real tensors, under ``no_grad``, with its own errors. The model and the
+    random state stay as they were. If every parameter is on the meta device, so is the pass; if
+    only inputs are, they give the shapes of tensors. The first axis of the inputs is the batch;
+    ``additional_forward_args`` count as constants; ``forward_func`` is called and runs the model.
     """
     run = model if forward_func is None else forward_func
     arguments: tuple[object, ...] = (*inputs, *additional_forward_args)
@@ -213,7 +195,7 @@ def trace(
     # Meta tensors have no values either, and go through a meta model faster than fake ones.
     first, second = (as_given, on_fake_tensors) if on_meta else (on_fake_tensors, as_given)
     try:
-        with _said_once():
+        with _unlogged():
             return first()
     except Exception:
         if not on_meta and any(tensor.is_meta for tensor in tensors_in(arguments)):
@@ -222,7 +204,7 @@ def trace(
 
 
 @contextmanager
-def _said_once() -> Iterator[None]:
+def _unlogged() -> Iterator[None]:
     """Keep torch from also logging the traceback of an error on fake tensors."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
@@ -233,7 +215,7 @@ def _said_once() -> Iterator[None]:
 
 
 def mapped(value: object, function: Callable[[Tensor], Tensor]) -> Any:
-    """Applies a function to the tensors in nested lists, tuples and dicts."""
+    """Apply a function to the tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -252,7 +234,7 @@ def _run(
     n_inputs: int,
     fake: FakeTensorMode | None,
 ) -> Trace:
-    """Runs and records one pass, on fake tensors if a mode is given."""
+    """Run and record one pass, on fake tensors if a mode is given."""
     recorder = _Recorder()
     sources = tuple(
         recorder.add(tensor, Node("input", (), tuple(tensor.shape), _NO_AXES))
@@ -287,14 +269,14 @@ def main_output(output: object) -> object:
 
 
 class _Recorder(TorchDispatchMode):
-    """Builds the graph of tensors while operators run."""
+    """Build the graph of tensors while operators run."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.nodes: list[Node] = []
         self.calls: list[Call] = []
         self.n_returned = 0
-        # Node of a tensor by its id; every tensor seen is kept alive so that no id is used twice.
+        # Node of a tensor by its id; tensors stay alive so that no id is used twice.
         self.node_of: dict[int, int] = {}
         self._sharing: dict[object, list[Tensor]] = {}
         self._seen: set[int] = set()
@@ -338,7 +320,7 @@ class _Recorder(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         base = name.rstrip("_")
         if base in ("copy", "zero", "fill") and written:
-            # These overwrite all there was, so the old values do not flow on.
+            # These overwrite all values, so the old ones do not flow on.
             given = [tensor for tensor in given if all(tensor is not w for w in written)]
         read = [t for t in given if self.knows(t)]
         if not read or _SHAPE_ONLY.search(base):
@@ -366,7 +348,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _update_aliases(self, tensor: Tensor, index: int) -> None:
-        """Gives new nodes to the tensors that share the memory of one just written to."""
+        """Give new nodes to the tensors that share memory with one just written to."""
         for other in self._sharing[_memory(tensor)]:
             if other is tensor:
                 continue
@@ -411,23 +393,20 @@ def _mixes(func: Any, base: str, bound: Mapping[str, Any]) -> bool:
         return not (groups > 1 and groups == data.shape[1])
     if _PRODUCT.search(base):
         return True
-    # Nothing is known about what an operator from outside PyTorch does.
+    # Assume it of operators from outside PyTorch, of which nothing is known.
     return str(func._schema.name).split("::")[0] not in ("aten", "prims", "prim")
 
 
 def propagate_axes(
     op: str, bound: Mapping[str, Any], read: Sequence[tuple[Tensor, Axes]], made: Tensor
 ) -> tuple[Axes, bool]:
-    """Where the channels are after an operator.
+    """The axes of the channels after an operator (empty: unknown); whether it reduced over them.
 
     Args:
         op: Name of the operator without namespace, overload and trailing underscore.
         bound: Its arguments by name.
         read: The tensors it reads that depend on the inputs, with the axes of their channels.
         made: The tensor it makes.
-
-    Returns:
-        The axes of its channels (empty if unknown), and whether it reduced over channels.
     """
     n = made.dim()
     tensor, axes = read[0]
@@ -446,7 +425,7 @@ def propagate_axes(
         second = bound.get("mat2", bound.get("batch2", bound.get("other")))
         known = next((a for t, a in read if t is second), _NO_AXES)
         kept = frozenset(a for a in known if a != n - 2)
-        return kept if kept else frozenset({n - 1}), False
+        return kept or frozenset({n - 1}), False
     if _PRODUCT.search(op):
         return frozenset({n - 1}), False
     if op in _VIEW:
@@ -493,7 +472,7 @@ def _rearranged(
 def _through_reduction(
     bound: Mapping[str, Any], tensor: Tensor, axes: Axes, made: Tensor
 ) -> tuple[Axes, bool]:
-    """Axes after a mean, sum or the like, and whether it ran over channels."""
+    """Axes after a reduction, and whether it ran over channels."""
     n, dims = tensor.dim(), bound.get("dim")
     if "dim" not in bound and "other" in bound:  # the elementwise max and min of two tensors
         return axes if n == made.dim() else _NO_AXES, False
@@ -508,7 +487,7 @@ def _through_reduction(
 
 
 def _through_broadcast(read: Sequence[tuple[Tensor, Axes]], made: Tensor) -> Axes:
-    """Axes after an elementwise operator, or one that keeps the layout of what it reads."""
+    """Axes after an elementwise operator, or one that keeps the layout of its input."""
     n = made.dim()
     for exact in (True, False):
         for tensor, axes in read:
@@ -524,13 +503,7 @@ def _through_broadcast(read: Sequence[tuple[Tensor, Axes]], made: Tensor) -> Axe
 def _through_view(old: tuple[int, ...], new: tuple[int, ...], axes: Axes) -> Axes:
     """Axes after a view: an axis may be kept, split into several or merged with others.
 
-    Args:
-        old: Shape before.
-        new: Shape after.
-        axes: Axes of the channels before.
-
-    Returns:
-        Axes of the channels after; where channels are merged with positions, the merged axis.
+    Where channels are merged with positions, the merged axis counts.
 
     Example:
         >>> sorted(_through_view((2, 6, 5, 5), (2, 3, 2, 5, 5), frozenset({1})))
@@ -559,28 +532,21 @@ def _through_view(old: tuple[int, ...], new: tuple[int, ...], axes: Axes) -> Axe
         before = [axis for axis in range(first_i, i) if old[axis] > 1]
         after = [axis for axis in range(first_j, j) if new[axis] > 1]
         if len(after) <= 1 or all(axis in axes for axis in before):
-            # Channels alone, or merged with something else into one axis.
+            # Channels alone, or merged with others into one axis.
             result.update(after or [first_j])
         else:
-            ends_old = {_product(old[axis + 1 : i]): axis for axis in inside}
+            ends_old = {math.prod(old[axis + 1 : i]): axis for axis in inside}
             for axis in after:
-                source = ends_old.get(_product(new[axis + 1 : j]))
+                source = ends_old.get(math.prod(new[axis + 1 : j]))
                 if source is not None and old[source] == new[axis]:
                     result.add(axis)
     # Heads that were merged with the batch come back beside it.
     return frozenset(result - {0} if len(result) > 1 else result)
 
 
-def _product(sizes: Iterable[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
-
-
 @contextmanager
 def _calls_recorded(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Writes down the calls of a model's modules."""
+    """Record the calls of a model's modules."""
     # Calls nest, so those that are open form a stack.
     stack: list[Call] = []
 
@@ -634,7 +600,7 @@ def _calls_recorded(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
 
 
 def _words(value: object) -> str:
-    """What a module was given or gave back, in words."""
+    """Say what a module got or returned."""
     if isinstance(value, Tensor):
         return INT8 if value.is_quantized else "a tensor"
     n = len(list(tensors_in(value)))
@@ -669,14 +635,8 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def eager(model: nn.Module) -> AbstractContextManager[object]:
-    """Let what ``torch.compile`` made run eagerly: compiled code ignores hooks added afterwards.
-
-    Nor does it compile again for each set of hooks, until it meets its limit of doing so.
-
-    Raises:
-        RuntimeError: If this torch is too old to be asked for that, and the network is compiled.
-    """
-    # What a forward pass calls may be compiled without a sign of it on any module.
+    """Run compiled code eagerly: it ignores later hooks, or compiles again for each set of them."""
+    # Functions called by a forward pass may be compiled without a sign of it on any module.
     if "torch._dynamo.eval_frame" not in sys.modules:
         return nullcontext()
     set_stance = getattr(torch.compiler, "set_stance", None)
@@ -691,7 +651,7 @@ def eager(model: nn.Module) -> AbstractContextManager[object]:
 
 @contextmanager
 def no_attention_fast_path() -> Iterator[None]:
-    """Keeps attention modules from running as one operator that calls no submodule."""
+    """Keep attention modules from running as one operator that calls no submodule."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,9 +1,9 @@
 """Units of a transformer: attention heads, and the hidden units of its MLPs.
 
-Both are closed at the input of a linear layer. What head h hands to the output projection are some
-of its input's channels, so a gate for these as one group is a gate for the head, and closing it is
-the same as zeroing the projection's columns. A hidden unit is one channel of the second layer's
-input. Sites are found by the flow of data, not by the names of modules.
+Both are closed at the input of a linear layer. The output of head h fills some channels of the
+output projection's input: a gate for this group of channels closes the head, as zeroing the
+projection's columns does. A hidden unit is one channel of the second layer's input. Sites are found
+by the flow of data, not by the names of modules.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ __all__ = ["check_rows", "unit_sites"]
 
 
 def unit_sites(model: nn.Module, flow: Flow, units: str) -> list[tuple[int, GateSite]]:
-    """The sites of a network's heads or neurons, each with its node.
+    """The sites of a network's ``"heads"`` or ``"neurons"``, each with its node.
 
-    Args:
-        model: The network, not wrapped.
-        flow: Traced inside :func:`~nad_attr.sites.projections.called_projections`.
-        units: ``"heads"`` or ``"neurons"``.
+    The flow has to be traced inside :func:`~nad_attr.sites.projections.called_projections`.
+
 
     Raises:
         SiteError: If there are none; says what to do.
@@ -39,7 +37,7 @@ def unit_sites(model: nn.Module, flow: Flow, units: str) -> list[tuple[int, Gate
     for index in flow.path:
         for node in flow.inputs_of(index):
             readers.setdefault(node, []).append(index)
-    # Where the outputs of layers are made, and of which call.
+    # The calls that make the outputs of layers, by node.
     made = {
         index: call
         for call in _linear_calls(model, flow)
@@ -93,7 +91,7 @@ def _n_heads(flow: Flow, node: int, n: int, attention: nn.Module | None) -> int 
     if attention is not None:
         return int(attention.num_heads)  # type: ignore[arg-type]
     n_heads: int | None = None
-    # Back through what forms no new channels, until attention's product.
+    # Walk back over operators that form no new channels, to attention's product.
     while True:
         here = flow.nodes[node]
         if len(here.shape) > 2 and here.shape[-1] < n and here.shape[-1] * here.shape[-2] == n:
@@ -125,7 +123,7 @@ def _is_hidden(
 ) -> bool:
     """Whether a linear layer's input is made of other linear layers' outputs, for it alone.
 
-    Not so where these go elsewhere as well, as a residual stream does.
+    A residual stream is not: other layers read it as well.
     """
     seen: set[int] = set()
     waiting, layers = [node], set[int]()
@@ -155,19 +153,13 @@ def check_rows(
     inputs: Sequence[Tensor],
     run: Callable[..., object],
 ) -> None:
-    """Check on two images that an image's windows lie side by side at some projections' inputs.
+    """Check on two images that an image's windows are side by side at some projections' inputs.
 
-    Windowed attention holds the windows of all images on the first axis. Gates of each image's own
-    stand at its own windows only if these come image by image.
-
-    Args:
-        model: The network, not wrapped.
-        sites: Those with more rows than images.
-        inputs: The example inputs.
-        run: Runs the model.
+    Windowed attention has the windows of all images on the first axis. An image's own gates meet
+    its own windows only if these come image by image.
 
     Raises:
-        SiteError: If they do not, or if that cannot be seen, as the inputs have no values.
+        SiteError: If they do not, or if the inputs have no values to see it by.
     """
     names = ", ".join(repr(site.name) for site in sites[:3])
     if not all(x.is_floating_point() and not x.is_meta and not x.is_sparse for x in inputs):

@@ -31,7 +31,7 @@ class LoadedData:
         names: ``{class index: name}``, as far as known.
         mapping: Which folder is which class, for folders.
         images: The folders, for folders: counts unreadable images.
-        note: What the user should know, or nothing.
+        note: A note for the user, or nothing.
     """
 
     data: Data
@@ -125,11 +125,8 @@ def _torchvision_data(name: str, transform: Transform, held_out: bool) -> tuple[
     from torchvision import datasets
 
     _, kind, *rest = name.split(":")
-    known = [
-        n
-        for n in datasets.__all__
-        if "transform" in _parameters(getattr(datasets, n)) and n != "VisionDataset"
-    ]
+    listed = [n for n in datasets.__all__ if n != "VisionDataset"]
+    known = [n for n in listed if "transform" in _parameters(getattr(datasets, n))]
     if kind not in known:
         raise SpecError(f"torchvision has no dataset {kind!r}" + near(kind, known))
     makes = getattr(datasets, kind)

@@ -18,14 +18,7 @@ __all__ = ["PhotoTable", "first_file", "read_table"]
 
 
 class PhotoTable(Dataset[Any]):
-    """Photos named in a table.
-
-    Args:
-        root: The folder they are in.
-        files: Their paths in it.
-        transform: What is done to each.
-        augmented: Whether that may be random.
-    """
+    """Photos named in a table; ``augmented`` says whether ``transform`` may be random."""
 
     def __init__(
         self, root: str, files: Sequence[str], transform: Callable[[Any], Any], augmented: bool
@@ -60,8 +53,7 @@ def read_table(
     Args:
         path: The table.
         root: The folder of the images.
-        numbered: Gives ``{name: class index}`` for the class names that are there. None: class
-            names get no numbers, for those who want the files alone.
+        numbered: Gives ``{name: class index}`` of class names. None: they get no numbers.
         one_output: Whether the network has one output: a column of 0 and 1 is its label.
 
     Returns:

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ __all__ = ["LoadedModel", "is_plain_model", "load_model", "load_weights", "n_out
 
 #: Where checkpoints keep the state dict, if it is not all that they hold.
 _CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights")
-#: What wrappers put before each name.
+#: Prefixes that wrappers add to each name.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _NO_WEIGHTS = ("none", "random", "untrained")
-#: Arguments that timm takes a word for, which it looks up in a list of its own.
+#: Arguments for which timm takes a word of a list of its own.
 _NAMED_LAYERS = ("act_layer", "global_pool", "norm_layer")
-#: Of numbers that a file may give to an architecture, so that it cannot ask for all memory.
+#: Largest number that a file may give to an architecture, so that it cannot ask for all memory.
 _MAX_NUMBER = 100_000
 
 
@@ -43,7 +43,7 @@ class LoadedModel:
         arguments: What its factory was called with.
         class_names: Names of its outputs, if its weights say them.
         transform: What its weights want done to images, if they say so.
-        notes: What the user should know, such as that it is untrained.
+        notes: Notes for the user, such as that it is untrained.
     """
 
     model: nn.Module
@@ -109,24 +109,17 @@ def load_model(
         notes = load_weights(model, weights)
     elif trained and source in ("torchvision", "timm") and _untrained(name):
         notes = ("the weights are random: the network is untrained.",)
-    return LoadedModel(
-        model,
-        loaded.name,
-        None if weights is None else os.fspath(weights),
-        options,
-        loaded.class_names,
-        loaded.transform,
-        notes,
-    )
+    file = None if weights is None else os.fspath(weights)
+    return replace(loaded, model=model, weights=file, arguments=options, notes=notes)
 
 
 def is_plain_model(name: object, arguments: object = None) -> bool:
     """Whether a name from elsewhere can do no more than make a published architecture.
 
-    ``torchvision:NAME[:WEIGHTS]`` and ``timm:NAME[:none]``, the weights being those that the
-    package itself knows; arguments are numbers, truth values and lists of them, and the names of
-    a few kinds of layers. What leads to a function, a file, a folder or another repository
-    (``timm:hf-hub:...``, ``checkpoint_path=...``) is not plain.
+    Plain are ``torchvision:NAME[:WEIGHTS]`` and ``timm:NAME[:none]`` with the package's own
+    weights, and arguments that are numbers, truth values, lists of them, or the names of a few
+    kinds of layers. A function, file, folder or other repository (``timm:hf-hub:...``,
+    ``checkpoint_path=...``) is not plain.
 
     Example:
         >>> is_plain_model("timm:resnet18.a1_in1k", {"num_classes": 10})
@@ -137,9 +130,7 @@ def is_plain_model(name: object, arguments: object = None) -> bool:
         False
     """
     if not isinstance(name, str) or not re.fullmatch(
-        r"torchvision:\w+(:\w*)?|timm:[A-Za-z][\w.-]*(:(none|random|untrained))?",
-        name,
-        re.ASCII,
+        r"torchvision:\w+(:\w*)?|timm:[A-Za-z][\w.-]*(:(none|random|untrained))?", name, re.ASCII
     ):
         return False
     given = {} if arguments is None else arguments
@@ -210,7 +201,7 @@ def _timm_model(rest: str, options: dict[str, Any], trained: bool) -> LoadedMode
     import timm
 
     name, last = rest, ""
-    if _untrained(f":{rest.rpartition(':')[2]}"):
+    if _untrained(f":{rest}"):
         name, _, last = rest.rpartition(":")
     trained = trained and not last
     if ":" not in name and not timm.is_model(name):
@@ -276,7 +267,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
         ):
             state = {key[len(prefix) :]: value for key, value in state.items()}
             notes.append(f"names in {path.name} were taken without their prefix {prefix!r}.")
-    # A counter that plays no part in eval mode; older files lack it.
+    # A counter without effect in eval mode; older files lack it.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     extra = [key for key in state if key not in own]
     wrong = [
@@ -306,10 +297,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> tuple[str, .
 def _network_inside(
     state: dict[str, Tensor], own: Mapping[str, Tensor], path: Path, notes: list[str]
 ) -> dict[str, Tensor]:
-    """The weights of the network alone, of those of something that holds it among others.
-
-    As a Lightning module does, whose ``self.net`` is the network and whose loss has weights too.
-    """
+    """The network's weights from the state of a larger module, such as a Lightning module."""
     needed = [key for key in own if not key.endswith("num_batches_tracked")]
     if not needed or all(key in state for key in needed):
         return state
@@ -340,7 +328,7 @@ def _other_kind(given: Tensor, own: Tensor) -> str:
     if given.layout != torch.strided and own.layout == torch.strided:
         return f"is sparse in the file ({given.layout}); save value.to_dense()"
     if _kind(given) != _kind(own):
-        # load_state_dict would cut them to what fits, without a word.
+        # load_state_dict would cut them to what fits, without a warning.
         return (
             f"holds {_kind(given)} ({given.dtype}) in the file and {_kind(own)} ({own.dtype}) in "
             "the model; save it as the model holds it"

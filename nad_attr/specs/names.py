@@ -23,7 +23,7 @@ class SpecError(ValueError):
     """A name does not lead to a model, data or transform; the message says why."""
 
     def __init__(self, message: object, *, lines: bool = False) -> None:
-        # It quotes what stands in files; lines: what the user's own code said, line by line.
+        # It quotes files; lines: what the user's own code said, line by line.
         super().__init__(shown(message, lines=lines))
 
 
@@ -43,10 +43,7 @@ def first_line(error: BaseException) -> str:
 
 
 def place_in_own_code(error: BaseException) -> str:
-    """File and line of an error in somebody's own code, " (file, line 3)"; "" if it is not there.
-
-    The innermost line outside of installed packages: where the user can look.
-    """
+    """The innermost place of an error in the user's own code, " (file, line 3)", or ""."""
     frames = traceback.extract_tb(error.__traceback__)
     installed = (str(Path(__file__).parents[1]), "site-packages", "<frozen")
     prefixes = (sys.prefix, sys.base_prefix)
@@ -118,10 +115,5 @@ def call(name: str, arguments: Mapping[str, Any]) -> Any:
         with isolated_rng(0):
             return factory(**arguments)
     except Exception as error:
-        raise SpecError(
-            f"{name}({_written(arguments)}) failed: {told(error)}", lines=True
-        ) from error
-
-
-def _written(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise SpecError(f"{name}({given}) failed: {told(error)}", lines=True) from error

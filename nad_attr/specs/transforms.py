@@ -17,14 +17,14 @@ __all__ = ["Transform", "make_transform"]
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to each image before the network sees it.
+    """The transform of each image before the network.
 
     Attributes:
         function: From a Pillow image to a tensor.
         record: What it is made from, as JSON knows it.
         text: The same for people.
         random: Whether it may be random.
-        note: What the user should know, or nothing.
+        note: A note for the user, or nothing.
     """
 
     function: Callable[[Any], Any]
@@ -44,8 +44,8 @@ def make_transform(
 ) -> Transform:
     """Choose what is done to images.
 
-    The factory, if one is named; else what the model's weights say, with the options in place of
-    what they say; else short side 256 and middle 224, or nothing for small images of one size.
+    This is the factory, if one is named; else the transform of the model's weights, changed by the
+    options; else short side 256 and middle 224, or nothing for small images of one size.
 
     Args:
         loaded: The model.

@@ -1,1 +1,1 @@
-"""Numbers about numbers: intervals, tests, p-values, tables. Nothing here knows a network."""
+"""Intervals, tests, p-values and tables of numbers. Nothing here knows a network."""

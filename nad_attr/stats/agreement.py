@@ -12,52 +12,37 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from nad_attr._checks import check_count
-from nad_attr.stats.bootstrap import bootstrap_interval
+from nad_attr.stats.bootstrap import bootstrap_interval, check_share
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.strata import Tables, strata_of
 from nad_attr.stats.tests import Statistic, count_test, fisher_interval, normal_p
 from nad_attr.system.rng import seed_of
 
-__all__ = [
-    "kendall",
-    "overlap_above_chance",
-    "rank_agreement",
-    "rank_biased_overlap",
-    "rbo_weight",
-]
+__all__ = ["kendall", "overlap_above_chance", "rank_agreement", "rank_biased_overlap", "rbo_weight"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
-#: Rank-biased overlap looks this patiently down the ranking: the first 50 ranks have 85 % of the
-#: weight.
+#: Persistence of rank-biased overlap: the first 50 ranks have 85 % of the weight.
 PERSISTENCE = 0.98
-#: Random choices of channels that one overlap is held against.
+#: Random choices of channels with which one overlap is compared.
 _N_RANDOM = 999
-
-
-def _check_persistence(p: float) -> None:
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p < 1:
-        raise ValueError(f"p must lie between 0 and 1, got {p!r}.")
 
 
 def rbo_weight(p: float, depth: int) -> float:
     """Share of the weight of rank-biased overlap that the first ranks have.
 
     Args:
-        p: Persistence in (0, 1): the larger, the deeper it looks.
-        depth: How many ranks.
+        p: Persistence in (0, 1): the larger, the more lower ranks count.
+        depth: Number of ranks.
 
     Raises:
-        ValueError: If an argument makes no sense.
-
-    Source:
-        Webber, Moffat and Zobel 2010, equation 21.
+        ValueError: If an argument is invalid.
 
     Example:
         >>> round(rbo_weight(0.9, 10), 4)
         0.8556
     """
-    _check_persistence(p)
+    check_share(p, "p")
     d = check_count(depth, "depth")
     i = np.arange(1, d)
     rest = math.log(1 / (1 - p)) - float((p**i / i).sum())
@@ -65,10 +50,10 @@ def rbo_weight(p: float, depth: int) -> float:
 
 
 def rank_biased_overlap(a: Sequence[Any], b: Sequence[Any], p: float = PERSISTENCE) -> float:
-    """Rank-biased overlap of two rankings, extrapolated: agreement, the top counting most.
+    """Rank-biased overlap of two rankings, extrapolated: agreement in which top ranks count most.
 
-    The expected share of what both have in common among their first d, where d is how far a reader
-    looks who goes on from each rank with probability p. Rankings may have other items and lengths.
+    It is the expected share of common items among the first d, where d is the depth of a reader who
+    continues after each rank with probability p. Rankings may have other items and lengths.
 
     Args:
         a: Items, the first one highest; none twice.
@@ -79,7 +64,7 @@ def rank_biased_overlap(a: Sequence[Any], b: Sequence[Any], p: float = PERSISTEN
         In [0, 1]: 1 for equal rankings, 0 for those without a common item.
 
     Raises:
-        ValueError: If a ranking is empty or has an item twice, or p makes no sense.
+        ValueError: If a ranking is empty or has an item twice, or p is invalid.
 
     Source:
         Webber, Moffat and Zobel 2010, equation 32.
@@ -88,14 +73,14 @@ def rank_biased_overlap(a: Sequence[Any], b: Sequence[Any], p: float = PERSISTEN
         >>> round(rank_biased_overlap("abcdefg", "bacdefg", p=0.9), 3)
         0.9
     """
-    _check_persistence(p)
+    check_share(p, "p")
     for items in (a, b):
         if len(items) == 0 or len(set(items)) < len(items):
             raise ValueError("a ranking must hold at least one item, and none twice.")
     short, long = sorted((list(a), list(b)), key=len)
     s, n = len(short), len(long)
     place = {item: d for d, item in enumerate(short, start=1)}
-    met = np.zeros(n + 1)  # items that both have seen for the first time at this depth
+    met = np.zeros(n + 1)  # items that both have by this depth for the first time
     for d, item in enumerate(long, start=1):
         if item in place:
             met[max(d, place[item])] += 1
@@ -110,15 +95,9 @@ def rank_biased_overlap(a: Sequence[Any], b: Sequence[Any], p: float = PERSISTEN
 
 
 def rbo_of_places(first: NDArray[np.int64], second: NDArray[np.int64], p: float) -> FloatArray:
-    """Rank-biased overlap of two orders of the same C channels, for many tasks.
+    """Rank-biased overlap of two orders of the same C channels, for many tasks: (T,).
 
-    Args:
-        first: (T, C), the place of each channel, from 0 on.
-        second: (T, C).
-        p: Persistence.
-
-    Returns:
-        (T,).
+    ``first`` and ``second`` are (T, C), the place of each channel, from 0 on.
 
     Example:
         >>> place = np.array([[0, 1, 2, 3, 4, 5, 6]])
@@ -136,18 +115,10 @@ def rbo_of_places(first: NDArray[np.int64], second: NDArray[np.int64], p: float)
 def places(
     scores: FloatArray, seed: int, what: str, tasks: Sequence[object] | None = None
 ) -> NDArray[np.int64]:
-    """Place of each channel by its score, the highest 0; ties are broken at random.
+    """Place of each channel by its score (T, C), the highest 0: int64 (T, C).
 
-    In the order of the channels, two methods that give many channels the same score would agree.
-
-    Args:
-        scores: (T, C).
-        seed: Of the breaking of ties.
-        what: Keeps the random numbers of two methods apart.
-        tasks: T tasks: how ties are broken depends on the task, not on its row. None: on the row.
-
-    Returns:
-        int64 (T, C).
+    Ties are broken at random: in the order of the channels, two methods with many equal scores
+    would agree. The random numbers depend on seed, method (``what``) and task; None: on the row.
     """
     result = np.empty(scores.shape, dtype=np.int64)
     numbers = np.arange(scores.shape[1])
@@ -193,8 +164,8 @@ def rank_agreement(
 ) -> Statistic:
     """Do two methods put the same channels of a site first? Mean rank-biased overlap over strata.
 
-    The control are random orders of as many channels, whose overlap is not 0; they give the
-    p-value as well. The interval is a bootstrap over strata.
+    The control and the p-value come from random orders of as many channels, whose overlap is not 0.
+    The interval is a bootstrap over strata.
 
     Args:
         a: (N,), scores of the channels by one method.
@@ -202,11 +173,11 @@ def rank_agreement(
         strata: (N,), the site of each channel; None: all are of one.
         p: Persistence, see :func:`rank_biased_overlap`.
         n_random: Random orders.
-        seed: Of the random orders, and of how ties are broken.
+        seed: For the random orders, and for breaking ties.
         other: Name of the other method, for the sentence.
 
     Raises:
-        ValueError: If shapes or numbers make no sense.
+        ValueError: If shapes or numbers are invalid.
 
     Example:
         >>> result = rank_agreement([5.0, 4, 3, 2, 1], [4.0, 5, 3, 2, 1], p=0.9)
@@ -214,19 +185,13 @@ def rank_agreement(
         0.9
     """
     first, second = _pair(a, b)
-    _check_persistence(p)
+    check_share(p, "p")
     check_count(n_random, "n_random")
     parts = strata_of(strata, len(first))
-    each = np.array(
-        [
-            rbo_of_places(
-                places(first[None, part], seed, f"a{s}"),
-                places(second[None, part], seed, f"b{s}"),
-                p,
-            )[0]
-            for s, part in enumerate(parts)
-        ]
-    )
+    each = np.empty(len(parts))
+    for s, part in enumerate(parts):
+        one = places(first[None, part], seed, f"a{s}")
+        each[s] = rbo_of_places(one, places(second[None, part], seed, f"b{s}"), p)[0]
     draws = np.mean(
         [random_rbo(len(part), float(p), n_random, seed, s) for s, part in enumerate(parts)], axis=0
     )
@@ -292,7 +257,7 @@ def kendall(
         other: Name of the other method, for the sentence.
 
     Raises:
-        ValueError: If shapes or numbers make no sense.
+        ValueError: If shapes or numbers are invalid.
 
     Source:
         Kendall 1970; Fieller, Hartley and Pearson 1957 (interval, variance 0.437 / (n - 4)).
@@ -349,20 +314,12 @@ def kappas(both: FloatArray, a: FloatArray, b: FloatArray, total: FloatArray) ->
 
 
 def random_kappas(
-    counts: FloatArray,
-    n_random: int,
-    seed: int,
-    method: str,
-    tasks: Sequence[object] | None = None,
+    counts: FloatArray, n_random: int, seed: int, method: str, tasks: Sequence[object] | None = None
 ) -> FloatArray:
     """Mean kappa over sites of random channels, as many as both keep: (T, draws).
 
-    Args:
-        counts: (4, T, S): kept by both (plays no part), by one, by the other, and all channels.
-        n_random: Draws.
-        seed: Of the draws.
-        method: Keeps the random numbers of different methods apart.
-        tasks: T tasks, whose draws are the same in any company; None: numbered.
+    ``counts`` (4, T, S) are the channels kept by both (not used), by one, by the other, and all.
+    The draws depend on seed, method and task (None: its number).
     """
     _, ours, theirs, total = counts
     result = np.empty((ours.shape[0], n_random))
@@ -384,18 +341,18 @@ def overlap_above_chance(
     seed: int = 0,
     other: str = "",
 ) -> Statistic:
-    """Do two methods keep the same channels of a site, beyond what their numbers make likely?
+    """Do two methods keep the same channels of a site, beyond what chance explains?
 
-    The effect is kappa (:func:`nad_attr.kappa`), its mean over strata; the p-value is exact, that
-    of the number of channels that both keep, as in :func:`association`; the interval is a bootstrap
-    over strata. The control are random choices of as many channels in each stratum.
+    The effect is kappa (:func:`nad_attr.kappa`), its mean over strata; the p-value is exact, from
+    the number of channels that both keep, as in :func:`association`; the interval is a bootstrap
+    over strata. The control comes from random choices of as many channels in each stratum.
 
     Args:
         a: bool (N,), kept by one method.
         b: bool (N,), kept by another.
         strata: (N,), the site of each channel; None: all are of one.
         level: Coverage of the intervals.
-        seed: Of the bootstrap.
+        seed: For the bootstrap.
         other: Name of the other method, for the sentence.
 
     Raises:

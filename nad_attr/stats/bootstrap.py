@@ -1,4 +1,4 @@
-"""How sure is a number: bootstrap intervals of means."""
+"""Bootstrap intervals of means."""
 
 from __future__ import annotations
 
@@ -17,29 +17,24 @@ __all__ = ["bootstrap_interval", "bootstrap_means", "check_interval", "interval_
 FloatArray: TypeAlias = NDArray[np.float64]
 
 
-def check_interval(level: float, n_draws: int) -> None:
-    """Refuse a coverage outside (0, 1) and less than one draw.
+def check_share(value: float, what: str) -> None:
+    """Refuse a value that is not between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError(f"{what} must lie between 0 and 1, got {value!r}.")
 
-    Raises:
-        ValueError: Names it.
-    """
-    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
+
+def check_interval(level: float, n_draws: int) -> None:
+    """Refuse a coverage outside (0, 1) and less than one draw."""
+    check_share(level, "level")
     check_count(n_draws, "n_draws")
 
 
 def times_drawn(
     n: int, n_draws: int, seed: int | np.random.Generator
 ) -> Iterator[tuple[slice, FloatArray]]:
-    """How often each of n rows is drawn, when n rows are drawn with replacement.
+    """How many times each of n rows is drawn, when n rows are drawn with replacement.
 
-    Args:
-        n: Rows.
-        n_draws: Times that n rows are drawn.
-        seed: Of the draws, or the generator that makes them.
-
-    Yields:
-        Some draws at a time, as all of them at once could be large: which, and (draws, n).
+    Yields some draws at a time, as all at once could be large: which, and (draws, n).
 
     Example:
         >>> next(times_drawn(3, 2, 0))[1].sum(1)
@@ -57,16 +52,16 @@ def times_drawn(
 def bootstrap_means(
     values: ArrayLike, *, n_draws: int = 2000, seed: int = 0, weights: ArrayLike | None = None
 ) -> FloatArray:
-    """Means of resampled rows: what the mean could have been with other rows of the same kind.
+    """Means of resampled rows: the mean that other rows of the same kind could have given.
 
     Args:
         values: (N, ...), one row per unit that is drawn with replacement; NaN is left out.
         n_draws: Times that N rows are drawn.
-        seed: Of the draws; the global random state is not used.
-        weights: (N, ...), how much each value counts; None: the same.
+        seed: For the draws; the global random state is not used.
+        weights: (N, ...), the weight of each value; None: equal.
 
     Returns:
-        float64 (n_draws, ...); NaN where a draw has no known value.
+        float64 (n_draws, ...); NaN for a draw without a known value.
 
     Example:
         >>> bootstrap_means([[1.0], [1.0]], n_draws=3)[:, 0]
@@ -89,7 +84,7 @@ def bootstrap_means(
 
 
 def interval_of(draws: ArrayLike, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
-    """Percentile interval of draws (N, ...) that may hold NaN; NaN where all of them are.
+    """Percentile interval of draws (N, ...) that may hold NaN; NaN if all of them are.
 
     Example:
         >>> low, high = interval_of(np.arange(101.0), 0.9)
@@ -98,7 +93,7 @@ def interval_of(draws: ArrayLike, level: float = 0.95) -> tuple[FloatArray, Floa
     """
     array = np.asarray(draws, dtype=np.float64)
     known = ~np.isnan(array).all(0)
-    # A row of zeros where nothing is known: nanquantile would warn.
+    # Zeros if nothing is known, since nanquantile would warn.
     ends = np.nanquantile(np.where(known, array, 0.0), [(1 - level) / 2, (1 + level) / 2], axis=0)
     return np.where(known, ends[0], np.nan), np.where(known, ends[1], np.nan)
 
@@ -108,21 +103,21 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Bootstrap interval of a mean over tasks (percentiles of the means of resampled tasks).
 
-    With several seeds, tasks are drawn first and then, for each task drawn, as many seeds as there
-    are: tasks are what differs most, and seeds of one task are not independent of it.
+    With several seeds, tasks are drawn first and then, for each drawn task, as many seeds as there
+    are: tasks differ most, and seeds of one task are not independent of it.
 
     Args:
         values: (T,), one value per task, or (S, T), one per seed and task. NaN is left out: a task
-            counts with the seeds that are known, and not at all without.
+            counts with its known seeds, and not at all without.
         level: Coverage.
         n_draws: Times that tasks are drawn with replacement.
-        seed: Of the draws; the global random state is not used.
+        seed: For the draws; the global random state is not used.
 
     Returns:
         Lower and upper end; NaN with fewer than two known tasks.
 
     Raises:
-        ValueError: If an argument makes no sense.
+        ValueError: If an argument is invalid.
 
     Example:
         >>> import numpy as np
@@ -144,7 +139,7 @@ def bootstrap_interval(
         return float(low), float(high)
     generator = np.random.default_rng(seed)
     n_seeds, n_tasks = table.shape
-    # Known seeds of each task come first, so that one is drawn by its place among them.
+    # Known seeds of each task come first, so that one is drawn by its place.
     order = np.argsort(~known, axis=0, kind="stable")
     drawn = generator.integers(n_tasks, size=(n_draws, n_tasks))
     total = np.zeros(n_draws)

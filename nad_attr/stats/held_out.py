@@ -1,4 +1,4 @@
-"""Where measures on images learned from and on held-out ones part, and what would help."""
+"""Differences of measures between images learned from and held-out ones, and remedies."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from numpy.typing import NDArray
 
 from nad_attr.stats.tables import number
 
-__all__ = ["MIN_GAP", "apart", "parted_tasks", "unchecked_tasks"]
+__all__ = ["MIN_GAP", "apart", "mixed_tasks", "parted_tasks", "unchecked_tasks"]
 
-#: Measures that differ by less than this are together, whatever the intervals say.
+#: Smaller differences of measures count as none, whatever the intervals are.
 MIN_GAP = 0.05
-#: Own images of a task below which more of them are the first thing to try.
+#: With fewer own images of a task, more of them are the first remedy.
 FEW_IMAGES = 500
-#: From this size on a larger one is no help.
+#: From this size on a larger one is no remedy.
 LARGE_SIZE = 0.7
 
-#: Steps at the end, at most, whose images say how well those that were learned from are kept.
+#: Steps at the end, at most, whose images show the fit on images learned from.
 LAST_STEPS = 5
-#: By how much fidelity has to fall to be warned of while gates are learned.
+#: Fall of fidelity that is warned of while gates are learned.
 WARNED_FROM = 0.2
+#: The same of the mean of several runs, below the runs themselves.
+MIXED_FROM = 0.1
 
 _NAMES = {"own_auc": "own AUC", "fidelity": "fidelity"}
 
@@ -36,14 +38,14 @@ def apart(
     n_own: int | None,
     size: float,
 ) -> list[str]:
-    """Sentences where measures part: by how much, why, and what would help; none where they agree.
+    """Sentences about different measures: by how much, why, and remedies; none if they agree.
 
     Args:
         learned: ``{measure: value}``, on images that the gates were learned from.
         held_out: The same on held-out images.
         gaps: ``{measure: (low, high)}``, the interval of learned less held out; NaN: unknown, and
-            the measures have to be twice as far apart.
-        whole: The whole network's own AUC on both: where that parts, the images differ.
+            the difference has to be twice as large.
+        whole: The whole network's own AUC on both: if that differs, the images differ.
         n_own: Own images that were learned from; None: unknown.
         size: Kept channels / all channels.
 
@@ -93,7 +95,7 @@ def parted_tasks(
     n_own: Sequence[int],
     size: float,
 ) -> str | None:
-    """What to say of tasks whose gates keep the images learned from, and hardly any others.
+    """A warning about tasks whose gates keep the outputs of the images learned from only.
 
     Args:
         curves: Of a run, (steps, T): "loss", "fidelity_apart" and "highest_apart".
@@ -102,8 +104,7 @@ def parted_tasks(
         size: Kept channels / all channels.
 
     Returns:
-        The tasks with both fidelities, the one that falls most first, and what would help; None
-        if none parts.
+        The tasks with both fidelities, the largest fall first, and remedies; None if there is none.
 
     Example:
         >>> curves = {"loss": np.array([[0.04]]), "fidelity_apart": np.array([[0.3]]),
@@ -115,7 +116,7 @@ def parted_tasks(
     """
     learned = 1 - curves["loss"][-LAST_STEPS:].mean(0)
     found, highest = (curves[f"{name}_apart"][-1] for name in ("fidelity", "highest"))
-    # NaN, where too few images were looked at, is no gap.
+    # NaN, for too few images, is no gap.
     parts = np.flatnonzero((learned - found > WARNED_FROM) & (highest < learned))
     if not len(parts):
         return None
@@ -136,17 +137,43 @@ def parted_tasks(
     )
 
 
+def mixed_tasks(fidelity: NDArray[np.float32], runs: int, names: Sequence[str]) -> str | None:
+    """A warning about tasks whose runs chose different channels, so that their mean is worse; None.
+
+    Args:
+        fidelity: (steps, T), on images kept apart; the last row is that of the mean.
+        runs: The row at the end of the runs, which is their own.
+        names: Names of the T tasks.
+
+    Example:
+        >>> print(mixed_tasks(np.array([[0.9], [0.4]]), 0, ["cat"]))
+        the runs of 'cat' chose different channels: each keeps fidelity 0.900, and their mean
+        0.400. Learn with replicas=1, or a larger size.
+    """
+    each, mean = fidelity[runs], fidelity[-1]
+    worst = np.flatnonzero(each - mean > MIXED_FROM)
+    if not len(worst):
+        return None
+    t = int(worst[np.argmax((each - mean)[worst])])
+    more = f" (and those of {len(worst) - 1} more)" if len(worst) > 1 else ""
+    return (
+        f"the runs of {names[t]!r}{more} chose different channels: each keeps fidelity "
+        f"{number(each[t])}, and their mean {number(mean[t])}. Learn with replicas=1, or a larger "
+        "size."
+    )
+
+
 def unchecked_tasks(
     names: Sequence[str], n_own: Sequence[int], needed: int, n_images: int, n_constants: int
 ) -> str | None:
-    """What to say of tasks with so few images that nothing checked what was learned from them.
+    """A warning about tasks with too few images to check what was learned from them.
 
-    Silent where there are more images than constants: then they cannot fit by chance alone.
+    None if there are more images than constants, which then cannot fit by chance alone.
 
     Args:
-        names: Of the tasks of which no images were kept apart.
+        names: Of the tasks without images kept apart.
         n_own: Own images of each.
-        needed: Own, and other, images from which on some are kept apart.
+        needed: Own, and other, images with which some are kept apart.
         n_images: All images, of all tasks.
         n_constants: Closed channels, each with a constant of its own.
 

@@ -1,4 +1,4 @@
-"""The measures of a sub-architecture: how each is called, and which way is better."""
+"""The measures of a sub-architecture: their names, and the better direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["MEASURES", "MEASURE_TABLE", "Measure", "p_against"]
 
 
 class Measure(NamedTuple):
-    """How a measure is called, and which way is better.
+    """The names of a measure, and its better direction.
 
     Attributes:
         head: In the head of a table.
@@ -26,8 +26,8 @@ class Measure(NamedTuple):
     better: Literal["higher", "lower"] | None
 
 
-#: All measures of one task, in the order in which they are listed. Neither way is better for
-#: sizes, and for other-task accuracy: always answering the class makes it 0, closing nothing 1.
+#: All measures of one task, in the order of lists. No direction is better for sizes, and for
+#: other-task accuracy: always answering the class makes it 0, closing nothing 1.
 MEASURE_TABLE = {
     "size": Measure("size", "size", None),
     "flop_size": Measure("FLOP size", "size in multiply-adds", None),
@@ -47,20 +47,20 @@ MEASURE_TABLE = {
     "other_accuracy": Measure("other acc.", "other-task accuracy", None),
 }
 
-#: Their names, which :meth:`Evaluation.mean` and :meth:`Evaluation.interval` know.
+#: Their names, for :meth:`Evaluation.mean` and :meth:`Evaluation.interval`.
 MEASURES = tuple(MEASURE_TABLE)
 
 
 def p_against(measure: str, observed: ArrayLike, draws: ArrayLike) -> np.ndarray | float:
-    """How often random channels do as well: :func:`~nad_attr.stats.p_values.permutation_p`.
+    """p-value of a measure against random channels, by ``permutation_p``.
 
     Args:
-        measure: A name of ``MEASURE_TABLE``, which says which way is better.
+        measure: A name of ``MEASURE_TABLE``.
         observed: (...).
         draws: (..., P), of random channels.
 
     Returns:
-        (...), a float for one number; NaN where neither way is better.
+        (...), a float for one number; NaN for a measure without a better direction.
 
     Example:
         >>> p_against("own_auc", 0.9, [0.5, 0.6, 0.7]), p_against("fpr", 0.9, [0.5, 0.6, 0.7])

@@ -11,7 +11,7 @@ __all__ = ["least_p", "permutation_p"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
-#: Numbers that differ by less than this share of the largest one are equal: it is rounding.
+#: Numbers that differ by less than this share of the largest one are equal, but for rounding.
 TIE = 1e-9
 
 
@@ -22,19 +22,19 @@ def permutation_p(
     tail: Literal["higher", "lower", "both"] = "higher",
     centre: ArrayLike = 0.0,
 ) -> Any:
-    """P-value ``(1 + number of draws that reach what was observed) / (draws + 1)``.
+    """P-value ``(1 + number of draws that reach the observed value) / (draws + 1)``.
 
-    A draw that is equal to what was observed, up to rounding (1e-9 of the largest number), reaches
-    it. So p is valid, and n draws give ``1 / (n + 1)`` at best (:func:`least_p`).
+    A draw that is equal to the observed value, up to rounding (1e-9 of the largest number), reaches
+    it. So p is valid, and n draws give at least ``1 / (n + 1)`` (:func:`least_p`).
 
     Args:
         observed: (...).
-        draws: (..., P), the same where there is nothing to be found; NaN is not a draw.
-        tail: Which draws reach it: those as high, as low, or ("both") as far from ``centre``.
-        centre: (...) or a number, for "both": where draws lie in the mean.
+        draws: (..., P), the same without any effect; NaN is not a draw.
+        tail: Draws that reach it: those as high, as low, or ("both") as far from ``centre``.
+        centre: (...) or a number, for "both": the mean of the draws.
 
     Returns:
-        float64 (...), a float for one number; NaN where nothing was observed or drawn.
+        float64 (...), a float for one number; NaN if nothing was observed or drawn.
 
     Source:
         Phipson and Smyth, "Permutation p-values should never be zero", 2010.
@@ -66,7 +66,7 @@ def permutation_p(
 
 
 def least_p(n_draws: int) -> float:
-    """The smallest p-value that so many random draws can give, ``1 / (n_draws + 1)``.
+    """The smallest p-value of this many random draws, ``1 / (n_draws + 1)``.
 
     Example:
         >>> least_p(3), least_p(19)

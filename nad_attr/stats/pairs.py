@@ -92,8 +92,8 @@ def site_overlaps(
 def chance_overlaps(masks: Mapping[str, Tensor]) -> FloatArray:
     """The overlap that random masks of these sizes have, mean over sites.
 
-    ``E J = e / (|A| + |B| - e)`` with ``e = |A| |B| / C``: what the sizes of two sub-architectures
-    alone make of their overlap.
+    ``E J = e / (|A| + |B| - e)`` with ``e = |A| |B| / C``: the part of the overlap of two
+    sub-architectures that follows from their sizes.
 
     Args:
         masks: ``{site name: bool (T, C)}``.

@@ -1,4 +1,4 @@
-"""Ranks, and how rows of numbers rise or fall."""
+"""Ranks, and trends of rows of numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def midranks(values: ArrayLike) -> FloatArray:
 
 
 def standard_ranks(values: ArrayLike) -> FloatArray:
-    """Midranks along the last axis with mean 0 and sum of squares 1; 0 where nothing varies."""
+    """Midranks along the last axis with mean 0 and sum of squares 1; 0 if nothing varies."""
     ranks = midranks(values)
     centred = ranks - ranks.mean(-1, keepdims=True)
     length = np.sqrt(np.square(centred).sum(-1, keepdims=True))
@@ -36,11 +36,11 @@ def rank_trends(rows: FloatArray, along: FloatArray) -> FloatArray:
     """Spearman's correlation of each row with other numbers.
 
     Args:
-        rows: (N, S); what differs by rounding (in the 12th decimal) is equal.
+        rows: (N, S); differences by rounding (in the 12th decimal) do not count.
         along: (S,), for example depths.
 
     Returns:
-        (N,); NaN for a row that holds NaN, and where a side does not vary.
+        (N,); NaN for a row that holds NaN, or if a side does not vary.
 
     Example:
         >>> rank_trends(np.array([[1.0, 3.0, 2.0], [1.0, 1.0, 1.0]]), np.arange(3.0))

@@ -1,10 +1,9 @@
-"""One face for all results: a table, a text, a figure, a dictionary, files and notebooks.
+"""One interface for all results: a table, a text, a figure, a dictionary, files and notebooks.
 
-A result is a dataclass (or says what its fields are). Its fields are its content, in files as
-well: JSON holds them as lists and numbers, beside what follows from them, and HDF5 as arrays.
-Table, text and figure follow from its rows, where a result has no better ones of its own. What
-is read has to be of the types that the fields are declared with; a file names no class and calls
-nothing.
+A result is a dataclass (or defines its fields). Its fields are its content, also in files: JSON
+holds them as lists and numbers, with derived numbers beside them, and HDF5 as arrays. Table, text
+and figure follow from its rows, unless a result defines better ones. Values that are read must have
+the declared types of the fields; a file names no class and calls nothing.
 """
 
 from __future__ import annotations
@@ -48,16 +47,16 @@ __all__ = ["Result", "decoded", "is_json"]
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-#: Written into each file, raised when what is in it changes its meaning.
+#: Written into each file; raised when the meaning of the content changes.
 FORMAT = 1
 #: The errors that :meth:`Result.load` gets from a file that is not such a result.
 _WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
-#: What tensors may hold, in files.
+#: Dtypes of tensors in files.
 _DTYPES = ("bool", "uint8", "int32", "int64", "float16", "float32", "float64")
 
 
 class Result:
-    """What every result can do.
+    """The common methods of all results.
 
     Example:
         >>> import tempfile
@@ -73,7 +72,7 @@ class Result:
 
     #: Axes of the fields, such as ``"T S"``: the same letter is the same length everywhere.
     _AXES: ClassVar[Mapping[str, str]] = {}
-    #: Whether an HDF5 file holds one of them and nothing else, in no group.
+    #: Whether an HDF5 file holds only one of them, in no group.
     _ALONE: ClassVar[bool] = False
     __slots__ = ()
 
@@ -86,7 +85,7 @@ class Result:
         return pandas(f"{type(self).__name__}.frame()").DataFrame(self._records())
 
     def summary(self) -> str:
-        """What was found, as plain text."""
+        """The result as plain text."""
         rows = self._records()
         cells = [
             [number(v) if isinstance(v, float) else shown(str(v)) for v in row.values()]
@@ -111,7 +110,7 @@ class Result:
         return plot_rows(self._records(), *args, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, and what follows from them, as lists, numbers and strings.
+        """All fields, and derived numbers, as lists, numbers and strings.
 
         NaN becomes None, as JSON has no NaN, and infinity the text "inf".
         """
@@ -119,13 +118,13 @@ class Result:
         return found
 
     def save(self, path: str | PathLike[str], group: str | None = None) -> None:
-        """Write to a JSON file, or to a group of an HDF5 file; what else is in that stays.
+        """Write to a JSON file, or to a group of an HDF5 file, whose other content stays.
 
         Args:
             path: The file. One that ends in ".json" gets :meth:`to_dict`; any other is HDF5: a new
                 file, or one with gates or other results.
-            group: Name of the result in an HDF5 file, such as "evaluation/held_out"; replaced if it
-                is there. None: the name of the class, such as "size_sweep".
+            group: Name of the result in an HDF5 file, such as "evaluation/held_out"; an existing
+                one is replaced. None: the name of the class, such as "size_sweep".
 
         Raises:
             GateStoreError: If the HDF5 file cannot be written, or is not one of nad_attr.
@@ -152,7 +151,7 @@ class Result:
 
     @classmethod
     def load(cls, path: str | PathLike[str], group: str | None = None) -> Self:
-        """Read what :meth:`save` wrote; no code in the file is ever run.
+        """Read what :meth:`save` wrote; code in the file is never run.
 
         Args:
             path: The file.
@@ -189,7 +188,7 @@ class Result:
     def _repr_html_(self) -> str:
         return html_text(self.summary())
 
-    # -- what a result says of itself --------------------------------------------------------------
+    # -- the content of a result -------------------------------------------------------------------
 
     def _records(self) -> list[dict[str, Any]]:
         """The rows of the table: texts and numbers by the names of the columns."""
@@ -209,7 +208,7 @@ class Result:
         return found
 
     def _derived(self) -> dict[str, Any]:
-        """What follows from the fields and is written beside them: means, intervals, p-values."""
+        """Numbers that follow from the fields and are written beside them, such as means."""
         return {}
 
     def _stored(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -225,7 +224,7 @@ class Result:
 
     @classmethod
     def _of_stored(cls, arrays: Mapping[str, Any], attributes: Mapping[str, Any]) -> Self:
-        """The result of what :meth:`_stored` gave."""
+        """The result from the output of :meth:`_stored`."""
 
         def array(value: Any) -> Any:
             return arrays[value["array"]] if isinstance(value, Mapping) else value
@@ -296,7 +295,7 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
 
 
 def _listed(array: Array) -> Any:
-    # A list without numbers does not say how many axes there are behind the first.
+    # A list without numbers does not show how many axes follow the first.
     return _plain(array.tolist()) if array.size or array.ndim == 1 else {"shape": [*array.shape]}
 
 
@@ -309,7 +308,7 @@ def _plain(value: Any) -> Any:
 
 
 def _encoded(value: Any, put: Callable[[str, Array], Any], derived: bool, name: str = "") -> Any:
-    """A value of a field for JSON; ``put`` says what stands in place of an array."""
+    """A value of a field for JSON; ``put`` replaces arrays."""
     if dataclasses.is_dataclass(value) or isinstance(value, Result):
         fields = value._fields() if isinstance(value, Result) else _fields_of(value)
         more = value._derived() if derived and isinstance(value, Result) else {}
@@ -337,7 +336,7 @@ def _encoded(value: Any, put: Callable[[str, Array], Any], derived: bool, name: 
 def decoded(
     kind: Any, value: Any, array: Callable[[Any], Any] = lambda value: value, name: str = ""
 ) -> Any:
-    """A value of a type from what :meth:`Result.to_dict` made of it; ``array`` finds arrays.
+    """A value of a type from the output of :meth:`Result.to_dict`; ``array`` finds arrays.
 
     Raises:
         TypeError, ValueError, KeyError: If it is of another type.

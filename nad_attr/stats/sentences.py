@@ -1,4 +1,4 @@
-"""What may be concluded from a statistic, in one sentence that changes with the numbers."""
+"""The conclusion from a statistic, in one sentence that depends on the numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 __all__ = ["ALL_TASKS", "DEPTH_MEASURES", "MEASURES", "SIGNIFICANCE_LEVEL", "sentence_of"]
 
-#: What stands under ``task`` in a row about all of them.
+#: The ``task`` of a row about all tasks.
 ALL_TASKS = "all tasks"
 
-#: Below this p (or q, where many tests are reported together), chance is set aside.
+#: An effect with a smaller p (or q, for many tests together) is not chance.
 SIGNIFICANCE_LEVEL = 0.05
 
-#: What the effect of each test is called.
+#: The name of each test's effect.
 MEASURES = {
     "mann_whitney": "AUC",
     "rank_correlation": "Spearman's rho",
@@ -29,7 +29,7 @@ MEASURES = {
     "depth": "share",
 }
 
-#: What is measured at each site along depth, and what it is called.
+#: Measures at each site along depth, and their names.
 DEPTH_MEASURES = {
     "high": "share of high-level detectors",
     "high_of_detectors": "share of high-level concepts among detectors",
@@ -69,7 +69,7 @@ def _evidence(row: dict[str, Any], level: float) -> str:
 
 
 def _verdict(row: dict[str, Any]) -> int:
-    """1 or -1: above or below what chance gives, with evidence; 0: nothing to conclude."""
+    """1 or -1: above or below chance, with evidence; 0: no conclusion."""
     effect, null = row["effect"], row["null"]
     if math.isnan(effect) or math.isnan(null):
         return 0
@@ -98,44 +98,40 @@ def sentence_of(row: dict[str, Any], level: float = 0.95) -> str:
         'It cannot be concluded that tasks that are alike by WordNet share more channels: ...
     """
     if math.isnan(row["effect"]):
-        return f"Nothing can be said{_where(row)}: {_why_unknown(row)}."
+        why = "there is no channel with a known value on one of the sides"
+        if row["n"]:
+            measure = MEASURES[row["test"]]
+            why = f"{row['n']} values do not determine {measure} (a side is empty or equal)"
+        return f"Nothing can be said{_where(row)}: {why}."
     write: Callable[[dict[str, Any], int], tuple[str, str]] = _SENTENCES[row["test"]]
     verdict = _verdict(row)
     claim, numbers = write(row, verdict)
-    if verdict == 0:
-        claim = f"It cannot be concluded that {claim}"
-    return f"{claim}: {numbers}{_evidence(row, level)}."
+    start = "It cannot be concluded that " if verdict == 0 else ""
+    text = start + claim
+    return f"{text[0].upper()}{text[1:]}: {numbers}{_evidence(row, level)}."
 
 
 def _where(row: dict[str, Any]) -> str:
-    parts = [f" for {row['task']}" if row["task"] else ""]
-    parts.append(f" at {row['site']}" if row["site"] else "")
-    return "".join(parts)
+    return (f" for {row['task']}" if row["task"] else "") + _at_site(row)
 
 
-def _why_unknown(row: dict[str, Any]) -> str:
-    if row["n"] == 0:
-        return "there is no channel with a known value on one of the sides"
-    return f"{row['n']} values do not determine {MEASURES[row['test']]} (a side is empty or equal)"
-
-
-def _whose(row: dict[str, Any]) -> str:
+def _of_task(row: dict[str, Any]) -> str:
     return f" of {row['task']}" if row["task"] else ""
 
 
-def _place(row: dict[str, Any]) -> str:
+def _at_site(row: dict[str, Any]) -> str:
     return f" at {row['site']}" if row["site"] else ""
 
 
-def _for(row: dict[str, Any]) -> str:
+def _for_task(row: dict[str, Any]) -> str:
     if row["task"] == ALL_TASKS:
         return ", in the mean over tasks,"
     return f" for {row['task']}" if row["task"] else ""
 
 
 def _channels(row: dict[str, Any]) -> str:
-    """Kept channels, of whom and where."""
-    return f"channels kept{_for(row)}{_place(row)}"
+    """Kept channels, of which task and where."""
+    return f"channels kept{_for_task(row)}{_at_site(row)}"
 
 
 def _mann_whitney(row: dict[str, Any], verdict: int) -> tuple[str, str]:
@@ -144,18 +140,16 @@ def _mann_whitney(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     who = _channels(row)
     if verdict == 0:
         return f"{who} differ in {what} from dropped ones", share
-    word = "higher" if verdict > 0 else "lower"
-    return f"{who[0].upper()}{who[1:]} have a {word} {what} than dropped ones", share
+    return f"{who} have a {'higher' if verdict > 0 else 'lower'} {what} than dropped ones", share
 
 
 def _rank_correlation(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     concept = f"the IoU of {row['concept']}" if row["concept"] else "the value"
     numbers = f"rho = {_number(row['effect'])} within sites"
-    what = f"gates{_for(row)}{_place(row)}"
+    what = f"gates{_for_task(row)}{_at_site(row)}"
     if verdict == 0:
         return f"{what} go with {concept}", numbers
-    word = "rise" if verdict > 0 else "fall"
-    return f"{what[0].upper()}{what[1:]} {word} with {concept}", numbers
+    return f"{what} {'rise' if verdict > 0 else 'fall'} with {concept}", numbers
 
 
 def _odds(row: dict[str, Any]) -> str:
@@ -167,23 +161,22 @@ def _detectors(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     if verdict == 0:
         return f"{who} are detectors more or less often", _odds(row)
     word = "more" if verdict > 0 else "less"
-    return f"{who[0].upper()}{who[1:]} are detectors {word} often than dropped ones", _odds(row)
+    return f"{who} are detectors {word} often than dropped ones", _odds(row)
 
 
 def _enrichment(row: dict[str, Any], verdict: int) -> tuple[str, str]:
-    who = f"the sub-architecture{_whose(row)}{_place(row)}"
+    who = f"the sub-architecture{_of_task(row)}{_at_site(row)}"
     concept = row["concept"] or "flagged channels"
     if verdict == 0:
         return f"{who} is enriched or depleted in {concept}", _odds(row)
-    word = "enriched" if verdict > 0 else "depleted"
-    return f"{who[0].upper()}{who[1:]} is {word} in {concept}", _odds(row)
+    return f"{who} is {'enriched' if verdict > 0 else 'depleted'} in {concept}", _odds(row)
 
 
 def _agreement(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     pair = f"NAD and {row['other'] or 'the other ranking'}"
     names = {"rbo": "RBO", "kendall": "tau", "overlap": "kappa"}
     numbers = f"{names[row['test']]} = {_number(row['effect'])}"
-    of = f"the channels{_for(row)}{_place(row)}"
+    of = f"the channels{_for_task(row)}{_at_site(row)}"
     verb = "choose" if row["test"] == "overlap" else "order"
     if verdict == 0:
         return f"{pair} {verb} {of} alike", numbers
@@ -194,10 +187,8 @@ def _agreement(row: dict[str, Any], verdict: int) -> tuple[str, str]:
 def _mantel(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     other = f"by {row['other']}" if row["other"] else "by the other measure"
     numbers = f"r = {_number(row['effect'])} over {row['n']} pairs"
-    if verdict == 0:
-        return f"tasks that are alike {other} share more channels", numbers
-    word = "more" if verdict > 0 else "fewer"
-    return f"Tasks that are alike {other} share {word} channels", numbers
+    word = "fewer" if verdict < 0 else "more"
+    return f"tasks that are alike {other} share {word} channels", numbers
 
 
 def _depth_trend(row: dict[str, Any], verdict: int) -> tuple[str, str]:
@@ -211,17 +202,15 @@ def _depth_trend(row: dict[str, Any], verdict: int) -> tuple[str, str]:
     numbers = f"rho = {_number(row['effect'])} over {row['n']} sites"
     if verdict == 0:
         return f"{what} rises or falls with depth", numbers
-    word = "rises" if verdict > 0 else "falls"
-    return f"{what[0].upper()}{what[1:]} {word} with depth", numbers
+    return f"{what} {'rises' if verdict > 0 else 'falls'} with depth", numbers
 
 
 def _depth(row: dict[str, Any], verdict: int) -> tuple[str, str]:
-    what = row["concept"] or "share of high-level detectors"
-    numbers = f"{_number(row['effect'])} among kept channels{_place(row)}"
+    what = f"the {row['concept'] or 'share of high-level detectors'}"
+    numbers = f"{_number(row['effect'])} among kept channels{_at_site(row)}"
     if verdict == 0:
-        return f"the {what} differs from that of random channels", numbers
-    word = "higher" if verdict > 0 else "lower"
-    return f"The {what} is {word} than among random channels", numbers
+        return f"{what} differs from that of random channels", numbers
+    return f"{what} is {'higher' if verdict > 0 else 'lower'} than among random channels", numbers
 
 
 _SENTENCES: dict[str, Callable[[dict[str, Any], int], tuple[str, str]]] = {

@@ -1,18 +1,18 @@
 """The arithmetic of stratified tests: many tasks at once, one stratum (gate site) at a time.
 
-Layers differ in everything: how many channels they have, how well units match concepts, how much a
-task keeps. A test over a whole network that forgets this compares layers, not channels. So all
+Layers differ in the number of channels, in the match of units and concepts, and in the share that a
+task keeps. A test over a whole network that ignores this compares layers, not channels. So all
 tests here are sums over strata, and permutations never leave a stratum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import stats
 
 from nad_attr.system.rng import seed_of
 
@@ -65,13 +65,13 @@ def permutations(
 ) -> Iterator[tuple[slice, list[FloatArray]]]:
     """Scores shuffled within their strata, a block of draws at a time.
 
-    Draw d of stratum s is a function of seed, s, the block and ``what``: of nothing else.
+    Draw d of stratum s is a function of seed, s, the block and ``what`` only.
 
     Args:
         parts: For each stratum its scores (C,).
-        n_draws: How often to shuffle.
-        seed: Of the shuffling; the global random state is not used.
-        what: Keeps the random numbers of different tests apart.
+        n_draws: Number of shuffles.
+        seed: For the shuffles; the global random state is not used.
+        what: Separates the random numbers of different tests.
 
     Yields:
         Which draws, and for each stratum the shuffled scores (draws, C).
@@ -91,13 +91,13 @@ def permutations(
 def with_tail(p: FloatArray, n_draws: int, z: FloatArray, enough: ArrayLike = True) -> FloatArray:
     """p-values by permutation; the normal approximation resolves the smallest ones.
 
-    Where no draw is as far out as what was observed, the p-value is 1 / (draws + 1) however far
-    that is, too much among thousands of tests. There, and there only, that of a sum's normal
-    approximation stands in if it is smaller.
+    If no draw is as extreme as the observed value, the p-value is 1 / (draws + 1) for any distance,
+    too much among thousands of tests. Only then the p-value of a sum's normal approximation
+    replaces it, if it is smaller.
 
     Args:
         p: (T,), of :func:`nad_attr.stats.p_values.permutation_p`.
-        n_draws: Draws that it rests on.
+        n_draws: Number of draws.
         z: (T,), observed value less the mean, in standard deviations of its exact null.
         enough: (T,) or one, whether there are enough channels for the approximation.
 
@@ -132,7 +132,7 @@ def pair_counts(
     size = np.diff(np.concatenate([starts, [len(values)]])).astype(np.float64)
     d = size - k
     n1, n0 = k.sum(1), d.sum(1)
-    below = d.cumsum(1) - d / 2  # dropped channels below, half of those level
+    below = d.cumsum(1) - d / 2  # dropped channels below, half of the equal ones
     above = n1[:, None] - k.cumsum(1) + k / 2  # kept channels above
     u = (k * below).sum(1)
     pairs = n1 * n0
@@ -195,7 +195,7 @@ class Tables:
 
     @property
     def odds_ratio(self) -> FloatArray:
-        """(T,), Mantel and Haenszel's; 0 and infinity where a side is empty, NaN where both are."""
+        """(T,), Mantel and Haenszel's; 0 and infinity if a side is empty, NaN if both are."""
         r, s, *_ = self._sums()
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(np.where((r == 0) & (s == 0), np.nan, r / s))
@@ -203,8 +203,8 @@ class Tables:
     def interval(self, level: float) -> tuple[FloatArray, FloatArray]:
         """(T,) each, of the odds ratio, by Robins, Breslow and Greenland's variance.
 
-        Where the odds ratio is 0 or infinite, half a channel is added to each cell of the strata
-        that tell anything.
+        If the odds ratio is 0 or infinite, half a channel is added to each cell of the informative
+        strata.
         """
         informative = (self.kept > 0) & (self.kept < self.total)
         informative &= (self.flagged > 0) & (self.flagged < self.total)
@@ -226,7 +226,7 @@ def null_counts(kept: FloatArray, flagged: FloatArray, total: FloatArray) -> Flo
     The convolution of one hypergeometric distribution per stratum.
 
     Args:
-        kept: (T, S), how many are kept.
+        kept: (T, S), numbers of kept ones.
         flagged: (S,).
         total: (S,).
 
@@ -238,24 +238,12 @@ def null_counts(kept: FloatArray, flagged: FloatArray, total: FloatArray) -> Flo
         array([[0.25, 0.5 , 0.25]])
     """
     whole = np.ones((len(kept), 1))
-    # Small ones first: the long array is then touched least often.
+    # Small ones first, since each convolution passes over the long array.
     for s in np.argsort(flagged, kind="stable"):
-        m, n = int(flagged[s]), float(total[s])
-        if m == 0:
-            continue
-        k = kept[:, s][:, None]
-        x = np.arange(m + 1, dtype=np.float64)[None]
-        possible = (x <= k) & (m - x <= n - k)
-        log = special.gammaln
-
-        def choose(top: Any, of: Any, log: Any = log) -> Any:
-            return log(top + 1) - log(of + 1) - log(top - of + 1)
-
-        rest = np.where(possible, k - x, 0.0)
-        inside = np.where(possible, x, 0.0)
-        one = choose(m, inside) + choose(n - m, rest) - choose(n, k)
-        part = np.where(possible, np.exp(one), 0.0)
-        whole = _convolved(whole, part)
+        m = int(flagged[s])
+        if m:
+            part = stats.hypergeom.pmf(np.arange(m + 1)[None], total[s], m, kept[:, s][:, None])
+            whole = _convolved(whole, part)
     return np.asarray(whole / whole.sum(1, keepdims=True))
 
 

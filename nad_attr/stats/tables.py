@@ -1,4 +1,4 @@
-"""What results share when they are written down: means, intervals, plain text, pandas."""
+"""Common parts of written results: means, intervals, plain text, pandas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def nan_mean(values: FloatArray) -> FloatArray:
-    """Mean over the first axis of what is known; NaN where nothing is.
+    """Mean of the known values over the first axis; NaN if none is known.
 
     Example:
         >>> nan_mean(np.array([[1.0, np.nan], [3.0, np.nan]]))
@@ -31,11 +31,7 @@ def nan_mean(values: FloatArray) -> FloatArray:
 def intervals(
     values: FloatArray, level: float, n_draws: int, seed: int
 ) -> tuple[FloatArray, FloatArray]:
-    """Bootstrap interval of the mean over the first axis (tasks), for each column by itself.
-
-    Raises:
-        ValueError: If level or n_draws make no sense.
-    """
+    """Bootstrap interval of the mean over the first axis (tasks), for each column by itself."""
     ends = [
         bootstrap_interval(column, level=level, n_draws=n_draws, seed=seed)
         for column in values.reshape(len(values), -1).T
@@ -70,11 +66,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def pandas(who: str) -> Any:
-    """The pandas module.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
+    """The pandas module; an ImportError if it is not installed."""
     try:
         import pandas as pd
     except ImportError as error:
@@ -85,7 +77,7 @@ def pandas(who: str) -> Any:
 
 
 def duration(seconds: float) -> str:
-    """In words.
+    """A duration in words.
 
     Example:
         >>> duration(8), duration(130), duration(7300)

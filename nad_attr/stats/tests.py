@@ -1,7 +1,7 @@
 """Tests of how gates relate to what units mean, on plain arrays.
 
-Each takes ``strata``: with the gate site of each channel it compares channels of the same site only
-and adds up over sites, so that differences between layers play no part. p-values are two-sided.
+With ``strata``, the gate site of each channel, a test compares only channels of the same site and
+adds up over sites, so that differences between layers do not matter. p-values are two-sided.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from nad_attr._checks import check_count
+from nad_attr.stats.bootstrap import check_share
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.ranks import midranks, standard_ranks
 from nad_attr.stats.results import Result
@@ -35,36 +36,30 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = [
-    "Statistic",
-    "association",
-    "benjamini_hochberg",
-    "mann_whitney",
-    "rank_correlation",
-]
+__all__ = ["Statistic", "association", "benjamini_hochberg", "mann_whitney", "rank_correlation"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 
-#: Kept and dropped channels from which on a sum of ranks is nearly normal, far out as well.
+#: With this number of kept and dropped channels a sum of ranks is nearly normal, also in the tails.
 MIN_PER_SIDE_FOR_NORMAL = 10
 
 
 @dataclass(frozen=True)
 class Statistic(Result):
-    """One number with what it takes to judge it.
+    """One number with everything needed to judge it.
 
     Attributes:
-        test: Which test.
-        n: Values (for matrices: pairs of tasks) that it rests on.
-        effect: Its size; what it is called says ``measure``.
+        test: Name of the test.
+        n: Number of values (for matrices: pairs of tasks).
+        effect: Its size; ``measure`` is its name.
         interval: Low and high end, 95 %; NaN: not known.
         p: Two-sided p-value; NaN: none.
         null: The effect if there were none.
-        control: What chance gives: the mean over random choices of the same size in each stratum.
-        control_interval: Where 95 % of such choices lie.
+        control: The effect of chance: the mean over random choices of the same size per stratum.
+        control_interval: The central 95 % of such choices.
         details: More numbers, by name.
-        names: What the sentence speaks of: ``task``, ``site``, ``concept``, ``other``.
+        names: Names in the sentence: ``task``, ``site``, ``concept``, ``other``.
 
     Example:
         >>> result = Statistic("mantel", 45, 0.4, (0.2, 0.6), 0.01, 0.0)
@@ -87,7 +82,7 @@ class Statistic(Result):
 
     @property
     def measure(self) -> str:
-        """What the effect is called."""
+        """The name of the effect."""
         return MEASURES[self.test]
 
     def frame(self) -> pd.DataFrame:
@@ -99,11 +94,11 @@ class Statistic(Result):
         return pandas("Statistic.frame()").DataFrame([self.row()])
 
     def summary(self) -> str:
-        """What may be concluded: :attr:`sentence`."""
+        """The conclusion: :attr:`sentence`."""
         return self.sentence
 
     def plot(self, axes: Any = None) -> Figure:
-        """The effect with its interval, and what chance gives.
+        """The effect with its interval, and that of chance.
 
         Args:
             axes: One matplotlib Axes; None: a new figure.
@@ -139,7 +134,7 @@ class Statistic(Result):
 
     @property
     def sentence(self) -> str:
-        """What may be concluded."""
+        """The conclusion in words."""
         return sentence_of(self.row())
 
 
@@ -167,15 +162,10 @@ def _flags(values: ArrayLike, what: str, n: int | None = None) -> BoolArray:
     return array
 
 
-def _level(level: float) -> None:
-    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level!r}.")
-
-
 def normal_interval(
     centre: FloatArray, deviation: FloatArray, level: float
 ) -> tuple[FloatArray, FloatArray]:
-    """Both ends of what holds ``level`` of a normal distribution."""
+    """The central interval of a normal distribution that has probability ``level``."""
     width = stats.norm.ppf((1 + level) / 2) * deviation
     return centre - width, centre + width
 
@@ -204,9 +194,9 @@ class _Pairs:
 
     @property
     def deviation(self) -> FloatArray:
-        """Standard deviation of the pooled AUC, by DeLong; NaN if no stratum tells it."""
+        """Standard deviation of the pooled AUC, by DeLong; NaN if no stratum has one."""
         known = np.where(np.isnan(self.placed) | (self.pairs == 0), 0.0, self.placed)
-        # A stratum with one channel on a side has no variance of its own: the null's stands in.
+        # A stratum with one channel on a side has no own variance: the null's replaces it.
         stand_in = self.null / np.square(np.maximum(self.pairs, 1.0))
         missing = np.isnan(self.placed) & (self.pairs > 0)
         variance = np.where(missing, stand_in, known)
@@ -243,12 +233,11 @@ def mann_whitney(
     """Do kept channels have higher values than dropped ones of the same stratum?
 
     The effect is the AUC: the share of pairs, one kept and one dropped channel of one stratum, in
-    which the kept one is higher, ties counting half. Over strata that is the mean of their AUCs
+    which the kept one is higher, ties counting half. Over strata it is the mean of their AUCs
     weighted by kept x dropped; 0.5 means no difference, ``details["rank_biserial"]`` is 2 AUC - 1.
-    The p-value shuffles values within strata, which is the same as to draw as many channels of each
-    stratum at random: their AUCs are the control. Where no draw is as far out, and at least ten
-    channels are kept and dropped, the normal approximation says how small it is. The interval is
-    DeLong's.
+    The p-value shuffles values within strata, which equals drawing as many channels of each stratum
+    at random: their AUCs are the control. If no draw is as extreme, and at least ten channels are
+    kept and dropped, the normal approximation gives it. The interval is DeLong's.
 
     Args:
         kept: bool (N,).
@@ -256,12 +245,12 @@ def mann_whitney(
         strata: (N,), the site of each channel; None: all are of one.
         n_permutations: Random choices; 0: the p-value is that of the normal approximation with the
             exact variance, ties included, and the control is 0.5 with that variance.
-        seed: Of the permutations.
+        seed: For the permutations.
         level: Coverage of the interval.
 
     Raises:
         TypeError: If ``kept`` are not truth values.
-        ValueError: If shapes or numbers make no sense.
+        ValueError: If shapes or numbers are invalid.
 
     Source:
         Mann and Whitney 1947; van Elteren 1960 (strata); DeLong et al. 1988 (variance).
@@ -275,7 +264,7 @@ def mann_whitney(
     numbers = _numbers(values, "values")
     mask = _flags(kept, "kept", len(numbers))
     check_count(n_permutations, "n_permutations", least=0)
-    _level(level)
+    check_share(level, "level")
     known = ~np.isnan(numbers)
     names = None if strata is None else np.asarray(strata)
     parts = [part[known[part]] for part in strata_of(names, len(numbers))]
@@ -293,14 +282,8 @@ def mann_whitney(
     if n_permutations and not math.isnan(auc[0]):
         draws = random_aucs(masks, vals, n_permutations, seed)
         kept_in = sum(int(m.sum()) for m in masks)
-        p = float(
-            with_tail(
-                permutation_p(auc, draws, tail="both", centre=0.5),
-                n_permutations,
-                z,
-                _enough(kept_in, n),
-            )[0]
-        )
+        p_draws = permutation_p(auc, draws, tail="both", centre=0.5)
+        p = float(with_tail(p_draws, n_permutations, z, _enough(kept_in, n))[0])
         control = float(draws.mean())
         ends = np.quantile(draws[0], [(1 - level) / 2, (1 + level) / 2])
     else:
@@ -329,26 +312,18 @@ def random_aucs(
 ) -> FloatArray:
     """Pooled AUCs (T, draws) when values are shuffled among the channels of each stratum.
 
-    All tasks see the same shuffled values, so what tasks share they share in each draw as well.
+    All tasks see the same shuffled values, so that a draw has what tasks share.
     """
-    per_stratum = random_us(kept, values, n_draws, seed)
-    pairs = sum(mask.sum(1) * (~mask).sum(1) for mask in kept)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(sum(per_stratum) / np.asarray(pairs, dtype=np.float64)[:, None])
-
-
-def random_us(
-    kept: list[BoolArray], values: list[FloatArray], n_draws: int, seed: int
-) -> list[FloatArray]:
-    """For each stratum, U of each task and draw (T, draws)."""
     ranks = [midranks(value) for value in values]
     masks = [mask.astype(np.float64) for mask in kept]
-    result = [np.empty((len(mask), n_draws)) for mask in kept]
+    us = np.zeros((len(kept[0]), n_draws))
     for where, block in permutations(ranks, n_draws, seed, "mann_whitney"):
-        for s, (mask, shuffled) in enumerate(zip(masks, block, strict=True)):
+        for mask, shuffled in zip(masks, block, strict=True):
             n1 = mask.sum(1)
-            result[s][:, where] = mask @ shuffled.T - (n1 * (n1 + 1) / 2)[:, None]
-    return result
+            us[:, where] += mask @ shuffled.T - (n1 * (n1 + 1) / 2)[:, None]
+    pairs = sum(mask.sum(1) * (~mask).sum(1) for mask in kept)
+    with np.errstate(invalid="ignore"):
+        return us / np.asarray(pairs, dtype=np.float64)[:, None]
 
 
 # -- gates against values ----------------------------------------------------------------------
@@ -378,19 +353,19 @@ def rank_correlation(
     """Do channels with higher gates have higher values, within the same stratum?
 
     The effect is Spearman's rho, with strata the mean of theirs weighted by channels - 1, which is
-    the inverse of their variance without effect. The p-value shuffles values within strata; where
-    no draw is as far out, of at least 20 channels, the normal approximation says how small it is.
+    the inverse of their variance without effect. The p-value shuffles values within strata; if no
+    draw is as extreme, with at least 20 channels, the normal approximation gives it.
 
     Args:
-        gates: (N,), gates or whatever ranks channels.
+        gates: (N,), gates or other numbers that rank channels.
         values: (N,), for example the IoU with a concept; pairs with NaN are left out.
         strata: (N,), the site of each channel; None: all are of one.
         n_permutations: For the p-value; 0: normal approximation with the exact variance.
-        seed: Of the permutations.
+        seed: For the permutations.
         level: Coverage of the interval (Fisher's z with Fieller's variance 1.06 / (n - 3)).
 
     Raises:
-        ValueError: If shapes or numbers make no sense.
+        ValueError: If shapes or numbers are invalid.
 
     Source:
         Spearman 1904; Fieller, Hartley and Pearson 1957 (interval).
@@ -404,10 +379,10 @@ def rank_correlation(
     if len(a) != len(b):
         raise ValueError(f"{len(a)} gates came with {len(b)} values.")
     check_count(n_permutations, "n_permutations", least=0)
-    _level(level)
+    check_share(level, "level")
     known = ~np.isnan(a) & ~np.isnan(b)
     parts = [part[known[part]] for part in strata_of(strata, len(a))]
-    # Strata where a side does not vary say nothing.
+    # Strata in which a side does not vary have no correlation.
     parts = [p for p in parts if len(p) > 1 and np.ptp(a[p]) > 0 and np.ptp(b[p]) > 0]
     n = sum(len(part) for part in parts)
     if not parts:
@@ -429,15 +404,9 @@ def rank_correlation(
         for where, block in permutations(second, n_permutations, seed, "rank_correlation"):
             sums = sum(w * (y @ x) for w, x, y in zip(weight, first, block, strict=True))
             draws[0, where] = np.asarray(sums) / weight.sum()
+        enough = n >= 2 * MIN_PER_SIDE_FOR_NORMAL
         by_draws = permutation_p([rho], draws, tail="both")
-        p = float(
-            with_tail(
-                by_draws,
-                n_permutations,
-                np.array([rho / deviation]),
-                n >= 2 * MIN_PER_SIDE_FOR_NORMAL,
-            )[0]
-        )
+        p = float(with_tail(by_draws, n_permutations, np.array([rho / deviation]), enough)[0])
         control = float(draws.mean())
         ends = np.quantile(draws[0], [(1 - level) / 2, (1 + level) / 2])
     room = sum(max(len(part) - 3, 0) for part in parts)
@@ -470,22 +439,22 @@ def association(
     """Are kept channels flagged more often than dropped ones of the same stratum?
 
     For example kept AND detector. The effect is Mantel and Haenszel's odds ratio (with one stratum
-    the plain one), its interval that of Robins, Breslow and Greenland. The p-value is exact: that
-    of the number kept and flagged, given how many are kept and how many are flagged in each
-    stratum, which without effect is a sum of hypergeometric numbers. With one stratum this is
-    Fisher's test. ``details`` hold the count, and the one expected of random channels.
+    the plain one), its interval that of Robins, Breslow and Greenland. The p-value is exact, from
+    the number kept and flagged, given the numbers of kept and of flagged ones in each stratum; that
+    is without effect a sum of hypergeometric numbers. With one stratum this is Fisher's test.
+    ``details`` hold the count, and the one expected of random channels.
 
     Args:
         kept: bool (N,).
         flagged: bool (N,).
         strata: (N,), the site of each channel; None: all are of one.
         level: Coverage of the interval.
-        name: ``"association"``, or ``"enrichment"`` where flagged channels are those of a concept.
+        name: ``"association"``, or ``"enrichment"`` if flagged channels are those of a concept.
         concept: Its name, for the sentence.
 
     Raises:
         TypeError: If they are not truth values.
-        ValueError: If shapes or numbers make no sense.
+        ValueError: If shapes or numbers are invalid.
 
     Source:
         Mantel and Haenszel 1959; Robins, Breslow and Greenland 1986; Fisher 1935.
@@ -499,7 +468,7 @@ def association(
     """
     flags = _flags(flagged, "flagged")
     mask = _flags(kept, "kept", len(flags))
-    _level(level)
+    check_share(level, "level")
     if name not in ("association", "enrichment", "detectors"):
         raise ValueError(f"name must be 'association', 'detectors' or 'enrichment', got {name!r}.")
     parts = strata_of(strata, len(flags))
@@ -531,9 +500,9 @@ def association(
 
 
 def count_test(tables: Tables, level: float) -> tuple[FloatArray, tuple[FloatArray, FloatArray]]:
-    """Exact p-values (T,), and odds ratios between which random channels lie, (T,) each.
+    """Exact p-values (T,), and the interval of odds ratios of random channels, (T,) each.
 
-    A count x is turned into an odds ratio by Peto's one step, exp((x - expected) / variance).
+    A count x becomes an odds ratio by Peto's one step, exp((x - expected) / variance).
     """
     pmf = null_counts(tables.kept, tables.flagged, tables.total)
     p = exact_p(tables.a.sum(1), pmf)
@@ -564,8 +533,8 @@ def benjamini_hochberg(p: ArrayLike) -> FloatArray:
         ValueError: If a p-value is not in [0, 1].
 
     Source:
-        Benjamini and Hochberg 1995. It holds for independent tests and for those that rise and fall
-        together, as tests of the same channels against several concepts mostly do.
+        Benjamini and Hochberg 1995. It holds for independent tests and for those that vary in the
+        same direction, as tests of the same channels against several concepts mostly do.
 
     Example:
         >>> benjamini_hochberg([0.01, 0.04, 0.03, float("nan")])

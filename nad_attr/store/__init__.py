@@ -1,8 +1,8 @@
 """Gates, sub-architectures and results in HDF5 files that any HDF5 tool opens.
 
 One file for each network, data and recipe; see :class:`GateStore`, and the page on the file format.
-Reading trusts nothing: sizes, types and links are checked before anything is allocated, nothing is
-unpickled or evaluated, and whatever is wrong with a file ends in a :class:`GateStoreError`.
+Sizes, types and links are checked before anything is allocated, nothing is unpickled or evaluated,
+and every fault of a file raises a :class:`GateStoreError`.
 """
 
 from nad_attr.store._diff import StoreDiff, diff

@@ -1,4 +1,4 @@
-"""In what a store and something that should fit it differ, in words."""
+"""The differences between a store and gates that should fit it, in words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nad_attr.store._content import Head
 
 __all__ = ["differences", "different_means", "some"]
 
-#: What of the provenance has to be the same for a run to go on.
+#: Entries of the provenance that must be the same for a run to continue.
 _COMPARED = ("model_hash", "data_fingerprint", "seed")
 
 
@@ -33,7 +33,7 @@ def differences(
     recipe: Recipe | None,
     provenance: Mapping[str, Any],
 ) -> list[str]:
-    """What would be otherwise than a store has it: sites, recipe, model, data, seed."""
+    """The differences in sites, recipe, model, data and seed."""
     wrong = []
     if sites is not None and tuple(sites) != head.sites:
         wrong.append(f"sites ({different_sites(head.sites, tuple(sites))})")
@@ -41,7 +41,7 @@ def differences(
         if type(recipe) is not type(head.recipe):
             wrong.append(f"recipe (it has {head.recipe!r}, not {recipe!r})")
         else:
-            # Left to the ablation, or the number that comes to: both are the same recipe.
+            # A field that is left to the ablation equals the number that the ablation gives.
             asked, had = (
                 dataclasses.asdict(r) | {name: r.fitting(name) for name in FOLLOWING}
                 for r in (recipe, head.recipe)
@@ -57,9 +57,8 @@ def differences(
         known, given = head.provenance.get(key), provenance.get(key)
         if known is not None and given is not None and known != given:
             wrong.append(f"{names.get(key, key)} ({key} is {known!s:.16} in it, not {given!s:.16})")
-    before = head.provenance
-    comparable = not wrong and before.get("amp") == provenance.get("amp")
-    if comparable and not same_outputs(before.get("outputs"), provenance.get("outputs")):
+    amp, outputs = ((head.provenance.get(key), provenance.get(key)) for key in ("amp", "outputs"))
+    if not wrong and amp[0] == amp[1] and not same_outputs(*outputs):
         wrong.append(
             "model (its weights are the same, but not its outputs on the same images: another "
             "activation, pooling or the like in its code, or other settings of torch)"
@@ -85,7 +84,7 @@ def different_means(
     """The first site whose means differ, if there is one."""
     if known is None or given is None:
         return [] if known is None and given is None else ["means (one has none)"]
-    # Another device or batch size computes the same means with another rounding.
+    # Another device or batch size rounds the same means differently.
     for name, mean in known.items():
         if not torch.allclose(mean, given[name], rtol=1e-3, atol=1e-5):
             return [f"means of {name!r}"]

@@ -1,4 +1,4 @@
-"""What a store holds: an HDF5 file, and the records that came since it was written."""
+"""The content of a store: an HDF5 file, and the records that came after it was written."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass
 class Head:
-    """What is one for the whole store."""
+    """The facts that all tasks of a store share."""
 
     sites: tuple[GateSite, ...]
     recipe: Recipe | None = None
@@ -81,7 +81,7 @@ class Head:
 def append_record(
     gates: TaskGates, rows: Sequence[int], counts: Sequence[int], finished: float | None = None
 ) -> Record:
-    """The record of some of the tasks of gates; their sites are the store's."""
+    """The record of some of the tasks of gates at the store's sites."""
     chosen = (
         gates
         if list(rows) == list(range(len(gates)))
@@ -89,16 +89,18 @@ def append_record(
     )
     for name in chosen.task_names or ():
         utf8(name)
-    arrays: dict[str, Any] = {}
-    logits, constants = chosen.logits, chosen.constants
-    for i, site in enumerate(chosen.sites):
-        arrays[f"gate/{i}"] = chosen[site.name].numpy()
-        if logits is not None:
-            arrays[f"logit/{i}"] = logits[site.name].numpy()
-        if constants is not None:
-            arrays[f"constant/{i}"] = constants[site.name].numpy()
-        if chosen.means is not None:
-            arrays[f"mean/{i}"] = chosen.means[site.name].numpy()
+    values = {
+        "gate": chosen,
+        "logit": chosen.logits,
+        "constant": chosen.constants,
+        "mean": chosen.means,
+    }
+    arrays: dict[str, Any] = {
+        f"{key}/{i}": value[site.name].numpy()
+        for i, site in enumerate(chosen.sites)
+        for key, value in values.items()
+        if value is not None
+    }
     for name, curve in (chosen.history or {}).items():
         arrays[f"history/{check_name(name, 'a quantity of the history')}"] = curve
     header = {
@@ -114,21 +116,10 @@ def append_record(
 
 
 class Content:
-    """A store, read on demand.
-
-    Args:
-        path: The store's path, for messages.
-        head: What is one for all tasks.
-        reader: The HDF5 file; None: there is none yet.
-        records: What came since.
-    """
+    """A store, read on demand: an HDF5 file (None: there is none yet), and later records."""
 
     def __init__(
-        self,
-        path: Path,
-        head: Head,
-        reader: Reader | None = None,
-        records: Sequence[Record] = (),
+        self, path: Path, head: Head, reader: Reader | None = None, records: Sequence[Record] = ()
     ) -> None:
         self.path, self.head, self.reader = path, head, reader
         self.records: list[Record] = []
@@ -136,7 +127,7 @@ class Content:
         self.where: dict[Task, int] = {}
         self._n_file = 0
         self._layout: Layout | None = None
-        #: {method: {task: (record, row)}}, what records say in place of the file.
+        #: {method: {task: (record, row)}}, scores of records, which replace those of the file.
         self._scores: dict[str, dict[Task, tuple[int, int]]] = {}
         self._results: dict[str, Record | None] = {}
         if reader is not None:
@@ -152,7 +143,7 @@ class Content:
 
     @classmethod
     def of_file(cls, path: Path, reader: Reader) -> Content:
-        """What an HDF5 file says by itself."""
+        """The content of an HDF5 file without records."""
         file = reader.file
         sites = reader.sites()
         means = read_means(reader, sites)
@@ -193,8 +184,7 @@ class Content:
         return Rows(tasks, names, counts, finished)
 
     def _take(self, rows: Rows) -> None:
-        """The rows of the file, in place of none."""
-        # Nearly always all is well, which can be seen without looking at each row.
+        """Take the rows of the file; only if one is twice or lacks a name, check each of them."""
         where = {task: i for i, task in enumerate(rows.tasks)}
         names = set(rows.names) - {None}
         if len(where) == len(rows) and len(names) in (0, len(rows)):
@@ -203,7 +193,7 @@ class Content:
             self._add(rows)
 
     def _add(self, rows: Sequence[Row]) -> None:
-        # Names are looked through only where there are some, for there may be many rows.
+        # Only names that exist are compared, since there may be many rows.
         named = rows[0].name is not None if rows else False
         known = {row.name for row in self.rows} if named else set()
         for row in rows:
@@ -222,11 +212,7 @@ class Content:
     # -- records -------------------------------------------------------------------------------
 
     def apply(self, record: Record) -> None:
-        """Take in a record.
-
-        Raises:
-            GateStoreError: If it does not fit.
-        """
+        """Add a record; a GateStoreError if it does not fit."""
         with reading(self.path):
             number = len(self.records)
             kind = record.header["kind"]
@@ -259,16 +245,12 @@ class Content:
         if not n or len(names) != n or len(counts) != n or max(counts) >= TOO_LARGE:
             raise GateStoreError(f"{self.path}: its journal has other names for {n} tasks.")
         self._check_arrays(record, "gate/", n)
-        has_logits = "logit/0" in record.arrays
-        if has_logits:
-            self._check_arrays(record, "logit/", n)
-        if self.rows and has_logits != self.has_logits:
-            raise GateStoreError(f"{self.path}: some of its tasks have logits and some do not.")
-        has_constants = "constant/0" in record.arrays
-        if has_constants:
-            self._check_arrays(record, "constant/", n)
-        if self.rows and has_constants != self.has_constants:
-            raise GateStoreError(f"{self.path}: some of its tasks have constants and some do not.")
+        for key in ("logit", "constant"):
+            has = f"{key}/0" in record.arrays
+            if has:
+                self._check_arrays(record, f"{key}/", n)
+            if self.rows and has != self.has(key):
+                raise GateStoreError(f"{self.path}: some of its tasks have {key}s and some do not.")
         for name, curve in record.arrays.items():
             if name.startswith("history/"):
                 check_name(name.removeprefix("history/"), "a quantity of the history")
@@ -305,9 +287,9 @@ class Content:
                 )
 
     def holds(self, records: Sequence[Record]) -> bool:
-        """Whether all that a journal of this store appends is here already.
+        """Whether this store has all that a journal appends.
 
-        So it is when a writer died after it had replaced the file, before it emptied the journal.
+        Then its writer died after it had replaced the file, before it emptied the journal.
         """
         if not records or records[0].header.get("store") != self.head.store:
             return False
@@ -317,32 +299,22 @@ class Content:
                 if header["kind"] == "append":
                     there = all(stored_task(task) in self.where for task in header["tasks"])
                 else:
-                    there = (
-                        header.get("method") in self._scores or header.get("group") in self._results
-                    )
+                    there = header.get("method") in self._scores
+                    there = there or header.get("group") in self._results
                 if not there:
                     return False
         return True
 
     # -- gates ---------------------------------------------------------------------------------
 
-    @property
-    def has_logits(self) -> bool:
-        """Whether tasks have logits."""
-        return self._have("logit")
-
-    @property
-    def has_constants(self) -> bool:
-        """Whether closed channels have constants of each task's own."""
-        return self._have("constant")
-
-    def _have(self, key: str) -> bool:
+    def has(self, key: str) -> bool:
+        """Whether tasks have a ``"logit"``, or a ``"constant"``, for each channel."""
         if not self.rows:
             return False
         if self.rows[0].record >= 0:
             return f"{key}/0" in self.records[self.rows[0].record].arrays
         assert self._layout is not None
-        return self._layout.has_logits if key == "logit" else self._layout.has_constants
+        return key in self._layout.keys
 
     def _quantities(self) -> dict[str, int]:
         """``{quantity of the history: steps}``."""
@@ -364,10 +336,7 @@ class Content:
         parts: list[Floats] = []
         if there:
             assert self._layout is not None
-            filed = [rows[i].row for i in there]
-            layout = self._layout
-            read = {"gate": layout.gates, "logit": layout.logits, "constant": layout.constants}
-            parts = read[key](filed)
+            parts = self._layout.numbers(key, [rows[i].row for i in there])
             if len(there) == len(rows):
                 return parts
         for order, site in enumerate(self.head.sites):
@@ -400,24 +369,22 @@ class Content:
             for site, value in wrong_sites(in_range, gates, head.sites):
                 what = "hold NaN" if np.isnan(value).any() else "leave [0, 1]"
                 raise GateStoreError(f"{self.path}: gates of {site.name!r} {what}.")
-            logits: list[Floats] | None = None
-            if self.has_logits:
-                logits = self._numbers("logit", rows)
-                for site, _ in wrong_sites(no_nan, logits, head.sites):
-                    raise GateStoreError(f"{self.path}: logits of {site.name!r} hold NaN.")
-            constants: list[Floats] | None = None
-            if self.has_constants:
-                constants = self._numbers("constant", rows)
-                for site, _ in wrong_sites(finite, constants, head.sites):
-                    raise GateStoreError(f"{self.path}: constants of {site.name!r} are not finite.")
+            kept: dict[str, dict[str, Tensor]] = {}
+            checks = (("logit", no_nan, "hold NaN"), ("constant", finite, "are not finite"))
+            for key, check, wrong in checks:
+                if self.has(key):
+                    values = self._numbers(key, rows)
+                    for site, _ in wrong_sites(check, values, head.sites):
+                        raise GateStoreError(f"{self.path}: {key}s of {site.name!r} {wrong}.")
+                    kept[key] = self._tensors(values)
             names = tuple(row.name for row in rows if row.name is not None)
             return TaskGates._of_checked(
                 self._tensors(gates),
                 head.sites,
                 tasks,
-                logits=None if logits is None else self._tensors(logits),
+                logits=kept.get("logit"),
                 means=head.means,
-                constants=None if constants is None else self._tensors(constants),
+                constants=kept.get("constant"),
                 recipe=head.recipe,
                 history=self._history(rows),
                 task_names=names or None,
@@ -447,13 +414,18 @@ class Content:
             curves[name] = curve
         return History(curves)
 
+    def _filed(self, root: str, name: str) -> tuple[Reader, h5py.Group] | None:
+        """A group of the file that has a member of this name; None: there is no such member."""
+        if self.reader is None or not self.reader.has(self.reader.file, root):
+            return None
+        group = self.reader.group(self.reader.file, root)
+        return (self.reader, group) if self.reader.has(group, name) else None
+
     def _history_table(self, name: str) -> Table | None:
-        if self.reader is None or not self.reader.has(self.reader.file, "history"):
+        if (found := self._filed("history", name)) is None:
             return None
-        root = self.reader.group(self.reader.file, "history")
-        if not self.reader.has(root, name):
-            return None
-        return self.reader.table(root, name, (None, self._n_file), 1)
+        reader, group = found
+        return reader.table(group, name, (None, self._n_file), 1)
 
     # -- scores --------------------------------------------------------------------------------
 
@@ -463,13 +435,11 @@ class Content:
         return sorted(self._scores)
 
     def _score_table(self, method: str, order: int) -> Table | None:
-        if self.reader is None or not self.reader.has(self.reader.file, "score"):
+        if (found := self._filed("score", method)) is None:
             return None
-        root = self.reader.group(self.reader.file, "score")
-        if not self.reader.has(root, method):
-            return None
+        reader, group = found
         shape = (self._n_file, self.head.sites[order].n_channels)
-        return self.reader.table(self.reader.group(root, method), str(order), shape)
+        return reader.table(reader.group(group, method), str(order), shape)
 
     def scores(self, method: str) -> dict[str, Floats]:
         """``{site name: float32 (T, C)}``, NaN for tasks without."""
@@ -491,7 +461,7 @@ class Content:
             return found
 
     def score_attributes(self, method: str) -> dict[str, Any]:
-        """What was said about a method; the last time counts."""
+        """The attributes of a method's scores; the latest ones."""
         for record in reversed(self.records):
             if record.header["kind"] == "score" and record.header["method"] == method:
                 return dict(record.header["attributes"] or {})
@@ -508,11 +478,7 @@ class Content:
         return sorted(self._results)
 
     def result(self, group: str) -> Record:
-        """A result.
-
-        Raises:
-            GateStoreError: If there is no such result.
-        """
+        """A result; a GateStoreError if there is none of this name."""
         if group not in self._results:
             there = ", ".join(map(repr, self.results)) or "none"
             raise GateStoreError(f"{self.path} has no result {group!r}; there are {there}.")
@@ -527,7 +493,7 @@ class Content:
     # -- writing -------------------------------------------------------------------------------
 
     def write(self, target: Path, ready: Callable[[], None] = lambda: None) -> None:
-        """Put everything into one HDF5 file, which replaces what is there in one step."""
+        """Put everything into one HDF5 file, which replaces the old one in one step."""
         head = self.head
         revision = head.revision + 1
         if self.reader is not None:
@@ -546,15 +512,12 @@ class Content:
             groups = put_sites(file, head.sites, head.means)
             n = len(self.rows)
             for order, (site, group) in enumerate(zip(head.sites, groups, strict=True)):
-                put_rows(group, "gate", (n, site.n_channels), self._encoded_gates(order))
-            if self.has_logits:
-                shape = (n, sum(site.n_channels for site in head.sites))
-                put_rows(file, "logit", shape, self._encoded_logits())
-                put_columns(file["logit"], head.sites)
-            if self.has_constants:
-                shape = (n, sum(site.n_channels for site in head.sites))
-                put_rows(file, "constant", shape, self._encoded_constants())
-                put_columns(file["constant"], head.sites)
+                put_rows(group, "gate", (n, site.n_channels), self._encoded("gate", [order]))
+            shape = (n, sum(site.n_channels for site in head.sites))
+            for key in ("logit", "constant"):
+                if self.has(key):
+                    put_rows(file, key, shape, self._encoded(key, range(len(head.sites))))
+                    put_columns(file[key], head.sites)
             self._write_history(file)
             self._write_scores(file)
             for name in self._results:
@@ -573,32 +536,13 @@ class Content:
         put_array(group, "n_sample", np.array([row.n_sample for row in self.rows], np.int64))
         put_array(group, "finished", np.array([row.finished for row in self.rows], np.float64))
 
-    def _encoded_gates(self, order: int) -> Iterator[bytes | None]:
+    def _encoded(self, key: str, orders: Sequence[int]) -> Iterator[bytes | None]:
+        """The rows of gates at one site, or of logits or constants at all sites."""
         if self._layout is not None and self._n_file:
-            yield from self._layout.raw_gates(order)
-        yield from self._new_rows(lambda record, i: record.arrays[f"gate/{order}"][i])
-
-    def _encoded_logits(self) -> Iterator[bytes | None]:
-        if self._layout is not None and self._n_file:
-            yield from self._layout.raw_logits()
-        yield from self._new_of_all_sites("logit")
-
-    def _encoded_constants(self) -> Iterator[bytes | None]:
-        if self._layout is not None and self._n_file:
-            yield from self._layout.raw_constants()
-        yield from self._new_of_all_sites("constant")
-
-    def _new_of_all_sites(self, key: str) -> Iterator[bytes | None]:
-        keys = [f"{key}/{order}" for order in range(len(self.head.sites))]
-        return self._new_rows(
-            lambda record, i: np.concatenate([record.arrays[key][i] for key in keys])
-        )
-
-    def _new_rows(self, values: Callable[[Record, int], Floats | None]) -> Iterator[bytes | None]:
-        """Rows of the records, from what a record has in a row of its own, or None."""
+            yield from self._layout.raw(key, orders[0])
         for row in self.rows[self._n_file :]:
-            found = values(self.records[row.record], row.row)
-            yield None if found is None else encoded(found)
+            arrays = self.records[row.record].arrays
+            yield encoded(np.concatenate([arrays[f"{key}/{order}"][row.row] for order in orders]))
 
     def _write_history(self, file: h5py.File) -> None:
         quantities = self._quantities()
@@ -606,54 +550,44 @@ class Content:
             return
         group = file.create_group("history")
         steps = max(quantities.values())
+        shape = (steps, len(self.rows))
         for name in quantities:
+            put_rows(group, name, shape, self._curves(name, steps), axis=1, fill=math.nan)
 
-            def padded(record: Record, i: int, name: str = name) -> Floats | None:
-                curve = record.arrays.get(f"history/{name}")
-                return None if curve is None else _padded(curve[:, i], steps)
-
-            def rows(name: str = name, padded: Any = padded) -> Iterator[bytes | None]:
-                table = self._history_table(name)
-                if table is None:
-                    yield from [None] * self._n_file
-                elif table.shape[0] == steps:
-                    yield from raw_rows(table, sparse=True)
-                else:
-                    for curve in table.rows(range(self._n_file), sparse=True):
-                        yield encoded(_padded(curve, steps))
-                yield from self._new_rows(padded)
-
-            shape = (steps, len(self.rows))
-            put_rows(group, name, shape, rows(), axis=1, fill=math.nan)
+    def _curves(self, name: str, steps: int) -> Iterator[bytes | None]:
+        table = self._history_table(name)
+        if table is None:
+            yield from [None] * self._n_file
+        elif table.shape[0] == steps:
+            yield from raw_rows(table, sparse=True)
+        else:
+            for curve in table.rows(range(self._n_file), sparse=True):
+                yield encoded(_padded(curve, steps))
+        for row in self.rows[self._n_file :]:
+            own = self.records[row.record].arrays.get(f"history/{name}")
+            yield None if own is None else encoded(_padded(own[:, row.row], steps))
 
     def _write_scores(self, file: h5py.File) -> None:
-        for method, changed in self._scores.items():
+        for method in self._scores:
             group = file.create_group(f"score/{method}")
             put_attribute(group, "attributes", to_json(self.score_attributes(method)))
             for order, site in enumerate(self.head.sites):
-                old: Iterator[bytes | None] = iter(())
-                table = self._score_table(method, order)
-                if table is not None and self._n_file:
-                    old = raw_rows(table, sparse=True)
-
-                def rows(
-                    old: Iterator[bytes | None] = old,
-                    order: int = order,
-                    changed: dict[Task, tuple[int, int]] = changed,
-                ) -> Iterator[bytes | None]:
-                    for row in self.rows:
-                        before = next(old, None)
-                        if row.task in changed:
-                            record, i = changed[row.task]
-                            yield encoded(self.records[record].arrays[f"score/{order}"][i])
-                        else:
-                            yield before
-
                 shape = (len(self.rows), site.n_channels)
-                put_rows(group, str(order), shape, rows(), fill=math.nan)
+                put_rows(group, str(order), shape, self._score_rows(method, order), fill=math.nan)
+
+    def _score_rows(self, method: str, order: int) -> Iterator[bytes | None]:
+        table = self._score_table(method, order)
+        filed = iter(()) if table is None or not self._n_file else raw_rows(table, sparse=True)
+        for row in self.rows:
+            before = next(filed, None)
+            record, i = self._scores[method].get(row.task, (None, 0))
+            if record is None:
+                yield before
+            else:
+                yield encoded(self.records[record].arrays[f"score/{order}"][i])
 
     def _copy_the_rest(self, file: h5py.File) -> None:
-        """What other programs put into the file stays; links do not."""
+        """Keep the members that other programs have added, except links."""
         if self.reader is None:
             return
         for name in self.reader.names(self.reader.file):
@@ -668,15 +602,15 @@ def _padded(curve: Floats, steps: int) -> Floats:
 
 
 def _joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """What holds for both parts of a run: what is equal; times summed up, lists put together."""
+    """The info of both parts of a run: equal entries, times added, lists joined."""
     joined: dict[str, Any] = {}
-    for key in a.keys() & b.keys():
-        if a[key] == b[key] and key != "seconds":
-            joined[key] = a[key]
-        elif key == "seconds":
+    for key in [key for key in a if key in b]:
+        if key == "seconds":
             joined[key] = round(a[key] + b[key], 3)
+        elif a[key] == b[key]:
+            joined[key] = a[key]
         elif key == "started":
             joined[key] = min(a[key], b[key])
         elif isinstance(a[key], list) and isinstance(b[key], list):
             joined[key] = a[key] + [item for item in b[key] if item not in a[key]]
-    return {key: joined[key] for key in a if key in joined}
+    return joined

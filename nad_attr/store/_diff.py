@@ -1,17 +1,16 @@
-"""What two stores have in common, and what not."""
+"""The differences between two stores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nad_attr.data.labels import Task
+from nad_attr.gates.sub_architecture import same_tensors
 from nad_attr.stats.results import Result
 from nad_attr.store._compare import differences, different_means, some
 from nad_attr.store._gate_store import GateStore
@@ -26,13 +25,13 @@ class StoreDiff(Result):
 
     Attributes:
         paths: The two files.
-        settings: What is set otherwise: sites, recipe, model, data, seed, means.
-        only_first: Tasks that only the first one holds.
-        only_second: Tasks that only the second one holds.
+        settings: Different settings: sites, recipe, model, data, seed, means.
+        only_first: Tasks of the first file only.
+        only_second: Tasks of the second file only.
         changed: ``{task: (channels that only one of them keeps, largest difference of a gate)}``
             for tasks whose gates differ.
         equal: Number of tasks with the same gates, bit for bit.
-        others: Scores and results that only one of them holds.
+        others: Scores and results of one file only.
 
     Example:
         See :func:`diff`.
@@ -60,7 +59,7 @@ class StoreDiff(Result):
         ]
 
     def summary(self) -> str:
-        """What differs, as plain text: settings, tasks, gates, scores and results."""
+        """The differences, as plain text: settings, tasks, gates, scores and results."""
         return str(self)
 
     def __str__(self) -> str:
@@ -102,18 +101,18 @@ def diff(a: str | PathLike[str], b: str | PathLike[str]) -> StoreDiff:
     """
     with GateStore.open(a) as first, GateStore.open(b) as second:
         settings = differences(first._content.head, second.sites, second.recipe, second.provenance)
-        if first.sites == second.sites:
-            settings += different_means(first.means, second.means)
         both = [task for task in first.tasks if task in second]
         changed: dict[Task, tuple[int, float]] = {}
         equal = 0
         moved: list[Task] = []
-        same_sites = first.sites == second.sites
+        if same_sites := first.sites == second.sites:
+            settings += different_means(first.means, second.means)
         for start in range(0, len(both) if same_sites else 0, 64):
             part = both[start : start + 64]
             ours, theirs = first.read(part), second.read(part)
+            constants = ours.constants or {}, theirs.constants or {}
             for i, task in enumerate(part):
-                if not _same_constants(ours.constants, theirs.constants, i):
+                if not same_tensors(*({n: v[i] for n, v in c.items()} for c in constants)):
                     moved.append(task)
                 pairs = [(ours[name][i], theirs[name][i]) for name in ours]
                 if all(torch.equal(x, y) for x, y in pairs):
@@ -138,11 +137,3 @@ def diff(a: str | PathLike[str], b: str | PathLike[str]) -> StoreDiff:
             equal,
             tuple(others),
         )
-
-
-def _same_constants(
-    ours: Mapping[str, Tensor] | None, theirs: Mapping[str, Tensor] | None, row: int
-) -> bool:
-    if ours is None or theirs is None:
-        return ours is theirs
-    return all(torch.equal(value[row], theirs[name][row]) for name, value in ours.items())

@@ -1,4 +1,4 @@
-"""The error that everything about files ends in."""
+"""The error of all files that cannot be read or written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class GateStoreError(ValueError):
     """A file is not a readable store, or cannot be written; the message says what is wrong."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(shown(message))  # it quotes what stands in the file
+        super().__init__(shown(message))  # it quotes text of the file
 
 
 #: The errors that h5py, zlib, json and this package's own classes raise for damaged content.
@@ -37,7 +37,7 @@ _COMPLAINTS = (
 
 @contextmanager
 def reading(path: str | PathLike[str]) -> Iterator[None]:
-    """Turn whatever goes wrong inside the block into a :class:`GateStoreError` with the path."""
+    """Turn every error inside the block into a :class:`GateStoreError` with the path."""
     try:
         yield
     except GateStoreError:

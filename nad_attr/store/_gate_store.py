@@ -29,18 +29,17 @@ from nad_attr.store._read import check_hdf5
 from nad_attr.store._result_groups import result_record
 from nad_attr.store._rows import Row
 from nad_attr.store._units import UNITS, UnitTables, packed
-from nad_attr.store._view import StoreView, opened, seen
+from nad_attr.store._view import StoreView, opened, opened_to_read
 from nad_attr.store._write import check_name, check_target, sweep, to_json
 from nad_attr.system.files import replacing
 
 __all__ = ["GateStore", "read_task_gates", "write_task_gates"]
 
-#: GateStore.list hides the word from the class.
+#: A name for the annotation of GateStore.list, inside which ``list`` is the method.
 Paths: TypeAlias = "list[Path]"
 
-#: The HDF5 file is written anew when the journal is this many times longer than it, and longer than
-#: this many bytes: so it holds a fair share of what is finished, and writing it over and over costs
-#: little more than writing it once.
+#: The HDF5 file is rewritten when the journal is this many times longer than the file, and longer
+#: than this many bytes: so the cost of rewriting stays small.
 _JOURNAL_TIMES, _JOURNAL_BYTES = 3, 2**20
 
 
@@ -55,12 +54,11 @@ class GateStore(StoreView):
         with GateStore.open("gates.h5") as store:
             gates = store.read([3, 207])
 
-    What is appended goes to a journal beside the file (``gates.h5.journal``) and is safe when
-    :meth:`append` returns: a crash at any byte leaves every complete append readable. The HDF5
-    file itself is never changed but replaced by a newer one, now and then and at :meth:`close`,
-    after which the journal is gone and one ordinary HDF5 file is left. Readers may open the store
-    at any time and see a complete state, the one of that moment. One writer at a time; a writer
-    that died blocks nobody.
+    Appended gates go to a journal beside the file (``gates.h5.journal``) and are safe when
+    :meth:`append` returns: a crash at any byte leaves every complete append readable. The HDF5 file
+    itself is never changed but replaced by a newer one, now and then and at :meth:`close`, which
+    also removes the journal. Readers may open the store at any time and see the complete state of
+    that moment. There is one writer at a time; a writer that died blocks nobody.
 
     Attributes:
         path: The file.
@@ -114,11 +112,11 @@ class GateStore(StoreView):
             path: The file.
             sites: The gate sites, in forward order.
             recipe: How gates are learned. None: the first append's.
-            means: ``{site name: (C,)}``, what replaces a closed channel. None: the first append's.
+            means: ``{site name: (C,)}``, the values of closed channels. None: the first append's.
             provenance: Where the gates come from, as JSON can hold it. ``model_hash``,
                 ``data_fingerprint`` and ``seed`` are compared by :meth:`check_resumable`; versions
-                are added where ``environment`` is missing.
-            overwrite: Replace a file that is there.
+                are added if ``environment`` is missing.
+            overwrite: Replace an existing file.
 
         Raises:
             GateStoreError: If there is a file already, another process writes it, or nothing can
@@ -161,7 +159,7 @@ class GateStore(StoreView):
 
         Args:
             path: The file.
-            mode: "r" to read: what is complete at this moment, see :meth:`refresh`. "a" to append
+            mode: "r" to read the complete state of this moment, see :meth:`refresh`. "a" to append
                 as well.
 
         Raises:
@@ -170,14 +168,14 @@ class GateStore(StoreView):
         """
         if mode == "r":
             source = Path(path)
-            content, file = seen(source)
+            content, file = opened_to_read(source)
             return cls(source, mode, content, file, None)
         if mode != "a":
             raise ValueError(f"mode must be 'r' or 'a', got {mode!r}.")
         target = check_target(path)
-        check_hdf5(target)  # before anything is made beside it
+        check_hdf5(target)  # before a journal is made beside it
         journal = Journal(target)
-        # What a writer that died has left there may be all that there is of it.
+        # The journal of a writer that died may be all that is left of its work.
         needed = True
         try:
             content, file = opened(target)
@@ -196,8 +194,8 @@ class GateStore(StoreView):
         """End writing: put everything into the one HDF5 file, and let others write.
 
         Raises:
-            OSError: If the file cannot be written. Nothing is lost then: what was appended is in
-                the journal, for readers and for the next writer.
+            OSError: If the file cannot be written. Then the appended gates stay in the journal, for
+                readers and for the next writer.
         """
         if self._closed:
             return
@@ -225,10 +223,10 @@ class GateStore(StoreView):
         self.close()
 
     def refresh(self) -> None:
-        """Look again: see what a writer has appended since this store was opened for reading."""
+        """Read the latest state, if the store was opened for reading."""
         self._check_open()
         if self._journal is None:
-            content, file = seen(self.path)
+            content, file = opened_to_read(self.path)
             if self._file is not None:
                 self._file.close()
             self._content, self._file = content, file
@@ -278,10 +276,9 @@ class GateStore(StoreView):
             names = self.task_names
             if (gates.task_names is None) != (names is None):
                 wrong.append("task names (either all tasks have one or none)")
-            if (gates.logits is None) == self._content.has_logits:
-                wrong.append("logits (either all tasks have them or none)")
-            if (gates.constants is None) == self._content.has_constants:
-                wrong.append("constants (either all tasks have them or none)")
+            for key, values in (("logit", gates.logits), ("constant", gates.constants)):
+                if (values is None) == self._content.has(key):
+                    wrong.append(f"{key}s (either all tasks have them or none)")
         if gates.sites == head.sites and not (len(self) == 0 and head.means is None):
             wrong += different_means(head.means, gates.means)
         if wrong:
@@ -298,22 +295,20 @@ class GateStore(StoreView):
                     )
 
     def _save(self, journal: Journal, record: Record) -> None:
-        if journal.n_bytes > max(_JOURNAL_BYTES, _JOURNAL_TIMES * self._file_size()):
+        size = 0 if self._content.reader is None else self._content.reader.size
+        if journal.n_bytes > max(_JOURNAL_BYTES, _JOURNAL_TIMES * size):
             self._fold()
         journal.append(record)
         self._content.apply(record)
 
-    def _file_size(self) -> int:
-        return 0 if self._content.reader is None else self._content.reader.size
-
     def flush(self) -> None:
-        """Put everything into the HDF5 file now, for programs that know nothing of the journal."""
+        """Put everything into the HDF5 file now, for programs that do not read the journal."""
         self._writer()
         if self._content.records:
             self._fold()
 
     def _fold(self) -> None:
-        """Replace the HDF5 file by one that holds everything, and empty the journal."""
+        """Replace the HDF5 file by one with everything, and empty the journal."""
         assert self._journal is not None
         old, head = self._content, self._content.head
         head.modified = now()
@@ -321,12 +316,12 @@ class GateStore(StoreView):
             old.write(self.path, self._release)
         except BaseException:
             if self._file is None:
-                # The file that is there still is the old one, and what is new is in the journal.
+                # The old file is still there, and the new records are in the journal.
                 self._content, self._file = opened(self.path)
                 for record in old.records:
                     self._content.apply(record)
             raise
-        # Until this is done, the journal is one of an older revision, which nobody looks at.
+        # Until this is done, the journal belongs to an older revision and is ignored.
         self._journal.begin(head.store, head.revision)
         self._content, self._file = opened(self.path)
 
@@ -351,7 +346,7 @@ class GateStore(StoreView):
             method: Its name.
             scores: ``{site name: (T', C)}``.
             tasks: The T' tasks, all of them in this store; None: all, in the order of ``tasks``.
-            attributes: Anything worth knowing, as JSON can hold it.
+            attributes: Further facts, as JSON can hold them.
 
         Raises:
             GateStoreError: If a task is not there, or shapes do not fit.
@@ -400,14 +395,7 @@ class GateStore(StoreView):
     ) -> None:
         """Keep tables of units, such as IoUs with concepts, under the same sites.
 
-        What :meth:`nad_attr.concepts.UnitConcepts.save` uses.
-
-        Args:
-            name: What they are called; one of the same name is replaced.
-            tables: ``{quantity: {site name: array}}``; the first axis is the site's channels. All
-                quantities are of the same sites, which may be some of the store's.
-            concepts: Name and category of each concept.
-            attributes: Anything worth knowing, as JSON can hold it.
+        See :func:`write_units`; used by :meth:`nad_attr.concepts.UnitConcepts.save`.
 
         Raises:
             GateStoreError: If a site is not there, or shapes do not fit.
@@ -421,12 +409,12 @@ class GateStore(StoreView):
     ) -> Path:
         """Write some of the tasks, with their scores, to another store.
 
-        Results are left behind: they are about all tasks. Units, which are about none, go along.
+        Results are about all tasks and are not copied; units are.
 
         Args:
             tasks: Class indices, groups of them, or task names.
             out: The new file.
-            overwrite: Replace a file that is there.
+            overwrite: Replace an existing file.
 
         Raises:
             GateStoreError: If the new file cannot be written, or is this one.
@@ -438,23 +426,20 @@ class GateStore(StoreView):
 
     @staticmethod
     def merge(
-        paths: Sequence[str | PathLike[str]],
-        out: str | PathLike[str],
-        *,
-        overwrite: bool = False,
+        paths: Sequence[str | PathLike[str]], out: str | PathLike[str], *, overwrite: bool = False
     ) -> Path:
-        """Put stores of one network, recipe and data together.
+        """Join stores of one network, recipe and data.
 
         A task that several of them hold must have the same gates in all of them.
 
         Args:
             paths: The stores.
             out: The new file; none of them.
-            overwrite: Replace a file that is there.
+            overwrite: Replace an existing file.
 
         Raises:
-            GateStoreError: If they do not fit together; says why. A file that is there is as it
-                was then.
+            GateStoreError: If they do not fit together; says why. An existing file is then
+                unchanged.
         """
         if isinstance(paths, (str, PathLike)) or not paths:
             raise TypeError("paths must be a list of at least one file.")
@@ -482,9 +467,6 @@ class GateStore(StoreView):
     def list(folder: str | PathLike[str]) -> Paths:
         """The stores in a folder and the folders in it, found by their content.
 
-        Args:
-            folder: The folder.
-
         Example:
             >>> import tempfile
             >>> with tempfile.TemporaryDirectory() as folder:
@@ -511,7 +493,7 @@ class GateStore(StoreView):
 
 
 def _store_name(path: Path) -> str | None:
-    """Name of the store that is there, if there is one."""
+    """Name of the store at a path, if there is one."""
     try:
         content, file = opened(path)
     except GateStoreError:
@@ -560,7 +542,7 @@ def _fill(
     ) as copy:
         for store, rows in parts:
             counts = {row.task: row.n_sample for row in rows}
-            # In parts, for all of a large store need not fit into memory.
+            # In parts, since the gates of a large store may not fit into memory.
             for start in range(0, len(rows), 128):
                 part = rows[start : start + 128]
                 copy.append(store.read([row.task for row in part]), sample_counts=counts)
@@ -587,7 +569,7 @@ def _fill(
 
 
 def write_task_gates(gates: TaskGates, path: str | PathLike[str]) -> None:
-    """Write task gates with everything they carry; an existing file is replaced at once.
+    """Write task gates with everything that belongs to them; an existing file is replaced at once.
 
     Raises:
         GateStoreError: If the place cannot be written to, or another process is writing it.

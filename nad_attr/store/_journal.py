@@ -1,8 +1,8 @@
-"""The journal beside a store: what was appended since the HDF5 file was last written.
+"""The journal beside a store: the records appended since the HDF5 file was last written.
 
-A journal is a sequence of records, each with its length and checksum, so that the end of the last
-complete one is known whatever happened during a write. It is also the lock: the one writer holds
-it as long as it writes, and removes it when the HDF5 file holds everything.
+Each record has its length and checksum, so that the end of the last complete one is known even if
+a write was interrupted. The journal is also the lock: the writer holds it as long as it writes, and
+removes it when the HDF5 file has everything.
 
 Layout: the line ``nad_attr journal 1``, then for each record little-endian ``REC1``, uint32 length
 of the header, uint64 length of the body, uint32 CRC-32 of both; the header, JSON; the body, the
@@ -50,7 +50,7 @@ __all__ = [
 
 MAGIC = b"nad_attr journal 1\n"
 _HEAD = struct.Struct("<4sIQI")
-#: Up to so many bytes of a journal the free memory is not checked.
+#: Up to this many bytes of a journal the free memory is not checked.
 _UNCHECKED_BYTES = 2**26
 _TYPES = ("<f4", "<f8", "<f2", "<i8", "<i4", "<i2", "|i1", "<u8", "<u4", "<u2", "|u1", "|b1")
 
@@ -61,13 +61,13 @@ def now() -> str:
 
 
 def journal_path(path: Path) -> Path:
-    """Where the journal of a store is."""
+    """The place of a store's journal."""
     return path.with_name(path.name + ".journal")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One step of a store's history: what happened, and numbers."""
+    """One step of a store's history: facts and arrays."""
 
     header: dict[str, Any]
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -89,11 +89,7 @@ class Record:
 
 
 def unpacked(content: bytes | memoryview) -> tuple[list[Record], int]:
-    """The complete records of a journal, and where the last one ends.
-
-    Raises:
-        ValueError: If a complete record holds what none can.
-    """
+    """The complete records of a journal, and where the last one ends."""
     view = memoryview(content)
     if bytes(view[: len(MAGIC)]) != MAGIC:
         return [], 0
@@ -126,12 +122,7 @@ def _record(header: memoryview, body: memoryview) -> Record:
 
 
 def read_journal(path: Path) -> list[Record]:
-    """The records of a journal, the one of its beginning first; nothing, if there is none.
-
-    Raises:
-        NotAFileError: If there is a link, a named pipe or a device in its place.
-        ValueError: If it does not fit into memory, or a complete record holds what none can.
-    """
+    """The records of a journal, its first record included; nothing, if there is no journal."""
     try:
         file = open_file(path, follow=False)
     except (FileNotFoundError, PermissionError):
@@ -141,7 +132,7 @@ def read_journal(path: Path) -> list[Record]:
 
 
 def _content(file: BinaryIO, path: Path) -> bytes:
-    """All of a journal that fits into memory; more than it has now is not waited for."""
+    """All bytes of a journal that fits into memory, as long as it is now."""
     size = os.fstat(file.fileno()).st_size
     if size > _UNCHECKED_BYTES and size > most_bytes():
         raise ValueError(
@@ -151,28 +142,17 @@ def _content(file: BinaryIO, path: Path) -> bytes:
 
 
 def goes_on(records: Sequence[Record], store: str, revision: int) -> bool:
-    """Whether a journal goes on from this revision of a store."""
+    """Whether a journal continues this revision of a store."""
     begin = records[0].header if records else {}
-    return (begin.get("kind"), begin.get("store"), begin.get("revision")) == (
-        "begin",
-        store,
-        revision,
-    )
-
-
-def n_tasks(records: Sequence[Record]) -> int:
-    """How many tasks the records of a journal append."""
-    return sum(
-        len(r.header["tasks"])
-        for r in records
-        if r.header["kind"] == "append" and isinstance(r.header.get("tasks"), list)
-    )
+    found = [begin.get(key) for key in ("kind", "store", "revision")]
+    return found == ["begin", store, revision]
 
 
 def left_over(path: Path, records: Sequence[Record]) -> str:
-    """What is said of a journal that belongs to no file that is there."""
-    n, others = n_tasks(records), len(records) - 1
-    what = f"{n} finished task{'s' * (n != 1)}" if n else f"{others} results or scores"
+    """Describe a journal whose file is not there."""
+    appended = [r.header.get("tasks") for r in records if r.header["kind"] == "append"]
+    n = sum(len(tasks) for tasks in appended if isinstance(tasks, list))
+    what = f"{n} finished task{'s' * (n != 1)}" if n else f"{len(records) - 1} results or scores"
     return (
         f"{path} holds {what} of another store than the file beside it (a run that was killed, "
         "and whose file was replaced or moved away)"
@@ -181,11 +161,7 @@ def left_over(path: Path, records: Sequence[Record]) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Lock a file that is written in one step, without a journal.
-
-    Raises:
-        GateStoreError: If another process writes it, or its journal is nobody's.
-    """
+    """Lock a file that is written in one step, without a journal."""
     lock = Journal(path)
     try:
         with reading(path):
@@ -196,14 +172,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Journal:
-    """The journal of the one writer of a store, locked while this object is open.
-
-    Args:
-        path: The store's path.
-
-    Raises:
-        GateStoreError: If another process, or another object of this one, writes the store.
-    """
+    """The journal of the one writer of the store at a path, locked while this object is open."""
 
     def __init__(self, path: Path) -> None:
         self.path = journal_path(path)
@@ -215,12 +184,9 @@ class Journal:
     def resume(
         self, store: str, revision: int, has: Callable[[Sequence[Record]], bool]
     ) -> list[Record]:
-        """What a writer that died had appended; what it had not finished is cut off.
+        """Return the records of a writer that died, without an incomplete last one.
 
-        Args:
-            store: Name of the store that the file is.
-            revision: Of the file.
-            has: Whether the file is of the same store and holds all that a journal appends.
+        ``has`` tells whether the file is of the same store and has all that a journal appends.
         """
         records, end = self._read()
         if goes_on(records, store, revision) and len(records) > 1:
@@ -235,16 +201,12 @@ class Journal:
         return []
 
     def clear(self, replaced: str | None = None) -> None:
-        """Make room for another file: what a killed run has left here is put aside.
+        """Make room for another file: the journal of a killed run is put aside.
 
-        Args:
-            replaced: Name of the store that is there and shall be replaced with its journal.
-
-        Raises:
-            ValueError: If it holds what no journal can.
+        ``replaced`` is the name of an existing store that is replaced together with its journal.
         """
         records, _ = self._read()
-        # What replaces the store of a journal empties it when it is there.
+        # A new store empties the journal of the store that it replaces.
         if replaced is None or not records or records[0].header.get("store") != replaced:
             self._put_aside(records)
             os.ftruncate(self._file, 0)
@@ -255,7 +217,7 @@ class Journal:
             return unpacked(_content(file, self.path))
 
     def _put_aside(self, records: Sequence[Record]) -> None:
-        """Keep a journal that is not of the file that is there, under another name."""
+        """Keep a journal that belongs to another file, under another name."""
         if len(records) < 2:
             return
         os.lseek(self._file, 0, os.SEEK_SET)
@@ -266,7 +228,7 @@ class Journal:
             except (FileExistsError, NotAFileError):
                 continue
             break
-        # Copied, for its lock stays with the file that is there.
+        # Copied, since the lock stays with the original.
         with os.fdopen(copy, "wb") as target, os.fdopen(os.dup(self._file), "rb") as source:
             shutil.copyfileobj(source, target)
             target.flush()
@@ -279,7 +241,7 @@ class Journal:
         )
 
     def begin(self, store: str, revision: int) -> None:
-        """Empty it, and start with what revision it goes on from."""
+        """Empty the journal, and write which revision it continues."""
         os.ftruncate(self._file, 0)
         self._end = 0
         header = {
@@ -293,11 +255,7 @@ class Journal:
         self._write(MAGIC + Record(header).packed())
 
     def append(self, record: Record) -> None:
-        """Add a record; when this returns, it is on the disk.
-
-        Raises:
-            OSError: If it cannot be written; then nothing of it is left.
-        """
+        """Add a record; when this returns, it is on the disk; after an error, no part of it is."""
         self._write(record.packed())
 
     def _write(self, content: bytes) -> None:
@@ -317,7 +275,7 @@ class Journal:
 
     @property
     def mine(self) -> bool:
-        """Whether it is open, and not the one of the process that this one was forked off."""
+        """Whether it is open, and not the journal of the process that this one was forked off."""
         return self._file >= 0
 
     @property
@@ -326,11 +284,11 @@ class Journal:
         return self._end
 
     def close(self, *, remove: bool) -> None:
-        """Give the lock back; a journal of nothing is removed in any case."""
+        """Release the lock; an empty journal is removed in any case."""
         if self._file < 0:
             return
         remove = remove or os.fstat(self._file).st_size == 0
-        # Removed while it is locked: whoever waits for it sees that it is gone, and makes another.
+        # Removed while it is locked: another process that waits for it then makes a new one.
         if remove and sys.platform != "win32":
             self.path.unlink(missing_ok=True)
         os.close(self._file)
@@ -340,7 +298,7 @@ class Journal:
                 self.path.unlink(missing_ok=True)
 
     def forget(self) -> None:
-        """In a process that was forked off: the lock is its parent's."""
+        """Leave the lock to the parent, in a process that was forked off."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -363,7 +321,7 @@ def _lock(file: int) -> None:
     if sys.platform == "win32":
         import msvcrt
 
-        # Far behind the content: locked bytes cannot be read there.
+        # Far behind the content: Windows does not let others read locked bytes.
         os.lseek(file, 2**40, os.SEEK_SET)
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     else:
@@ -405,7 +363,7 @@ def _locked(path: Path, store: Path) -> int:
 
 
 def _check_ours(file: int, path: Path) -> None:
-    """Refuse to empty what no store has written."""
+    """Refuse to empty a file that no store has written."""
     start = os.read(file, len(MAGIC))
     if not MAGIC.startswith(start):
         raise GateStoreError(

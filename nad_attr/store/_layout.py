@@ -1,4 +1,4 @@
-"""Where a file has gates, logits and means: gates at each site, the others in one array each."""
+"""The places of gates, logits, constants and means in a file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def read_means(reader: Reader, sites: Sequence[GateSite]) -> dict[str, Floats] | None:
-    """``{site name: float32 (C,)}``; None if there are none.
-
-    Raises:
-        GateStoreError: If they are not finite, or anything else is wrong with them.
-    """
+    """``{site name: float32 (C,)}``; None if there are none. They must be finite."""
     widths = [site.n_channels for site in sites]
     if not reader.has(reader.file, "mean"):
         return None
@@ -37,24 +33,17 @@ def read_means(reader: Reader, sites: Sequence[GateSite]) -> dict[str, Floats] |
 
 
 class Layout:
-    """Gates and logits of the tasks of a file.
-
-    Args:
-        reader: The file.
-        sites: Its gate sites.
-        n_tasks: Its tasks.
+    """Gates of the tasks of a file, at each site, and logits and constants, in one array each.
 
     Attributes:
-        has_logits: Whether there are logits.
-        has_constants: Whether closed channels have constants of each task's own.
+        keys: Of ``"logit"`` and ``"constant"``, those that the file has.
     """
 
     def __init__(self, reader: Reader, sites: Sequence[GateSite], n_tasks: int) -> None:
         self.reader, self._n_tasks = reader, n_tasks
         self._widths = [site.n_channels for site in sites]
         self._root = reader.group(reader.file, "site")
-        self.has_logits = reader.has(reader.file, "logit")
-        self.has_constants = reader.has(reader.file, "constant")
+        self.keys = {key for key in ("logit", "constant") if reader.has(reader.file, key)}
 
     def _gate(self, order: int) -> Table:
         shape = (self._n_tasks, self._widths[order])
@@ -63,33 +52,19 @@ class Layout:
     def _all_sites(self, key: str) -> Table:
         return self.reader.table(self.reader.file, key, (self._n_tasks, sum(self._widths)))
 
-    def gates(self, rows: Sequence[int]) -> list[Floats]:
-        """Gates of some tasks at each site, float32 (rows, C)."""
-        return [self._gate(order).rows(rows) for order in range(len(self._widths))]
+    def numbers(self, key: str, rows: Sequence[int]) -> list[Floats]:
+        """Gates, logits or constants of some tasks at each site, float32 (rows, C)."""
+        if key == "gate":
+            return [self._gate(order).rows(rows) for order in range(len(self._widths))]
+        return self._all_sites(key).split(rows, self._widths)
 
-    def logits(self, rows: Sequence[int]) -> list[Floats]:
-        """Logits of some tasks at each site, float32 (rows, C)."""
-        return self._all_sites("logit").split(rows, self._widths)
-
-    def constants(self, rows: Sequence[int]) -> list[Floats]:
-        """Constants of some tasks at each site, float32 (rows, C)."""
-        return self._all_sites("constant").split(rows, self._widths)
-
-    def raw_constants(self) -> Iterator[bytes | None]:
-        """Constants of all tasks at all sites, as :func:`encoded` leaves them."""
-        return raw_rows(self._all_sites("constant"))
-
-    def raw_gates(self, order: int) -> Iterator[bytes | None]:
-        """Gates of all tasks at one site, as :func:`encoded` leaves them."""
-        return raw_rows(self._gate(order))
-
-    def raw_logits(self) -> Iterator[bytes | None]:
-        """Logits of all tasks at all sites, as :func:`encoded` leaves them."""
-        return raw_rows(self._all_sites("logit"))
+    def raw(self, key: str, order: int) -> Iterator[bytes | None]:
+        """:func:`encoded` gates of all tasks at one site, or logits or constants at all sites."""
+        return raw_rows(self._gate(order) if key == "gate" else self._all_sites(key))
 
 
 def raw_rows(table: Table, *, sparse: bool = False) -> Iterator[bytes | None]:
-    """A table of a file as :func:`encoded` rows; None for what was never written, if sparse."""
+    """A table of a file as :func:`encoded` rows; None for rows never written, if sparse."""
     if table.by_task():
         yield from table.raw_rows(sparse=sparse)
     else:

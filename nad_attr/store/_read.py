@@ -1,6 +1,6 @@
 """Read untrusted HDF5 files: check sizes, types and links first, and content afterwards.
 
-Three things of libhdf5 are not used, for a small damaged file can make them crash, hang or
+Three features of libhdf5 are not used, because a small damaged file can make them crash, hang or
 allocate without end: metadata of formats before 1.10, which have no checksums; strings of variable
 length; and its own decompression, which goes on for as long as the compressed stream does.
 """
@@ -33,9 +33,9 @@ _MAX_BYTES = 2**33  # 8 GB: more than any real store, less than a hostile shape
 #: The largest factor by which deflate shrinks data.
 _MAX_DEFLATE_RATIO = 1032
 _SLACK = 4096
-#: Up to so many bytes the free memory is not checked.
+#: Up to this many bytes the free memory is not checked.
 _UNCHECKED_BYTES = 2**28
-#: Inflating in one go is the fastest way, as long as no stream can fill the memory.
+#: Inflating in one go is the fastest way, if the stream is too short to fill the memory.
 _AT_ONCE = 2**24 // _MAX_DEFLATE_RATIO
 #: Tasks whose chunks are counted one by one; for more, the sizes of all chunks are summed.
 _MAX_COUNTED_TASKS = 16
@@ -44,11 +44,7 @@ _REQUIRED = object()
 
 
 def check_hdf5(path: Path) -> None:
-    """Refuse what is not an HDF5 file whose metadata have checksums, without asking HDF5.
-
-    Raises:
-        GateStoreError: If it is something else.
-    """
+    """Refuse a file that is not HDF5 with checksums of its metadata, without asking HDF5."""
     if not path.is_file():
         raise GateStoreError(f"there is no file {path}.")
     with reading(path), path.open("rb") as file:
@@ -63,11 +59,11 @@ def check_hdf5(path: Path) -> None:
 
 
 def hdf5(path: Path) -> h5py.File:
-    """Open for reading, without HDF5's lock where it cannot be had: files are replaced."""
-    # No cache of chunks, which takes its time to make for each array: chunks are read as they are.
+    """Open for reading, without HDF5's lock if that fails: files are replaced, never changed."""
+    # No cache of chunks, which takes time to make for each array: chunks are read directly.
     options: dict[str, Any] = {"rdcc_nbytes": 0, "rdcc_nslots": 1}
     try:
-        # As others open it: HDF5 refuses a file that this process has open with other settings.
+        # HDF5 refuses a file that this process has open with other settings.
         return h5py.File(path, "r", **options)
     except OSError as error:
         if "lock" not in str(error):
@@ -84,7 +80,7 @@ def opened(path: Path, *kinds: str) -> Iterator[Reader]:
 
 
 class _Budget(threading.local):
-    """What one call may still read and allocate: of each thread, for several may read at once."""
+    """Bytes that one call may still read and allocate; each thread has its own."""
 
     def __init__(self, size: int) -> None:
         self.left = size
@@ -125,7 +121,7 @@ class Reader:
             raise GateStoreError(f"{path} holds {self.kind!r}, not {wanted}.")
 
     def begin(self) -> None:
-        """Start another operation: nothing is read yet."""
+        """Start another operation, with a new budget."""
         _Budget.__init__(self._budget, self.size)
 
     # -- attributes ----------------------------------------------------------------------------
@@ -168,7 +164,7 @@ class Reader:
         return int(self._attribute(group, name, h5t.TypeIntegerID, "whole number"))
 
     def json(self, group: h5py.Group, name: str, kind: type[Any], default: Any = _REQUIRED) -> Any:
-        """What a text of JSON says."""
+        """The value of a text of JSON."""
         text = self.text(group, name, None if default is not _REQUIRED else _REQUIRED)
         if text is None:
             return default
@@ -182,11 +178,11 @@ class Reader:
     # -- members -------------------------------------------------------------------------------
 
     def is_hard(self, group: h5py.Group, name: str) -> bool:
-        """Whether a member is there itself, and no link to somewhere else; so the groups above."""
+        """Whether a member and the groups above it are no links."""
         links, path = group.id.links, name.encode()
         end = path.find(b"/")
         try:
-            # From above: what is below a link is looked up wherever that leads.
+            # From above, since a path below a link is looked up where the link leads.
             while end >= 0:
                 if links.get_info(path[:end]).type != h5l.TYPE_HARD:
                     return False
@@ -196,15 +192,15 @@ class Reader:
             return False
 
     def has(self, group: h5py.Group, name: str) -> bool:
-        """Whether there is a member of that name, of whatever kind."""
+        """Whether there is a member of that name, of any kind."""
         return bool(group.id.links.exists(name.encode()))
 
     def is_result(self, group: h5py.Group) -> bool:
-        """Whether a group says that it is a result."""
+        """Whether a group has the mark of a result."""
         return self._has_attribute(group, "kind") and self.text(group, "kind") == "result"
 
     def is_group(self, group: h5py.Group, name: str) -> bool:
-        """Whether a member is a group; links are none."""
+        """Whether a member is a group and no link."""
         return self.is_hard(group, name) and isinstance(group[name], h5py.Group)
 
     def is_text(self, group: h5py.Group, name: str) -> bool:
@@ -212,17 +208,17 @@ class Reader:
         return bool(self._open(group, name).dtype.kind == "S")
 
     def group(self, group: h5py.Group, name: str) -> h5py.Group:
-        """A group inside this one; links to anywhere else are refused."""
+        """A group inside this one; links are refused."""
         if not self.is_hard(group, name):
             raise GateStoreError(f"{self.path}: {_path(group, name)} is missing or a link.")
         try:
-            # Three times as fast as group[name], which asks what kind of thing it is.
+            # Three times as fast as group[name], which looks up the kind of the member.
             return h5py.Group(h5g.open(group.id, name.encode()))
         except (KeyError, ValueError):
             raise GateStoreError(f"{self.path}: {_path(group, name)} is not a Group.") from None
 
     def names(self, group: h5py.Group) -> list[str]:
-        """The members of a group."""
+        """A float32 table from which single tasks can be read; they are along ``axis``."""
         n = group.id.get_num_objs()
         if n > max(100, self.size // 8):
             raise GateStoreError(f"{self.path}: {group.name} claims {n:,} members.")
@@ -270,7 +266,10 @@ class Reader:
         table = Table(self, self._open(group, name), group, name)
         if table.dtype.kind not in kinds:
             raise GateStoreError(f"{self.path}: {table.name} has type {table.dtype}.")
-        if shape not in (None, table.shape) and not _fits(table.shape, shape):
+        if shape is not None and (
+            len(shape) != len(table.shape)
+            or any(w not in (None, n) for w, n in zip(shape, table.shape, strict=True))
+        ):
             raise GateStoreError(
                 f"{self.path}: {table.name} has shape {table.shape}, expected {shape}."
             )
@@ -287,7 +286,7 @@ class Reader:
             ) from None
 
     def charge(self, stored: int, claimed: int, table: Table) -> None:
-        """Count what an operation reads: a small file must not become a large array."""
+        """Count the bytes that an operation reads: a small file must not become a large array."""
         if claimed > min(_MAX_BYTES, _MAX_DEFLATE_RATIO * stored + _SLACK):
             raise GateStoreError(
                 f"{self.path}: {table.name} claims {claimed:,} bytes but holds {stored:,}."
@@ -300,7 +299,7 @@ class Reader:
         self.reserve(claimed, table)
 
     def reserve(self, claimed: int, what: str | Table) -> None:
-        """Count what an operation allocates, wherever it comes from."""
+        """Count the bytes that an operation allocates."""
         budget = self._budget
         budget.room -= claimed
         taken = budget.whole - budget.room
@@ -359,19 +358,12 @@ class Reader:
         return sites
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool:
-    return wanted is None or (
-        len(shape) == len(wanted)
-        and all(w is None or w == h for w, h in zip(wanted, shape, strict=True))
-    )
-
-
 def _path(group: h5py.Group, name: str) -> str:
     return f"{group.name.rstrip('/')}/{name}"
 
 
 class Table:
-    """An array in a file, checked for everything but its content."""
+    """An array in a file; everything but its content is checked."""
 
     def __init__(self, reader: Reader, data: Any, group: h5py.Group, name: str) -> None:
         self.reader, self.data = reader, data
@@ -404,14 +396,14 @@ class Table:
 
     @property
     def name(self) -> str:
-        """Where it is in the file."""
-        return _path(self._group, self._name)  # HDF5 takes its time to say so
+        """Its place in the file."""
+        return _path(self._group, self._name)  # HDF5's own answer takes longer
 
     def _refuse(self, why: str) -> NoReturn:
         raise GateStoreError(f"{self.reader.path}: {self.name} {why}.")
 
     def by_task(self) -> bool:
-        """Whether there is one chunk for each task, filtered as this program does it."""
+        """Whether there is one chunk for each task, with this program's filter."""
         across = 1 - self.axis
         return (
             self.standard
@@ -421,7 +413,7 @@ class Table:
         )
 
     def raw_rows(self, *, sparse: bool = False) -> Iterator[bytes | None]:
-        """The chunks of all tasks as they are, if :meth:`by_task`; None for what is not there."""
+        """The stored chunks of all tasks, if :meth:`by_task`; None for missing ones."""
         for i in range(self.shape[self.axis]):
             raw = self._raw(i, sparse=sparse)
             yield None if raw is None else bytes(raw)
@@ -430,8 +422,7 @@ class Table:
         """The chunk of a task, until the next one is read; None: it was never written."""
         offset = (i, 0) if self.axis == 0 else (0, i)
         if not self._room:
-            # Deflate makes nothing longer than this: a chunk that claims more is refused by h5py
-            # before anything is read.
+            # Deflate makes nothing longer than this: h5py refuses a longer chunk before reading.
             n_bytes = 4 * self.shape[1 - self.axis]
             self._room = bytearray(min(self.reader.size, n_bytes + n_bytes // 500 + 64))
         try:
@@ -439,7 +430,7 @@ class Table:
         except ValueError as error:
             self._refuse(f"claims too large a chunk: {error}")
         except (RuntimeError, OSError):
-            # Asking first whether it is there would look through the list of all chunks.
+            # Asking first whether it exists would search the list of all chunks.
             if self.data.get_chunk_info_by_coord(offset).byte_offset is not None:
                 raise
             if not sparse:
@@ -467,12 +458,10 @@ class Table:
     def rows(self, rows: Sequence[int], *, sparse: bool = False) -> npt.NDArray[np.float32]:
         """The numbers of some tasks, float32 (rows, other axis).
 
-        Args:
-            rows: The tasks' numbers.
-            sparse: NaN for tasks that were never written, which are refused otherwise.
+        ``sparse``: NaN for tasks that were never written, which are refused otherwise.
         """
         if not self.by_task():
-            # Another program wrote it anew. Nothing is known but the whole.
+            # Another program has rewritten it: only the whole can be read.
             values = self.whole()
             return np.ascontiguousarray(np.take(values, rows, self.axis).swapaxes(0, self.axis))
         return self.split(rows, [self.shape[1 - self.axis]], sparse=sparse)[0]
@@ -486,21 +475,17 @@ class Table:
             return [part.copy() for part in np.split(self.rows(rows), ends[:-1], axis=1)]
         parts = [np.empty((0, width), np.float32) for width in widths]
         for i, content in enumerate(self._contents(rows, sparse=sparse)):
-            if not i:  # the first of them has shown that there is such a width
+            if not i:  # the first of them has proved this width
                 parts = [np.empty((len(rows), width), np.float32) for width in widths]
             row = None if content is None else np.frombuffer(content, self.dtype)
             for part, end, width in zip(parts, ends, widths, strict=True):
                 part[i] = np.nan if row is None else row[end - width : end]
         return parts
 
-    def _charge(self) -> None:
-        stored = self.data.get_storage_size()
-        n_bytes = math.prod(self.shape) * self.dtype.itemsize
-        self.reader.charge(stored, n_bytes, self)
-
     def whole(self) -> npt.NDArray[Any]:
-        """All of it."""
-        self._charge()
+        """The whole array."""
+        n_bytes = math.prod(self.shape) * self.dtype.itemsize
+        self.reader.charge(self.data.get_storage_size(), n_bytes, self)
         if self.chunks is None:
             values = np.zeros(self.shape, self.dtype)
             if values.size:

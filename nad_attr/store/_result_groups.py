@@ -24,22 +24,17 @@ __all__ = [
     "write_result_group",
 ]
 
-#: What of a store is not a result.
+#: Members of a store that are no results.
 RESERVED = ("task", "site", "history", "score", "logit", "mean", "constant")
 _MAX_DEPTH = 16
-#: What others may put beside it: HDF5 copies groups by recursion, and looking at each takes time.
+#: Limits for other programs' groups: HDF5 copies them by recursion, and reading each takes time.
 _MAX_DEPTH_OF_OTHERS, _MAX_GROUPS = 64, 20_000
 
 
 def result_record(
     group: str, arrays: Mapping[str, Any], attributes: Mapping[str, Any] | None
 ) -> Record:
-    """The record of a result.
-
-    Raises:
-        GateStoreError: If names or values cannot stand in a file.
-        TypeError: If ``attributes`` hold what JSON cannot.
-    """
+    """The record of a result; names and values that a file cannot hold are refused."""
     _check_group(group)
     if not isinstance(arrays, Mapping) or not isinstance(attributes or {}, Mapping):
         raise TypeError("arrays and attributes must be dictionaries.")
@@ -81,11 +76,7 @@ def _check_group(group: object) -> None:
 
 
 def check_result(record: Record) -> None:
-    """Refuse what a journal calls a result and is none.
-
-    Raises:
-        GateStoreError: If :func:`result_record` would not have made it.
-    """
+    """Refuse a record of a journal that :func:`result_record` would not have made."""
     header = record.header
     _check_group(header["group"])
     texts = header["texts"]
@@ -101,14 +92,9 @@ def check_result(record: Record) -> None:
 
 
 def result_groups(reader: Reader) -> list[str]:
-    """The groups of a file that hold results.
-
-    Raises:
-        GateStoreError: If there are too many groups to look at, or they are nested too deep for
-            HDF5, which copies them with the gates and crashes then.
-    """
+    """The groups of a file that are results; too many or too deep groups would crash HDF5."""
     found: list[str] = []
-    # Hard links can make circles: no group is looked at twice.
+    # Hard links can make circles: no group is visited twice.
     seen = {h5o.get_info(reader.file.id).addr}
     waiting = [("", reader.file.id, 0)]
     while waiting:
@@ -120,7 +106,7 @@ def result_groups(reader: Reader) -> list[str]:
                 "Move them to another file."
             )
         for name in parent:
-            # Whatever is not a result of ours belongs to others; a link might lead anywhere.
+            # Groups that are no results belong to other programs; a link might lead anywhere.
             if depth == 0 and name.decode(errors="replace") in RESERVED:
                 continue
             if parent.links.get_info(name).type != h5l.TYPE_HARD:

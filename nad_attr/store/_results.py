@@ -34,8 +34,8 @@ def write_result(
 ) -> None:
     """Write a result into a group of a file; the group is replaced in one step.
 
-    Everything else in the file stays. Where there is no file, one is made that holds nothing but
-    results. The file may be a :class:`GateStore`.
+    Everything else in the file stays. If there is no file, one for results is made. The file may be
+    a :class:`GateStore`.
 
     Args:
         path: The file.
@@ -84,14 +84,11 @@ def _kind(path: Path) -> str:
 
 
 def read_result(path: str | PathLike[str], group: str) -> tuple[Arrays, dict[str, Any]]:
-    """Read what :func:`write_result` wrote.
+    """Read the arrays, lists of texts and attributes that :func:`write_result` wrote.
 
     Args:
-        path: The file; one of results, or a :class:`GateStore`.
+        path: A file of results, or a :class:`GateStore`.
         group: Where in it.
-
-    Returns:
-        The arrays and lists of texts, and the attributes.
 
     Raises:
         GateStoreError: If the file is missing, damaged, foreign or newer than this program, or
@@ -115,7 +112,7 @@ def read_result(path: str | PathLike[str], group: str) -> tuple[Arrays, dict[str
 
 
 def result_names(path: str | PathLike[str]) -> list[str]:
-    """The groups of a file that hold results.
+    """The groups of a file that are results.
 
     Raises:
         GateStoreError: If the file is missing, damaged, foreign or newer than this program.
@@ -145,8 +142,8 @@ def write_units(
     """Write tables of units into ``/units/<name>`` of a :class:`GateStore` or a file of results.
 
     Args:
-        path: The file; made where there is none.
-        name: What they are called; one of the same name is replaced.
+        path: The file; made if there is none.
+        name: Name of the tables; those of the same name are replaced.
         tables: ``{quantity: {site name: array}}``; the first axis is the site's units. Beside
             gates, the sites have to be the store's.
         concepts: Name and category of each concept.

@@ -1,4 +1,4 @@
-"""The tasks of a store, one row each, and what the numbers of rows have to be."""
+"""The tasks of a store, one row each, and checks of their numbers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,12 @@ __all__ = ["TOO_LARGE", "Row", "Rows", "finite", "in_range", "no_nan", "stored_t
 Floats = npt.NDArray[np.float32]
 
 
-#: Numbers of a file below this fit into the int64 that everything else computes with.
+#: Numbers of a file below this fit into int64.
 TOO_LARGE = 2**63
 
 
 def stored_task(value: object) -> Task:
-    """A task of a file.
-
-    Raises:
-        TypeError: If it is none.
-        ValueError: If it is none, or a class index that fits into no array.
-    """
+    """A task of a file; an error if it is none, or a class index that fits into no array."""
     task = as_task(value)
     if (task if isinstance(task, int) else max(task)) >= TOO_LARGE:
         raise ValueError(f"{task} is not a class index.")
@@ -45,14 +40,7 @@ class Row(NamedTuple):
 
 
 class Rows(Sequence[Row]):
-    """The tasks of a file, and those of its records; a file's rows are made when asked for.
-
-    Args:
-        tasks: Of the file.
-        names: As many.
-        counts: As many, own images.
-        finished: As many.
-    """
+    """The tasks of a file, whose rows are made on access, and the rows of its records."""
 
     def __init__(
         self,
@@ -84,7 +72,7 @@ class Rows(Sequence[Row]):
         return Row(self.tasks[i], self.names[i], self._counts[i], self._finished[i], -1, i)
 
     def append(self, row: Row) -> None:
-        """Add one of a record."""
+        """Add a row of a record."""
         self._more.append(row)
 
 
@@ -106,8 +94,8 @@ def no_nan(values: Floats) -> bool:
 def wrong_sites(
     well: Callable[[Floats], bool], values: Sequence[Floats], sites: Sequence[GateSite]
 ) -> Iterator[tuple[GateSite, Floats]]:
-    """The sites where something is wrong."""
-    # Of few tasks all sites at once: a call takes longer than looking at the numbers of a site.
+    """The sites whose values fail a check."""
+    # The values of few tasks are joined: a call takes longer than the check of one site.
     if len(values[0]) > 16 or not well(np.concatenate(values, axis=None)):
         for site, value in zip(sites, values, strict=True):
             if not well(value):

@@ -14,13 +14,13 @@ from nad_attr.store._write import check_name
 
 __all__ = ["UNITS", "UnitTables", "Units", "packed", "unpacked"]
 
-#: The group that holds them, each under its name.
+#: The group of all tables of units.
 UNITS = "units"
 _FORMAT = 1
 
 #: {quantity: {site name: array whose first axis is the site's units}}
 UnitTables: TypeAlias = "Mapping[str, Mapping[str, Any]]"
-#: What is read: such tables, concepts as (name, category), and what was said about them.
+#: Such tables, concepts as (name, category), and further facts.
 Units: TypeAlias = "tuple[dict[str, dict[str, Any]], list[tuple[str, str]], dict[str, Any]]"
 
 
@@ -31,18 +31,7 @@ def packed(
     attributes: Mapping[str, Any] | None,
     sites: Sequence[GateSite] | None,
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Group, arrays and attributes of a result.
-
-    Args:
-        name: What they are called.
-        tables: Tables of the same sites.
-        concepts: Name and category of each.
-        attributes: Anything else.
-        sites: Of the store that they go into; None: a file without sites.
-
-    Raises:
-        GateStoreError: If they do not fit together or into the store.
-    """
+    """Group, arrays and attributes of a result for a store with these sites."""
     check_name(name, "unit concepts")
     named = [list(table) for table in tables.values()]
     if not named or not named[0] or any(set(each) != set(named[0]) for each in named):
@@ -82,11 +71,7 @@ def packed(
 
 
 def unpacked(arrays: Mapping[str, Any], attributes: Mapping[str, Any], where: str) -> Units:
-    """What :func:`packed` was given.
-
-    Raises:
-        GateStoreError: If it is something else.
-    """
+    """The tables, concepts and attributes that :func:`packed` packed; a GateStoreError if not."""
     if attributes.get("what") != "units":
         raise GateStoreError(f"{where} holds no units.")
     if attributes.get("format") != _FORMAT:

@@ -1,4 +1,4 @@
-"""What a store holds, for reading."""
+"""The part of a store that reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nad_attr.data.labels import Task, as_task
+from nad_attr.data.labels import Task, as_task, first_tasks
 from nad_attr.gates.channels import n_channels
 from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
@@ -31,11 +31,11 @@ from nad_attr.system.safe_text import shown
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["Arrays", "StoreView", "opened", "seen"]
+__all__ = ["Arrays", "StoreView", "opened", "opened_to_read"]
 
-#: What a result holds by name.
+#: Values of a result by name.
 Arrays: TypeAlias = "dict[str, npt.NDArray[Any] | list[str]]"
-#: How often a reader looks again, while the writer replaces the file.
+#: How many times a reader looks again, while the writer replaces the file.
 _MAX_LOOKS = 100
 
 
@@ -59,7 +59,7 @@ class StoreView:
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """The tasks that are there, in the order in which they were appended."""
+        """The tasks, in the order in which they were appended."""
         return tuple(row.task for row in self._content.rows)
 
     @property
@@ -70,7 +70,7 @@ class StoreView:
 
     @property
     def sample_counts(self) -> dict[Task, int]:
-        """``{task: own images that it was learned from}``, where that was said."""
+        """``{task: own images that it was learned from}``, where known."""
         return {row.task: row.n_sample for row in self._content.rows if row.n_sample >= 0}
 
     @property
@@ -80,7 +80,7 @@ class StoreView:
 
     @property
     def means(self) -> dict[str, Tensor] | None:
-        """``{site name: float32 (C,)}``, what replaces a closed channel; None: zero."""
+        """``{site name: float32 (C,)}``, the values of closed channels; None: zero."""
         means = self._content.head.means
         return None if means is None else {name: mean.clone() for name, mean in means.items()}
 
@@ -92,7 +92,7 @@ class StoreView:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What was said about all gates (``TaskGates.info``)."""
+        """``TaskGates.info`` of all gates."""
         return dict(self._content.head.info)
 
     def __len__(self) -> int:
@@ -121,7 +121,7 @@ class StoreView:
                 continue
             where = None if isinstance(task, str) else content.where.get(as_task(task))
             if where is None:
-                known = ", ".join(map(str, self.tasks[:20])) + " ..." * (len(self) > 20)
+                known = first_tasks(self.tasks)
                 raise KeyError(f"no gates for task {task!r} in {self.path}; it holds {known}.")
             rows.append(content.rows[where])
         return rows
@@ -146,7 +146,7 @@ class StoreView:
 
     @property
     def score_methods(self) -> tuple[str, ...]:
-        """The methods whose scores are there."""
+        """The methods with scores."""
         return tuple(self._content.methods)
 
     def scores(self, method: str) -> dict[str, Tensor]:
@@ -159,7 +159,7 @@ class StoreView:
         return {n: torch.from_numpy(v) for n, v in self._content.scores(method).items()}
 
     def score_attributes(self, method: str) -> dict[str, Any]:
-        """What :meth:`write_scores` was told about a method.
+        """The attributes of a method's scores, see :meth:`write_scores`.
 
         Raises:
             GateStoreError: If there are no scores of it.
@@ -214,10 +214,10 @@ class StoreView:
         """Refuse to go on with another network, other sites, another recipe, data or seed.
 
         Args:
-            sites: The sites that would be gated; None: not compared.
-            recipe: The recipe that would be used; None: not compared.
+            sites: The new sites; None: not compared.
+            recipe: The new recipe; None: not compared.
             provenance: ``model_hash``, ``data_fingerprint``, ``seed`` and, within rounding,
-                ``outputs`` are compared, as far as they are in it.
+                ``outputs`` are compared, as far as they are given.
 
         Raises:
             GateStoreError: Names everything that differs.
@@ -226,32 +226,26 @@ class StoreView:
         if wrong:
             raise GateStoreError(
                 f"{self.path} was begun with other settings; what differs: {'; '.join(wrong)}. "
-                "Go on with "
-                "what it was begun with, write to another file, or begin anew with overwrite=True "
-                "(--overwrite in place of --resume)."
+                "Go on with what it was begun with, write to another file, or begin anew with "
+                "overwrite=True (--overwrite in place of --resume)."
             )
 
-    def _closed_at(self) -> str:
-        if self._content.has_constants:
-            return "at their best constants"
-        return "zero" if self._content.head.means is None else "at their mean"
-
     def describe(self) -> str:
-        """What is in the store, for people."""
+        """The content of the store, for people."""
         head = self._content.head
-        facts = head.provenance
+        constants = "at their best constants" if self._content.has("constant") else None
+        head = self._content.head
         lines = [
             f"{self.path}: {len(self):,} task" + "s" * (len(self) != 1),
             f"  sites       {len(head.sites)} with {n_channels(head.sites):,} channels: "
             + some([site.name for site in head.sites]),
             f"  tasks       {some(self.task_names or self.tasks)}",
-            f"  recipe      {head.recipe}",
-            "  closed      " + self._closed_at(),
-            f"  logits      {'kept' if self._content.has_logits else 'none'}",
+            "  closed      " + (constants or ("zero" if head.means is None else "at their mean")),
+            f"  logits      {'kept' if self._content.has('logit') else 'none'}",
         ]
         for key in ("model", "model_hash", "data", "data_fingerprint", "seed", "device"):
-            if facts.get(key) is not None:
-                lines.append(f"  {key.replace('_', ' '):<11} {str(facts[key])[:80]}")
+            if (fact := head.provenance.get(key)) is not None:
+                lines.append(f"  {key.replace('_', ' '):<11} {str(fact)[:80]}")
         if self.score_methods:
             lines.append(f"  scores      {some(self.score_methods)}")
         if self.results:
@@ -272,7 +266,7 @@ class StoreView:
     def to_xarray(self) -> xarray.Dataset:
         """All gates as an ``xarray.Dataset``.
 
-        Variables ``gate/<site>`` and, where kept, ``logit/<site>``, over ``task`` and
+        Variables ``gate/<site>`` and ``logit/<site>`` (if there are logits), over ``task`` and
         ``channel/<site>``; coordinate ``task`` holds class indices (texts, if there are groups of
         classes) and ``task_name`` the names.
 
@@ -299,7 +293,7 @@ class StoreView:
 
 
 def opened(path: Path) -> tuple[Content, h5py.File]:
-    """What the HDF5 file says by itself."""
+    """The content of the HDF5 file without its journal."""
     check_hdf5(path)
     with reading(path):
         file = hdf5(path)
@@ -310,10 +304,10 @@ def opened(path: Path) -> tuple[Content, h5py.File]:
             raise
 
 
-def seen(path: Path) -> tuple[Content, h5py.File]:
-    """The state of a store that may be replaced at any moment: file and journal that fit."""
-    check_hdf5(path)  # before realpath, which fails in its own words where a name holds a zero
-    # A writer follows a link to the store, so its journal is where that leads.
+def opened_to_read(path: Path) -> tuple[Content, h5py.File]:
+    """The state of a store that may be replaced at any moment: a file and its journal."""
+    check_hdf5(path)  # before realpath, which has worse messages for a name with a zero
+    # A writer follows a link to the store, so its journal is at the target.
     journal = journal_path(Path(os.path.realpath(path)))
     for _ in range(_MAX_LOOKS):
         before = _identity(path)
@@ -344,5 +338,5 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return None  # check_hdf5 says it better
+        return None  # check_hdf5 has the better message
     return found.st_ino, found.st_mtime_ns, found.st_size

@@ -1,7 +1,7 @@
 """Write HDF5 files whole: into a new file, which then replaces the target.
 
-Everything that HDF5 would leave without a checksum is avoided: the metadata is of format 1.10,
-strings have fixed length, and every array is compressed in chunks (deflate ends in an Adler-32).
+Nothing is left without a checksum: the metadata is of format 1.10, strings have fixed length, and
+every array is compressed in chunks (deflate ends in an Adler-32).
 """
 
 from __future__ import annotations
@@ -48,24 +48,20 @@ __all__ = [
 
 FORMAT_VERSION = 3
 #: Faster than the usual 4 and within a percent of its size on logits, which hardly compress. The
-#: shuffle filter would save 3 % more and double the time that reading takes.
+#: shuffle filter would save 3 % more and double the time of reading.
 LEVEL = 1
 _CHUNK = 2**20
-#: Longer integers become no float and no array.
+#: Longer integers fit into no float and no array.
 _MAX_DIGITS = 100
 _LONG = re.compile(rf"\d{{{_MAX_DIGITS}}}")
-#: Locks of HDF5 fail on many network file systems, and protect nothing here: files are replaced.
+#: Locks of HDF5 fail on many network file systems, and files are replaced, never changed.
 UNLOCKED: dict[str, Any] = (
     {"locking": False} if hasattr(h5py.h5p.PropFAID, "set_file_locking") else {}
 )
 
 
 def to_json(value: Any) -> str:
-    """JSON, with NumPy's numbers and arrays as Python's.
-
-    Raises:
-        TypeError: If it holds what JSON cannot.
-    """
+    """JSON, with NumPy's numbers and arrays as Python's; a TypeError for other objects."""
 
     def plain(item: Any) -> Any:
         if isinstance(item, (np.generic, np.ndarray)):
@@ -74,16 +70,12 @@ def to_json(value: Any) -> str:
 
     text = json.dumps(value, default=plain)
     if _LONG.search(text):
-        from_json(text)  # nothing is written that would not be read
+        from_json(text)  # a text that could not be read is not written
     return text
 
 
 def from_json(text: str | bytes) -> Any:
-    """What JSON says, without integers so long that nothing can compute with them.
-
-    Raises:
-        ValueError: If it is not JSON, or holds such an integer.
-    """
+    """The value of a JSON text; a ValueError for integers that are too long to compute with."""
     return json.loads(text, parse_int=_whole)
 
 
@@ -94,11 +86,7 @@ def _whole(digits: str) -> int:
 
 
 def check_name(name: object, what: str) -> str:
-    """A name that can stand in an HDF5 file.
-
-    Raises:
-        GateStoreError: If it cannot.
-    """
+    """A name that is possible in an HDF5 file; a GateStoreError for others."""
     if not isinstance(name, str) or not name or name in (".", "..") or set(name) & {"/", "\0"}:
         raise GateStoreError(f"{what} needs a name without '/', got {name!r}.")
     utf8(name)
@@ -106,14 +94,9 @@ def check_name(name: object, what: str) -> str:
 
 
 def check_target(path: str | PathLike[str], *, replaced: bool = False) -> Path:
-    """Where to write; a symbolic link stays, and what it points to is written.
+    """Check that a file can be written; return it, or the target of a symbolic link.
 
-    Args:
-        path: The file.
-        replaced: Whether the whole file is; then it has to be HDF5 or empty if it is there.
-
-    Raises:
-        GateStoreError: If nothing can be written there.
+    If it is ``replaced``, an existing one must be HDF5 or empty.
     """
     target = Path(os.path.realpath(Path(path)))
     if target.is_dir():
@@ -133,7 +116,7 @@ def check_target(path: str | PathLike[str], *, replaced: bool = False) -> Path:
 
 
 def sweep(target: Path) -> None:
-    """Remove what writers of a file that were killed have left; for who has its lock."""
+    """Remove the incomplete files of killed writers; the caller holds the lock."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.*{PART}*"):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -145,15 +128,11 @@ def write_file(
     fill: Callable[[h5py.File], None],
     ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a file that appears, or replaces what is there, in one step and only when complete.
+    """Write a file that appears, or replaces another, in one step and only when complete.
 
-    Args:
-        target: The file.
-        kind: What it holds.
-        fill: Writes the content.
-        ready: Called before the target is replaced: Windows replaces no file that is open.
+    ``fill`` writes the content; ``ready`` is called before the target is replaced.
     """
-    # Format 1.10 checks its metadata; later ones would shut out older programs.
+    # Format 1.10 has checksums of its metadata; older programs cannot read later formats.
     with (
         replacing(target, ready) as scratch,
         h5py.File(scratch, "w", libver=("v110", "v110"), **UNLOCKED) as file,
@@ -166,11 +145,7 @@ def write_file(
 
 
 def utf8(text: str) -> bytes:
-    """A text as a file holds it.
-
-    Raises:
-        GateStoreError: If a file cannot hold it.
-    """
+    """A text as a file holds it; a GateStoreError if it cannot."""
     if "\0" in text:
         raise GateStoreError(f"a file cannot hold the zero in the text {text!r:.60}.")
     try:
@@ -200,11 +175,7 @@ def put_strings(group: h5py.Group, name: str, texts: Sequence[str]) -> None:
 
 
 def put_array(group: h5py.Group, name: str, array: npt.ArrayLike) -> None:
-    """Numbers or truth values of any shape, compressed.
-
-    Raises:
-        GateStoreError: If they are something else.
-    """
+    """Numbers or truth values of any shape, compressed; a GateStoreError for others."""
     values = np.asarray(array)
     if values.dtype.kind not in "biuf" or values.dtype.itemsize > 8:
         raise GateStoreError(f"{name!r} has type {values.dtype}; numbers and texts can be stored.")
@@ -230,7 +201,7 @@ def _put(group: h5py.Group, name: str, values: npt.NDArray[Any]) -> None:
 
 
 def encoded(row: npt.NDArray[np.float32]) -> bytes:
-    """A task's row of a float32 table as HDF5's deflate filter leaves it."""
+    """A task's row of a float32 table as HDF5's deflate filter stores it."""
     return zlib.compress(np.ascontiguousarray(row, dtype="<f4").data, LEVEL)
 
 
@@ -265,7 +236,7 @@ def put_rows(
 def put_sites(
     file: h5py.File, sites: Sequence[GateSite], means: Mapping[str, Any] | None
 ) -> list[h5py.Group]:
-    """The groups of gate sites, and the means: what does not depend on tasks."""
+    """The groups of gate sites, and the means."""
     groups = []
     for order, site in enumerate(sites):
         group = file.create_group(f"site/{order}")
@@ -275,7 +246,7 @@ def put_sites(
         put_attribute(group, "at_input", int(site.at_input))
         put_attribute(group, "n_channels", site.n_channels)
         groups.append(group)
-    # The same once more in one place: reading the attributes of many groups takes its time.
+    # All of it again in one place, since reading the attributes of many groups takes time.
     index = [[s.name, s.n_channels, s.channel_dim, int(s.at_input), *_units(s)] for s in sites]
     put_attribute(file["site"], "index", json.dumps(index))
     if means is not None:
@@ -285,13 +256,13 @@ def put_sites(
 
 
 def _units(site: GateSite) -> list[Any]:
-    """What a site's gates stand for, if not each for a channel."""
+    """A site's kind of units and groups, unless each channel has a gate."""
     plain = site.units == "channels" and site.groups is None
     return [] if plain else [site.units, None if site.group_of is None else list(site.group_of)]
 
 
 def put_columns(data: h5py.Dataset, sites: Sequence[GateSite]) -> None:
-    """Write which columns of an array of all channels belong to which site."""
+    """Write the columns of each site in an array of all channels."""
     ends = np.cumsum([site.n_channels for site in sites]).tolist()
     columns = [[s.name, end - s.n_channels, end] for s, end in zip(sites, ends, strict=True)]
     put_attribute(data, "columns", json.dumps(columns))

@@ -1,7 +1,6 @@
 """Write files whole or not at all, and never over something that is not an earlier output.
 
-Whatever the library writes goes through here: into a file beside the target, which is flushed to
-the disk and then takes its place.
+All files are written beside their target, flushed to the disk, and then take its place.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = [
     "written",
 ]
 
-#: What the names of files that are not complete end in.
+#: Ending of the names of files that are not complete.
 PART = ".part"
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _JOURNAL = b"nad_attr journal "
@@ -45,8 +44,8 @@ def what_is(path: str | PathLike[str]) -> str:
     """The kind of a file, by its first bytes; only plain files are opened.
 
     Returns:
-        "folder", "device" (also a pipe), "empty", "HDF5", "journal" (of a store), "archive" (zip:
-        NumPy's .npz, PyTorch's .pt), "picture" (PNG, PDF), "program" (Python), "text" or "data".
+        "folder", "device" (or pipe), "empty", "HDF5", "journal" (of a store), "archive" (zip: .npz,
+        .pt), "picture" (PNG, PDF), "program" (Python), "text" or "data".
 
     Raises:
         OSError: If there is nothing, or it cannot be read.
@@ -62,7 +61,7 @@ def what_is(path: str | PathLike[str]) -> str:
         head = file.read(8192)
         size = os.fstat(file.fileno()).st_size
         place = 0
-        while place + len(_HDF5) <= size:  # a user's block of any power of two may stand before it
+        while place + len(_HDF5) <= size:  # a user's block of any power of two may come before it
             file.seek(place)
             if file.read(len(_HDF5)) == _HDF5:
                 return "HDF5"
@@ -84,11 +83,10 @@ def check_output(
 
     Args:
         path: Where to write.
-        kind: What will be written: "text" (CSV, JSON, HTML), "HDF5", "archive" or "picture". Only
-            a file of the same kind, or an empty one, is replaced. Text may also go to a device.
-        inputs: What is read: files, whatever names lead to them, and folders of class folders, in
-            which nothing that is there is replaced. Those that are not there, and None, do not
-            count.
+        kind: "text" (CSV, JSON, HTML), "HDF5", "archive" or "picture". Only a file of the same
+            kind, or an empty one, is replaced. Text may also go to a device.
+        inputs: Files that are read, by any of their names, and folders of class folders: they are
+            not replaced, nor any file in them. Missing ones and None do not count.
 
     Returns:
         The path.
@@ -151,7 +149,7 @@ _WORDS = {
 
 
 def contains(folder: str | PathLike[str], path: str | PathLike[str]) -> bool:
-    """Whether something lies in a folder or below it, links resolved."""
+    """Whether a path is in a folder or below it, links resolved."""
     return any(os.path.samefile(folder, parent) for parent in Path(os.path.realpath(path)).parents)
 
 
@@ -161,12 +159,11 @@ def replacing(
 ) -> Iterator[Path]:
     """A new file, which takes the target's place when the block ends well; else it is removed.
 
-    A symbolic link stays, and what it points to is replaced. The file keeps the rights of the one
-    it replaces. The block closes what it opens.
+    The target of a symbolic link is replaced, not the link. The rights of the file stay.
 
     Args:
         path: The target.
-        ready: Called before the target is replaced: Windows replaces no file that is open.
+        ready: Called before the target is replaced. Windows replaces no file that is open.
 
     Raises:
         OSError: If there is no such folder, or the target is write-protected.
@@ -205,7 +202,7 @@ def replacing(
 
 
 def sync(path: Path, flags: int) -> None:
-    """Wait until a file, or what is in a folder, is on the disk."""
+    """Wait until a file, or the content of a folder, is on the disk."""
     number = os.open(path, flags)
     try:
         os.fsync(number)
@@ -217,14 +214,9 @@ def sync(path: Path, flags: int) -> None:
 def written(
     path: str | PathLike[str], inputs: Iterable[str | PathLike[str] | None] = ()
 ) -> Iterator[IO[str]]:
-    """A text file to write to, that appears or replaces another when it is complete.
+    """A text file to write to, which appears or replaces another when it is complete.
 
-    Args:
-        path: See :func:`check_output`.
-        inputs: See there.
-
-    Raises:
-        OSError: See there.
+    Arguments and errors are those of :func:`check_output`.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -21,18 +21,15 @@ from torch.utils._pytree import tree_iter
 
 __all__ = ["available", "keep_freed_memory", "largest_batch", "parse_bytes", "peak_memory"]
 
-#: Of the memory that is free, what a batch may take if nothing is said. On a CPU the data and other
-#: programs live there as well.
+#: Share of the free memory that a batch may take. A CPU's memory also holds data and programs.
 USABLE_SHARE = {"cpu": 0.5, "cuda": 0.9}
-#: Of what a batch may take, what the measured need may fill: libraries take scratch space of their
-#: own, and the heap has gaps.
+#: Share of it that the measured need may fill: libraries take scratch space, the heap has gaps.
 MAX_FILLED = 0.8
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
-
 #: Where the system's files are; another folder in tests.
 _ROOT = Path("/")
-#: Of glibc's malloc.h.
+#: Constants of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 #: Turns off giving back the heap's end; the largest int would still give back what exceeds 2 GB.
 _NEVER = -1
@@ -41,13 +38,12 @@ _NEVER = -1
 def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for the next tensors of this process.
 
-    Without that, glibc gets each large tensor from the system and hands it back, and a CPU spends
-    a tenth to a third of its passes on memory pages that are new again. What the process has taken
-    stays its own until it ends. For programs, early: the command line calls it.
+    Otherwise glibc returns each large tensor to the system, and a CPU spends a tenth to a third of
+    its passes on new memory pages. Programs call it early, as the command line does.
 
     Returns:
-        Whether it was done: on Linux with glibc, where no ``MALLOC_`` variable or
-        ``GLIBC_TUNABLES`` says otherwise.
+        Whether it was done: only on Linux with glibc, without ``MALLOC_`` variables or
+        ``GLIBC_TUNABLES``.
 
     Source: mallopt(3).
 
@@ -62,8 +58,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    done = mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _NEVER)
-    return bool(done)
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
 def parse_bytes(value: int | float | str) -> int:
@@ -77,30 +72,27 @@ def parse_bytes(value: int | float | str) -> int:
         (1500000000, 2048, 10)
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", str(value), re.IGNORECASE)
-    usable = found is not None and not isinstance(value, bool)
-    unit = _UNITS.get((found[2] or "").upper()) if found is not None else None
-    if not usable or found is None or unit is None or float(found[1]) * unit < 1:
+    n = float(found[1]) * _UNITS.get((found[2] or "").upper(), 0) if found is not None else 0
+    if n < 1:
         raise ValueError(
             f"memory_limit must be a number of bytes or a text such as '8GB', got {value!r}."
         )
-    return int(float(found[1]) * unit)
+    return int(n)
 
 
 def available(device: torch.device) -> int:
     """Bytes that are free on a device.
 
     Raises:
-        ValueError: If nothing tells; a limit has to be given then.
+        ValueError: If it is not known; a limit has to be given then.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch holds back for later tensors is free for these.
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + held)
-    if device.type == "cpu":
-        ram = _free_ram()
-        if ram is not None:
-            return ram
+        # The memory that torch reserves for later tensors is free for these.
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + reserved)
+    if device.type == "cpu" and (ram := _free_ram()) is not None:
+        return ram
     raise ValueError(
         f"the free memory on {device} is not known: give memory_limit=, such as '8GB'."
     )
@@ -120,22 +112,14 @@ def _free_ram() -> int | None:
     return max(0, min(free)) if free else None
 
 
-#: Files of a memory cgroup: limit, use, and where memory.stat says what the system would give back.
+#: Files of a memory cgroup: limit, use, and the lines of memory.stat about reclaimable memory.
 _Files: TypeAlias = tuple[str, str, tuple[str, ...]]
-_V2: _Files = (
-    "memory.max",
-    "memory.current",
-    ("inactive_file", "slab_reclaimable"),
-)
-_V1: _Files = (
-    "memory.limit_in_bytes",
-    "memory.usage_in_bytes",
-    ("total_inactive_file",),
-)
+_V2: _Files = ("memory.max", "memory.current", ("inactive_file", "slab_reclaimable"))
+_V1: _Files = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file",))
 
 
 def _cgroup_rooms() -> list[int]:
-    """Bytes that are free in the memory cgroups that this process is in, nested ones each.
+    """Bytes that are free in each memory cgroup of this process, nested ones included.
 
     Source: "Control Group v2" and "Memory Resource Controller" in the Linux kernel's documentation.
     """
@@ -154,8 +138,7 @@ def _cgroup_rooms() -> list[int]:
         else:
             continue
         for root, top in _mounts(kind):
-            # In a container the mount may show a part of the tree alone, which then is all that
-            # can be seen; and the path may lead out of it.
+            # In a container the mount may show only a part of the tree, and the path may lead out.
             parts = [part for part in Path(path).parts if part not in ("/", "..")]
             shown = [part for part in Path(root).parts if part not in ("/", "..")]
             if shown and parts[: len(shown)] == shown:
@@ -168,7 +151,7 @@ def _cgroup_rooms() -> list[int]:
 
 
 def _mounts(kind: str) -> list[tuple[str, Path]]:
-    """Where cgroups of a kind are mounted: what of the tree is shown there, and the place."""
+    """Mounts of cgroups of a kind: the part of the tree that each shows, and its place."""
     try:
         lines = (_ROOT / "proc/self/mountinfo").read_text().splitlines()
     except OSError:
@@ -190,14 +173,14 @@ def _room(group: Path, limit: str, used: str, reclaimable: Sequence[str]) -> int
     except (OSError, ValueError):  # no such file; "max" is not a limit
         return None
     with suppress(OSError, ValueError):
-        # Files that were read stay in memory as long as nobody needs it.
+        # Cached files are given back when memory is needed.
         stat = dict(line.split(" ", 1) for line in (group / "memory.stat").read_text().splitlines())
         taken -= sum(int(stat.get(name, 0)) for name in reclaimable)
     return allowed - max(0, taken)
 
 
 class _Live(TorchDispatchMode):
-    """Adds up the tensors that operations make while they are there."""
+    """Add up the sizes of the tensors that operations make, while they exist."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -222,10 +205,10 @@ class _Live(TorchDispatchMode):
             self._known[place] = size
             self.in_use += size
             self.peak = max(self.peak, self.in_use)
-            weakref.finalize(storage, self._gone, place)
+            weakref.finalize(storage, self._freed, place)
         return result
 
-    def _gone(self, place: int) -> None:
+    def _freed(self, place: int) -> None:
         self.in_use -= self._known.pop(place)
 
 
@@ -234,14 +217,10 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def peak_memory(device: torch.device, function: Callable[[], object]) -> int:
-    """Highest number of tensor bytes that a function holds at any time, beyond those before it.
+    """Highest number of tensor bytes that a function adds at any time; it is run once.
 
-    On CUDA from the allocator. Elsewhere from the tensors that operations return: scratch space
-    within an operation is not seen.
-
-    Args:
-        device: Where the function's tensors are.
-        function: What is measured; run once.
+    On CUDA the allocator counts. Elsewhere the tensors that operations return are counted, without
+    scratch space inside an operation.
 
     Example:
         >>> peak_memory(torch.device("cpu"), lambda: torch.zeros(1000) + torch.ones(1000))
@@ -269,23 +248,20 @@ def largest_batch(
     beside: float = 0.0,
     most: int = 512,
 ) -> int:
-    """The largest batch whose pass fits into memory.
+    """The largest batch, from 1 to ``most``, whose pass fits into memory.
 
-    One image and then two are run and measured: what the second adds, every further one adds.
+    One image and then two are run and measured: each further image adds what the second added.
 
     Args:
         device: Where it runs.
         run: Runs a batch of so many images.
-        limit: Bytes; None: half of what is free on a CPU, 90 % on a GPU.
+        limit: Bytes; None: half of the free memory on a CPU, 90 % on a GPU.
         fixed: Bytes that are taken beside all batches.
         beside: Bytes that each image of a batch takes beside its pass.
-        most: No larger than this.
-
-    Returns:
-        From 1 to ``most``.
+        most: The largest batch allowed.
 
     Raises:
-        ValueError: If one image does not fit; says how much it takes. Or see :func:`available`.
+        ValueError: If one image does not fit, or the free memory is not known.
 
     Example:
         >>> largest_batch(torch.device("cpu"), lambda n: torch.zeros(n, 1000), limit=10**6)
@@ -294,7 +270,7 @@ def largest_batch(
     if limit is None:
         free = available(device)  # refuses other kinds of device
         limit = int(USABLE_SHARE[device.type] * free)
-    run(1)  # what is made once, such as the network's choice of algorithms, is not the batch's
+    run(1)  # the first run also chooses algorithms
     one, two = (peak_memory(device, lambda n=n: run(n)) for n in (1, 2))  # type: ignore[misc]
     each = max(two - one, 0) + beside
     room = MAX_FILLED * limit - fixed - max(2 * one - two, 0)

@@ -15,10 +15,9 @@ def n_cpus() -> int:
 
 
 def most_processes(cpus: float | None = None) -> int:
-    """Processes at most: four for each CPU, and sixteen in any case.
+    """Processes at most: four for each CPU, and at least sixteen.
 
-    Loaders that wait for a network share are well served by more processes than CPUs; each process
-    takes memory of its own.
+    Loaders that wait for a network share need more processes than CPUs.
 
     Example:
         >>> most_processes(2), most_processes(64)
@@ -28,7 +27,7 @@ def most_processes(cpus: float | None = None) -> int:
 
 
 def check_processes(n: object, what: str = "n_workers", least: int = 0) -> None:
-    """Refuse what is not a number of processes, and far more processes than CPUs.
+    """Refuse values that are no number of processes, and far more processes than CPUs.
 
     Raises:
         ValueError: Says how many there may be.

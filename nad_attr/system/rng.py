@@ -1,4 +1,4 @@
-"""Random numbers that are a function of what they are for; global state stays as it is."""
+"""Random numbers as a function of their purpose, without changes of global state."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["isolated_rng", "random_states", "seed_all", "seed_of"]
+__all__ = ["isolated_rng", "permutation", "random_states", "seed_all", "seed_of"]
 
 
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from anything with a stable ``repr``: equal on every machine and run."""
     digest = hashlib.sha256("/".join(map(repr, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def permutation(n: int, *parts: object) -> torch.Tensor:
+    """The numbers from 0 to n - 1 in an order that :func:`seed_of` the parts draws: int64 (n,)."""
+    generator = torch.Generator().manual_seed(seed_of(*parts))
+    return torch.randperm(n, generator=generator, device="cpu")
 
 
 def _generators() -> list[torch.Generator]:
@@ -43,11 +49,8 @@ def seed_all(seed: int) -> None:
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
     """Seed Python's, NumPy's and torch's random states, and put them back afterwards.
 
-    Those of all devices that torch has initialised. If a device is initialised inside, its
-    generators are put back to how they came.
-
-    Args:
-        seed: None: the states stay as they are.
+    This covers all devices that torch has initialised; if one is initialised inside, its generators
+    go back to their first state. ``seed`` None: the states are not seeded.
     """
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     generators = [(generator, generator.get_state()) for generator in _generators()]
@@ -67,7 +70,7 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
 
 
 def random_states() -> tuple[object, ...]:
-    """The global random states, to see whether anything has drawn from them.
+    """The global random states, to check that nothing has drawn from them.
 
     Example:
         >>> before = random_states()

@@ -1,4 +1,4 @@
-"""Files that others may have put there: asked what they are before they are opened."""
+"""Open files of unknown origin: only ordinary files, and never a pipe or a device."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class NotAFileError(ValueError):
 
 
 def check_file(path: str | PathLike[str]) -> None:
-    """Refuse what is not an ordinary file, or a link to one, before anybody opens it and waits.
+    """Refuse a path that is not an ordinary file or a link to one.
 
     Raises:
         NotAFileError: Says what it is.
-        OSError: If it is not there.
+        OSError: If it does not exist.
     """
     found = os.stat(path)
     if not stat.S_ISDIR(found.st_mode):  # opening a folder fails, with the system's own error
@@ -41,33 +41,26 @@ def check_file(path: str | PathLike[str]) -> None:
 
 
 def check_file_kind(path: str | PathLike[str], found: os.stat_result) -> None:
-    """Refuse what is not an ordinary file.
-
-    Raises:
-        NotAFileError: Says what it is.
-    """
+    """Refuse a path whose status is not that of an ordinary file; says what it is."""
     if not stat.S_ISREG(found.st_mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(found.st_mode)), "something else")
         raise NotAFileError(f"{os.fspath(path)} is {kind}, not an ordinary file.")
 
 
 def open_file(path: str | PathLike[str], flags: int = os.O_RDONLY, *, follow: bool = True) -> int:
-    """Open an ordinary file and nothing else; never waits for one that writes into a pipe.
+    """Open an ordinary file and nothing else, without waiting for the writer of a pipe.
 
     Args:
         path: The file.
         flags: As of ``os.open``.
         follow: Whether it may be a link to such a file.
 
-    Returns:
-        A file descriptor.
-
     Raises:
         NotAFileError: If it is something else; a link too, if links are not followed.
         OSError: If it cannot be opened.
     """
     try:
-        # Before: opening a device can do something already.
+        # First of all, since opening a device can already change something.
         check_file_kind(path, os.stat(path) if follow else os.lstat(path))
     except FileNotFoundError:
         if not flags & os.O_CREAT:
@@ -89,7 +82,7 @@ def open_file(path: str | PathLike[str], flags: int = os.O_RDONLY, *, follow: bo
 
 
 def most_bytes() -> int:
-    """What reading one file may take: half of the free memory, 8 GB where that is unknown."""
+    """Bytes that reading one file may take: half of the free memory, or 8 GB if it is unknown."""
     try:
         return available(torch.device("cpu")) // 2
     except ValueError:

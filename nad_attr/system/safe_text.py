@@ -9,24 +9,21 @@ __all__ = ["cell", "members", "shortened", "shown"]
 
 V = TypeVar("V")
 
-#: Joiners inside words and emoji, and wide or fixed blanks: they move nothing and hide nothing.
+#: Joiners inside words and emoji, and wide or fixed blanks.
 _HARMLESS = frozenset("\u200c\u200d\u00a0\u3000")
 #: A spreadsheet computes a cell that begins with one of these.
 _FORMULA = ("=", "+", "-", "@")
 
 
 def shown(value: object, *, lines: bool = False) -> str:
-    r"""Text of a file for people: what is not a visible character is written as an escape.
+    r"""``str(value)`` for people, with invisible characters written as Python's escapes.
 
-    Control characters (ESC starts commands to the terminal, newlines forge lines), C1, marks that
-    turn the direction of writing, line and paragraph separators, and what is not a character.
+    These are control characters (ESC starts commands to the terminal, newlines forge lines), C1,
+    marks that turn the direction of writing, line and paragraph separators, and invalid characters.
 
     Args:
-        value: Anything; ``str(value)`` is shown.
-        lines: Newlines stay: for a text of several lines that this program put together.
-
-    Returns:
-        The text, in which such characters stand as Python writes them.
+        value: Anything.
+        lines: Newlines stay, for a text of several lines that this program composed.
 
     Example:
         >>> print(shown("cat\x1b]52;c;aGk=\x07\nError: none"))
@@ -48,8 +45,8 @@ def shown(value: object, *, lines: bool = False) -> str:
 def cell(value: object) -> object:
     r"""A cell of a CSV file: :func:`shown`, and never a formula of a spreadsheet.
 
-    A text that a spreadsheet would compute begins with an apostrophe, as it shows it itself.
-    Numbers, and texts that are numbers, stay as they are.
+    An apostrophe is put before a text that a spreadsheet would compute. Numbers, and texts that are
+    numbers, stay as they are.
 
     Example:
         >>> [cell(value) for value in (-0.5, "-0.5", "+1e3", "=1+1", "-cat", "cat")]
@@ -58,7 +55,7 @@ def cell(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = shown(value)
-    # Blanks before it do not keep a spreadsheet from computing it.
+    # A spreadsheet ignores leading blanks.
     if not text.lstrip().startswith(_FORMULA):
         return text
     try:
@@ -88,7 +85,7 @@ def members(arrays: Mapping[str, V]) -> dict[str, V]:
 
 
 def shortened(name: str, longest: int) -> str:
-    """A name of at most so many letters: the middle gives way, for endings tell names apart.
+    """A name of at most ``longest`` letters; the middle is left out, since endings differ.
 
     Example:
         >>> shortened("black_footed_albatross", 12), shortened("cat", 12)

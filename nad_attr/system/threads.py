@@ -1,7 +1,7 @@
-"""Hooks that act only in forward passes of the thread that put them there.
+"""Hooks that act only in forward passes of the thread that registered them.
 
-A service may explain in one thread and predict in another with the very same network. Hooks belong
-to the module and run in every thread, so each of ours first asks an :class:`Owner`.
+A service may explain in one thread and predict in another with the same network. PyTorch runs hooks
+in every thread, so each hook of this library first asks an :class:`Owner`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ def _task() -> asyncio.Task[Any] | None:
 class Owner:
     """The thread that entered a context, and the threads that compute for it.
 
-    That is: the thread itself (of several asyncio tasks in it, the one that entered, as long as it
-    lives); what it starts with its own context variables, as :func:`asyncio.to_thread` does; the
-    threads of autograd, where a checkpointed block is run again; and DataParallel's replicas.
-    Of the last two, which are threads of torch, nobody can say who started them. Any other thread
-    is a stranger, and sees the whole network.
+    These are the thread itself (of several asyncio tasks in it, the one that entered, as long as it
+    lives), threads started with its context variables, as by :func:`asyncio.to_thread`, the threads
+    of autograd, which run checkpointed blocks again, and DataParallel's replicas. (Threads of torch
+    do not say who started them.) Any other thread sees the network without hooks.
 
     Example:
         >>> owner = Owner()
@@ -63,7 +62,7 @@ class Owner:
         )
 
     def only(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The same hook, for the owner's passes alone; in any other it leaves all as it is."""
+        """The same hook, for the owner's passes only."""
         if is_owned(hook):
             return hook
 
@@ -76,13 +75,13 @@ class Owner:
 
 
 def is_owned(hook: object) -> bool:
-    """Whether a hook acts for an owner alone."""
+    """Whether a hook acts for one owner only."""
     return getattr(hook, "is_owned", False) is True
 
 
 @contextmanager
 def stranger() -> Iterator[None]:
-    """Passes inside belong to no owner: no hook acts on them."""
+    """Passes inside belong to no owner, so no owned hook acts on them."""
     before = _STRANGER.get()
     _STRANGER.set(True)
     try:
@@ -93,7 +92,7 @@ def stranger() -> Iterator[None]:
 
 @contextmanager
 def owned() -> Iterator[Owner]:
-    """The owner of the hooks that are put on inside."""
+    """The owner of the hooks that are registered inside."""
     owner = Owner()
     _ENTERED.set((*_ENTERED.get(), owner))
     try:
@@ -103,7 +102,7 @@ def owned() -> Iterator[Owner]:
         _ENTERED.set(tuple(other for other in _ENTERED.get() if other is not owner))
 
 
-#: How hooks get on a module.
+#: The methods that register hooks on a module.
 _REGISTERS = (
     "register_forward_hook",
     "register_forward_pre_hook",
@@ -114,7 +113,7 @@ _REGISTERS = (
 _COUNTING = threading.Lock()
 _PLAIN: dict[str, Callable[..., Any]] = {}
 _GUARDS = [0]
-#: Whose hooks on which modules, and their handles; the innermost last.
+#: Owners of hooks, the modules, and the handles; the innermost last.
 _GUARD: contextvars.ContextVar[tuple[tuple[Owner, frozenset[int], list[Any]], ...]]
 _GUARD = contextvars.ContextVar("guard", default=())
 
@@ -133,9 +132,9 @@ def _guarding(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def guarded(model: nn.Module) -> Iterator[None]:
-    """Hooks that another library puts on a network inside are this thread's, and gone at the end.
+    """Bind hooks that another library registers inside to this thread, and remove them at the end.
 
-    Captum and Zennit know no threads: their hooks would see, and change, the passes of all.
+    Hooks of Captum and Zennit would act in the passes of all threads.
     """
     with owned() as owner:
         guard = owner, frozenset(map(id, model.modules())), list[Any]()
@@ -165,7 +164,7 @@ _LOCKS = weakref.WeakKeyDictionary()
 
 @contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
-    """One thread at a time: for libraries that keep what they need on the network's modules."""
+    """Let one thread at a time use libraries that keep data on the network's modules."""
     with _COUNTING:
         lock = _LOCKS.setdefault(model, threading.RLock())
     with lock:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import learning_cost, speed
+from benchmarks import learning_cost, savings, speed
 from benchmarks.released_loop import ReleasedLoop
 from nad_attr import Recipe, find_gate_sites, learn_gates
 from tests.helpers import TinyCNN, build, labelled_images
@@ -55,7 +56,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError("no such package")
 
     monkeypatch.setattr(speed, "MODELS", {"resnet50": make, "vgg16": missing})
-    monkeypatch.setattr(learning_cost, "MODELS", {"resnet50": make})
+    for module in (learning_cost, savings):
+        monkeypatch.setattr(module, "MODELS", {"resnet50": make})
     monkeypatch.setattr(learning_cost, "RECIPES", {"selection": lambda: Recipe(steps=24)})
     monkeypatch.setattr(speed, "CAPTUM_IMAGES", 3)
 
@@ -99,6 +101,40 @@ def test_benchmark_growth_and_profile(
     assert out.count("tasks  resnet50") == 4
     speed.main([*arguments.split(), "--profile"])
     assert "aten::" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_benchmark_savings(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    quick = {"selection": Recipe(ablation="mean", steps=24), "constants": Recipe(steps=24)}
+    quick["paper"] = Recipe.paper(beta=0.3)
+    recipes = {name: lambda recipe=recipe: recipe for name, recipe in quick.items()}
+    monkeypatch.setattr(savings, "RECIPES", recipes)
+    tried = [s for s in savings.SAVINGS if s.what[:10] in ("products o", "gate and d")]
+    monkeypatch.setattr(speed, "SAVINGS", tried)
+    path = tmp_path / "savings.json"
+    arguments = "--models resnet50 --batch 4 --image-size 48 --repeats 2 --clock cpu"
+    speed.main([*arguments.split(), "--sections", "savings", "--json", str(path)])
+    rows = json.loads(path.read_text())["savings"]
+    assert [row["what"] for row in rows] == [saving.what for saving in tried]
+    assert all(len(row["time_ratios"]) == 2 and row["time_ratio"] > 0 for row in rows)
+    assert [row["batch"] for row in rows] == [savings.UPDATE_BATCH, 4]
+    assert rows[1]["memory_ratio"] > 1.05
+
+
+@pytest.mark.parametrize("saving", savings.SAVINGS, ids=lambda saving: saving.what)
+def test_without_a_saving_the_same_is_learned(
+    saving: savings.Saving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place, name, other in saving.off:
+        assert getattr(place, name) is not other
+    paper = saving.recipe == "paper"
+    recipe = Recipe.paper(beta=0.3, epochs=2) if paper else Recipe(size=0.5, steps=8)
+    found = []
+    for context in (nullcontext(), savings.without(saving)):
+        with context:
+            found.append(learn_gates(build(TinyCNN), labelled_images(12), [0], recipe))
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("_tiny")

@@ -18,12 +18,12 @@ from nad_attr.evaluation.rows import named_architectures
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.scoring.rankings import ranks_of
+from nad_attr.stats.tables import FloatArray
 from nad_attr.store import GateStore
 
 __all__ = ["Aligned", "Gates", "align"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
-#: What says which channels tasks keep.
+#: Sources of the channels that tasks keep.
 Gates: TypeAlias = (
     "TaskGates | SubArchitecture | Sequence[SubArchitecture] | GateStore | str | PathLike[str]"
 )
@@ -34,19 +34,15 @@ class Aligned:
     """T tasks, S sites, K concepts.
 
     Attributes:
-        tasks: T tasks.
-        names: T names.
-        sites: S names of gate sites.
         depths: (S,), relative depth among all gate sites, 0 to 1.
         kept: For each site bool (T, C).
-        ranks: For each site float32 (T, C), what ranks channels; None: only masks are known.
+        ranks: For each site float32 (T, C), the ranks of channels; None: only masks are known.
         iou: For each site float32 (C, K).
         label: For each site int64 (C,), index of the best concept, -1: not known.
         best: For each site float64 (C,), the IoU with it, NaN: not known.
         detector: For each site bool (C,); None: values are no IoUs, so there is no threshold.
-        concepts: K concepts.
-        threshold: What a detector's IoU exceeds.
-        measure: What ``iou`` holds, "IoU" or another name.
+        threshold: A detector's IoU is above it.
+        measure: The kind of values in ``iou``, "IoU" or another name.
         scores: ``{method: for each site (T, C)}``, NaN for tasks that it does not know.
         notes: What was left out.
     """
@@ -124,15 +120,7 @@ def align(
     site_map: Mapping[str, str] | None = None,
     methods: Sequence[str] | None = None,
 ) -> Aligned:
-    """Bring gates and unit concepts onto the sites that both have.
-
-    Args:
-        gates: Task gates, sub-architectures with a task each, a store, or its path.
-        units: What units mean.
-        size: Cut task gates at this share of the channels; None: as learned.
-        tasks: Only these; None: all.
-        site_map: ``{gate site: site of the units}`` where names differ.
-        methods: Scores of the store to take along; None: all.
+    """Bring gates and unit concepts onto the sites that both have; see :func:`compare`.
 
     Raises:
         TypeError: If an argument is of another kind.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from nad_attr.stats.pairs import overlap_matrix
 from nad_attr.stats.ranks import midranks
 from nad_attr.stats.sentences import ALL_TASKS
 from nad_attr.stats.strata import Tables, permutations, with_tail
+from nad_attr.stats.tables import FloatArray
 from nad_attr.stats.tests import (
     MIN_PER_SIDE_FOR_NORMAL,
     count_test,
@@ -55,9 +56,8 @@ from nad_attr.system.rng import seed_of
 
 __all__ = ["compare"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
-#: Random sub-architectures of all tasks whose overlaps are held against a similarity.
+#: Random sub-architectures of all tasks whose overlaps are compared with a similarity.
 _RANDOM_OVERLAPS = 20
 
 
@@ -83,18 +83,18 @@ def compare(
 ) -> Comparison:
     """All statistics of how gates relate to what units mean, in one table.
 
-    - ``mann_whitney``: have kept channels a higher best IoU than dropped ones? Per task and site,
-      per task pooled over sites, and over all tasks.
-    - ``detectors``: is a kept channel a detector more often? The same three.
+    - ``mann_whitney``: do kept channels have a higher best IoU than dropped ones? Per task and
+      site, per task pooled over sites, and over all tasks.
+    - ``detectors``: are kept channels detectors more often? The same three.
     - ``enrichment``: per task and concept, are its detectors among the kept channels?
-    - ``rank_correlation``: per task and concept, do gates go with its IoU?
-    - ``rbo``, ``kendall``, ``overlap``: per task and channel method whose scores are in the same
-      store, do NAD and the method put first, order and (at equal size at each site) keep the same
-      channels?
-    - ``mantel``: do tasks that are alike by each of ``similarities`` share channels?
+    - ``rank_correlation``: per task and concept, do gates correlate with its IoU?
+    - ``rbo``, ``kendall``, ``overlap``: per task and channel method with scores in the same store,
+      do NAD and the method rank the same channels first, order them alike, and (at equal size at
+      each site) keep the same ones?
+    - ``mantel``: do tasks that are similar by each of ``similarities`` share channels?
     - ``depth``, ``depth_trend``: concepts along depth, see :func:`semantics_along_depth`.
 
-    All of it compares channels of the same site and sums over sites, so that differences between
+    All tests compare channels of the same site and sum over sites, so that differences between
     layers play no part. Random choices of as many channels at each site are the control in every
     row, and give the p-values of pooled tests; q-values (Benjamini and Hochberg) are over all rows.
 
@@ -105,7 +105,7 @@ def compare(
         tasks: Only these; None: all.
         concepts: Names of the concepts to test one by one; None: all that ``min_units`` units
             carry; an empty list: none.
-        labels: ``"best"``: a unit carries its best concept only; ``"all"``: every concept with an
+        labels: ``"best"``: a unit has its best concept only; ``"all"``: every concept with an
             IoU above the threshold.
         min_units: Units that a concept needs to be tested.
         similarities: ``{name: (T, T)}`` of the tasks, see :func:`wordnet_similarity`,
@@ -115,9 +115,10 @@ def compare(
         high: Categories of concepts that count as high-level.
         per_site: With rows for each site; without, the table is shorter and q-values smaller.
         site_map: ``{gate site: site of the units}`` where names differ.
-        n_random: Random choices of channels, and permutations. Where none is as far out as what was
-            observed, the normal approximation says how small p is; for ``mantel``, ``depth_trend``,
+        n_random: Random choices of channels, and permutations. If none is as extreme as the
+            observed value, p is from the normal approximation; for ``mantel``, ``depth_trend``,
             ``rbo`` and where fewer than ten channels are kept or dropped, it is 1 / (n_random + 1).
+
         seed: Of everything random; the global random state is not used.
         level: Coverage of the intervals.
         save_as: Keep the result in the store as ``/comparison/<save_as>``.
@@ -196,16 +197,12 @@ def compare(
     }
     result = Comparison(rows.columns, notes=notes, info=info)
     if save_as is not None:
-        _save(result, gates, save_as)
+        if isinstance(gates, GateStore) and gates.mode == "a":
+            gates.write_result(f"comparison/{save_as}", *result.stored())
+        else:
+            path: Any = gates.path if isinstance(gates, GateStore) else gates
+            result.save(path, save_as)
     return result
-
-
-def _save(result: Comparison, gates: Any, name: str) -> None:
-    if isinstance(gates, GateStore) and gates.mode == "a":
-        arrays, about = result.stored()
-        gates.write_result(f"comparison/{name}", arrays, about)
-    else:
-        result.save(gates.path if isinstance(gates, GateStore) else gates, name)
 
 
 def _checked(similarities: Mapping[str, ArrayLike] | None, n: int) -> dict[str, FloatArray]:
@@ -222,9 +219,6 @@ def _checked(similarities: Mapping[str, ArrayLike] | None, n: int) -> dict[str, 
             )
         result[str(name)] = array
     return result
-
-
-# -- kept against dropped ----------------------------------------------------------------------
 
 
 def _add_pairs(
@@ -255,7 +249,7 @@ def _add_pairs(
             continue
         single = pairs_of([masks[s]], [values[s]])
         auc = single.auc
-        low, high = normal_interval(auc, single.deviation, level)
+        ends = normal_interval(auc, single.deviation, level)
         pairs = np.where(found.pairs[:, column] > 0, found.pairs[:, column], np.nan)
         random = draws / pairs[:, None]
         later.append(
@@ -265,8 +259,7 @@ def _add_pairs(
                 "other": other,
                 "n": len(values[s]),
                 "effect": auc,
-                "low": np.clip(low, 0, 1),
-                "high": np.clip(high, 0, 1),
+                "ends": np.clip(ends, 0, 1),
                 "p": with_tail(
                     permutation_p(auc, random, tail="both", centre=0.5),
                     n_random,
@@ -275,9 +268,7 @@ def _add_pairs(
                     & (len(values[s]) - n1 >= MIN_PER_SIDE_FOR_NORMAL),
                 ),
                 "null": 0.5,
-                "control": random.mean(1),
-                "control_low": np.quantile(random, tails[0], axis=1),
-                "control_high": np.quantile(random, tails[1], axis=1),
+                "controls": (random.mean(1), *np.quantile(random, tails, axis=1)),
             }
         )
     auc = found.auc
@@ -287,7 +278,7 @@ def _add_pairs(
         sum(len(value) for value in values) - n_kept >= MIN_PER_SIDE_FOR_NORMAL
     )
     pooled /= np.where(pairs > 0, pairs, np.nan)[:, None]
-    low, high = normal_interval(auc, found.deviation, level)
+    ends = normal_interval(auc, found.deviation, level)
     rows.add(
         "mann_whitney",
         t,
@@ -295,8 +286,7 @@ def _add_pairs(
         other=other,
         n=sum(len(value) for value in values),
         effect=auc,
-        low=np.clip(low, 0, 1),
-        high=np.clip(high, 0, 1),
+        ends=np.clip(ends, 0, 1),
         p=with_tail(
             permutation_p(auc, pooled, tail="both", centre=0.5),
             n_random,
@@ -304,9 +294,7 @@ def _add_pairs(
             enough,
         ),
         null=0.5,
-        control=pooled.mean(1),
-        control_low=np.quantile(pooled, tails[0], axis=1),
-        control_high=np.quantile(pooled, tails[1], axis=1),
+        controls=(pooled.mean(1), *np.quantile(pooled, tails, axis=1)),
     )
     for columns in later:
         rows.add("mann_whitney", t, **columns)
@@ -314,7 +302,6 @@ def _add_pairs(
     if there.sum() > 1:
         means = pooled[there].mean(0)
         mean = np.array([auc[there].mean()])
-        low_mean, high_mean = bootstrap_interval(auc, level=level, seed=seed)
         rows.add(
             "mann_whitney",
             1,
@@ -322,8 +309,7 @@ def _add_pairs(
             other=other,
             n=int(there.sum()),
             effect=mean,
-            low=low_mean,
-            high=high_mean,
+            ends=bootstrap_interval(auc, level=level, seed=seed),
             # The deviation of the draws themselves: tasks share channels.
             p=with_tail(
                 permutation_p(mean, means[None], tail="both", centre=0.5),
@@ -332,13 +318,8 @@ def _add_pairs(
                 bool(enough.all()),
             ),
             null=0.5,
-            control=means.mean(),
-            control_low=np.quantile(means, tails[0]),
-            control_high=np.quantile(means, tails[1]),
+            controls=(means.mean(), *np.quantile(means, tails)),
         )
-
-
-# -- other methods -----------------------------------------------------------------------------
 
 
 def _add_agreement(
@@ -371,80 +352,47 @@ def _add_agreement(
             tau[row, s], spread[row, s] = kendall_parts(ours[row], theirs[row])
         n_kept = kept[known].sum(1)
         chosen = place < n_kept[:, None]
-        counts[:, :, s] = [
-            (chosen & kept[known]).sum(1),
-            n_kept,
-            chosen.sum(1),
-            np.full(t, kept.shape[1]),
-        ]
+        both = (chosen & kept[known]).sum(1)
+        counts[:, :, s] = [both, n_kept, chosen.sum(1), np.full(t, kept.shape[1])]
     common: dict[str, Any] = {"task": names, "other": method}
     n = int(counts[3, 0].sum())
 
-    random = np.mean(
-        [
-            random_rbo(score.shape[1], float(persistence), n_random, seed, s)
-            for s, score in enumerate(scores)
-        ],
-        axis=0,
-    )
-    control, ends = float(random.mean()), np.quantile(random, [(1 - level) / 2, (1 + level) / 2])
-    effect = rbo.mean(1)
-    low, high = _over_sites(rbo, seed, level)
-    by_chance = {
-        "null": control,
-        "control": control,
-        "control_low": ends[0],
-        "control_high": ends[1],
-    }
+    p_of_rbo = float(persistence)
+    widths = [score.shape[1] for score in scores]
+    draws = [random_rbo(width, p_of_rbo, n_random, seed, s) for s, width in enumerate(widths)]
+    random, tails = np.mean(draws, axis=0), [(1 - level) / 2, (1 + level) / 2]
+    control, ends = float(random.mean()), np.quantile(random, tails)
+    effect, over_sites = rbo.mean(1), _over_sites(rbo, seed, level)
     p = permutation_p(effect, np.broadcast_to(random, (t, n_random)), tail="both", centre=control)
-    rows.add("rbo", t, **common, n=n, effect=effect, low=low, high=high, p=p, **by_chance)
+    common["n"] = n
+    chance = (control, *ends)
+    rows.add("rbo", t, **common, effect=effect, ends=over_sites, p=p, null=control, controls=chance)
     _add_mean(rows, "rbo", method, effect, control, ends, seed, level)
 
     effect, deviation = pooled_tau(tau, spread)
     room = sum(max(score.shape[1] - 4, 0) for score in scores)
-    low, high = fisher_interval(effect, room, 0.437, level)
     width = normal_control(deviation, level)
     rows.add(
         "kendall",
         t,
         **common,
-        n=n,
         effect=effect,
-        low=low,
-        high=high,
+        ends=fisher_interval(effect, room, 0.437, level),
         p=normal_p(effect / deviation),
         null=0.0,
-        control=0.0,
-        control_low=-width,
-        control_high=width,
+        controls=(0.0, -width, width),
     )
     middle = float(np.nanmean(width)) if not np.isnan(width).all() else math.nan
     _add_mean(rows, "kendall", method, effect, 0.0, (-middle, middle), seed, level)
 
     each = kappas(*counts)
-    effect = each.mean(1)
-    low, high = _over_sites(each, seed, level)
-    tables = [
-        Tables(counts[0, i : i + 1], counts[1, i : i + 1], counts[2, i], counts[3, i])
-        for i in range(t)
-    ]
+    effect, over_sites = each.mean(1), _over_sites(each, seed, level)
+    tables = [Tables(a[None], b[None], c, d) for a, b, c, d in zip(*counts, strict=True)]
     p = np.array([count_test(table, level)[0][0] for table in tables])
     drawn = random_kappas(counts, n_random, seed, method, tasks)
-    ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=1)
-    rows.add(
-        "overlap",
-        t,
-        **common,
-        n=n,
-        effect=effect,
-        low=low,
-        high=high,
-        p=p,
-        null=0.0,
-        control=drawn.mean(1),
-        control_low=ends[0],
-        control_high=ends[1],
-    )
+    ends = np.quantile(drawn, tails, axis=1)
+    chance = (drawn.mean(1), *ends)
+    rows.add("overlap", t, **common, effect=effect, ends=over_sites, p=p, null=0.0, controls=chance)
     _add_mean(rows, "overlap", method, effect, float(drawn.mean()), ends.mean(1), seed, level)
     return left_out
 
@@ -474,7 +422,6 @@ def _add_mean(
     there = ~np.isnan(effect)
     if there.sum() < 2:
         return
-    low, high = bootstrap_interval(effect, level=level, seed=seed)
     rows.add(
         test,
         1,
@@ -482,16 +429,10 @@ def _add_mean(
         other=method,
         n=int(there.sum()),
         effect=effect[there].mean(),
-        low=low,
-        high=high,
+        ends=bootstrap_interval(effect, level=level, seed=seed),
         null=control,
-        control=control,
-        control_low=ends[0],
-        control_high=ends[1],
+        controls=(control, *ends),
     )
-
-
-# -- tasks against tasks -----------------------------------------------------------------------
 
 
 def _add_mantel(
@@ -512,8 +453,11 @@ def _add_mantel(
         draws = []
         # Many tasks: fewer draws are enough, and take long.
         for draw in range(_RANDOM_OVERLAPS if len(aligned.tasks) <= 200 else 5):
+            # As many channels of each task, drawn at random for each task.
             random = [
-                _shuffled(kept, seed_of("random overlap", seed, draw, s))
+                np.random.default_rng(seed_of("random overlap", seed, draw, s)).permuted(
+                    kept, axis=1
+                )
                 for s, kept in enumerate(aligned.kept)
             ]
             chance = mantel(_overlap(random), similarity, n_permutations=1, n_bootstrap=0)
@@ -525,8 +469,3 @@ def _add_mantel(
 def _overlap(kept: list[NDArray[np.bool_]]) -> FloatArray:
     masks = {str(s): torch.from_numpy(mask) for s, mask in enumerate(kept)}
     return np.asarray(overlap_matrix(masks, chance_corrected=True).numpy(), dtype=np.float64)
-
-
-def _shuffled(kept: NDArray[np.bool_], seed: int) -> NDArray[np.bool_]:
-    """As many channels of each task, drawn at random for each task."""
-    return np.random.default_rng(seed).permuted(kept, axis=1)

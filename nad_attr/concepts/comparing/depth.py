@@ -1,8 +1,7 @@
 """Do deeper layers carry higher semantics? Concepts along the depth of a network.
 
-The second finding of the NAD paper is that they do not always. Here: how many of the channels that
-tasks keep detect high-level concepts, site by site, beside all channels of the site and random
-ones of the same number.
+The second finding of the NAD paper is that they do not always. This module counts, site by site,
+how many of the kept channels detect high-level concepts, beside all channels and random ones.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,7 @@ from nad_attr.stats.ranks import rank_trends
 from nad_attr.stats.results import Result
 from nad_attr.stats.sentences import DEPTH_MEASURES
 from nad_attr.stats.strata import permutations, with_tail
-from nad_attr.stats.tables import nan_mean, pandas
+from nad_attr.stats.tables import FloatArray, nan_mean, pandas
 from nad_attr.system.rng import seed_of
 from nad_attr.system.safe_text import shown
 
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HIGH", "DepthSemantics", "semantics_along_depth"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 #: Categories of concepts that count as high-level; colours, textures and materials are low.
 HIGH = ("object", "part", "scene")
@@ -124,7 +122,6 @@ class DepthSemantics(Result):
 
     def _add_sites(self, rows: RowList, measure: str, level: float) -> None:
         mean, draws = self.mean(measure), self.random[measure]
-        low, high = self.interval(measure, level)
         control, ends = nan_mean(draws), interval_of(draws, level)
         rows.add(
             "depth",
@@ -134,18 +131,16 @@ class DepthSemantics(Result):
             other="kept",
             n=[int((~np.isnan(column)).sum()) for column in self.kept[measure].T],
             effect=mean,
-            low=low,
-            high=high,
+            ends=self.interval(measure, level),
             p=with_tail(
                 permutation_p(mean, draws.T, tail="both", centre=control),
                 len(draws),
                 _standard(mean, draws),
-                _enough(draws),
+                # Draws of many values have tails that are nearly normal.
+                np.array([len(np.unique(c.round(12))) >= 20 for c in draws.T]),
             ),
             null=control,
-            control=control,
-            control_low=ends[0],
-            control_high=ends[1],
+            controls=(control, *ends),
         )
 
     def _add_trends(self, rows: RowList, measure: str, n: int, level: float) -> None:
@@ -166,7 +161,6 @@ class DepthSemantics(Result):
             ("kept - all", mean - whole, resampled - whole),
         ):
             effect = rank_trends(value[None], depth)
-            low, high = interval_of(rank_trends(boot, depth), level)
             if group == "kept - all":
                 null = rank_trends(draws - whole, depth)
                 centre = float(nan_mean(null[:, None])[0]) if len(null) else math.nan
@@ -185,13 +179,10 @@ class DepthSemantics(Result):
                 other=group,
                 n=len(depth),
                 effect=effect,
-                low=low,
-                high=high,
+                ends=interval_of(rank_trends(boot, depth), level),
                 p=p,
                 null=0.0,
-                control=nan_mean(shown[:, None]) if len(shown) else math.nan,
-                control_low=ends[0],
-                control_high=ends[1],
+                controls=(nan_mean(shown[:, None]) if len(shown) else math.nan, *ends),
             )
 
     @property
@@ -216,44 +207,23 @@ class DepthSemantics(Result):
             ImportError: If pandas is not installed.
         """
         pd = pandas("DepthSemantics.frame()")
-        parts = []
         base = {"site": list(self.sites), "depth": self.depths, "n_channels": self.n_channels}
+        unknown = (math.nan, math.nan)
+        rows: list[tuple[Any, ...]] = []
         for measure in self.measures:
-            low, high = self.interval(measure)
-            ends = interval_of(self.random[measure])
-            for group, value, lower, upper in (
-                ("kept", self.mean(measure), low, high),
-                ("all", self.all[measure], math.nan, math.nan),
-                ("random", nan_mean(self.random[measure]), *ends),
-            ):
-                parts.append(
-                    {
-                        **base,
-                        "group": group,
-                        "measure": measure,
-                        "category": "",
-                        "value": value,
-                        "low": lower,
-                        "high": upper,
-                    }
-                )
+            random = self.random[measure]
+            rows += [
+                ("kept", measure, "", self.mean(measure), *self.interval(measure)),
+                ("all", measure, "", self.all[measure], *unknown),
+                ("random", measure, "", nan_mean(random), *interval_of(random)),
+            ]
         for category, shares in self.categories.items():
-            for group, value in (
-                ("kept", nan_mean(shares)),
-                ("all", self.all_categories[category]),
-            ):
-                parts.append(
-                    {
-                        **base,
-                        "group": group,
-                        "measure": "share",
-                        "category": category,
-                        "value": value,
-                        "low": math.nan,
-                        "high": math.nan,
-                    }
-                )
-        return pd.concat([pd.DataFrame(part) for part in parts], ignore_index=True)
+            whole = self.all_categories[category]
+            rows.append(("kept", "share", category, nan_mean(shares), *unknown))
+            rows.append(("all", "share", category, whole, *unknown))
+        names = ("group", "measure", "category", "value", "low", "high")
+        parts = [pd.DataFrame(base | dict(zip(names, row, strict=True))) for row in rows]
+        return pd.concat(parts, ignore_index=True)
 
     def summary(self) -> str:
         """What may be concluded, and the share of high-level detectors site by site."""
@@ -285,28 +255,15 @@ class DepthSemantics(Result):
         figure, panels = figures.panels(len(measures), axes, columns=2)
         looks = figures.line_styles(["kept", "all", "random"])
         for axis, measure in zip(panels, measures, strict=True):
-            low, high = self.interval(measure)
-            ends = interval_of(self.random[measure])
-            random = nan_mean(self.random[measure])
-            figures.line(
-                axis,
-                self.depths,
-                random,
-                label="random",
-                low=ends[0],
-                high=ends[1],
-                **looks["random"],
-            )
-            figures.line(axis, self.depths, self.all[measure], label="all", **looks["all"])
-            figures.line(
-                axis,
-                self.depths,
-                self.mean(measure),
-                label="kept",
-                low=low,
-                high=high,
-                **looks["kept"],
-            )
+            random = self.random[measure]
+            for name, values, ends in (
+                ("random", nan_mean(random), interval_of(random)),
+                ("all", self.all[measure], (None, None)),
+                ("kept", self.mean(measure), self.interval(measure)),
+            ):
+                band = dict(zip(("low", "high"), ends, strict=True))
+                figures.line(axis, self.depths, values, label=name, **band, **looks[name])
+
             title = DEPTH_MEASURES[measure]
             figures.style(axis, title=title[0].upper() + title[1:], x="relative depth")
             axis.set_xlim(-0.03, 1.03)
@@ -322,11 +279,6 @@ def _standard(mean: FloatArray, draws: FloatArray) -> FloatArray:
     centre = nan_mean(draws)
     deviation = np.sqrt(nan_mean(np.square(draws - centre)))
     return np.asarray((mean - centre) / np.where(deviation > 0, deviation, np.nan))
-
-
-def _enough(draws: FloatArray) -> NDArray[np.bool_]:
-    """Sites whose draws take many values, so that their tails are nearly normal."""
-    return np.array([len(np.unique(np.round(column, 12))) >= 20 for column in draws.T])
 
 
 def semantics_along_depth(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,10 @@ from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.ranks import standard_ranks
 from nad_attr.stats.sentences import ALL_TASKS
 from nad_attr.stats.strata import Tables, permutations, with_tail
+from nad_attr.stats.tables import FloatArray
 from nad_attr.stats.tests import count_test, fisher_interval, normal_interval, normal_p
 
 __all__ = ["concept_enrichment"]
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def tables_of(aligned: Aligned, flags: list[NDArray[np.bool_]]) -> Tables:
@@ -43,19 +42,15 @@ def _one_site(tables: Tables, s: int) -> Tables:
 def odds_columns(tables: Tables, level: float) -> dict[str, Any]:
     """Effect, interval, p and control of one table for each task."""
     effect = tables.odds_ratio
-    low, high = tables.interval(level)
     p, (below, above) = count_test(tables, level)
     unknown = np.isnan(effect)
     return {
         "n": tables.total.sum(),
         "effect": effect,
-        "low": low,
-        "high": high,
+        "ends": tables.interval(level),
         "p": np.where(unknown, np.nan, p),
         "null": 1.0,
-        "control": np.where(unknown, np.nan, 1.0),
-        "control_low": below,
-        "control_high": above,
+        "controls": (np.where(unknown, np.nan, 1.0), below, above),
     }
 
 
@@ -95,17 +90,14 @@ def add_detectors(
         task=ALL_TASKS,
         n=t,
         effect=np.exp(mean),
-        low=np.exp(low),
-        high=np.exp(high),
+        ends=np.exp([low, high]),
         p=with_tail(
             permutation_p(np.array([mean]), shuffled_means[None], tail="both", centre=centre),
             n_random,
             np.array([(mean - centre) / shuffled_means.std()]),
         ),
         null=1.0,
-        control=np.exp(centre),
-        control_low=np.exp(ends[0]),
-        control_high=np.exp(ends[1]),
+        controls=np.exp([centre, *ends]),
     )
 
 
@@ -120,11 +112,7 @@ def _log_odds(count: FloatArray, tables: Tables) -> FloatArray:
 def concepts_to_test(
     aligned: Aligned, wanted: Sequence[str] | None, min_units: int, labels: str
 ) -> tuple[list[int], int]:
-    """Columns of the concepts that enough units carry, or of those that were named.
-
-    Returns:
-        The columns, and how many were left out for too few units.
-    """
+    """Columns of the concepts with enough units, or of those named, and the number left out."""
     names = aligned.concept_names
     if wanted is not None:
         if isinstance(wanted, str):
@@ -156,8 +144,7 @@ def add_rank_correlations(
 ) -> int:
     """Gates against the IoU with each concept, within sites, with the exact variance.
 
-    Returns:
-        How many concepts cannot be tested, because of some units their IoU is not known.
+    Returns the number of concepts that cannot be tested: some units have no IoU with them.
     """
     if aligned.ranks is None or not len(concepts):
         return 0
@@ -186,7 +173,6 @@ def add_rank_correlations(
         if not (weights[:, i] > 0).any():
             untested += 1
             continue
-        low, high = fisher_interval(rho[:, i], room[:, i], 1.06, level)
         below, above = normal_interval(np.zeros(t), deviation[:, i], level)
         rows.add(
             "rank_correlation",
@@ -195,13 +181,10 @@ def add_rank_correlations(
             concept=names[k],
             n=n[:, i],
             effect=rho[:, i],
-            low=low,
-            high=high,
+            ends=fisher_interval(rho[:, i], room[:, i], 1.06, level),
             p=normal_p(rho[:, i] / deviation[:, i]),
             null=0.0,
-            control=0.0,
-            control_low=np.clip(below, -1, 1),
-            control_high=np.clip(above, -1, 1),
+            controls=(0.0, np.clip(below, -1, 1), np.clip(above, -1, 1)),
         )
     return untested
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nad_attr.stats.results import Result, is_json
 from nad_attr.stats.sentences import (
@@ -28,38 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ALL_TASKS", "Comparison", "RowList"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 _TEXTS = ("test", "task", "site", "concept", "other")
-_NUMBERS = (
-    "n",
-    "effect",
-    "low",
-    "high",
-    "p",
-    "q",
-    "null",
-    "control",
-    "control_low",
-    "control_high",
-)
-_COLUMNS = (
-    "test",
-    "task",
-    "site",
-    "concept",
-    "other",
-    "n",
-    "effect",
-    "measure",
-    "low",
-    "high",
-    "p",
-    "q",
-    "control",
-    "control_low",
-    "control_high",
-)
+_CONTROL = ("control", "control_low", "control_high")
+_NUMBERS = ("n", "effect", "low", "high", "p", "q", "null", *_CONTROL)
+_COLUMNS = (*_TEXTS, "n", "effect", "measure", "low", "high", "p", "q", *_CONTROL)
 
 
 class RowList:
@@ -68,8 +40,21 @@ class RowList:
     def __init__(self) -> None:
         self.columns: dict[str, list[Any]] = {name: [] for name in (*_TEXTS, *_NUMBERS)}
 
-    def add(self, test: str, n_rows: int, **columns: Any) -> None:
-        """Add rows of one test; columns that are not named are empty, or NaN."""
+    def add(
+        self,
+        test: str,
+        n_rows: int,
+        *,
+        ends: Iterable[Any] = (np.nan, np.nan),
+        controls: Iterable[Any] = (np.nan, np.nan, np.nan),
+        **columns: Any,
+    ) -> None:
+        """Add rows of one test; columns that are not named are empty, or NaN.
+
+        ``ends`` are those of the effect's interval; ``controls`` are its value and its two ends.
+        """
+        given = dict(zip(("low", "high", *_CONTROL), (*ends, *controls), strict=True))
+        columns = given | columns
         for name in _TEXTS:
             value = test if name == "test" else columns.get(name, "")
             self.columns[name] += [value] * n_rows if isinstance(value, str) else list(value)
@@ -80,13 +65,8 @@ class RowList:
     def add_statistic(self, statistic: Statistic, **names: str) -> None:
         """Add one statistic, under other names if they are given."""
         row = {**statistic.row(), **names}
-        self.add(
-            row["test"],
-            1,
-            **{
-                k: [v] if k in _TEXTS else v for k, v in row.items() if k not in ("test", "measure")
-            },
-        )
+        test, _ = row.pop("test"), row.pop("measure")
+        self.add(test, 1, **{k: [v] if k in _TEXTS else v for k, v in row.items()})
 
 
 class Comparison(Result):
@@ -231,8 +211,8 @@ class Comparison(Result):
     def conclusions(self, limit: int = 20) -> list[str]:
         """The largest differences, in sentences.
 
-        Rows about all tasks, Mantel's tests and high-level detectors along depth, whatever they
-        say; then those of the smallest q-values below 0.05.
+        First all rows about all tasks, Mantel's tests and high-level detectors along depth; then
+        those of the smallest q-values below 0.05.
 
         Args:
             limit: How many of the latter at most.

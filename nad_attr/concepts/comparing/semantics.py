@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nad_attr._checks import check_count
@@ -18,12 +18,11 @@ from nad_attr.stats.bootstrap import interval_of, times_drawn
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.pairs import cosines
 from nad_attr.stats.ranks import standard_ranks
+from nad_attr.stats.tables import FloatArray
 from nad_attr.stats.tests import Statistic
 from nad_attr.system.rng import seed_of
 
 __all__ = ["classifier_similarity", "confusion_similarity", "mantel", "wordnet_similarity"]
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 def _matrix(values: ArrayLike, what: str) -> FloatArray:
@@ -145,9 +144,6 @@ def _bootstrap(
         r = (total(left * right) / n - x * y) / np.sqrt(xx * yy)
     low, high = interval_of(np.where(np.isfinite(r), r, np.nan), level)
     return float(low), float(high)
-
-
-# -- similarities ------------------------------------------------------------------------------
 
 
 def classifier_similarity(

@@ -17,30 +17,15 @@ __all__ = ["COLOURS", "WithColours", "colour_map"]
 COLOURS = tuple(
     Concept(name, "colour")
     for name in (
-        "black",
-        "blue",
-        "brown",
-        "grey",
-        "green",
-        "orange",
-        "pink",
-        "purple",
-        "red",
-        "white",
+        *("black", "blue", "brown", "grey", "green", "orange", "pink", "purple", "red", "white"),
         "yellow",
     )
 )
 _NUMBER = {concept.name: i for i, concept in enumerate(COLOURS)}
 #: Upper end of each hue's range in degrees.
 _HUES = (
-    (20.0, "red"),
-    (45.0, "orange"),
-    (70.0, "yellow"),
-    (170.0, "green"),
-    (260.0, "blue"),
-    (310.0, "purple"),
-    (345.0, "pink"),
-    (360.0, "red"),
+    *((20.0, "red"), (45.0, "orange"), (70.0, "yellow"), (170.0, "green"), (260.0, "blue")),
+    *((310.0, "purple"), (345.0, "pink"), (360.0, "red")),
 )
 
 

@@ -40,7 +40,7 @@ def as_concepts(concepts: Any, what: str = "concepts") -> tuple[Concept, ...]:
 
 @dataclass(frozen=True, eq=False)
 class LabelMaps:
-    """What one image shows at each pixel.
+    """The labels of one image at each pixel.
 
     Attributes:
         combination: int64 (H, W), which combination of labels a pixel has.

@@ -1,6 +1,6 @@
 """Photos with pixel labels as data sets that dissection reads: common folder formats.
 
-Each yields (image, labels) and has a concept table ``concepts``. Whole images are squeezed into
+Each yields (image, labels) and has a concept table ``concepts``. Whole images are resized to
 ``size`` without cropping, so that label maps cover the same field. Needs Pillow.
 """
 
@@ -32,44 +32,17 @@ __all__ = ["CAMVID", "VOC", "ADE20KData", "BrodenData", "ConceptDataError", "Mas
 CAMVID = tuple(
     Concept(name, "object")
     for name in (
-        "sky",
-        "building",
-        "pole",
-        "road",
-        "pavement",
-        "tree",
-        "sign",
-        "fence",
-        "car",
-        "pedestrian",
-        "bicyclist",
+        *("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car"),
+        *("pedestrian", "bicyclist"),
     )
 )
 #: The labels of Pascal VOC (255 is unlabelled).
 VOC = tuple(
     Concept(name, "object")
     for name in (
-        "background",
-        "aeroplane",
-        "bicycle",
-        "bird",
-        "boat",
-        "bottle",
-        "bus",
-        "car",
-        "cat",
-        "chair",
-        "cow",
-        "dining table",
-        "dog",
-        "horse",
-        "motorbike",
-        "person",
-        "potted plant",
-        "sheep",
-        "sofa",
-        "train",
-        "tv/monitor",
+        *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat"),
+        *("chair", "cow", "dining table", "dog", "horse", "motorbike", "person", "potted plant"),
+        *("sheep", "sofa", "train", "tv/monitor"),
     )
 )
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp")
@@ -82,7 +55,7 @@ class ConceptDataError(ValueError):
     """A folder does not hold what it should; the message says what is missing, and where."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(shown(message))  # it quotes what stands in files
+        super().__init__(shown(message))  # it quotes files
 
 
 def _pillow() -> Any:
@@ -134,11 +107,7 @@ class _Photos(Dataset[Any]):
     """What the readers share: reading a photo, and colours of it."""
 
     def __init__(
-        self,
-        concepts: Sequence[Concept],
-        size: Size,
-        transform: Transform | None,
-        colours: bool,
+        self, concepts: Sequence[Concept], size: Size, transform: Transform | None, colours: bool
     ) -> None:
         self.size, self.transform, self.colours = _size(size), transform, colours
         self._n_given = len(concepts)
@@ -512,11 +481,17 @@ class BrodenData(_Photos):
         for category, index in self._index.items():
             for entry in filter(None, (row[category] or "").split(";")):
                 if entry.strip().isdigit():
-                    labels.append(
-                        torch.full((height, width), self._concept(index, entry, row), device="cpu")
-                    )
+                    if int(entry) >= len(index):
+                        raise ConceptDataError(
+                            f"index.csv labels {row['image']} with {int(entry)}, which label.csv "
+                            "does not list."
+                        )
+                    number = int(index[int(entry)])
+                    labels.append(torch.full((height, width), number, device="cpu"))
                     continue
-                codes = self._codes(self._images / entry.strip())
+                with _opened(self._images / entry.strip(), "label image") as file:
+                    pixels = torch.from_numpy(np.array(file.convert("RGB")).astype(np.int64))
+                codes = pixels[:, :, 0] + 256 * pixels[:, :, 1]
                 if int(codes.max()) >= len(index):
                     raise ConceptDataError(
                         f"{entry} holds the label {int(codes.max())}, which label.csv does not "
@@ -524,20 +499,6 @@ class BrodenData(_Photos):
                     )
                 labels.append(index[codes])
         return image, labels or [-1]
-
-    def _concept(self, index: Tensor, entry: str, row: dict[str, str]) -> int:
-        number = int(entry)
-        if number >= len(index):
-            raise ConceptDataError(
-                f"index.csv labels {row['image']} with {number}, which label.csv does not list."
-            )
-        return int(index[number])
-
-    @staticmethod
-    def _codes(path: Path) -> Tensor:
-        with _opened(path, "label image") as file:
-            pixels = np.array(file.convert("RGB")).astype(np.int64)
-        return torch.from_numpy(pixels[:, :, 0] + 256 * pixels[:, :, 1])
 
 
 def _number(text: str, path: Path) -> int:

@@ -23,16 +23,11 @@ State: TypeAlias = "tuple[dict[str, Any], dict[str, Any]]"
 
 
 class Checkpoint:
-    """A file with the latest state of a computation.
+    """A file with the latest state of a computation and nothing else, removed when all is done.
 
-    Each state replaces the one before in one step, so the file is complete at any time. It holds
-    nothing else, and is removed when all is done.
-
-    Args:
-        path: The file.
-        identity: What the computation is of, as JSON can hold it; a state of another one is
-            refused.
-        every: Images between two states.
+    Each state replaces the one before in one step, so the file is complete at any time. A state
+    with another ``identity`` (values that JSON can hold) is refused. ``every`` is the number of
+    images between two states.
 
     Raises:
         GateStoreError: If there is another file in its place.
@@ -52,11 +47,7 @@ class Checkpoint:
         return None
 
     def read(self) -> State | None:
-        """The latest state; None: there is none.
-
-        Raises:
-            GateStoreError: If it is of something else, or damaged.
-        """
+        """The latest state, or None; a GateStoreError if it is of something else, or damaged."""
         if not self.path.exists():
             return None
         arrays, about = read_result(self.path, _GROUP)

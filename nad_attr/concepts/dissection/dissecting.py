@@ -50,12 +50,12 @@ __all__ = ["dissect", "site_maps"]
 
 #: Bytes that the exact mode may keep.
 _EXACT_BYTES = 2**33
-#: Bytes of activations in a temporary file, where nothing is said.
+#: Bytes of activations in a temporary file by default.
 _SCRATCH_BYTES = 2**32
 #: Images in a batch, at most, where the size is found.
 MAX_FOUND = 64
-#: Activations are written down in part, where that takes fewer bytes, once so many times the tail's
-#: values were seen.
+#: Only possible tail activations are written, if that takes fewer bytes, after this many times the
+#: tail's values.
 _FIRST_SPARSE = 8
 
 
@@ -88,23 +88,22 @@ def dissect(
     at a share ``quantile`` of the positions of all images (of its own map, before upsampling). Then
     IoU(k, c) = sum |M_k and L_c| / sum |M_k or L_c| over all images, where M_k are the pixels in
     which k is active and L_c those that show c (paper, section 2.3, equation 1). Pixels without a
-    label of c's category are left out of both: nobody said that they do not show c.
+    label of c's category are left out of both: they may show c.
 
-    The images are gone through twice, for the thresholds and for the overlaps, all sites together.
-    What is held in memory is counts, which do not grow with the number of images (unless
-    ``exact``). On a CPU, activations that may lie above a threshold are kept in a temporary file in
-    between, up to ``scratch_bytes``, and the network runs once over those images; results are the
-    same.
+    There are two passes over the images, for the thresholds and for the overlaps, all sites
+    together. Memory holds counts, which do not grow with the number of images (unless ``exact``).
+    On a CPU, activations that may lie above a threshold are kept in a temporary file in between, up
+    to ``scratch_bytes``, and the network runs once over those images; results are the same.
 
     Thresholds come from a :class:`~nad_attr.concepts.dissection.thresholds.TailSketch`, at most one
-    bin above the exact one, where a bin is less than 2 / (n_bins - 2) of the range of the unit's
-    activations; ``info["threshold_error"]`` holds the widest bin of each site. Everything else is
-    exact: the IoUs are those of exactly these thresholds. A unit that has its highest activation at
-    more than that share of positions (a dead ReLU, a saturated ReLU6) is active nowhere;
-    ``info["never_active"]`` counts them.
+    bin above the exact one; a bin is less than 2 / (n_bins - 2) of the range of the unit's
+    activations, and ``info["threshold_error"]`` has the widest bin of each site. Everything else is
+    exact for these thresholds. A unit that has its highest activation at more than that share of
+    positions (a dead ReLU, a saturated ReLU6) is never active; ``info["never_active"]`` counts
+    them.
 
     Args:
-        model: The network, in eval mode. Nothing of it is changed.
+        model: The network, in eval mode; unchanged.
         sites: Where: gate sites, or names of modules. None: all of :func:`find_gate_sites`. Tokens
             (B, L, C) are taken as a square grid, less a class token; a site without positions is a
             single one.
@@ -116,11 +115,10 @@ def dissect(
         quantile: Share of a unit's activations above its threshold.
         concepts: What the indices stand for. None: ``data.concepts``.
         exact: Exact thresholds. Keeps that share of all activations in memory: for small data.
-        ignore_index: Label of pixels that nobody labelled; negative labels mean the same.
+        ignore_index: Label of unlabelled pixels; negative labels mean the same.
         unlabelled: "ignore": pixels without a label of a concept's category do not count for it.
-            "count": they count as not showing it, in images that have a label of that category
-            anywhere.
-        iou_threshold: What a detector's IoU has to exceed.
+            "count": they count as not showing it, in images with a label of that category.
+        iou_threshold: A detector's IoU is above it.
         n_bins: Bins of the sketch for each unit.
         n_top: Images to remember for each unit, those with its highest activations.
         n_images: Take only so many images, drawn with the seed. None: all.
@@ -129,12 +127,11 @@ def dissect(
         n_workers: Processes that load images; 0: as a loader says, or none.
         scratch_bytes: Bytes of activations in the temporary file at most; 0: none. None: 4 GiB on
             a CPU, none elsewhere. At most half of the disk's free space.
-        checkpoint: A file that an interrupted dissection goes on from. It is written to now and
-            then, and removed at the end.
+        checkpoint: A file from which an interrupted dissection goes on; removed at the end.
         checkpoint_every: Images between two states of it.
         executor: Dissects a few sites at a time elsewhere, such as on Ray's workers
-            (:class:`nad_attr.distributed.RayExecutor`), each of which goes through the images. The
-            result is the same for any number of workers.
+            (:class:`nad_attr.distributed.RayExecutor`), each of which reads the images. The result
+            is the same for any number of workers.
 
     Returns:
         IoUs, thresholds and top images. A concept that no image shows has IoU NaN.
@@ -209,6 +206,8 @@ def dissect(
     return job.result(iou_threshold)
 
 
+#: Arguments that have to be the same in a checkpoint.
+_SETTINGS = ("quantile", "exact", "ignore_index", "unlabelled", "n_bins", "n_top", "seed")
 #: Sites that a worker dissects at a time.
 _SITES_PER_WORKER = 4
 _Shared: TypeAlias = "tuple[nn.Module, Any, RunOptions, dict[str, Any]]"
@@ -223,18 +222,13 @@ def _by_workers(
     given: dict[str, Any],
 ) -> UnitConcepts:
     """A dissection whose sites are dissected elsewhere."""
-    parts = [
-        list(sites[i : i + _SITES_PER_WORKER]) for i in range(0, len(sites), _SITES_PER_WORKER)
-    ]
-    device = runner.options.device
+    n, device = _SITES_PER_WORKER, runner.options.device
+    parts = [list(sites[i : i + n]) for i in range(0, len(sites), n)]
     with runner.bar(len(parts), "dissecting", "part") as bar:
         shared = (model, data, runner.options, given)
-        found = in_order(
-            executor.map(
-                _sites_dissected, shared, parts, begin=_on_worker, device=device, what="sites"
-            ),
-            lambda number: bar.update(),
-        )
+        how: dict[str, Any] = {"begin": _on_worker, "device": device, "what": "sites"}
+        done = executor.map(_sites_dissected, shared, parts, **how)
+        found = in_order(done, lambda number: bar.update())
     info = dict(found[0].info)
     for name in ("threshold_error", "never_active"):
         info[name] = {site: n for part in found for site, n in part.info[name].items()}
@@ -303,7 +297,7 @@ def site_maps(site: GateSite, tensor: Tensor) -> Tensor:
 
 
 class _Dissection:
-    """A dissection under way: its arguments, and what was counted so far."""
+    """A dissection in progress: its arguments and counts."""
 
     def __init__(
         self,
@@ -355,7 +349,7 @@ class _Dissection:
             [categories.index(c.category) for c in self.concepts], device="cpu"
         )
         self.n_categories = len(categories)
-        #: Images that the first and the second pass are through with.
+        #: Images that the first and the second pass have done.
         self.done = [0, 0]
 
     def begin(self, sites: Sequence[GateSite | str] | None) -> None:
@@ -369,17 +363,15 @@ class _Dissection:
         known = list(sites) if sites is not None else None
         if known is not None and not known:
             raise ValueError("sites is empty; name at least one, or pass None for all.")
-        self.sites = (
-            [s for s in known if isinstance(s, GateSite)]
-            if known is not None and all(isinstance(site, GateSite) for site in known)
-            else find_gate_sites(
+        self.sites = [site for site in known or () if isinstance(site, GateSite)]
+        if known is None or len(self.sites) < len(known):
+            self.sites = find_gate_sites(
                 self.runner.model,
                 inputs,
                 layers=known,
                 additional_forward_args=extra,
                 forward_func=None if self.runner.is_plain else self.runner.call,
             )
-        )
         device = self.runner.device
         self.shapes: dict[str, tuple[int, int]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -480,8 +472,6 @@ class _Dissection:
                 self.runner.run(self.runner.to_device(batch.inputs))
                 after(batch)
 
-    # -- first pass ------------------------------------------------------------------------------
-
     def find_thresholds(
         self, scratch: Scratch | None, saved: Checkpoint | None, bar: tqdm[Any]
     ) -> None:
@@ -490,7 +480,7 @@ class _Dissection:
         self.first_in_scratch = self.done[0]
 
         def before(batch: Batch) -> None:
-            labels = self._labels(batch.labels, batch)  # wrong ones come to light before any work
+            labels = self._labels(batch.labels, batch)  # refuses wrong ones before any work
             if scratch is not None:
                 for each in labels:
                     kind = np.uint8 if len(each.concepts) <= 256 else np.int32
@@ -538,7 +528,7 @@ class _Dissection:
                 scratch.put(place.to(torch.int32).cpu().numpy(), kept=True)
                 scratch.put(found.corners.cpu().numpy(), kept=True)
                 return
-        scratch.put(maps.cpu().numpy())  # perhaps the network's own, which it may write into
+        scratch.put(maps.cpu().numpy())  # the network may write into its own tensor
 
     def _kept(self, name: str, place: Tensor, corners: Tensor) -> Touched:
         """What :meth:`_keep` wrote, without what is below the threshold."""
@@ -557,8 +547,6 @@ class _Dissection:
         number = torch.cat([number, new], 1).gather(1, order)
         self.top[name] = value[:, : self.n_top].clone(), number[:, : self.n_top].clone()
 
-    # -- second pass -----------------------------------------------------------------------------
-
     def count_overlaps(
         self, scratch: Scratch | None, saved: Checkpoint | None, bar: tqdm[Any]
     ) -> None:
@@ -568,7 +556,9 @@ class _Dissection:
         rooms: list[list[Tensor]] = []
 
         def show(labels: Sequence[LabelMaps]) -> None:
-            now[:] = [self._show(labels, rooms)]
+            how: dict[str, Any] = {"everywhere": self.unlabelled == "count", "rooms": rooms}
+            device = self.runner.device
+            now[:] = [Shown(labels, self.category, self.n_categories, device=device, **how)]
 
         def before(batch: Batch) -> None:
             show(self._labels(batch.labels, batch))
@@ -600,16 +590,6 @@ class _Dissection:
                 after(batch)
         self._pass(self.done[1], before, each, after)
 
-    def _show(self, labels: Sequence[LabelMaps], rooms: list[list[Tensor]]) -> Shown:
-        return Shown(
-            labels,
-            self.category,
-            self.n_categories,
-            everywhere=self.unlabelled == "count",
-            device=self.runner.device,
-            rooms=rooms,
-        )
-
     def _count(self, name: str, found: Touched, shown: Shown) -> None:
         height, width = self.shapes[name]
         limit = self.limits[name]
@@ -624,10 +604,8 @@ class _Dissection:
             self.both[name][:, part.present] += counts[:, :n_present]
             self.active[name] += counts[:, n_present:]
 
-    # -- checkpoint and result -------------------------------------------------------------------
-
     def _numbers(self, inputs: Inputs) -> Tensor:
-        """What the network returns, of whatever kind, as one row of numbers per image or pass."""
+        """The network's outputs, of any kind, as one row of numbers per image or pass."""
         outputs = self.runner.run(inputs)
         if isinstance(outputs, Tensor) and outputs.ndim == 2:
             return outputs
@@ -644,13 +622,7 @@ class _Dissection:
             "outputs": fixed_outputs(self._numbers, first),
             "sites": [[s.name, s.n_channels, s.channel_dim, s.at_input] for s in self.sites],
             "concepts": [[concept.name, concept.category] for concept in self.concepts],
-            "quantile": self.quantile,
-            "exact": self.exact,
-            "ignore_index": self.ignore_index,
-            "unlabelled": self.unlabelled,
-            "n_bins": self.n_bins,
-            "n_top": self.n_top,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in _SETTINGS},
         }
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:

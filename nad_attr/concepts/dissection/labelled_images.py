@@ -16,7 +16,7 @@ from nad_attr.concepts.datasets.label_maps import label_parts
 from nad_attr.data.fingerprints import chosen_for_fingerprint
 from nad_attr.data.sources import Draw, Inputs, SeededLoader, check_finite, numbers_of
 from nad_attr.system.processes import check_processes
-from nad_attr.system.rng import seed_of
+from nad_attr.system.rng import permutation, seed_of
 
 __all__ = ["Batch", "LabelledImages"]
 
@@ -39,17 +39,14 @@ class Batch:
 
 
 class LabelledImages:
-    """The images of a dataset of (image, labels), or some of them.
+    """The images of a dataset of (image, labels), or some of them; ``numbers`` are those taken.
 
     Args:
-        dataset: With ``len`` and ``[...]``; or a DataLoader of one, whose choice of images, workers
-            and collate function (which is given one item at a time) are used.
+        dataset: With ``len`` and ``[...]``; or a DataLoader of one: its choice of images, workers
+            and collate function (which gets one item at a time) are used.
         n_images: How many to take, drawn with the seed; None: all.
         seed: Of the draw and of random transforms.
         n_workers: Processes that load them; 0: as a loader says, or none.
-
-    Attributes:
-        numbers: The images' numbers in the dataset, rising.
 
     Raises:
         TypeError: If it is not such a dataset.
@@ -83,8 +80,7 @@ class LabelledImages:
                 raise TypeError(f"n_images must be a whole number, got {n_images!r}.")
             if not 1 <= n_images <= n:
                 raise ValueError(f"n_images must be 1 to {n}, the images that there are.")
-            generator = torch.Generator().manual_seed(seed_of("dissection images", seed))
-            chosen = torch.randperm(n, generator=generator, device="cpu")[:n_images]
+            chosen = permutation(n, "dissection images", seed)[:n_images]
             self.numbers = sorted(self.numbers[i] for i in chosen.tolist())
         self._seed = seed
         collate = None if loader is None else loader.collate_fn
@@ -155,9 +151,8 @@ def _only(batch: Any) -> Any:
         return batch  # refused with the item's number
     inputs, labels = batch
     several = isinstance(inputs, (tuple, list))
-    one = (
-        {key: value[0] for key, value in labels.items()} if isinstance(labels, dict) else labels[0]
-    )
+    named = isinstance(labels, dict)
+    one = {key: value[0] for key, value in labels.items()} if named else labels[0]
     return (tuple(x[0] for x in inputs) if several else inputs[0]), one
 
 

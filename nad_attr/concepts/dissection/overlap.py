@@ -1,11 +1,11 @@
 """Pixels in which units are active, counted by what they show, without upsampling whole maps.
 
 A unit's activations are upsampled to the labels' resolution bilinearly (``align_corners=False``,
-as :func:`torch.nn.functional.interpolate` does it), and a pixel is counted where the result is
-above the unit's threshold. Between four neighbouring activations the result cannot exceed the
-highest of them: only *cells* with a corner above the threshold, about one in fifty, are looked at.
-Along a row of pixels of a cell the result rises or falls throughout, so that the active ones are
-its first or its last: what they show is the difference of two running sums over the image's row.
+as by :func:`torch.nn.functional.interpolate`), and a pixel counts if the result is above the unit's
+threshold. Between four neighbouring activations the result cannot exceed the highest of them, so
+only *cells* with a corner above the threshold, about one in fifty, are computed. Along a row of
+pixels of a cell the result rises or falls throughout, so the active pixels are its first or its
+last: their labels are the difference of two running sums over the image's row.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _EXACT = 2**24
 class Grid:
     """How a map of h x w activations lies under H x W pixels.
 
-    A cell is what lies between 2 x 2 activations, the outermost repeated beyond the edge: there
-    are (h + 1) x (w + 1) cells, which hold up to P x Q pixels each.
+    A cell lies between 2 x 2 activations, the outermost repeated beyond the edge: there are
+    (h + 1) x (w + 1) cells, which hold up to P x Q pixels each.
 
     Attributes:
         shape: (h, w).
         size: (H, W).
         rows: int64 (h + 1, P), the pixel rows of each row of cells, H where there is none.
         columns: int64 (w + 1, Q), the same for columns, W where there is none.
-        down: float (h + 1, P), how far from the upper to the lower corner a pixel lies, in [0, 1);
-            NaN, of which nothing is above a threshold, where there is none.
+        down: float (h + 1, P), a pixel's distance from the upper corner, in [0, 1); NaN (never
+            above a threshold) where there is none.
         right: float (w + 1, Q), the same from left to right.
     """
 
@@ -82,14 +82,8 @@ def grid(
     """
     rows, down = _axis(shape[0], size[0])
     columns, right = _axis(shape[1], size[1])
-    return Grid(
-        shape,
-        size,
-        rows.to(device),
-        columns.to(device),
-        down.to(device, dtype),
-        right.to(device, dtype),
-    )
+    weights = (down.to(device, dtype), right.to(device, dtype))
+    return Grid(shape, size, rows.to(device), columns.to(device), *weights)
 
 
 def _axis(n: int, n_pixels: int) -> tuple[Tensor, Tensor]:
@@ -106,16 +100,11 @@ def _axis(n: int, n_pixels: int) -> tuple[Tensor, Tensor]:
 
 
 def running_sums(combination: Tensor, shows: Tensor, room: list[Tensor] | None = None) -> Tensor:
-    """What the pixels of each row show, from the left edge up to each pixel.
+    """Sums of each row's pixels, from the left edge up to each pixel: float (W + 1, B * H, K).
 
-    Args:
-        combination: int64 (B, H, W), the combination of labels of each pixel.
-        shows: (combinations, K), what each combination counts for.
-        room: Memory of earlier sums, no longer needed, that these take the place of: a tensor,
-            or none yet. Fresh memory costs as much as the sums themselves.
-
-    Returns:
-        Float (W + 1, B * H, K): at [x, y] the sum over the first x pixels of row y.
+    Each pixel of ``combination``, int64 (B, H, W), counts for its row of ``shows``, (combinations,
+    K). ``room`` is the memory of earlier sums to use again (a tensor, or none yet): fresh memory
+    costs as much as the sums themselves.
 
     Example:
         >>> running_sums(torch.tensor([[[0, 1, 1]]]), torch.eye(2)).tolist()
@@ -142,10 +131,9 @@ class Touched:
     """Cells with a corner above a threshold.
 
     Attributes:
-        cell: (n,), which cell of all images, image by image and row by row.
-        unit: (n,), of which unit.
-        corners: (n, 4), the unit's activations at the upper left, upper right, lower left and
-            lower right.
+        cell: (n,), numbers over all images, image by image and row by row.
+        unit: (n,), the unit of each.
+        corners: (n, 4), its activations at the upper left, upper right, lower left, lower right.
     """
 
     cell: Tensor
@@ -153,12 +141,7 @@ class Touched:
     corners: Tensor
 
     def of_images(self, place: Tensor, n_cells: int) -> Touched:
-        """Those of some images.
-
-        Args:
-            place: int64 (B,), which number each image gets, -1 for those to leave out.
-            n_cells: Cells of an image.
-        """
+        """Those of some images of ``n_cells`` each; ``place`` (B,) has new numbers, -1 for none."""
         image = divided(self.cell, n_cells)
         new = place[image]
         chosen = where(new >= 0)
@@ -179,12 +162,9 @@ class Touched:
 
 
 def touched(activations: Tensor, over: Tensor, most: int | None = None) -> Touched | None:
-    """Cells of all images with a corner above the threshold.
+    """Cells of all images (B, h, w, C), contiguous, with a corner ``over`` the threshold.
 
-    Args:
-        activations: (B, h, w, C), contiguous.
-        over: bool, as many: which are above their unit's threshold (:func:`above`).
-        most: None is returned if there are more than so many.
+    None is returned if there are more than ``most``.
 
     Example:
         >>> maps = torch.tensor([0.0, 1.0]).reshape(1, 1, 2, 1)
@@ -209,7 +189,7 @@ def touched(activations: Tensor, over: Tensor, most: int | None = None) -> Touch
 
 
 def _either(mask: Tensor, axis: int) -> Tensor:
-    """Where a mask or what stands before it along an axis is true: one longer there."""
+    """Where a mask, or the mask one place before, is true; one longer along that axis."""
     n = mask.shape[axis]
     found = mask.new_empty(*mask.shape[:axis], n + 1, *mask.shape[axis + 1 :])
     found.narrow(axis, 0, 1).copy_(mask.narrow(axis, 0, 1))
@@ -222,7 +202,7 @@ def _either(mask: Tensor, axis: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _corners(n: int, height: int, width: int, n_units: int, device: torch.device) -> Tensor:
-    """Where unit 0 stands at the corners of each cell of n images, int64 (cells, 4)."""
+    """Where unit 0 is at the corners of each cell of n images, int64 (cells, 4)."""
     row, column = torch.arange(height + 1, device="cpu"), torch.arange(width + 1, device="cpu")
     image = torch.arange(n, device="cpu")[:, None, None] * (height * width)
     found = [
@@ -234,16 +214,10 @@ def _corners(n: int, height: int, width: int, n_units: int, device: torch.device
 
 
 def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -> Tensor:
-    """What the pixels show in which each unit is active.
+    """Sums over the pixels in which each unit is active: float64 (C, K), whole numbers.
 
-    Args:
-        found: Cells with a corner above the threshold, and others.
-        thresholds: (C,), of the activations' type.
-        sums: (W + 1, B * H, K), by :func:`running_sums`.
-        grid: Of the activations under the labels.
-
-    Returns:
-        float64 (C, K), whole numbers: sums over the active pixels.
+    ``found`` holds all cells with a corner above the ``thresholds`` (C,), which have the
+    activations' type; ``sums`` is from :func:`running_sums`.
     """
     n_units, (_, n_rows, n_shown) = len(thresholds), sums.shape
     (height, width), p = grid.size, grid.rows.shape[1]
@@ -291,7 +265,7 @@ def count_active(found: Touched, thresholds: Tensor, sums: Tensor, grid: Grid) -
 
 
 def _in_order(unit: Tensor, n_units: int) -> Tensor:
-    """Where the units stand in rising order, int64 (n,): NumPy counts short numbers, not sorts."""
+    """Places of the units in rising order, int64 (n,); NumPy counts short numbers."""
     if unit.device.type == "cpu" and n_units <= 2**16:
         return torch.from_numpy(unit.numpy().astype(np.uint16).argsort(kind="stable"))
     return unit.to(torch.int32).sort(stable=True).indices
@@ -346,24 +320,17 @@ def _vertical(a: Tensor, b: Tensor, c: Tensor, d: Tensor, down: Tensor) -> tuple
     """Activations at the left and the right end of rows of pixels, of corners (n, 1): (n, P).
 
     Each step is a + t (b - a), rounded twice: it never falls where t rises if a < b, and is a
-    where a = b, so that a flat map stays what it is, to the bit.
+    where a = b, so a flat map stays the same to the bit.
     """
     return (c - a).mul(down).add_(a), (d - b).mul(down).add_(b)
 
 
 def _n_active(left: Tensor, right: Tensor, limit: Tensor, across: Tensor, grid: Grid) -> Tensor:
-    """How many pixels between two ends, of which one is above the limit, are: int64 (n,).
+    """How many pixels between two ends (n,), one of them above the limit, are active: int64 (n,).
 
-    Where the line crosses the limit is computed, and the two pixels around it are looked at: it
-    rises or falls throughout, so if one is above and the other is not, all others are known. Where
-    rounding has it otherwise, all pixels are looked at.
-
-    Args:
-        left: (n,), activations at the left ends.
-        right: (n,), at the right ends.
-        limit: (n,).
-        across: int64 (n,), in which column of cells.
-        grid: Of the activations under the labels.
+    The line crosses the limit at a computed place, and the two pixels around it are compared: the
+    line rises or falls throughout, so if one is above and the other is not, all others are known.
+    If rounding breaks this, all pixels are compared. ``across`` has the columns of the cells.
     """
     n_there, q = (grid.columns < grid.size[1]).sum(1), grid.right.shape[1]
     if q < _FEW:
@@ -376,7 +343,7 @@ def _n_active(left: Tensor, right: Tensor, limit: Tensor, across: Tensor, grid: 
     there = n_there.index_select(0, across)
     change = right - left
     share = (limit - left).div_(change)
-    # Pixels stand at first + i * w / W.
+    # Pixels are at first + i * w / W.
     share -= first.index_select(0, across)
     share *= grid.size[1] / grid.shape[1]
     # Of two equal ends, which are above the limit, this is minus infinity: no pixel is before.
@@ -388,7 +355,7 @@ def _n_active(left: Tensor, right: Tensor, limit: Tensor, across: Tensor, grid: 
     after = table.index_select(0, at).mul_(change).add_(left) > limit
     rises = change >= 0
     n_active = torch.where(rises, there - n_before, n_before)
-    # Beyond an end there is no pixel: NaN is above nothing, though it should be on one side.
+    # Beyond an end there is no pixel. NaN is never above, though it should be on one side.
     at_start, at_end = n_before == 0, n_before == there
     right_before = at_start | (before != rises)
     right_after = at_end | (after == rises)
@@ -406,12 +373,7 @@ def _between(left: Tensor, right: Tensor, across: Tensor) -> Tensor:
 
 
 def active_pixels(activation: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
-    """Where one unit is active at the labels' resolution, bool (H, W).
-
-    Args:
-        activation: (h, w).
-        threshold: What to exceed.
-        size: (H, W).
+    """Where one unit (h, w) is above a threshold at the labels' resolution: bool (H, W).
 
     Example:
         >>> active_pixels(torch.tensor([[0.0, 1.0]]), 0.5, (1, 4))

@@ -25,16 +25,9 @@ _MAX_WAITING = 4
 class Scratch:
     """A temporary file of records, written one after the other and read in the same order.
 
-    Of the process alone: it has no name, and is gone when it is closed or the process ends.
-    A thread writes, beside the work that goes on. Records are mapped into memory one at a time,
-    not copied.
-
-    Args:
-        n_bytes: Bytes that it may take at most. Half of the disk's free space is left alone.
-
-    Attributes:
-        n_records: Records in it.
-        n_bytes: Its size.
+    It has no name, and is gone when it is closed or the process ends. A thread writes it in the
+    background. Records are mapped into memory one at a time, not copied. It takes ``n_bytes`` at
+    most, and leaves half of the disk's free space.
 
     Example:
         >>> with Scratch(2**20) as scratch:
@@ -48,7 +41,7 @@ class Scratch:
     def __init__(self, n_bytes: int) -> None:
         free = shutil.disk_usage(tempfile.gettempdir()).free
         self._limit = min(n_bytes, int(free * (1 - _SPARED_DISK_SHARE)))
-        # Buffers of the file object would only copy megabytes once more.
+        # Buffers of the file object would copy megabytes once more.
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._full = False
         self._writer = ThreadPoolExecutor(1, "scratch")
@@ -65,11 +58,9 @@ class Scratch:
         return len(self._index)
 
     def put(self, part: NDArray[Any], *, kept: bool = False) -> None:
-        """Append an array to the present record; nothing is written any more once one is too long.
+        """Append an array to the present record; nothing more is written once a record is too long.
 
-        Args:
-            part: Numbers.
-            kept: Nobody will write into the array, so that it may be read later.
+        ``kept``: the array stays as it is, so it may be read later.
         """
         if self._full:
             return

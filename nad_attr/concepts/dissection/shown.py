@@ -48,10 +48,8 @@ class _Part:
         member = torch.nn.functional.one_hot(category[present], n_categories).double()
         categories = (shows @ member).clamp(max=1)
         if everywhere:  # in all of an image that has a label of the category
-            of_image = categories.split([len(each.concepts) for each in labels])
-            categories = torch.cat(
-                [part.amax(0, keepdim=True).expand_as(part) for part in of_image]
-            )
+            parts = categories.split([len(each.concepts) for each in labels])
+            categories = torch.cat([part.amax(0, keepdim=True).expand_as(part) for part in parts])
         n_pixels = torch.cat([each.n_pixels for each in labels]).double()
         self.n_pixels = torch.zeros(table.shape[1], dtype=torch.int64, device="cpu")
         self.n_pixels[present] = (n_pixels @ shows).long()
@@ -67,7 +65,7 @@ class _Part:
 
 
 class Shown:
-    """What a batch of images shows.
+    """The concepts that a batch of images shows.
 
     Args:
         labels: Of each image.
@@ -75,8 +73,7 @@ class Shown:
         n_categories: How many there are.
         everywhere: Whether unlabelled pixels count in images with labels of a category.
         device: Where to count.
-        rooms: Memory of an earlier batch, no longer needed, that this one takes the place of; a
-            list that grows as it must.
+        rooms: Memory of an earlier batch to use again; a list that grows as needed.
 
     Attributes:
         parts: Groups of images whose label maps have one size.

@@ -2,9 +2,8 @@
 
 The threshold T of a unit is the largest activation that at most a share q of all its activations
 exceeds: with N activations, the (floor(q N) + 1)-th largest (Bau et al. 2017, section 2.2, where
-q = 0.005). N is known before the stream begins, so whatever lies below that many values already
-can be forgotten, and only the upper tail is ever counted: on average q (1 + ln 1/q) of the
-activations, 3 % where q = 0.005.
+q = 0.005). N is known before the stream begins, so values below that many others can be forgotten,
+and only the upper tail is counted: on average q (1 + ln 1/q) of the activations, 3 % if q = 0.005.
 """
 
 from __future__ import annotations
@@ -38,14 +37,7 @@ def n_above(quantile: float, n: int) -> int:
 
 
 class Tail(ABC):
-    """The upper tail of the activations of C units, of which N each will be seen.
-
-    Args:
-        n_units: C.
-        n_values: N, activations of each unit in the whole stream.
-        quantile: Share of activations above the threshold.
-        device: Where the activations are.
-    """
+    """The upper tail of the activations of C units, of which N each will be seen."""
 
     def __init__(
         self,
@@ -64,10 +56,7 @@ class Tail(ABC):
         self._first = True
 
     def add(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in the activations of some images.
-
-        Args:
-            values: (images, positions, C), of any float type; the same number of positions always.
+        """Take in the activations of some images, (images, positions, C), always as many positions.
 
         Returns:
             The highest of each image and unit, (images, C), and which may be of the tail, bool,
@@ -166,23 +155,16 @@ def _tensor(value: Any, like: Tensor) -> Tensor:
 class TailSketch(Tail):
     """A histogram of the tail for each unit, in memory that does not depend on the stream's length.
 
-    Bins are [i w, (i + 1) w) with w a power of two for each unit. Where an activation lies beyond
-    the ``n_bins`` that there are, w is doubled until all fit; neighbours merge exactly, so counts
-    are those that a histogram of the final width would have had from the start.
+    Bins are [i w, (i + 1) w) with w a power of two for each unit. If an activation lies beyond the
+    last of the ``n_bins``, w is doubled until all fit; neighbours merge exactly, so counts are
+    those of a histogram that had the final width from the start.
 
     **Error bound.** The threshold is the upper end of the bin that holds the exact one, T, or the
-    unit's highest activation where that is lower. So it is T <= T' <= T + w, at most a share
-    ``quantile`` of the activations lies above it, as above T, and a unit that is stuck at its
-    highest value (a saturated ReLU6, a dead ReLU) is active nowhere with either. Here
-    w < 2 (highest - lowest) / (n_bins - 2) over the unit's activations (or 2^-29 of the largest
-    absolute value, if that is more); what w has become is known: :meth:`errors`.
-
-    Args:
-        n_units: C.
-        n_values: Activations of each unit in the whole stream.
-        quantile: Share of activations above the threshold.
-        n_bins: Bins of each unit.
-        device: Where the activations are.
+    unit's highest activation if that is lower. So T <= T' <= T + w, at most a share ``quantile`` of
+    the activations lies above it, as above T, and a unit that is stuck at its highest value (a
+    saturated ReLU6, a dead ReLU) is never active with either. Here w < 2 (highest - lowest) /
+    (n_bins - 2) over the unit's activations (or 2^-29 of the largest absolute value, if that is
+    more); :meth:`errors` gives the final w.
 
     Example:
         >>> tail = TailSketch(1, 1000, 0.005, n_bins=64)
@@ -221,7 +203,7 @@ class TailSketch(Tail):
         self._fit()
         i = (values * _power(-self.exponent).index_select(0, unit)).floor_().long()
         i -= self.base.index_select(0, unit)
-        # Lower than whatever the first images hold, where there are enough for the tail.
+        # Values below those of the first images, which fill the tail.
         if bool((i < 0).any()):
             unit, i = unit[i >= 0], i[i >= 0]
         place = (unit * self.n_bins).add_(i)
@@ -331,9 +313,7 @@ def _log2_up(values: Tensor) -> Tensor:
 
 
 class ExactTail(Tail):
-    """The values of the tail themselves: exact, in memory that grows with the stream's length.
-
-    It keeps a share ``quantile`` of all activations.
+    """The values of the tail themselves: exact, but memory holds a share ``quantile`` of all.
 
     Example:
         >>> tail = ExactTail(1, 1000, 0.005)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_unit", "unit_masks"]
 
-#: Brightness of what the unit is not active on.
+#: Brightness where the unit is not active.
 _DARK = 0.25
 
 

@@ -113,9 +113,6 @@ def _check_units(path: Any, site: str, units: Sequence[int], first: int) -> None
         )
 
 
-# -- NetDissect-Lite ---------------------------------------------------------------------------
-
-
 def import_netdissect_lite(
     paths: Mapping[str, StrPath],
     *,
@@ -221,19 +218,13 @@ def _broden(label: str, category: str, clean: bool, row: Row) -> Concept:
     return Concept(name, category)
 
 
-# -- dissect (2020) ----------------------------------------------------------------------------
-
-
 def import_dissect_report(
-    paths: Mapping[str, StrPath],
-    *,
-    quantile: float | None = 0.01,
-    iou_threshold: float = 0.04,
+    paths: Mapping[str, StrPath], *, quantile: float | None = 0.01, iou_threshold: float = 0.04
 ) -> UnitConcepts:
     """Read ``report.json`` of dissect (Bau et al. 2020), one file per layer.
 
-    It says of each unit (numbered from 0) its best label, that one's category and IoU; an IoU
-    without a number stands as the text "NaN". All other IoUs are NaN (if the best one is 0: 0); the
+    It holds the best label of each unit (numbered from 0), its category and IoU; an IoU without a
+    number is the text "NaN". All other IoUs are NaN (if the best one is 0: 0); the
     full matrix is in ``condi99.npz``, see :func:`import_condi99`.
 
     Args:
@@ -442,9 +433,6 @@ def _conditional(path: StrPath) -> dict[int, NDArray[np.float64]]:
     return result
 
 
-# -- CLIP-Dissect ------------------------------------------------------------------------------
-
-
 def import_clip_dissect(
     path: StrPath,
     layers: Mapping[str, str] | None = None,
@@ -466,7 +454,7 @@ def import_clip_dissect(
     Raises:
         ImportFileError: If the file is missing, foreign, truncated or says what cannot be; names
             file and line.
-        ValueError: If a layer does not stand in the file.
+        ValueError: If a layer is not in the file.
 
     Source:
         The columns are those that CLIP-Dissect (``describe_neurons.py``) writes.

@@ -27,7 +27,7 @@ StrPath: TypeAlias = "str | PathLike[str]"
 MAX_BYTES = 256 * 2**20
 #: A compressed archive may unpack to this much.
 MAX_UNPACKED = 4 * 2**30
-#: Up to so many bytes the free memory is not checked.
+#: The free memory is not checked for fewer bytes.
 _UNCHECKED_BYTES = 2**28
 
 
@@ -35,14 +35,14 @@ class ImportFileError(ValueError):
     """A file of another program is truncated, foreign or wrong; the message names file and line."""
 
     def __init__(self, message: object) -> None:
-        super().__init__(shown(message))  # it quotes what stands in the file
+        super().__init__(shown(message))  # it quotes the file
 
 
 def check_room(n_cells: int, what: str) -> None:
-    """Refuse a table that would not fit into memory, before it is made.
+    """Refuse a table that takes more than half of the free memory, before it is made.
 
     Raises:
-        ImportFileError: If it takes more than half of what is free.
+        ImportFileError: If it does.
     """
     # The table, its copy of the same type, and where its values are known.
     n_bytes = 9 * n_cells
@@ -54,11 +54,7 @@ def check_room(n_cells: int, what: str) -> None:
 
 
 def check_file(path: StrPath) -> Path:
-    """Check that a file exists and is not too large.
-
-    Raises:
-        ImportFileError: If not.
-    """
+    """Check that a file exists and is not too large."""
     found = Path(fspath(path))
     if not found.is_file():
         raise ImportFileError(f"{found}: there is no such file.")
@@ -135,12 +131,7 @@ class Row:
 
 
 def as_number(value: Any, error: Any) -> float:
-    """A finite number, or NaN for None, "", "NaN" in any spelling.
-
-    Args:
-        value: A number or a text.
-        error: Makes the error from what is wrong.
-    """
+    """A finite number, or NaN for None, "", "NaN" in any spelling; ``error`` makes the error."""
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan")):
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
@@ -157,12 +148,7 @@ def as_number(value: Any, error: Any) -> float:
 
 
 def read_table(path: StrPath, needed: Sequence[str], what: str) -> Table:
-    """Read a CSV file.
-
-    Args:
-        path: The file.
-        needed: Columns that it must have.
-        what: What the file should be, for messages.
+    """Read a CSV file that has the needed columns; ``what`` names it in messages.
 
     Raises:
         ImportFileError: If it is missing, too large, foreign or truncated.
@@ -205,7 +191,7 @@ def read_table(path: StrPath, needed: Sequence[str], what: str) -> Table:
 
 
 def read_json(path: StrPath) -> Any:
-    """Read a JSON file.
+    """Read a JSON file that is neither too large nor too deep.
 
     Raises:
         ImportFileError: If it is missing, too large, too deep or truncated.
@@ -226,10 +212,6 @@ def read_json(path: StrPath) -> Any:
 
 def read_npz(path: StrPath, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Read some arrays of a NumPy archive; nothing in it is unpickled.
-
-    Args:
-        path: The file.
-        names: The arrays' names.
 
     Raises:
         ImportFileError: If it is missing, too large, damaged, or an array is missing.

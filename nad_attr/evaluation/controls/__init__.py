@@ -1,1 +1,1 @@
-"""Where the truth is known, or where nothing is to be found: planted circuits, random weights."""
+"""Controls with a known truth, or with nothing to find: planted circuits, random weights."""

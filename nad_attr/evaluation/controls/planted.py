@@ -1,8 +1,7 @@
 """Planted circuits: networks whose class-specific channels are known, and a score for finding them.
 
-Whether a sub-architecture is the right one cannot be said of a trained network, where nobody knows
-the right one. Of a network that was built by hand it can: here are some, each with a difficulty of
-its own, and precision and recall of the channels that were planted.
+Nobody knows the right sub-architecture of a trained network. These networks are built by hand, each
+with a difficulty of its own; precision and recall are those of the planted channels.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ __all__ = ["PLANTED_KINDS", "PlantedCircuit", "PlantedScore", "planted"]
 class PlantedScore(Result):
     """How many of the planted channels sub-architectures keep, and how many others.
 
-    Where a network holds several copies of a circuit, a sub-architecture is held against the copy
-    that it keeps most of; half of each copy is half of a circuit, not a whole one.
+    With several copies of a circuit, a sub-architecture is compared with the copy that it keeps
+    most of; half of each copy is half of a circuit, not a whole one.
 
     Attributes:
         tasks: T tasks.
@@ -59,7 +58,7 @@ class PlantedScore(Result):
         recall: float64 (T,), share of the best copy that is kept.
         union_precision: float64 (T,), share of the kept channels that are of any copy.
         whole: bool (T,), whether every channel of a copy is kept.
-        copy: int64 (T,), which copy it was held against.
+        copy: int64 (T,), which copy it was compared with.
         size: float64 (T,), kept channels / all channels.
 
     Example:
@@ -209,18 +208,9 @@ class PlantedCircuit:
             (array([0.25]), array([1.]))
         """
         archs = self._checked(architectures, size)
-        rows = [self._against_best(arch) for arch in archs]
-        return PlantedScore(
-            tuple(arch.task for arch in archs if arch.task is not None),
-            *(
-                np.array(column, dtype=kind)
-                for column, kind in zip(
-                    zip(*rows, strict=True),
-                    (np.float64, np.float64, np.float64, np.bool_, np.int64, np.float64),
-                    strict=True,
-                )
-            ),
-        )
+        tasks = tuple(arch.task for arch in archs if arch.task is not None)
+        columns = zip(*(self._against_best(arch) for arch in archs), strict=True)
+        return PlantedScore(tasks, *map(np.array, columns))
 
     def _checked(
         self,
@@ -284,20 +274,20 @@ def planted(
     """Build a network whose class-specific channels are known.
 
     Nothing is trained. Each class has ``circuit_width`` channels at every gate site: at the first
-    each detects a pattern of its own in the image, from there on they read each other, and last
-    the class's logit, unequally. No other channel reaches that logit, or what reaches it comes to
-    nothing; so its circuit is exactly what the logit depends on, for any image. Positions and
-    activation sizes are drawn anew at every site. What is left are background channels, which
-    read everything, and which only background reads.
+    site each detects a pattern of its own in the image, at the later ones they read each other, and
+    the class's logit reads the last, unequally. No other channel reaches that logit, or its effects
+    cancel; so its circuit is exactly what the logit depends on, for any image. Positions and
+    activation sizes are drawn anew at every site. The other channels are background, which reads
+    everything, and which only background reads.
 
     * "plain": convolutions and ReLUs, no more than that.
     * "residual": a stem and residual blocks; gate sites inside the blocks and after them.
     * "distractors": as many channels as the circuit has fire on images of the class alone, with
       larger activations, and reach no logit; and a third of each circuit (``circuit_width`` from
-      3 on) fires on images of *another* class, which they speak against.
+      3 on) fires on images of *another* class, and lowers this class's logit.
     * "cancelling": pairs of equal channels with opposite weights, three times as large as any in
-      the circuit, lead to the class's logit at every site. By the gradient each of a pair matters
-      more than the circuit; together they do nothing.
+      the circuit, lead to the class's logit at every site. The gradient of each is larger than the
+      circuit's; together they do nothing.
     * "shared": a quarter of the channels (at least one) belong also to the next class, and a
       quarter to the one before.
     * "redundant": ``copies`` circuits compute the same for each class, and the logit is that of

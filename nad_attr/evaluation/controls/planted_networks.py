@@ -1,16 +1,15 @@
 """Networks that are built and not trained, so that the role of each channel is known.
 
-Every channel of a network here is one of a named group, and the groups' weights to each other are
-written down: what a logit depends on can be read off. Positions and activation sizes are drawn
-anew at every gate site, so that neither tells a group. :mod:`nad_attr.evaluation.planted` makes
-the known answer of it.
+Every channel is one of a named group, and the groups' weights to each other are written down: they
+say what a logit depends on. Positions and activation sizes are drawn anew at every gate site, so
+that neither tells a group. :mod:`nad_attr.evaluation.controls.planted` makes circuits of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,22 +31,14 @@ __all__ = [
 Kind: TypeAlias = Literal[
     "plain", "residual", "distractors", "cancelling", "shared", "redundant", "constant"
 ]
-PLANTED_KINDS: tuple[Kind, ...] = (
-    "plain",
-    "residual",
-    "distractors",
-    "cancelling",
-    "shared",
-    "redundant",
-    "constant",
-)
+PLANTED_KINDS: tuple[Kind, ...] = get_args(Kind)
 
 #: Images are IN_CHANNELS x SIDE x SIDE and hold POSITIONS patches that do not overlap.
 IN_CHANNELS, SIDE, PATCH = 3, 8, 4
 POSITIONS = (SIDE // PATCH) ** 2
 PATCH_NUMBERS = IN_CHANNELS * PATCH**2
 
-#: What a channel subtracts before its ReLU, so that no network is linear.
+#: A channel subtracts this before its ReLU, so that no network is linear.
 THRESHOLD = 0.05
 #: How much of the other channels of its group a channel reads, at most, against 1 of its own.
 MIX = 0.3
@@ -67,17 +58,13 @@ LOGIT_DEVIATION = 1.5
 
 @dataclass(frozen=True)
 class Group:
-    """Channels with one role; the same ones at every gate site.
+    """Channels with one role; the same ones at every gate site (``slots``, before scattering).
 
-    Attributes:
-        role: "circuit" (evidence for class ``of``), "inhibitor" (fires on class ``of``, and
-            speaks against the next class), "shared" (used by class ``of`` and the one before),
-            "distractor" (fires on class ``of``, is read by nothing that reaches a logit), "pair"
-            (two equal channels with opposite weights after each other), "constant" or
-            "background".
-        of: The class, or number of the group; 0 where there is only one.
-        copy: Which of several copies that each suffice.
-        slots: The channels' numbers before they are scattered.
+    Roles: "circuit" (evidence for class ``of``), "inhibitor" (fires on class ``of``, lowers the
+    next class), "shared" (used by class ``of`` and the one before), "distractor" (fires on class
+    ``of``, is read by nothing that reaches a logit), "pair" (two equal channels with opposite
+    weights after each other), "constant" or "background". ``copy`` numbers copies that each
+    suffice.
     """
 
     role: str
@@ -88,15 +75,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """The groups at every gate site of a network, and the settings.
-
-    Attributes:
-        kind: Of the network.
-        n_classes: Number of classes.
-        width: Channels of each gate site.
-        copies: Copies of each circuit.
-        groups: All groups; together all channels.
-    """
+    """The groups at every gate site of a network (together all channels), and the settings."""
 
     kind: Kind
     n_classes: int
@@ -125,10 +104,7 @@ class Layout:
 
 
 def layout_of(kind: Kind, n_classes: int, circuit_width: int, width: int, copies: int) -> Layout:
-    """Divide the channels of a gate site among groups.
-
-    Raises:
-        ValueError: If there are fewer channels than the groups need.
+    """Divide the channels of a gate site among groups; a ValueError if there are too few channels.
 
     Example:
         >>> layout = layout_of("cancelling", 2, 3, 16, 1)
@@ -168,8 +144,8 @@ def layout_of(kind: Kind, n_classes: int, circuit_width: int, width: int, copies
 class PlantedHead(nn.Module):
     """Mean over positions, then one linear output per class; with copies, the highest of them.
 
-    With copies each has a threshold, which it does not reach when its channels are at their
-    means. So a copy that is closed, at zero or at its means, leaves the other one the output.
+    Each of several copies has a threshold that it does not reach when its channels are at their
+    means: a copy that is closed, at zero or at its means, leaves the output to the other one.
     """
 
     def __init__(self, width: int, n_classes: int, copies: int) -> None:
@@ -212,19 +188,14 @@ def _convolution(
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer, likewise."""
+    """A linear layer whose weights are not drawn."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     assert isinstance(layer, nn.Linear)
     return layer
 
 
 class Plan:
-    """Everything that is drawn for a network, in the order in which it is drawn.
-
-    Args:
-        layout: Its groups.
-        seed: Of all that is drawn.
-    """
+    """Everything that is drawn for a network, in the order in which it is drawn."""
 
     def __init__(self, layout: Layout, seed: int) -> None:
         self.layout = layout
@@ -265,11 +236,10 @@ class Plan:
         return weights if m is not None else weights.fill_diagonal_(1.0)
 
     def templates(self) -> tuple[Tensor, Tensor]:
-        """What the first gate site looks for in a patch, and which classes' images hold it.
+        """The patterns that the first gate site detects in a patch, and the classes that have them.
 
-        Returns:
-            float64 (width, numbers in a patch) of unit length, and the mask (classes, width).
-            Slots that are to be equal look for the same; constants look for nothing.
+        float64 (width, numbers in a patch) of unit length, and bool (classes, width). Equal slots
+        have the same pattern; constants have none.
         """
         layout = self.layout
         n_blocks = -(-layout.width // PATCH_NUMBERS)
@@ -278,11 +248,12 @@ class Plan:
         # Orthogonal as far as there is room, so that hardly any evidence looks like another.
         templates = torch.linalg.qr(drawn).Q.flatten(0, 1)[: layout.width].clone()
         shown = torch.zeros(layout.n_classes, layout.width, dtype=torch.bool, device="cpu")
+        first = {g.of: list(g.slots) for g in layout.of("circuit") if g.copy == 0}
         for group in layout.groups:
             slots = list(group.slots)
             if group.role == "circuit":
-                templates[slots] = templates[self._first_copy(group)]
-                # Of several copies one stands for all: the evidence is in the images once.
+                templates[slots] = templates[first[group.of]]
+                # The images hold the evidence once, for the first copy.
                 shown[group.of, slots] = group.copy == 0
             elif group.role == "pair":
                 templates[slots[1::2]] = templates[slots[::2]]
@@ -296,10 +267,6 @@ class Plan:
                 templates[slots] = 0.0
         return templates, shown
 
-    def _first_copy(self, group: Group) -> list[int]:
-        circuits = self.layout.of("circuit")
-        return next(list(g.slots) for g in circuits if (g.of, g.copy) == (group.of, 0))
-
     def bias(self) -> Tensor:
         """(width,)."""
         bias = torch.full((self.layout.width,), -THRESHOLD, dtype=torch.float64, device="cpu")
@@ -308,18 +275,13 @@ class Plan:
         return bias
 
     def wiring(self) -> tuple[Tensor, Tensor]:
-        """What the slots of a gate site read of those of the site before.
-
-        Returns:
-            float64 (width, width), rows read columns, and the bias (width,).
-        """
+        """Weights of the slots of the site before (width, width), rows read columns, and biases."""
         layout, n = self.layout, self.layout.width
         weights = torch.zeros(n, n, dtype=torch.float64, device="cpu")
         bias = self.bias()
         # Background reads everything, weakly, and only background reads it.
-        noise = (
-            torch.randn(n, n, generator=self.generator, dtype=torch.float64, device="cpu") / n**0.5
-        )
+        noise = torch.randn(n, n, generator=self.generator, dtype=torch.float64, device="cpu")
+        noise /= n**0.5
         inside: dict[tuple[str, int], Tensor] = {}
         for group in layout.groups:
             rows = torch.tensor(list(group.slots), dtype=torch.long, device="cpu")
@@ -360,10 +322,8 @@ class Plan:
         """What the logits read of the last gate site: (copies x classes, width), and the bias."""
         layout = self.layout
         k_total = layout.n_classes
-        weights = torch.zeros(
-            layout.copies * k_total, layout.width, dtype=torch.float64, device="cpu"
-        )
-        bias = torch.zeros(len(weights), dtype=torch.float64, device="cpu")
+        bias = torch.zeros(layout.copies * k_total, dtype=torch.float64, device="cpu")
+        weights = bias[:, None].repeat(1, layout.width)
         evidence: dict[int, Tensor] = {}
         for group in layout.of("circuit", "shared", "inhibitor"):
             n = len(group.slots)
@@ -421,25 +381,17 @@ def _spread(plan: Plan, weights: Tensor) -> Tensor:
     kernel = plan.kernel().expand(*weights.shape, 3, 3).clone()
     for group in plan.layout.of("constant"):
         # At the border less of a neighbourhood is inside: only the middle stays constant.
-        kernel[:, list(group.slots)] = F.pad(
-            torch.ones(1, 1, dtype=kernel.dtype, device="cpu"), (1, 1, 1, 1)
-        )
+        kernel[:, list(group.slots)] = 0.0
+        kernel[:, list(group.slots), 1, 1] = 1.0
     return weights[:, :, None, None] * kernel
 
 
 def build_network(
     plan: Plan, depth: int, templates: Tensor
 ) -> tuple[nn.Sequential, dict[str, Tensor]]:
-    """The network in float32 and eval mode, its logits not yet scaled.
+    """The network in float32 and eval mode, its logits not yet scaled, and the slots' channels.
 
-    Args:
-        plan: What to draw from.
-        depth: Layers; a residual network has a stem and ``depth - 1`` blocks.
-        templates: See :meth:`Plan.templates`.
-
-    Returns:
-        The network, and for each gate site (by module name, in forward order) where its slots'
-        channels stand, int64 (width,).
+    The channels are int64 (width,) for each gate site, by module name in forward order.
     """
     layout, width = plan.layout, plan.layout.width
     layers: list[tuple[str, nn.Module]] = []
@@ -456,11 +408,7 @@ def build_network(
             block = PlantedBlock(width)
             inner = Scattered(plan.places(), plan.gains())
             weights, bias = plan.wiring()
-            _set(
-                block.conv1,
-                inner.rows(here.columns(_spread(plan, weights))),
-                inner.rows(bias),
-            )
+            _set(block.conv1, inner.rows(here.columns(_spread(plan, weights))), inner.rows(bias))
             weights, bias = plan.wiring()
             # The stream keeps its places and activation sizes: it is added to.
             _set(block.conv2, here.rows(inner.columns(_spread(plan, weights))), here.rows(bias))
@@ -510,25 +458,18 @@ def scale_logits(model: nn.Sequential, images: Tensor) -> None:
 def draw_images(
     templates: Tensor, shown: Tensor, n_images: int, noise: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Images that hold the evidence of their class, and some of others, at random places.
+    """Images with the evidence of their class, and some of others, at random places.
 
-    Args:
-        templates: float64 (F, numbers in a patch).
-        shown: bool (K, F), which class's images hold which evidence.
-        n_images: N; classes come equally often, up to one.
-        noise: Standard deviation of the noise that is added to each number.
-        generator: Draws everything.
-
-    Returns:
-        float32 (N, 3, 8, 8), and int64 labels (N,).
+    ``templates`` is float64 (F, numbers in a patch); ``shown``, bool (K, F), says which class's
+    images hold which evidence. Classes come equally often, up to one. The images are float32
+    (N, 3, 8, 8), the labels int64 (N,).
     """
     n_classes, n_features = shown.shape
 
+    numbers: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+
     def uniform(low: float, high: float) -> Tensor:
-        drawn = torch.rand(
-            n_images, n_features, generator=generator, dtype=torch.float64, device="cpu"
-        )
-        return low + (high - low) * drawn
+        return low + (high - low) * torch.rand(n_images, n_features, **numbers)
 
     order = torch.randperm(n_images, generator=generator, device="cpu")
     labels = (torch.arange(n_images, device="cpu") % n_classes)[order]
@@ -540,10 +481,7 @@ def draw_images(
     where = torch.randint(POSITIONS, (n_images, n_features), generator=generator, device="cpu")
     at = F.one_hot(where, POSITIONS).double() * amount[:, :, None]
     patches = torch.einsum("nfp,fd->ndp", at, templates)
-    shape = (n_images, PATCH_NUMBERS, POSITIONS)
-    patches = patches + noise * torch.randn(
-        shape, generator=generator, dtype=torch.float64, device="cpu"
-    )
+    patches = patches + noise * torch.randn((n_images, PATCH_NUMBERS, POSITIONS), **numbers)
     images = F.fold(patches, (SIDE, SIDE), kernel_size=PATCH, stride=PATCH)
     return images.float(), labels
 

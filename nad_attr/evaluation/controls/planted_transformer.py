@@ -24,9 +24,9 @@ from nad_attr.system.rng import isolated_rng, seed_of
 
 __all__ = ["planted_heads"]
 
-#: Numbers that a head hands on.
+#: Numbers that a head writes.
 HEAD_WIDTH = 4
-#: How much louder a distractor is than what it hears, at least and at most.
+#: Lowest and highest gain of a distractor.
 LOUDER = (2.0, 4.0)
 #: How sharply a head looks at the tokens that hold its evidence.
 SHARPNESS = 4.0
@@ -107,13 +107,13 @@ def planted_heads(
     """Build a transformer whose class-specific attention heads and hidden neurons are known.
 
     Nothing is trained. In each block each class has ``circuit_width`` heads and as many hidden
-    neurons of the MLP: the first block's heads look for a pattern of the class and bring what they
-    find to all tokens, the neurons read the heads, the next block's heads read the neurons, and the
-    class's logit the last neurons. As many *distractor* heads and neurons hear the same as those of
-    the circuit and are two to four times louder, and no logit hears them. The others are
-    background, which reads everything, and which only background reads. The
-    residual stream is turned at random, so none of its channels belongs to one class. There is no
-    LayerNorm, which would let each head change what all others write.
+    neurons of the MLP: the first block's heads detect a pattern of the class and write it to all
+    tokens, the neurons read the heads, the next block's heads read the neurons, and the class's
+    logit reads the last neurons. As many *distractor* heads and neurons read the same as those of
+    the circuit with two to four times larger activations; no logit reads them. The others are
+    background, which reads everything, and which only background reads. The residual stream is
+    rotated at random, so none of its channels belongs to one class. There is no LayerNorm: with
+    it, each head would change what all others write.
 
     Args:
         n_classes: Number of classes, at least 2.
@@ -168,7 +168,7 @@ def planted_heads(
     rest = min(width - known, PATCH_NUMBERS - n)
     embedding[known : known + rest] = templates[n : n + rest]
     _set(tokens.patches, turn @ embedding)
-    circuits: dict[str, list[int]] = {}  # where the n circuit units of each site stand
+    circuits: dict[str, list[int]] = {}  # places of the n circuit units of each site
     decoys: dict[str, list[int]] = {}
     for b, (name, block) in enumerate(blocks):
         for site, start, plant in (

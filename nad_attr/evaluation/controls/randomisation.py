@@ -20,7 +20,7 @@ from nad_attr.gating.hooks import check_eval
 from nad_attr.running.forward import Runner, chunks, network_errors
 from nad_attr.running.options import RunOptions, as_options
 from nad_attr.sites.site import unwrap
-from nad_attr.system.rng import isolated_rng, seed_of
+from nad_attr.system.rng import isolated_rng, permutation, seed_of
 
 __all__ = ["cascading_randomisation", "random_weights", "shuffled_labels"]
 
@@ -38,20 +38,20 @@ def random_weights(
 ) -> nn.Module:
     """A copy of the network with parameters drawn anew.
 
-    Layers with ``reset_parameters`` get what that draws, as at the start of training; parameters
-    that it leaves alone, and those of other layers, are normal with the mean and standard
-    deviation that they had. A layer's draw depends on the seed and its name alone.
+    Layers with ``reset_parameters`` draw as at the start of training; parameters that this leaves
+    alone, and those of other layers, are normal with their former mean and standard deviation. A
+    layer's draw depends on the seed and its name alone.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
         seed: Another draw for each seed.
-        data: What the statistics of the redrawn BatchNorms are estimated on. None: they are as
-            ``reset_parameters`` leaves them, mean 0 and variance 1.
+        data: Images to estimate the statistics of the redrawn BatchNorms on. None: mean 0 and
+            variance 1.
         layers: Names of the modules whose own parameters are drawn anew; None: all.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
-        The copy, in eval mode, where the network was.
+        The copy, in eval mode, on the network's device.
 
     Raises:
         ValueError: If the network is in train mode, or a layer is none of its modules.
@@ -87,9 +87,8 @@ def random_weights(
         for name, tensor in _tensors(drawn):
             tensor.data = tensor.data.to(places[name])
     if data is not None:
-        _estimate_norms(
-            drawn, [name for name, _ in chosen], as_source(data, any_labels=True), seed, run
-        )
+        source = as_source(data, any_labels=True)
+        _estimate_norms(drawn, [name for name, _ in chosen], source, seed, run)
     return drawn.eval()
 
 
@@ -98,11 +97,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def for_copies(run: RunOptions | None) -> RunOptions:
-    """Check the options for copies of the network.
-
-    Raises:
-        ValueError: If ``forward_func`` is among them: it runs the network itself.
-    """
+    """The options for copies of the network; a ValueError if ``forward_func`` is among them."""
     options = as_options(run)
     if options.forward_func is not None:
         raise ValueError(
@@ -122,7 +117,7 @@ def _draw(module: nn.Module) -> None:
     if callable(reset):
         reset()
     for parameter, old in zip(own, before, strict=True):
-        # Weight normalisation, say, hides the true parameters from reset_parameters.
+        # Weight normalisation, for one, hides the true parameters from reset_parameters.
         if torch.equal(parameter, old):
             spread = old.double().std(correction=0)
             normal = torch.randn(old.shape, dtype=torch.float64, device="cpu")
@@ -138,12 +133,9 @@ def _estimate_norms(
     if not pairs:
         return
     norms = [norm for norm, _ in pairs]
-    n = len(source.labels)
-    generator = torch.Generator().manual_seed(seed_of("BatchNorm images", seed))
-    numbers = torch.randperm(n, generator=generator, device="cpu")[:NORM_IMAGES].tolist()
-    batches = [
-        [numbers[i] for i in cut] for cut in chunks(len(numbers), runner.images_per_pass(source))
-    ]
+    numbers = permutation(len(source.labels), "BatchNorm images", seed)[:NORM_IMAGES].tolist()
+    cuts = chunks(len(numbers), runner.images_per_pass(source))
+    batches = [[numbers[i] for i in cut] for cut in cuts]
     # One image has no variance.
     batches = [batch for batch in batches if len(batch) > 1] or [numbers]
     momenta = [norm.momentum for norm in norms]
@@ -180,13 +172,11 @@ def cascading_randomisation(
         data: Images, for the order in which layers run and for BatchNorms' statistics.
         seed: Of the draws; a layer is the same in all copies that have it redrawn, and in
             ``random_weights(model, seed, data=data)``, which the last copy equals.
-        stages: Number of copies, evenly spaced over the layers with parameters; None: one for
-            each.
+        stages: Number of copies, evenly spaced over the layers with parameters; None: one for each.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Yields:
-        The name of the layer that is reached, and the copy with that layer and all that run after
-        it drawn anew.
+        The name of a layer, and the copy with that layer and all later ones drawn anew.
 
     Raises:
         ValueError: If the network is in train mode or has no parameters, or ``stages`` is not a
@@ -210,11 +200,8 @@ def cascading_randomisation(
 
     def copies() -> Iterator[tuple[str, nn.Module]]:
         for end in ends:
-            chosen = names[:end]
-            yield (
-                names[end - 1],
-                random_weights(model, seed, data=data, layers=chosen, run=options),
-            )
+            copy = random_weights(model, seed, data=data, layers=names[:end], run=options)
+            yield names[end - 1], copy
 
     return copies()
 
@@ -286,15 +273,14 @@ def chosen(data: Data, source: Source, rows: Tensor, labels: Tensor) -> Data:
 
 
 def shuffled_labels(data: Data, seed: int = 0) -> Data:
-    """The same images with their labels dealt out anew; each class keeps its number of images.
+    """The same images with shuffled labels; each class keeps its number of images.
 
     Args:
         data: ``(inputs, labels)`` tensors, a Dataset of (input, label) or a DataLoader.
-        seed: Another deal for each seed.
+        seed: Another order for each seed.
 
     Returns:
-        The same kind of data; a loader without shuffling, as learning and evaluation choose their
-        images themselves.
+        The same kind of data; a loader does not shuffle.
 
     Raises:
         TypeError: If data is something else.
@@ -307,6 +293,5 @@ def shuffled_labels(data: Data, seed: int = 0) -> Data:
     """
     source = as_source(data, any_labels=True)
     n = len(source.labels)
-    generator = torch.Generator().manual_seed(seed_of("shuffled labels", seed))
-    dealt = source.labels[torch.randperm(n, generator=generator, device="cpu")]
+    dealt = source.labels[permutation(n, "shuffled labels", seed)]
     return chosen(data, source, torch.arange(n, device="cpu"), dealt)

@@ -1,10 +1,9 @@
-"""Is it the method or the measure? Controls in which there is nothing, or less, to be found.
+"""Is it the method or the measure? Controls in which there is little or nothing to find.
 
 A sub-architecture of a trained network has to tell images of its class from others better than
-random channels do. Where the network's weights are random, or the labels that are measured against,
-it must not: a gain that stays is one of the method or the measure, not of the network (Adebayo et
-al., "Sanity Checks for Saliency Maps", NeurIPS 2018, for attribution maps). Nothing is trained
-here but gates.
+random channels do. With random weights, or with random labels in the measurement, it must not: a
+gain that stays comes from the method or the measure, not from the network (Adebayo et al., "Sanity
+Checks for Saliency Maps", NeurIPS 2018, for attribution maps). Only gates are trained here.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from nad_attr.evaluation.controls.randomisation import (
     shuffled_labels,
 )
 from nad_attr.evaluation.controls.stability import (
-    FloatArray,
     Learn,
     Stability,
     architectures_of,
@@ -40,19 +38,18 @@ from nad_attr.gating.hooks import check_eval
 from nad_attr.running.options import RunOptions
 from nad_attr.stats.bootstrap import bootstrap_interval
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import nan_mean, pandas
+from nad_attr.stats.tables import FloatArray, nan_mean
 from nad_attr.system.rng import seed_of
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["Control", "SanityReport", "sanity"]
 
 #: The largest gain in own AUC that counts as none, and the level of the test that says so.
 MARGIN, ALPHA = 0.05, 0.05
-#: How a table says what :meth:`SanityReport.vanishes` returns.
+#: Words for what :meth:`SanityReport.vanishes` returns.
 _VERDICTS = {True: "gone", False: "there", None: "unknown"}
 
 
@@ -130,6 +127,8 @@ class Control:
 class SanityReport(Result):
     """The gain where there is nothing to be found. See :func:`sanity`.
 
+    Its table (:meth:`frame`) has one row per control, draw and task.
+
     Attributes:
         tasks: T tasks.
         controls: The trained network first, then the controls.
@@ -141,11 +140,7 @@ class SanityReport(Result):
     stability: Stability | None = field(default=None)
 
     def __getitem__(self, name: str) -> Control:
-        """The control of that name.
-
-        Raises:
-            KeyError: If there is none.
-        """
+        """The control of that name; a KeyError if there is none."""
         for control in self.controls:
             if control.name == name:
                 return control
@@ -155,7 +150,7 @@ class SanityReport(Result):
     def vanishes(self, name: str, *, margin: float = MARGIN) -> bool | None:
         """Whether a control's gain is gone: shown to be within a margin of zero.
 
-        A wide interval around zero does not show that there is no gain, so "gone" is an equivalence
+        A wide interval around zero does not show that there is no gain, so this is an equivalence
         test (:meth:`Control.equivalence_p`, at 5 %).
 
         Args:
@@ -163,8 +158,9 @@ class SanityReport(Result):
             margin: The largest gain, in AUC and on either side of zero, that counts as none.
 
         Returns:
-            True: the gain is within the margin. False: there is one, the 95 % interval leaves out
-            zero. None: unknown, for want of tasks, or as they differ too much to tell.
+            True: the gain is within the margin. False: there is one; the 95 % interval leaves out
+
+            zero. None: unknown, because there are too few tasks or they differ too much.
 
         Raises:
             KeyError: If there is no such control.
@@ -176,24 +172,14 @@ class SanityReport(Result):
         low, high = control.interval
         return False if low > 0 or high < 0 else None
 
-    def frame(self) -> pd.DataFrame:
-        """One row per control, draw and task, for pandas.
-
-        Raises:
-            ImportError: If pandas is not installed.
-        """
-        rows = [
-            {
-                "control": control.name,
-                "draw": d,
-                "task": task,
-                **{name: getattr(control, name)[d, t] for name in _COLUMNS},
-            }
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {"control": control.name, "draw": d, "task": task}
+            | {name: getattr(control, name)[d, t] for name in _COLUMNS}
             for control in self.controls
             for d in range(len(control.own_auc))
             for t, task in enumerate(self.tasks)
         ]
-        return pandas("SanityReport.frame()").DataFrame(rows)
 
     def summary(self) -> str:
         """A table as plain text, means over draws and tasks, with the 95 % interval of the gain."""
@@ -210,25 +196,23 @@ class SanityReport(Result):
                 f"{low:+9.3f} {high:+6.3f}  {fidelity:8.3f}  {random_fidelity:6.3f}  "
                 f"{_VERDICTS[self.vanishes(control.name)]}"
             )
-        lines.append(
-            f"(gone: within {MARGIN:g} of zero by two one-sided t-tests over tasks at "
-            f"{100 * ALPHA:g} %;"
-        )
-        lines.append(" there: the 95 % interval leaves out zero; unknown: neither)")
+        level = f"{100 * ALPHA:g} %"
+        lines += [
+            f"(gone: within {MARGIN:g} of zero by two one-sided t-tests over tasks at {level};",
+            " there: the 95 % interval leaves out zero; unknown: neither)",
+        ]
         text = "\n".join(map(shown, lines))
         return text if self.stability is None else f"{text}\n\n{self.stability.summary()}"
 
     def _derived(self) -> dict[str, Any]:
-        verdicts = {
-            control.name: {
-                "means": {name: _mean(getattr(control, name)) for name in _COLUMNS},
-                "gain_interval_95": control.interval,
-                "vanishes": self.vanishes(control.name),
-                "margin": MARGIN,
+        verdicts = {}
+        for control in self.controls:
+            means = {name: _mean(getattr(control, name)) for name in _COLUMNS}
+            verdicts[control.name] = {
+                **{"means": means, "gain_interval_95": control.interval},
+                **{"vanishes": self.vanishes(control.name), "margin": MARGIN},
                 "equivalence_p": control.equivalence_p(),
             }
-            for control in self.controls
-        }
         return {"verdicts": verdicts}
 
     def plot(self, axes: Any = None) -> Figure:
@@ -269,14 +253,15 @@ def sanity(
 ) -> SanityReport:
     """Run the controls: is what ``learn`` finds a fact of the trained network?
 
-    Own AUC of the learned sub-architectures above that of random channels of the same size, in
+    They measure the own AUC of the learned sub-architectures above that of random channels of the
+    same size, in
 
     * the trained network;
     * "random weights": networks with all weights drawn anew. Has to vanish
       (:meth:`SanityReport.vanishes`);
     * "labels shuffled for learning": gates learned with wrong labels, measured with right ones.
-      What is left does not come from labels. The default recipe keeps the network's own output
-      and takes from labels only which images to look at, so here little need be lost;
+      A gain that is left does not come from labels. The default recipe keeps the network's own
+      output and uses labels only to choose images, so it may lose little here;
     * "labels shuffled for measuring": the trained network's gates, measured with wrong labels. Has
       to vanish for every method, or the measure is at fault;
     * "random down to LAYER": weights drawn anew from the output down, some layers at a time.
@@ -329,13 +314,16 @@ def sanity(
     def measured(
         network: nn.Module, archs: Sequence[SubArchitecture], images: Data
     ) -> list[FloatArray]:
-        return _measured(network, archs, images, n_random, seed, run)
+        """Own AUC of whole, learned and random, and fidelity of learned and random, each (T,)."""
+        result = evaluate(network, archs, images, n_random=n_random, seed=seed, run=run)
+        random_auc = np.mean([random.own_auc for random in result.random], axis=0)
+        random_fidelity = np.mean([random.fidelity for random in result.random], axis=0)
+        found = [result.whole.own_auc, result.own_auc, random_auc, result.fidelity]
+        return [*found, random_fidelity]
 
     archs = found(model, data)
     tasks = tasks_named(archs)
-    rows: dict[str, list[list[FloatArray]]] = {
-        "trained network": [measured(model, archs, held_out)]
-    }
+    rows = {"trained network": [measured(model, archs, held_out)]}
     draws = [seed_of("sanity", seed, i) for i in range(n_networks)]
     rows["random weights"] = []
     for draw in draws:
@@ -348,42 +336,19 @@ def sanity(
         measured(model, archs, shuffled_labels(held_out, draw)) for draw in draws
     ]
     if stages:
-        # The last one is all random, which is known already.
-        cascade = list(
-            cascading_randomisation(model, data, seed=draws[0], stages=stages + 1, run=run)
-        )
-        for layer, network in cascade[:-1]:
+        # All of the last one is random: it is measured above.
+        options: dict[str, Any] = {"seed": draws[0], "stages": stages + 1, "run": run}
+        for layer, network in list(cascading_randomisation(model, data, **options))[:-1]:
             name = f"random down to {layer}"
             rows[name] = [measured(network, found(network, data), held_out)]
-    return SanityReport(
-        tasks,
-        tuple(
-            Control(name, *(np.stack(column) for column in zip(*parts, strict=True)))
-            for name, parts in rows.items()
-        ),
-        stability(model, learn, data, seeds=seeds, images_per_class=images_per_class)
-        if len(seeds) > 1
-        else None,
+    controls = tuple(
+        Control(name, *(np.stack(column) for column in zip(*parts, strict=True)))
+        for name, parts in rows.items()
     )
-
-
-def _measured(
-    network: nn.Module,
-    archs: Sequence[SubArchitecture],
-    images: Data,
-    n_random: int,
-    seed: int,
-    run: RunOptions,
-) -> list[FloatArray]:
-    """Own AUC of whole, learned and random, and fidelity of learned and random, each (T,)."""
-    result = evaluate(network, archs, images, n_random=n_random, seed=seed, run=run)
-    return [
-        result.whole.own_auc,
-        result.own_auc,
-        np.mean([random.own_auc for random in result.random], axis=0),
-        result.fidelity,
-        np.mean([random.fidelity for random in result.random], axis=0),
-    ]
+    again = None
+    if len(seeds) > 1:
+        again = stability(model, learn, data, seeds=seeds, images_per_class=images_per_class)
+    return SanityReport(tasks, controls, again)
 
 
 def _mean(values: FloatArray) -> float:

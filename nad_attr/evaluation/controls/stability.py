@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nad_attr.data.labels import Task, patterns
@@ -17,25 +16,22 @@ from nad_attr.evaluation.controls.randomisation import chosen
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import pandas
-from nad_attr.system.rng import seed_of
+from nad_attr.stats.tables import FloatArray
+from nad_attr.system.rng import permutation
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["Learn", "Stability", "stability"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 #: Finds a network's sub-architectures: called with network, data and seed.
 Learn: TypeAlias = "Callable[[nn.Module, Data, int], TaskGates | Sequence[SubArchitecture]]"
 
 
 def _per_class(labels: Tensor, seed: int) -> list[Tensor]:
     """The numbers of each class's images in random order."""
-    generator = torch.Generator().manual_seed(seed_of("images per class", seed))
-    order = torch.randperm(len(labels), generator=generator, device="cpu")
+    order = permutation(len(labels), "images per class", seed)
     known, place = patterns(labels)
     return [order[place[order] == k] for k in range(len(known))]
 
@@ -71,7 +67,8 @@ def _kappas(a: Sequence[SubArchitecture], b: Sequence[SubArchitecture]) -> list[
 class Stability(Result):
     """Overlaps of what was found again: mean over sites of kappa (:func:`nad_attr.kappa`).
 
-    1 means the same channels, 0 what random channels of these sizes share.
+    1 means the same channels, 0 what random channels of these sizes share. The table
+    (:meth:`frame`) has one row per comparison and task.
 
     Attributes:
         tasks: T tasks.
@@ -86,7 +83,7 @@ class Stability(Result):
     images: Mapping[int, FloatArray]
 
     _AXES: ClassVar[Mapping[str, str]] = {
-        **{"tasks": "T", "seeds": "pairs T", "halves": "seeds T", "images": "T"},
+        **{"tasks": "T", "seeds": "pairs T", "halves": "seeds T", "images": "T"}
     }
 
     def _derived(self) -> dict[str, Any]:
@@ -114,19 +111,13 @@ class Stability(Result):
         rows += [(f"{n} images per class", kappa[None]) for n, kappa in self.images.items()]
         return [(name, kappa) for name, kappa in rows if kappa.size]
 
-    def frame(self) -> pd.DataFrame:
-        """One row per comparison and task, for pandas.
-
-        Raises:
-            ImportError: If pandas is not installed.
-        """
-        rows = [
+    def _records(self) -> list[dict[str, Any]]:
+        return [
             {"comparison": name, "draw": i, "task": task, "kappa": kappa[i, t]}
             for name, kappa in self._rows()
             for i in range(len(kappa))
             for t, task in enumerate(self.tasks)
         ]
-        return pandas("Stability.frame()").DataFrame(rows)
 
     def summary(self) -> str:
         """Mean kappa of each comparison, as plain text."""
@@ -143,7 +134,7 @@ def stability(
     halves: bool = True,
     images_per_class: Sequence[int] = (),
 ) -> Stability:
-    """How much of a sub-architecture is found again: other seeds, other images, fewer images.
+    """How much of a sub-architecture is found again with other seeds, and other or fewer images.
 
     Args:
         model: The network, in eval mode; unchanged by anything but ``learn``.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nad_attr.evaluation.sweeps.curves import Curves
 from nad_attr.plots import style as figures
 from nad_attr.plots.style import label_of
-from nad_attr.stats.tables import intervals, nan_mean, number
+from nad_attr.stats.tables import FloatArray, intervals, nan_mean, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,23 +18,21 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_curves"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
-
 
 def _drawn(
     result: Curves, kind: str, measure: str, log: bool
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """x, y and band of a mean curve with its ends; size 0 has no place on a logarithmic axis."""
-    first, last = result.ends(kind, measure)
-    values = np.concatenate([first[:, None], result.values(kind, measure), last[:, None]], axis=1)
-    xs = np.concatenate([[0.0], result.sizes, [1.0]])
+    xs, values = result.with_ends(kind, measure)
     start = 1 if log else 0
     low, high = intervals(values, 0.95, 2000, 0)
     return xs[start:], nan_mean(values)[start:], low[start:], high[start:]
 
 
-def _references(axis: Axes, full: float, empty: float) -> None:
-    for value, dash, name in ((full, "--", "whole network"), (empty, ":", "all closed")):
+def _references(axis: Axes, curve: Curves, measure: str) -> None:
+    ends = ((curve.full, "--", "whole network"), (curve.empty, ":", "all closed"))
+    for values, dash, name in ends:
+        value = float(nan_mean(values[measure]))
         if np.isfinite(value):
             axis.axhline(
                 value, color=figures.INK, linestyle=dash, linewidth=1.0, label=name, zorder=1.5
@@ -97,12 +94,10 @@ def plot_curves(
             shown += xs.tolist()
             label = name or label_of(measure)
             figures.line(axis, xs, ys, low=low, high=high, label=label, **styles[name])
-        if not normalised:
-            _references(
-                axis, float(nan_mean(first.full[measure])), float(nan_mean(first.empty[measure]))
-            )
         if normalised:
             title = f"{title} ({label_of(measure)})"
+        else:
+            _references(axis, first, measure)
         y = label_of(measure) if axis is flat[0] and not normalised else None
         figures.style(axis, title=title, y=y)
         what = "removed" if kind in ("ablate", "completeness") else "kept"
@@ -134,7 +129,7 @@ def plot_one(curve: Curves, measure: str, *, log: bool = False, axes: Any = None
     axis.fill_between(
         xs, drawn["ablate"], drawn["keep"], color=figures.GREY, alpha=0.12, linewidth=0
     )
-    _references(axis, float(nan_mean(curve.full[measure])), float(nan_mean(curve.empty[measure])))
+    _references(axis, curve, measure)
     delta = number(float(nan_mean(curve.delta(measure))))
     figures.style(axis, title=f"{label_of(measure)}: delta {delta}", y=label_of(measure))
     figures.size_axis(axis, xs.tolist(), log=log, label="channels kept or removed (%)")

@@ -156,11 +156,7 @@ def plot_architecture(
 
 
 def plot_sizes(
-    gates: TaskGates,
-    tasks: Sequence[object] = (),
-    *,
-    size: float | None = None,
-    axes: Any = None,
+    gates: TaskGates, tasks: Sequence[object] = (), *, size: float | None = None, axes: Any = None
 ) -> Figure:
     """The share of channels kept at each site: mean over tasks, the middle 80 %, and some tasks.
 
@@ -260,7 +256,7 @@ def plot_overlap(
     order = cluster_order(matrix) if clustered else np.arange(len(matrix))
     shown: NDArray[np.float64] = matrix[np.ix_(order, order)].copy()
     names = [given.task_names[row] for row in order]
-    # The diagonal is one by definition, and would take the colours from what matters.
+    # The diagonal is one by definition: its colours are needed for the rest.
     np.fill_diagonal(shown, np.nan)
     n = len(names)
     side = min(8.0, max(2.8, 0.22 * n + 1.2))
@@ -285,9 +281,7 @@ def plot_overlap(
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_xlabel(
-            f"{n} tasks, similar ones side by side",
-            fontsize=figures.LABEL_SIZE,
-            color=figures.INK,
+            f"{n} tasks, similar ones side by side", fontsize=figures.LABEL_SIZE, color=figures.INK
         )
     bar = figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03)
     bar.ax.tick_params(labelsize=figures.TICK_SIZE, colors=figures.INK, length=3)

@@ -1,7 +1,7 @@
 """How: what sub-architectures look like along the depth of a network.
 
-At each gate site: how much of it a task keeps, and how much of that it shares with other tasks. Put
-side by side for networks with other connections (plain, residual, dense, cells).
+At each gate site, this measures how much of it a task keeps, and how much of that it shares with
+other tasks, side by side for networks with other connections (plain, residual, dense, cells).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nad_attr.stats.bootstrap import check_interval, interval_of, times_drawn
 from nad_attr.stats.pairs import site_overlaps
 from nad_attr.stats.ranks import rank_trends
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import pandas, table
+from nad_attr.stats.tables import FloatArray, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DepthProfile", "NetworkProfile", "along_depth"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 Architectures: TypeAlias = "TaskGates | SubArchitecture | Sequence[SubArchitecture]"
 
 #: What a profile knows at each site.
@@ -39,16 +38,9 @@ DEPTH_MEASURES = ("size", "jaccard", "kappa", "fidelity")
 
 
 def _weighted_means(matrix: FloatArray, times: FloatArray) -> FloatArray:
-    """Means over pairs of different tasks; each task counts as often as it was drawn.
+    """Means over pairs of different tasks (N,); a task counts as often as ``times`` (N, T) says.
 
-    A task that was drawn twice makes no pair with itself: that overlap is 1 and says nothing.
-
-    Args:
-        matrix: (T, T), symmetric.
-        times: (N, T).
-
-    Returns:
-        (N,), NaN where there is no pair.
+    A task that was drawn twice makes no pair with itself. NaN where there is no pair.
     """
     off = matrix.copy()
     np.fill_diagonal(off, 0.0)
@@ -324,7 +316,7 @@ def _profile(given: NamedArchitectures, fidelity: Mapping[str, Any] | None) -> N
     return NetworkProfile(
         sites=tuple(site.name for site in sites),
         n_channels=np.array([site.n_channels for site in sites], dtype=np.int64),
-        depths=np.linspace(0, 1, len(sites)) if len(sites) > 1 else np.zeros(1),
+        depths=np.linspace(0, 1, len(sites)),
         tasks=given.tasks,
         task_names=given.task_names,
         sizes=np.stack([mask.double().mean(1).numpy() for mask in masks.values()]),
@@ -343,17 +335,16 @@ def along_depth(
 ) -> DepthProfile:
     """Sizes of sub-architectures and overlaps between tasks, site by site.
 
-    The overlap of two tasks at a site is the Jaccard index of what they keep there (the paper's
-    similarity, of one site). Large sub-architectures overlap by chance alone, so kappa, which is 0
-    for random masks of the same sizes, stands beside it.
+    The overlap of two tasks at a site is the Jaccard index of the channels that they keep there
+    (the paper's similarity, of one site), and kappa, which is 0 for random masks of these sizes.
+
 
     Args:
         architectures: Task gates, or sub-architectures of the same sites, each of another task; or
             ``{network name: ...}`` of those, to put networks side by side.
         size: Binarise task gates at this share of the channels; None: as they were learned.
-        fidelity: What to show beside, ``{site name: (T,)}`` as from
-            :func:`nad_attr.evaluation.site_fidelity` (0: a site's values are the whole network's);
-            with several networks ``{network name: ...}`` of those, which may leave networks out.
+        fidelity: ``{site name: (T,)}`` to show beside, as :func:`nad_attr.evaluation.site_fidelity`
+            gives it; with several networks ``{network name: ...}`` of some of these.
         name: The network's name, if there is one without.
 
     Returns:

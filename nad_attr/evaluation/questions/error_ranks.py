@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,15 +18,10 @@ from nad_attr._checks import check_count
 from nad_attr.stats.bootstrap import bootstrap_means, interval_of
 from nad_attr.stats.p_values import permutation_p
 from nad_attr.stats.results import Result
+from nad_attr.stats.tables import FloatArray
 
-__all__ = [
-    "PartialCorrelation",
-    "RankStatistics",
-    "error_ranks",
-    "partial_rank_correlation",
-]
+__all__ = ["PartialCorrelation", "RankStatistics", "error_ranks", "partial_rank_correlation"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 #: Decimals to which similarities are compared: what differs less is rounding, and a tie.
 DECIMALS = 12
@@ -50,7 +45,7 @@ class RankStatistics(Result):
             hit@n.
         hit_binomial_p: ``{n: p-value of the binomial test}``, which takes each error for an
             independent draw. Errors of the same two classes are not: it is too small unless they
-            are rare, and stands here for comparison.
+            are rare, and is here for comparison.
         hit_intervals: ``{n: (low, high)}``, 95 % bootstrap interval over true classes.
         mrr: Mean reciprocal rank.
         mrr_null: ``(1 + 1/2 + ... + 1/(K - 1)) / (K - 1)``.
@@ -112,11 +107,7 @@ class PartialCorrelation(Result):
 
 
 def checked_similarity(similarity: ArrayLike, n: int, what: str = "similarity") -> FloatArray:
-    """Check a similarity matrix of n classes, and round it so that ties are equal.
-
-    Raises:
-        ValueError: If it has another shape or holds NaN.
-    """
+    """Check a similarity matrix of n classes, and round it so that ties are equal."""
     matrix = np.asarray(similarity, dtype=np.float64)
     if matrix.shape != (n, n):
         raise ValueError(f"{what} has shape {matrix.shape}; {n} classes need ({n}, {n}).")
@@ -141,11 +132,9 @@ def _checked_confusion(confusion: ArrayLike) -> FloatArray:
 
 
 def others_above(similarity: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each class y (row) and other class y' (column), by similarity to y among the others.
+    """How many other classes are more similar to y than y', and how many, with y', equally.
 
-    Returns:
-        How many of the other classes are more similar to y than y', and how many, y' itself
-        counted, equally so: int64 (K, K) each. The diagonal means nothing.
+    int64 (K, K) each, a row for each class y and a column for each y'; the diagonal means nothing.
     """
     from scipy.stats import rankdata  # takes long to load
 
@@ -154,16 +143,6 @@ def others_above(similarity: FloatArray) -> tuple[NDArray[np.int64], NDArray[np.
     # The class itself comes last in descending order, and counts for nothing before it.
     first, last = (rankdata(-off, method, axis=1).astype(np.int64) for method in ("min", "max"))
     return first - 1, last - first + 1
-
-
-def _hit_probability(above: NDArray[np.int64], equal: NDArray[np.int64], n: int) -> FloatArray:
-    """Probability to be among the first n, with ties broken at random."""
-    return np.asarray(np.clip((n - above) / equal, 0.0, 1.0))
-
-
-def _harmonic(n: int) -> FloatArray:
-    """0, 1, 1 + 1/2, ...: (n + 1,)."""
-    return np.concatenate([[0.0], (1 / np.arange(1, n + 1)).cumsum()])
 
 
 def binomial_p(successes: float, trials: int, probability: float) -> float:
@@ -219,10 +198,11 @@ def error_ranks(
     wanted = sorted({check_count(k, "hits") for k in hits if check_count(k, "hits") < n - 1})
 
     above, equal = others_above(matrix)
-    harmonic = _harmonic(n)
+    harmonic = np.concatenate([[0.0], (1 / np.arange(1, n + 1)).cumsum()])  # 0, 1, 1 + 1/2, ...
     reciprocal = (harmonic[above + equal] - harmonic[above]) / equal
     # What each pair of classes is worth: hit@n for each n, reciprocal rank, rank.
-    worth = np.stack([*(_hit_probability(above, equal, k) for k in wanted), reciprocal], axis=-1)
+    hit = [np.clip((k - above) / equal, 0.0, 1.0) for k in wanted]  # ties are broken at random
+    worth = np.stack([*hit, reciprocal], axis=-1)
     y, called = counts.nonzero()
     times = counts[y, called]
     n_errors = int(times.sum())
@@ -277,9 +257,6 @@ def _over_classes(
     return interval_of(bootstrap_means(total / count, weights=count, seed=seed))
 
 
-# -- Does it add anything? ---------------------------------------------------------------------
-
-
 def _row_ranks(matrix: FloatArray) -> FloatArray:
     """Midranks within each row, off the diagonal, centred; 0 on the diagonal."""
     above, equal = others_above(matrix)
@@ -292,11 +269,10 @@ def _row_ranks(matrix: FloatArray) -> FloatArray:
 
 
 def _control_columns(control: FloatArray) -> FloatArray:
-    """What a control may explain: (K, K, 4), centred within each row, 0 on the diagonal.
+    """The part of a similarity that a control may explain: (K, K, 4), centred in rows.
 
-    Its ranks within the row, and a cubic in its ranks over all pairs. Ranks within the row alone
-    would leave some of what the control explains, and so make a similarity that merely repeats it
-    look as if it added something.
+    These are its ranks within the row, and a cubic in its ranks over all pairs. Ranks within the
+    row alone would leave some of it, so that a mere copy of the control would seem to add more.
     """
     n = len(control)
     off = ~np.eye(n, dtype=bool)
@@ -322,7 +298,6 @@ def _orthonormal(columns: FloatArray) -> FloatArray:
 def _residual(values: FloatArray, basis: FloatArray) -> FloatArray:
     """What is left of values (N,) without what the basis explains."""
     rest = values - basis @ (basis.T @ values)
-    # Rounding is nothing that is left.
     nothing = (rest @ rest) <= 1e-18 * (values @ values)
     return np.zeros_like(rest) if nothing else rest
 
@@ -343,12 +318,11 @@ def partial_rank_correlation(
     """Rank correlation of confusions with a similarity, beyond what a control explains of both.
 
     Confusions and similarity are ranked over the other classes within the row of each true class,
-    so that how often a class is mistaken at all plays no part; classes without errors are left
-    out. What the control's ranks (within the row, and a cubic in those over all pairs) explain is
-    taken away from both; the correlation is that of the rest. The p-value permutes the classes of
-    what the control does not explain of the similarity (a partial Mantel test on residuals). Where
-    a similarity nearly repeats its control, small p-values come somewhat too often (in simulations
-    with 20 classes, up to 10 % below 0.05).
+    so the number of a class's errors plays no part; classes without errors are left out. The part
+    that the control's ranks explain (within the row, and a cubic in those over all pairs) is taken
+    away from both; the correlation is that of the residuals. The p-value permutes the classes of
+    the similarity's residuals (a partial Mantel test). If a similarity nearly repeats its control,
+    small p-values come somewhat too often (in simulations with 20 classes, up to 10 % below 0.05).
 
     Args:
         confusion: (K, K), see :func:`error_ranks`.

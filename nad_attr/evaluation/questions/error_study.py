@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nad_attr.evaluation.questions.error_ranks import (
-    DECIMALS,
-    PartialCorrelation,
-    RankStatistics,
-)
+from nad_attr.evaluation.questions.error_ranks import DECIMALS, PartialCorrelation, RankStatistics
 from nad_attr.stats.p_values import least_p, permutation_p
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import number, pandas, table
+from nad_attr.stats.tables import FloatArray, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -25,8 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["ErrorStudy", "Voting"]
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -70,8 +64,8 @@ class ErrorStudy(Result):
         confusion: int64 (K, K), images of the row's class that were called the column's.
         similarity: What was compared: ``"kappa"``, ``"jaccard"``, ``"gates"`` or ``"given"``.
         similarities: float64 (K, K), the similarity of the sub-architectures.
-        ranks: Where errors stand by that similarity.
-        controls: ``{name: where errors stand by another similarity}``: the cosine of the rows of
+        ranks: Ranks of the errors by that similarity.
+        controls: ``{name: ranks by another similarity}``: the cosine of the rows of
             the classifier, the cosine of the class means of its input, and the overlap that random
             masks of the same sizes have. The fourth control, permuted labels, is in each
             statistic's ``permuted_hits`` and ``permuted_mrr``.
@@ -147,14 +141,13 @@ class ErrorStudy(Result):
             label = f"{name} ({self.similarity})" if ranks is self.ranks else name
             cells = [x for k in k_all for x in (number(ranks.hits[k]), number(ranks.hit_p[k]))]
             rows.append([label, *cells, number(ranks.mrr), number(ranks.mrr_p)])
-        permuted = [
-            x for k in k_all for x in (number(float(self.ranks.permuted_hits[k].mean())), "")
-        ]
-        rows.append(
-            ["permuted labels", *permuted, number(float(self.ranks.permuted_mrr.mean())), ""]
-        )
-        null = [x for k in k_all for x in (number(self.ranks.hit_null[k]), "")]
-        rows.append(["chance", *null, number(self.ranks.mrr_null), ""])
+        permuted = [self.ranks.permuted_hits[k].mean() for k in k_all]
+        null = [self.ranks.hit_null[k] for k in k_all]
+        for name, values in (
+            ("permuted labels", [*permuted, self.ranks.permuted_mrr.mean()]),
+            ("chance", [*null, self.ranks.mrr_null]),
+        ):
+            rows.append([name, *(x for value in values for x in (number(float(value)), ""))])
         n_draws = len(self.ranks.permuted_mrr)
         least = least_p(n_draws)
         lines = [
@@ -170,12 +163,9 @@ class ErrorStudy(Result):
             )
         lines += [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
         if self.voting is not None:
-            vote = self.voting
-            random = (
-                f", random channels {sum(vote.random) / len(vote.random):.3f}"
-                if vote.random
-                else ""
-            )
+            vote, random = self.voting, ""
+            if vote.random:
+                random = f", random channels {sum(vote.random) / len(vote.random):.3f}"
             lines.append(
                 f"voting: accuracy {vote.accuracy:.3f}, whole network {vote.whole:.3f}{random} "
                 f"({vote.n_images} images)"

@@ -1,13 +1,13 @@
 """Are images mistaken for classes whose sub-architecture is similar to the right one's?
 
-Every misclassified image, of class y and called y', is looked up: at what rank does y' stand among
-all wrong classes, ordered by how similar their sub-architectures are to that of y? Beside it stand
-what chance gives, and four controls that need no sub-architecture.
+For every misclassified image, of class y and called y', this finds the rank of y' among all wrong
+classes, ordered by how similar their sub-architectures are to that of y; beside it, the rank that
+chance gives, and four controls without sub-architectures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nad_attr._checks import GatingError, check_count
-from nad_attr.data.sources import Data, Draw, Inputs, Source, as_source
+from nad_attr.data.sources import ChosenSource, Data, Inputs, Source, as_source
 from nad_attr.evaluation.evaluating import random_architectures
 from nad_attr.evaluation.questions.error_ranks import (
     checked_similarity,
@@ -33,10 +33,10 @@ from nad_attr.running.forward import Runner, check_classes, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite, unwrap
 from nad_attr.stats.pairs import chance_overlaps, cosines, overlap_matrix
+from nad_attr.stats.tables import FloatArray
 
 __all__ = ["SIMILARITIES", "errors"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 Architectures: TypeAlias = "TaskGates | SubArchitecture | Sequence[SubArchitecture]"
 
 #: Similarities of two sub-architectures: overlaps of masks, or the cosine of soft gates.
@@ -46,18 +46,10 @@ SIMILARITIES = ("kappa", "jaccard", "gates")
 CLASSIFIER, FEATURES, SIZE = "classifier rows", "class-mean features", "mask size"
 
 
-# -- Similarities ------------------------------------------------------------------------------
-
-
 def similarity_of(
     architectures: Architectures, given: NamedArchitectures, similarity: Any
 ) -> tuple[str, FloatArray]:
-    """Name and (K, K) matrix of a similarity that is named or given.
-
-    Raises:
-        TypeError: If it is neither.
-        ValueError: If there is no such similarity, or the matrix does not fit.
-    """
+    """Name and (K, K) matrix of a similarity that is named or given."""
     if not isinstance(similarity, str):
         try:
             matrix = np.asarray(similarity, dtype=np.float64)
@@ -81,11 +73,7 @@ def similarity_of(
 
 
 def single_classes(given: NamedArchitectures) -> tuple[int, ...]:
-    """The tasks, each of which has to be one class.
-
-    Raises:
-        ValueError: If one is a group of classes.
-    """
+    """The tasks, each of which has to be one class."""
     for task in given.tasks:
         if not isinstance(task, int):
             raise ValueError(
@@ -93,27 +81,6 @@ def single_classes(given: NamedArchitectures) -> tuple[int, ...]:
                 "leave groups out."
             )
     return tuple(task for task in given.tasks if isinstance(task, int))
-
-
-# -- Running the network -----------------------------------------------------------------------
-
-
-class _Chosen:
-    """Some of the images of a source, numbered anew."""
-
-    def __init__(self, source: Source, numbers: Sequence[int]) -> None:
-        self.source, self.numbers = source, list(numbers)
-        self.labels = source.labels[self.numbers]
-        self.targets: Tensor | None = (
-            None if source.targets is None else source.targets[self.numbers]
-        )
-        self.augmented, self.fields = source.augmented, source.fields
-
-    def batches(self, draws: Iterable[Sequence[Draw]]) -> Iterator[Inputs]:
-        chosen = ([(self.numbers[i], s) for i, s in some] for some in draws)
-        for inputs in self.source.batches(chosen):
-            self.fields = self.source.fields
-            yield inputs
 
 
 def _classifier_of(
@@ -159,8 +126,8 @@ def _input_of(name: str, layer: nn.Linear) -> GateSite:
 class _ClassMeans:
     """Means of features over each class's images that the network gets right.
 
-    Not over those it gets wrong, which are what is to be explained; of a class without any right
-    one, over all of its images.
+    Its errors are left out because they are to be explained; a class without any right image has
+    the mean over all of its images.
     """
 
     def __init__(self, n_classes: int, n_features: int) -> None:
@@ -172,9 +139,7 @@ class _ClassMeans:
         values = features.detach().cpu().double()
         for part, some in enumerate((right, torch.ones_like(right))):
             self.total[part].index_add_(0, y[some], values[some])
-            self.count[part].index_add_(
-                0, y[some], torch.ones(int(some.sum()), device="cpu").double()
-            )
+            self.count[part] += y[some].bincount(minlength=self.count.shape[1])
 
     def means(self) -> FloatArray | None:
         """(K, F), or None if a class has no images."""
@@ -186,16 +151,12 @@ class _ClassMeans:
 
 
 def _clean_pass(
-    runner: Runner,
-    source: Source,
-    tasks: Sequence[int],
-    classifier: str | None,
+    runner: Runner, source: Source, tasks: Sequence[int], classifier: str | None
 ) -> tuple[NDArray[np.int64], dict[str, FloatArray], dict[str, str]]:
-    """The whole network's prediction for each image, and what the controls need.
+    """The whole network's class of each image, int64 (N,), and what the controls need.
 
-    Returns:
-        int64 (N,), the classes; ``{control: (K, ...)}``, one row per task to take the cosine of;
-        ``{control: why it is not there}``.
+    That is ``{control: (K, ...)}``, one row per task to take the cosine of, and ``{control: the
+    reason why it is not there}``.
     """
     (one,) = runner.draw(source, [[0]])
     n_classes = runner(one).shape[1]
@@ -241,25 +202,14 @@ def _share_right(logits: Tensor, y: Tensor) -> float:
 
 
 def _vote(
-    runner: Runner,
-    given: NamedArchitectures,
-    source: Source,
-    *,
-    n_random: int,
-    seed: int,
+    runner: Runner, given: NamedArchitectures, source: Source, *, n_random: int, seed: int
 ) -> Voting:
     archs = list(given.architectures)
     for draw in range(n_random):
         archs += random_architectures(given.architectures, draw=draw, seed=seed)
     with runner.bar(len(source.labels), "voting") as bar:
         said = answers(
-            runner,
-            archs,
-            source,
-            ablation=None,
-            bar=bar,
-            columns=given.tasks,
-            own_only=True,
+            runner, archs, source, ablation=None, bar=bar, columns=given.tasks, own_only=True
         )
     n = len(given.tasks)
     y = rows_of(source.labels, single_classes(given))
@@ -291,9 +241,9 @@ def errors(
 ) -> ErrorStudy:
     """Ask whether errors go to classes whose sub-architecture is similar to the right one's.
 
-    A classifier whose output weights for two classes are alike mistakes them for each other anyway,
-    and their sub-architectures may be alike for the same reason. So the same statistics are given
-    for controls, and :attr:`ErrorStudy.partial` says what the sub-architectures add to each.
+    A classifier with similar output weights for two classes mistakes them for each other anyway,
+    and their sub-architectures may be similar for the same reason. So controls get the same
+    statistics, and :attr:`ErrorStudy.partial` says what the sub-architectures add to each.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -348,7 +298,7 @@ def errors(
         raise ValueError(f"data holds no image of any of the tasks {list(tasks[:10])}.")
     chosen: Source = source
     if len(of_tasks) < len(source.labels):
-        chosen = _Chosen(source, of_tasks.tolist())
+        chosen = ChosenSource(source, of_tasks)
 
     with torch.no_grad():
         calls, rows, left_out = _clean_pass(runner, chosen, tasks, classifier)

@@ -18,8 +18,8 @@ from nad_attr.evaluation.rows import named_architectures
 from nad_attr.gating.hooks import gated
 from nad_attr.running.forward import Runner, check_classes
 from nad_attr.running.options import RunOptions
+from nad_attr.sites.site import GateSite
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import pandas
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -113,13 +113,8 @@ class ErrorExplanation(Result):
         """The explanation as plain text: the same as ``str``."""
         return str(self)
 
-    def frame(self) -> pd.DataFrame:
-        """One row per site: how many channels the two sub-architectures share, for pandas.
-
-        Raises:
-            ImportError: If pandas is not installed.
-        """
-        rows = [
+    def _records(self) -> list[dict[str, Any]]:
+        return [
             {
                 **{"site": site.name, "n_channels": site.n_channels},
                 **{part: len(getattr(site, part)) for part in _PARTS},
@@ -127,7 +122,14 @@ class ErrorExplanation(Result):
             }
             for site in self.sites
         ]
-        return pandas("ErrorExplanation.frame()").DataFrame(rows).set_index("site")
+
+    def frame(self) -> pd.DataFrame:
+        """One row per site: how many channels the two sub-architectures share, for pandas.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return super().frame().set_index("site")
 
     def plot(self, axes: Any = None) -> Figure:
         """Channels at each site that both sub-architectures keep, and that only one keeps.
@@ -261,29 +263,19 @@ def explain_error(
                 inside = runner(inputs)[0].cpu()
             logits[name] = float(inside[y]), float(inside[called])
     jaccards, kappas = right.overlaps(wrong), right.overlaps(wrong, chance_corrected=True)
-    shared, only_right, only_called = (
-        (right & wrong).kept,
-        (right - wrong).kept,
-        (wrong - right).kept,
-    )
-    sites = tuple(
-        SharedSite(
-            name=site.name,
-            n_channels=site.n_channels,
-            shared=tuple(shared[site.name].tolist()),
-            only_right=tuple(only_right[site.name].tolist()),
-            only_called=tuple(only_called[site.name].tolist()),
-            jaccard=jaccards[site.name],
-            kappa=kappas[site.name],
-        )
-        for site in given.sites
-    )
+    parts = [part.kept for part in (right & wrong, right - wrong, wrong - right)]
+
+    def shared_at(site: GateSite) -> SharedSite:
+        name, n = site.name, site.n_channels
+        shared, only_right, only_called = (tuple(kept[name].tolist()) for kept in parts)
+        return SharedSite(name, n, shared, only_right, only_called, jaccards[name], kappas[name])
+
     return ErrorExplanation(
         right=y,
         called=called,
         right_name=given.task_names[rows[0]],
         called_name=given.task_names[rows[1]],
-        sites=sites,
+        sites=tuple(map(shared_at, given.sites)),
         similarity=what,
         value=float(similarities[rows]),
         rank=rank_among_others(similarities, *rows),

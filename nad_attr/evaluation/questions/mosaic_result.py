@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from nad_attr.data.labels import Task
 from nad_attr.stats.bootstrap import bootstrap_means, check_interval, interval_of
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import number, pandas, table
+from nad_attr.stats.tables import FloatArray, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["MosaicResult"]
-
-FloatArray: TypeAlias = NDArray[np.float64]
 
 
 #: What :meth:`MosaicResult.mean` and :meth:`MosaicResult.interval` know: one number per site.
@@ -117,8 +115,8 @@ class MosaicResult(Result):
             level: Coverage.
             n_draws: Times that mosaics, or tasks, are drawn with replacement.
             seed: Of the draws; the global random state is not used.
-            over: ``"mosaics"``: how much hangs on which mosaics were made, the images and tasks
-                taken as given; ``"tasks"``: on which tasks were looked at (of their means).
+            over: ``"mosaics"``: over the mosaics that were made, for the given images and tasks;
+                ``"tasks"``: over the tasks (of their means).
 
         Returns:
             Lower and upper ends, (S,) each; NaN with fewer than two mosaics or tasks.
@@ -157,12 +155,12 @@ class MosaicResult(Result):
         return own / n, others / n, whole / n
 
     def by_task(self) -> dict[str, FloatArray]:
-        """Means over the quadrants in which each task stood, (T, S) each; NaN if in none.
+        """Means over the quadrants of each task, (T, S) each; NaN if in none.
 
         Returns:
             ``"hit"``: share of the highest positions in the task's quadrant, with its own gates;
             ``"others"``: with the gates of the other three tasks; ``"whole"``: without gates,
-            which says how much the task's images stand out to the network anyway; ``"difference"``
+            how much the task's images stand out to the network anyway; ``"difference"``
             and ``"gain"``: hit minus others, hit minus whole.
         """
         own, others, whole = self._by_task()
@@ -189,11 +187,7 @@ class MosaicResult(Result):
         }
         for measure in ("excess", "difference"):
             low, high = self.interval(measure)
-            columns |= {
-                measure: self.mean(measure),
-                f"{measure}_low": low,
-                f"{measure}_high": high,
-            }
+            columns |= {measure: self.mean(measure), f"{measure}_low": low, f"{measure}_high": high}
         return pd.DataFrame(columns, index=pd.Index(list(self.sites), name="site"))
 
     def summary(self) -> str:

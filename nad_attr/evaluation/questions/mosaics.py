@@ -1,16 +1,16 @@
 """Where: do the channels of a task look at the task's image, among four in one mosaic?
 
-Four images of four classes are put together in a 2x2 grid. At each gate site, the sub-architecture
-of one of the classes gives a map, the sum over channels of its gated activations; its hit is the
-share of the highest 10 % of positions that lie in the quadrant of the class. A map that does not
-depend on the class gives exactly 0.25 on average over the four quadrants.
+Four images of four classes form a 2x2 grid. At each gate site, the sub-architecture of one of the
+classes gives a map, the sum over channels of its gated activations; its hit is the share of the
+highest 10 % of positions that lie in the quadrant of the class. A map that does not depend on the
+class gives exactly 0.25 on average over the four quadrants.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,19 +31,14 @@ from nad_attr.gating.hooks import channel_shape, installed
 from nad_attr.running.forward import Runner, check_classes, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.tables import FloatArray
 from nad_attr.system.rng import seed_of
 
 __all__ = ["mosaics", "quadrant_shares"]
 
 
-FloatArray: TypeAlias = NDArray[np.float64]
-
-
 #: Maps that vary by less than this share of the activations that they sum are constant: rounding.
 ROUNDING = 1e-5
-
-
-# -- The measure -------------------------------------------------------------------------------
 
 
 def _halves(n: int) -> Tensor:
@@ -55,11 +50,10 @@ def _halves(n: int) -> Tensor:
 def quadrant_shares(maps: Tensor, *, top: float = 0.1) -> Tensor:
     """Share of the highest positions of a map that lies in each quadrant.
 
-    Safe against ties: positions that are equal at the threshold count by the share of them that is
-    still needed, which is the expected value over all ways to break the tie. A constant map gives
-    the quadrants' areas. The number of highest positions is ``top`` times all, of which the last
-    may be a part of one; a position on the line between quadrants counts by area. So the four
-    shares always sum to one.
+    Positions that are equal at the threshold count by the share of them that is still needed: the
+    expected value over all ways to break the tie. A constant map gives the quadrants' areas. The
+    number of highest positions is ``top`` times all, whole or not; a position on the line between
+    quadrants counts by area. So the four shares always sum to one.
 
     Args:
         maps: Real numbers (..., H, W), higher counts first.
@@ -131,7 +125,7 @@ class _Maps(Rows):
         dim, _ = channel_shape(site, tensor)
         shape = tensor.shape[:dim] + tensor.shape[dim + 1 :]
         if site.name not in self.grids and site.name not in self.left_out:
-            grid, reason = grid_of(site, shape, self.aspect, self.prefix)
+            grid, reason = grid_of(shape, self.aspect, self.prefix)
             if grid is None:
                 self.left_out[site.name] = reason
             else:
@@ -160,23 +154,13 @@ class _Maps(Rows):
         return quadrant_shares(maps, top=self.top).cpu()
 
 
-# -- Running the network -----------------------------------------------------------------------
-
-
 def choose(
     labels: Tensor, tasks: Sequence[Task], n: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose tasks and images of each mosaic: a function of the seed and the mosaic's number.
 
-    Args:
-        labels: Class of each image, (N,).
-        tasks: Of which four make a mosaic; those without images are passed over.
-        n: Number of mosaics.
-        seed: Of the choice.
-
-    Returns:
-        Rows of ``tasks`` and numbers of images, int64 (n, 4) each: top left, top right, bottom
-        left, bottom right.
+    They are rows of ``tasks`` and numbers of images, int64 (n, 4) each: top left, top right, bottom
+    left, bottom right. Tasks without images are passed over.
 
     Raises:
         ValueError: If tasks share a class, or fewer than four have images.
@@ -208,15 +192,10 @@ def choose(
 
 
 def assemble(images: Tensor, resize: bool) -> Tensor:
-    """Put each four images together in a 2x2 grid.
+    """Put each four of images (4 B, C, H, W) together in a grid (B, C, 2 H, 2 W).
 
-    Args:
-        images: (4 B, C, H, W); four in a row are one mosaic: top left, top right, bottom left,
-            bottom right.
-        resize: Make mosaics as large as an image, by antialiased bilinear interpolation.
-
-    Returns:
-        (B, C, H, W), or (B, C, 2 H, 2 W) without resizing.
+    The order is top left, top right, bottom left, bottom right; ``resize`` makes mosaics as large
+    as an image, by antialiased bilinear interpolation.
 
     Example:
         >>> assemble(torch.arange(4.0).reshape(4, 1, 1, 1), resize=False)
@@ -251,11 +230,9 @@ def mosaics(
 
     Each mosaic holds images of four tasks, and runs through the sub-architectures of these four
     and through the whole network. The map of a site is the sum over channels of the gated
-    activation inside the sub-architecture, so that a map deep in the network is made of what the
-    gates before it let through. Closed channels add nothing to a map, also where a mean stands in
-    for them. A position of the map stands for the part of the image at the same place.
-
-    The images of a mosaic, and where they stand, depend on ``seed`` and the mosaic's number alone.
+    activation inside the sub-architecture, behind all gates before it. Closed channels add nothing
+    to a map, also if a mean replaces them. A position of the map belongs to the part of the image
+    at the same place. A mosaic's images and their order depend on ``seed`` and its number alone.
 
     Args:
         model: The network, in eval mode; unchanged afterwards.
@@ -305,10 +282,9 @@ def mosaics(
     runner = Runner(model, run)
     source = as_source(data)
     chosen, images = choose(source.labels, given.tasks, n, seed)
-    # A row like the others, all of whose gates are open; which task it says plays no part.
-    whole = SubArchitecture(
-        SubArchitecture.full(given.sites).masks, given.sites, task=given.tasks[0]
-    )
+    # The whole network as one more row; its task has no effect.
+    full = SubArchitecture.full(given.sites).masks
+    whole = SubArchitecture(full, given.sites, task=given.tasks[0])
     (one,) = runner.draw(source, [[int(images[0, 0])]])
     height, width = only_images(one).shape[-2:]
     maps = _Maps(
@@ -320,20 +296,13 @@ def mosaics(
         top=top,
     )
     # The sub-architectures of the four quadrants, and the whole network.
-    rows = torch.cat(
-        [
-            torch.from_numpy(chosen),
-            torch.full((n, 1), len(given.tasks), dtype=torch.long, device="cpu"),
-        ],
-        dim=1,
-    )
+    rows = torch.nn.functional.pad(torch.from_numpy(chosen), (0, 1), value=len(given.tasks))
     shares = _run(runner, maps, source, images, rows, given, resize)
     names = tuple(site.name for site in given.sites if site.name in maps.grids)
-    depths = np.linspace(0, 1, len(given.sites)) if len(given.sites) > 1 else np.zeros(1)
     kept = [i for i, site in enumerate(given.sites) if site.name in maps.grids]
     return MosaicResult(
         sites=names,
-        depths=depths[kept],
+        depths=np.linspace(0, 1, len(given.sites))[kept],
         grids={name: (maps.grids[name].height, maps.grids[name].width) for name in names},
         left_out=dict(maps.left_out),
         tasks=given.tasks,

@@ -1,17 +1,17 @@
-"""Keep and ablate curves: what the top channels do alone, and what is left without them.
+"""Keep and ablate curves: the top channels alone, and the network without them.
 
-S(p) keeps the top share p of the channels, N(p) removes it. A ranking that puts what a task needs
-first has S high and N low from small p on: delta is the area between the two.
+S(p) keeps the top share p of the channels, N(p) removes it. A good ranking has S high and N low
+from small p on: delta is the area between the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import nn
 
 from nad_attr.data.labels import Task
@@ -32,7 +32,7 @@ from nad_attr.running.options import RunOptions
 from nad_attr.scoring.rankings import SIZES, Ranking, Ranks, as_ranking, check_sizes
 from nad_attr.sites.site import GateSite
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import intervals, nan_mean, number, pandas, table
+from nad_attr.stats.tables import FloatArray, intervals, nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ __all__ = [
     "faithfulness",
 ]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 #: What :meth:`Curves.values` knows: two measured curves, and the same two on a common scale.
 KINDS = ("keep", "ablate", "faithfulness", "completeness")
@@ -59,9 +58,6 @@ MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 #: A measure that differs by less between the whole and the empty network is the same for both.
 MIN_DIFFERENCE = 1e-9
-
-
-# -- Pure functions ----------------------------------------------------------------------------
 
 
 def area_under(sizes: ArrayLike, values: ArrayLike) -> FloatArray:
@@ -94,8 +90,8 @@ def area_under(sizes: ArrayLike, values: ArrayLike) -> FloatArray:
 def faithfulness(values: ArrayLike, empty: ArrayLike, full: ArrayLike) -> FloatArray:
     """Normalised faithfulness ``F = (M(g) - M(empty)) / (M(full) - M(empty))``.
 
-    0: no better than a network with all channels closed; 1: as good as the whole network. Works as
-    well for measures where less is better.
+    0: no better than a network with all channels closed; 1: as good as the whole network. Also for
+    measures of which less is better.
 
     Args:
         values: M of the sub-architectures.
@@ -151,10 +147,10 @@ def circuit_areas(sizes: ArrayLike, faithful: ArrayLike) -> tuple[FloatArray, Fl
 
 
 def completeness(complement: ArrayLike, empty: ArrayLike, full: ArrayLike) -> FloatArray:
-    """Completeness ``1 - F(complement)``: 1 if nothing of the task is left without the channels.
+    """Completeness ``1 - F(complement)``: 1 if without the channels nothing of the task is left.
 
     Args:
-        complement: M of what is left when the sub-architecture's channels are removed.
+        complement: M of the network without the sub-architecture's channels.
         empty: M with all channels closed; broadcasts.
         full: M of the whole network; broadcasts.
 
@@ -166,9 +162,6 @@ def completeness(complement: ArrayLike, empty: ArrayLike, full: ArrayLike) -> Fl
         [1.0, 0.2]
     """
     return np.asarray(1 - faithfulness(complement, empty, full))
-
-
-# -- The result --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -187,7 +180,7 @@ class Curves(Result):
             channels, at least one.
         requested: S sizes as asked for.
         per_site: The share is kept (removed) at each site, not of all channels together.
-        ablation: What stands in place of closed channels.
+        ablation: What replaces closed channels.
         fitted_on: With "optimal": how many images the constants were fitted on, if known.
         keep: ``{measure: (T, S)}``, the top channels alone.
         ablate: ``{measure: (T, S)}``, the network without them.
@@ -222,8 +215,7 @@ class Curves(Result):
 
         Args:
             kind: ``"keep"``: the measure of S(p); ``"ablate"``: of N(p); ``"faithfulness"``:
-                :func:`faithfulness` of S(p); ``"completeness"``: of S(p), whose complement is
-                N(p).
+                :func:`faithfulness` of S(p); ``"completeness"``: of S(p), whose complement is N(p).
             measure: One of ``measures``.
 
         Raises:
@@ -239,10 +231,7 @@ class Curves(Result):
         return scaled(measured, self.empty[measure][:, None], self.full[measure][:, None])
 
     def ends(self, kind: str = "keep", measure: str | None = None) -> tuple[FloatArray, FloatArray]:
-        """The curve's ends at size 0 and size 1, (T,) each, which need no measurement.
-
-        Nothing kept is the empty network, nothing removed the whole one.
-        """
+        """The curve's ends at size 0 and size 1, (T,) each: the empty and the whole network."""
         measure = self._measure(measure)
         self.values(kind, measure)
         low, high = self.empty[measure], self.full[measure]
@@ -252,15 +241,19 @@ class Curves(Result):
             return high.copy(), low.copy()
         return faithfulness(low, low, high), faithfulness(high, low, high)
 
+    def with_ends(self, kind: str, measure: str | None = None) -> tuple[FloatArray, FloatArray]:
+        """The sizes from 0 to 1, (S + 2,), and the curve with its ends, (T, S + 2)."""
+        first, last = self.ends(kind, measure)
+        values = np.concatenate([first[:, None], self.values(kind, measure), last[:, None]], axis=1)
+        return np.concatenate([[0.0], self.sizes, [1.0]]), values
+
     def area(self, kind: str = "keep", measure: str | None = None) -> FloatArray:
         """Area under a curve from size 0 to size 1 (:func:`area_under`), (T,).
 
         Raises:
             ValueError: If there is no such curve or measure.
         """
-        first, last = self.ends(kind, measure)
-        values = np.concatenate([first[:, None], self.values(kind, measure), last[:, None]], axis=1)
-        return area_under(np.concatenate([[0.0], self.sizes, [1.0]]), values)
+        return area_under(*self.with_ends(kind, measure))
 
     def delta(self, measure: str | None = None) -> FloatArray:
         """Area under S minus area under N, (T,).
@@ -312,12 +305,7 @@ class Curves(Result):
         return intervals(self.values(kind, measure), level, n_draws, seed)
 
     def delta_interval(
-        self,
-        measure: str | None = None,
-        *,
-        level: float = 0.95,
-        n_draws: int = 2000,
-        seed: int = 0,
+        self, measure: str | None = None, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
     ) -> tuple[float, float]:
         """Bootstrap interval of the mean :meth:`delta` over tasks; see :meth:`interval`."""
         low, high = intervals(self.delta(measure), level, n_draws, seed)
@@ -342,13 +330,8 @@ class Curves(Result):
                 "curve": kind,
                 "size": np.tile(np.concatenate([[0.0], self.sizes, [1.0]]), n_tasks),
             }
-            for measure in self.measures:
-                first, last = self.ends(kind, measure)
-                inner = self.values(kind, measure)
-                columns[measure] = np.concatenate(
-                    [first[:, None], inner, last[:, None]], axis=1
-                ).ravel()
-            parts.append(pd.DataFrame(columns))
+            measured = {m: self.with_ends(kind, m)[1].ravel() for m in self.measures}
+            parts.append(pd.DataFrame(columns | measured))
         return pd.concat(parts, ignore_index=True)
 
     _AXES: ClassVar[Mapping[str, str]] = {
@@ -357,24 +340,18 @@ class Curves(Result):
     }
 
     def _derived(self) -> dict[str, Any]:
-        delta = {
-            measure: {
-                "mean": nan_mean(self.delta(measure)),
-                "interval_95": self.delta_interval(measure),
-                "tasks": self.delta(measure),
-            }
-            for measure in self.measures
-        }
-        scaled = ("faithfulness", "completeness")
-        more = {}
+        found: dict[str, Any] = {"delta": {}}
+        for m in self.measures:
+            each = self.delta(m)
+            row = {"mean": nan_mean(each), "interval_95": self.delta_interval(m), "tasks": each}
+            found["delta"][m] = row
         if self.requested == MIB_SIZES:
             areas = {m: self.circuit_areas(m) for m in self.measures}
-            more = {n: {m: a[i] for m, a in areas.items()} for i, n in enumerate(("cpr", "cmd"))}
-        return {
-            "delta": delta,
-            **more,
-            **{kind: {m: self.values(kind, m) for m in self.measures} for kind in scaled},
-        }
+            for i, name in enumerate(("cpr", "cmd")):
+                found[name] = {m: area[i] for m, area in areas.items()}
+        for kind in ("faithfulness", "completeness"):
+            found[kind] = {m: self.values(kind, m) for m in self.measures}
+        return found
 
     def summary(self, measure: str | None = None) -> str:
         """A table as plain text: the mean curves with their 95 % intervals, and delta."""
@@ -442,9 +419,6 @@ def closed_at(ablation: Ablation | None, ranking: Ranking) -> str:
     return "mean" if ranking.closes_at_means else "zero"
 
 
-# -- Measuring ---------------------------------------------------------------------------------
-
-
 def curves(
     model: nn.Module,
     scores_or_gates: Ranks,
@@ -480,16 +454,15 @@ def curves(
         sizes: Shares of the channels, in (0, 1].
         measure: The measure that is shown where none is named; all are measured.
         per_site: Keep (remove) this share at each site, rather than of all channels together.
-        ablation: What stands in place of closed channels: one of
+        ablation: What replaces closed channels: an ablation of
             :func:`nad_attr.evaluation.fit_ablation`, or the name of a kind (``"zero"``, ``"mean"``,
-            ``"other_mean"``, ``"resample"``, ``"noise"``), fitted to ``train_data``. "optimal":
-            for each size and task the constants that keep the task output best, of the kept
-            channels and of the removed alike (:func:`nad_attr.fit_constants`, with the gates' own
-            recipe); those that gates were learned with stay. None: what the gates were learned
-            with, zero for scores.
+            ``"other_mean"``, ``"resample"``, ``"noise"``), fitted to ``train_data``. "optimal": for
+            each size and task the constants that keep the task output best, of kept and of removed
+            channels alike (:func:`nad_attr.fit_constants`, with the gates' own recipe); those that
+            gates were learned with stay. None: what the gates were learned with, zero for scores.
         train_data: Images to fit a named ablation to, other than ``data``.
-        others: Measure the outputs of the other tasks as well: other AUC and disentanglement.
-            Without, T times fewer answers have to be kept.
+        others: Measure the outputs of the other tasks as well (other AUC, disentanglement), which
+            keeps T times more answers.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
@@ -520,23 +493,15 @@ def curves(
     if lacking := ranking.missing(shares):
         raise ValueError(lacking)
     optimal = ablation == OPTIMAL
-    prepared = fitted(
-        model, ranking.sites, ranking.tasks, None if optimal else ablation, train_data, run
-    )
+    kind = None if optimal else ablation
+    prepared = fitted(model, ranking.sites, ranking.tasks, kind, train_data, run)
     kept = [ranking.sub_architectures(share, per_site=per_site) for share in shares]
     groups: list[list[SubArchitecture]] = [[arch & ~arch for arch in kept[0]]]
     groups += [group for archs in kept for group in (archs, [~arch for arch in archs])]
     if optimal:
         known = [False, *(k for share in shares for k in (ranking.has_constants(share), False))]
         groups = own_constants(model, groups, train_data, known, recipe_of(scores_or_gates), run)
-    grid = measure_grid(
-        model,
-        groups,
-        data,
-        ablation=prepared,
-        others=others,
-        run=run,
-    )
+    grid = measure_grid(model, groups, data, ablation=prepared, others=others, run=run)
     return Curves(
         tasks=ranking.tasks,
         task_names=ranking.task_names,

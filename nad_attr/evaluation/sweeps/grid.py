@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nad_attr.data.labels import Task, other_images, own_images, tasks_in
+from nad_attr.data.labels import Task, other_images, own_images
 from nad_attr.data.sources import Data, as_source
 from nad_attr.evaluation.ablation import ABLATIONS, Ablation, as_ablation, fit_ablation
-from nad_attr.evaluation.measures import among, auc, constant_up_to_rounding, fidelity, share_of
-from nad_attr.evaluation.responses import Responses, answers, as_architectures, progress_bar
+from nad_attr.evaluation.measures import among, auc, constant_up_to_rounding, measures_of_rows
+from nad_attr.evaluation.responses import (
+    Responses,
+    answers,
+    as_architectures,
+    check_own,
+    progress_bar,
+)
 from nad_attr.gates.recipe import PaperRecipe, Recipe
 from nad_attr.gates.sub_architecture import SubArchitecture
 from nad_attr.gates.task_gates import TaskGates
@@ -26,10 +28,10 @@ from nad_attr.learning.session import fit_constants
 from nad_attr.running.forward import Runner, chunks
 from nad_attr.running.options import RunOptions
 from nad_attr.sites.site import GateSite
+from nad_attr.stats.tables import FloatArray
 
 __all__ = ["GRID_MEASURES", "Grid", "fitted", "measure_grid"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
 #: What is measured at every size, as in :class:`nad_attr.evaluation.Evaluation`.
 GRID_MEASURES = (
@@ -45,7 +47,7 @@ GRID_MEASURES = (
     "other_accuracy",
 )
 
-#: Bytes of answers that are kept at once where nothing is said.
+#: Bytes of answers that are kept at once if the options give no limit.
 GRID_BYTES = 2**28
 
 #: Those that need the outputs of the other tasks as well.
@@ -53,17 +55,13 @@ OF_OTHERS = ("other_auc", "disentanglement")
 
 
 def check_measure(name: Any, known: Collection[str] = GRID_MEASURES) -> str:
-    """A measure's name.
-
-    Raises:
-        ValueError: If there is no such measure.
-    """
+    """A measure's name; a ValueError if there is no such measure."""
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"no measure {name!r}; there are {', '.join(known)}.")
     return name
 
 
-#: The ablation value that is fitted to each sub-architecture by itself.
+#: The ablation value that is fitted to each sub-architecture.
 OPTIMAL = "optimal"
 
 
@@ -93,16 +91,8 @@ def own_constants(
 ) -> list[list[SubArchitecture]]:
     """Each sub-architecture with the constants that keep its task output best.
 
-    Args:
-        model: The network.
-        groups: T sub-architectures each, of the same tasks in the same order.
-        train_data: Images to fit to.
-        known: Which groups have them already.
-        recipe: How long to fit; None: as the default recipe.
-        run: How to run the network.
-
-    Raises:
-        ValueError: If there are no images to fit to.
+    The G groups are T sub-architectures each, of the same tasks in the same order; those that are
+    ``known`` have their constants already.
     """
     if train_data is None:
         raise ValueError(
@@ -171,52 +161,25 @@ def _measured(
     columns: Sequence[int],
     responses: Responses,
 ) -> dict[str, FloatArray]:
-    """All measures of R rows.
+    """All measures of R rows, each of a task (``columns``: numbers among the J tasks).
 
-    Args:
-        outputs: (R, N, J) task outputs; with J = 0, measures of other tasks are left out.
-        explained: (R, N), each row's own task output.
-        margins: (R, N).
-        calls: int (R, N), classes that are called.
-        own: bool (J, N), the tasks' own images.
-        known: bool (J, N), their own and other images.
-        of_targets: Whether the images have targets, of which there are no AUCs.
-        columns: R numbers, each row's task among the J.
-        responses: Labels and whole network, to which fidelity and rounding refer.
+    Outputs are (R, N, J), with J = 0 if other tasks are not measured; ``explained``, each row's own
+    output, margins and calls (R, N); ``own`` and ``known`` bool (J, N). Fidelity and rounding refer
+    to the whole network's ``responses``.
     """
     at = list(columns)
-    labels, clean = responses.labels, responses.whole.T
+    clean = responses.whole.T
     mine, counts, whole = own[at], known[at], clean[at]
-    rest = counts & ~mine
     level = constant_up_to_rounding(explained, whole)
-    clean_margin = responses.whole_margin.T[at]
-    # With no other class at all the margin is infinite for every image, and says nothing.
-    margin_known = torch.isfinite(margins).any(-1)
-    if labels.ndim == 1:
-        tasks = [responses.columns[column] for column in at]
-        called = torch.stack(
-            [own_images(call, [task])[0] for call, task in zip(calls, tasks, strict=True)]
-        )
-        right = share_of(calls == labels, rest)
-        margin_auc = auc(constant_up_to_rounding(margins, clean_margin), mine)
-        margin_auc = torch.where(margin_known, margin_auc, torch.nan)
-    else:
-        called = margins > 0
-        right = margin_auc = torch.full((len(at),), torch.nan, dtype=torch.float64, device="cpu")
-    recall, fpr = share_of(called, mine), share_of(called, rest)
+    tasks = [responses.columns[column] for column in at]
+    labels, whole_margins = responses.labels, responses.whole_margin.T[at]
+    found = measures_of_rows(
+        tasks, level, whole, margins, whole_margins, calls, labels, mine, counts, of_targets
+    )
+    result = {name: _array(values) for name, values in found.items()}
     own_auc = among(counts, auc, level, mine)
-    if of_targets:
-        recall = fpr = own_auc = torch.full_like(own_auc, torch.nan)
-    result = {
-        "own_auc": _array(own_auc),
-        "fidelity": _array(among(counts, fidelity, whole, level, mine)),
-        "rank_fidelity": _array(among(counts, partial(fidelity, ranks=True), whole, level, mine)),
-        "margin_auc": _array(margin_auc),
-        "recall": _array(recall),
-        "fpr": _array(fpr),
-        "ba": _array((recall + 1 - fpr) / 2),
-        "other_accuracy": _array(right),
-    }
+    result["own_auc"] = np.full(len(at), np.nan) if of_targets else _array(own_auc)
+    result["ba"] = (result["recall"] + 1 - result["fpr"]) / 2
     if outputs.shape[-1]:
         others = []
         # One row at a time: the ranks of a whole (R, J, N) array would fill the memory.
@@ -243,27 +206,16 @@ def measure_grid(
 ) -> Grid:
     """The measures of :func:`nad_attr.evaluation.evaluate` for many groups at once.
 
-    Args:
-        model: The network, in eval mode; unchanged afterwards.
-        groups: G times T sub-architectures, all of the same sites and the same T tasks in the
-            same order.
-        data: As in :func:`nad_attr.evaluation.evaluate`.
-        ablation: As in :func:`nad_attr.evaluation.sweep`.
-        others: Measure the outputs of the other tasks as well.
-        run: How to run the network; see :class:`nad_attr.RunOptions`.
-
-    Returns:
-        The measures, a function of the sub-architectures and the images alone: not of
-        ``run.memory_limit`` or the other groups.
+    The G groups are T sub-architectures each, all of the same sites and of the same tasks in the
+    same order. With ``others``, the outputs of the other tasks are measured as well. The result is
+    a function of the sub-architectures and the images alone: not of ``run.memory_limit`` or the
+    other groups.
 
     Raises:
-        GatingError: If a site does not fire, fires twice or has another shape.
-        SiteError: If the network has no such site.
-        TypeError: If an argument is of a wrong kind.
-        ValueError: If the network is in train mode, groups do not fit, no task has own images,
-            labels or tasks are not a class of the network, or inputs or outputs hold NaN.
+        GatingError, SiteError, TypeError, ValueError: As :func:`nad_attr.evaluation.evaluate`.
 
     Example:
+        >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Identity()).eval()
         >>> data = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
         >>> keeps = [SubArchitecture.from_kept({"0": [0]}, [GateSite("0", 2, 1)], task=0)]
@@ -279,7 +231,7 @@ def measure_grid(
     source = as_source(data, any_labels=True)
     runner.fit(source)
     own = own_images(source.labels, tasks)
-    _check_own(own, tasks, source.labels)
+    check_own(own, tasks, source.labels, stacklevel=3)
     known, of_targets = own | other_images(source.labels, tasks), source.targets is not None
 
     n = len(source.labels)
@@ -330,21 +282,6 @@ def measure_grid(
 def _task(arch: SubArchitecture) -> Task:
     assert arch.task is not None  # as_architectures has refused those without
     return arch.task
-
-
-def _check_own(own: Tensor, tasks: Sequence[Task], labels: Tensor) -> None:
-    has = own.any(-1).tolist()
-    if not any(has):
-        raise ValueError(
-            f"data holds no image of any of the tasks {list(tasks[:10])}; its labels are "
-            f"{tasks_in(labels)[:10]}."
-        )
-    missing = [task for task, known in zip(tasks, has, strict=True) if not known]
-    if missing:
-        warnings.warn(
-            f"data holds no image of task(s) {missing[:10]}: their measures are NaN.",
-            stacklevel=4,
-        )
 
 
 def _whole(

@@ -1,8 +1,8 @@
 """Can a network be divided? Every measure at every size, method by method.
 
-The paper's first question. A network is divided if a small part of it does for its task what the
-whole network does (own AUC, fidelity), says nothing about the others (other AUC), and if learned
-gates find such a part where simpler rankings and random channels of the same size do not.
+This is the paper's first question. A network is divided if a small part of it does for its task
+what the whole network does (own AUC, fidelity), says nothing about the others (other AUC), and if
+learned gates find such a part where simpler rankings and random channels of the same size do not.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from nad_attr._checks import check_count, check_mapping
@@ -48,7 +47,7 @@ from nad_attr.sites.site import GateSite
 from nad_attr.stats.measure_table import MEASURE_TABLE, p_against
 from nad_attr.stats.p_values import least_p
 from nad_attr.stats.results import Result
-from nad_attr.stats.tables import intervals, nan_mean, number, pandas, table
+from nad_attr.stats.tables import FloatArray, intervals, nan_mean, number, pandas, table
 from nad_attr.system.safe_text import shown
 
 if TYPE_CHECKING:
@@ -57,9 +56,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SizeSweep", "size_sweep"]
 
-FloatArray: TypeAlias = NDArray[np.float64]
 
-#: How random channels are called among the methods.
+#: The name of random channels among the methods.
 RANDOM = "random"
 
 #: What the figure shows, a panel each.
@@ -88,7 +86,7 @@ class SizeSweep(Result):
         sizes: (S,), share of the channels that is really kept: budgets are whole channels.
         requested: S sizes as asked for.
         per_site: The share is kept at each site, not of all channels together.
-        ablation: What stands in place of closed channels.
+        ablation: What replaces closed channels.
         fitted_on: With "optimal": how many images the constants were fitted on, if known.
         methods: Names of the M methods, baselines last.
         baselines: Which of them are baselines.
@@ -144,13 +142,7 @@ class SizeSweep(Result):
         return nan_mean(self.values(method, measure).T)
 
     def interval(
-        self,
-        method: str,
-        measure: str,
-        *,
-        level: float = 0.95,
-        n_draws: int = 2000,
-        seed: int = 0,
+        self, method: str, measure: str, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
     ) -> tuple[FloatArray, FloatArray]:
         """Bootstrap interval of the mean over tasks, (S,) each; NaN with less than two tasks.
 
@@ -178,8 +170,8 @@ class SizeSweep(Result):
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Mean over tasks of method minus rival, task by task, with its bootstrap interval.
 
-        What makes a task hard drops out. An interval above 0 (below 0 for measures of which less
-        is better) says that the method wins beyond chance in which tasks there are.
+        An interval above 0 (below 0 for measures of which less is better) says that the method
+        wins by more than the choice of tasks explains.
 
         Args:
             method: One of ``methods``, or ``"random"``.
@@ -360,9 +352,6 @@ class SizeSweep(Result):
         )
 
 
-# -- Measuring ---------------------------------------------------------------------------------
-
-
 def _gates_of(ranks: object) -> TaskGates | None:
     """The task gates, or the first of them where there are some for each size."""
     if isinstance(ranks, Mapping) and ranks:
@@ -370,16 +359,12 @@ def _gates_of(ranks: object) -> TaskGates | None:
     return ranks if isinstance(ranks, TaskGates) else None
 
 
-def _standard(
-    model: nn.Module, sites: Sequence[GateSite], methods: Mapping[str, object]
-) -> dict[str, Ranks | ChannelScorer]:
-    """The default baselines; a method of the same name replaces one."""
-    scorers: dict[str, Callable[..., ChannelScorer]] = {
-        "energy": EnergyScorer,
-        "Taylor": TaylorScorer,
-        "NeuronMCT": NeuronMCTScorer,
-    }
-    return {name: make(model, sites) for name, make in scorers.items() if name not in methods}
+#: The default baselines; a method of the same name replaces one.
+_STANDARD: Mapping[str, Callable[..., ChannelScorer]] = {
+    "energy": EnergyScorer,
+    "Taylor": TaylorScorer,
+    "NeuronMCT": NeuronMCTScorer,
+}
 
 
 def size_sweep(
@@ -415,26 +400,22 @@ def size_sweep(
         data: Held-out images, that nothing was learned on: ``(inputs, labels)`` tensors, a Dataset
             of (input, label) or a DataLoader.
         train_data: Images for scorers and for a named ablation.
-        baselines: Methods to hold the others against, in the same forms. None: energy, Taylor and
-            NeuronMCT over own images, if there is ``train_data``; ``{}``: none.
+        baselines: Methods to compare with, in the same forms. None: energy, Taylor and NeuronMCT
+            over own images, if there is ``train_data``; ``{}``: none.
         sites: Gate sites in forward order. None: those of the first task gates.
         tasks: The T tasks, in the order of scores' rows. None: those of the first task gates.
         task_names: T names, for display.
         sizes: Shares of the channels, in (0, 1].
         per_site: Keep this share at each site, rather than of all channels together.
-        ablation: What stands in place of closed channels: one of
-            :func:`nad_attr.evaluation.fit_ablation`, or the name of a kind (``"zero"``, ``"mean"``,
-            ``"other_mean"``, ``"resample"``, ``"noise"``), fitted to ``train_data``. "optimal":
-            for each method, size and task the constants that keep the task output best, fitted to
-            ``train_data`` with as many images and passes as the first task gates' recipe says
-            (:func:`nad_attr.fit_constants`; random orders get theirs as well); those that gates
-            were learned with stay. None: what the first task gates were learned with, also for
-            scores; zero without gates. Gates keep constants of their own then, and a warning says
-            so where others have none.
+        ablation: What replaces closed channels, as in :func:`nad_attr.evaluation.curves`.
+            "optimal" fits constants for each method, size and task, and for random orders, with as
+            many images and passes as the first task gates' recipe says. None: what the first task
+            gates were learned with, also for scores; zero without gates. Gates keep constants of
+            their own then, and a warning says so if others have none.
         n_random: Random orders of the channels, for p-values: n give p = 1 / (n + 1) at best.
         seed: Of the random orders.
-        others: Measure the outputs of the other tasks as well: other AUC and disentanglement.
-            Without, T times fewer answers have to be kept.
+        others: Measure the outputs of the other tasks as well (other AUC, disentanglement), which
+            keeps T times more answers.
         run: How to run the network; see :class:`nad_attr.RunOptions`.
 
     Returns:
@@ -476,7 +457,10 @@ def size_sweep(
             "scores and scorers need sites= and tasks=, unless one of the methods is task gates."
         )
     if baselines is None:
-        baselines = {} if train_data is None else _standard(model, sites, methods)
+        standard = {} if train_data is None else _STANDARD
+        baselines = {
+            name: new(model, sites) for name, new in standard.items() if name not in methods
+        }
     check_mapping(baselines, "baselines")
     named: dict[str, Ranks | ChannelScorer] = {**methods, **baselines}
     for name in named:
@@ -488,7 +472,7 @@ def size_sweep(
     if scoring and train_data is None:
         raise ValueError(f"{scoring[0]!r} is a scorer: it needs train_data=, images to score on.")
 
-    # What is given is checked before any network is run for what has to be found.
+    # Everything given is checked before any network runs.
     found = {
         name: as_ranking(ranks, sites=sites, tasks=tasks, task_names=task_names, what=repr(name))
         for name, ranks in named.items()
@@ -533,14 +517,7 @@ def size_sweep(
     if optimal:
         recipe = recipe_of(named[gated[0]]) if gated else None
         groups = own_constants(model, groups, train_data, known, recipe, run)
-    grid = measure_grid(
-        model,
-        groups,
-        data,
-        ablation=prepared,
-        others=others,
-        run=run,
-    )
+    grid = measure_grid(model, groups, data, ablation=prepared, others=others, run=run)
     n, n_named = len(shares), len(named)
     blocks = {
         measure: values.reshape(n_named + n_random, n, len(like.tasks))

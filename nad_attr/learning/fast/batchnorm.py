@@ -40,9 +40,7 @@ class _Scaled(torch.autograd.Function):
 
 
 @contextmanager
-def lean_batchnorm(
-    model: nn.Module, scales: dict[nn.Module, Tensor] | None = None
-) -> Iterator[None]:
+def lean_batchnorm(model: nn.Module) -> Iterator[None]:
     """Let frozen BatchNorm layers in eval mode keep nothing for the backward pass.
 
     Outputs stay the same bit for bit, gradients up to rounding; only first derivatives with
@@ -52,8 +50,6 @@ def lean_batchnorm(
 
     Args:
         model: The network.
-        scales: Where the layers' constants are kept from one use to the next, as long as the
-            network does not change; None: they are computed anew.
 
     Example:
         >>> net = nn.BatchNorm2d(2).eval().requires_grad_(False)
@@ -65,20 +61,16 @@ def lean_batchnorm(
         >>> torch.autograd.grad(y.sum(), x)[0].flatten()
         tensor([0.5, 0.5])
     """
-    known = {} if scales is None else scales
 
     def ready(module: nn.Module, x: Tensor) -> bool:
         return not module.training and module.running_var is not None
 
     def attach(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         assert isinstance(module, _KINDS)
-        scale = known.get(module)
-        if scale is None:
-            assert module.running_var is not None
-            scale = (module.running_var.detach() + module.eps).rsqrt()
-            if module.weight is not None:
-                scale = scale * module.weight.detach()
-            known[module] = scale
+        assert module.running_var is not None
+        scale = (module.running_var.detach() + module.eps).rsqrt()
+        if module.weight is not None:
+            scale = scale * module.weight.detach()
         result: Tensor = _Scaled.apply(x, output, scale)
         return result
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nad_attr.learning.fast.folding import fold, found_pairs
-from nad_attr.learning.fast.pooling import MaxPool2d
+from nad_attr.learning.fast.pooling import MaxPool2d, is_leaner
 from nad_attr.sites.tracing import is_compiled
 
 __all__ = ["light_copy"]
@@ -33,7 +33,7 @@ def light_copy(
     """A copy of a network in which some layers do the same with less work.
 
     BatchNorm layers are merged into the convolutions before them
-    (:mod:`nad_attr.learning.fast.folding`), maximum pooling on a CPU is done by slices
+    (:mod:`nad_attr.learning.fast.folding`), maximum pooling of 2 x 2 windows on a CPU keeps less
     (:mod:`nad_attr.learning.fast.pooling`). Not all that a network does can be seen from outside,
     so the copy is compared with it, and not used if it gives anything else.
 
@@ -61,7 +61,11 @@ def light_copy(
     with torch.no_grad():
         with found_pairs(model) as pairs:
             outputs = run(model)
-        pools = [name for name, module in model.named_modules() if type(module) is nn.MaxPool2d]
+        pools = [
+            name
+            for name, module in model.named_modules()
+            if type(module) is nn.MaxPool2d and outputs.device.type == "cpu" and is_leaner(module)
+        ]
         if not ((pairs and folding) or pools) or outputs.dtype not in _ROUNDING:
             return None
         try:
