@@ -153,15 +153,24 @@ def of_null(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]
 def sure_of(pair: str, task: int, seed: int, n_pairs: int, args: argparse.Namespace) -> Any:
     """Certainty of one task's gates, from a file beside the cached images or measured now."""
     folder = args.cache or default_cache()
-    file = folder / f"certainty_{pair.replace('/', '_')}_{task}_{seed}_{n_pairs}.json"
+    name = f"{pair.replace('/', '_')}_{task}_{seed}_{n_pairs}{said_of(args)}"
+    file = folder / f"certainty_{name}.json"
     if file.exists():
         return ChannelCertainty.load(file)
     model, data, held_out = small_pair(pair, args.shared, cache=args.cache)
-    gates = learn_gates(model, data, [task], Recipe(size=SIZE), seed=seed)
+    recipe = Recipe(size=SIZE)
+    if args.replicas > 1:
+        recipe = Recipe(size=SIZE, steps=200, images_per_step=10, replicas=args.replicas)
+    gates = learn_gates(model, data, [task], recipe, seed=seed)
     found = certainty(model, gates, data, held_out, pairs=n_pairs, alternatives=0, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     found.save(file)
     return found
+
+
+def said_of(args: argparse.Namespace) -> str:
+    """Of a row's name: how many replicas gates are the mean of."""
+    return "" if args.replicas == 1 else f"_r{args.replicas}"
 
 
 def of_pair(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -194,11 +203,12 @@ def of_pair(args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]
                             "bound": found[0].false_selections(tau, task) if tau > 0.5 else None,
                         }  # fmt: skip
                     return {
-                        "pair": pair, "n_pairs": n_pairs, "labels": found[0].counts(task),
+                        "pair": pair + said_of(args), "n_pairs": n_pairs,
+                        "labels": found[0].counts(task),
                         "gates": kappa_of(*(one.kept[0] for one in found)), "cores": cores,
                     }  # fmt: skip
 
-                yield f"{pair} {task} {n_pairs}", row
+                yield f"{pair} {task} {n_pairs}{said_of(args)}", row
 
 
 def kappa_of(first: np.ndarray, second: np.ndarray) -> float:
@@ -311,6 +321,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=["digits/digits", "resnet20/cifar10"])
     parser.add_argument("--halves", nargs="+", type=int, default=[4, 16], help="pairs of halves")
     parser.add_argument("--tasks", type=int, default=4)
+    parser.add_argument("--replicas", type=int, default=1, help="of the recipe, for pairs")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin nothing after so many")
     add_shared_arguments(parser)
     args = parser.parse_args()

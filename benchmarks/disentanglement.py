@@ -430,8 +430,12 @@ def print_paired(pair: str, rows: list[dict[str, Any]]) -> None:
     for size in dict.fromkeys(size for row in rows for size in row["sizes"]):
         print(f"\n{pair}, {size}: own AUC, fidelity; lead of nad (95 %)")
         found = {
-            method: {row["seed"]: row["sizes"][size] for row in rows if row["method"] == method}
-            for method in dict.fromkeys(row["method"] for row in rows)
+            method: {
+                row["seed"]: row["sizes"][size]
+                for row in rows
+                if row["method"] == method and size in row["sizes"]
+            }
+            for method in dict.fromkeys(row["method"] for row in rows if size in row["sizes"])
         }
         nad = found.get("nad", {})
         for method, cells in found.items():

@@ -38,6 +38,10 @@ def test_leads_are_paired_by_seed_and_task(capsys: pytest.CaptureFixture[str]) -
     assert ugs.split()[:6] == ["ugs", "0.700", "+0.150", "(+0.100", "to", "+0.200)"]
     assert ugs.split()[6:8] == ["0.375", "+0.000"]
     assert coar.split() == ["coar", "0.500", "0.375"]
+    # A seed that was measured at another size.
+    rows.append({**rows[0], "seed": 4, "sizes": {"0.01": rows[0]["sizes"]["0.4"]}})
+    print_paired("vgg/cifar10", rows)
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "nad"
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
