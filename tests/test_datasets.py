@@ -475,7 +475,7 @@ def test_a_pipe_named_as_a_label_mask(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     readers = (
         concept_data._mask,
-        concept_data.BrodenData._codes,
+        lambda path: concept_data._opened(path, "label image").__enter__(),
         lambda path: concept_data._text(path, "a table"),
         concept_data._Photos([], None, None, False)._photo,
     )

@@ -128,14 +128,15 @@ def test_exported_tables_hold_no_formulas(store: Path) -> None:
 
 def test_an_evaluation_as_a_table_holds_no_formulas(tmp_path: Path) -> None:
     pytest.importorskip("pandas")
-    from nad_attr.cli.evaluate import _write
+    from nad_attr.cli.messages import write_csv
 
     model = build(TinyCNN)
     data = labelled_images()
     gates = TaskGates(
         {"relu1": torch.rand(2, 6)}, [GateSite("relu1", 6)], [0, 1], task_names=["=1+1", "cat"]
     )
-    _write(evaluate(model, gates, data, n_random=1), tmp_path / "out.csv")
+    table = evaluate(model, gates, data, n_random=1).frame()
+    write_csv(table, tmp_path / "out.csv", index=True)
     with (tmp_path / "out.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert any("'=1+1" in row for row in rows)
