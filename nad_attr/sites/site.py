@@ -107,7 +107,7 @@ class GateSite:
 
     @property
     def n_gates(self) -> int:
-        """Number of gates: one for each group, or for each channel without groups."""
+        """The number of gates. Each group has one, or each channel without groups."""
         return self.n_channels if self.group_of is None else max(self.group_of) + 1
 
 
