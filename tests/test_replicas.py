@@ -55,7 +55,8 @@ def test_steps_are_shared() -> None:
 def test_the_mean_of_the_runs_decides_and_keeps_its_order() -> None:
     score = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.4, 0.3, 0.2, 0.1]])
     expected = [[1 / 6, 5 / 6, 1 / 3, 2 / 3], [5 / 6, 2 / 3, 1 / 3, 1 / 6]]
-    torch.testing.assert_close(in_order(score, 2), torch.tensor(expected))
+    kept = torch.tensor([[False, True, False, True], [True, True, False, False]])
+    torch.testing.assert_close(in_order(score, kept), torch.tensor(expected))
     of = known()
     found = learn_gates(of.model, of.data, [0, 1], RECIPE, of.sites, seed=5)
     single = Session(of.model, of.data, recipe=replace(RECIPE, steps=4, replicas=1), sites=of.sites)

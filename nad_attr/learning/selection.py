@@ -538,17 +538,19 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     return learned
 
 
-def in_order(score: Tensor, k: int) -> Tensor:
-    """Gates that keep the ``k`` channels of highest score, evenly spaced in its order.
+def in_order(score: Tensor, kept: Tensor) -> Tensor:
+    """Gates that keep some channels: (R, n), evenly spaced above and below one half by their score.
 
     Example:
-        >>> in_order(torch.tensor([[0.2, 0.9, 0.4]]), 1)
+        >>> in_order(torch.tensor([[0.2, 0.9, 0.4]]), torch.tensor([[False, True, False]]))
         tensor([[0.1667, 0.7500, 0.3333]])
     """
-    n = score.shape[1]
-    rank = score.argsort(dim=1, stable=True).argsort(dim=1)
-    above = 0.5 + 0.5 * (rank - (n - k) + 1) / (k + 1)
-    return torch.where(rank >= n - k, above, 0.5 * (rank + 1) / (n - k + 1)).to(score.dtype)
+    rank_kept = score.masked_fill(~kept, -math.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    rank_closed = score.masked_fill(kept, math.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    n_kept = kept.sum(1, keepdim=True)
+    n_closed = score.shape[1] - n_kept
+    above = 0.5 + 0.5 * (rank_kept - n_closed + 1) / (n_kept + 1)
+    return torch.where(kept, above, 0.5 * (rank_closed + 1) / (n_closed + 1))
 
 
 def ranked(model: QuadraticModel, closed_at: Tensor) -> Tensor:
@@ -563,10 +565,4 @@ def ranked(model: QuadraticModel, closed_at: Tensor) -> Tensor:
     gain = -model.cost(opening=True).masked_fill(kept, math.inf)
     late = closed_at + gain.argsort(dim=1, stable=True).argsort(dim=1) / n
     score = torch.where(kept, cost, late.masked_fill(kept, -math.inf))
-    rank_kept = score.masked_fill(~kept, -math.inf).argsort(dim=1, stable=True).argsort(dim=1)
-    rank_closed = score.masked_fill(kept, math.inf).argsort(dim=1, stable=True).argsort(dim=1)
-    n_kept = kept.sum(1, keepdim=True)
-    n_closed = n - n_kept
-    above = 0.5 + 0.5 * (rank_kept - n_closed + 1) / (n_kept + 1)
-    below = 0.5 * (rank_closed + 1) / (n_closed + 1)
-    return torch.where(kept, above, below)
+    return in_order(score, kept)

@@ -392,10 +392,7 @@ class Session:
         started = datetime.now(timezone.utc)
         network, source, recipe = self.network, self.learned_from, self.recipe
         wanted = self.tasks if tasks is None else list(tasks)
-        if recipe.replicas > 1:
-            parts = [self._agreed([Replica(t, self.seed) for t in wanted], sizes, means, advance)]
-        else:
-            parts = self._parts(wanted, sizes, means, start, advance, recipe)
+        parts = self._results(wanted, sizes, means, start, advance)
         self._warn_of_unfit([part[-1] for part in parts], wanted, sizes[-1])
         info = {
             "created_by": f"nad_attr {__version__}, torch {torch.__version__}",
@@ -458,15 +455,24 @@ class Session:
         Returns:
             Gates (R, all channels), and the constants of closed channels if the recipe has them.
         """
-        if self.recipe.replicas > 1:
-            found = self._agreed(replicas, [size], None, advance)
-        else:
-            found = [
-                part[0] for part in self._parts(replicas, [size], None, None, advance, self.recipe)
-            ]
+        found = [part[0] for part in self._results(replicas, [size], None, None, advance)]
         constants = [part.constants for part in found if part.constants is not None]
         gates = to_channels(torch.cat([part.gates for part in found]).cpu(), self.sites)
         return gates, torch.cat(constants).cpu() if constants else None
+
+    def _results(
+        self,
+        tasks: Sequence[Task | Replica],
+        sizes: Sequence[float | None],
+        means: Mapping[str, Tensor] | None,
+        start: Tensor | None,
+        advance: Callable[[int], object],
+    ) -> list[list[Learned]]:
+        """The results of each chunk, or of all tasks as means of runs, at each size."""
+        if self.recipe.replicas == 1:
+            return self._parts(tasks, sizes, means, start, advance, self.recipe)
+        replicas = [t if isinstance(t, Replica) else Replica(t, self.seed) for t in tasks]
+        return [self._agreed(replicas, sizes, means, advance)]
 
     def _parts(
         self,
@@ -520,7 +526,10 @@ class Session:
         for i, size in enumerate(sizes):
             of_runs = torch.cat([part[i].gates for part in parts]).view(rows, recipe.replicas, -1)
             k = budget(recipe.size if size is None else size, self.sites)
-            gates = in_order(of_runs.mean(1), k)
+            score = of_runs.mean(1)
+            rank = score.argsort(dim=1, stable=True).argsort(dim=1)
+            kept = rank >= score.shape[1] - k
+            gates = in_order(score, kept)
             curves = {
                 name: torch.cat([part[i].curves[name] for part in parts], dim=1)
                 .view(-1, rows, recipe.replicas).mean(2)
@@ -529,14 +538,10 @@ class Session:
             constants = None
             if fitting:
                 fit = dataclasses.replace(short, steps=max(1, fitting // len(sizes)))
-                fitted = self._parts(replicas, [1.0], means, None, advance, fit, (gates > 0.5))
-                constants = torch.cat(
-                    [p[0].constants for p in fitted if p[0].constants is not None]
-                )
+                fitted = self._parts(replicas, [1.0], means, None, advance, fit, kept)
+                constants = _constants(fitted)
                 curves = {
-                    name: torch.cat(
-                        [curve, torch.cat([part[0].curves[name] for part in fitted], dim=1)]
-                    )
+                    name: torch.cat([curve, torch.cat([p[0].curves[name] for p in fitted], dim=1)])
                     for name, curve in curves.items()
                 }
             result.append(Learned(gates, gates.logit(), curves, constants))
@@ -558,29 +563,20 @@ class Session:
         See :func:`fit_constants`. Each is fitted on its own task's images, the same for all of a
         task.
         """
-        network = self.network
         tasks = [arch.task for arch in archs if arch.task is not None]
         masks = torch.stack(
             [torch.cat([open_gates(s, arch[s.name]) for s in self.sites]) for arch in archs]
         )
-        result = []
-        means = self.means()
-        with torch.inference_mode(False), torch.enable_grad(), frozen(network.model):
-            if means is not None:
-                network.set_means(means)
-            for rows, chunk in self._chunks(tasks, advance):
-                (found,) = self._chosen(chunk, [1.0], self.recipe, masks[rows])
-                assert found.constants is not None
-                constants = split_sites(found.constants.cpu(), self.sites)
-                result += [
-                    arch.with_means(
-                        {n: v[i] for n, v in constants.items()},
-                        own_constants=True,
-                        fitted_on=len(self.source.labels),
-                    )
-                    for i, arch in enumerate(archs[rows])
-                ]
-        return result
+        found = self._parts(tasks, [1.0], None, None, advance, self.recipe, masks)
+        constants = split_sites(_constants(found).cpu(), self.sites)
+        return [
+            arch.with_means(
+                {n: v[i] for n, v in constants.items()},
+                own_constants=True,
+                fitted_on=len(self.source.labels),
+            )
+            for i, arch in enumerate(archs)
+        ]
 
     def _chunks(
         self, tasks: Sequence[Task | Replica], advance: Callable[[int], object]
@@ -700,6 +696,11 @@ class Session:
             return None
         names = dict(zip(self.tasks, self.names, strict=True))
         return [names[task] for task in tasks]
+
+
+def _constants(fitted: Sequence[Sequence[Learned]]) -> Tensor:
+    """The constants of all chunks at the first size: (tasks, all channels)."""
+    return torch.cat([part[0].constants for part in fitted if part[0].constants is not None])
 
 
 def _check_steps(n_sizes: int, recipe: Recipe) -> None:
