@@ -31,9 +31,7 @@ from benchmarks.networks import DIGITS, load_network
 from nad_attr import Recipe, RunOptions, SubArchitecture, TaskGates, find_gate_sites
 from nad_attr.data.labels import own_images
 from nad_attr.evaluation import NeuronMCTScorer, evaluate, top_k
-from nad_attr.gates.channels import kappa, split_sites
-from nad_attr.gating.hooks import frozen
-from nad_attr.learning.engine import Chunk, CleanOutputs
+from nad_attr.gates.channels import kappa
 from nad_attr.learning.session import Session
 
 SHARED = REPOSITORY.parent / "shared"
@@ -146,21 +144,8 @@ class Setting:
                batch: int = 80) -> list[SubArchitecture]:  # fmt: skip
         """Best constants for given channels; noted beside the means."""
         session = self.session(recipe, seed, batch)
-        network = session.network
         start = time.process_time()
-        with torch.enable_grad(), frozen(network.model):
-            network.set_means(session.means())
-            chunk = Chunk(
-                network,
-                session.source,
-                session.tasks,
-                seed,
-                clean=CleanOutputs(network, session.source),
-            )
-            masks = torch.stack([torch.cat([a[s.name] for s in self.sites]) for a in archs])
-            (found,) = session._chosen(chunk, [1.0], recipe, masks)
-        means = split_sites(found.constants, self.sites)
-        result = [a.with_means({n: v[i] for n, v in means.items()}) for i, a in enumerate(archs)]
+        result = session.fit(archs)
         spent = time.process_time() - start
         before = self.measure([a.with_means(session.means()) for a in archs])
         after = self.measure(result)
