@@ -178,7 +178,7 @@ def controls(cell: Cell) -> dict[str, Any]:
     """Random weights, shuffled labels, a cascade of random layers; seeds and halves of the data."""
 
     def learn(model: Any, data: Any, seed: int) -> TaskGates:
-        recipe = Recipe(size=SIZE, ablation="mean", steps=50)
+        recipe = Recipe(size=SIZE, steps=50)
         return learn_gates(
             model, data, cell.tasks, recipe, cell.sites, seed=seed, amp=True,
             batch_size=cell.args.batch,

@@ -1,4 +1,4 @@
-"""Gates that are the mean of several runs."""
+"""Gates of a run that is guided by several short ones."""
 
 from __future__ import annotations
 
@@ -20,14 +20,11 @@ from nad_attr import (
     verdict,
 )
 from nad_attr.evaluation import planted
-from nad_attr.gates.channels import to_gates
 from nad_attr.learning.engine import Replica, TaskImages
-from nad_attr.learning.selection import in_order
 from nad_attr.learning.session import Session
-from nad_attr.stats import held_out
 from nad_attr.system.rng import seed_of
 
-RECIPE = Recipe(size=0.25, steps=20, images_per_step=10, replicas=3)
+RECIPE = Recipe(size=0.25, steps=28, images_per_step=10, replicas=3)
 
 
 def known(kind: Any = "plain", n_images: int = 150) -> Any:
@@ -39,10 +36,9 @@ def flat(gates: TaskGates) -> Tensor:
 
 
 def test_steps_are_shared() -> None:
-    assert Recipe(replicas=6).replica_steps == (12, 28)
-    assert Recipe(replicas=8).replica_steps == (9, 28)
-    assert Recipe(replicas=6, ablation="mean").replica_steps == (16, 0)
-    assert RECIPE.replica_steps == (4, 8)
+    assert Recipe(replicas=6).replica_steps == (8, 52)
+    assert Recipe(replicas=8, ablation="mean").replica_steps == (6, 52)
+    assert RECIPE.replica_steps == (4, 16)
     for wrong in (0, 1.5, True, "3"):
         with pytest.raises(ValueError, match="replicas must be a whole number from 1 on"):
             Recipe(replicas=wrong)  # type: ignore[arg-type]
@@ -52,31 +48,29 @@ def test_steps_are_shared() -> None:
     assert "replicas" not in Recipe().to_json()  # as the versions wrote that knew no such field
 
 
-def test_the_mean_of_the_runs_decides_and_keeps_its_order() -> None:
-    score = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.4, 0.3, 0.2, 0.1]])
-    expected = [[1 / 6, 5 / 6, 1 / 3, 2 / 3], [5 / 6, 2 / 3, 1 / 3, 1 / 6]]
-    kept = torch.tensor([[False, True, False, True], [True, True, False, False]])
-    torch.testing.assert_close(in_order(score, kept), torch.tensor(expected))
+def test_the_last_run_pays_for_channels_that_the_runs_rank_low() -> None:
     of = known()
     found = learn_gates(of.model, of.data, [0, 1], RECIPE, of.sites, seed=5)
     single = Session(of.model, of.data, recipe=replace(RECIPE, steps=4, replicas=1), sites=of.sites)
+    last = Session(of.model, of.data, recipe=replace(RECIPE, steps=16, replicas=1), sites=of.sites)
     for task in (0, 1):
         # An independent account: the runs one by one, from the images that judge no constants.
         images = TaskImages(of.data[1], task, 5)
         images.keep_apart(0.2, 32, 50)
         among = torch.cat([images.pools["own"], images.pools["other"]])
         runs = [Replica(task, seed_of(5, task, "replica", i), among) for i in range(3)]
-        gates = torch.cat([single.learn_replicas([run])[0] for run in runs])
-        mean = to_gates(gates, of.sites, mean=True).mean(0)
-        k = round(0.25 * len(mean))
-        assert set(flat(found)[task].topk(k).indices.tolist()) == set(mean.topk(k).indices.tolist())
-        assert int((flat(found)[task] > 0.5).sum()) == k
-    assert found.constants is not None
-    assert len(found.history["loss"]) == 4 + 8
+        rank = torch.cat([single.learn_replicas([run])[0] for run in runs]).mean(0)
+        gates, constants = last.learn_replicas([Replica(task, 5, None, 0.02 * (1 - rank))])
+        torch.testing.assert_close(flat(found)[task], gates[0])
+        assert found.constants is not None
+        assert constants is not None
+        mine = torch.cat([found.constants[name][task] for name in found.constants])
+        torch.testing.assert_close(mine, constants[0])
+    assert len(found.history["loss"]) == 4 + 16
 
 
 @pytest.mark.parametrize("ablation", ["optimal", "mean", "zero"])
-def test_a_circuit_is_found_by_the_mean_of_runs(ablation: Any) -> None:
+def test_a_circuit_is_found(ablation: Any) -> None:
     of = known()
     recipe = replace(RECIPE, size=of.size, ablation=ablation, steps=40)
     gates = learn_gates(of.model, of.data, recipe=recipe, sites=of.sites)
@@ -97,7 +91,7 @@ def test_the_result_depends_on_no_other_task_and_a_store_says_the_same(tmp_path:
     assert stored.recipe == RECIPE
 
 
-def test_sizes_and_halves_are_means_of_runs_as_well() -> None:
+def test_sizes_and_halves_are_guided_as_well() -> None:
     of = known()
     found = learn_sizes(of.model, [0.5, 0.25], of.data, [0], RECIPE, of.sites)
     assert {size: gates.sub_architecture(0).n_kept for size, gates in found.items()} == {
@@ -109,14 +103,5 @@ def test_sizes_and_halves_are_means_of_runs_as_well() -> None:
     said = verdict(of.model, found[0.25], of.data, of.held_out)
     assert said.answers[0][0] == "holds"
     sure = certainty(of.model, found[0.25], of.data, of.held_out, pairs=1, alternatives=0)
-    assert sure.passes["learning"] == 2 * 20 * 10
+    assert sure.passes["learning"] == 2 * 28 * 10
     assert (sure.chosen[0].sum() > 0).all()
-
-
-def test_users_are_warned_where_the_mean_is_worse_than_the_runs(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    of = known()
-    monkeypatch.setattr(held_out, "MIXED_FROM", -2.0)  # as if it were
-    with pytest.warns(UserWarning, match="chose different channels: each keeps fidelity"):
-        learn_gates(of.model, of.data, [0], RECIPE, of.sites)

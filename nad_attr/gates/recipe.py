@@ -26,8 +26,8 @@ _PAPER_BETA = {
 FOLLOWING: dict[Literal["free_scale", "boundary"], float] = {"free_scale": 0.3, "boundary": 0.9}
 
 
-#: Of the steps, the share that fits constants to the mean of replicas, and the fewest of a replica.
-FITTING_SHARE, LEAST_STEPS = 0.28, 4
+#: Of the steps, the share of all replicas together, and the fewest of one.
+REPLICAS_SHARE, LEAST_STEPS = 0.48, 4
 
 
 def _check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
@@ -88,10 +88,10 @@ class Recipe:
             images nearly the same task output
             (:meth:`nad_attr.learning.session.Session.mirrored`).
 
-        replicas: Runs of each task that share the steps; a channel's rank is the mean of its ranks
-            in all of them. With 6 to 8, runs with other seeds agree much better, at the same cost
-            (docs/findings.md); at sizes below a third, a task with several equivalent circuits
-            keeps parts of several. 1: one run.
+        replicas: Short runs of each task that share half of the steps. A last run takes the other
+            half and prefers the channels that they rank high. With 8, runs with other seeds agree
+            much better, at the same cost and nearly the same quality (docs/findings.md). 1: one
+            run.
 
     Raises:
         ValueError: If a field has no sensible value.
@@ -168,15 +168,14 @@ class Recipe:
 
     @property
     def replica_steps(self) -> tuple[int, int]:
-        """Steps of each replica, and those in which the constants of their mean are fitted.
+        """Steps of each replica, and of the last run, which follows them.
 
         Example:
             >>> Recipe(replicas=6).replica_steps
-            (12, 28)
+            (8, 52)
         """
-        fitting = round(FITTING_SHARE * self.steps) if self.ablation == "optimal" else 0
-        each = (self.steps - fitting) // self.replicas
-        return each, fitting and self.steps - each * self.replicas
+        each = int(REPLICAS_SHARE * self.steps) // self.replicas
+        return each, self.steps - each * self.replicas
 
     def fitting(self, name: Literal["free_scale", "boundary"]) -> float:
         """A setting as a number; None is replaced by the default for the ablation.

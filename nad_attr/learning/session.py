@@ -30,14 +30,14 @@ from nad_attr.learning.constants import KEPT_SHARE, MAX_KEPT, MIN_TO_KEEP, learn
 from nad_attr.learning.engine import Chunk, CleanOutputs, Learned, Network, Replica, TaskImages
 from nad_attr.learning.network_checks import Checks, check_gradients, check_option, check_outputs
 from nad_attr.learning.paper import learn_paper, paper_steps
-from nad_attr.learning.selection import in_order, learn_selection, steps_in_memory
+from nad_attr.learning.selection import learn_selection, steps_in_memory
 from nad_attr.learning.targets import reached, split, target_sizes
 from nad_attr.running.forward import check_classes, chunks, most_in_batch, repeated
 from nad_attr.running.options import RunOptions, as_options
 from nad_attr.running.outputs import task_outputs
 from nad_attr.sites.finding import find_gate_sites
 from nad_attr.sites.site import GateSite, unwrap
-from nad_attr.stats.held_out import mixed_tasks, parted_tasks, unchecked_tasks
+from nad_attr.stats.held_out import parted_tasks, unchecked_tasks
 from nad_attr.system.memory import largest_batch
 from nad_attr.system.rng import seed_of
 
@@ -53,6 +53,10 @@ ENOUGH_OWN_IMAGES = 50
 #: Own images, and others, on which mirrored ones are tried, and the share of the task output's
 #: variance that has to stay.
 MIRRORED_TRIED, MIRRORED_KEEPS = 32, 0.8
+
+#: What the last run pays to keep the channel of the lowest rank, in units of the task output's
+#: variance; that of the highest costs nothing.
+GUIDANCE = 0.02
 #: Images on which a light copy is compared one by one, and together in one pass.
 N_COMPARED = 16
 
@@ -424,12 +428,7 @@ class Session:
         size = self.recipe.size if size is None else size
         unchecked = np.flatnonzero(np.isnan(curves["fidelity_apart"][-1])).tolist()
         n = n_gates(self.sites)
-        mixed = None
-        if self.recipe.replicas > 1:
-            ends = self.recipe.replica_steps[0] - 1
-            mixed = mixed_tasks(curves["fidelity_apart"], ends, names)
         for found in (
-            mixed,
             parted_tasks(curves, names, n_own, size),
             unchecked_tasks(
                 [names[t] for t in unchecked], [n_own[t] for t in unchecked], MIN_TO_KEEP,
@@ -468,11 +467,11 @@ class Session:
         start: Tensor | None,
         advance: Callable[[int], object],
     ) -> list[list[Learned]]:
-        """The results of each chunk, or of all tasks as means of runs, at each size."""
+        """The results of each chunk at each size, in one run or guided by several."""
         if self.recipe.replicas == 1:
             return self._parts(tasks, sizes, means, start, advance, self.recipe)
         replicas = [t if isinstance(t, Replica) else Replica(t, self.seed) for t in tasks]
-        return [self._agreed(replicas, sizes, means, advance)]
+        return self._guided(replicas, sizes, means, advance)
 
     def _parts(
         self,
@@ -501,50 +500,56 @@ class Session:
                     parts.append(self._chosen(chunk, asked, recipe, given))
         return parts
 
-    def _agreed(
+    def _guided(
         self,
         replicas: Sequence[Replica],
         sizes: Sequence[float | None],
         means: Mapping[str, Tensor] | None,
         advance: Callable[[int], object],
-    ) -> list[Learned]:
-        """At each size, gates that are the mean of several short runs, and their constants.
+    ) -> list[list[Learned]]:
+        """The results of each chunk in a last run, which prefers channels that short runs keep.
 
         The images that are kept apart for the constants are learned from in none of the runs.
         """
-        recipe, rows = self.recipe, len(replicas)
-        each, fitting = recipe.replica_steps
-        short = dataclasses.replace(recipe, steps=each, replicas=1)
+        each, last = self.recipe.replica_steps
         runs = [
             Replica(r.task, seed_of(r.seed, r.task, "replica", i), among, r.prices)
             for r in replicas
             for among in [self._not_apart(r)]
-            for i in range(recipe.replicas)
+            for i in range(self.recipe.replicas)
         ]
+        short = dataclasses.replace(self.recipe, steps=each, replicas=1)
         parts = self._parts(runs, sizes, means, None, advance, short)
-        result = []
-        for i, size in enumerate(sizes):
-            of_runs = torch.cat([part[i].gates for part in parts]).view(rows, recipe.replicas, -1)
-            k = budget(recipe.size if size is None else size, self.sites)
-            score = of_runs.mean(1)
-            rank = score.argsort(dim=1, stable=True).argsort(dim=1)
-            kept = rank >= score.shape[1] - k
-            gates = in_order(score, kept)
-            curves = {
-                name: torch.cat([part[i].curves[name] for part in parts], dim=1)
-                .view(-1, rows, recipe.replicas).mean(2)
-                for name in parts[0][i].curves
-            }  # fmt: skip
-            constants = None
-            if fitting:
-                fit = dataclasses.replace(short, steps=max(1, fitting // len(sizes)))
-                fitted = self._parts(replicas, [1.0], means, None, advance, fit, kept)
-                constants = _constants(fitted)
-                curves = {
-                    name: torch.cat([curve, torch.cat([p[0].curves[name] for p in fitted], dim=1)])
-                    for name, curve in curves.items()
-                }
-            result.append(Learned(gates, gates.logit(), curves, constants))
+        shape = len(replicas), self.recipe.replicas, -1
+        ranks = [torch.cat([part[i].gates for part in parts]) for i in range(len(sizes))]
+        rank = torch.stack(ranks).mean(0).view(shape).mean(1)
+        prices = to_channels(GUIDANCE * (1 - rank).cpu(), self.sites)
+        guided = [
+            r._replace(prices=price if r.prices is None else r.prices + price)
+            for r, price in zip(replicas, prices, strict=True)
+        ]
+        long = dataclasses.replace(self.recipe, steps=last, replicas=1)
+        found = self._parts(guided, sizes, means, None, advance, long)
+        curves = {
+            name: torch.cat([part[-1].curves[name] for part in parts], dim=1)
+            .view(-1, *shape[:2]).mean(2)
+            for name in parts[0][-1].curves
+        }  # fmt: skip
+        result, start = [], 0
+        for part in found:
+            rows = slice(start, start + len(part[0].gates))
+            start = rows.stop
+            result.append(
+                [
+                    one._replace(
+                        curves={
+                            name: torch.cat([curves[name][:, rows], curve])
+                            for name, curve in one.curves.items()
+                        }
+                    )
+                    for one in part
+                ]
+            )
         return result
 
     def _not_apart(self, replica: Replica) -> Tensor | None:
@@ -568,7 +573,8 @@ class Session:
             [torch.cat([open_gates(s, arch[s.name]) for s in self.sites]) for arch in archs]
         )
         found = self._parts(tasks, [1.0], None, None, advance, self.recipe, masks)
-        constants = split_sites(_constants(found).cpu(), self.sites)
+        of_all = [part[0].constants for part in found if part[0].constants is not None]
+        constants = split_sites(torch.cat(of_all).cpu(), self.sites)
         return [
             arch.with_means(
                 {n: v[i] for n, v in constants.items()},
@@ -696,11 +702,6 @@ class Session:
             return None
         names = dict(zip(self.tasks, self.names, strict=True))
         return [names[task] for task in tasks]
-
-
-def _constants(fitted: Sequence[Sequence[Learned]]) -> Tensor:
-    """The constants of all chunks at the first size: (tasks, all channels)."""
-    return torch.cat([part[0].constants for part in fitted if part[0].constants is not None])
 
 
 def _check_steps(n_sizes: int, recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nad_attr.stats.tables import number
 
-__all__ = ["MIN_GAP", "apart", "mixed_tasks", "parted_tasks", "unchecked_tasks"]
+__all__ = ["MIN_GAP", "apart", "parted_tasks", "unchecked_tasks"]
 
 #: Smaller differences of measures count as none, whatever the intervals are.
 MIN_GAP = 0.05
@@ -23,8 +23,6 @@ LARGE_SIZE = 0.7
 LAST_STEPS = 5
 #: Fall of fidelity that is warned of while gates are learned.
 WARNED_FROM = 0.2
-#: The same of the mean of several runs, below the runs themselves.
-MIXED_FROM = 0.1
 
 _NAMES = {"own_auc": "own AUC", "fidelity": "fidelity"}
 
@@ -134,32 +132,6 @@ def parted_tasks(
     return (
         "what was learned does not hold on other images: fidelity of "
         f"{'; of '.join(shown)}{more}. {help_}"
-    )
-
-
-def mixed_tasks(fidelity: NDArray[np.float32], runs: int, names: Sequence[str]) -> str | None:
-    """A warning about tasks whose runs chose different channels, so that their mean is worse; None.
-
-    Args:
-        fidelity: (steps, T), on images kept apart; the last row is that of the mean.
-        runs: The row at the end of the runs, which is their own.
-        names: Names of the T tasks.
-
-    Example:
-        >>> print(mixed_tasks(np.array([[0.9], [0.4]]), 0, ["cat"]))
-        the runs of 'cat' chose different channels: each keeps fidelity 0.900, and their mean
-        0.400. Learn with replicas=1, or a larger size.
-    """
-    each, mean = fidelity[runs], fidelity[-1]
-    worst = np.flatnonzero(each - mean > MIXED_FROM)
-    if not len(worst):
-        return None
-    t = int(worst[np.argmax((each - mean)[worst])])
-    more = f" (and those of {len(worst) - 1} more)" if len(worst) > 1 else ""
-    return (
-        f"the runs of {names[t]!r}{more} chose different channels: each keeps fidelity "
-        f"{number(each[t])}, and their mean {number(mean[t])}. Learn with replicas=1, or a larger "
-        "size."
     )
 
 
