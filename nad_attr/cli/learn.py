@@ -95,18 +95,14 @@ def learn(
     seed: opt.Seed = 0,
     steps: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Learning steps for each class. [100; with --fidelity 350; twice with --replicas]",
-        ),
+        typer.Option(min=1, help="Learning steps for each class. [100; with --fidelity 350]"),
     ] = None,
     images_per_step: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images for each class and step. [20; with --replicas 10]"),
+        int | None, typer.Option(min=1, help="Images for each class and step. [20]")
     ] = None,
     replicas: Annotated[
         int | None,
-        typer.Option(min=1, help="Short runs that guide a last one, so that seeds agree. [1]"),
+        typer.Option(min=1, help="Runs whose mean decides, for agreement between seeds. [1]"),
     ] = None,
     ablation: Annotated[
         Ablation | None, typer.Option(help="What a closed channel becomes. [optimal]")

@@ -62,10 +62,9 @@ class Recipe:
             or with ``fidelity`` the smallest that keeps it.
         ablation: What replaces a closed channel: its "mean" over data, "zero", or the "optimal"
             constant of each task, which is learned together with the gates.
-        steps: Steps per task. None: 100, with ``fidelity`` 350; twice as many with ``replicas``.
+        steps: Steps per task. None: 100, with ``fidelity`` 350.
         images_per_step: Images per task and step, half of them own images. ``steps *
-            images_per_step`` images pass the gated network for each task. None: 20, with
-            ``replicas`` 10.
+            images_per_step`` images pass the gated network for each task.
         removal: Share of the steps in which channels are closed; later steps exchange channels.
         memory: Weight of earlier steps' images, per step. With 1 nothing is forgotten, and memory
             grows with ``steps``.
@@ -105,7 +104,7 @@ class Recipe:
     size: float = None  # type: ignore[assignment]
     ablation: Literal["mean", "zero", "optimal"] = "optimal"
     steps: int = None  # type: ignore[assignment]
-    images_per_step: int = None  # type: ignore[assignment]
+    images_per_step: int = 20
     removal: float = field(default=0.6, repr=False)
     memory: float = field(default=0.9, repr=False)
     trust: float = field(default=0.3, repr=False)
@@ -145,10 +144,7 @@ class Recipe:
                 )
         if self.size == 0:
             raise ValueError("recipe: size must be above 0: something has to be kept.")
-        _check_count("replicas", self.replicas)
-        finer = 2 if self.replicas > 1 else 1  # many small steps find one circuit of several whole
-        self._default("steps", finer * (100 if self.fidelity is None else 350))
-        self._default("images_per_step", 20 // finer)
+        self._default("steps", 100 if self.fidelity is None else 350)
         if self.ablation not in ("mean", "zero", "optimal"):
             raise ValueError(
                 f"recipe: ablation must be 'mean', 'zero' or 'optimal', got {self.ablation!r}."
@@ -163,6 +159,7 @@ class Recipe:
                 _check_number(name, getattr(self, name), 0, 1)
         if self.mirror not in (None, True, False):
             raise ValueError(f"recipe: mirror must be True, False or None, got {self.mirror!r}.")
+        _check_count("replicas", self.replicas)
         if self.replicas > 1 and self.replica_steps[0] < LEAST_STEPS:
             raise ValueError(
                 f"recipe: {self.replicas} replicas share {self.steps} steps, and each needs "
@@ -174,8 +171,8 @@ class Recipe:
         """Steps of each replica, and of the last run, which follows them.
 
         Example:
-            >>> Recipe(replicas=8).replica_steps
-            (12, 104)
+            >>> Recipe(replicas=6).replica_steps
+            (8, 52)
         """
         each = int(REPLICAS_SHARE * self.steps) // self.replicas
         return each, self.steps - each * self.replicas
