@@ -160,7 +160,7 @@ def sure_of(pair: str, task: int, seed: int, n_pairs: int, args: argparse.Namesp
     model, data, held_out = small_pair(pair, args.shared, cache=args.cache)
     recipe = Recipe(size=SIZE)
     if args.replicas > 1:
-        recipe = Recipe(size=SIZE, steps=200, images_per_step=10, replicas=args.replicas)
+        recipe = Recipe(size=SIZE, replicas=args.replicas)
     gates = learn_gates(model, data, [task], recipe, seed=seed)
     found = certainty(model, gates, data, held_out, pairs=n_pairs, alternatives=0, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,7 @@ def learn(
     ] = None,
     replicas: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs whose mean decides, for agreement between seeds. [1]"),
+        typer.Option(min=1, help="Short runs that guide a last one, so that seeds agree. [1]"),
     ] = None,
     ablation: Annotated[
         Ablation | None, typer.Option(help="What a closed channel becomes. [optimal]")
