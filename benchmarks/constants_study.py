@@ -1,6 +1,7 @@
 """Gates and constants learned together: what was tried, and rivals with best constants.
 
     python -m benchmarks.constants_study "SETTINGS"     # Python: s = Setting(...); s.run(...)
+    python -m benchmarks.constants_study "agreements()" # one run and eight replicas, every network
 
 Rows go to benchmarks/results/constants_study.jsonl: own AUC and fidelity (held out), squared change
 over variance on the fresh images of the last ten steps, kappa between the first two seeds, CPU
@@ -27,7 +28,7 @@ import nad_attr.learning.selection
 from benchmarks import lite0_data
 from benchmarks.cifar import REPOSITORY
 from benchmarks.image_data import load_images, per_class
-from benchmarks.networks import DIGITS, load_network
+from benchmarks.networks import DIGITS, PAIRS, load_network
 from nad_attr import Recipe, RunOptions, SubArchitecture, TaskGates, find_gate_sites
 from nad_attr.data.labels import own_images
 from nad_attr.evaluation import NeuronMCTScorer, evaluate, top_k
@@ -173,6 +174,18 @@ def agreement(a: Sequence[SubArchitecture], b: Sequence[SubArchitecture]) -> flo
         return torch.cat([arch[name] for name in arch])
 
     return float(np.mean([kappa(flat(x), flat(y)) for x, y in zip(a, b, strict=True)]))
+
+
+#: Variants of which findings compare the agreement of two seeds.
+ONE_RUN, REPLICAS = "one run", "eight replicas"
+
+
+def agreements() -> None:
+    """Two seeds of one run and of eight replicas at 40 %, on every pair, the digits and Lite0."""
+    for pair in (*PAIRS, "digits", "lite0"):
+        setting = Setting(pair, {"digits": range(5), "lite0": (0, 1)}.get(pair, [0, 3, 5]))
+        setting.run(ONE_RUN, Recipe(), [0.4], (0, 1))
+        setting.run(REPLICAS, Recipe(replicas=8), [0.4], (0, 1))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m benchmarks.findings            # rewrites the tables of both pages, and the figures
     python -m benchmarks.findings --print    # prints the tables
 
-Reads ``benchmarks/results/{disentanglement,rivals}/*.jsonl`` and ``results/questions/*.json``;
-measures nothing itself. A table stands in its page between ``<!-- name -->`` and ``<!-- end -->``;
-the text around it is written by hand and has to agree with it.
+Reads ``benchmarks/results/{disentanglement,rivals}/*.jsonl``, ``constants_study.jsonl``,
+``planted.json`` and ``questions/*.json`` beside them; measures nothing itself. A table stands in
+its page between ``<!-- name -->`` and ``<!-- end -->``; the text around it is written by hand and
+has to agree with it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cifar import REPOSITORY
+from benchmarks.constants_study import ONE_RUN, OUT, REPLICAS
 from benchmarks.disentanglement import PER_TASK, RESULTS, read_rows, results_file
 from benchmarks.networks import PAIRS, REAL, kind_of
 from benchmarks.questions import RESULTS as QUESTIONS
@@ -244,6 +246,22 @@ def real(pairs: list[Pair]) -> str:
     return _lines(["network", "method", "seeds", *(f"{float(s):.0%}" for s in sizes)], rows, 2)
 
 
+def agreement() -> str:
+    """Own AUC, fidelity and kappa between two seeds at 40 %: one run, and guided by replicas."""
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in read_rows(OUT):
+        if row["variant"] in (ONE_RUN, REPLICAS):
+            cells.setdefault(row["pair"], {}).setdefault(row["variant"], []).append(row)
+    rows = []
+    for pair, variants in cells.items():
+        line = [pair]
+        for found in (variants[name] for name in (ONE_RUN, REPLICAS)):
+            auc, fidelity = (np.mean([row["sizes"]["0.4"][i] for row in found]) for i in (0, 1))
+            line += [f"{auc:.3f} / {fidelity:.2f}", f"{found[-1]['kappa']['0.4']:.2f}"]
+        rows.append(line)
+    return _lines(["network / data", "`Recipe()`", "kappa", "`Recipe(replicas=8)`", "kappa"], rows)
+
+
 def classifier(pairs: list[Pair]) -> str:
     """NAD as a detector and as a classifier, at 40 % and 10 %."""
     rows = []
@@ -353,6 +371,7 @@ def tables() -> dict[str, str]:
         "classifier": classifier(pairs),
     }
     rivals, large = load(RIVALS), load(RIVALS, REAL)
+    result["agreement"] = agreement()
     if large:
         result["real networks"] = real(large)
     if rivals:
