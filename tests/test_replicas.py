@@ -91,20 +91,6 @@ def test_the_result_depends_on_no_other_task_and_a_store_says_the_same(tmp_path:
     assert stored.recipe == RECIPE
 
 
-@pytest.mark.parametrize("ablation", ["optimal", "mean"])
-def test_each_size_has_prices_of_its_own(ablation: Any) -> None:
-    of = known()
-    recipe = Recipe(size=0.25, steps=10, images_per_step=10, ablation=ablation)
-    session = Session(of.model, of.data, [0], recipe, of.sites)
-    n = sum(site.n_channels for site in of.sites)
-    first, second = torch.zeros(2, n, dtype=torch.float64)
-    first[:12], second[12:] = 9.0, 9.0  # more than any channel is worth
-    replica = Replica(0, 0, None, torch.stack([first, second]))
-    large, small = session._results([replica], [0.5, 0.25], None, None, lambda k: None)[0]
-    assert (large.gates[0] > 0.5).nonzero()[:, 0].tolist() == list(range(12, n))
-    assert set((small.gates[0] > 0.5).nonzero()[:, 0].tolist()) <= set(range(12))
-
-
 def test_sizes_and_halves_are_guided_as_well() -> None:
     of = known()
     found = learn_sizes(of.model, [0.5, 0.25], of.data, [0], RECIPE, of.sites)

@@ -457,7 +457,6 @@ def learn_with_constants(
     if masks is None:
         path = budgets(recipe, n, [budget(size, network.sites) for size in sizes])
     steps = [open_after for part in path for open_after in part]
-    size_at = [i for i, part in enumerate(path) for _ in part]
     ends = set(itertools.accumulate(map(len, path)))
     per_task = recipe.images_per_step
     capacity = steps_in_memory(recipe) * per_task
@@ -519,8 +518,7 @@ def learn_with_constants(
                 before, residuals = model.gates, model.residuals - forgiven
                 n_exchanged = exchanged(recipe, t, n, steps[t])
                 flips = n_open, n_open - steps[t], n_exchanged
-                prices = chunk.prices_at(size_at[t])
-                prices = None if prices is None else prices * variance[:, None]
+                prices = None if chunk.prices is None else chunk.prices * variance[:, None]
                 found = model.candidates(metric, residuals, recipe.trust, shrink, flips, prices)
                 channels, n_there = found or (None, n_open)
                 part = model.quadratic(metric, residuals, recipe.trust, shrink, channels)

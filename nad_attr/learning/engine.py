@@ -445,9 +445,8 @@ class Replica(NamedTuple):
     seed: int
     #: int64, the numbers of the images to learn from; None: all.
     among: Tensor | None = None
-    #: (all channels,), or (sizes, all channels) for each size that the run passes, what keeping
-    #: each channel open costs, in units of the task output's variance. Tiny random prices decide
-    #: ties; None: ties go by the channels' order.
+    #: (all channels,), what keeping each channel open costs, in units of the task output's
+    #: variance. Tiny random prices decide ties; None: ties go by the channels' order.
     prices: Tensor | None = None
 
 
@@ -553,8 +552,8 @@ class Chunk:
         self.prices: Tensor | None = None
         if any(replica.prices is not None for replica in replicas):
             none = torch.zeros(n_channels(network.sites), device="cpu")
-            given = [none if r.prices is None else r.prices for r in replicas]
-            prices = to_gates(torch.stack(given), network.sites, mean=True)
+            self.prices = torch.stack([none if r.prices is None else r.prices for r in replicas])
+            prices = to_gates(self.prices, network.sites, mean=True)
             self.prices = prices.to(network.device, network.dtype)
         self.clean = CleanOutputs(network, source) if clean is None else clean
         self.advance = advance
@@ -572,11 +571,6 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.tasks)
-
-    def prices_at(self, size: int) -> Tensor | None:
-        """(R, all gates), the prices on the way to one of the run's sizes, by its number."""
-        prices = self.prices
-        return prices if prices is None or prices.ndim == 2 else prices[:, size]
 
     def batches(self, plan: Sequence[Sequence[Sequence[Draw]]]) -> Iterator[Batch]:
         """Fetch what each step needs.

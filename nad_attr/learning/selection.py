@@ -489,7 +489,6 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
     rows, n = len(chunk), n_gates(network.sites)
     path = budgets(recipe, n, [budget(size, network.sites) for size in sizes])
     steps = [open_after for part in path for open_after in part]
-    size_at = [i for i, part in enumerate(path) for _ in part]
     ends = set(itertools.accumulate(map(len, path)))
     per_task = recipe.images_per_step
     capacity = steps_in_memory(recipe) * per_task
@@ -522,8 +521,8 @@ def learn_selection(chunk: Chunk, recipe: Recipe, sizes: Sequence[float]) -> lis
             shares = model.shares()
             forgiven = model.forgiven(recipe.fitting("free_scale"), shares)
             model.residuals -= forgiven
-            prices = chunk.prices_at(size_at[t])
-            model.prices = None if prices is None else prices * variance[:, None]
+            if chunk.prices is not None:
+                model.prices = chunk.prices * variance[:, None]
             model.begin(shares)
             flip_round(model, recipe, t, n_open, steps[t], variance)
             n_open = steps[t]

@@ -522,7 +522,7 @@ class Session:
         parts = self._parts(runs, sizes, means, None, advance, short)
         shape = len(replicas), self.recipe.replicas, -1
         ranks = [torch.cat([part[i].gates for part in parts]) for i in range(len(sizes))]
-        rank = torch.stack([of_size.view(shape).mean(1) for of_size in ranks], dim=1)
+        rank = torch.stack(ranks).mean(0).view(shape).mean(1)
         prices = to_channels(GUIDANCE * (1 - rank).cpu(), self.sites)
         guided = [
             r._replace(prices=price if r.prices is None else r.prices + price)
