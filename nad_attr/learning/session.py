@@ -55,8 +55,8 @@ ENOUGH_OWN_IMAGES = 50
 MIRRORED_TRIED, MIRRORED_KEEPS = 32, 0.8
 
 #: What the last run pays to keep the channel of the lowest rank, in units of the task output's
-#: variance; that of the highest costs nothing.
-GUIDANCE = 0.02
+#: variance, in networks of up to so many channels; in larger ones less, as each matters less.
+GUIDANCE, GUIDED_CHANNELS = 0.02, 640
 #: Images on which a light copy is compared one by one, and together in one pass.
 N_COMPARED = 16
 
@@ -523,7 +523,8 @@ class Session:
         shape = len(replicas), self.recipe.replicas, -1
         ranks = [torch.cat([part[i].gates for part in parts]) for i in range(len(sizes))]
         rank = torch.stack(ranks).mean(0).view(shape).mean(1)
-        prices = to_channels(GUIDANCE * (1 - rank).cpu(), self.sites)
+        most = GUIDANCE * min(1.0, GUIDED_CHANNELS / rank.shape[1])
+        prices = to_channels(most * (1 - rank).cpu(), self.sites)
         guided = [
             r._replace(prices=price if r.prices is None else r.prices + price)
             for r, price in zip(replicas, prices, strict=True)
