@@ -536,22 +536,14 @@ class Session:
             .view(-1, *shape[:2]).mean(2)
             for name in parts[0][-1].curves
         }  # fmt: skip
-        result, start = [], 0
+        done = 0
         for part in found:
-            rows = slice(start, start + len(part[0].gates))
-            start = rows.stop
-            result.append(
-                [
-                    one._replace(
-                        curves={
-                            name: torch.cat([curves[name][:, rows], curve])
-                            for name, curve in one.curves.items()
-                        }
-                    )
-                    for one in part
-                ]
-            )
-        return result
+            rows = slice(done, done + len(part[0].gates))
+            done = rows.stop
+            for i, one in enumerate(part):
+                longer = {n: torch.cat([curves[n][:, rows], c]) for n, c in one.curves.items()}
+                part[i] = one._replace(curves=longer)
+        return found
 
     def _not_apart(self, replica: Replica) -> Tensor | None:
         """The images that a run may learn from, without those that judge the constants."""
