@@ -158,9 +158,7 @@ def sure_of(pair: str, task: int, seed: int, n_pairs: int, args: argparse.Namesp
     if file.exists():
         return ChannelCertainty.load(file)
     model, data, held_out = small_pair(pair, args.shared, cache=args.cache)
-    recipe = Recipe(size=SIZE)
-    if args.replicas > 1:
-        recipe = Recipe(size=SIZE, replicas=args.replicas)
+    recipe = Recipe(size=SIZE, replicas=args.replicas)
     gates = learn_gates(model, data, [task], recipe, seed=seed)
     found = certainty(model, gates, data, held_out, pairs=n_pairs, alternatives=0, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +167,7 @@ def sure_of(pair: str, task: int, seed: int, n_pairs: int, args: argparse.Namesp
 
 
 def said_of(args: argparse.Namespace) -> str:
-    """Of a row's name: how many replicas gates are the mean of."""
+    """Of a row's name: how many replicas guide the gates."""
     return "" if args.replicas == 1 else f"_r{args.replicas}"
 
 

@@ -183,7 +183,7 @@ ONE_RUN, REPLICAS = "one run", "eight replicas"
 def agreements() -> None:
     """Two seeds of one run and of eight replicas at 40 %, on every pair, the digits and Lite0."""
     for pair in (*PAIRS, "digits", "lite0"):
-        setting = Setting(pair, {"digits": range(5), "lite0": (0, 1)}.get(pair, [0, 3, 5]))
+        setting = Setting(pair, {"digits": [*range(5)], "lite0": (0, 1)}.get(pair, [0, 3, 5]))
         setting.run(ONE_RUN, Recipe(), [0.4], (0, 1))
         setting.run(REPLICAS, Recipe(replicas=8), [0.4], (0, 1))
 

@@ -269,16 +269,17 @@ def real(pairs: list[Pair]) -> str:
 
 def agreement() -> str:
     """Own AUC, fidelity and kappa between two seeds at 40 %: one run, and guided by replicas."""
-    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in read_rows(OUT):
+    cells: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in read_rows(OUT):  # the last row of a seed counts
         if row["variant"] in (ONE_RUN, REPLICAS):
-            cells.setdefault(row["pair"], {}).setdefault(row["variant"], []).append(row)
+            cells.setdefault(row["pair"], {}).setdefault(row["variant"], {})[row["seed"]] = row
     rows = []
     for pair, variants in cells.items():
         line = [pair]
         for found in (variants[name] for name in (ONE_RUN, REPLICAS)):
-            auc, fidelity = (np.mean([row["sizes"]["0.4"][i] for row in found]) for i in (0, 1))
-            line += [f"{auc:.3f} / {fidelity:.2f}", f"{found[-1]['kappa']['0.4']:.2f}"]
+            cell = [row["sizes"]["0.4"] for row in found.values()]
+            auc, fidelity = (np.mean([values[i] for values in cell]) for i in (0, 1))
+            line += [f"{auc:.3f} / {fidelity:.2f}", f"{found[1]['kappa']['0.4']:.2f}"]
         rows.append(line)
     return _lines(["network / data", "`Recipe()`", "kappa", "`Recipe(replicas=8)`", "kappa"], rows)
 
