@@ -438,3 +438,10 @@ def test_candidates_are_the_cheapest_and_the_largest(monkeypatch: pytest.MonkeyP
         first = sorted(range(n), key=lambda c: opening[row, c])[:n_closed]
         assert set(chosen) - set(is_open) == set(first)
     assert model.candidates(n_open, 60, 5) is None  # a third of the channels and more
+
+
+def test_gates_are_evenly_spaced_by_their_score() -> None:
+    score = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.4, 0.3, 0.2, 0.1]])
+    expected = [[1 / 6, 5 / 6, 1 / 3, 2 / 3], [5 / 6, 2 / 3, 1 / 3, 1 / 6]]
+    kept = torch.tensor([[False, True, False, True], [True, True, False, False]])
+    torch.testing.assert_close(selection.in_order(score, kept), torch.tensor(expected))
