@@ -1037,18 +1037,27 @@ def test_explain_goes_from_photos_to_a_verdict(
 ) -> None:
     pytest.importorskip("plotly")
     fit_briefly(monkeypatch)
-    learn_briefly(monkeypatch, images_per_step=4)
+    learn_briefly(monkeypatch, steps=20, images_per_step=4)
     page = tmp_path / "report.html"
-    text = succeeds(*EXPLAIN_TRAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
+    given = "--tasks", "red,blue", "--minutes", "60", "--replicas", "2"
+    text = succeeds(*EXPLAIN_TRAIN, "--out", page, *given)
     for said in ("this will take about", "learning from", "Asked: which of 12 channels", "See: "):
         assert said in text, text
     assert len([line for line in text.splitlines() if line.startswith("Answer: ")]) == 1
-    assert GateStore.open(tmp_path / "gates.h5").task_names == ("blue", "red")
+    store = GateStore.open(tmp_path / "gates.h5")
+    assert store.task_names == ("blue", "red")
+    assert store.recipe.replicas == 2
     assert "verdict" in page.read_text()
-    again = succeeds(*EXPLAIN_TRAIN, "--out", page, "--tasks", "red,blue", "--minutes", "60")
+    again = succeeds(*EXPLAIN_TRAIN, "--out", page, *given)
     assert "verdict ..." not in again
     fails(
-        1, "begun with minutes 60.0, not None", *EXPLAIN_TRAIN, "--out", page, "--tasks", "red,blue"
+        1,
+        "begun with another recipe, minutes 60.0, not None",
+        *EXPLAIN_TRAIN,
+        "--out",
+        page,
+        "--tasks",
+        "red,blue",
     )
     fails(1, "was not begun by explain", *EXPLAIN_TRAIN, "--store", "gates.h5", "--out", page)
 
@@ -1062,6 +1071,7 @@ def test_explain_goes_from_photos_to_a_verdict(
         (2, "there is no folder", ("--out", "no/where/report.html")),
         (2, "--quick and --minutes", ("--quick", "--minutes", "3")),
         (2, "--size takes a share", ("--size", "40")),
+        (2, "20 replicas share 100 steps, and each needs 4", ("--replicas", "20")),
         (1, "--class-index", ("--data", "alone")),
         (1, "not a tensor (images, classes)", ("--model", "colour_nets:maps")),
         (1, "4 are the least", ("--data", "few", "--tasks", "red")),

@@ -199,6 +199,24 @@ def test_time_is_said_first_with_a_quicker_size(monkeypatch: pytest.MonkeyPatch)
     assert any(text.startswith("a quicker size (quick) would take about") for text in said)
 
 
+def test_a_smaller_size_says_what_it_leaves_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopping(monkeypatch, "learning")
+    said: list[str] = []
+    given = {"tasks": [0], "quick": True, "say": said.append}
+    with pytest.raises(StopError):
+        explain(Counting().eval(), data(), recipe=Recipe(replicas=8), **given)
+    fewer = "40 steps of learning for each class, not 100"
+    assert f"{fewer}, in 4 runs and a last one, not 8 and one" in said
+    said.clear()
+    with pytest.raises(StopError):
+        explain(Counting().eval(), data(), **given)
+    assert fewer in said
+    said.clear()
+    with pytest.raises(StopError):
+        explain(Counting().eval(), data(), recipe=QUICK, **given)
+    assert not [text for text in said if "steps of learning" in text]
+
+
 def test_minutes_choose_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(np.arange(10**6) * 0.5).__next__  # each look at the clock is half a second later
     with pytest.raises(ValueError, match="minutes are too few: the smallest size takes about"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -54,6 +55,7 @@ def explain(
         float | None,
         typer.Option(help="Share of the channels that each class keeps, above 0, up to 1. [0.5]"),
     ] = None,
+    replicas: opt.Replicas = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look: fewer classes, steps and pictures.")
     ] = False,
@@ -95,6 +97,11 @@ def explain(
         check_size(size)
         if quick and minutes is not None:
             raise UsageError("--quick and --minutes both say how much to run; give one of them.")
+        try:
+            recipe = Recipe(replicas=replicas or 1)
+        except ValueError as error:
+            raise UsageError(str(error).removeprefix("recipe: ")) from None
+        recipe = recipe if size is None else replace(recipe, size=size)
         file = out.with_name("gates.h5") if store is None else store
         check_outputs([(out, "text"), (file, "HDF5")], [weights, work.class_index, labels, data])
         run = RunOptions(device=chosen_device(work.device), batch_size=work.batch_size)
@@ -111,7 +118,7 @@ def explain(
                 out=out,
                 store=file,
                 tasks=None if tasks is None else pick_tasks(tasks, images.names, present),
-                recipe=Recipe() if size is None else Recipe(size=size),
+                recipe=recipe,
                 quick=quick,
                 minutes=minutes,
                 certainty=certainty,

@@ -100,10 +100,7 @@ def learn(
     images_per_step: Annotated[
         int | None, typer.Option(min=1, help="Images for each class and step. [20]")
     ] = None,
-    replicas: Annotated[
-        int | None,
-        typer.Option(min=1, help="Short runs that guide a last one, so that seeds agree. [1]"),
-    ] = None,
+    replicas: opt.Replicas = None,
     ablation: Annotated[
         Ablation | None, typer.Option(help="What a closed channel becomes. [optimal]")
     ] = None,

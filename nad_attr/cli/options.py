@@ -146,6 +146,10 @@ Units: TypeAlias = Annotated[
     ),
 ]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+Replicas: TypeAlias = Annotated[
+    int | None,
+    typer.Option(min=1, help="Short runs that guide a last one, so that seeds agree. [1]"),
+]
 
 
 def units_of(text: str | None) -> list[str]:

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -23,7 +22,7 @@ from nad_attr.data.labels import Task
 from nad_attr.data.sources import ChosenSource, Data, Source, as_source
 from nad_attr.evaluation.evaluating import evaluate
 from nad_attr.evaluation.result import Evaluation
-from nad_attr.explaining.parts import SIZES, Size, chosen_tasks, split
+from nad_attr.explaining.parts import SIZES, Size, chosen_tasks, shortened, split
 from nad_attr.explaining.promise import (
     CLOSING_IMAGES,
     N_ALTERNATIVES,
@@ -43,7 +42,7 @@ from nad_attr.explaining.promise import (
     promised,
 )
 from nad_attr.explaining.result import Explanation
-from nad_attr.gates.recipe import PaperRecipe, Recipe
+from nad_attr.gates.recipe import Recipe
 from nad_attr.gates.task_gates import TaskGates
 from nad_attr.learning.runs import Progress, learn_to_store
 from nad_attr.report.report import Report
@@ -297,6 +296,10 @@ class _Work:
             f"learning from {len(self.learned.labels):,} images, judging on "
             f"{len(self.judged.labels):,} others"
         )
+        if self.recipe != recipe:
+            fewer = f"{self.recipe.steps} steps of learning for each class, not {recipe.steps}"
+            runs = f", in {self.recipe.replicas} runs and a last one, not {recipe.replicas} and one"
+            self.say(fewer + (runs if self.recipe.replicas < recipe.replicas else ""))
         if len(self.sure) < len(self.tasks) and self.wants_certainty is not False:
             some = f"about {len(self.sure)}" if self.sure else "none"
             self.say(
@@ -325,10 +328,7 @@ class _Work:
         parts = split(labels, self.tasks, size.n_judged, self.seed)
         self.learned = ChosenSource(self.source, parts.learned)
         self.judged = ChosenSource(self.source, parts.judged)
-        paper = isinstance(recipe, PaperRecipe)
-        self.recipe = recipe
-        if not paper and recipe.steps > size.steps:  # too few for several runs
-            self.recipe = replace(recipe, steps=size.steps, replicas=1)
+        self.recipe = shortened(recipe, size.steps)
 
     def _promise(self, rates: Rates, n_kept: int, page: bool) -> Promise:
         missing: list[Task] = list(self.tasks)

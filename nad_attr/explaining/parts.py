@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nad_attr.data.labels import Task, as_task, other_images, own_images, patterns, tasks_in
+from nad_attr.gates.recipe import LEAST_STEPS, REPLICAS_SHARE, PaperRecipe, Recipe
 from nad_attr.system.rng import permutation
 
-__all__ = ["SIZES", "Parts", "Size", "chosen_tasks", "split"]
+__all__ = ["SIZES", "Parts", "Size", "chosen_tasks", "shortened", "split"]
 
 #: Own images, and others, that each part needs, and so images that a class needs.
 LEAST, FEWEST = 2, 4
@@ -46,6 +47,19 @@ SIZES = {
     "small": Size(2, 30, 12),
     "smallest": Size(1, 20, 8),
 }
+
+
+def shortened(recipe: Recipe, steps: int) -> Recipe:
+    """The same recipe with at most so many steps, and the replicas that these have room for.
+
+    Example:
+        >>> shortened(Recipe(replicas=8), 40).replicas, shortened(Recipe(), 200).steps
+        (4, 100)
+    """
+    if isinstance(recipe, PaperRecipe) or steps >= recipe.steps:
+        return recipe
+    room = max(1, int(REPLICAS_SHARE * steps) // LEAST_STEPS)
+    return replace(recipe, steps=steps, replicas=min(recipe.replicas, room))
 
 
 def chosen_tasks(
