@@ -173,8 +173,8 @@ def against_best(pairs: list[Pair], measure: str) -> str:
     for pair, ablation, size, found in comparisons(pairs, measure):
         sign = "**" if found["low"] > 0 else ""
         text = (
-            f"{sign}{_f(found['nad'], 2)}{sign} / {_f(found['value'], 2)} {found['rival']} "
-            f"[{found['low']:+.2f}, {found['high']:+.2f}]"
+            f"{sign}{_f(found['nad'])}{sign} / {_f(found['value'])} {found['rival']} "
+            f"[{found['low']:+.3f}, {found['high']:+.3f}]"
         )
         cells.setdefault((pair.name, ablation), {})[size] = (
             text if found["above_chance"] else "chance"
@@ -182,7 +182,13 @@ def against_best(pairs: list[Pair], measure: str) -> str:
         if size not in sizes:
             sizes.append(size)
     rows = [[name, ab, *(row.get(s, "-") for s in sizes)] for (name, ab), row in cells.items()]
-    return _lines(["network / data", "closed", *(f"{float(s):.0%}" for s in sizes)], rows, 2)
+    head = ["network / data", "closed", *(f"{float(s):.0%}" for s in sizes)]
+    if measure == "own_auc":
+        whole = {pair.name: _f(pair.whole(measure)) for pair in pairs}
+        head.insert(2, "whole")
+        for row in rows:
+            row.insert(2, whole[row[0]])
+    return _lines(head, rows, 2)
 
 
 def wins(pairs: list[Pair]) -> str:
@@ -208,44 +214,29 @@ def wins(pairs: list[Pair]) -> str:
 
 
 def methods(pairs: list[Pair], measure: str = "own_auc") -> str:
-    """Mean over pairs and ablation values for every method; with constants, that all pairs have."""
+    """Mean over pairs and ablation values for every method; with constants, over pairs it has."""
     sums: dict[str, dict[str, list[float]]] = {}
+    runs: dict[str, int] = {}
     for pair in pairs:
         for ablation in pair.ablations:
             for method, by_size in pair.table(ablation, measure).items():
+                runs[method] = runs.get(method, 0) + max(
+                    int((~np.isnan(values).all(1)).sum()) for values in by_size.values()
+                )
                 for size, values in by_size.items():
                     sums.setdefault(method, {}).setdefault(size, []).append(
                         float(np.nanmean(values))
                     )
     sizes = list(sums["nad"])
-    if pairs[0].ablations == ["best"]:  # a rival that was run on some pairs has no such mean
-        sums = {
-            m: by for m, by in sums.items() if all(len(by[s]) == len(sums["nad"][s]) for s in sizes)
-        }
-    order = sorted(sums, key=lambda m: -np.mean([np.mean(sums[m][s]) for s in sizes]))
-    rows = [[m, *(_f(float(np.mean(sums[m][s]))) for s in sizes)] for m in order]
-    return _lines(["method", *(f"{float(s):.0%}" for s in sizes)], rows)
-
-
-def other_rivals(pairs: list[Pair]) -> str:
-    """Own AUC and fidelity with seed 0, means over the pairs on which each method was run."""
-    sizes = ("0.8", "0.4", "0.2", "0.1", "0.05")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for pair in pairs:
-        for row in pair.rows:
-            if row["seed"] == 0:
-                found.setdefault(row["method"], []).append(row["sizes"])
-
-    def mean(method: str, size: str, measure: str) -> str:
-        values = [np.nanmean(np.array(cell[size][measure], float)) for cell in found[method]]
-        return _f(float(np.mean(values)), 2)
-
-    rows = [
-        [m, str(len(found[m]))]
-        + [f"{mean(m, s, 'own_auc')} / {mean(m, s, 'fidelity')}" for s in sizes]
-        for m in sorted(found, key=lambda m: mean(m, "0.4", "own_auc"), reverse=True)
-    ]
-    return _lines(["method", "networks", *(f"{float(s):.0%}" for s in sizes)], rows)
+    most_run = [size for size in sizes if all(size in by for by in sums.values())]
+    order = sorted(sums, key=lambda m: -np.mean([np.mean(sums[m][s]) for s in most_run]))
+    rows = [[m, *(_f(float(np.mean(sums[m].get(s, np.nan)))) for s in sizes)] for m in order]
+    head = ["method", *(f"{float(s):.0%}" for s in sizes)]
+    if pairs[0].ablations == ["best"]:
+        head[1:1] = ["networks", "runs"]
+        for row in rows:
+            row[1:1] = [str(len(sums[row[0]][sizes[0]])), str(runs[row[0]])]
+    return _lines(head, rows)
 
 
 def real(pairs: list[Pair]) -> str:
@@ -399,7 +390,7 @@ def tables() -> dict[str, str]:
     if rivals:
         result |= {
             "rivals": methods(rivals), "rivals by fidelity": methods(rivals, "fidelity"),
-            "rivals wins": wins(rivals), "rivals with one seed": other_rivals(rivals),
+            "rivals wins": wins(rivals),
         }  # fmt: skip
         for name, measure in (("own AUC", "own_auc"), ("fidelity", "fidelity")):
             table = against_best(rivals + large, measure)
