@@ -283,7 +283,7 @@ def measured_rates(
     )
     some = some[: session.width]
     waiting = max(1, min(5, session.n_steps(some[0]) // 10))
-    learn = _pace(lambda step: session.learn(some, advance=step), len(some), waiting, clock)
+    learn = _pace(lambda step: session.learn(some, advance=step), waiting, clock)
     fit = learn
     if recipe.ablation == "optimal":
         short = replace(recipe, steps=FIT_STEPS, replicas=1)
@@ -293,10 +293,7 @@ def measured_rates(
         some = [some[i % len(some)] for i in range(fitting.width)]
         masked = [_random(session.sites, n_kept, task, seed) for task in some]
         fit = _pace(
-            lambda step: fitting.fit([*masked, *masked], advance=step),
-            len(some),
-            FIT_STEPS + 1,
-            clock,
+            lambda step: fitting.fit([*masked, *masked], advance=step), FIT_STEPS + 1, clock
         )
     each = recipe.images_per_step
     numbers = list(range(min(_IMAGES, len(pool.labels))))
@@ -325,20 +322,25 @@ def _random(sites: Sequence[GateSite], n_kept: int, task: Task, seed: int) -> Su
 
 
 def _pace(
-    begin: Callable[[Callable[[int], None]], object],
-    n_tasks: int,
-    waiting: int,
-    clock: Callable[[], float],
+    begin: Callable[[Callable[[int], None]], object], waiting: int, clock: Callable[[], float]
 ) -> float:
-    """Seconds for a step of one task, after some steps."""
+    """Seconds for a step of one task, after some passes; each does steps of several tasks.
+
+    Example:
+        >>> seconds = iter([1.0, 3.0, 5.0, 7.0]).__next__
+        >>> _pace(lambda advance: [advance(8) for _ in range(4)], 1, seconds)
+        0.25
+    """
     times: list[float] = []
+    done: list[int] = []
 
     def advance(n: int) -> None:
         times.append(clock())
+        done.append(n)
         if len(times) > waiting + _STEPS:
             raise _EnoughError
 
     with suppress(_EnoughError):
         begin(advance)
     first = min(waiting, len(times) - 2)
-    return (times[-1] - times[first]) / ((len(times) - 1 - first) * n_tasks)
+    return (times[-1] - times[first]) / sum(done[first + 1 :])
