@@ -84,6 +84,9 @@ COSTLY: dict[str, dict[str, Any]] = {
 SEARCHED = ("hard_concrete", "ugs", "iterative", "coar")
 FOR_EACH_SIZE = ("hard_concrete", "ugs")
 PATH: dict[str, dict[str, Any]] = {"eap_ig": {"path": "gates", "steps": 5}, "relp": {}}
+#: Networks in which a BatchNorm does not follow the convolution listed before it: RelP's rules
+#: cannot merge the two, and take the gradient of the BatchNorm, which is its 0-rule.
+UNMERGED = ("densenet", "darts")
 TODAY = ("nad", "random", "neuron_mct", "centred_effect", *SEARCHED, *PATH)
 #: Of these, scores over own images alone: several passes for each site, image and task.
 OWN_ONLY = (
@@ -251,6 +254,8 @@ class Cell:
         else:
             each = passes // len(self.data.classes) // options.get("steps", 1)
             images = per_class(images, max(1, each), self.seed)
+        if method == "relp" and self.pair.partition("/")[0] in UNMERGED:
+            options["canonizers"] = []
         # Its rules merge BatchNorms, which bfloat16 is too coarse for.
         run = self.options if method == "relp" else replace(self.options, amp=True)
         scorer = SCORERS[method](self.model, self.sites, **options)
