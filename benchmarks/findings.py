@@ -92,6 +92,11 @@ def load(folder: Path = RESULTS, names: Sequence[str] = PAIRS) -> list[Pair]:
     return [pair for pair in pairs if any(row["method"] == "nad" for row in pair.rows)]
 
 
+def n_seeds(by_size: dict[str, np.ndarray[Any, Any]]) -> int:
+    """Seeds with which a method was run, at one size at least."""
+    return max(int((~np.isnan(values).all(1)).sum()) for values in by_size.values())
+
+
 def best_rival(table: Table, size: str) -> tuple[str, np.ndarray[Any, Any]]:
     """The rival with the highest mean at a size."""
     means = {
@@ -181,14 +186,14 @@ def against_best(pairs: list[Pair], measure: str) -> str:
         )
         if size not in sizes:
             sizes.append(size)
-    rows = [[name, ab, *(row.get(s, "-") for s in sizes)] for (name, ab), row in cells.items()]
-    head = ["network / data", "closed", *(f"{float(s):.0%}" for s in sizes)]
-    if measure == "own_auc":
-        whole = {pair.name: _f(pair.whole(measure)) for pair in pairs}
-        head.insert(2, "whole")
-        for row in rows:
-            row.insert(2, whole[row[0]])
-    return _lines(head, rows, 2)
+    # The whole network's fidelity is 1, and its disentanglement 0.
+    whole = {pair.name: [_f(pair.whole(measure))] for pair in pairs if measure == "own_auc"}
+    rows = [
+        [name, ab, *whole.get(name, []), *(row.get(s, "-") for s in sizes)]
+        for (name, ab), row in cells.items()
+    ]
+    head = ["network / data", "closed", *(["whole"] if whole else [])]
+    return _lines([*head, *(f"{float(s):.0%}" for s in sizes)], rows, 2)
 
 
 def wins(pairs: list[Pair]) -> str:
@@ -214,15 +219,13 @@ def wins(pairs: list[Pair]) -> str:
 
 
 def methods(pairs: list[Pair], measure: str = "own_auc") -> str:
-    """Mean over pairs and ablation values for every method; with constants, over pairs it has."""
+    """Mean of every method over the ablation values, and over the pairs that it was run on."""
     sums: dict[str, dict[str, list[float]]] = {}
     runs: dict[str, int] = {}
     for pair in pairs:
         for ablation in pair.ablations:
             for method, by_size in pair.table(ablation, measure).items():
-                runs[method] = runs.get(method, 0) + max(
-                    int((~np.isnan(values).all(1)).sum()) for values in by_size.values()
-                )
+                runs[method] = runs.get(method, 0) + n_seeds(by_size)
                 for size, values in by_size.items():
                     sums.setdefault(method, {}).setdefault(size, []).append(
                         float(np.nanmean(values))
@@ -230,13 +233,14 @@ def methods(pairs: list[Pair], measure: str = "own_auc") -> str:
     sizes = list(sums["nad"])
     most_run = [size for size in sizes if all(size in by for by in sums.values())]
     order = sorted(sums, key=lambda m: -np.mean([np.mean(sums[m][s]) for s in most_run]))
-    rows = [[m, *(_f(float(np.mean(sums[m].get(s, np.nan)))) for s in sizes)] for m in order]
-    head = ["method", *(f"{float(s):.0%}" for s in sizes)]
-    if pairs[0].ablations == ["best"]:
-        head[1:1] = ["networks", "runs"]
-        for row in rows:
-            row[1:1] = [str(len(sums[row[0]][sizes[0]])), str(runs[row[0]])]
-    return _lines(head, rows)
+    counted = pairs[0].ablations == ["best"]  # there not all methods were run on all pairs
+    rows = [
+        [m, *([str(len(sums[m][sizes[0]])), str(runs[m])] if counted else [])]
+        + [_f(float(np.mean(sums[m].get(s, np.nan)))) for s in sizes]
+        for m in order
+    ]
+    head = ["method", *(["networks", "runs"] if counted else [])]
+    return _lines([*head, *(f"{float(s):.0%}" for s in sizes)], rows)
 
 
 def real(pairs: list[Pair]) -> str:
@@ -246,7 +250,7 @@ def real(pairs: list[Pair]) -> str:
     for pair in pairs:
         auc, fidelity = (pair.table("best", measure) for measure in ("own_auc", "fidelity"))
         for method in sorted(auc, key=lambda m: -np.mean([np.nanmean(v) for v in auc[m].values()])):
-            n = max(int((~np.isnan(v).all(1)).sum()) for v in auc[method].values())
+            n = n_seeds(auc[method])
             cells = [
                 f"{_f(float(np.nanmean(auc[method][s])), 2)} / "
                 f"{_f(float(np.nanmean(fidelity[method][s])), 2)}"

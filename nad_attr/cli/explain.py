@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nad_attr.cli import options as opt
-from nad_attr.cli.learn import shown_progress
+from nad_attr.cli.learn import recipe_of, shown_progress
 from nad_attr.cli.messages import UsageError, check_size, duration, guarded, say
 from nad_attr.cli.opening import (
     check_folder,
@@ -97,11 +96,7 @@ def explain(
         check_size(size)
         if quick and minutes is not None:
             raise UsageError("--quick and --minutes both say how much to run; give one of them.")
-        try:
-            recipe = Recipe(replicas=replicas or 1)
-        except ValueError as error:
-            raise UsageError(str(error).removeprefix("recipe: ")) from None
-        recipe = recipe if size is None else replace(recipe, size=size)
+        recipe = recipe_of(Recipe, size=size, replicas=replicas)
         file = out.with_name("gates.h5") if store is None else store
         check_outputs([(out, "text"), (file, "HDF5")], [weights, work.class_index, labels, data])
         run = RunOptions(device=chosen_device(work.device), batch_size=work.batch_size)

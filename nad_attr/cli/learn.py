@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -282,19 +283,24 @@ def _recipe(
                 f"--{name} belongs to the {belongs} recipe, not to --recipe {kind.value}."
             )
     fields["images_per_step"] = images_per_step
-    given = {name: value for name, value in fields.items() if value is not None}
+    if kind is RecipeName.default:
+        return recipe_of(Recipe, **fields)
+    name = model.partition(":")[2].partition(":")[0].lower()
+    if name in _PUBLISHED and model.startswith("torchvision:"):
+        return recipe_of(partial(Recipe.paper, name), **fields)
+    if beta is None:
+        raise UsageError(
+            "the published recipe needs --beta, the weight of its size term, for a network "
+            f"other than torchvision's {', '.join(_PUBLISHED)}."
+        )
+    return recipe_of(Recipe.paper, **fields)
+
+
+def recipe_of(make: Callable[..., Recipe], **options: Any) -> Recipe:
+    """The recipe of those options that were given; the error of a wrong one names it."""
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        if kind is RecipeName.default:
-            return Recipe(**given)
-        name = model.partition(":")[2].partition(":")[0].lower()
-        if name in _PUBLISHED and model.startswith("torchvision:"):
-            return Recipe.paper(name, **given)
-        if beta is None:
-            raise UsageError(
-                "the published recipe needs --beta, the weight of its size term, for a network "
-                f"other than torchvision's {', '.join(_PUBLISHED)}."
-            )
-        return Recipe.paper(**given)
+        return make(**given)
     except ValueError as error:
         raise UsageError(str(error).removeprefix("recipe: ")) from None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nad_attr.data.labels import Task, as_task, other_images, own_images, patterns, tasks_in
-from nad_attr.gates.recipe import LEAST_STEPS, REPLICAS_SHARE, PaperRecipe, Recipe
+from nad_attr.gates.recipe import PaperRecipe, Recipe, most_replicas
 from nad_attr.system.rng import permutation
 
 __all__ = ["SIZES", "Parts", "Size", "chosen_tasks", "shortened", "split"]
@@ -58,8 +58,7 @@ def shortened(recipe: Recipe, steps: int) -> Recipe:
     """
     if isinstance(recipe, PaperRecipe) or steps >= recipe.steps:
         return recipe
-    room = max(1, int(REPLICAS_SHARE * steps) // LEAST_STEPS)
-    return replace(recipe, steps=steps, replicas=min(recipe.replicas, room))
+    return replace(recipe, steps=steps, replicas=min(recipe.replicas, most_replicas(steps)))
 
 
 def chosen_tasks(

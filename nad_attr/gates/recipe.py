@@ -30,6 +30,16 @@ FOLLOWING: dict[Literal["free_scale", "boundary"], float] = {"free_scale": 0.3, 
 REPLICAS_SHARE, LEAST_STEPS = 0.48, 4
 
 
+def most_replicas(steps: int) -> int:
+    """As many replicas as so many steps have room for; one at least.
+
+    Example:
+        >>> most_replicas(100), most_replicas(40)
+        (12, 4)
+    """
+    return max(1, int(REPLICAS_SHARE * steps) // LEAST_STEPS)
+
+
 def _check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not ok or not math.isfinite(value):  # type: ignore[arg-type]
@@ -160,7 +170,7 @@ class Recipe:
         if self.mirror not in (None, True, False):
             raise ValueError(f"recipe: mirror must be True, False or None, got {self.mirror!r}.")
         _check_count("replicas", self.replicas)
-        if self.replicas > 1 and self.replica_steps[0] < LEAST_STEPS:
+        if self.replicas > most_replicas(self.steps):
             raise ValueError(
                 f"recipe: {self.replicas} replicas share {self.steps} steps, and each needs "
                 f"{LEAST_STEPS} at least; raise steps or lower replicas."
